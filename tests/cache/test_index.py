@@ -1,0 +1,208 @@
+"""The index: order, labels, and everything odd that a folder can hold."""
+
+from __future__ import annotations
+
+import os
+import tracemalloc
+
+import pytest
+
+from vfmtok_fast.cache import CacheWriteError, ImagesChanged
+from vfmtok_fast.cache.index import (
+    NO_CLASS,
+    NO_SIZE,
+    NOT_UTF8,
+    check_unchanged,
+    class_folders,
+    index_checksum,
+    is_index,
+    read_all,
+    read_rows,
+    walk,
+    write_index,
+)
+
+
+def touch(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * len(name))
+
+
+def names(root):
+    return [name for name, _ in walk(root)]
+
+
+def make(root, path, shard_size=4):
+    classes = class_folders(root)
+    return write_index(path, walk(root), classes, shard_size), classes
+
+
+def test_order_is_that_of_sorted_paths(tmp_path):
+    wanted = [
+        "a/x.png",
+        "a-b/x.png",
+        "a.png",
+        "a/b/c.png",
+        "a/b.png",
+        "ab/x.png",
+        "é/x.png",
+        "B/q.png",
+    ]
+    touch(tmp_path, *wanted)
+    assert names(tmp_path) == sorted(wanted)
+
+
+def test_only_pictures_and_nothing_hidden(tmp_path):
+    good = ["c/a.JPEG", "c/b.Jpg", "c/c.PNG", "c/d.webp", "c/e.tiff", "c/deep/er/f.gif"]
+    touch(
+        tmp_path,
+        *good,
+        ".DS_Store",
+        "c/.DS_Store",
+        "c/._a.JPEG",
+        ".git/x.png",
+        "c/note.txt",
+        "c/png",
+    )
+    (tmp_path / "c" / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "c" / "pipe.png")
+    assert names(tmp_path) == sorted(good)
+    assert dict(walk(tmp_path))["c/a.JPEG"] == len("c/a.JPEG")
+
+
+def test_labels_are_places_of_sorted_class_folders(tmp_path):
+    # Empty folders count; sorting is that of the names alone ("a" before "a-b").
+    touch(tmp_path / "p", "a-b/1.png", "a/same.png", "c/deep/same.png", "loose.png")
+    (tmp_path / "p" / "b").mkdir()
+    (count, _), classes = make(tmp_path / "p", tmp_path / "index.parquet")
+    assert count == 4 and classes == ["a", "a-b", "b", "c"]
+    rows = read_rows(tmp_path / "index.parquet", 0)
+    assert dict(zip(rows.paths, rows.labels, strict=True)) == {
+        "a-b/1.png": 1,
+        "a/same.png": 0,
+        "c/deep/same.png": 3,
+        "loose.png": NO_CLASS,
+    }
+
+
+def test_links(tmp_path):
+    touch(tmp_path, "p/a/x.png", "elsewhere/y.png")
+    root = tmp_path / "p"
+    (root / "a" / "up").symlink_to(root)
+    (root / "a" / "self").symlink_to(root / "a" / "self")
+    (root / "b").symlink_to(tmp_path / "elsewhere")
+    (root / "a" / "dangling.png").symlink_to(root / "nowhere.png")
+    (root / "a" / "loop.png").symlink_to(root / "a" / "loop.png")
+    assert list(walk(root)) == [
+        ("a/dangling.png", NO_SIZE),
+        ("a/loop.png", NO_SIZE),
+        ("a/x.png", 9),
+        ("b/y.png", 15),
+    ]
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    root = os.fsencode(tmp_path / "p")
+    os.makedirs(root + b"/caf\xe9")
+    for name in (b"caf\xe9/x.png", b"b\xff.png", b"ok.png"):
+        with open(root + b"/" + name, "wb") as file:
+            file.write(b"x")
+    make(tmp_path / "p", tmp_path / "index.parquet")
+    rows = read_rows(tmp_path / "index.parquet", 0)
+    assert rows.paths == ["b\\xff.png", "caf\\xe9/x.png", "ok.png"]
+    assert rows.sizes == [NOT_UTF8, NOT_UTF8, 1] and rows.labels == [-1, 0, -1]
+
+
+def test_very_deep_folders(tmp_path):
+    deep = [tmp_path / "p"]
+    for _ in range(1200):  # deeper than Python's stack, shorter than the longest path
+        deep[-1].mkdir()
+        deep.append(deep[-1] / "d")
+    touch(deep[-2], "x.png")
+    assert names(tmp_path / "p") == ["d/" * 1199 + "x.png"]
+    (deep[-2] / "x.png").unlink()
+    for folder in reversed(deep[:-1]):  # pytest removes folders recursively and would fail here
+        folder.rmdir()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may list any folder")
+def test_folder_that_cannot_be_listed(tmp_path):
+    touch(tmp_path, "a/x.png")
+    (tmp_path / "a").chmod(0)
+    try:
+        with pytest.raises(ValueError, match="a: cannot list this folder: Permission denied"):
+            names(tmp_path)
+    finally:
+        (tmp_path / "a").chmod(0o755)
+
+
+def test_shards_are_row_groups(tmp_path):
+    touch(tmp_path / "p", *(f"c/{number}.png" for number in range(10)))
+    path = tmp_path / "index.parquet"
+    written, _ = make(tmp_path / "p", path, shard_size=4)
+    assert written == index_checksum(path) and written[0] == 10 and is_index(path)
+    shards = list(read_all(path))
+    assert [(rows.first, len(rows)) for rows in shards] == [(0, 4), (4, 4), (8, 2)]
+    last = read_rows(path, 2)
+    assert last == shards[2] and last[1:].first == 9 and last[1:].paths == ["c/9.png"]
+    with pytest.raises(ValueError, match="has 3 shards, no shard 3"):
+        read_rows(path, 3)
+
+
+def test_checksum_covers_paths_sizes_and_labels(tmp_path):
+    path, checksums = tmp_path / "index.parquet", set()
+    for name, size, classes in (
+        ("a/x.png", 1, ["a"]),
+        ("a/y.png", 1, ["a"]),
+        ("a/x.png", 2, ["a"]),
+        ("a/x.png", 1, ["0", "a"]),
+    ):
+        checksums.add(write_index(path, [(name, size)], classes, 4)[1])
+    assert len(checksums) == 4
+
+
+def test_not_an_index(tmp_path):
+    path = tmp_path / "index.parquet"
+    assert not is_index(path)
+    path.write_bytes(b"PAR1 something else")
+    assert not is_index(path)
+    with pytest.raises(ValueError, match="cannot read the index") as caught:
+        read_rows(path, 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_changes_are_noticed_and_vanished_files_tolerated(tmp_path):
+    root, path = tmp_path / "p", tmp_path / "index.parquet"
+    touch(root, "a/1.png", "a/3.png", "b/1.png", "b/2.png")
+    _, classes = make(root, path)
+    check_unchanged(root, path, classes)
+    (root / "a" / "1.png").unlink()
+    (root / "b" / "2.png").unlink()
+    check_unchanged(root, path, classes)
+    touch(root, "a/2.png", "b/3.png")
+    (root / "b" / "1.png").write_bytes(b"longer than before")
+    with pytest.raises(ImagesChanged, match=r"2 added, 1 with another size; first: 'a/2\.png'"):
+        check_unchanged(root, path, classes)
+    (root / "0").mkdir()
+    with pytest.raises(ImagesChanged, match="class folders changed .* first: '0'"):
+        check_unchanged(root, path, classes)
+
+
+def test_indexing_needs_little_memory(tmp_path):
+    """Memory is that of a shard, however many there are: a million takes what 40,000 take."""
+    entries = ((f"n{i // 1000:04d}/n{i // 1000:04d}_{i:08d}.JPEG", i) for i in range(40_000))
+    tracemalloc.start()
+    try:
+        count, checksum = write_index(tmp_path / "i.parquet", entries, ["n0000"], 8192)
+        assert (count, checksum) == index_checksum(tmp_path / "i.parquet")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == 40_000 and peak < 12e6
+
+
+def test_index_that_cannot_be_written(tmp_path):
+    with pytest.raises(CacheWriteError, match="cannot write .*: No such file or directory"):
+        write_index(tmp_path / "nowhere" / "i.parquet", [("a.png", 1)], [], 4)

@@ -1,0 +1,268 @@
+"""A run may be killed at any moment: what is there is whole, and going on gives the same bytes."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import vfmtok_fast
+from vfmtok_fast import cache
+from vfmtok_fast.cache import atomic
+
+SMALL = {"batch_size": 3, "shard_size": 2, "workers": 2}
+
+# A process that imports once and forks one builder per trial. It says on its last line how many
+# builders were killed. `at` counts the renames, the only moments at which anything becomes visible.
+HARNESS = """
+import importlib.util, os, random, signal, sys, time
+spec = importlib.util.spec_from_file_location("fake", sys.argv[1])
+fake = importlib.util.module_from_spec(spec)
+sys.modules["fake"] = fake
+spec.loader.exec_module(fake)
+import torch
+from pathlib import Path
+from vfmtok_fast import cache
+torch.set_num_threads(1)
+mode, images, out = sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
+
+def build(out):
+    cache.build(images, out, fake.FakeTokenizer(), batch_size=3, shard_size=2, workers=2)
+
+def die_at_rename(at, after):
+    rename, count = os.replace, 0
+    def replace(source, target):
+        nonlocal count
+        count += 1
+        if count == at and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target)
+        if count == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.replace = replace
+
+def trial(out, prepare, delay=None):
+    pid = os.fork()
+    if pid == 0:
+        prepare()
+        build(out)
+        os._exit(0)
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, status
+    return os.WIFSIGNALED(status)
+
+killed = 0
+if mode == "random":
+    rng = random.Random(0)
+    start = time.monotonic()
+    assert not trial(out.with_name("whole"), lambda: None)
+    whole = time.monotonic() - start
+    while trial(out, lambda: None, rng.uniform(0.05, 0.6) * whole):
+        killed += 1
+        assert killed < 200
+else:
+    at = 1
+    while True:
+        for after in (False, True):
+            folder = out / f"{at}-{after}"
+            died = trial(folder, lambda: die_at_rename(at, after))
+            killed += died
+            assert not died or after or not (folder / "COMPLETE.json").exists()
+            trial(folder, lambda: None)
+        if not died:
+            break
+        at += 1
+print(killed)
+"""
+
+
+def run_harness(fake, mode, images, out):
+    environment = {**os.environ, "PYTHONPATH": str(Path(vfmtok_fast.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", HARNESS, fake.__file__, mode, str(images), str(out)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path, fake):
+    images = fake.make_tree(tmp_path / "p", count=40, bad=(3, 4, 31))
+    killed = run_harness(fake, "random", images, tmp_path / "out")
+    assert killed >= 2
+    whole = fake.read_tree(tmp_path / "whole")
+    assert fake.read_tree(tmp_path / "out") == whole and len(whole) > 20
+
+
+@pytest.mark.slow
+def test_killed_before_and_after_every_rename(tmp_path, fake):
+    """11 pictures in 6 shards, 2 of them with a quarantine list."""
+    images = fake.make_tree(tmp_path / "p", bad=(3, 7))
+    (tmp_path / "out").mkdir()
+    killed = run_harness(fake, "renames", images, tmp_path / "out")
+    # index, manifest, 6 shards, 2 quarantine lists, COMPLETE
+    assert killed == 2 * 11
+    trees = [fake.read_tree(out) for out in sorted((tmp_path / "out").iterdir())]
+    assert len(trees) == 24 and all(tree == trees[0] for tree in trees)
+
+
+@pytest.mark.parametrize(
+    "number, error, code",
+    [(signal.SIGINT, KeyboardInterrupt, None), (signal.SIGTERM, SystemExit, 143)],
+)
+@pytest.mark.parametrize("moment", ["encode", "write"])
+def test_polite_signals_leave_nothing_half_written(
+    tree, out, tokenizer, fake, monkeypatch, number, error, code, moment
+):
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        owner, name = (tokenizer, "encode") if moment == "encode" else (os, "fsync")
+        original, calls = getattr(owner, name), []
+
+        def interrupted(argument):
+            calls.append(argument)
+            if len(calls) == 5:  # for fsync: inside the manifest or a shard, its file is open
+                os.kill(os.getpid(), number)
+                time.sleep(0.1)
+            return original(argument)
+
+        patch.setattr(owner, name, interrupted)
+        with pytest.raises(error) as caught:
+            cache.build(tree, out, tokenizer, **SMALL)
+    assert getattr(caught.value, "code", None) == code
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert not [name for name in fake.read_tree(out) if ".tmp" in name]
+    cache.build(tree, out, tokenizer, **SMALL)
+    assert cache.verify(out, tokenizer, tree).ok
+
+
+def test_an_own_sigterm_handler_is_respected(tree, out, tokenizer):
+    seen = []
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        encode = tokenizer.encode
+
+        def signalled(images):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return encode(images)
+
+        tokenizer.encode = signalled
+        assert cache.build(tree, out, tokenizer, **SMALL).exit_code == 0
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert seen
+
+
+@pytest.fixture
+def gone_pid():
+    """The id of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_sweep_takes_what_the_dead_left_and_nothing_else(tmp_path, gone_pid):
+    host, day = socket.gethostname(), atomic.FOREIGN_TMP_SECONDS
+    swept = [f"a.tmp-{host}-{gone_pid}", "old.tmp-elsewhere-1", f"old.tmp-{host}-{os.getpid()}"]
+    kept = [
+        f"b.tmp-{host}-{os.getpid()}",
+        "c.tmp-elsewhere-1",
+        "tokens-00000.safetensors",
+        "old.tmp-nopid",
+        f"tmp-{host}-{gone_pid}",
+    ]
+    for name in swept + kept:
+        (tmp_path / name).write_bytes(b"")
+        if name.startswith("old"):
+            os.utime(tmp_path / name, (time.time() - 2 * day,) * 2)
+    (tmp_path / f"folder.tmp-{host}-{gone_pid}").mkdir()
+    assert atomic.sweep(tmp_path) == len(swept)
+    left = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert left == set(kept)
+    assert atomic.sweep(tmp_path / "nowhere") == 0
+
+
+def test_a_run_sweeps_the_cache(tree, out, tokenizer, fake, gone_pid):
+    cache.build(tree, out, tokenizer, **SMALL)
+    before = fake.read_tree(out)
+    for folder in (out, out / "shards", out / "quarantine"):
+        (folder / f"x.tmp-{socket.gethostname()}-{gone_pid}").write_bytes(b"half")
+    assert cache.status(out).writing == 3
+    cache.build(tree, out, tokenizer, **SMALL)
+    assert fake.read_tree(out) == before
+
+
+def test_disk_full(tree, out, tokenizer, fake):
+    """A real refusal by the system, in the middle of a shard."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    encode = tokenizer.encode
+
+    def fill(images):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+        return encode(images)
+
+    tokenizer.encode = fill
+    try:
+        with pytest.raises(cache.CacheWriteError) as caught:
+            cache.build(tree, out, tokenizer, **SMALL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert "tokens-00000.safetensors: File too large; raise the limit" in str(caught.value)
+    assert sorted(fake.read_tree(out)) == ["index.parquet", "manifest.json"]
+    tokenizer.encode = encode
+    assert cache.build(tree, out, tokenizer, **SMALL).encoded == 11
+
+
+def test_disk_full_while_indexing(tree, out, tokenizer, fake, monkeypatch):
+    walk = sys.modules["vfmtok_fast.cache.index"].walk
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    walks = []
+
+    def fill(root):
+        walks.append(root)
+        if len(walks) == 2:  # the first looks for one readable picture
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+        return walk(root)
+
+    monkeypatch.setattr("vfmtok_fast.cache.index.walk", fill)
+    try:
+        with pytest.raises(cache.CacheWriteError, match=r"index\.parquet: File too large"):
+            cache.build(tree, out, tokenizer, **SMALL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert fake.read_tree(out) == {}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_folder(tree, out, tokenizer):
+    out.mkdir()
+    out.chmod(0o500)
+    try:
+        with pytest.raises(cache.CacheWriteError, match="Permission denied; choose a folder"):
+            cache.build(tree, out, tokenizer, **SMALL)
+    finally:
+        out.chmod(0o700)
+
+
+def test_a_failed_write_keeps_what_was_there(tmp_path):
+    path = tmp_path / "file"
+    atomic.write_atomic(path, b"old")
+    with pytest.raises(ZeroDivisionError), atomic.atomic_file(path) as file:
+        file.write(b"new")
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]

@@ -1,0 +1,83 @@
+"""Reading tokens back: random access, views, bad pictures left out, other processes."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from vfmtok_fast import cache
+
+SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2, "views": ("center", "center-flip")}
+
+
+@pytest.fixture
+def built(tmp_path, out, tokenizer, fake):
+    tree = fake.make_tree(tmp_path / "p", bad=(1, 10))
+    cache.build(tree, out, tokenizer, **SMALL)
+    return tree
+
+
+def test_random_access(built, out, tmp_path, tokenizer, fake):
+    """The same tokens as a cache of the good pictures alone, at positions without gaps."""
+    for name in ("class1/001.png", "class1/010.png"):
+        (built / name).unlink()
+    cache.build(built, tmp_path / "good", tokenizer, **{**SMALL, "shard_size": 100})
+    for view in ("center", "center-flip", None):
+        tokens, plain = cache.TokenCache(out, view), cache.TokenCache(tmp_path / "good", view)
+        assert len(tokens) == len(plain) == 9
+        for position in (8, 0, 5, -1, 3):
+            (mine, label), (other, other_label) = tokens[position], plain[position]
+            assert mine.dtype == torch.int64 and torch.equal(mine, other)
+            assert mine.shape == ((4,) if view else (2, 4)) and label == other_label
+    assert tokens.classes == ["class0", "class1", "class2"]
+    assert tokens.rows.tolist() == [0, 1, 2, 3, 5, 6, 8, 9, 10]
+    assert tokens.labels.tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 2]
+    first, second = cache.TokenCache(out, "center"), cache.TokenCache(out, "center-flip")
+    assert not torch.equal(first[0][0], second[0][0])
+
+
+def test_positions_out_of_range(built, out):
+    tokens = cache.TokenCache(out, "center")
+    for position in (9, -10):
+        with pytest.raises(IndexError, match="has 9 pictures"):
+            tokens[position]
+
+
+def test_read_tokens(built, out):
+    for view in ("center", "center-flip"):
+        tokens, labels = cache.read_tokens(out, view)
+        assert tokens.dtype == np.uint16 and tokens.shape == (9, 4) and tokens.max() < 1000
+        for (row, label), expected, number in zip(
+            cache.TokenCache(out, view), tokens, labels, strict=True
+        ):
+            assert row.tolist() == expected.tolist() and label == number
+
+
+def test_unknown_view(built, out):
+    with pytest.raises(ValueError, match="has the views center, center-flip, not 'left'"):
+        cache.TokenCache(out, "left")
+
+
+def test_loader_processes_and_pickles(built, out):
+    tokens = cache.TokenCache(out, "center")
+    tokens[0]  # opens a file, which must not travel
+    loader = DataLoader(tokens, batch_size=4, num_workers=1)
+    batches = list(loader)
+    assert [len(labels) for _, labels in batches] == [4, 4, 1]
+    again = pickle.loads(pickle.dumps(tokens))
+    for position, row in enumerate(torch.cat([rows for rows, _ in batches])):
+        assert torch.equal(row, tokens[position][0]) and torch.equal(row, again[position][0])
+
+
+def test_incomplete_caches_only_on_request(tree, out, tokenizer):
+    job = cache.prepare(tree, out, tokenizer, **SMALL)
+    cache.encode_shard(job, 1)
+    with pytest.raises(ValueError, match="not complete"):
+        cache.TokenCache(out)
+    with pytest.raises(ValueError, match="not complete"):
+        cache.read_tokens(out)
+    assert cache.TokenCache(out, partial=True).rows.tolist() == [4, 5, 6, 7]

@@ -1,0 +1,51 @@
+"""What all tests share: golden cases, a clean switch, and the `gpu` mark."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vfmtok_fast import switch
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def clean_switch() -> Iterator[None]:
+    """Start and end every test with nothing enabled, and no calls or fallbacks recorded."""
+    switch.disable()
+    switch.reset_records()
+    yield
+    switch.disable()
+    switch.reset_records()
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, torch.Tensor]]:
+    """``golden(case)``: what the authors' code gave, by the names of the golden README."""
+    return lambda case: load_file(GOLDEN / f"{case}.safetensors")
+
+
+@pytest.fixture(scope="session")
+def official_weights() -> Callable[[str], dict[str, torch.Tensor]]:
+    """``official_weights(case)``: the case's weights under the authors' names, float32."""
+    recipe_tensor = runpy.run_path(str(GOLDEN / "recipe.py"))["recipe_tensor"]
+
+    def make(case: str) -> dict[str, torch.Tensor]:
+        shapes = json.loads((GOLDEN / f"{case}.keys.json").read_text())
+        return {key: torch.from_numpy(recipe_tensor(key, s)) for key, s in shapes.items()}
+
+    return make

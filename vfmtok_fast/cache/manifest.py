@@ -1,0 +1,282 @@
+"""The manifest: what a cache is, and everything that its tokens depend on.
+
+`manifest.json` is written once, before the first shard. Its fingerprint is the hash of `covers`,
+the list of all that changes tokens; a run whose list differs is refused with the names of what
+differs, so tokens of two tokenizers never meet in one folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from .. import images as pictures
+from .atomic import write_atomic
+
+FORMAT = "vfmtok_fast token cache"
+VERSION = 1
+NAME = "manifest.json"
+BAD_TOKEN = 0xFFFF
+
+
+class Tokenizer(Protocol):
+    """What a cache needs of a tokenizer; `vfmtok_fast.VFMTok` has it.
+
+    `config` is a dataclass with image_size (pixels), num_regions (T, tokens per view) and
+    codebook_size; `encode` takes floating-point [B, 3, image_size, image_size] in [-1, 1] and
+    returns integer [B, T].
+    """
+
+    config: Any
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor: ...
+
+    def state_dict(self) -> Mapping[str, torch.Tensor]: ...
+
+    def parameters(self) -> Any: ...
+
+
+class FingerprintMismatch(FileExistsError):
+    """The folder holds a cache that was made by another tokenizer or with other settings."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of manifest.json.
+
+    Args:
+        covers: everything that changes tokens, as plain JSON values.
+        shard_size: pictures per shard.
+        images: number of pictures in the index.
+        classes: the class folders; label i is classes[i].
+        index_sha256: checksum of the index's content.
+    """
+
+    covers: dict[str, Any]
+    shard_size: int
+    images: int
+    classes: list[str]
+    index_sha256: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of `covers`, in hexadecimal."""
+        return hashlib.sha256(_canonical(self.covers)).hexdigest()
+
+    @property
+    def views(self) -> list[str]:
+        """Names of the V views, in the order in which shards hold them."""
+        return self.covers["views"]
+
+    @property
+    def num_tokens(self) -> int:
+        """T, tokens per view."""
+        return self.covers["num_tokens"]
+
+    @property
+    def codebook_size(self) -> int:
+        """Tokens are below this."""
+        return self.covers["codebook_size"]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square that is encoded, in pixels."""
+        return self.covers["image_size"]
+
+    @property
+    def batch_size(self) -> int:
+        """Views per call of `encode`; the last batch of a shard is padded to it."""
+        return self.covers["batch_size"]
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.images // self.shard_size)
+
+    def rows_of(self, shard: int) -> range:
+        """Global indices of the pictures in a shard."""
+        first = shard * self.shard_size
+        return range(first, min(first + self.shard_size, self.images))
+
+    def write(self, out: Path) -> None:
+        """Write manifest.json into `out`, atomically; raises CacheWriteError."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": self.fingerprint,
+            "covers": self.covers,
+            "views": self.views,
+            "shard_size": self.shard_size,
+            "counts": {
+                "images": self.images,
+                "shards": self.shards,
+                "classes": len(self.classes),
+            },
+            "classes": self.classes,
+            "index_sha256": self.index_sha256,
+        }
+        text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        write_atomic(out / NAME, text.encode())
+
+
+def read_manifest(out: str | os.PathLike) -> Manifest:
+    """Read and check a cache's manifest.
+
+    Raises:
+        FileNotFoundError: `out` is no token cache.
+        ValueError: the manifest is damaged, of another version, or not ours.
+    """
+    path = Path(out) / NAME
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(
+            f"{out}: no token cache here ({NAME} is missing); make one with vfmtok-fast cache"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); restore it, or cache anew") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path}: not the manifest of a token cache")
+    if content.get("version") != VERSION:
+        raise ValueError(
+            f"{path}: format version {content.get('version')}, this program reads {VERSION}"
+        )
+    try:
+        manifest = Manifest(
+            covers=content["covers"],
+            shard_size=content["shard_size"],
+            images=content["counts"]["images"],
+            classes=content["classes"],
+            index_sha256=content["index_sha256"],
+        )
+        sound = (
+            manifest.fingerprint == content["fingerprint"]
+            and manifest.shards == content["counts"]["shards"]
+            and manifest.views == content["views"]
+        )
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: damaged (entry {error}); restore it, or cache anew") from error
+    if not sound:
+        raise ValueError(
+            f"{path}: damaged (the fingerprint does not fit what it covers); "
+            "restore it, or cache anew"
+        )
+    return manifest
+
+
+def describe(tokenizer: Tokenizer, views: list[str], batch_size: int) -> dict[str, Any]:
+    """List everything that changes tokens.
+
+    The batch size is among it: matrix products round differently in another batch shape, which
+    flips codes that are nearly tied.
+
+    Args:
+        tokenizer: see `Tokenizer`.
+        views: names of the views.
+        batch_size: views per call of `encode`.
+
+    Returns:
+        Plain JSON values; every entry is explained by its name.
+
+    Raises:
+        ValueError: the codebook does not fit 16-bit tokens.
+    """
+    config = tokenizer.config
+    if not 0 < config.codebook_size <= BAD_TOKEN:
+        raise ValueError(
+            f"cache: codebook_size must be 1 to {BAD_TOKEN} (tokens are stored in 16 bits, "
+            f"{BAD_TOKEN} marks a bad picture), got {config.codebook_size}"
+        )
+    first = next(iter(tokenizer.parameters()), None)
+    covers = {
+        "weights_sha256": weights_checksum(tokenizer.state_dict()),
+        "config": dataclasses.asdict(config),
+        "codebook_size": config.codebook_size,
+        "num_tokens": config.num_regions,
+        "dtype": str(torch.float32 if first is None else first.dtype).removeprefix("torch."),
+        "views": list(views),
+        "image_size": config.image_size,
+        "interpolation": pictures.INTERPOLATION,
+        "decoder": pictures.DECODER,
+        "decoder_version": pictures.DECODER_VERSION,
+        "batch_size": batch_size,
+    }
+    # Through JSON once, so that tuples are lists as they are when read back.
+    return json.loads(_canonical(covers))
+
+
+def weights_checksum(state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a state dict, in sorted order of the names.
+
+    Args:
+        state: tensors of any dtype, shape and device.
+
+    Returns:
+        Hexadecimal digest; equal for equal weights wherever they lie.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
+        flat = tensor.cpu().contiguous().reshape(-1)
+        if flat.numel():
+            digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_same(found: Manifest, covers: dict[str, Any], shard_size: int, out: Path) -> None:
+    """Refuse to add tokens to a cache that was made otherwise.
+
+    Raises:
+        FingerprintMismatch: one line that names every differing key with both values.
+    """
+    differing = differences(
+        {**found.covers, "shard_size": found.shard_size}, {**covers, "shard_size": shard_size}
+    )
+    if differing:
+        raise FingerprintMismatch(
+            f"{out}: holds a cache made otherwise: {differing}; "
+            "use the same settings, or another folder"
+        )
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Name what differs between two settings: "key (there 1, here 2), ..."; empty if nothing."""
+    there, here = _flat(there), _flat(here)
+    parts = [
+        f"{key} (there {_short(there.get(key))}, here {_short(here.get(key))})"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    ]
+    return ", ".join(parts)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, list):
+        return "+".join(map(str, value))
+    text = str(value)
+    return text[:12] + "..." if len(text) == 64 else text
+
+
+def _canonical(values: Any) -> bytes:
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

@@ -1,0 +1,114 @@
+"""Reading a cache: random access to the tokens of single pictures, straight from the mapped files.
+
+Tokens are stored in 16 bits without sign, a type that torch can hardly compute with; the reader
+hands out int64.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from . import shards
+from .job import COMPLETE
+from .manifest import Manifest, read_manifest
+
+
+class TokenCache:
+    """The readable pictures of a cache, as (tokens, label); a map-style data set.
+
+    Bad pictures are left out, so positions run from 0 to len - 1 without gaps; `rows[i]` is the
+    global index of the picture at position i. Costs a few bytes per picture; tokens are read on
+    demand. Can be sent to worker processes, which map the files for themselves.
+
+    Args:
+        out: the cache's folder.
+        view: name of the view to hand out; None: all of them.
+        partial: take the finished shards of a cache that is not complete.
+
+    Raises:
+        FileNotFoundError: there is no cache.
+        ValueError: the cache is damaged, incomplete (without `partial`), or has no such view.
+    """
+
+    def __init__(
+        self, out: str | os.PathLike, view: str | None = None, *, partial: bool = False
+    ) -> None:
+        self.out = Path(out)
+        self.manifest: Manifest = read_manifest(self.out)
+        names = self.manifest.views
+        if view is not None and view not in names:
+            raise ValueError(f"{out}: has the views {', '.join(names)}, not {view!r}")
+        self._view = slice(None) if view is None else names.index(view)
+        if not partial and not (self.out / COMPLETE).exists():
+            raise ValueError(f"{out}: not complete; finish it, or pass partial=True")
+        rows, labels = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
+        self._files: dict[int, Any] = {}
+        for number in range(self.manifest.shards):
+            path = shards.shard_path(self.out, number)
+            if partial and not path.exists():
+                continue
+            if problem := shards.header_problem(shards.read_header(path), number, self.manifest):
+                raise ValueError(f"{path}: {problem}")
+            with safe_open(path, framework="numpy") as file:
+                good = file.get_tensor("status") == shards.OK
+                rows.append(file.get_tensor("index")[good])
+                labels.append(file.get_tensor("label")[good])
+        self.rows: np.ndarray = np.concatenate(rows)
+        self.labels: np.ndarray = np.concatenate(labels)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes; a label is a place in this list, -1 is none."""
+        return self.manifest.classes
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, int]:
+        """Tokens int64 [T], or [V, T] for all views, and the label of one picture."""
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"{self.out}: has {len(self)} pictures, no position {position}")
+        number, row = divmod(int(self.rows[position]), self.manifest.shard_size)
+        tokens = self._tokens(number)[row][self._view]
+        return torch.from_numpy(tokens.astype(np.int64)), int(self.labels[position])
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        return (self[position] for position in range(len(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Open files do not travel; the other process maps them again on first use.
+        return {**self.__dict__, "_files": {}}
+
+    def _tokens(self, number: int) -> Any:
+        if number not in self._files:
+            path = shards.shard_path(self.out, number)
+            self._files[number] = safe_open(path, framework="numpy").get_slice("tokens")
+        return self._files[number]
+
+
+def read_tokens(out: str | os.PathLike, view: str = "center") -> tuple[np.ndarray, np.ndarray]:
+    """Read one view of all readable pictures at once; for caches that fit into memory.
+
+    Args:
+        out: the cache's folder; must be complete.
+        view: name of the view.
+
+    Returns:
+        Tokens uint16 [N, T] and labels int32 [N], in index order.
+
+    Raises:
+        FileNotFoundError, ValueError: as `TokenCache`.
+    """
+    cache = TokenCache(out, view)
+    parts = [np.zeros((0, cache.manifest.num_tokens), np.uint16)]
+    for number in range(cache.manifest.shards):
+        _, shard = shards.read_shard(shards.shard_path(cache.out, number))
+        parts.append(shard.tokens[shard.status == shards.OK, cache._view])
+    return np.concatenate(parts), cache.labels

@@ -1,0 +1,213 @@
+"""Shards: the tokens of a run of pictures in one safetensors file, and its quarantine list.
+
+    shards/tokens-00000.safetensors  tokens u16 [n,V,T], index i64 [n], label i32 [n], status u8 [n]
+    quarantine/00000.jsonl           one line per bad picture; no file where there is none
+
+The shard is what commits: its quarantine list is written first, and its checksum stands in the
+shard, so the two always belong together. The bytes depend on nothing but the contents: safetensors
+keeps its metadata in a hash map, whose order varies once there are two keys, so there is one key,
+holding sorted JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from .atomic import remove_file, write_atomic
+from .manifest import BAD_TOKEN, Manifest
+
+META_KEY = "vfmtok_fast"
+
+OK, BAD, GONE = 0, 1, 2
+STATUS_NAMES = {OK: "read", BAD: "not readable", GONE: "gone or changed since it was indexed"}
+
+_DTYPES = {"tokens": np.uint16, "index": np.int64, "label": np.int32, "status": np.uint8}
+
+
+@dataclass
+class Shard:
+    """The contents of one shard of n pictures, V views, T tokens.
+
+    Args:
+        number: which shard.
+        tokens: uint16 [n, V, T]; 0xFFFF throughout a bad picture's slot.
+        index: int64 [n], global index.
+        label: int32 [n].
+        status: uint8 [n]: 0 read, 1 not readable, 2 gone or changed since it was indexed.
+        quarantine: a dict with index, path, reason, status for each bad picture, in index order.
+    """
+
+    number: int
+    tokens: np.ndarray
+    index: np.ndarray
+    label: np.ndarray
+    status: np.ndarray
+    quarantine: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a shard says about itself, readable without its tokens."""
+
+    fingerprint: str
+    number: int
+    count: int
+    bad: int
+    checksums: dict[str, str]
+
+    def digest(self) -> str:
+        """Hash of the whole header, which through the checksums stands for the contents."""
+        return hashlib.sha256(_json(vars(self))).hexdigest()
+
+
+def shard_path(out: Path, number: int) -> Path:
+    """Where shard `number` of the cache `out` lies."""
+    return out / "shards" / f"tokens-{number:05d}.safetensors"
+
+
+def quarantine_path(out: Path, number: int) -> Path:
+    """Where the quarantine list of shard `number` lies, if it has one."""
+    return out / "quarantine" / f"{number:05d}.jsonl"
+
+
+def write_shard(out: Path, fingerprint: str, shard: Shard) -> None:
+    """Commit a shard and its quarantine list; their folders must exist.
+
+    Raises:
+        CacheWriteError: a file cannot be written; the shard is then not there, or as it was.
+    """
+    arrays = {
+        name: np.ascontiguousarray(getattr(shard, name), dtype) for name, dtype in _DTYPES.items()
+    }
+    checksums = {name: _sha256(array) for name, array in arrays.items()}
+    lines = b"".join(_json(entry) + b"\n" for entry in shard.quarantine)
+    checksums["quarantine"] = hashlib.sha256(lines).hexdigest()
+    header = Header(
+        fingerprint, shard.number, len(shard.status), int((shard.status != OK).sum()), checksums
+    )
+    if lines:
+        write_atomic(quarantine_path(out, shard.number), lines)
+    else:
+        remove_file(quarantine_path(out, shard.number))  # of a run that died before its commit
+    data = save(arrays, metadata={META_KEY: _json(vars(header)).decode()})
+    write_atomic(shard_path(out, shard.number), data)
+
+
+def read_header(path: Path) -> Header:
+    """Read what a shard says about itself; a truncated file is noticed, a flipped bit is not.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is damaged or not a shard.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            content = json.loads((file.metadata() or {})[META_KEY])
+            if set(file.keys()) != set(_DTYPES):
+                raise ValueError(f"holds {sorted(file.keys())}")
+            return Header(**content)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: this shard is missing") from error
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"{path}: damaged or not a shard ({_line(error)})") from error
+
+
+def read_shard(path: Path) -> tuple[Header, Shard]:
+    """Read a shard whole, without its quarantine list and without checking (see `problems`).
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_header`.
+    """
+    header = read_header(path)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in _DTYPES}
+    except (SafetensorError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"{path}: damaged or not a shard ({_line(error)})") from error
+    return header, Shard(header.number, **arrays)
+
+
+def read_quarantine(out: Path, number: int) -> tuple[list[dict[str, Any]], str]:
+    """The quarantine list of a shard (empty where there is no file) and its checksum.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = quarantine_path(out, number)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        data = b""
+    try:
+        entries = [json.loads(line) for line in data.splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({_line(error)})") from error
+    return entries, hashlib.sha256(data).hexdigest()
+
+
+def header_problem(header: Header, number: int, manifest: Manifest) -> str | None:
+    """Why a shard cannot be shard `number` of this cache, judged by its header; None if it can."""
+    if header.number != number:
+        return f"is shard {header.number}, not {number}"
+    if header.count != len(manifest.rows_of(number)):
+        return f"holds {header.count} pictures instead of {len(manifest.rows_of(number))}"
+    if header.fingerprint != manifest.fingerprint:
+        return (
+            f"was made by another tokenizer or with other settings (fingerprint "
+            f"{header.fingerprint[:12]}... instead of {manifest.fingerprint[:12]}...)"
+        )
+    return None
+
+
+def problems(header: Header, shard: Shard, manifest: Manifest) -> list[str]:
+    """All that is wrong inside a shard: dtypes, shapes, checksums, order, ranges, bad slots.
+
+    Returns:
+        One line each; empty if the shard is sound. Agreement with the index and the quarantine list
+        is for the caller, who has them.
+    """
+    count, views = len(manifest.rows_of(header.number)), len(manifest.views)
+    shapes = dict.fromkeys(_DTYPES, (count,)) | {"tokens": (count, views, manifest.num_tokens)}
+    found = []
+    for name, dtype in _DTYPES.items():
+        array = getattr(shard, name)
+        if array.dtype != dtype or array.shape != shapes[name]:
+            found.append(
+                f"{name} is {array.dtype} {array.shape} instead of {np.dtype(dtype)} {shapes[name]}"
+            )
+        elif _sha256(array) != header.checksums.get(name):
+            found.append(f"{name} does not fit its checksum")
+    if found:
+        return found
+    if not np.array_equal(shard.index, np.asarray(manifest.rows_of(header.number))):
+        found.append("index is not the run of numbers that belongs to this shard")
+    if not np.isin(shard.status, list(STATUS_NAMES)).all():
+        found.append(f"status holds other values than {list(STATUS_NAMES)}")
+    good = shard.status == OK
+    if header.bad != int((~good).sum()):
+        found.append(f"says {header.bad} bad pictures, holds {int((~good).sum())}")
+    if (shard.tokens[good] >= manifest.codebook_size).any():
+        found.append(f"holds tokens of {manifest.codebook_size} or more")
+    if (shard.tokens[~good] != BAD_TOKEN).any():
+        found.append("holds tokens for bad pictures")
+    return found
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+
+
+def _json(values: Any) -> bytes:
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,90 @@
+"""How far a cache is, also while it is being built: reads headers only, writes nothing."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import atomic, shards
+from .job import COMPLETE, INDEX
+from .manifest import NAME, read_manifest
+
+
+@dataclass(frozen=True)
+class Status:
+    """The state of a cache folder.
+
+    Args:
+        state: "indexing" (no manifest yet), "incomplete", or "complete".
+        images: pictures in the index; 0 while indexing.
+        done: pictures in finished shards, bad ones included.
+        bad: quarantined pictures among them.
+        shards: shards in all.
+        shards_done: finished shards.
+        damaged: numbers of the shards whose header cannot be read or does not belong here; the next
+            run encodes them again.
+        writing: files that are being written, or were when their process died.
+        views: names of the views.
+    """
+
+    state: str
+    images: int
+    done: int
+    bad: int
+    shards: int
+    shards_done: int
+    damaged: tuple[int, ...]
+    writing: int
+    views: tuple[str, ...]
+
+
+def status(out: str | os.PathLike) -> Status:
+    """Look at a cache, without its pictures or its tokenizer.
+
+    Args:
+        out: the cache's folder.
+
+    Raises:
+        FileNotFoundError: there is no cache.
+        ValueError: the manifest is damaged or not ours.
+    """
+    out = Path(out)
+    writing = sum(
+        atomic.is_temporary(name)
+        for folder in (out, out / "shards", out / "quarantine")
+        if folder.is_dir()
+        for name in os.listdir(folder)
+    )
+    begun = writing or (out / INDEX).exists()
+    if begun and not (out / NAME).exists():
+        return Status("indexing", 0, 0, 0, 0, 0, (), writing, ())
+    found = read_manifest(out)
+    done = bad = finished = 0
+    damaged = []
+    for number in range(found.shards):
+        try:
+            header = shards.read_header(shards.shard_path(out, number))
+        except FileNotFoundError:
+            continue
+        except ValueError:
+            damaged.append(number)
+            continue
+        if shards.header_problem(header, number, found):
+            damaged.append(number)
+            continue
+        finished += 1
+        done += header.count
+        bad += header.bad
+    complete = finished == found.shards and (out / COMPLETE).exists()
+    return Status(
+        state="complete" if complete else "incomplete",
+        images=found.images,
+        done=done,
+        bad=bad,
+        shards=found.shards,
+        shards_done=finished,
+        damaged=tuple(damaged),
+        writing=writing,
+        views=tuple(found.views),
+    )

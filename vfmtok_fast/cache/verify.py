@@ -1,0 +1,213 @@
+"""Checking a cache: every byte of it against itself, and a sample of it against the pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..images import quiet_pillow
+from . import index, shards
+from .encode import encode_rows
+from .job import COMPLETE, INDEX, completion
+from .manifest import (
+    FingerprintMismatch,
+    Manifest,
+    Tokenizer,
+    describe,
+    differences,
+    read_manifest,
+)
+
+
+@dataclass
+class Report:
+    """What `verify` found.
+
+    Args:
+        problems: one line each; empty for a sound and complete cache.
+        images: pictures in the index.
+        bad: quarantined pictures.
+        shards: shards in all.
+        sampled: pictures that were encoded again.
+        agreement: share of their tokens that came out the same, 0 to 1; None if none was sampled.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    images: int = 0
+    bad: int = 0
+    shards: int = 0
+    sampled: int = 0
+    agreement: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether no problem was found."""
+        return not self.problems
+
+
+def verify(
+    out: str | os.PathLike,
+    tokenizer: Tokenizer | None = None,
+    images: str | os.PathLike | None = None,
+    *,
+    sample: int = 64,
+    min_agreement: float = 0.999,
+    workers: int = 1,
+) -> Report:
+    """Check a cache's files, and encode a sample of its pictures again.
+
+    Args:
+        out: the cache's folder.
+        tokenizer: the one that made it; needed to encode again, given alone only its fingerprint is
+            compared.
+        images: the folder of pictures; needed to encode again.
+        sample: pictures to encode again, spread evenly, rounded up to whole batches.
+        min_agreement: a smaller share of equal tokens is a problem. On the device that made the
+            cache all are equal; another kind of device rounds differently and flips codes that are
+            nearly tied.
+        workers: threads that read and decode.
+
+    Returns:
+        All problems at once, and the agreement.
+
+    Raises:
+        FileNotFoundError: there is no cache in `out`, or no folder `images`.
+        ValueError: the manifest is damaged, or `images` without `tokenizer`.
+        FingerprintMismatch: `tokenizer` is not the one that made the cache.
+    """
+    out = Path(out)
+    found = read_manifest(out)
+    if images is not None and tokenizer is None:
+        raise ValueError("verify: encoding pictures again needs the tokenizer that made the cache")
+    if images is not None and not Path(images).is_dir():
+        raise FileNotFoundError(f"{images}: no such folder of pictures")
+    if sample < 1:
+        raise ValueError(f"verify: sample must be at least 1, got {sample}")
+    if tokenizer is not None:
+        covers = describe(tokenizer, found.views, found.batch_size)
+        if differing := differences(found.covers, covers):
+            raise FingerprintMismatch(
+                f"{out}: was not made by this tokenizer and program: {differing}"
+            )
+    report = Report(images=found.images, shards=found.shards)
+    sound = _check_files(out, found, report)
+    if images is not None and sound:
+        with quiet_pillow():
+            _check_sample(out, found, report, sound, tokenizer, Path(images), sample, workers)
+        if report.agreement is not None and report.agreement < min_agreement:
+            report.problems.append(
+                f"{report.sampled} pictures encoded again: only {report.agreement:.4%} of the "
+                f"tokens agree (at least {min_agreement:.4%} expected)"
+            )
+    return report
+
+
+def _check_files(out: Path, found: Manifest, report: Report) -> list[int]:
+    """Fill in `report.problems` and `report.bad`; the numbers of the sound shards."""
+    try:
+        if index.index_checksum(out / INDEX) != (found.images, found.index_sha256):
+            report.problems.append(f"{out / INDEX}: does not fit its checksum in the manifest")
+            return []
+    except ValueError as error:
+        report.problems.append(str(error))
+        return []
+    sound, missing = [], []
+    for number in range(found.shards):
+        path = shards.shard_path(out, number)
+        try:
+            wrong = _check_shard(out, found, number, report)
+        except FileNotFoundError:
+            missing.append(number)
+            continue
+        except ValueError as error:
+            report.problems.append(f"{error}; remove it and run again")
+            continue
+        report.problems += [f"{path}: {problem}; remove it and run again" for problem in wrong]
+        if not wrong:
+            sound.append(number)
+    if missing:
+        report.problems.append(
+            f"{out}: {len(missing)} of {found.shards} shards are missing (first: {missing[0]}); "
+            "run again"
+        )
+    elif len(sound) == found.shards:
+        _check_completion(out, found, report)
+    known = {shards.shard_path(out, number).name for number in range(found.shards)}
+    for path in sorted((out / "shards").glob("*.safetensors")):
+        if path.name not in known:
+            report.problems.append(f"{path}: does not belong to this cache")
+    return sound
+
+
+def _check_shard(out: Path, found: Manifest, number: int, report: Report) -> list[str]:
+    header, shard = shards.read_shard(shards.shard_path(out, number))
+    if problem := shards.header_problem(header, number, found):
+        return [problem]
+    if wrong := shards.problems(header, shard, found):
+        return wrong
+    rows = index.read_rows(out / INDEX, number)
+    if rows.labels != shard.label.tolist():
+        wrong.append("labels do not agree with the index")
+    entries, checksum = shards.read_quarantine(out, number)
+    bad = np.flatnonzero(shard.status != shards.OK)
+    expected = [(rows.first + int(i), rows.paths[i], int(shard.status[i])) for i in bad]
+    listed = [(entry.get("index"), entry.get("path"), entry.get("status")) for entry in entries]
+    if listed != expected or checksum != header.checksums.get("quarantine"):
+        wrong.append(f"does not agree with {shards.quarantine_path(out, number)}")
+    report.bad += len(bad)
+    return wrong
+
+
+def _check_completion(out: Path, found: Manifest, report: Report) -> None:
+    path = out / COMPLETE
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        report.problems.append(f"{path}: missing although all shards are there; run again")
+        return
+    except ValueError:
+        content = None
+    if content != completion(out, found):
+        report.problems.append(f"{path}: does not agree with the shards; remove it and run again")
+
+
+def _check_sample(
+    out: Path,
+    found: Manifest,
+    report: Report,
+    sound: list[int],
+    tokenizer: Tokenizer,
+    images: Path,
+    sample: int,
+    workers: int,
+) -> None:
+    # Pieces that start and end where batches do, so that the very same batches are formed again.
+    views = len(found.views)
+    piece = found.batch_size // math.gcd(found.batch_size, views)
+    pieces = [
+        (number, start) for number in sound for start in range(0, len(found.rows_of(number)), piece)
+    ]
+    wanted = min(-(-sample // piece), len(pieces))
+    chosen = [pieces[k * len(pieces) // wanted] for k in range(wanted)]
+    equal = total = 0
+    for number, start in chosen:
+        _, shard = shards.read_shard(shards.shard_path(out, number))
+        rows = index.read_rows(out / INDEX, number)[start : start + piece]
+        again = encode_rows(images, rows, found, tokenizer, workers)
+        part = slice(start, start + len(rows))
+        for position in np.flatnonzero(again.status != shard.status[part]):
+            now = again.reasons.get(int(position), "can be read now")
+            then = shards.STATUS_NAMES[int(shard.status[part][position])]
+            report.problems.append(
+                f"{images}: {rows.paths[position]!r} is cached as {then}, but: {now}"
+            )
+        both = (again.status == shards.OK) & (shard.status[part] == shards.OK)
+        equal += int((again.tokens[both] == shard.tokens[part][both]).sum())
+        total += again.tokens[both].size
+        report.sampled += len(rows)
+    report.agreement = equal / total if total else None

@@ -1,0 +1,323 @@
+"""Loading the authors' files into our models.
+
+The authors publish ``yexiguafu/VFMTok`` on the Hugging Face hub; `OFFICIAL_FILES` lists what it
+holds. DINOv2 publishes its own file. Loading is strict: every key must be there, be known and fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .generator import GPT
+    from .tokenizer import VFMTok
+
+OFFICIAL_REPO = "yexiguafu/VFMTok"
+OFFICIAL_FILES = {
+    "tokenizer": "DINOv2/tokenizer/vfmtok-tokenizer.pt",
+    "GPT-B": "DINOv2/GPT-B/GPT-B-300e.pt",
+    "GPT-L": "DINOv2/GPT-L/GPT-L-300e.pt",
+    "GPT-XL": "DINOv2/GPT-XL/GPT-XL-200e.pt",
+    "GPT-XXL": "DINOv2/GPT-XXL/GPT-XXL-200e.pt",
+    "GPT-2B": "DINOv2/GPT-2B/GPT-2B-200e.pt",
+    "GPT-3B": "DINOv2/GPT-3B/GPT-3B-200e.pt",
+}
+DINOV2_FILE = "dinov2_vitl14_reg4_pretrain.pth"
+DINOV2_URL = f"https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/{DINOV2_FILE}"
+
+BACKBONE_PREFIX = "encode_transformer.backbone.pretrained_encoder."
+
+# Our name to the authors', applied in this order.
+TOKENIZER_NAMES = (
+    (r"^quantizer\.codebook$", "slot_quantize.embedding.weight"),
+    (r"^quantizer\.proj\.", "pre_slots_quant."),
+    (r"^token_decoder\.proj\.", "post_slots_quant."),
+    (r"^region_encoder\.regions$", "encode_transformer.carrier_tokens"),
+    (r"^region_encoder\.position$", "encode_transformer.slots_pos"),
+    (r"^region_encoder\.input_norm\.", "encode_transformer.norm_pre1."),
+    (r"^region_encoder\.level_norms\.", "encode_transformer.norm_layers."),
+    (r"^region_encoder\.projectors\.(\d+)\.", r"encode_transformer.projectors.\1.mlp."),
+    (r"^region_encoder\.layers\.", "encode_transformer.transformer.layers."),
+    (r"\.cross_attention\.offsets\.", ".cross_attn.sampling_offsets."),
+    (r"\.cross_attention\.weights\.", ".cross_attn.attention_weights."),
+    (r"\.cross_attention\.value\.", ".cross_attn.value_proj."),
+    (r"\.cross_attention\.out\.", ".cross_attn.output_proj."),
+    (r"\.self_attention\.(q|k|v|out)\.", r".self_attn.\1_proj."),
+    (r"(encode_transformer.*)\.cross_norm\.", r"\1.norm1."),
+    (r"(encode_transformer.*)\.self_norm\.", r"\1.norm3."),
+    (r"(encode_transformer.*)\.ffn_norm\.", r"\1.norm2."),
+    (r"(encode_transformer.*)\.up\.", r"\1.linear1."),
+    (r"(encode_transformer.*)\.down\.", r"\1.linear2."),
+    (r"^token_decoder\.region_position$", "decode_transformer.slot_position_embedding"),
+    (r"^token_decoder\.position$", "decode_transformer.position_embedding"),
+    (r"^token_decoder\.class_token$", "decode_transformer.cls_token"),
+    (r"^token_decoder\.pixel_mask$", "decode_transformer.mask_embedding"),
+    (r"^token_decoder\.feature_mask$", "decode_transformer.mask_dino"),
+    (r"^token_decoder\.registers$", "decode_transformer.register_tokens"),
+    (r"^token_decoder\.pixel_norm\.", "decode_transformer.norm_post1."),
+    (r"^token_decoder\.feature_norm\.", "decode_transformer.norm_post2."),
+    (r"^token_decoder\.feature_head\.", "decode_transformer.proj."),
+    (r"^token_decoder\.layers\.", "decode_transformer.transformer.layers."),
+    (r"\.attention_norm\.", ".norm1."),
+    (r"\.attention\.(q|k|v|out)\.", r".attn1.\1_proj."),
+    (r"(decode_transformer.*)\.ffn_norm\.", r"\1.norm2."),
+    (r"\.gate_up\.", ".ffnet.w12."),
+    (r"(decode_transformer.*)\.down\.", r"\1.ffnet.w3."),
+    (r"^pixel_decoder\.middle\.1\.out\.", "decoder.mid.1.proj_out."),
+    (r"^pixel_decoder\.middle\.", "decoder.mid."),
+    (r"^pixel_decoder\.levels\.(\d+)\.blocks\.", r"decoder.conv_blocks.\1.res."),
+    (r"^pixel_decoder\.levels\.(\d+)\.upsample\.", r"decoder.conv_blocks.\1.upsample.conv."),
+    (r"^pixel_decoder\.", "decoder."),
+    (r"\.shortcut\.", ".nin_shortcut."),
+)
+GPT_NAMES = (
+    (r"^class_embedding\.", "cls_embedding.embedding_table."),
+    (r"^token_embedding\.", "tok_embeddings."),
+    (r"^blocks\.", "layers."),
+    (r"\.attention\.qkv\.", ".attention.wqkv."),
+    (r"\.attention\.out\.", ".attention.wo."),
+    (r"\.ffn\.gate\.", ".feed_forward.w1."),
+    (r"\.ffn\.up\.", ".feed_forward.w3."),
+    (r"\.ffn\.down\.", ".feed_forward.w2."),
+    (r"^head\.", "output."),
+)
+# Entries of the authors' files that the models have no use for.
+TOKENIZER_UNUSED = ("slot_quantize.codebook_used",)
+DINOV2_UNUSED = ("mask_token",)
+
+
+def official_name(ours: str, names: tuple[tuple[str, str], ...]) -> str:
+    """Translate one of our state-dict keys by `TOKENIZER_NAMES` or `GPT_NAMES`."""
+    for pattern, replacement in names:
+        ours = re.sub(pattern, replacement, ours)
+    return ours
+
+
+def load_tokenizer(
+    model: VFMTok, tokenizer: str | Path | Mapping, backbone: str | Path | Mapping | None = None
+) -> VFMTok:
+    """Fill ``model`` from the authors' tokenizer and the backbone's own file.
+
+    Args:
+        model: as built from the config; it is returned, in eval mode.
+        tokenizer: ``vfmtok-tokenizer.pt``, or the mapping in it: ``{"ema" | "model" | "state_dict":
+            {...}}`` or plain.
+        backbone: ``dinov2_vitl14_reg4_pretrain.pth`` or its mapping; for another timm model, a
+            file in timm's own naming. None takes the entries ``encode_transformer.backbone.
+            pretrained_encoder.*`` of ``tokenizer``, else the published file, which is downloaded.
+
+    Raises:
+        ValueError: missing, extra, misshapen or NaN entries (all named), or a file that is no
+            checkpoint or would run code.
+        FileNotFoundError: no such file, or a download that failed.
+    """
+    tensors = read_tensors(tokenizer, ("ema", "model", "state_dict"), "tokenizer")
+    inside = {
+        key.removeprefix(BACKBONE_PREFIX): value
+        for key, value in tensors.items()
+        if key.startswith(BACKBONE_PREFIX)
+    }
+    tensors = {key: value for key, value in tensors.items() if not key.startswith(BACKBONE_PREFIX)}
+    keys = {
+        official_name(key, TOKENIZER_NAMES): key
+        for key in model.state_dict()
+        if not key.startswith("backbone.")
+    }
+    state = _translate(model.state_dict(), tensors, keys, TOKENIZER_UNUSED, "tokenizer")
+    if backbone is not None:
+        inside = read_tensors(backbone, ("model", "state_dict", "teacher"), "backbone")
+    elif not inside:
+        inside = _fetch_backbone(model)
+    state.update({f"backbone.vit.{k}": v for k, v in _backbone_state(model, inside).items()})
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+def load_gpt(model: GPT, checkpoint: str | Path | Mapping) -> GPT:
+    """Fill ``model`` from one of the authors' GPT files; raises as `load_tokenizer` does.
+
+    Args:
+        model: as built from the config; it is returned, in eval mode.
+        checkpoint: a ``.pt`` file, or the mapping in it: ``{"ema" | "module" | "state_dict" |
+            "model": {...}}`` or plain.
+    """
+    tensors = read_tensors(checkpoint, ("ema", "module", "state_dict", "model"), "GPT checkpoint")
+    own = model.state_dict()
+    keys = {official_name(key, GPT_NAMES): key for key in own}
+    model.load_state_dict(_translate(own, tensors, keys, (), "GPT checkpoint"), strict=True)
+    return model.eval()
+
+
+def read_tensors(
+    source: str | Path | Mapping, wrappers: tuple[str, ...], what: str
+) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint, out of its wrapper and without a DDP prefix.
+
+    Args:
+        source: a ``.pt``, ``.pth`` or ``.safetensors`` file, or a mapping.
+        wrappers: keys that may hold the tensors, the first one present counts.
+        what: how errors name it.
+    """
+    content = source if isinstance(source, Mapping) else _read_file(Path(source), what)
+    for wrapper in wrappers:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+            break
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(
+            f"{what}: expected a mapping of tensors, or one under {', '.join(wrappers)}, "
+            f"got {type(content).__name__}{' (empty)' if isinstance(content, Mapping) else ''}"
+        )
+    if wrong := [str(key) for key, value in content.items() if not isinstance(value, Tensor)]:
+        raise ValueError(
+            f"{what}: expected only tensors, or them under {', '.join(wrappers)}, "
+            f"got other entries: {', '.join(wrong)}"
+        )
+    for prefix in ("module.", "_orig_mod."):  # Left by DistributedDataParallel and torch.compile.
+        if all(key.startswith(prefix) for key in content):
+            content = {key.removeprefix(prefix): value for key, value in content.items()}
+    return dict(content)
+
+
+def _read_file(path: Path, what: str) -> object:
+    if not path.is_file():
+        raise FileNotFoundError(f"{what}: no such file: {path}")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{what}: {path} is no safetensors file ({error})") from error
+    try:
+        # Training scripts store their command line; a Namespace holds data and runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        cause = re.search(r"GLOBAL (\S+)", str(error))
+        detail = f"it refers to {cause[1]}" if cause else "it is no torch checkpoint"
+        raise ValueError(f"{what}: {path} was refused, only tensors are read: {detail}") from error
+    except (RuntimeError, EOFError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{what}: {path} is no complete torch checkpoint ({reason})") from error
+
+
+def _translate(
+    own: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    keys: Mapping[str, str],
+    unused: tuple[str, ...],
+    what: str,
+    convert: Callable[[str], tuple[int, ...]] | None = None,
+) -> dict[str, Tensor]:
+    """Rename ``theirs`` by ``keys`` (their name to ours), after naming all that does not fit."""
+    shape_of = convert or (lambda key: tuple(own[keys[key]].shape))
+    problems = []
+    if missing := sorted(set(keys) - set(theirs)):
+        problems.append(f"missing {', '.join(missing)}")
+    if extra := sorted(set(theirs) - set(keys) - set(unused)):
+        problems.append(f"unknown {', '.join(extra)}")
+    there = [key for key in keys if key in theirs]
+    misshapen = [
+        f"{key} (expected {shape_of(key)}, got {tuple(theirs[key].shape)})"
+        for key in there
+        if tuple(theirs[key].shape) != shape_of(key)
+    ]
+    if misshapen:
+        problems.append(f"misshapen {', '.join(misshapen)}")
+    if not_finite := [key for key in there if not bool(torch.isfinite(theirs[key]).all())]:
+        problems.append(f"NaN or infinity in {', '.join(not_finite)}")
+    if problems:
+        raise ValueError(f"{what} does not fit the model: {'; '.join(problems)}")
+    return {keys[key]: theirs[key] for key in there}
+
+
+def _backbone_state(model: VFMTok, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Backbone tensors in DINOv2's or timm's naming to those of ``model.backbone.vit``."""
+    config, vit = model.config.backbone, model.backbone.vit
+    own = vit.state_dict()
+    if config.timm_name is not None:
+        from timm.models.vision_transformer import checkpoint_filter_fn
+
+        # Heads and pooling are not part of the features.
+        heads = ("head.", "attn_pool.", "fc_norm.")
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(heads)}
+        if hasattr(vit, "pos_embed"):
+            tensors = checkpoint_filter_fn(tensors, vit)
+        return _translate(own, tensors, {key: key for key in own}, (), "backbone")
+
+    from .tokenizer.positions import resize_positions
+
+    keys = {{"reg_token": "register_tokens"}.get(key, key): key for key in own}
+    positions = (1, 1 + config.pretrain_grid**2, config.dim)
+
+    def shape(key: str) -> tuple[int, ...]:
+        return positions if key == "pos_embed" else tuple(own[keys[key]].shape)
+
+    state = _translate(own, tensors, keys, DINOV2_UNUSED, "backbone", shape)
+    # timm adds positions to patches only, so the class token carries its own.
+    table = state["pos_embed"].float()
+    state["cls_token"] = state["cls_token"] + table[:, :1]
+    state["pos_embed"] = resize_positions(
+        table[:, 1:], model.config.feature_grid, antialias=config.antialias_positions
+    )
+    return state
+
+
+def fetch_official(name: str, flag: str) -> Path:
+    """Download one of `OFFICIAL_FILES` from the hub (or find it in the hub's cache).
+
+    Args:
+        name: a key of `OFFICIAL_FILES`.
+        flag: how the user can pass a local file instead, for the error.
+
+    Raises:
+        FileNotFoundError: the hub cannot be reached, or does not have it.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    file = OFFICIAL_FILES[name]
+    try:
+        return Path(hf_hub_download(OFFICIAL_REPO, file))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise FileNotFoundError(
+            f"cannot download {file} from the Hugging Face repo {OFFICIAL_REPO}; "
+            f"fetch it where there is a network and pass its path with {flag}"
+        ) from error
+
+
+def _fetch_backbone(model: VFMTok) -> dict[str, Tensor]:
+    config = model.config.backbone
+    if config.timm_name is not None:
+        import timm
+
+        try:
+            return timm.create_model(config.timm_name, pretrained=True).state_dict()
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"cannot download timm's weights of {config.timm_name}; fetch its "
+                "model.safetensors where there is a network and pass its path as backbone "
+                "(--backbone)"
+            ) from error
+    path = Path(torch.hub.get_dir()) / "checkpoints" / DINOV2_FILE
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(DINOV2_URL, str(path))
+        except OSError as error:
+            raise FileNotFoundError(
+                f"the tokenizer file holds no backbone and {DINOV2_URL} cannot be downloaded; "
+                f"fetch {DINOV2_FILE} where there is a network and pass its path as backbone "
+                "(--backbone)"
+            ) from error
+    return read_tensors(path, ("model", "state_dict"), "backbone")

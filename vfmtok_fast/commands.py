@@ -1,0 +1,269 @@
+"""What each command of `vfmtok_fast.cli` does; every function returns an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from . import cache as token_cache
+from . import checkpoint, images, switch, untrained
+from .cache.atomic import atomic_file, make_folder
+from .cache.index import walk
+from .generator import GPT
+from .tokenizer import VFMTok
+from .visualize import reconstruction_grid
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+UNTRAINED_NOTE = "note: untrained weights; the tokens mean nothing and pictures are noise"
+
+
+def convert(options: argparse.Namespace) -> int:
+    out = Path(options.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is not an empty folder; choose a new one")
+    if options.backbone is not None and options.what != "tokenizer":
+        raise ValueError("--backbone goes with the tokenizer only")
+    config = None
+    if options.config is not None:
+        config = _read_config(Path(options.config))
+    file = options.file or checkpoint.fetch_official(options.what, "--file")
+    if options.what == "tokenizer":
+        model = VFMTok.from_official(file, options.backbone, config)
+    else:
+        model = GPT.from_official(file, config or options.what)
+    model.save_pretrained(out)
+    print(f"wrote {out}/config.json and {out}/model.safetensors")
+    return 0
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold one JSON object of config fields")
+    return config
+
+
+def cache(options: argparse.Namespace) -> int:
+    tokenizer = _tokenizer(options)
+    with _policy(options):
+        summary = token_cache.build(
+            options.images,
+            options.out,
+            tokenizer,
+            views=options.views,
+            batch_size=options.batch_size,
+            shard_size=options.shard_size,
+            max_bad=options.max_bad,
+            workers=options.workers,
+            progress=True,
+        )
+    rate = f", {summary.encoded / summary.seconds:.1f} img/s" if summary.encoded else ""
+    print(
+        f"{summary.out}: complete; {summary.images} pictures in {summary.shards} shards, "
+        f"{summary.encoded} encoded now in {summary.seconds:.1f} s{rate}"
+    )
+    if summary.bad:
+        print(f"{summary.bad} could not be read: see {summary.out}/quarantine/", file=sys.stderr)
+    return summary.exit_code
+
+
+def status(options: argparse.Namespace) -> int:
+    found = token_cache.status(options.out)
+    print(f"{options.out}: {found.state}")
+    if found.state != "indexing":
+        print(f"  pictures: {found.done} of {found.images} done, {found.bad} could not be read")
+        print(f"  shards:   {found.shards_done} of {found.shards}")
+        print(f"  views:    {', '.join(found.views)}")
+    if found.damaged:
+        print(f"  damaged:  shards {', '.join(map(str, found.damaged))} (made again by cache)")
+    if found.writing:
+        print(f"  files being written, or left by a process that died: {found.writing}")
+    if found.state != "complete":
+        return 1
+    return 3 if found.bad else 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    chosen = options.model or options.tokenizer or options.untrained
+    tokenizer = _tokenizer(options) if options.images or chosen else None
+    with _policy(options):
+        report = token_cache.verify(options.out, tokenizer, options.images, sample=options.sample)
+    for problem in report.problems:
+        print(problem, file=sys.stderr)
+    again = ""
+    if report.agreement is not None:
+        again = f"; {report.sampled} encoded again, {report.agreement:.4%} of tokens agree"
+    verdict = "sound" if report.ok else f"{len(report.problems)} problems"
+    print(
+        f"{options.out}: {verdict}; {report.images} pictures in {report.shards} shards, "
+        f"{report.bad} could not be read{again}"
+    )
+    if not report.ok:
+        return 1
+    return 3 if report.bad else 0
+
+
+def reconstruct(options: argparse.Namespace) -> int:
+    out = Path(options.out)
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"the picture to write must be named .png, got {out}")
+    if options.limit < 1 or options.regions < 1:
+        raise ValueError("--limit and --regions must be at least 1")
+    photos = _photos(Path(options.images), options.limit)
+    tokenizer = _tokenizer(options)
+    size = tokenizer.config.image_size
+    crops = []
+    for path in photos:
+        try:
+            crops.append(images.load_images([path], size))
+        except ValueError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    if not crops:
+        raise ValueError(f"{options.images}: no picture could be read")
+    with _policy(options):
+        grid = reconstruction_grid(tokenizer, torch.cat(crops), options.regions)
+    _write_png(out, grid)
+    print(f"wrote {out}: photo | reconstruction | where {options.regions} regions look")
+    return 3 if len(crops) < len(photos) else 0
+
+
+def _photos(path: Path, limit: int) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such picture or folder")
+    found = [path / name for name, _ in walk(path)][:limit]
+    if not found:
+        raise ValueError(f"{path}: no pictures in this folder")
+    return found
+
+
+def sample(options: argparse.Namespace) -> int:
+    out = Path(options.out)
+    if options.num < 1 or options.batch_size < 1 or options.size < 1:
+        raise ValueError("--num, --batch-size and --size must be at least 1")
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is not a folder")
+    gpt, tokenizer = _gpt(options), _tokenizer(options)
+    if gpt.config.block_size != tokenizer.config.num_regions or (
+        gpt.config.vocab_size > tokenizer.config.codebook_size
+    ):
+        raise ValueError(
+            f"the generator makes {gpt.config.block_size} codes of {gpt.config.vocab_size}, the "
+            f"tokenizer decodes {tokenizer.config.num_regions} of {tokenizer.config.codebook_size}"
+        )
+    classes = options.classes or range(gpt.config.num_classes)
+    class_ids = torch.tensor([classes[i % len(classes)] for i in range(options.num)])
+    pictures = np.empty((options.num, options.size, options.size, 3), np.uint8)
+    bar = tqdm(total=options.num, unit="img", desc="sample", disable=None)
+    with _policy(options), bar:
+        for ids in torch.arange(options.num).split(options.batch_size):
+            codes = gpt.generate(
+                class_ids[ids],
+                cfg_scale=options.cfg_scale,
+                cfg_interval=options.cfg_interval,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+                greedy=options.greedy,
+                seed=options.seed,
+                image_ids=ids,
+            )
+            pictures[ids.numpy()] = tokenizer.decode_to_uint8(codes, options.size).cpu().numpy()
+            bar.update(len(ids))
+    make_folder(out)
+    # The format of ADM's evaluator: arr_0, uint8 [N, H, W, 3].
+    with atomic_file(out / "samples.npz") as file:
+        np.savez(file, arr_0=pictures)
+    shown = pictures[:64]
+    columns = int(len(shown) ** 0.5)
+    _write_png(out / "samples.png", images.image_grid(shown, columns))
+    print(f"wrote {out}/samples.png ({len(shown)} images) and {out}/samples.npz ({options.num})")
+    return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    print(f"python {platform.python_version()} on {platform.platform()}")
+    for name in ("torch", "triton", "torchvision", "timm", "pillow", "safetensors", "pyarrow"):
+        try:
+            print(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{name} is not installed")
+    print(f"CPU: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    if not torch.cuda.is_available():
+        print("GPU: none that torch can use, so no Triton kernel will run")
+    for i in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(i)
+        print(
+            f"GPU {i}: {found.name}, {found.total_memory / 2**30:.0f} GiB, "
+            f"compute capability {found.major}.{found.minor}"
+        )
+    print("\nWith vfmtok_fast.enable(), and in every command but with --no-fast:")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name in switch.status().ops:
+        print(f"  {name}: {switch.forecast(name, device)}")
+    return 0
+
+
+def _policy(options: argparse.Namespace) -> AbstractContextManager:
+    return switch.enable() if options.fast else contextlib.nullcontext()
+
+
+def _tokenizer(options: argparse.Namespace) -> VFMTok:
+    if options.backbone is not None and options.tokenizer is None:
+        raise ValueError("--backbone goes with --tokenizer")
+    if options.untrained is not None:
+        print(UNTRAINED_NOTE, file=sys.stderr)
+        model = untrained.untrained_tokenizer(options.untrained)
+    elif options.model is not None:
+        model = VFMTok.from_pretrained(options.model)
+    else:
+        file = options.tokenizer or checkpoint.fetch_official("tokenizer", "--tokenizer")
+        model = VFMTok.from_official(file, options.backbone)
+    return _place(model, options)
+
+
+def _gpt(options: argparse.Namespace) -> GPT:
+    if options.untrained is not None:
+        if options.gpt is not None:
+            raise ValueError("--untrained brings its own generator; leave out --gpt")
+        return _place(untrained.untrained_gpt(options.untrained), options)
+    if options.gpt is None:
+        raise ValueError(
+            "--gpt names the generator: a folder made by `vfmtok-fast convert GPT-L FOLDER`"
+        )
+    return _place(GPT.from_pretrained(options.gpt), options)
+
+
+def _place(model: torch.nn.Module, options: argparse.Namespace) -> torch.nn.Module:
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices")
+    return model.eval().to(device, getattr(torch, options.dtype))
+
+
+def _write_png(path: Path, picture: np.ndarray) -> None:
+    make_folder(path.parent)
+    with atomic_file(path) as file:
+        Image.fromarray(picture).save(file, format="PNG")

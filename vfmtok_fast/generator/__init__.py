@@ -1,0 +1,7 @@
+"""The autoregressive generator."""
+
+from .config import PRESETS, GPTConfig
+from .kv_cache import KVCache
+from .transformer import GPT
+
+__all__ = ["GPT", "PRESETS", "GPTConfig", "KVCache"]

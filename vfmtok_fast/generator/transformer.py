@@ -1,0 +1,220 @@
+"""The generator: a LlamaGen-style GPT over the 256 codes of an image, class by class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops.checks import check_range
+from .config import GPTConfig
+from .generate import generate
+from .kv_cache import KVCache
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return wide.to(x.dtype) * self.weight
+
+
+def rotary_table(config: GPTConfig) -> Tensor:
+    """Cosine and sine of every position, [1 + block_size, head_dim / 2, 2] float32.
+
+    The first half of the pairs rotates with the row of the code, the second with its column. The
+    class position, the first, holds zeros in both, as the release has it: its q and k vanish.
+    """
+    half = config.head_dim // 2
+    frequency = 1.0 / config.rope_base ** (torch.arange(0, half, 2).float() / half)
+    side = math.isqrt(config.block_size)
+    angle = torch.arange(side).float()[:, None] * frequency
+    by_row = angle[:, None].expand(side, side, -1)
+    by_column = angle[None, :].expand(side, side, -1)
+    angles = torch.cat([by_row, by_column], dim=-1).reshape(side * side, half)
+    table = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    return torch.cat([torch.zeros_like(table[:1]), table])
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate interleaved pairs of x [B, T, H, D] by the table's rows [T, D / 2, 2]."""
+    table = table[:, None]
+    cos, sin = table[..., 0], table[..., 1]
+    wide = x if x.dtype == torch.float64 else x.float()
+    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, x: Tensor, rotary: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        """x [B, T, C]; with a cache T is 1 and the cache holds what came before."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        if cache is None:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        else:
+            keys, values = cache.append(layer, k[:, 0], v[:, 0])
+            mixed = ops.decode_attention(q[:, 0], keys, values, cache.length + 1)[:, None]
+        return self.dropout(self.out(mixed.flatten(2)))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.gate = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.up = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.ffn_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.down(F.silu(self.gate(x)) * self.up(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x: Tensor, rotary: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, cache, layer)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class GPT(nn.Module, PyTorchModelHubMixin, library_name="vfmtok_fast", tags=["vfmtok"]):
+    """Class-conditional autoregressive model of VFMTok codes.
+
+    Args:
+        config: a `GPTConfig`, its fields as a mapping, or the name of a preset such as ``"GPT-L"``.
+
+    Source: LlamaGen (arXiv 2406.06525); VFMTok (arXiv 2507.08441) section 3.3.
+    """
+
+    def __init__(self, config: GPTConfig | Mapping | str = "GPT-B"):
+        super().__init__()
+        if isinstance(config, str):
+            config = GPTConfig.preset(config)
+        elif isinstance(config, Mapping):
+            config = GPTConfig(**config)
+        self.config = config
+        self.class_embedding = nn.Embedding(config.num_classes + 1, config.dim)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.dropout = nn.Dropout(config.token_dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.register_buffer("rotary", rotary_table(config), persistent=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        # As the release starts: all codes equally likely.
+        nn.init.zeros_(self.head.weight)
+
+    generate = generate
+
+    def _apply(self, fn, recurse: bool = True) -> GPT:
+        # .to(bfloat16) must not round the angles: the release keeps them in float32.
+        super()._apply(fn, recurse)
+        self.rotary = rotary_table(self.config).to(self.head.weight.device)
+        return self
+
+    def forward(self, codes: Tensor, class_ids: Tensor) -> Tensor:
+        """Teacher forcing: logits of every code from the class and the codes before it.
+
+        In training mode a class is replaced by "no class" with probability ``class_dropout``.
+
+        Args:
+            codes: [B, block_size] integers in [0, vocab_size).
+            class_ids: [B] integers in [0, num_classes).
+
+        Returns:
+            float32 [B, block_size, vocab_size] (float64 for a float64 model); position i predicts
+            code i.
+
+        Raises:
+            TypeError, ValueError: wrong shape, dtype or range.
+        """
+        config = self.config
+        check_codes("GPT", codes, config)
+        check_class_ids("GPT", class_ids, config)
+        if codes.shape[0] != class_ids.shape[0]:
+            raise ValueError(
+                f"GPT: codes and class_ids must have one batch size, "
+                f"got {codes.shape[0]} and {class_ids.shape[0]}"
+            )
+        if self.training and config.class_dropout > 0:
+            dropped = torch.rand(class_ids.shape, device=class_ids.device) < config.class_dropout
+            class_ids = class_ids.masked_fill(dropped, config.num_classes)
+        return self.predict(self.embed(class_ids, codes[:, :-1]))
+
+    def embed(self, class_ids: Tensor, codes: Tensor) -> Tensor:
+        """[B] classes and [B, T] codes to the transformer's input [B, 1 + T, C]."""
+        x = torch.cat(
+            [self.class_embedding(class_ids.long())[:, None], self.token_embedding(codes.long())],
+            dim=1,
+        )
+        return self.dropout(x)
+
+    def predict(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Embedded positions [B, T, C] to logits [B, T, K]; with a cache, T = 1, its next one."""
+        start = 0 if cache is None else cache.length
+        rotary = self.rotary[start : start + x.shape[1]]
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary, cache, layer)
+        if cache is not None:
+            cache.advance()
+        logits = self.head(self.norm(x))
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    @classmethod
+    def from_official(
+        cls, checkpoint: str | Path | Mapping, config: GPTConfig | Mapping | str
+    ) -> GPT:
+        """Load a generator of the authors' release; see `vfmtok_fast.checkpoint.load_gpt`."""
+        from ..checkpoint import load_gpt
+
+        return load_gpt(cls(config), checkpoint)
+
+
+def check_codes(op: str, codes: Tensor, config: GPTConfig) -> None:
+    if not isinstance(codes, Tensor):
+        raise TypeError(f"{op}: codes must be a torch.Tensor, got {type(codes).__name__}")
+    if codes.ndim != 2 or codes.shape[1] != config.block_size:
+        raise ValueError(
+            f"{op}: codes must have shape [B, {config.block_size}], got {tuple(codes.shape)}"
+        )
+    check_range(op, "codes", codes, 0, config.vocab_size, "codes")
+
+
+def check_class_ids(op: str, class_ids: Tensor, config: GPTConfig) -> None:
+    if not isinstance(class_ids, Tensor):
+        raise TypeError(f"{op}: class_ids must be a torch.Tensor, got {type(class_ids).__name__}")
+    if class_ids.ndim != 1:
+        raise ValueError(f"{op}: class_ids must have shape [B], got {tuple(class_ids.shape)}")
+    check_range(op, "class_ids", class_ids, 0, config.num_classes, "classes")

@@ -1,0 +1,181 @@
+"""Our own folders: config.json and model.safetensors, here or on the Hugging Face hub; strict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Self, TypeVar
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+Config = TypeVar("Config")
+
+
+class HubModel(PyTorchModelHubMixin):
+    """`save_pretrained`, `from_pretrained` and `push_to_hub`, strict where the mixin is lenient.
+
+    The mixin writes no config.json for a model of the default configuration, loads a folder that
+    has none, and leaves weights random that the file does not hold.
+    """
+
+    def save_pretrained(self, save_directory: str | Path, *, config=None, **options) -> str | None:
+        """Write config.json and model.safetensors; see `PyTorchModelHubMixin.save_pretrained`."""
+        return super().save_pretrained(save_directory, config=config or self.config, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        config: object = None,
+        map_location: str | torch.device = "cpu",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> Self:
+        """Load what `save_pretrained` wrote.
+
+        Args:
+            pretrained_model_name_or_path: a folder, else the name of a hub repo.
+            config: takes the place of config.json.
+            map_location: the model's device.
+            revision, token, cache_dir, force_download, local_files_only: as for `hf_hub_download`.
+
+        Returns:
+            The model in eval mode, float32 whatever the file holds.
+
+        Raises:
+            FileNotFoundError: neither a folder with both files nor a repo that can be reached.
+            ValueError: a config that is unknown in parts, or missing, extra, misshapen or NaN
+                weights, all named.
+        """
+        source = str(pretrained_model_name_or_path)
+        download = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+        }
+        if config is None:
+            config = _read_config(_find(cls, source, constants.CONFIG_NAME, download), cls)
+        path = _find(cls, source, constants.SAFETENSORS_SINGLE_FILE, download)
+        model = cls(config)
+        tensors = read_safetensors(path, cls.__name__)
+        shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        check_tensors(tensors, shapes, f"{cls.__name__}: {path}")
+        model.load_state_dict(tensors)
+        return model.to(map_location).eval()
+
+
+def config_from_mapping(kind: type[Config], values: Mapping) -> Config:
+    """Build a config dataclass.
+
+    Raises:
+        ValueError: fields that it does not have, all named.
+    """
+    known = {field.name for field in fields(kind)}
+    if unknown := sorted(str(name) for name in values if name not in known):
+        raise ValueError(
+            f"{kind.__name__}: unknown field {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+        )
+    return kind(**values)
+
+
+def check_positive(config: object, names: Iterable[str]) -> None:
+    """Require that the named fields of a config hold integers of at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"{type(config).__name__}: {name} must be an integer of at least 1, got {value!r}"
+            )
+
+
+def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:
+    """Read a ``.safetensors`` file; ``what`` is how errors name it."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{what}: {path} is no safetensors file ({first_line(error)})") from error
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    what: str,
+    unused: Iterable[str] = (),
+) -> None:
+    """Require exactly the keys and shapes of ``shapes``, and finite values.
+
+    Args:
+        tensors: what a file holds.
+        shapes: what the model needs.
+        what: how errors name the file.
+        unused: keys that may be there and do not count.
+
+    Raises:
+        ValueError: one line that names everything missing, unknown, misshapen or not finite.
+    """
+    problems = []
+    if missing := sorted(set(shapes) - set(tensors)):
+        problems.append(f"missing {', '.join(missing)}")
+    if extra := sorted(set(tensors) - set(shapes) - set(unused)):
+        problems.append(f"unknown {', '.join(extra)}")
+    there = [key for key in shapes if key in tensors]
+    misshapen = [
+        f"{key} (expected {shapes[key]}, got {tuple(tensors[key].shape)})"
+        for key in there
+        if tuple(tensors[key].shape) != shapes[key]
+    ]
+    if misshapen:
+        problems.append(f"misshapen {', '.join(misshapen)}")
+    if not_finite := [key for key in there if not bool(torch.isfinite(tensors[key]).all())]:
+        problems.append(f"NaN or infinity in {', '.join(not_finite)}")
+    if problems:
+        raise ValueError(f"{what} does not fit the model: {'; '.join(problems)}")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _find(cls: type, source: str, name: str, download: Mapping) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{cls.__name__}: the folder {source} has no {name}; save_pretrained and "
+                "vfmtok-fast convert write one"
+            )
+        return folder / name
+    try:
+        return Path(hf_hub_download(source, name, **download))
+    # HFValidationError is a ValueError: a path, not the name of a repo.
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{cls.__name__}: there is no folder {source}, and {name} of a Hugging Face repo of "
+            f"that name cannot be fetched ({first_line(error)})"
+        ) from error
+
+
+def _read_config(path: Path, cls: type) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{cls.__name__}: {path} is no JSON ({first_line(error)})") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{cls.__name__}: {path} must hold an object, got {type(content).__name__}"
+        )
+    return content

@@ -1,0 +1,323 @@
+"""Pictures in and out: decoding, preprocessing, and the way back to 8 bit.
+
+The only module that knows pixels. Everything between a file and the model's input is here, and it
+is bit-exact with the preprocessing that the authors trained with, so that a token depends on the
+file and the weights alone. Pillow is the decoder. Source: the release's `center_crop_arr` rule as
+written down in DESIGN.md section 5, "Input".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import re
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+
+ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO
+
+# Two names that a token cache records, because another decoder or filter changes tokens.
+DECODER = "pillow"
+DECODER_VERSION = PIL.__version__
+INTERPOLATION = "halve with box, then bicubic to the short side, centre crop (pillow)"
+
+# What Pillow may try. An allow-list, because some of its plugins run other programs (EPS starts
+# Ghostscript) and some have no signature (TGA) and would accept noise.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+# Most pixels that the bicubic resize may produce. The crop keeps size x size of them, so a long
+# thin picture (900x2 becomes 151200x336 = 51 megapixels) costs memory and time for nothing. 2**24
+# pixels take 64 MiB in Pillow (4 bytes each): what decoding a 4096x4096 photo takes anyway. At
+# size 336 this admits pictures up to 148 times as long as wide.
+MAX_RESIZED_PIXELS = 1 << 24
+
+# What Pillow's open, load and convert raise for a bad file. Its documentation names
+# UnidentifiedImageError (an OSError), DecompressionBombError, ValueError and TypeError; damaged
+# chunks also surface as SyntaxError (PNG), EOFError (animations), RuntimeError (AVIF), and as
+# whatever the bytes broke in a plugin's parser (struct.error, zlib.error, IndexError, KeyError,
+# OverflowError). The fuzz test in tests/test_images.py fails on any other type.
+_BAD_FILE = (
+    OSError,
+    Image.DecompressionBombError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
+
+# OSErrors that say something about this machine rather than about the picture.
+_NOT_THE_FILE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
+
+
+def decode_image(source: ImageSource) -> Image.Image:
+    """Decode one picture to 8-bit RGB, the way the authors' loader does (`convert("RGB")`).
+
+    EXIF orientation never rotates (a TIFF's own orientation tag is applied by Pillow itself, as in
+    the authors' loader). Alpha is dropped, also for palettes; CMYK goes through Pillow's plain
+    conversion; colour profiles are ignored; of an animation the first frame is taken. 16-bit gray
+    keeps the high byte of each value, which is what Pillow does for 16-bit colour (its own
+    conversion would clip 16-bit gray to white). 32-bit integer and floating-point pixels have no
+    fixed range and are refused.
+
+    Args:
+        source: a path, the file's bytes, or a file opened for binary reading.
+
+    Returns:
+        A loaded Pillow image of mode RGB.
+
+    Raises:
+        ValueError: not a picture, damaged, truncated, a decompression bomb, or pixels without a
+            fixed range; one line with the reason (preceded by the path, where one was given).
+        OSError: the file cannot be opened (FileNotFoundError and its kin).
+        TypeError: `source` is none of the three.
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _decode(io.BytesIO(source))
+    if isinstance(source, (str, os.PathLike)):
+        with open(source, "rb") as file:
+            try:
+                return _decode(file)
+            except ValueError as error:
+                raise ValueError(f"{os.fspath(source)}: {error}") from error
+    if hasattr(source, "read"):
+        return _decode(source)
+    raise TypeError(
+        f"decode_image: source must be a path, bytes or a binary file, got {type(source).__name__}"
+    )
+
+
+def center_crop(image: Image.Image, size: int = 336) -> np.ndarray:
+    """Bring a picture to a square: halve by box, bicubic to the short side, crop the centre.
+
+    Args:
+        image: Pillow image of mode RGB, any width and height.
+        size: side of the square, in pixels.
+
+    Returns:
+        uint8 array [size, size, 3]: row, column, (red, green, blue).
+
+    Raises:
+        ValueError: the mode is not RGB, `size` is below 1, or the picture is so elongated that the
+            resize would produce more than MAX_RESIZED_PIXELS pixels.
+
+    Source: DESIGN.md section 5, "Input"; bit-exact with the golden arrays.
+    """
+    if size < 1:
+        raise ValueError(f"center_crop: size must be at least 1, got {size}")
+    if image.mode != "RGB":
+        raise ValueError(
+            f"center_crop: image must have mode RGB, got {image.mode}; use decode_image"
+        )
+    width, height = image.size
+    long, short = max(width, height), min(width, height)
+    if size * round(size * long / short) > max(MAX_RESIZED_PIXELS, size * size):
+        raise ValueError(
+            f"picture of {width}x{height} pixels is too elongated: its short side scaled to {size} "
+            f"gives more than {MAX_RESIZED_PIXELS} pixels"
+        )
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    sides = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(sides, Image.Resampling.BICUBIC)
+    top, left = (image.height - size) // 2, (image.width - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def to_float(images: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """Turn 8-bit pictures into the model's input: x/255, minus 0.5, divided by 0.5, in float32.
+
+    Args:
+        images: uint8 [B, H, W, 3], values 0..255, array or tensor on any device.
+
+    Returns:
+        float32 [B, 3, H, W] in [-1, 1], on the device of `images`.
+
+    Raises:
+        TypeError: not uint8.
+        ValueError: another shape.
+    """
+    if isinstance(images, np.ndarray):
+        # np.asarray of a Pillow image is read-only, which from_numpy warns about.
+        images = torch.from_numpy(images if images.flags.writeable else images.copy())
+    _check_uint8("to_float", images)
+    # Divisors are tensors on purpose: a division by a Python number is turned into a multiplication
+    # by the rounded reciprocal on CUDA, which differs in the last bit for some of the 256 values.
+    planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return planes.div_(planes.new_tensor(255.0)).sub_(0.5).div_(planes.new_tensor(0.5))
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Turn model pictures into 8 bit for showing: clamp(127.5 x + 128, 0, 255), truncated.
+
+    The inverse of `to_float` on every 8-bit value. Source: the release's way to write pictures.
+
+    Args:
+        images: floating point [B, 3, H, W]; [-1, 1] maps to 0..255, values outside are clamped.
+
+    Returns:
+        uint8 [B, H, W, 3], on the device of `images`.
+
+    Raises:
+        TypeError: not floating point.
+        ValueError: another shape, or NaN.
+    """
+    if not images.is_floating_point():
+        raise TypeError(f"to_uint8: images must be floating point, got {images.dtype}")
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"to_uint8: images must have shape [B, 3, H, W], got {tuple(images.shape)}"
+        )
+    if images.isnan().any():
+        raise ValueError("to_uint8: images must be numbers, got NaN")
+    levels = images.detach().float().mul(127.5).add_(128).clamp_(0, 255)
+    return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def load_images(paths: Iterable[str | os.PathLike], size: int = 336) -> torch.Tensor:
+    """Decode, crop and stack a few pictures as model input.
+
+    Args:
+        paths: the files, at least one.
+        size: side of the square, in pixels.
+
+    Returns:
+        float32 [len(paths), 3, size, size] in [-1, 1], on the CPU.
+
+    Raises:
+        ValueError: no paths, or a picture that `decode_image` or `center_crop` refuses; the line
+            starts with its path.
+        OSError: a file cannot be opened.
+    """
+    if isinstance(paths, (str, bytes, os.PathLike)):
+        raise TypeError(f"load_images: paths must be a list of paths, got one: {paths!r}")
+    crops = []
+    for path in paths:
+        image = decode_image(path)
+        try:
+            crops.append(center_crop(image, size))
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+    if not crops:
+        raise ValueError("load_images: paths must name at least one picture, got none")
+    return to_float(np.stack(crops))
+
+
+def image_grid(images: np.ndarray | torch.Tensor, columns: int) -> np.ndarray:
+    """Lay pictures out in rows; unused cells of the last row stay white.
+
+    Args:
+        images: uint8 [N, H, W, 3], N at least 1.
+        columns: pictures in a row, at least 1.
+
+    Returns:
+        uint8 array [ceil(N / columns) * H, columns * W, 3].
+
+    Raises:
+        TypeError: not uint8.
+        ValueError: another shape, no pictures, or columns below 1.
+    """
+    array = images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else images
+    _check_uint8("image_grid", array)
+    if columns < 1 or len(array) < 1:
+        raise ValueError(
+            f"image_grid: needs at least one picture and one column, got {len(array)} and {columns}"
+        )
+    count, height, width, _ = array.shape
+    rows = -(-count // columns)
+    cells = np.full((rows * columns, height, width, 3), 255, np.uint8)
+    cells[:count] = array
+    cells = cells.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
+    return cells.reshape(rows * height, columns * width, 3)
+
+
+def _check_uint8(caller: str, images: np.ndarray | torch.Tensor) -> None:
+    if images.dtype not in (np.uint8, torch.uint8):
+        raise TypeError(f"{caller}: images must be uint8, got {images.dtype}")
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(
+            f"{caller}: images must have shape [B, H, W, 3], got {tuple(images.shape)}"
+        )
+
+
+def _decode(file: BinaryIO) -> Image.Image:
+    try:
+        with quiet_pillow(), Image.open(file, formats=_available_formats()) as image:
+            # Pillow opens 16-bit PNG and PPM as mode I in some versions; no other file of these
+            # formats gets that mode, so the range is known to be 0..65535.
+            if image.mode.startswith("I;16") or (
+                image.mode == "I" and image.format in ("PNG", "PPM")
+            ):
+                high = (np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)
+                return Image.fromarray(high).convert("RGB")
+            if image.mode in ("I", "F"):
+                kind = "32-bit integer" if image.mode == "I" else "floating-point"
+                raise ValueError(
+                    f"{kind} pixels have no fixed range; save the picture as 8 or 16 bit"
+                )
+            # load first: convert on an RGB file would hand back the still open file object.
+            image.load()
+            return image.convert("RGB")
+    except PIL.UnidentifiedImageError as error:
+        # Pillow's own text holds the address of the file object: useless, and never twice the same.
+        raise ValueError("not a picture in a format that can be read") from error
+    except _BAD_FILE as error:
+        if isinstance(error, OSError) and error.errno in _NOT_THE_FILE:
+            raise
+        raise ValueError(_one_line(error)) from error
+
+
+def _available_formats() -> list[str]:
+    # AVIF, WEBP and JPEG2000 depend on how Pillow was built; an unknown name would be a KeyError.
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _one_line(error: Exception) -> str:
+    text = re.sub(r"0x[0-9a-fA-F]+", "0x..", " ".join(str(error).split()))
+    return text[:200] or f"damaged picture ({type(error).__name__})"
+
+
+_quiet_lock = threading.Lock()
+_quiet_depth = 0
+_quiet_stack = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Keep Pillow's warnings (large picture, odd EXIF, palette alpha) off the user's terminal.
+
+    `warnings.catch_warnings` belongs to the process, not to a thread: two decoding threads that
+    leave it in another order than they entered would bring back the wrong filters. So only the
+    first one in enters it, and only the last one out leaves.
+    """
+    global _quiet_depth
+    with _quiet_lock:
+        if _quiet_depth == 0:
+            _quiet_stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+        _quiet_depth += 1
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            _quiet_depth -= 1
+            if _quiet_depth == 0:
+                _quiet_stack.close()

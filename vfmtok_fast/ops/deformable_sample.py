@@ -1,0 +1,74 @@
+"""Multi-scale deformable sampling, the attention of Deformable DETR."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..reference import deformable_sample as reference
+from ..switch import Op
+from .checks import check_same, check_shape, check_tensor
+
+_op = Op("deformable_sample", reference.deformable_sample)
+
+
+def deformable_sample(
+    value: Tensor,
+    spatial_shapes: tuple[tuple[int, int], ...],
+    reference_points: Tensor,
+    offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
+    """Sample every level around each query's reference point and add up by softmax weights.
+
+    The location of a sample is ``reference + offset / (W_l, H_l)`` in [0, 1] of its level; values
+    are bilinear between pixel centres (``align_corners=False``), zero outside. The weights are a
+    softmax over all L*P samples of a head. Differentiable in value, offsets, logits and reference
+    points.
+
+    Args:
+        value: [B, S, H, D], the levels one after the other, S = sum of H_l*W_l.
+        spatial_shapes: (height, width) of each of the L levels.
+        reference_points: [B or 1, Q, L, 2], (x, y) in [0, 1].
+        offsets: [B, Q, H, L, P, 2], (x, y) in pixels of the level.
+        attention_logits: [B, Q, H, L*P].
+        All floating, of one dtype and device.
+
+    Returns:
+        [B, Q, H*D], dtype of ``value``. A NaN or infinite location gives an unspecified value for
+        its own query and head only.
+
+    Raises:
+        TypeError: not floating tensors, or two dtypes.
+        ValueError: shapes that do not fit each other, two devices.
+
+    Source: Deformable DETR (arXiv 2010.04159) equation 3; VFMTok section 3.1.
+    """
+    name = "deformable_sample"
+    check_tensor(name, "value", value, "[B, S, H, D]", 4)
+    check_tensor(name, "offsets", offsets, "[B, Q, H, L, P, 2]", 6)
+    check_tensor(name, "reference_points", reference_points, "[B or 1, Q, L, 2]", 4)
+    check_tensor(name, "attention_logits", attention_logits, "[B, Q, H, L*P]", 4)
+    check_same(
+        name,
+        value=value,
+        offsets=offsets,
+        reference_points=reference_points,
+        attention_logits=attention_logits,
+    )
+    B, S, H, D = value.shape
+    Q, L, P = offsets.shape[1], offsets.shape[3], offsets.shape[4]
+    check_shape(name, "offsets", offsets, (B, Q, H, L, P, 2))
+    check_shape(name, "reference_points", reference_points, (reference_points.shape[0], Q, L, 2))
+    check_shape(name, "attention_logits", attention_logits, (B, Q, H, L * P))
+    if reference_points.shape[0] not in (1, B):
+        raise ValueError(
+            f"{name}: reference_points must have 1 or {B} rows, got {reference_points.shape[0]}"
+        )
+    spatial_shapes = tuple((int(height), int(width)) for height, width in spatial_shapes)
+    pixels = sum(height * width for height, width in spatial_shapes)
+    if len(spatial_shapes) != L or pixels != S or min(min(s) for s in spatial_shapes) < 1:
+        raise ValueError(
+            f"{name}: spatial_shapes must be {L} (height, width) pairs with {S} pixels in all, "
+            f"got {spatial_shapes}"
+        )
+    return _op(value, spatial_shapes, reference_points, offsets, attention_logits)

@@ -1,0 +1,48 @@
+"""Nearest codebook entry."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..reference import nearest_code as reference
+from ..switch import Op
+from .checks import check_same, check_tensor
+
+_op = Op("nearest_code", reference.nearest_code)
+
+
+def nearest_code(
+    z: Tensor, codebook: Tensor, *, normalize: bool = True, return_score: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Find the codebook row nearest to each row of ``z``, the lowest index on ties.
+
+    Discrete, so without a gradient: inputs are detached.
+
+    Args:
+        z: queries, [N, d], float32, float16, bfloat16 or float64; N may be 0.
+        codebook: [K, d], K >= 1, dtype and device of ``z``.
+        normalize: compare directions (VFMTok does): both sides are scaled to length one, and the
+            nearest row is the one with the largest dot product. False compares as they are.
+        return_score: also return the score of the chosen row.
+
+    Returns:
+        int64 [N]; with ``return_score`` also float32 (float64 for float64 input) [N]: the cosine,
+        or without ``normalize`` ``z.e - |e|^2 / 2``, which orders codes as the distance does.
+        A row of zeros, or one that holds NaN or infinity, gets code 0.
+
+    Raises:
+        TypeError: not a floating tensor, or two dtypes.
+        ValueError: wrong shapes, two devices, an empty codebook.
+
+    Source: VFMTok (arXiv 2507.08441) section 3.2, the L2-normalised lookup of LlamaGen's quantiser.
+    """
+    check_tensor("nearest_code", "codebook", codebook, "[K, d]", 2)
+    check_tensor("nearest_code", "z", z, f"[N, {codebook.shape[1]}]", 2)
+    check_same("nearest_code", z=z, codebook=codebook)
+    if codebook.shape[0] == 0:
+        raise ValueError("nearest_code: codebook must have at least one row, got shape (0, d)")
+    if z.shape[1] != codebook.shape[1]:
+        raise ValueError(
+            f"nearest_code: z must have shape [N, {codebook.shape[1]}], got {tuple(z.shape)}"
+        )
+    return _op(z.detach(), codebook.detach(), normalize=normalize, return_score=return_score)

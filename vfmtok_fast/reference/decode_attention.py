@@ -1,0 +1,27 @@
+"""Reference of `ops.decode_attention`: one query against the live part of a padded KV cache."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor) -> Tensor:
+    """See `vfmtok_fast.ops.decode_attention`."""
+    B, H, D = q.shape
+    heads, capacity = k_cache.shape[1], k_cache.shape[2]
+    if isinstance(length, int):
+        k, v, live = k_cache[:, :, :length], v_cache[:, :, :length], None
+    else:
+        # Dead positions may hold anything, NaN too, which a weight of zero would not silence.
+        live = torch.arange(capacity, device=q.device) < length.reshape(-1, 1)
+        live = live[:, None, :, None]
+        k, v = k_cache.masked_fill(~live, 0), v_cache.masked_fill(~live, 0)
+
+    q = q.view(B, heads, H // heads, D)
+    scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(D)
+    if live is not None:
+        scores = scores.masked_fill(~live.transpose(-1, -2), float("-inf"))
+    return (scores.softmax(dim=-1).to(v.dtype) @ v).reshape(B, H, D)

@@ -1,0 +1,310 @@
+"""The policy: which implementation an op takes, and a record of what every call took.
+
+Each op has one *reference* (always there) and may have faster implementations:
+
+- ``kernels/<op>.py``, Triton, for CUDA tensors (and CPU tensors under TRITON_INTERPRET=1);
+- ``portable/<op>.py``, plain torch, where it beats the reference without Triton.
+
+An implementation module holds a function named like the op, with the op's signature, and may hold
+``unsupported_reason`` with that same signature, which returns None or why it cannot take the call.
+Neither is imported before `enable`, so importing the package never imports Triton.
+
+The policy is one global of the process, read by each op at each call. Nothing is patched.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import ModuleType, TracebackType
+
+import torch
+
+
+class FallbackWarning(UserWarning):
+    """An enabled op took its reference or a slower implementation; the text says why."""
+
+
+class FallbackError(RuntimeError):
+    """Under ``enable(strict=True)``, an enabled op had no fast implementation for a call."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is enabled: ``ops`` by name, and whether falling back is an error."""
+
+    ops: frozenset[str] = frozenset()
+    strict: bool = False
+
+
+_OFF = Policy()
+# torch.compile guards this global: changing it recompiles once, and the result is right.
+_active: Policy = _OFF
+_layers: list[Handle] = []
+_registry: dict[str, Op] = {}
+_calls: Counter[tuple[str, str]] = Counter()
+_fallbacks: Counter[tuple[str, str]] = Counter()
+_lock = threading.RLock()
+
+
+class Handle:
+    """One `enable` call. ``close()``, or leaving the ``with`` block, takes back just this one."""
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+
+    def close(self) -> None:
+        """Undo this `enable`; what was enabled before it counts again. Safe to call twice."""
+        with _lock:
+            if self in _layers:
+                _layers.remove(self)
+                _activate()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "open" if self in _layers else "closed"
+        return f"<vfmtok_fast.enable {sorted(self.policy.ops)} strict={self.policy.strict} {state}>"
+
+
+def enable(ops: str | Iterable[str] | None = None, strict: bool = False) -> Handle:
+    """Let ops take their fast implementations, at once and in the whole process.
+
+    It changes speed and memory, never dtype or the law that samples follow; results only by
+    rounding. Calls nest; the innermost open one decides alone.
+
+    Args:
+        ops: names of the ops to enable, or one name; None enables all of them.
+        strict: raise `FallbackError` where an enabled op would fall back, instead of warning once.
+
+    Returns:
+        A handle; ``with vfmtok_fast.enable(): ...`` undoes it at the end, also after an exception.
+
+    Raises:
+        ValueError: an op name that does not exist.
+    """
+    names = (
+        frozenset(_registry) if ops is None else frozenset([ops] if isinstance(ops, str) else ops)
+    )
+    if unknown := names - frozenset(_registry):
+        raise ValueError(f"enable: unknown op {sorted(unknown)}; the ops are {sorted(_registry)}")
+    for name in names:
+        _registry[name].load()
+    handle = Handle(Policy(names, bool(strict)))
+    with _lock:
+        _layers.append(handle)
+        _activate()
+    return handle
+
+
+def disable() -> None:
+    """Turn every fast implementation off, whatever was enabled and however deeply."""
+    with _lock:
+        _layers.clear()
+        _activate()
+
+
+def _activate() -> None:
+    global _active
+    _active = _layers[-1].policy if _layers else _OFF
+
+
+@dataclass
+class Implementation:
+    """A fast implementation of an op, imported on demand."""
+
+    name: str
+    path: str
+    note: str = ""
+    module: ModuleType | None = field(default=None, repr=False)
+
+    def load(self) -> None:
+        if self.module is not None:
+            return
+        try:
+            self.module = importlib.import_module(self.path)
+        except ImportError as error:
+            if error.name in (self.path, self.path.rpartition(".")[0]):
+                self.note = f"this version has no {self.name} implementation of it"
+            else:
+                self.note = f"its {self.name} implementation could not be imported ({error})"
+
+    def serves(self, device: str) -> bool:
+        """Whether this is meant for ``device``; where it is not, passing it over is no fallback."""
+        if self.name == "portable":
+            return True
+        return device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+
+    @property
+    def exists(self) -> bool:
+        return self.module is not None or importlib.util.find_spec(self.path) is not None
+
+
+class Op:
+    """A public op's choice among its implementations; call it with validated arguments."""
+
+    def __init__(self, name: str, reference: Callable):
+        self.name = name
+        self.reference = reference
+        self.candidates = (
+            Implementation("triton", f"vfmtok_fast.kernels.{name}"),
+            Implementation("portable", f"vfmtok_fast.portable.{name}"),
+        )
+        _registry[name] = self
+
+    def load(self) -> None:
+        for candidate in self.candidates:
+            candidate.load()
+
+    def forecast(self, device: str) -> str:
+        """Say what an enabled call on ``device`` ("cuda" or "cpu") would take, and why."""
+        reasons = []
+        for candidate in self.candidates:
+            if candidate.serves(device):
+                if candidate.module is not None:
+                    return "; ".join([f"{candidate.name}, where it can take the call", *reasons])
+                if candidate.note and candidate.name != "portable":
+                    reasons.append(candidate.note)
+        reasons = reasons or [f"this version has no fast implementation of it for {device} tensors"]
+        return "; ".join(["reference", *reasons])
+
+    def __call__(self, *args, **kwargs):
+        if self.name not in _active.ops:
+            function, name, reasons = self.reference, "reference", ()
+        else:
+            function, name, reasons = self._choose(args, kwargs)
+        # Under torch.compile this is traced: note it once, when the trace is made, as a constant.
+        (_record_trace if torch.compiler.is_compiling() else _record)(self.name, name, reasons)
+        return function(*args, **kwargs)
+
+    def _choose(self, args: tuple, kwargs: dict) -> tuple[Callable, str, tuple[str, ...]]:
+        device = args[0].device.type
+        reasons = []
+        served = False
+        for candidate in self.candidates:
+            if not candidate.serves(device):
+                continue
+            if candidate.module is None:
+                # A missing portable implementation means that the reference needs none.
+                if candidate.name != "portable":
+                    served = True
+                    reasons.append(candidate.note)
+                continue
+            served = True
+            refuse = getattr(candidate.module, "unsupported_reason", None)
+            reason = refuse(*args, **kwargs) if refuse is not None else None
+            if reason is None:
+                return getattr(candidate.module, self.name), candidate.name, tuple(reasons)
+            reasons.append(f"{candidate.name}: {reason}")
+        if not served:
+            reasons.append(f"this version has no fast implementation of it for {device} tensors")
+        return self.reference, "reference", tuple(reasons)
+
+
+def _record(op: str, implementation: str, reasons: tuple[str, ...]) -> None:
+    if reasons and _active.strict:
+        raise FallbackError(
+            f"{op}: {'; '.join(reasons)} (strict=True forbids the fallback to {implementation}; "
+            "call enable(strict=False), or leave this op out of enable(ops=...))"
+        )
+    with _lock:
+        _calls[op, implementation] += 1
+        first = [reason for reason in reasons if (op, reason) not in _fallbacks]
+        _fallbacks.update((op, reason) for reason in reasons)
+    for reason in first:
+        warnings.warn(
+            f"{op} fell back to {implementation}: {reason}", FallbackWarning, stacklevel=5
+        )
+
+
+def _record_trace(op: str, implementation: str, reasons: tuple[str, ...]) -> None:
+    _record(op, f"{implementation} (compiled)", reasons)
+
+
+# What torch.compiler.assume_constant_result does; calling that would import Triton.
+_record_trace._dynamo_marked_constant = True
+
+
+@dataclass(frozen=True)
+class OpStatus:
+    """What one op would take and has taken since the last `reset_records`."""
+
+    enabled: bool
+    implementations: tuple[str, ...]
+    notes: tuple[str, ...]
+    calls: dict[str, int]
+    fallbacks: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Status:
+    """A snapshot of the policy and of the record of calls; print it to read it."""
+
+    enabled: bool
+    strict: bool
+    ops: dict[str, OpStatus]
+
+    def __str__(self) -> str:
+        head = "disabled: every op takes its reference"
+        if self.enabled:
+            head = "enabled" + (", strict" if self.strict else "")
+        lines = [f"vfmtok_fast {head}"]
+        for name, op in self.ops.items():
+            calls = ", ".join(f"{count} {took}" for took, count in sorted(op.calls.items()))
+            lines.append(
+                f"  {name}: {'on' if op.enabled else 'off'}; has {', '.join(op.implementations)}"
+                f"; calls: {calls or 'none'}"
+            )
+            lines += [f"    {note}" for note in op.notes]
+            lines += [f"    fell back {n}x: {reason}" for reason, n in op.fallbacks.items()]
+        return "\n".join(lines)
+
+
+def status() -> Status:
+    """Return what is enabled, what each op has, took and could not take, and why."""
+    with _lock:
+        policy, calls, fallbacks = _active, dict(_calls), dict(_fallbacks)
+    ops = {}
+    for name, op in _registry.items():
+        there = [c.name for c in op.candidates if c.exists]
+        notes = [c.note for c in op.candidates if c.exists and c.note]
+        if "triton" not in there:
+            notes.append(
+                "no Triton kernel in this version yet, so enable() cannot speed it up on a GPU"
+            )
+        ops[name] = OpStatus(
+            enabled=name in policy.ops,
+            implementations=("reference", *there),
+            notes=tuple(notes),
+            calls={took: n for (op_name, took), n in calls.items() if op_name == name},
+            fallbacks={reason: n for (op_name, reason), n in fallbacks.items() if op_name == name},
+        )
+    return Status(bool(policy.ops), policy.strict, ops)
+
+
+def forecast(op: str, device: str) -> str:
+    """Say what a call of ``op`` would take on ``device`` ("cuda" or "cpu") if it were enabled."""
+    _registry[op].load()
+    return _registry[op].forecast(device)
+
+
+def reset_records() -> None:
+    """Forget all recorded calls and fallbacks; each fallback warns anew."""
+    with _lock:
+        _calls.clear()
+        _fallbacks.clear()

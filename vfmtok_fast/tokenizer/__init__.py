@@ -1,0 +1,6 @@
+"""The tokenizer."""
+
+from .config import BackboneConfig, VFMTokConfig
+from .model import VFMTok, VFMTokOutput
+
+__all__ = ["BackboneConfig", "VFMTok", "VFMTokConfig", "VFMTokOutput"]

@@ -1,0 +1,117 @@
+"""The frozen vision foundation model, through timm, read at several depths."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import DINOV2_L_LEVELS, BackboneConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Backbone(nn.Module):
+    """A frozen ViT; always in eval mode, never trained.
+
+    Args:
+        config: which model.
+        grid: side of the feature map that the rest of the tokenizer serves.
+
+    Raises:
+        ValueError: a timm name that is unknown, no plain ViT, or has another map than ``grid``.
+    """
+
+    def __init__(self, config: BackboneConfig, grid: int):
+        super().__init__()
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+        if config.timm_name is None:
+            self.vit = _dinov2(config, grid)
+        else:
+            self.vit = _timm_vit(config)
+            mean, std = self.vit.pretrained_cfg["mean"], self.vit.pretrained_cfg["std"]
+        name = config.timm_name or "DINOv2"
+        patch_embed = self.vit.patch_embed
+        if tuple(patch_embed.grid_size) != (grid, grid):
+            height, width = patch_embed.grid_size
+            raise ValueError(
+                f"BackboneConfig: the decoder serves {grid}x{grid} feature maps, but {name} gives "
+                f"{height}x{width} from {patch_embed.img_size} pixels with patches of "
+                f"{patch_embed.patch_size}; choose "
+                f"timm_image_size={grid * patch_embed.patch_size[0]} or another model"
+            )
+        depth = len(self.vit.blocks)
+        self.levels = config.levels
+        if config.timm_name is not None and self.levels == DINOV2_L_LEVELS:
+            self.levels = tuple(depth * (i + 1) // 4 - 1 for i in range(4))
+        if self.levels[-1] >= depth:
+            raise ValueError(
+                f"BackboneConfig: levels must be below {name}'s depth {depth}, got {self.levels}"
+            )
+        self.dim = self.vit.embed_dim
+        self.image_size = patch_embed.img_size[0]
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Backbone:
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images [B, 3, S, S] in [-1, 1] to one map [B, grid * grid, dim] per level.
+
+        The last block's output passes the final LayerNorm; those in between do not.
+        """
+        x = (images.clamp(-1, 1) + 1) / 2
+        if x.shape[-1] != self.image_size:
+            x = F.interpolate(x, size=self.image_size, mode="bicubic", antialias=True).clamp(0, 1)
+        x = ((x - self.mean) / self.std).to(self.vit.patch_embed.proj.weight.dtype)
+        last, maps = self.vit.forward_intermediates(
+            x, indices=list(self.levels), norm=False, output_fmt="NLC"
+        )
+        if self.levels[-1] == len(self.vit.blocks) - 1:
+            maps[-1] = last[:, self.vit.num_prefix_tokens :]
+        return maps
+
+
+def _dinov2(config: BackboneConfig, grid: int) -> nn.Module:
+    # timm brings torchvision and with it Triton, which importing the package should not.
+    from timm.models import VisionTransformer
+
+    return VisionTransformer(
+        img_size=grid * config.patch_size,
+        patch_size=config.patch_size,
+        embed_dim=config.dim,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        reg_tokens=config.num_registers,
+        no_embed_class=True,
+        init_values=1e-5,
+        num_classes=0,
+        global_pool="",
+    )
+
+
+def _timm_vit(config: BackboneConfig) -> nn.Module:
+    import timm
+
+    name, size = config.timm_name, config.timm_image_size
+    if not timm.is_model(name):
+        similar = timm.list_models(f"*{name.split('.')[0].split('_')[-1]}*")[:3]
+        hint = f", such as {', '.join(similar)}" if similar else ""
+        raise ValueError(f"BackboneConfig: timm {timm.__version__} has no model {name!r}{hint}")
+    options = {"num_classes": 0, "global_pool": ""}
+    if size is not None:
+        options["img_size"] = size
+    refusal = f"BackboneConfig: timm_name must be a plain ViT with square 2-D maps, got {name!r}"
+    try:
+        vit = timm.create_model(name, **options)
+    except TypeError as error:  # Models that are no ViT do not take these options.
+        raise ValueError(f"{refusal} ({error})") from error
+    needed = ("blocks", "patch_embed", "forward_intermediates", "num_prefix_tokens", "embed_dim")
+    if missing := [part for part in needed if not hasattr(vit, part)]:
+        raise ValueError(f"{refusal}, which lacks {', '.join(missing)}")
+    return vit

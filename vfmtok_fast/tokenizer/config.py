@@ -1,0 +1,156 @@
+"""Configuration of the tokenizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+# The default depths of DINOv2-L; another backbone reads the same fractions of its own depth.
+DINOV2_L_LEVELS = (5, 11, 17, 23)
+# (dim, depth, heads) of the published DINOv2 models with registers: S, B, L.
+DINOV2_WITH_REGISTERS = ((384, 12, 6), (768, 12, 12), (1024, 24, 16))
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The frozen vision foundation model.
+
+    The default is DINOv2 ViT-L/14 with registers. Any other timm ViT takes its place by name; its
+    size is then read from timm, and of the other fields only ``levels`` counts.
+
+    Args:
+        dim, depth, num_heads, patch_size, num_registers: the vision transformer.
+        levels: block indices whose outputs are read; left at the default, a backbone of another
+            depth reads the ends of its four quarters.
+        pretrain_grid: side of the position table in DINOv2's own file.
+        position_resize: how that table becomes the model's: "antialias" (bicubic to the size, with
+            antialiasing) as DINOv2 publishes its models with registers, the release's ViT-L among
+            them; "offset" (bicubic by the factor (grid + 0.1) / pretrain_grid) as its class does
+            by default; "auto" is the first for the published sizes, else the second.
+        timm_name: name of a timm vision transformer, such as
+            "vit_base_patch16_siglip_384.v2_webli".
+        timm_image_size: pixels that the timm model reads; None is the size in its name.
+    """
+
+    dim: int = 1024
+    depth: int = 24
+    num_heads: int = 16
+    patch_size: int = 14
+    num_registers: int = 4
+    levels: tuple[int, ...] = DINOV2_L_LEVELS
+    pretrain_grid: int = 37
+    position_resize: str = "auto"
+    timm_name: str | None = None
+    timm_image_size: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))
+        if not self.levels or list(self.levels) != sorted(set(self.levels)) or self.levels[0] < 0:
+            raise ValueError(
+                f"BackboneConfig: levels must be rising block indices, got {self.levels}"
+            )
+        if self.position_resize not in ("auto", "antialias", "offset"):
+            raise ValueError(
+                "BackboneConfig: position_resize must be 'auto', 'antialias' or 'offset', "
+                f"got {self.position_resize!r}"
+            )
+        if self.dim % self.num_heads:
+            raise ValueError(
+                "BackboneConfig: dim must be a multiple of num_heads, "
+                f"got {self.dim} and {self.num_heads}"
+            )
+
+    @property
+    def antialias_positions(self) -> bool:
+        published = (self.dim, self.depth, self.num_heads) in DINOV2_WITH_REGISTERS
+        if self.position_resize == "auto":
+            return published and self.num_registers > 0
+        return self.position_resize == "antialias"
+
+
+@dataclass(frozen=True)
+class VFMTokConfig:
+    """Shape of the VFMTok tokenizer; the defaults are the authors' release.
+
+    Args:
+        image_size: side of the square input and output in pixels, a multiple of 112: the backbone
+            reads patches of 14, the pixel decoder makes patches of 16.
+        backbone: the vision foundation model.
+        dim, num_heads: width and heads of region encoder and token decoder.
+        encoder_depth, decoder_depth: their layers.
+        decoder_dropout: dropout of the token decoder's attention weights while training. The
+            authors train with 0.1; 0 is deterministic.
+        decoder_mlp_dim: the token decoder's SwiGLU is int(2/3 of this), rounded up to 8, wide.
+        num_regions: tokens per image, a square number.
+        num_points: sampling points per region, head and level.
+        codebook_size, codebook_dim: number and dimension of the codes.
+        pixel_channels, pixel_channel_mult: width of the pixel decoder per resolution, fine to
+            coarse.
+        commit_beta: weight of the commitment loss.
+        entropy_weight: weight of the entropy loss; 0 leaves it out.
+    """
+
+    image_size: int = 336
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    dim: int = 512
+    encoder_depth: int = 6
+    decoder_depth: int = 6
+    num_heads: int = 8
+    decoder_dropout: float = 0.0
+    decoder_mlp_dim: int = 2048
+    num_regions: int = 256
+    num_points: int = 4
+    codebook_size: int = 16384
+    codebook_dim: int = 12
+    pixel_channels: int = 128
+    pixel_channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    commit_beta: float = 0.25
+    entropy_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.backbone, Mapping):
+            object.__setattr__(self, "backbone", BackboneConfig(**self.backbone))
+        object.__setattr__(self, "pixel_channel_mult", tuple(self.pixel_channel_mult))
+        if self.dim % self.num_heads:
+            raise ValueError(
+                "VFMTokConfig: dim must be a multiple of num_heads, "
+                f"got {self.dim} and {self.num_heads}"
+            )
+        if math.isqrt(self.num_regions) ** 2 != self.num_regions:
+            raise ValueError(
+                f"VFMTokConfig: num_regions must be a square number, got {self.num_regions}"
+            )
+        if self.image_size % 14 or self.image_size % self.pixel_patch:
+            raise ValueError(
+                f"VFMTokConfig: image_size must be a multiple of 14 and of {self.pixel_patch} "
+                f"(the patches read and made), got {self.image_size}"
+            )
+        if self.pixel_channels % 32:
+            raise ValueError(
+                "VFMTokConfig: pixel_channels must be a multiple of 32 (GroupNorm groups), "
+                f"got {self.pixel_channels}"
+            )
+
+    @property
+    def pixel_patch(self) -> int:
+        """Pixels per side that one position of the pixel decoder's input becomes: 16."""
+        return 2 ** (len(self.pixel_channel_mult) - 1)
+
+    @property
+    def pixel_grid(self) -> int:
+        """Side of the map that the pixel decoder reads: 21."""
+        return self.image_size // self.pixel_patch
+
+    @property
+    def feature_grid(self) -> int:
+        """Side of the foundation model's map: 24."""
+        return self.image_size // 14
+
+    @property
+    def encoder_ffn_dim(self) -> int:
+        return min(4 * self.dim, 1024)
+
+    @property
+    def decoder_ffn_dim(self) -> int:
+        return (int(self.decoder_mlp_dim * 2 / 3) + 7) // 8 * 8

@@ -1,0 +1,213 @@
+"""VFMTok: image to 256 codes, codes to image (arXiv 2507.08441)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from ..ops.checks import check_range
+from .backbone import Backbone
+from .config import VFMTokConfig
+from .pixel_decoder import PixelDecoder
+from .quantizer import Quantizer
+from .region_encoder import RegionEncoder
+from .token_decoder import TokenDecoder
+
+# Resampling may overshoot [-1, 1] a little, which is clamped. Further out is another scale:
+# ImageNet-normalised pixels reach 2.6, 8-bit values 255.
+LARGEST_PIXEL = 1.5
+
+
+@dataclass
+class VFMTokOutput:
+    """What `VFMTok.forward` returns.
+
+    Attributes:
+        reconstruction: [B, 3, S, S], about [-1, 1], not clamped.
+        semantic: predicted features [B, 576, backbone dim] in training mode, else None.
+        features: the foundation model's last map, its target, [B, 576, backbone dim], no gradient.
+        codes: int64 [B, R].
+        codebook_loss, commit_loss, entropy_loss: scalars, weights included.
+    """
+
+    reconstruction: Tensor
+    semantic: Tensor | None
+    features: Tensor
+    codes: Tensor
+    codebook_loss: Tensor
+    commit_loss: Tensor
+    entropy_loss: Tensor
+
+
+class VFMTok(nn.Module, PyTorchModelHubMixin, library_name="vfmtok_fast", tags=["vfmtok"]):
+    """The tokenizer, with random weights; see `from_official` and `from_pretrained` for others.
+
+    Args:
+        config: a `VFMTokConfig`, or its fields as a mapping.
+
+    Raises:
+        ValueError: a backbone whose map the decoder cannot serve.
+    """
+
+    def __init__(self, config: VFMTokConfig | Mapping | None = None):
+        super().__init__()
+        config = VFMTokConfig() if config is None else config
+        config = VFMTokConfig(**config) if isinstance(config, Mapping) else config
+        self.config = config
+        self.backbone = Backbone(config.backbone, config.feature_grid)
+        self.region_encoder = RegionEncoder(config, self.backbone.dim)
+        self.quantizer = Quantizer(config)
+        self.token_decoder = TokenDecoder(config, self.backbone.dim)
+        self.pixel_decoder = PixelDecoder(config)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Tokenise images.
+
+        Args:
+            images: [B, 3, 336, 336] floating, in [-1, 1], on the model's device.
+
+        Returns:
+            int64 [B, 256].
+
+        Raises:
+            TypeError: not a floating tensor.
+            ValueError: wrong shape, device or range, or NaN.
+        """
+        return self.quantizer.nearest(self.encode_regions(images)[0])
+
+    @torch.no_grad()
+    def encode_regions(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images as for `encode` to what precedes quantisation.
+
+        Returns:
+            Unit queries [B, 256, 12] and the foundation model's last map [B, 576, 1024].
+        """
+        self._check_images(images)
+        maps = self.backbone(images)
+        return self.quantizer.queries(self.region_encoder(maps)), maps[-1]
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes to images.
+
+        Args:
+            codes: [B, 256] integers in [0, codebook_size), on the model's device.
+
+        Returns:
+            [B, 3, 336, 336], about [-1, 1], not clamped.
+
+        Raises:
+            TypeError: not an integer tensor.
+            ValueError: wrong shape, device or range.
+        """
+        self._check_codes(codes)
+        return self._decode_vectors(self.quantizer.lookup(codes.long()))
+
+    @torch.no_grad()
+    def decode_to_uint8(self, codes: Tensor, size: int = 256) -> Tensor:
+        """Codes to 8-bit pictures, resized and rounded as the release does for evaluation.
+
+        Args:
+            codes: as for `decode`.
+            size: side of the pictures in pixels.
+
+        Returns:
+            uint8 [B, size, size, 3].
+        """
+        if size < 1:
+            raise ValueError(f"decode_to_uint8: size must be at least 1 pixel, got {size}")
+        images = F.interpolate(self.decode(codes).float(), size=(size, size), mode="bicubic")
+        return (127.5 * images + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+    def forward(self, images: Tensor) -> VFMTokOutput:
+        """Reconstruct images, with every term that the training losses need.
+
+        The semantic branch runs in training mode only. The codebook receives its gradient through
+        ``codebook_loss``, the encoder straight through the quantiser; the backbone is frozen.
+
+        Args:
+            images: as for `encode`.
+        """
+        self._check_images(images)
+        maps = self.backbone(images)
+        quantized = self.quantizer(self.quantizer.queries(self.region_encoder(maps)))
+        regions = self.token_decoder.regions(quantized.vectors)
+        return VFMTokOutput(
+            reconstruction=self.pixel_decoder(self.token_decoder.pixel_map(regions)),
+            semantic=self.token_decoder.features(regions) if self.training else None,
+            features=maps[-1],
+            codes=quantized.codes,
+            codebook_loss=quantized.codebook_loss,
+            commit_loss=quantized.commit_loss,
+            entropy_loss=quantized.entropy_loss,
+        )
+
+    @torch.no_grad()
+    def sampling_points(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each region looks; see `RegionEncoder.sampling_points`."""
+        self._check_images(images)
+        return self.region_encoder.sampling_points(self.backbone(images))
+
+    def _decode_vectors(self, vectors: Tensor) -> Tensor:
+        regions = self.token_decoder.regions(vectors)
+        return self.pixel_decoder(self.token_decoder.pixel_map(regions))
+
+    @classmethod
+    def from_official(
+        cls,
+        tokenizer: str | Path | Mapping,
+        backbone: str | Path | Mapping | None = None,
+        config: VFMTokConfig | Mapping | None = None,
+    ) -> VFMTok:
+        """Load the authors' files; see `vfmtok_fast.checkpoint.load_tokenizer`."""
+        from ..checkpoint import load_tokenizer
+
+        return load_tokenizer(cls(config), tokenizer, backbone)
+
+    def _check_images(self, images: Tensor) -> None:
+        size = self.config.image_size
+        if not isinstance(images, Tensor):
+            raise TypeError(f"VFMTok: images must be a torch.Tensor, got {type(images).__name__}")
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+            raise ValueError(
+                f"VFMTok: images must have shape [B, 3, {size}, {size}], got {tuple(images.shape)}"
+            )
+        if not images.is_floating_point():
+            raise TypeError(
+                f"VFMTok: images must be floating point in [-1, 1], got {images.dtype}; "
+                "vfmtok_fast.images.to_float converts 8-bit pictures"
+            )
+        self._check_device("images", images)
+        if torch.compiler.is_compiling() or images.numel() == 0:
+            return
+        if images.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        largest = float(images.detach().abs().amax())
+        if not largest <= LARGEST_PIXEL:
+            raise ValueError(
+                f"VFMTok: images must be in [-1, 1], got a magnitude of {largest:.4g}; "
+                "8-bit pictures go through vfmtok_fast.images.to_float"
+            )
+
+    def _check_codes(self, codes: Tensor) -> None:
+        R, K = self.config.num_regions, self.config.codebook_size
+        if not isinstance(codes, Tensor):
+            raise TypeError(f"VFMTok: codes must be a torch.Tensor, got {type(codes).__name__}")
+        if codes.ndim != 2 or codes.shape[1] != R:
+            raise ValueError(f"VFMTok: codes must have shape [B, {R}], got {tuple(codes.shape)}")
+        self._check_device("codes", codes)
+        check_range("VFMTok", "codes", codes, 0, K, "codes")
+
+    def _check_device(self, name: str, value: Tensor) -> None:
+        device = self.quantizer.codebook.device
+        if value.device != device:
+            raise ValueError(
+                f"VFMTok: {name} must be on the model's device {device}, got {value.device}"
+            )

@@ -1,0 +1,88 @@
+"""From region features to codes and back (VFMTok section 3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from .config import VFMTokConfig
+
+
+@dataclass
+class Quantized:
+    """Codes [B, R] int64, their vectors [B, R, d] with a straight-through gradient, the losses."""
+
+    codes: Tensor
+    vectors: Tensor
+    codebook_loss: Tensor
+    commit_loss: Tensor
+    entropy_loss: Tensor
+
+
+class Quantizer(nn.Module):
+    """Nearest neighbour by direction: queries and codebook rows are scaled to length one."""
+
+    def __init__(self, config: VFMTokConfig):
+        super().__init__()
+        self.commit_beta = config.commit_beta
+        self.entropy_weight = config.entropy_weight
+        self.proj = nn.Linear(config.dim, config.codebook_dim)
+        self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.codebook_dim))
+        bound = 1.0 / config.codebook_size
+        nn.init.uniform_(self.codebook, -bound, bound)
+
+    def queries(self, regions: Tensor) -> Tensor:
+        """Region features [B, R, dim] to unit queries [B, R, d]."""
+        return F.normalize(self.proj(regions), dim=-1)
+
+    def nearest(self, queries: Tensor) -> Tensor:
+        """Unit queries [B, R, d] to codes [B, R] int64."""
+        # Under autocast the queries may come in half precision; the codebook keeps its own.
+        flat = queries.flatten(0, 1).to(self.codebook.dtype)
+        return ops.nearest_code(flat, self.codebook).view(queries.shape[:2])
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Codes [B, R] to unit codebook vectors [B, R, d]."""
+        return F.normalize(F.embedding(codes, self.codebook), dim=-1)
+
+    def forward(self, queries: Tensor) -> Quantized:
+        """Quantise unit queries for training."""
+        codes = self.nearest(queries)
+        vectors = self.lookup(codes)
+        entropy = queries.new_zeros(())
+        if self.entropy_weight > 0:
+            entropy = self.entropy_weight * entropy_loss(queries, self.codebook)
+        return Quantized(
+            codes=codes,
+            vectors=queries + (vectors - queries).detach(),
+            codebook_loss=F.mse_loss(vectors, queries.detach()),
+            commit_loss=self.commit_beta * F.mse_loss(queries, vectors.detach()),
+            entropy_loss=entropy,
+        )
+
+
+def entropy_loss(queries: Tensor, codebook: Tensor, temperature: float = 0.01) -> Tensor:
+    """Mean entropy of each query's soft assignment minus the entropy of the mean assignment.
+
+    Its N x K matrix is in memory with its gradient; that is the price of this optional term.
+
+    Args:
+        queries: [B, R, d], length one.
+        codebook: [K, d].
+        temperature: divides the negative squared distances.
+
+    Returns:
+        Scalar.
+    """
+    z, e = queries.flatten(0, 1), F.normalize(codebook, dim=-1)
+    distance = z.square().sum(-1, keepdim=True) + e.square().sum(-1) - 2 * z @ e.T
+    affinity = -distance / temperature
+    probability = affinity.softmax(dim=-1)
+    # The small constants stand in the release.
+    per_query = -(probability * (affinity + 1e-5).log_softmax(dim=-1)).sum(dim=-1).mean()
+    mean = probability.mean(dim=0)
+    return per_query + (mean * (mean + 1e-5).log()).sum()

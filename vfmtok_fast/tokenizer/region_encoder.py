@@ -1,0 +1,148 @@
+"""From the foundation model's maps to region features (VFMTok section 3.1)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from .attention import CausalSelfAttention
+from .config import VFMTokConfig
+
+
+class Projector(nn.Sequential):
+    """Backbone width to model width, one per level."""
+
+    def __init__(self, backbone_dim: int, dim: int):
+        super().__init__(
+            nn.Linear(backbone_dim, dim, bias=False),
+            nn.LayerNorm(dim),
+            nn.ReLU(),
+            nn.Linear(dim, dim, bias=False),
+            nn.LayerNorm(dim),
+        )
+
+
+class DeformableAttention(nn.Module):
+    """Each region samples a few learned locations of every level around its reference point."""
+
+    def __init__(self, dim: int, num_heads: int, num_levels: int, num_points: int):
+        super().__init__()
+        self.shape = (num_heads, num_levels, num_points)
+        samples = math.prod(self.shape)
+        self.offsets = nn.Linear(dim, 2 * samples)
+        self.weights = nn.Linear(dim, samples)
+        self.value = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
+
+        # As in Deformable DETR: head h looks along direction h, point p at distance p + 1.
+        angle = torch.arange(num_heads) * (2 * math.pi / num_heads)
+        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        direction = direction / direction.abs().amax(dim=-1, keepdim=True)
+        reach = torch.arange(1, num_points + 1).view(1, 1, -1, 1)
+        star = (direction.view(num_heads, 1, 1, 2) * reach).expand(*self.shape, 2)
+        nn.init.zeros_(self.offsets.weight)
+        self.offsets.bias.data.copy_(star.flatten())
+        nn.init.zeros_(self.weights.weight)
+        nn.init.zeros_(self.weights.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        memory: Tensor,
+        spatial_shapes: tuple[tuple[int, int], ...],
+        reference_points: Tensor,
+    ) -> Tensor:
+        """query [B, R, C], memory [B, S, C], reference_points [1, R, L, 2] to [B, R, C]."""
+        sampled = ops.deformable_sample(
+            self.value(memory).unflatten(-1, (self.shape[0], -1)),
+            spatial_shapes,
+            reference_points.to(memory.dtype),
+            self.offsets(query).unflatten(-1, (*self.shape, 2)),
+            self.weights(query).unflatten(-1, (self.shape[0], -1)),
+        )
+        return self.out(sampled)
+
+
+class RegionLayer(nn.Module):
+    """Deformable cross-attention, causal self-attention, feed-forward; post-norm."""
+
+    def __init__(self, config: VFMTokConfig):
+        super().__init__()
+        dim, levels = config.dim, len(config.backbone.levels)
+        self.cross_attention = DeformableAttention(dim, config.num_heads, levels, config.num_points)
+        self.cross_norm = nn.LayerNorm(dim)
+        self.self_attention = CausalSelfAttention(dim, config.num_heads)
+        self.self_norm = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, config.encoder_ffn_dim)
+        self.down = nn.Linear(config.encoder_ffn_dim, dim)
+        self.ffn_norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, position: Tensor, *sources) -> Tensor:
+        x = self.cross_norm(x + self.cross_attention(x + position, *sources))
+        # The release adds the position to the values as well.
+        x = self.self_norm(x + self.self_attention(x + position))
+        return self.ffn_norm(x + self.down(F.relu(self.up(x))))
+
+
+class RegionEncoder(nn.Module):
+    """Learned region queries gather irregular regions of the maps."""
+
+    def __init__(self, config: VFMTokConfig, backbone_dim: int):
+        super().__init__()
+        dim, levels = config.dim, len(config.backbone.levels)
+        self.spatial_shapes = ((config.feature_grid, config.feature_grid),) * levels
+        self.projectors = nn.ModuleList(Projector(backbone_dim, dim) for _ in range(levels))
+        self.level_norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(levels))
+        self.regions = nn.Parameter(0.02 * torch.randn(1, config.num_regions, dim))
+        self.position = nn.Parameter(0.02 * torch.randn(1, config.num_regions, dim))
+        self.input_norm = nn.LayerNorm(dim)
+        self.layers = nn.ModuleList(RegionLayer(config) for _ in range(config.encoder_depth))
+
+        # Centres of a square grid over the image, row by row, the same for every level.
+        side = math.isqrt(config.num_regions)
+        centre = (torch.arange(side) + 0.5) / side
+        y, x = torch.meshgrid(centre, centre, indexing="ij")
+        points = torch.stack([x, y], dim=-1).view(1, -1, 1, 2).repeat(1, 1, levels, 1)
+        self.register_buffer("reference_points", points, persistent=False)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """One map [B, S_l, backbone_dim] per level to region features [B, R, dim]."""
+        x, memory = self.prepare(maps)
+        for layer in self.layers:
+            x = layer(x, self.position, memory, self.spatial_shapes, self.reference_points)
+        return x
+
+    def prepare(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The first layer's input: regions [B, R, dim], and all levels' pixels [B, S, dim]."""
+        memory = torch.cat(
+            [
+                norm(project(level))
+                for level, project, norm in zip(
+                    maps, self.projectors, self.level_norms, strict=True
+                )
+            ],
+            dim=1,
+        )
+        return self.input_norm(self.regions).expand(len(memory), -1, -1), memory
+
+    def sampling_points(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Where the last layer looks, to be shown.
+
+        Returns:
+            Locations [B, R, H, L, P, 2], (x, y) in [0, 1] of the image (beyond it too), and their
+            weights [B, R, H, L, P], which add up to 1 per region and head.
+        """
+        x, memory = self.prepare(maps)
+        sources = (memory, self.spatial_shapes, self.reference_points)
+        for layer in self.layers[:-1]:
+            x = layer(x, self.position, *sources)
+        attention, query = self.layers[-1].cross_attention, x + self.position
+        offsets = attention.offsets(query).unflatten(-1, (*attention.shape, 2))
+        size = offsets.new_tensor([(w, h) for h, w in self.spatial_shapes])[:, None]
+        weights = attention.weights(query).unflatten(-1, (attention.shape[0], -1)).softmax(-1)
+        reference = self.reference_points[:, :, None, :, None]
+        return reference + offsets / size, weights.unflatten(-1, attention.shape[1:])

@@ -1,0 +1,81 @@
+"""From codes to the pixel decoder's map and to the foundation model's features (section 3.2)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import CausalSelfAttention
+from .config import VFMTokConfig
+from .positions import resize_positions
+
+# Tokens that follow the patches; DINOv2's number of registers, whatever backbone is read.
+NUM_REGISTERS = 4
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm causal attention and SwiGLU."""
+
+    def __init__(self, config: VFMTokConfig):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.dim)
+        self.attention = CausalSelfAttention(config.dim, config.num_heads, config.decoder_dropout)
+        self.ffn_norm = nn.LayerNorm(config.dim)
+        self.gate_up = nn.Linear(config.dim, 2 * config.decoder_ffn_dim)
+        self.down = nn.Linear(config.decoder_ffn_dim, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        gate, up = self.gate_up(self.ffn_norm(x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class TokenDecoder(nn.Module):
+    """One ViT, run once per target: [regions ; class, masked patches, registers], causal."""
+
+    def __init__(self, config: VFMTokConfig, backbone_dim: int):
+        super().__init__()
+        dim = config.dim
+        self.pixel_grid = config.pixel_grid
+
+        def learned(count: int) -> nn.Parameter:
+            return nn.Parameter(0.02 * torch.randn(1, count, dim))
+
+        self.proj = nn.Linear(config.codebook_dim, dim)
+        self.region_position = learned(config.num_regions)
+        self.class_token = learned(1)
+        self.pixel_mask = learned(1)
+        self.feature_mask = learned(1)
+        self.registers = learned(NUM_REGISTERS)
+        # The first is the class token's.
+        self.position = learned(1 + config.feature_grid**2)
+        self.pixel_norm = nn.LayerNorm(dim)
+        self.feature_norm = nn.LayerNorm(dim)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_depth))
+        self.feature_head = nn.Linear(dim, backbone_dim)
+
+    def regions(self, vectors: Tensor) -> Tensor:
+        """Code vectors [B, R, d] to the regions that both passes read [B, R, dim]."""
+        # Both passes take the pixel pass's norm here, as the release does.
+        return self.pixel_norm(self.proj(vectors) + self.region_position)
+
+    def pixel_map(self, regions: Tensor) -> Tensor:
+        """Regions to the pixel decoder's input [B, dim, 21, 21]."""
+        position = resize_positions(self.position[:, 1:], self.pixel_grid)
+        patches = self._run(regions, self.pixel_mask + position, self.pixel_norm)
+        return patches.transpose(1, 2).unflatten(2, (self.pixel_grid, self.pixel_grid))
+
+    def features(self, regions: Tensor) -> Tensor:
+        """Regions to predicted features of the foundation model [B, 576, backbone_dim]."""
+        patches = self.feature_mask + self.position[:, 1:]
+        return self.feature_head(self._run(regions, patches, self.feature_norm))
+
+    def _run(self, regions: Tensor, patches: Tensor, norm: nn.LayerNorm) -> Tensor:
+        start = self.class_token + self.position[:, :1]
+        image = norm(torch.cat([start, patches, self.registers], dim=1))
+        x = torch.cat([regions, image.expand(len(regions), -1, -1)], dim=1)
+        for layer in self.layers:
+            x = layer(x)
+        first = regions.shape[1] + 1
+        return x[:, first : first + patches.shape[1]]

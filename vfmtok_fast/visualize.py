@@ -1,0 +1,86 @@
+"""Pictures of what the tokenizer does."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from .images import image_grid, to_uint8
+from .tokenizer import VFMTok
+
+# Points are drawn at this many times the size and scaled down, for smooth edges.
+SUPERSAMPLING = 3
+
+
+def reconstruction_grid(tokenizer: VFMTok, images: Tensor, num_regions: int = 5) -> np.ndarray:
+    """Original | reconstruction | where a few regions look, one row per image.
+
+    Args:
+        tokenizer: in eval mode; images go to its device.
+        images: [B, 3, S, S] floating, in [-1, 1].
+        num_regions: regions to draw, spread over the image.
+
+    Returns:
+        uint8 [B * S, 3 * S, 3].
+    """
+    weight = tokenizer.quantizer.codebook
+    cells = []
+    for image in images.split(1):  # One at a time: memory does not grow with the batch.
+        image = image.to(weight.device, weight.dtype)
+        locations, weights = tokenizer.sampling_points(image)
+        original = to_uint8(image.float())[0]
+        decoded = tokenizer.decode(tokenizer.encode(image)).float().clamp(-1, 1)
+        regions = draw_regions(
+            original.cpu().numpy(), locations[0].float(), weights[0].float(), num_regions
+        )
+        cells += [original.cpu(), to_uint8(decoded)[0].cpu(), torch.from_numpy(regions)]
+    return image_grid(torch.stack(cells), columns=3)
+
+
+def draw_regions(image: np.ndarray, locations: Tensor, weights: Tensor, num: int) -> np.ndarray:
+    """Draw the sampling points of ``num`` regions over a darkened picture.
+
+    A colour is a region, a cross its reference, a disc a sample with an area in proportion to its
+    attention weight. Samples outside the picture, which read zeros, are not shown.
+
+    Args:
+        image: uint8 [S, S, 3].
+        locations: [R, H, L, P, 2], (x, y) in [0, 1] of the picture.
+        weights: [R, H, L, P], 1 in all per region and head.
+        num: regions to draw.
+
+    Returns:
+        uint8 [S, S, 3].
+    """
+    total = len(locations)
+    side = math.isqrt(total)
+    # Along a diagonal lattice, so that neither rows nor columns coincide.
+    steps = [(i + 0.5) / num for i in range(num)]
+    chosen = [
+        int(y * side) * side + int(x * side)
+        for x, y in zip(steps, (steps[(2 * i) % num] for i in range(num)), strict=True)
+    ]
+    size = image.shape[0] * SUPERSAMPLING
+    canvas = Image.fromarray((image * 0.45).astype(np.uint8)).resize((size, size))
+    draw = ImageDraw.Draw(canvas)
+    for i, region in enumerate(chosen):
+        red, green, blue = colorsys.hsv_to_rgb(i / num, 0.75, 1.0)
+        colour = (round(255 * red), round(255 * green), round(255 * blue))
+        points = locations[region].flatten(0, -2).tolist()
+        shares = (weights[region] / weights.shape[1]).flatten().tolist()
+        for (x, y), share in zip(points, shares, strict=True):
+            radius = size * max(0.003, 0.04 * math.sqrt(share))
+            centre = (x * size, y * size)
+            box = [centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius]
+            draw.ellipse(box, fill=colour)
+        x = (region % side + 0.5) / side * size
+        y = (region // side + 0.5) / side * size
+        arm = size * 0.02
+        for line in ([x - arm, y, x + arm, y], [x, y - arm, x, y + arm]):
+            draw.line(line, fill=(255, 255, 255), width=SUPERSAMPLING * 2)
+    return np.array(canvas.resize(image.shape[:2], Image.Resampling.LANCZOS))
