@@ -13,10 +13,16 @@ BIN := $(if $(VENV),$(VENV)/bin/)
 READY := $(if $(VENV),$(VENV)/.installed)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench
+.PHONY: help demo test lint format bench aot report gpu-report
+
+# Benchmarks are bench_*.py and bench_* functions; a plain `pytest` never runs them.
+BENCH := -o python_files='bench_*.py' -o python_functions='bench_*' \
+	--benchmark-columns=min,median,rounds benchmarks
+# The package as an install would lay it out, for machines where nothing can be installed.
+BARE := $(CURDIR)/build/bare
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1 - /p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /make \1 - /p' Makefile
 
 demo: $(READY) ## tokenise, verify, reconstruct and sample with a small untrained model
 	$(if $(VENV),PATH="$$(cd $(BIN) && pwd):$$PATH" )bash examples/demo.sh
@@ -32,9 +38,21 @@ format: $(READY) ## mend what lint finds and can be mended by itself
 	$(BIN)ruff check --fix .
 	$(BIN)ruff format .
 
-bench: $(READY) ## run the benchmarks
-	@test -d benchmarks || { echo "This version has no benchmarks yet."; exit 1; }
-	$(BIN)pytest benchmarks $(ARGS)
+bench: $(READY) ## run the benchmarks on this device (without a GPU: under 5 minutes)
+	$(BIN)pytest $(BENCH) $(ARGS)
+
+aot: $(READY) ## compile every kernel for sm_80, sm_90, sm_100 and check registers, spills, budget
+	$(BIN)python benchmarks/aot.py --check $(ARGS)
+
+report: $(READY) ## make benchmarks/REPORT.md and its plots from benchmarks/results
+	$(BIN)python benchmarks/report.py
+
+gpu-report: ## all that needs a GPU: tests, benchmarks, tuning, report; uses $(PYTHON) as it is
+	rm -rf $(BARE) && mkdir -p $(BARE)
+	cp -r vfmtok_fast $(BARE)/ && cp -r kernels $(BARE)/vfmtok_fast/kernels
+	PYTHONPATH=$(BARE) $(PYTHON) -P -m pytest -q -m gpu -p no:cacheprovider tests/ops
+	PYTHONPATH=$(BARE) $(PYTHON) -P -m pytest -q -p no:cacheprovider $(BENCH)
+	PYTHONPATH=$(BARE) $(PYTHON) -P benchmarks/report.py
 
 # Installed anew only when what it is made from changed; an interrupted install leaves no stamp.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt

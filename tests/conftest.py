@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -49,3 +50,24 @@ def official_weights() -> Callable[[str], dict[str, torch.Tensor]]:
         return {key: torch.from_numpy(recipe_tensor(key, s)) for key, s in shapes.items()}
 
     return make
+
+
+@pytest.fixture
+def fake_op(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A portable nearest_code that answers -7, and no other fast implementation of any op."""
+
+    def nearest_code(z, codebook, *, normalize=True, return_score=False):
+        return torch.full((z.shape[0],), -7)
+
+    module = types.ModuleType("fake")
+    module.nearest_code = nearest_code
+    for op in switch._registry.values():
+        for candidate in op.candidates:
+            there = op.name == "nearest_code" and candidate.name == "portable"
+            monkeypatch.setattr(candidate, "load", lambda: None)
+            monkeypatch.setattr(candidate, "module", module if there else None)
+            monkeypatch.setattr(candidate, "note", "")
+    monkeypatch.setattr(
+        switch.Implementation, "exists", property(lambda self: self.module is not None)
+    )
+    return module

@@ -24,17 +24,18 @@ ALLOWED: dict[str, set[str]] = {
     "portable": set(),
     "kernels": set(),
     "images": set(),
+    "hub": set(),
     "ops": {"switch", "reference", "portable", "kernels"},
-    "tokenizer": {"ops"},
-    "generator": {"ops"},
-    "checkpoint": {"tokenizer", "generator"},
+    "tokenizer": {"hub", "ops"},
+    "generator": {"hub", "ops"},
+    "checkpoint": {"hub", "tokenizer", "generator"},
 }
-# What a user imports is the models and the switch; the tools stand on that.
-ALLOWED["__init__"] = {"switch", "images", "ops", "tokenizer", "generator"}
 BASE = set(ALLOWED)
 ALLOWED["untrained"] = BASE
 ALLOWED["visualize"] = BASE
 ALLOWED["cache"] = BASE
+# What a user imports: the models, the switch and the cache; the tools stand beside that.
+ALLOWED["__init__"] = {"switch", "images", "ops", "tokenizer", "generator", "cache"}
 ALLOWED["evaluation"] = BASE | {"cache"}
 ALLOWED["training"] = BASE | {"cache", "evaluation"}
 ALLOWED["commands"] = BASE | {"untrained", "visualize", "cache", "evaluation", "training"}
@@ -50,6 +51,7 @@ OUTSIDE: dict[str, set[str]] = {
     "portable": {"torch"},
     "kernels": {"torch", "triton"},
     "images": {"torch", "numpy", "PIL"},
+    "hub": {"torch", "huggingface_hub", "safetensors"},
     "ops": {"torch"},
 }
 # Top-level folders of the repository: importable only by accident, where it is on sys.path.

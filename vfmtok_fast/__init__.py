@@ -5,7 +5,7 @@
 >>> codes = tok.encode(vf.images.load_images(["photo.jpg"]))
 """
 
-from . import images, ops
+from . import cache, images, ops
 from .generator import GPT, GPTConfig
 from .switch import disable, enable, status
 from .tokenizer import BackboneConfig, VFMTok, VFMTokConfig
@@ -18,6 +18,7 @@ __all__ = [
     "GPTConfig",
     "VFMTok",
     "VFMTokConfig",
+    "cache",
     "disable",
     "enable",
     "images",

@@ -9,12 +9,15 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from .hub import check_tensors, first_line, read_safetensors
 
 if TYPE_CHECKING:
     from .generator import GPT
@@ -32,6 +35,10 @@ OFFICIAL_FILES = {
 }
 DINOV2_FILE = "dinov2_vitl14_reg4_pretrain.pth"
 DINOV2_URL = f"https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/{DINOV2_FILE}"
+
+# How torch.save's files begin, now and before torch 1.6.
+ZIP_MAGIC = b"PK\x03\x04"
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 BACKBONE_PREFIX = "encode_transformer.backbone.pretrained_encoder."
 
@@ -131,7 +138,7 @@ def load_tokenizer(
         for key in model.state_dict()
         if not key.startswith("backbone.")
     }
-    state = _translate(model.state_dict(), tensors, keys, TOKENIZER_UNUSED, "tokenizer")
+    state = _translate(tensors, model.state_dict(), keys, TOKENIZER_UNUSED, "tokenizer")
     if backbone is not None:
         inside = read_tensors(backbone, ("model", "state_dict", "teacher"), "backbone")
     elif not inside:
@@ -152,7 +159,7 @@ def load_gpt(model: GPT, checkpoint: str | Path | Mapping) -> GPT:
     tensors = read_tensors(checkpoint, ("ema", "module", "state_dict", "model"), "GPT checkpoint")
     own = model.state_dict()
     keys = {official_name(key, GPT_NAMES): key for key in own}
-    model.load_state_dict(_translate(own, tensors, keys, (), "GPT checkpoint"), strict=True)
+    model.load_state_dict(_translate(tensors, own, keys, (), "GPT checkpoint"), strict=True)
     return model.eval()
 
 
@@ -163,22 +170,28 @@ def read_tensors(
 
     Args:
         source: a ``.pt``, ``.pth`` or ``.safetensors`` file, or a mapping.
-        wrappers: keys that may hold the tensors, the first one present counts.
+        wrappers: keys that may hold the tensors, the first one that does counts.
         what: how errors name it.
     """
     content = source if isinstance(source, Mapping) else _read_file(Path(source), what)
     for wrapper in wrappers:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+        inner = content.get(wrapper) if isinstance(content, Mapping) else None
+        if isinstance(inner, Mapping) and inner:
+            content = inner
             break
     if not isinstance(content, Mapping) or not content:
         raise ValueError(
             f"{what}: expected a mapping of tensors, or one under {', '.join(wrappers)}, "
             f"got {type(content).__name__}{' (empty)' if isinstance(content, Mapping) else ''}"
         )
-    if wrong := [str(key) for key, value in content.items() if not isinstance(value, Tensor)]:
+    wrong = [
+        str(key)
+        for key, value in content.items()
+        if not (isinstance(key, str) and isinstance(value, Tensor))
+    ]
+    if wrong:
         raise ValueError(
-            f"{what}: expected only tensors, or them under {', '.join(wrappers)}, "
+            f"{what}: expected only named tensors, or them under {', '.join(wrappers)}, "
             f"got other entries: {', '.join(wrong)}"
         )
     for prefix in ("module.", "_orig_mod."):  # Left by DistributedDataParallel and torch.compile.
@@ -189,56 +202,49 @@ def read_tensors(
 
 def _read_file(path: Path, what: str) -> object:
     if not path.is_file():
-        raise FileNotFoundError(f"{what}: no such file: {path}")
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{what}: {path} {kind}, expected a checkpoint file")
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{what}: {path} is no safetensors file ({error})") from error
+        return read_safetensors(path, what)
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(LEGACY_MAGIC))
+    except OSError as error:
+        raise OSError(f"{what}: {path} cannot be read ({error.strerror})") from error
+    # The unpickler may fail in any way on other bytes; a web page saved in place of the file is
+    # the usual case.
+    if not head.startswith((ZIP_MAGIC, LEGACY_MAGIC)):
+        raise ValueError(f"{what}: {path} is no torch checkpoint, it begins with {head[:12]!r}")
     try:
         # Training scripts store their command line; a Namespace holds data and runs nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        cause = re.search(r"GLOBAL (\S+)", str(error))
-        detail = f"it refers to {cause[1]}" if cause else "it is no torch checkpoint"
-        raise ValueError(f"{what}: {path} was refused, only tensors are read: {detail}") from error
-    except (RuntimeError, EOFError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if cause := re.search(r"GLOBAL (\w[\w.]*)", str(error)):
+            raise ValueError(
+                f"{what}: {path} was refused: it refers to {cause[1]}, and only tensors are read"
+            ) from error
+        raise ValueError(f"{what}: {path} is no complete torch checkpoint") from error
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError) as error:
+        reason = first_line(error).split(". ")[0]
         raise ValueError(f"{what}: {path} is no complete torch checkpoint ({reason})") from error
 
 
 def _translate(
-    own: Mapping[str, Tensor],
     theirs: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
     keys: Mapping[str, str],
     unused: tuple[str, ...],
     what: str,
-    convert: Callable[[str], tuple[int, ...]] | None = None,
+    **shapes: tuple[int, ...],
 ) -> dict[str, Tensor]:
-    """Rename ``theirs`` by ``keys`` (their name to ours), after naming all that does not fit."""
-    shape_of = convert or (lambda key: tuple(own[keys[key]].shape))
-    problems = []
-    if missing := sorted(set(keys) - set(theirs)):
-        problems.append(f"missing {', '.join(missing)}")
-    if extra := sorted(set(theirs) - set(keys) - set(unused)):
-        problems.append(f"unknown {', '.join(extra)}")
-    there = [key for key in keys if key in theirs]
-    misshapen = [
-        f"{key} (expected {shape_of(key)}, got {tuple(theirs[key].shape)})"
-        for key in there
-        if tuple(theirs[key].shape) != shape_of(key)
-    ]
-    if misshapen:
-        problems.append(f"misshapen {', '.join(misshapen)}")
-    if not_finite := [key for key in there if not bool(torch.isfinite(theirs[key]).all())]:
-        problems.append(f"NaN or infinity in {', '.join(not_finite)}")
-    if problems:
-        raise ValueError(f"{what} does not fit the model: {'; '.join(problems)}")
-    return {keys[key]: theirs[key] for key in there}
+    """Rename ``theirs`` by ``keys`` (their name to ours), after naming all that does not fit.
+
+    ``shapes`` are those of entries whose shape is another than in ``own``.
+    """
+    expected = {key: tuple(own[ours].shape) for key, ours in keys.items()} | shapes
+    check_tensors(theirs, expected, what, unused)
+    return {ours: theirs[key] for key, ours in keys.items()}
 
 
 def _backbone_state(model: VFMTok, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -246,24 +252,25 @@ def _backbone_state(model: VFMTok, tensors: dict[str, Tensor]) -> dict[str, Tens
     config, vit = model.config.backbone, model.backbone.vit
     own = vit.state_dict()
     if config.timm_name is not None:
-        from timm.models.vision_transformer import checkpoint_filter_fn
-
         # Heads and pooling are not part of the features.
         heads = ("head.", "attn_pool.", "fc_norm.")
-        tensors = {k: v for k, v in tensors.items() if not k.startswith(heads)}
-        if hasattr(vit, "pos_embed"):
-            tensors = checkpoint_filter_fn(tensors, vit)
-        return _translate(own, tensors, {key: key for key in own}, (), "backbone")
+        tensors = {k: v for k, v in tensors.items() if k in own or not k.startswith(heads)}
+        # timm's own, which resizes the position table and knows other projects' naming.
+        convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
+        if convert is not None:
+            try:
+                tensors = convert(tensors, vit)
+            except (AssertionError, AttributeError, LookupError, RuntimeError, ValueError) as error:
+                raise ValueError(
+                    f"backbone does not fit {config.timm_name} ({first_line(error)})"
+                ) from error
+        return _translate(tensors, own, {key: key for key in own}, (), "backbone")
 
     from .tokenizer.positions import resize_positions
 
     keys = {{"reg_token": "register_tokens"}.get(key, key): key for key in own}
     positions = (1, 1 + config.pretrain_grid**2, config.dim)
-
-    def shape(key: str) -> tuple[int, ...]:
-        return positions if key == "pos_embed" else tuple(own[keys[key]].shape)
-
-    state = _translate(own, tensors, keys, DINOV2_UNUSED, "backbone", shape)
+    state = _translate(tensors, own, keys, DINOV2_UNUSED, "backbone", pos_embed=positions)
     # timm adds positions to patches only, so the class token carries its own.
     table = state["pos_embed"].float()
     state["cls_token"] = state["cls_token"] + table[:, :1]

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,12 @@ def convert(options: argparse.Namespace) -> int:
         model = VFMTok.from_official(file, options.backbone, config)
     else:
         model = GPT.from_official(file, config or options.what)
-    model.save_pretrained(out)
+    # Whole or not at all: an empty folder may be replaced, so the last step is one rename.
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.tmp-", dir=out.parent) as temporary:
+        finished = Path(temporary) / "model"
+        model.save_pretrained(finished)
+        finished.replace(out)
     print(f"wrote {out}/config.json and {out}/model.safetensors")
     return 0
 

@@ -85,7 +85,8 @@ def config_from_mapping(kind: type[Config], values: Mapping) -> Config:
     known = {field.name for field in fields(kind)}
     if unknown := sorted(str(name) for name in values if name not in known):
         raise ValueError(
-            f"{kind.__name__}: unknown field {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+            f"{kind.__name__}: unknown field {', '.join(unknown)}; "
+            f"it has {', '.join(sorted(known))}"
         )
     return kind(**values)
 

@@ -138,9 +138,12 @@ class Implementation:
             return
         try:
             self.module = importlib.import_module(self.path)
+            self.note = ""
         except ImportError as error:
             if error.name in (self.path, self.path.rpartition(".")[0]):
-                self.note = f"this version has no {self.name} implementation of it"
+                # A missing portable implementation means that the reference needs none.
+                if self.name != "portable":
+                    self.note = f"this version has no {self.name} implementation of it"
             else:
                 self.note = f"its {self.name} implementation could not be imported ({error})"
 
@@ -152,7 +155,11 @@ class Implementation:
 
     @property
     def exists(self) -> bool:
-        return self.module is not None or importlib.util.find_spec(self.path) is not None
+        if self.module is not None:
+            return True
+        # The package first: below one that is missing, find_spec raises.
+        package = self.path.rpartition(".")[0]
+        return all(importlib.util.find_spec(path) is not None for path in (package, self.path))
 
 
 class Op:
@@ -178,16 +185,22 @@ class Op:
             if candidate.serves(device):
                 if candidate.module is not None:
                     return "; ".join([f"{candidate.name}, where it can take the call", *reasons])
-                if candidate.note and candidate.name != "portable":
+                if candidate.note:
                     reasons.append(candidate.note)
         reasons = reasons or [f"this version has no fast implementation of it for {device} tensors"]
         return "; ".join(["reference", *reasons])
 
     def __call__(self, *args, **kwargs):
-        if self.name not in _active.ops:
+        policy = _active  # Read once: another thread may change it meanwhile.
+        if self.name not in policy.ops:
             function, name, reasons = self.reference, "reference", ()
         else:
             function, name, reasons = self._choose(args, kwargs)
+        if reasons and policy.strict:
+            raise FallbackError(
+                f"{self.name}: {'; '.join(reasons)} (strict=True forbids the fallback to {name}; "
+                "call enable(strict=False), or leave this op out of enable(ops=...))"
+            )
         # Under torch.compile this is traced: note it once, when the trace is made, as a constant.
         (_record_trace if torch.compiler.is_compiling() else _record)(self.name, name, reasons)
         return function(*args, **kwargs)
@@ -200,8 +213,7 @@ class Op:
             if not candidate.serves(device):
                 continue
             if candidate.module is None:
-                # A missing portable implementation means that the reference needs none.
-                if candidate.name != "portable":
+                if candidate.note:
                     served = True
                     reasons.append(candidate.note)
                 continue
@@ -217,18 +229,14 @@ class Op:
 
 
 def _record(op: str, implementation: str, reasons: tuple[str, ...]) -> None:
-    if reasons and _active.strict:
-        raise FallbackError(
-            f"{op}: {'; '.join(reasons)} (strict=True forbids the fallback to {implementation}; "
-            "call enable(strict=False), or leave this op out of enable(ops=...))"
-        )
     with _lock:
         _calls[op, implementation] += 1
         first = [reason for reason in reasons if (op, reason) not in _fallbacks]
         _fallbacks.update((op, reason) for reason in reasons)
     for reason in first:
+        # Past this function, Op.__call__ and the public op, to the line that called it.
         warnings.warn(
-            f"{op} fell back to {implementation}: {reason}", FallbackWarning, stacklevel=5
+            f"{op} fell back to {implementation}: {reason}", FallbackWarning, stacklevel=4
         )
 
 

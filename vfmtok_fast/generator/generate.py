@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops.checks import check_class_ids, check_integers
 from ..ops.sample_token import check_sampling
 from .kv_cache import KVCache
 
@@ -58,10 +59,8 @@ def generate(
 
     Source: LlamaGen (arXiv 2406.06525), autoregressive/models/generate.py.
     """
-    from .transformer import check_class_ids
-
     config, device = self.config, self.head.weight.device
-    check_class_ids("generate", class_ids, config)
+    check_class_ids("generate", class_ids, config.num_classes)
     check_sampling(
         "generate",
         cfg_scale=cfg_scale,
@@ -73,11 +72,8 @@ def generate(
     B = class_ids.shape[0]
     if image_ids is None:
         image_ids = torch.arange(B)
-    elif image_ids.shape != (B,) or image_ids.is_floating_point():
-        raise ValueError(
-            f"generate: image_ids must be integers of shape ({B},), "
-            f"got {image_ids.dtype} {tuple(image_ids.shape)}"
-        )
+    else:
+        check_integers("generate", "image_ids", image_ids, (B,))
     class_ids, image_ids = class_ids.long().to(device), image_ids.long().to(device)
 
     guided = cfg_scale != 1.0
@@ -87,7 +83,7 @@ def generate(
     codes = torch.empty(B, config.block_size, dtype=torch.int64, device=device)
     cache = KVCache(config, len(classes), device, self.head.weight.dtype) if use_cache else None
 
-    was_training = self.training
+    trained = [module for module in self.modules() if module.training]
     self.eval()
     try:
         for step in range(config.block_size):
@@ -118,5 +114,6 @@ def generate(
                 seed=seed,
             )
     finally:
-        self.train(was_training)
+        for module in trained:
+            module.training = True
     return codes

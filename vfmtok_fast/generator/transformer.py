@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.checks import check_range
+from ..hub import HubModel, config_from_mapping
+from ..ops.checks import check_class_ids, check_codes, check_device
 from .config import GPTConfig
 from .generate import generate
 from .kv_cache import KVCache
@@ -107,7 +107,7 @@ class Block(nn.Module):
         return x + self.ffn(self.ffn_norm(x))
 
 
-class GPT(nn.Module, PyTorchModelHubMixin, library_name="vfmtok_fast", tags=["vfmtok"]):
+class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
     """Class-conditional autoregressive model of VFMTok codes.
 
     Args:
@@ -121,7 +121,7 @@ class GPT(nn.Module, PyTorchModelHubMixin, library_name="vfmtok_fast", tags=["vf
         if isinstance(config, str):
             config = GPTConfig.preset(config)
         elif isinstance(config, Mapping):
-            config = GPTConfig(**config)
+            config = config_from_mapping(GPTConfig, config)
         self.config = config
         self.class_embedding = nn.Embedding(config.num_classes + 1, config.dim)
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
@@ -161,8 +161,10 @@ class GPT(nn.Module, PyTorchModelHubMixin, library_name="vfmtok_fast", tags=["vf
             TypeError, ValueError: wrong shape, dtype or range.
         """
         config = self.config
-        check_codes("GPT", codes, config)
-        check_class_ids("GPT", class_ids, config)
+        device = self.head.weight.device
+        check_codes("GPT", codes, config.block_size, config.vocab_size, device)
+        check_class_ids("GPT", class_ids, config.num_classes)
+        check_device("GPT", "class_ids", class_ids, device)
         if codes.shape[0] != class_ids.shape[0]:
             raise ValueError(
                 f"GPT: codes and class_ids must have one batch size, "
@@ -200,21 +202,3 @@ class GPT(nn.Module, PyTorchModelHubMixin, library_name="vfmtok_fast", tags=["vf
         from ..checkpoint import load_gpt
 
         return load_gpt(cls(config), checkpoint)
-
-
-def check_codes(op: str, codes: Tensor, config: GPTConfig) -> None:
-    if not isinstance(codes, Tensor):
-        raise TypeError(f"{op}: codes must be a torch.Tensor, got {type(codes).__name__}")
-    if codes.ndim != 2 or codes.shape[1] != config.block_size:
-        raise ValueError(
-            f"{op}: codes must have shape [B, {config.block_size}], got {tuple(codes.shape)}"
-        )
-    check_range(op, "codes", codes, 0, config.vocab_size, "codes")
-
-
-def check_class_ids(op: str, class_ids: Tensor, config: GPTConfig) -> None:
-    if not isinstance(class_ids, Tensor):
-        raise TypeError(f"{op}: class_ids must be a torch.Tensor, got {type(class_ids).__name__}")
-    if class_ids.ndim != 1:
-        raise ValueError(f"{op}: class_ids must have shape [B], got {tuple(class_ids.shape)}")
-    check_range(op, "class_ids", class_ids, 0, config.num_classes, "classes")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..reference import decode_attention as reference
 from ..switch import Op
-from .checks import check_same, check_shape, check_tensor
+from .checks import INTEGER, check_same, check_shape, check_tensor
 
 _op = Op("decode_attention", reference.decode_attention)
 
@@ -14,7 +14,8 @@ _op = Op("decode_attention", reference.decode_attention)
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor) -> Tensor:
     """Attend from one query position to the first ``length`` positions of a static KV cache.
 
-    Softmax of ``q.k / sqrt(D)`` in float32. For inference: there is no backward pass.
+    Softmax of ``q.k / sqrt(D)`` in float32 (float64 for float64 input). For inference: there is
+    no backward pass.
 
     Args:
         q: [B, H, D], the new position after rotary embedding.
@@ -35,6 +36,7 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | 
     name = "decode_attention"
     check_tensor(name, "q", q, "[B, H, D]", 3)
     check_tensor(name, "k_cache", k_cache, "[B, G, T, D]", 4)
+    check_tensor(name, "v_cache", v_cache, "[B, G, T, D]", 4)
     check_same(name, q=q, k_cache=k_cache, v_cache=v_cache)
     B, H, D = q.shape
     heads, capacity = k_cache.shape[1], k_cache.shape[2]
@@ -45,8 +47,10 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | 
             f"{name}: query heads must be a multiple of key-value heads, got {H} and {heads}"
         )
     if isinstance(length, Tensor):
-        if length.is_floating_point() or length.is_complex():
+        if length.dtype not in INTEGER:
             raise TypeError(f"{name}: length must hold integers, got {length.dtype}")
+        if length.device != q.device:
+            raise ValueError(f"{name}: length must be on {q.device}, as q is, got {length.device}")
         if length.numel() not in (1, B):
             raise ValueError(
                 f"{name}: length must have 1 or {B} elements, got shape {tuple(length.shape)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..reference import nearest_code as reference
@@ -28,7 +29,8 @@ def nearest_code(
     Returns:
         int64 [N]; with ``return_score`` also float32 (float64 for float64 input) [N]: the cosine,
         or without ``normalize`` ``z.e - |e|^2 / 2``, which orders codes as the distance does.
-        A row of zeros, or one that holds NaN or infinity, gets code 0.
+        With ``normalize`` a row of zeros, or one that holds NaN or infinity, gets code 0; without,
+        a row that holds NaN does.
 
     Raises:
         TypeError: not a floating tensor, or two dtypes.
@@ -45,4 +47,9 @@ def nearest_code(
         raise ValueError(
             f"nearest_code: z must have shape [N, {codebook.shape[1]}], got {tuple(z.shape)}"
         )
-    return _op(z.detach(), codebook.detach(), normalize=normalize, return_score=return_score)
+    z, codebook = z.detach(), codebook.detach()
+    if torch.amp.is_autocast_available(z.device.type):
+        # The search keeps the precision of its input; autocast would score in half precision.
+        with torch.autocast(z.device.type, enabled=False):
+            return _op(z, codebook, normalize=normalize, return_score=return_score)
+    return _op(z, codebook, normalize=normalize, return_score=return_score)

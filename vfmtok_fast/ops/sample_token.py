@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..reference import sample_token as reference
 from ..switch import Op
-from .checks import check_same, check_tensor
+from .checks import INTEGER, check_int, check_integers, check_same, check_tensor
 
 _op = Op("sample_token", reference.sample_token)
 
@@ -36,7 +36,8 @@ def sample_token(
     Args:
         logits: [B, V], conditional logits.
         image_ids: [B] integers, which image each row belongs to.
-        step: which code of the image this is; an int or an integer tensor of one element.
+        step: which code of the image this is; an int or an integer tensor of one element that
+            holds a number in [0, 2^32).
         uncond_logits: [B, V]; if given, ``uncond + cfg_scale * (logits - uncond)`` is sampled.
         cfg_scale: guidance scale; 1 is the conditional law.
         temperature: divides the logits, at least 1e-5.
@@ -49,7 +50,7 @@ def sample_token(
         int64 [B].
 
     Raises:
-        TypeError: logits not floating or of two dtypes.
+        TypeError: logits not floating or of two dtypes, or image ids, top_k or seed no integers.
         ValueError: shapes, or a setting outside its range.
 
     Source: LlamaGen's sampler (guidance, filters); Gumbel-max after Maddison et al. 2014.
@@ -64,9 +65,19 @@ def sample_token(
                 f"{name}: uncond_logits must have shape {tuple(logits.shape)}, "
                 f"got {tuple(uncond_logits.shape)}"
             )
-    if tuple(image_ids.shape) != (logits.shape[0],):
+    if logits.shape[1] == 0:
+        raise ValueError(f"{name}: logits must have at least one code, got {tuple(logits.shape)}")
+    check_integers(name, "image_ids", image_ids, (logits.shape[0],))
+    if image_ids.device != logits.device:
         raise ValueError(
-            f"{name}: image_ids must have shape ({logits.shape[0]},), got {tuple(image_ids.shape)}"
+            f"{name}: image_ids must be on {logits.device}, as logits is, got {image_ids.device}"
+        )
+    if not isinstance(step, Tensor):
+        check_int(name, "step", step, 2**32)
+    elif step.dtype not in INTEGER or step.numel() != 1:
+        raise ValueError(
+            f"{name}: step must be an int or an integer tensor of one element, "
+            f"got {step.dtype} {tuple(step.shape)}"
         )
     check_sampling(
         name, cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
@@ -93,9 +104,7 @@ def check_sampling(
         raise ValueError(f"{op}: cfg_scale must be finite, got {cfg_scale}")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"{op}: temperature must be finite and at least 0, got {temperature}")
-    if top_k < 0 or top_k != int(top_k):
-        raise ValueError(f"{op}: top_k must be a whole number, 0 for all codes, got {top_k}")
+    check_int(op, "top_k", top_k, 2**31)
     if not 0 < top_p <= 1:
         raise ValueError(f"{op}: top_p must be in (0, 1], got {top_p}")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"{op}: seed must be in [0, 2^64), got {seed}")
+    check_int(op, "seed", seed, 2**64)

@@ -21,7 +21,8 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | 
         k, v = k_cache.masked_fill(~live, 0), v_cache.masked_fill(~live, 0)
 
     q = q.view(B, heads, H // heads, D)
-    scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(D)
+    scores = (q @ k.transpose(-1, -2)) / math.sqrt(D)
+    scores = scores if q.dtype == torch.float64 else scores.float()
     if live is not None:
         scores = scores.masked_fill(~live.transpose(-1, -2), float("-inf"))
     return (scores.softmax(dim=-1).to(v.dtype) @ v).reshape(B, H, D)

@@ -22,9 +22,10 @@ def sample_token(
     seed: int = 0,
 ) -> Tensor:
     """See `vfmtok_fast.ops.sample_token`."""
-    logits = logits.float()
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    logits = logits.to(dtype)
     if uncond_logits is not None:
-        uncond_logits = uncond_logits.float()
+        uncond_logits = uncond_logits.to(dtype)
         logits = uncond_logits + cfg_scale * (logits - uncond_logits)
     if greedy:
         return logits.argmax(dim=-1)

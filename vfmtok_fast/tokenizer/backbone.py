@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..hub import first_line
 from .config import DINOV2_L_LEVELS, BackboneConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -34,12 +35,11 @@ class Backbone(nn.Module):
         name = config.timm_name or "DINOv2"
         patch_embed = self.vit.patch_embed
         if tuple(patch_embed.grid_size) != (grid, grid):
-            height, width = patch_embed.grid_size
+            (height, width), pixels = patch_embed.grid_size, patch_embed.img_size
             raise ValueError(
                 f"BackboneConfig: the decoder serves {grid}x{grid} feature maps, but {name} gives "
-                f"{height}x{width} from {patch_embed.img_size} pixels with patches of "
-                f"{patch_embed.patch_size}; choose "
-                f"timm_image_size={grid * patch_embed.patch_size[0]} or another model"
+                f"{height}x{width} from {pixels[0]}x{pixels[1]} pixels; choose "
+                f"timm_image_size={grid * (pixels[0] // height)} or another model"
             )
         depth = len(self.vit.blocks)
         self.levels = config.levels
@@ -68,7 +68,7 @@ class Backbone(nn.Module):
         x = (images.clamp(-1, 1) + 1) / 2
         if x.shape[-1] != self.image_size:
             x = F.interpolate(x, size=self.image_size, mode="bicubic", antialias=True).clamp(0, 1)
-        x = ((x - self.mean) / self.std).to(self.vit.patch_embed.proj.weight.dtype)
+        x = ((x - self.mean) / self.std).to(next(self.vit.parameters()).dtype)
         last, maps = self.vit.forward_intermediates(
             x, indices=list(self.levels), norm=False, output_fmt="NLC"
         )
@@ -109,9 +109,13 @@ def _timm_vit(config: BackboneConfig) -> nn.Module:
     refusal = f"BackboneConfig: timm_name must be a plain ViT with square 2-D maps, got {name!r}"
     try:
         vit = timm.create_model(name, **options)
-    except TypeError as error:  # Models that are no ViT do not take these options.
-        raise ValueError(f"{refusal} ({error})") from error
+    # Models that are no ViT do not take these options, and each says so in its own way.
+    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{refusal} ({first_line(error)})") from error
     needed = ("blocks", "patch_embed", "forward_intermediates", "num_prefix_tokens", "embed_dim")
-    if missing := [part for part in needed if not hasattr(vit, part)]:
+    missing = [part for part in needed if not hasattr(vit, part)]
+    if not missing and getattr(vit.patch_embed, "grid_size", None) is None:
+        missing = ["patch_embed.grid_size"]
+    if missing:
         raise ValueError(f"{refusal}, which lacks {', '.join(missing)}")
     return vit

@@ -6,10 +6,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ..hub import check_positive, config_from_mapping
+
 # The default depths of DINOv2-L; another backbone reads the same fractions of its own depth.
 DINOV2_L_LEVELS = (5, 11, 17, 23)
 # (dim, depth, heads) of the published DINOv2 models with registers: S, B, L.
 DINOV2_WITH_REGISTERS = ((384, 12, 6), (768, 12, 12), (1024, 24, 16))
+COUNTS = (
+    *("image_size", "dim", "encoder_depth", "decoder_depth", "num_heads", "decoder_mlp_dim"),
+    *("num_regions", "num_points", "codebook_size", "codebook_dim", "pixel_channels"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
+        check_positive(self, ("dim", "depth", "num_heads", "patch_size", "pretrain_grid"))
         if not self.levels or list(self.levels) != sorted(set(self.levels)) or self.levels[0] < 0:
             raise ValueError(
                 f"BackboneConfig: levels must be rising block indices, got {self.levels}"
@@ -110,8 +117,9 @@ class VFMTokConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.backbone, Mapping):
-            object.__setattr__(self, "backbone", BackboneConfig(**self.backbone))
+            object.__setattr__(self, "backbone", config_from_mapping(BackboneConfig, self.backbone))
         object.__setattr__(self, "pixel_channel_mult", tuple(self.pixel_channel_mult))
+        check_positive(self, COUNTS)
         if self.dim % self.num_heads:
             raise ValueError(
                 "VFMTokConfig: dim must be a multiple of num_heads, "

@@ -8,20 +8,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from ..ops.checks import check_range
+from ..hub import HubModel, config_from_mapping
+from ..ops.checks import check_codes, check_images
 from .backbone import Backbone
 from .config import VFMTokConfig
 from .pixel_decoder import PixelDecoder
 from .quantizer import Quantizer
 from .region_encoder import RegionEncoder
 from .token_decoder import TokenDecoder
-
-# Resampling may overshoot [-1, 1] a little, which is clamped. Further out is another scale:
-# ImageNet-normalised pixels reach 2.6, 8-bit values 255.
-LARGEST_PIXEL = 1.5
 
 
 @dataclass
@@ -45,7 +41,7 @@ class VFMTokOutput:
     entropy_loss: Tensor
 
 
-class VFMTok(nn.Module, PyTorchModelHubMixin, library_name="vfmtok_fast", tags=["vfmtok"]):
+class VFMTok(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
     """The tokenizer, with random weights; see `from_official` and `from_pretrained` for others.
 
     Args:
@@ -58,13 +54,19 @@ class VFMTok(nn.Module, PyTorchModelHubMixin, library_name="vfmtok_fast", tags=[
     def __init__(self, config: VFMTokConfig | Mapping | None = None):
         super().__init__()
         config = VFMTokConfig() if config is None else config
-        config = VFMTokConfig(**config) if isinstance(config, Mapping) else config
+        if isinstance(config, Mapping):
+            config = config_from_mapping(VFMTokConfig, config)
         self.config = config
         self.backbone = Backbone(config.backbone, config.feature_grid)
         self.region_encoder = RegionEncoder(config, self.backbone.dim)
         self.quantizer = Quantizer(config)
         self.token_decoder = TokenDecoder(config, self.backbone.dim)
         self.pixel_decoder = PixelDecoder(config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and inputs must be."""
+        return self.quantizer.codebook.device
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ class VFMTok(nn.Module, PyTorchModelHubMixin, library_name="vfmtok_fast", tags=[
         Returns:
             Unit queries [B, 256, 12] and the foundation model's last map [B, 576, 1024].
         """
-        self._check_images(images)
+        check_images("VFMTok", images, self.config.image_size, self.device)
         maps = self.backbone(images)
         return self.quantizer.queries(self.region_encoder(maps)), maps[-1]
 
@@ -107,7 +109,8 @@ class VFMTok(nn.Module, PyTorchModelHubMixin, library_name="vfmtok_fast", tags=[
             TypeError: not an integer tensor.
             ValueError: wrong shape, device or range.
         """
-        self._check_codes(codes)
+        R, K = self.config.num_regions, self.config.codebook_size
+        check_codes("VFMTok", codes, R, K, self.device)
         return self._decode_vectors(self.quantizer.lookup(codes.long()))
 
     @torch.no_grad()
@@ -135,7 +138,7 @@ class VFMTok(nn.Module, PyTorchModelHubMixin, library_name="vfmtok_fast", tags=[
         Args:
             images: as for `encode`.
         """
-        self._check_images(images)
+        check_images("VFMTok", images, self.config.image_size, self.device)
         maps = self.backbone(images)
         quantized = self.quantizer(self.quantizer.queries(self.region_encoder(maps)))
         regions = self.token_decoder.regions(quantized.vectors)
@@ -152,7 +155,7 @@ class VFMTok(nn.Module, PyTorchModelHubMixin, library_name="vfmtok_fast", tags=[
     @torch.no_grad()
     def sampling_points(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Where each region looks; see `RegionEncoder.sampling_points`."""
-        self._check_images(images)
+        check_images("VFMTok", images, self.config.image_size, self.device)
         return self.region_encoder.sampling_points(self.backbone(images))
 
     def _decode_vectors(self, vectors: Tensor) -> Tensor:
@@ -170,44 +173,3 @@ class VFMTok(nn.Module, PyTorchModelHubMixin, library_name="vfmtok_fast", tags=[
         from ..checkpoint import load_tokenizer
 
         return load_tokenizer(cls(config), tokenizer, backbone)
-
-    def _check_images(self, images: Tensor) -> None:
-        size = self.config.image_size
-        if not isinstance(images, Tensor):
-            raise TypeError(f"VFMTok: images must be a torch.Tensor, got {type(images).__name__}")
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
-            raise ValueError(
-                f"VFMTok: images must have shape [B, 3, {size}, {size}], got {tuple(images.shape)}"
-            )
-        if not images.is_floating_point():
-            raise TypeError(
-                f"VFMTok: images must be floating point in [-1, 1], got {images.dtype}; "
-                "vfmtok_fast.images.to_float converts 8-bit pictures"
-            )
-        self._check_device("images", images)
-        if torch.compiler.is_compiling() or images.numel() == 0:
-            return
-        if images.is_cuda and torch.cuda.is_current_stream_capturing():
-            return
-        largest = float(images.detach().abs().amax())
-        if not largest <= LARGEST_PIXEL:
-            raise ValueError(
-                f"VFMTok: images must be in [-1, 1], got a magnitude of {largest:.4g}; "
-                "8-bit pictures go through vfmtok_fast.images.to_float"
-            )
-
-    def _check_codes(self, codes: Tensor) -> None:
-        R, K = self.config.num_regions, self.config.codebook_size
-        if not isinstance(codes, Tensor):
-            raise TypeError(f"VFMTok: codes must be a torch.Tensor, got {type(codes).__name__}")
-        if codes.ndim != 2 or codes.shape[1] != R:
-            raise ValueError(f"VFMTok: codes must have shape [B, {R}], got {tuple(codes.shape)}")
-        self._check_device("codes", codes)
-        check_range("VFMTok", "codes", codes, 0, K, "codes")
-
-    def _check_device(self, name: str, value: Tensor) -> None:
-        device = self.quantizer.codebook.device
-        if value.device != device:
-            raise ValueError(
-                f"VFMTok: {name} must be on the model's device {device}, got {value.device}"
-            )

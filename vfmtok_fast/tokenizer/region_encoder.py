@@ -57,10 +57,12 @@ class DeformableAttention(nn.Module):
         reference_points: Tensor,
     ) -> Tensor:
         """query [B, R, C], memory [B, S, C], reference_points [1, R, L, 2] to [B, R, C]."""
+        value = self.value(memory).unflatten(-1, (self.shape[0], -1))
         sampled = ops.deformable_sample(
-            self.value(memory).unflatten(-1, (self.shape[0], -1)),
+            value,
             spatial_shapes,
-            reference_points.to(memory.dtype),
+            # Under autocast the projections' dtype is not the memory's.
+            reference_points.to(value.dtype),
             self.offsets(query).unflatten(-1, (*self.shape, 2)),
             self.weights(query).unflatten(-1, (self.shape[0], -1)),
         )

@@ -1,0 +1,108 @@
+"""What `aot.py` compiles: every kernel, at the shapes of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vfmtok_fast.kernels import nearest_code
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel as one call would compile it; arguments of neither kind are an error."""
+
+    name: str
+    kernel: object
+    # Triton types of the run-time arguments; pointers count as aligned to 16 bytes.
+    types: dict[str, str]
+    constants: dict[str, object]
+    warps: int
+    stages: int = 3
+    # The unit of the main loop: how many one warp does in one turn, how many there are in the
+    # named problem, and the matrix operations of one. 0 where there is no such loop.
+    unit: str = ""
+    units_per_warp: int = 0
+    units: int = 0
+    matrix_flops: int = 0
+    problem: str = field(default="", compare=False)
+
+
+def _pointers(kinds: str, **names: str) -> dict[str, str]:
+    return {name: f"*{kind}" for name, kind in names.items()} | dict.fromkeys(kinds.split(), "i32")
+
+
+def nearest_code_cases() -> list[Case]:
+    n, k = 65536, 16384
+    cases = []
+    for d in (8, 12, 32):
+        columns, rows = max(16, d), nearest_code.SCREEN_ROWS
+        screen = _pointers(
+            "N tiles splits",
+            z="fp32", packed="fp16", facts="i64", best="fp32", chunk="i32", second="fp32",
+            slack="fp32",
+        )  # fmt: skip
+        screen["bound"] = "fp32"
+        cases.append(
+            Case(
+                f"nearest_code._screen d={d}",
+                nearest_code._screen,
+                screen,
+                {"D": d, "C": columns, "ROWS": rows},
+                nearest_code.SCREEN_WARPS,
+                nearest_code.SCREEN_STAGES,
+                unit="score",
+                units_per_warp=rows * nearest_code.TILE.value // nearest_code.SCREEN_WARPS,
+                units=n * k,
+                matrix_flops=2 * columns,
+                problem=f"N={n} K={k} d={d}",
+            )
+        )
+    d, columns, splits = 12, 16, 4
+    cases += [
+        Case(
+            f"nearest_code._prepare d={d}",
+            nearest_code._prepare,
+            _pointers(
+                "K", codebook="fp32", packed="fp16", exact="fp32", inverse="fp64", facts="i64"
+            ),
+            {"D": d, "C": columns},
+            1,
+        ),
+        Case(
+            f"nearest_code._rescan d={d}",
+            nearest_code._rescan,
+            _pointers(
+                "N K",
+                z="fp32", exact="fp32", inverse="fp64", facts="i64", best="fp32", chunk="i32",
+                second="fp32", slack="fp32", listed="i64", code="i64", score="fp32",
+            ),
+            {"SLOTS": 4, "D": d, "C": columns, "ROWS": nearest_code.RESCAN_ROWS},
+            4,
+        ),
+        Case(
+            f"nearest_code._resolve d={d}",
+            nearest_code._resolve,
+            _pointers(
+                "K chunks",
+                z="fp32", exact="fp32", inverse="fp64", facts="i64", listed="i64",
+                part_score="fp64", part_code="i32",
+            ),
+            {"SPLITS": splits, "D": d},
+            4,
+        ),
+        Case(
+            f"nearest_code._merge d={d}",
+            nearest_code._merge,
+            _pointers(
+                "",
+                z="fp32", facts="i64", listed="i64", part_score="fp64", part_code="i32",
+                code="i64", score="fp32",
+            ),
+            {"SPLITS": splits, "D": d, "C": columns},
+            1,
+        ),
+    ]  # fmt: skip
+    return cases
+
+
+CASES = nearest_code_cases()

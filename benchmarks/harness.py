@@ -1,0 +1,253 @@
+"""How everything here is timed, checked and written down.
+
+A benchmark names a *case* (op and shape) and times its *providers* on the same inputs, each after
+its values were checked. On a GPU a time is device time: the call is captured in a CUDA graph and
+each replay is timed with events after the second-level cache was overwritten; calls that cannot be
+captured are timed with events alone, and say so. On a CPU it is wall time after the cache was
+overwritten. pytest-benchmark runs and prints; `Session` writes one JSON file per device and op.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+# Larger than any last-level cache that it has to empty.
+FLUSH_BYTES = 256 * 2**20 if GPU else 128 * 2**20
+# A case stops after this many rounds or seconds, whichever comes first.
+ROUNDS = 50 if GPU else 7
+SECONDS = 1.0 if GPU else 4.0
+
+
+class Clock:
+    """pytest-benchmark's timer: the wall clock, or durations that were measured beforehand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.durations: list[float] | None = None
+        self.running = False
+
+    def __call__(self) -> float:
+        if self.durations is None:
+            return time.perf_counter()
+        if self.running:
+            self.now += self.durations.pop(0)
+        self.running = not self.running
+        return self.now
+
+
+clock = Clock()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call must do at least: bytes in and out, and floating-point operations."""
+
+    bytes: int
+    flops: int
+
+
+@dataclass
+class Session:
+    """Records of one run, written only when all of it ran and passed."""
+
+    records: list[dict] = field(default_factory=list)
+
+    def write(self) -> list[Path]:
+        paths = []
+        for op in sorted({record["op"] for record in self.records}):
+            path = RESULTS / device_name() / f"{op}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = {
+                "environment": environment(),
+                "ceilings": ceilings(),
+                "records": [record for record in self.records if record["op"] == op],
+            }
+            path.write_text(json.dumps(content, indent=1) + "\n")
+            paths.append(path)
+        return paths
+
+
+session = Session()
+
+
+@functools.cache
+def device_name() -> str:
+    """Folder of this device's results."""
+    if GPU:
+        return torch.cuda.get_device_name().lower().replace(" ", "-")
+    return f"cpu-{os.cpu_count()}-cores"
+
+
+@functools.cache
+def environment() -> dict[str, object]:
+    """Device, versions and commit; the numbers of two environments are never mixed."""
+    root = RESULTS.parents[1]
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    if GPU:
+        import triton
+
+        versions |= {"triton": triton.__version__, "cuda": torch.version.cuda}
+    return {
+        "device": device_name(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "commit": git("rev-parse", "--short", "HEAD") or None,
+        "changed": bool(git("status", "--porcelain", "--", "kernels", "vfmtok_fast")),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+@functools.cache
+def ceilings() -> dict[str, float]:
+    """What this device reaches: copying memory (bytes read and written) and a matrix product."""
+    size, dtype = (8192, torch.bfloat16) if GPU else (1024, torch.float32)
+    source = torch.randn(2**28 if GPU else 2**25, device=DEVICE)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
+    copy = min(rounds_of(lambda: target.copy_(source), rounds=9)[0])
+    product = min(rounds_of(lambda: a @ b, rounds=9)[0])
+    return {
+        "copy_gb_s": round(2 * source.nbytes / copy / 1e9, 1),
+        "matmul_tflop_s": round(2 * size**3 / product / 1e12, 3),
+        "matmul_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+@functools.cache
+def flush_buffer() -> torch.Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
+
+
+def capture(fn: Callable[[], object]) -> Callable[[], object] | None:
+    """The call as a CUDA graph's replay, or None where it cannot be captured."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            fn()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
+
+
+def rounds_of(fn: Callable[[], object], rounds: int = ROUNDS) -> tuple[list[float], str]:
+    """Seconds of each round, and how they were measured."""
+    fn()
+    flush = flush_buffer()
+    times: list[float] = []
+    if not GPU:
+        begin = time.perf_counter()
+        while len(times) < rounds and (len(times) < 3 or time.perf_counter() - begin < SECONDS):
+            flush.zero_()
+            start = time.perf_counter()
+            fn()
+            times.append(time.perf_counter() - start)
+        return times, "wall"
+    fn()
+    replay = capture(fn)
+    call = replay or fn
+    begin = time.perf_counter()
+    while len(times) < rounds and (len(times) < 5 or time.perf_counter() - begin < SECONDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # The device is still writing this while the call is queued, so that launches do not count.
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return times, "graph replay" if replay else "events"
+
+
+def peak_bytes(fn: Callable[[], object]) -> int | None:
+    """Most memory in use during a call beyond what was in use before it."""
+    if GPU:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        fn()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if not os.path.exists("/proc/self/clear_refs"):
+        return None
+
+    def high_water() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+    # Resets the process's high-water mark to what is resident now.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = high_water()
+    fn()
+    return high_water() - before
+
+
+def measure(
+    benchmark,
+    *,
+    op: str,
+    shape: str,
+    provider: str,
+    fn: Callable[[], object],
+    check: Callable[[object], dict[str, object]],
+    work: Work,
+) -> None:
+    """Check a provider's values, time it, and record it.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+        op, shape, provider: what is timed; together they name the record.
+        fn: the call, without arguments.
+        check: raises where the values of ``fn()`` are wrong; what it returns is recorded.
+        work: the least that the call must do.
+    """
+    facts = check(fn())
+    peak = peak_bytes(fn)
+    times, how = rounds_of(fn)
+    median = statistics.median(times)
+    top = ceilings()
+    record = {
+        "op": op,
+        "shape": shape,
+        "provider": provider,
+        "median_us": round(median * 1e6, 2),
+        "min_us": round(min(times) * 1e6, 2),
+        "max_us": round(max(times) * 1e6, 2),
+        "rounds": len(times),
+        "timer": how,
+        "gb_s": round(work.bytes / median / 1e9, 2),
+        "percent_of_copy": round(100 * work.bytes / median / 1e9 / top["copy_gb_s"], 1),
+        "tflop_s": round(work.flops / median / 1e12, 3),
+        "percent_of_matmul": round(100 * work.flops / median / 1e12 / top["matmul_tflop_s"], 1),
+        "peak_mib": None if peak is None else round(peak / 2**20, 1),
+        **facts,
+    }
+    benchmark.extra_info.update(record)
+    clock.durations = list(times)
+    try:
+        # What was measured is played back, so that pytest-benchmark shows and stores it.
+        benchmark.pedantic(lambda: None, rounds=len(times), iterations=1)
+    finally:
+        clock.durations = None
+    session.records.append(record)

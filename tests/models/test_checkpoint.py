@@ -1,0 +1,372 @@
+"""The authors' files: every wrapper is read, everything broken is refused in one line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import urllib.error
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vfmtok_fast import GPT, BackboneConfig, GPTConfig, VFMTok, VFMTokConfig, checkpoint
+from vfmtok_fast.checkpoint import (
+    BACKBONE_PREFIX,
+    DINOV2_UNUSED,
+    GPT_NAMES,
+    TOKENIZER_NAMES,
+    TOKENIZER_UNUSED,
+    official_name,
+    read_tensors,
+)
+from vfmtok_fast.tokenizer.positions import resize_positions
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+CONFIG = VFMTokConfig(
+    dim=32,
+    encoder_depth=1,
+    decoder_depth=1,
+    num_heads=2,
+    decoder_mlp_dim=48,
+    codebook_size=64,
+    pixel_channels=32,
+    pixel_channel_mult=(1, 1, 1, 1, 2),
+    backbone=BackboneConfig(dim=32, depth=2, num_heads=2, levels=(0, 1)),
+)
+GPT_CONFIG = GPTConfig(
+    num_layers=1, num_heads=2, dim=32, vocab_size=64, block_size=16, num_classes=4
+)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> dict[str, Tensor]:
+    """A file in DINOv2's own naming, with the table at the size that DINOv2 was trained at."""
+    torch.manual_seed(0)
+    state = VFMTok(CONFIG).backbone.vit.state_dict()
+    state["register_tokens"] = torch.randn_like(state.pop("reg_token"))
+    state["cls_token"] = torch.randn(1, 1, 32)
+    state["pos_embed"] = torch.randn(1, 1 + 37 * 37, 32)
+    state["mask_token"] = torch.randn(1, 32)
+    return state
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> dict[str, Tensor]:
+    """A file in the authors' naming, without the backbone."""
+    torch.manual_seed(1)
+    state = VFMTok(CONFIG).state_dict()
+    theirs = {
+        official_name(key, TOKENIZER_NAMES): torch.randn_like(value)
+        for key, value in state.items()
+        if not key.startswith("backbone.")
+    }
+    return theirs | {"slot_quantize.codebook_used": torch.zeros(64)}
+
+
+@pytest.fixture(scope="module")
+def gpt() -> dict[str, Tensor]:
+    torch.manual_seed(2)
+    state = GPT(GPT_CONFIG).state_dict()
+    return {official_name(key, GPT_NAMES): torch.randn_like(v) for key, v in state.items()}
+
+
+def load(tokenizer, backbone=None) -> VFMTok:
+    return VFMTok.from_official(tokenizer, backbone, CONFIG)
+
+
+def refused(kind: type, call: Callable, *args, **options) -> str:
+    with pytest.raises(kind) as error:
+        call(*args, **options)
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+def inside(backbone: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {BACKBONE_PREFIX + key: value for key, value in backbone.items()}
+
+
+def shifted(tensors: Mapping[str, Tensor], by: float = 1.0) -> dict[str, Tensor]:
+    return {key: value + by for key, value in tensors.items()}
+
+
+def wrong_in(path: Path, content: object) -> Path:
+    torch.save(content, path)
+    return path
+
+
+# What is read.
+
+
+@pytest.mark.parametrize("where", ["mapping", "file", "old file", "safetensors"])
+def test_values_arrive_where_they_belong(tokenizer, backbone, where: str, tmp_path: Path):
+    first, second = tokenizer, backbone
+    if where != "mapping":
+        first, second = tmp_path / "t.pt", str(tmp_path / "b.pth")
+        new = where == "file"
+        torch.save(tokenizer, first, _use_new_zipfile_serialization=new)
+        torch.save(backbone, second, _use_new_zipfile_serialization=new)
+    if where == "safetensors":
+        first = tmp_path / "t.safetensors"
+        save_file(tokenizer, first)
+    model = load(first, second)
+    state = model.state_dict()
+    assert not model.training
+    for key, value in tokenizer.items():
+        if key in TOKENIZER_UNUSED:
+            continue
+        (ours,) = [k for k in state if official_name(k, TOKENIZER_NAMES) == key]
+        assert torch.equal(state[ours], value), key
+    vit = model.backbone.vit.state_dict()
+    for key in set(backbone) - {"pos_embed", "cls_token", "register_tokens", "mask_token"}:
+        assert torch.equal(vit[key], backbone[key]), key
+    assert torch.equal(vit["reg_token"], backbone["register_tokens"])
+
+
+def test_positions_of_the_backbone(tokenizer, backbone):
+    """The class position goes to the class token, the others are resized, registers get none."""
+    vit = load(tokenizer, backbone).backbone.vit
+    table = backbone["pos_embed"]
+    assert torch.equal(vit.cls_token, backbone["cls_token"] + table[:, :1])
+    assert torch.equal(vit.pos_embed, resize_positions(table[:, 1:], 24))
+    assert torch.equal(vit.reg_token, backbone["register_tokens"])
+
+
+def test_backbone_inside_the_tokenizer_file(tokenizer, backbone):
+    expected = load(tokenizer, backbone).state_dict()
+    together = load({"model": tokenizer | inside(backbone)}).state_dict()
+    assert all(torch.equal(value, together[key]) for key, value in expected.items())
+    # A backbone given on its own comes before the one inside.
+    again = load(tokenizer | inside(shifted(backbone)), backbone).state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("wrapper", ["ema", "model", "state_dict", None])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_tokenizer_wrappers(tokenizer, wrapper: str | None, prefix: str):
+    content = {prefix + key: value for key, value in tokenizer.items()}
+    if wrapper:
+        content = {wrapper: content, "args": argparse.Namespace(lr=1e-4), "step": 5}
+    found = read_tensors(content, ("ema", "model", "state_dict"), "tokenizer")
+    assert found.keys() == tokenizer.keys()
+
+
+@pytest.mark.parametrize("empty", [None, {}], ids=repr)
+def test_precedence(tokenizer, backbone, gpt, empty):
+    """ema, then model, then state_dict; for a GPT ema, module, state_dict, model."""
+
+    def bias(content: dict) -> float:
+        return float(load(content, backbone).state_dict()["quantizer.proj.bias"][0])
+
+    base = float(tokenizer["pre_slots_quant.bias"][0])
+    content = {"state_dict": shifted(tokenizer, 2), "model": shifted(tokenizer, 1)}
+    assert bias(content) == pytest.approx(base + 1)
+    assert bias({**content, "ema": tokenizer}) == pytest.approx(base)
+    # Training without EMA may leave an entry with nothing in it.
+    assert bias({**content, "ema": empty}) == pytest.approx(base + 1)
+
+    content, order = {}, ["model", "state_dict", "module", "ema"]
+    for i, wrapper in enumerate(order):
+        content[wrapper] = shifted(gpt, i)
+        loaded = GPT.from_official(content, GPT_CONFIG).state_dict()["norm.weight"]
+        assert torch.equal(loaded, gpt["norm.weight"] + i), wrapper
+    assert torch.equal(
+        GPT.from_official(gpt, GPT_CONFIG).state_dict()["norm.weight"], gpt["norm.weight"]
+    )
+
+
+def test_a_namespace_in_the_file_is_read_over(tokenizer, backbone, tmp_path: Path):
+    content = {"ema": tokenizer, "args": argparse.Namespace(lr=1e-4, name="x", sizes=[1, 2])}
+    load(wrong_in(tmp_path / "t.pt", content), backbone)
+
+
+@pytest.mark.parametrize("case", ["tokenizer_small", "tokenizer_full", "gpt_small", "gpt_b"])
+def test_names_are_one_to_one(case: str):
+    """Every entry of the authors' release has one of ours, every one of ours has one there."""
+    shapes = json.loads((GOLDEN / f"{case}.keys.json").read_text())
+    small = {"dim": 128, "decoder_mlp_dim": 256, "pixel_channels": 32, "codebook_size": 1024}
+    small |= {"encoder_depth": 2, "decoder_depth": 2}
+    with torch.device("meta"):
+        if case == "tokenizer_small":
+            backbone = BackboneConfig(dim=96, depth=24, num_heads=4)
+            model = VFMTok(VFMTokConfig(**small, backbone=backbone))
+        elif case == "tokenizer_full":
+            model = VFMTok(VFMTokConfig())
+        elif case == "gpt_small":
+            sizes = {"vocab_size": 512, "block_size": 64, "num_classes": 10}
+            model = GPT(GPTConfig(num_layers=3, num_heads=4, dim=128, **sizes))
+        else:
+            model = GPT("GPT-B")
+    names = GPT_NAMES if case.startswith("gpt") else TOKENIZER_NAMES
+    state = model.state_dict()
+    ours = [key for key in state if not key.startswith("backbone.")]
+    theirs = [official_name(key, names) for key in ours]
+    for key, other in zip(ours, theirs, strict=True):
+        assert list(state[key].shape) == shapes[other], key
+    if case.startswith("tokenizer"):
+        vit = [key.removeprefix("backbone.vit.") for key in state if key.startswith("backbone.")]
+        vit = ["register_tokens" if key == "reg_token" else key for key in vit]
+        theirs += [BACKBONE_PREFIX + key for key in vit]
+    unused = {*TOKENIZER_UNUSED, *(BACKBONE_PREFIX + key for key in DINOV2_UNUSED)}
+    assert len(set(theirs)) == len(theirs)
+    assert set(shapes) - unused == set(theirs)
+
+
+# What is refused.
+
+
+def test_everything_that_does_not_fit_is_named_at_once(tokenizer, backbone):
+    bad = dict(tokenizer)
+    del bad["pre_slots_quant.weight"], bad["decode_transformer.mask_dino"]
+    bad["surplus.weight"] = torch.zeros(2)
+    bad["slot_quantize.embedding.weight"] = torch.zeros(64, 8)
+    bad["decoder.conv_in.bias"] = tokenizer["decoder.conv_in.bias"].clone()
+    bad["decoder.conv_in.bias"][0] = float("nan")
+    bad["post_slots_quant.bias"] = tokenizer["post_slots_quant.bias"] + float("inf")
+    message = refused(ValueError, load, bad, backbone)
+    assert message == (
+        "tokenizer does not fit the model: "
+        "missing decode_transformer.mask_dino, pre_slots_quant.weight; "
+        "unknown surplus.weight; "
+        "misshapen slot_quantize.embedding.weight (expected (64, 12), got (64, 8)); "
+        "NaN or infinity in post_slots_quant.bias, decoder.conv_in.bias"
+    )
+
+
+def test_backbone_that_does_not_fit(tokenizer, backbone):
+    bad = dict(backbone)
+    del bad["norm.bias"]
+    bad["blocks.7.norm1.weight"] = torch.zeros(32)
+    bad["pos_embed"] = torch.zeros(1, 1 + 576, 32)
+    bad["cls_token"] = torch.full((1, 1, 32), float("nan"))
+    expected = (
+        "backbone does not fit the model: missing norm.bias; unknown blocks.7.norm1.weight; "
+        "misshapen pos_embed (expected (1, 1370, 32), got (1, 577, 32)); "
+        "NaN or infinity in cls_token"
+    )
+    assert refused(ValueError, load, tokenizer, bad) == expected
+    assert refused(ValueError, load, tokenizer | inside(bad)) == expected
+    assert "missing" in refused(ValueError, load, tokenizer, tokenizer)
+
+
+def test_gpt_that_does_not_fit(gpt):
+    bad = {k: v for k, v in gpt.items() if k != "norm.weight"} | {"freqs_cis": torch.zeros(1)}
+    message = refused(ValueError, GPT.from_official, {"module": bad}, GPT_CONFIG)
+    assert message == (
+        "GPT checkpoint does not fit the model: missing norm.weight; unknown freqs_cis"
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{}, {"ema": {}}, {"model": None}, [1], torch.zeros(2), {1: torch.zeros(1)}, {"a": 1}, "x"],
+    ids=repr,
+)
+def test_no_mapping_of_tensors(content: object, tmp_path: Path):
+    path = wrong_in(tmp_path / "x.pt", content)
+    assert refused(ValueError, load, path).startswith("tokenizer: expected ")
+    if isinstance(content, Mapping):
+        assert refused(ValueError, load, content).startswith("tokenizer: expected ")
+
+
+class Trap:
+    """Unpickled carelessly, it leaves a file behind."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+def test_a_pickle_that_would_run_code(tokenizer, tmp_path: Path, new: bool):
+    sprung = tmp_path / "sprung"
+    path = tmp_path / "evil.pt"
+    torch.save({"model": tokenizer, "x": Trap(sprung)}, path, _use_new_zipfile_serialization=new)
+    message = refused(ValueError, load, path)
+    assert f"{path} was refused: it refers to posix.mkdir" in message
+    assert not sprung.exists()
+    # The trap works: it is our reading that does not spring it.
+    torch.load(path, weights_only=False)
+    assert sprung.exists()
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+def test_truncated_files(tokenizer, tmp_path: Path, new: bool):
+    path = tmp_path / "t.pt"
+    torch.save(tokenizer, path, _use_new_zipfile_serialization=new)
+    whole = path.read_bytes()
+    for part in (0.002, 0.02, 0.1, 0.3, 0.5, 0.9, 0.99, 0.9999):
+        path.write_bytes(whole[: int(part * len(whole))])
+        assert f"{path} is no " in refused(ValueError, load, path)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"<!DOCTYPE html>\n<html>Not found</html>",
+        b"version https://git-lfs",
+        b"\x80\x02]q",
+        b"PK",
+    ],
+    ids=["empty", "html", "lfs", "pickle", "short"],
+)
+def test_other_files(data: bytes, tmp_path: Path):
+    path = tmp_path / "t.pt"
+    path.write_bytes(data)
+    assert f"tokenizer: {path} is no torch checkpoint" in refused(ValueError, load, path)
+    path = path.with_suffix(".safetensors")
+    path.write_bytes(data)
+    assert f"tokenizer: {path} is no safetensors file" in refused(ValueError, load, path)
+
+
+def test_no_file(tokenizer, tmp_path: Path):
+    message = refused(FileNotFoundError, load, tmp_path / "none.pt")
+    assert message == f"tokenizer: {tmp_path}/none.pt does not exist, expected a checkpoint file"
+    assert f"{tmp_path} is a folder" in refused(FileNotFoundError, load, tmp_path)
+    message = refused(FileNotFoundError, load, tokenizer, tmp_path / "none.pth")
+    assert message.startswith("backbone: ")
+    message = refused(FileNotFoundError, GPT.from_official, tmp_path / "g.pt", "GPT-B")
+    assert message.startswith("GPT checkpoint: ")
+
+
+# Without a network.
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As HF_HUB_OFFLINE=1 does, with empty caches."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
+
+    def no_network(url: str, *args, **options) -> None:
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+
+
+def test_offline_the_error_names_file_source_and_flag(offline: None, tokenizer):
+    message = refused(FileNotFoundError, checkpoint.fetch_official, "GPT-L", "--gpt")
+    for part in ("DINOv2/GPT-L/GPT-L-300e.pt", "yexiguafu/VFMTok", "--gpt"):
+        assert part in message
+    message = refused(FileNotFoundError, load, tokenizer)
+    for part in ("dinov2_vitl14_reg4_pretrain.pth", "dl.fbaipublicfiles.com", "--backbone"):
+        assert part in message
+
+
+def test_backbone_file_that_lies_in_the_cache(offline: None, tokenizer, backbone, tmp_path: Path):
+    path = tmp_path / "torch" / "checkpoints" / checkpoint.DINOV2_FILE
+    path.parent.mkdir(parents=True)
+    torch.save(backbone, path)
+    expected = load(tokenizer, backbone).state_dict()
+    found = load(tokenizer).state_dict()
+    assert all(torch.equal(value, found[key]) for key, value in expected.items())

@@ -1,0 +1,154 @@
+"""save_pretrained and from_pretrained: a round trip, and one line for everything else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+
+from vfmtok_fast import GPT, BackboneConfig, GPTConfig, VFMTok, VFMTokConfig
+
+TOKENIZER = VFMTokConfig(
+    dim=32,
+    encoder_depth=1,
+    decoder_depth=1,
+    num_heads=2,
+    decoder_mlp_dim=48,
+    codebook_size=64,
+    codebook_dim=8,
+    pixel_channels=32,
+    pixel_channel_mult=(1, 1, 1, 1, 2),
+    backbone=BackboneConfig(dim=32, depth=2, num_heads=2, levels=(0, 1), num_registers=1),
+)
+GENERATOR = GPTConfig(
+    num_layers=1, num_heads=2, dim=32, vocab_size=64, block_size=16, num_classes=4
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    VFMTok(TOKENIZER).save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As HF_HUB_OFFLINE=1 does, with an empty cache."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "no cache"))
+
+
+def refused(kind: type, source: str | Path, model: type = VFMTok, **options) -> str:
+    with pytest.raises(kind) as error:
+        model.from_pretrained(source, **options)
+    message = str(error.value)
+    assert message.startswith(model.__name__) and "\n" not in message, message
+    return message
+
+
+def test_round_trip_of_the_tokenizer(tmp_path: Path):
+    torch.manual_seed(1)
+    model = VFMTok(TOKENIZER)
+    model.save_pretrained(tmp_path)
+    assert {"config.json", "model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+    loaded = VFMTok.from_pretrained(tmp_path)
+    assert loaded.config == TOKENIZER and isinstance(loaded.config.backbone, BackboneConfig)
+    assert isinstance(loaded.config.pixel_channel_mult, tuple) and not loaded.training
+    saved, again = model.state_dict(), loaded.state_dict()
+    assert list(saved) == list(again)
+    assert all(torch.equal(value, again[key]) for key, value in saved.items())
+    images = torch.rand(1, 3, 336, 336) * 2 - 1
+    assert torch.equal(model.eval().encode(images), loaded.encode(images))
+    # Twice over, as a user does who changes a model and saves it where it was.
+    loaded.save_pretrained(tmp_path)
+    assert VFMTok.from_pretrained(str(tmp_path)).config == TOKENIZER
+
+
+def test_round_trip_of_the_generator(tmp_path: Path):
+    GPT(GENERATOR).save_pretrained(tmp_path)
+    assert GPT.from_pretrained(tmp_path).config == GENERATOR
+
+
+@pytest.mark.parametrize("config", [None, "GPT-B", {"num_layers": 12}], ids=repr)
+def test_every_way_to_give_a_config_is_saved(tmp_path: Path, config):
+    """The mixin writes no config.json for defaults, a preset's name, or parts of a mapping."""
+    with torch.device("meta"):
+        model = GPT() if config is None else GPT(config)
+    model._save_pretrained = lambda folder: None
+    model.save_pretrained(tmp_path)
+    assert GPTConfig(**json.loads((tmp_path / "config.json").read_text())) == model.config
+    assert model.config == GPTConfig()
+
+
+def test_half_precision_is_kept_in_the_file(tmp_path: Path):
+    VFMTok(TOKENIZER).bfloat16().save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors")["quantizer.codebook"].dtype == torch.bfloat16
+    assert VFMTok.from_pretrained(tmp_path).quantizer.codebook.dtype == torch.float32
+
+
+def test_a_given_config_takes_the_place_of_the_file(folder: Path):
+    (folder / "config.json").unlink()
+    assert VFMTok.from_pretrained(folder, config=TOKENIZER).config == TOKENIZER
+
+
+def test_weights_that_do_not_fit_are_all_named(folder: Path):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["surplus"] = torch.zeros(1)
+    tensors["quantizer.codebook"] = torch.zeros(64, 9)
+    tensors["quantizer.proj.bias"][2] = float("nan")
+    del tensors["token_decoder.class_token"]
+    save_file(tensors, path)
+    message = refused(ValueError, folder)
+    for part in (
+        "missing token_decoder.class_token",
+        "unknown surplus",
+        "quantizer.codebook (expected (64, 8), got (64, 9))",
+        "NaN or infinity in quantizer.proj.bias",
+        str(path),
+    ):
+        assert part in message
+
+
+def test_broken_weights_file(folder: Path):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    for broken in (b"", b"<html></html>", whole[:100], whole[: len(whole) // 2]):
+        path.write_bytes(broken)
+        assert "is no safetensors file" in refused(ValueError, folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_folder_without_a_file(folder: Path, name: str):
+    (folder / name).unlink()
+    assert f"has no {name}" in refused(FileNotFoundError, folder)
+
+
+def test_config_that_does_not_fit(folder: Path):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"colour": 1, "a": 2}))
+    with pytest.raises(ValueError, match="VFMTokConfig: unknown field a, colour; it has backbone"):
+        VFMTok.from_pretrained(folder)
+    path.write_text(json.dumps(config | {"backbone": config["backbone"] | {"depth": 2.5}}))
+    with pytest.raises(ValueError, match="BackboneConfig: depth must be an integer"):
+        VFMTok.from_pretrained(folder)
+    for text, reason in (("{", "is no JSON"), ("[]", "must hold an object, got list")):
+        path.write_text(text)
+        assert reason in refused(ValueError, folder)
+
+
+def test_a_generator_is_no_tokenizer(folder: Path):
+    with pytest.raises(ValueError, match="GPTConfig: unknown field backbone, .*it has"):
+        GPT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "./here", "nobody/nothing", "a b", "x/y/z"])
+def test_no_folder_and_no_repo(offline: None, source: str):
+    message = refused(FileNotFoundError, source)
+    assert f"no folder {source}" in message and "config.json" in message

@@ -1,0 +1,287 @@
+"""The tokenizer against the authors' own code, on weights that a recipe makes.
+
+Tolerances are derived, not chosen. *Truth* is our model in float64, *ruler* the error of our
+float32 run against it. The authors' float32 numbers must lie within twice the ruler plus one
+rounding of the truth: they made their roundings, we made ours, both as large. The ruler itself
+must be what float32 gives over the depth of the network, so that a bad run of ours cannot excuse
+a bad result.
+
+The authors drew their training branch with attention dropout of 0.1 in the token decoder, from a
+seed that is not known. What follows from it is tested as a draw: with dropout, our model over many
+seeds gives each number's mean and spread, and the authors' must look like one more seed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vfmtok_fast import BackboneConfig, VFMTok, VFMTokConfig
+from vfmtok_fast.checkpoint import TOKENIZER_NAMES, official_name
+from vfmtok_fast.images import to_float
+
+CONFIGS = {
+    "tokenizer_small": VFMTokConfig(
+        dim=128,
+        encoder_depth=2,
+        decoder_depth=2,
+        decoder_mlp_dim=256,
+        pixel_channels=32,
+        codebook_size=1024,
+        backbone=BackboneConfig(dim=96, depth=24, num_heads=4),
+    ),
+    "tokenizer_full": VFMTokConfig(),
+}
+FLOAT32 = torch.finfo(torch.float32).eps
+# Rounding errors of a residual network add up like a random walk: about eps * sqrt(operations in
+# a row). 24 blocks of about 16 roundings each, then 6 + 6 layers and 25 convolutions, stay below
+# 1000 in a row; the factor 8 is for sums inside an operation, which round more than once.
+DEEPEST = 8 * 1000**0.5 * FLOAT32
+# What the golden files keep of each tensor (golden README).
+THINNED: dict[str, Callable[[Tensor], Tensor]] = {
+    **{f"level{i}": lambda x: x[:, ::48, ::4] for i in range(4)},
+    "slots": lambda x: x[..., ::4],
+    "queries": lambda x: x,
+    "z": lambda x: x[:, ::8],
+    "decoded_crop": lambda x: x[:, :, 150:182, 150:182],
+    "decoded_mean": lambda x: x.mean(dim=(2, 3)),
+    "decoded_std": lambda x: x.std(dim=(2, 3)),
+}
+
+
+@dataclasses.dataclass
+class Case:
+    """One golden case: the loaded model, the authors' numbers, ours in float32 and float64."""
+
+    golden: dict[str, Tensor]
+    model: VFMTok
+    images: Tensor
+    single: dict[str, Tensor]
+    double: dict[str, Tensor]
+
+
+def observe(model: VFMTok, images: Tensor) -> dict[str, Tensor]:
+    """Every tensor of the evaluation path, by its golden name, whole."""
+    with torch.no_grad():
+        maps = model.backbone(images)
+        seen = {f"level{i}": level for i, level in enumerate(maps)}
+        seen["slots"] = model.region_encoder(maps)
+        seen["queries"] = model.quantizer.queries(seen["slots"])
+        seen["indices"] = model.quantizer.nearest(seen["queries"])
+        regions = model.token_decoder.regions(model.quantizer.lookup(seen["indices"]))
+        seen["z"] = model.token_decoder.pixel_map(regions)
+        decoded = model.pixel_decoder(seen["z"])
+    for name in ("decoded_crop", "decoded_mean", "decoded_std"):
+        seen[name] = decoded
+    return seen
+
+
+@pytest.fixture(
+    scope="module",
+    params=["tokenizer_small", pytest.param("tokenizer_full", marks=pytest.mark.slow)],
+)
+def case(request: pytest.FixtureRequest, golden, official_weights) -> Case:
+    expected = golden(request.param)
+    model = VFMTok.from_official(official_weights(request.param), config=CONFIGS[request.param])
+    images = to_float(expected["images"])
+    single = observe(model, images)
+    double = observe(copy.deepcopy(model).double(), images.double())
+    return Case(expected, model, images, single, double)
+
+
+@pytest.mark.parametrize("name", THINNED)
+def test_evaluation_path(case: Case, name: str):
+    thin, truth = THINNED[name], case.double[name]
+    scale = float(truth.abs().max())
+    ruler = float((case.single[name] - truth).abs().max())
+    assert ruler <= DEEPEST * scale, (
+        f"own float32 is off by {ruler / scale:.2e} of the largest value"
+    )
+    expected = case.golden[name]
+    assert expected.shape == thin(truth).shape
+    error = float((expected - thin(truth)).abs().max())
+    assert error <= 2 * ruler + FLOAT32 * scale, f"{error:.2e} against a ruler of {ruler:.2e}"
+
+
+def test_codes(case: Case):
+    """Equal; the file's own margins say that no code is a tie within rounding."""
+    assert torch.equal(case.single["indices"], case.golden["indices"].long())
+    assert torch.equal(case.double["indices"], case.golden["indices_float64"].long())
+    assert torch.equal(case.model.encode(case.images), case.golden["indices"].long())
+
+
+def test_margins(case: Case):
+    """The gap to the second best code, which the float64 scores give too."""
+    codebook = F.normalize(case.model.quantizer.codebook.detach().double(), dim=-1)
+    best = (case.double["queries"] @ codebook.T).topk(2).values
+    margin = best[..., 0] - best[..., 1]
+    # A score moves by at most the error of its unit query, and there are two of them. The file's
+    # own float64 run started from the float32 queries.
+    error = (case.single["queries"] - case.double["queries"]).norm(dim=-1).max()
+    assert float((margin - case.golden["margin"]).abs().max()) <= 4 * float(error) + FLOAT32
+
+
+def test_8_bit_pictures(case: Case):
+    pictures = case.model.decode_to_uint8(case.golden["indices"])
+    expected = case.golden["decoded_uint8_256"]
+    assert pictures.dtype == torch.uint8 and pictures.shape == expected.shape
+    difference = (pictures.int() - expected.int()).abs()
+    assert int(difference.max()) <= 1
+    # Truncation turns an error of e into a different level with probability 127.5 * e.
+    error = float((case.single["decoded_crop"] - case.double["decoded_crop"]).abs().max())
+    assert float((difference > 0).float().mean()) <= 2 * 127.5 * error
+
+
+@dataclasses.dataclass
+class Draw:
+    """One training step of the encoder, the quantiser and the semantic branch."""
+
+    losses: dict[str, Tensor]
+    grads: dict[str, Tensor]
+
+
+def train_once(case: Case, model: VFMTok, seed: int) -> Draw:
+    """The authors' training branch: no pixel term, gradients of the plain sum of three losses."""
+    # Their own maps are as exact as ours, and the backbone has no dropout: computed once.
+    maps = [case.single[f"level{i}"] for i in range(4)]
+    model.zero_grad(set_to_none=True)
+    model.train()
+    torch.manual_seed(seed)
+    quantized = model.quantizer(model.quantizer.queries(model.region_encoder(maps)))
+    _, loss = semantic_pass(case, model, quantized.vectors)
+    losses = {
+        "loss_semantic": loss,
+        "loss_codebook": quantized.codebook_loss,
+        "loss_commit": quantized.commit_loss,
+    }
+    sum(losses.values()).backward()
+    model.eval()
+    named = {official_name(k, TOKENIZER_NAMES): p for k, p in model.named_parameters()}
+    kept = [name.split("/")[1] for name in case.golden if name.startswith("gradnorm/")]
+    grads = {key: named[key].grad.flatten().clone() for key in kept}
+    return Draw({k: v.detach() for k, v in losses.items()}, grads)
+
+
+def semantic_pass(case: Case, model: VFMTok, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Predicted features, thinned as in the golden files, and their loss."""
+    predicted = model.token_decoder.features(model.token_decoder.regions(vectors))
+    cosine = F.cosine_similarity(predicted, case.single["level3"], dim=-1, eps=1e-6)
+    return predicted[:, ::48, ::16], (1 - cosine).mean()
+
+
+def head(gradient: Tensor) -> Tensor:
+    return gradient[:: max(1, gradient.numel() // 64)][:64]
+
+
+def with_dropout(model: VFMTok, probability: float) -> VFMTok:
+    """The same weights, with another ``decoder_dropout``."""
+    config = dataclasses.replace(model.config, decoder_dropout=probability)
+    other = VFMTok(config)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+def test_what_dropout_does_not_touch(case: Case):
+    """Codebook and commitment loss, and the codebook's gradient, to rounding."""
+    draw = train_once(case, case.model, 0)
+    queries = case.single["queries"] - case.double["queries"]
+    for name in ("loss_codebook", "loss_commit"):
+        # Mean squares of e - z: their relative error is at most twice that of the differences.
+        bound = 2 * 2 * rms(queries) / rms(case.double["queries"]) + FLOAT32
+        assert float(draw.losses[name] / case.golden[name] - 1) == pytest.approx(0, abs=bound), name
+    key = "slot_quantize.embedding.weight"
+    gradient = draw.grads[key]
+    norm = float(case.golden[f"gradnorm/{key}"])
+    # The largest sum of query errors that one code can collect, in units of the whole gradient.
+    bound = 4 * float(queries.abs().max()) / rms(case.double["queries"])
+    assert float(gradient.norm()) == pytest.approx(norm, rel=bound)
+    assert float((head(gradient) - case.golden[f"gradhead/{key}"]).abs().max()) <= bound * norm
+
+
+@pytest.mark.slow
+def test_semantic_branch_is_a_draw_of_dropout(case: Case):
+    """Features and loss of the authors look like one more seed of ours; so does no dropout's mean.
+
+    With n seeds, (golden - mean) / (s * sqrt(1 + 1/n)) follows Student's t with n - 1 degrees of
+    freedom, whose rms is sqrt((n - 1) / (n - 3)).
+    """
+    count = 16
+    model = with_dropout(case.model, 0.1).train()
+    vectors = model.quantizer.lookup(case.golden["indices"].long()).detach()
+    features, losses = [], []
+    with torch.no_grad():
+        for seed in range(count):
+            torch.manual_seed(seed)
+            predicted, loss = semantic_pass(case, model, vectors)
+            features.append(predicted)
+            losses.append(loss)
+        plain, _ = semantic_pass(case, case.model.train(), vectors)
+    case.model.eval()
+    student = ((count - 1) / (count - 3)) ** 0.5
+
+    def score(golden: Tensor, values: list[Tensor]) -> Tensor:
+        stacked = torch.stack(values).double()
+        return (golden - stacked.mean(0)) / stacked.std(0)
+
+    z = score(case.golden["semantic"], features) / (1 + 1 / count) ** 0.5
+    assert 0.7 * student <= rms(z) <= 1.3 * student
+    # 864 or fewer values of Student's t: beyond 8 is a chance of one in a thousand.
+    assert float(z.abs().max()) <= 8
+    assert abs(float(score(case.golden["loss_semantic"], losses))) <= 6
+
+    # Dropout keeps the mean of the attention weights, so without it the features are that mean.
+    z = score(plain, features) * count**0.5
+    assert 0.7 * student <= rms(z) <= 1.3 * student
+
+
+@pytest.mark.slow
+def test_gradients_are_a_draw_of_dropout(case: Case):
+    """Per element, the authors' gradient is as far from our mean as our own seeds are.
+
+    By the median, which the few elements that one dropped weight decides do not move: for
+    Student's t with 5 degrees of freedom it is 0.73.
+    """
+    count = 6
+    model = with_dropout(case.model, 0.1)
+    draws = [train_once(case, model, seed).grads for seed in range(count)]
+    scores = []
+    for key in draws[0]:
+        if key == "slot_quantize.embedding.weight":
+            continue  # Dropout does not touch it.
+        heads = torch.stack([head(draw[key]) for draw in draws]).double()
+        error = case.golden[f"gradhead/{key}"] - heads.mean(0)
+        z = (error / heads.std(0) / (1 + 1 / count) ** 0.5).abs()
+        assert 0.73 / 2 <= float(z.median()) <= 0.73 * 2, key
+        scores.append(z)
+        norms = torch.stack([draw[key].norm() for draw in draws]).double()
+        difference = float(case.golden[f"gradnorm/{key}"] - norms.mean())
+        assert abs(difference) <= 6 * float(norms.std()), key
+    assert 0.73 / 1.25 <= float(torch.cat(scores).median()) <= 0.73 * 1.25
+
+
+def test_public_training_forward_gives_the_same_terms(case: Case):
+    """The steps above, through the model's own forward; one image, as the pixels are costly."""
+    maps = [case.single[f"level{i}"][:1] for i in range(4)]
+    model = case.model.train()
+    with torch.no_grad():
+        output = model(case.images[:1])
+        quantized = model.quantizer(model.quantizer.queries(model.region_encoder(maps)))
+        semantic = model.token_decoder.features(model.token_decoder.regions(quantized.vectors))
+    model.eval()
+    assert torch.equal(output.codes, case.golden["indices"][:1].long())
+    reach = DEEPEST * float(semantic.abs().max())
+    torch.testing.assert_close(output.semantic, semantic, atol=reach, rtol=0)
+    for name, ours in (("level3", output.features), ("decoded_crop", output.reconstruction)):
+        scale = DEEPEST * float(case.double[name].abs().max())
+        expected = THINNED[name](ours)
+        torch.testing.assert_close(expected, case.golden[name][:1], atol=scale, rtol=0)

@@ -1,0 +1,246 @@
+"""The portable search: exact against float64 on every kind of input, and small in memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vfmtok_fast
+from vfmtok_fast import ops
+from vfmtok_fast.portable import nearest_code as portable
+
+OP = torch.ops.vfmtok_fast.nearest_code_portable
+ROUNDING = 2.0**-24
+
+
+def truth(z: torch.Tensor, codebook: torch.Tensor, normalize: bool = True) -> torch.Tensor:
+    """float64 scores [N, K]; equal codes get equal bits, as no matrix product promises."""
+    z, codebook = z.double(), codebook.double()
+    if normalize:
+        z, codebook = F.normalize(z, dim=-1), F.normalize(codebook, dim=-1)
+    scores = torch.zeros(z.shape[0], codebook.shape[0], dtype=torch.float64)
+    for i in range(z.shape[1]):
+        scores += z[:, i, None] * codebook[:, i]
+    return scores if normalize else scores - codebook.square().sum(-1) / 2
+
+
+def check(z: torch.Tensor, codebook: torch.Tensor, normalize: bool = True) -> None:
+    """Codes are the float64 arg-max, the lowest on ties; scores are right to one rounding."""
+    code, score = portable.nearest_code(z, codebook, normalize=normalize, return_score=True)
+    assert code.dtype == torch.int64 and code.shape == (z.shape[0],)
+    best, expected = truth(z, codebook, normalize).max(dim=1)
+    assert torch.equal(code, expected)
+    # Without `normalize` the score is a difference; its parts set the size of a rounding.
+    size = 1.0 if normalize else float(best.abs().max() + codebook.double().square().sum(1).max())
+    torch.testing.assert_close(score.double(), best, rtol=0, atol=2 * ROUNDING * size)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def clustered(count: int, dim: int, spread: float) -> torch.Tensor:
+    centres = random(8, dim, seed=1)
+    return centres[torch.arange(count) % 8] + spread * random(count, dim, seed=2)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    ("n", "k", "d"),
+    [(1, 1, 4), (1, 16384, 12), (300, 1, 12), (65, 16385, 31), (2100, 129, 8), (3, 63, 64)],
+)
+def test_shapes(n: int, k: int, d: int, normalize: bool):
+    check(random(n, d), random(k, d, seed=1), normalize)
+
+
+def test_a_codebook_of_several_blocks(monkeypatch):
+    monkeypatch.setattr(portable, "_CODES", 128)
+    monkeypatch.setattr(portable, "_ROWS", 16)
+    codebook = random(1000, 12, seed=1)
+    codebook[700:710] = codebook[10:20]
+    z = torch.cat([random(40, 12), codebook[700:710]])
+    check(z, codebook)
+    check(z, codebook, normalize=False)
+
+
+@pytest.mark.parametrize("spread", [1e-1, 1e-3, 1e-6])
+def test_clustered_codebook(spread: float):
+    codebook = clustered(1000, 12, spread)
+    check(codebook[::7] + spread * random(143, 12, seed=3), codebook)
+
+
+@pytest.mark.parametrize("gap", [1e-5, 1e-6, 1e-7])
+def test_near_ties(gap: float):
+    codebook = F.normalize(random(600, 12, seed=1), dim=1)
+    codebook[300:] = codebook[:300] * (1 + gap * random(300, 12, seed=2))
+    check(codebook[:300] + 1e-3 * random(300, 12, seed=3), codebook)
+
+
+def test_duplicated_rows_give_the_lowest_index():
+    codebook = random(64, 12, seed=1).repeat(20, 1)
+    check(random(200, 12), codebook)
+    assert portable.nearest_code(random(200, 12), codebook).max() < 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_dtypes_are_exact_with_respect_to_the_input(dtype: torch.dtype, normalize: bool):
+    check(random(200, 12).to(dtype), random(500, 12, seed=1).to(dtype), normalize)
+
+
+def test_non_contiguous_input():
+    check(random(12, 200).T, random(500, 24, seed=1)[:, ::2])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e18])
+def test_any_length_of_rows(scale: float):
+    check(scale * random(100, 12), random(500, 12, seed=1) / scale)
+
+
+@given(
+    n=st.integers(0, 40), k=st.integers(1, 200), d=st.integers(1, 64), seed=st.integers(0, 2**31),
+    levels=st.integers(1, 4), normalize=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_coarse_values_tie_often(n: int, k: int, d: int, seed: int, levels: int, normalize: bool):
+    draw = torch.Generator().manual_seed(seed)
+    z = torch.randint(-levels, levels + 1, (n, d), generator=draw).float()
+    codebook = torch.randint(-levels, levels + 1, (k, d), generator=draw).float()
+    code = portable.nearest_code(z, codebook, normalize=normalize)
+    assert code.shape == (n,)
+    if n:
+        scores = truth(z, codebook, normalize)
+        best = scores.amax(1)
+        # Scaled copies differ by float64 roundings, which are no gap.
+        assert bool((scores.gather(1, code[:, None])[:, 0] >= best - 1e-13).all())
+
+
+def test_empty():
+    code, score = portable.nearest_code(random(0, 12), random(5, 12), return_score=True)
+    assert code.shape == score.shape == (0,) and code.dtype == torch.int64
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_broken_query_gets_code_0_and_disturbs_no_other(value: float, normalize: bool):
+    z, codebook = random(100, 12), random(500, 12, seed=1)
+    expected = truth(z, codebook, normalize).max(1).indices
+    z[::9, 3] = value
+    expected[::9] = 0
+    code, score = portable.nearest_code(z, codebook, normalize=normalize, return_score=True)
+    assert torch.equal(code, expected)
+    assert torch.equal(score.isnan(), ~z.isfinite().all(1))
+
+
+def test_a_zero_query_gets_code_0_and_score_0():
+    z = random(50, 12)
+    z[7] = 0
+    code, score = portable.nearest_code(z, random(500, 12, seed=1), return_score=True)
+    assert (code[7], score[7]) == (0, 0)
+    # Without `normalize` zero is a point like any other: the shortest code is nearest.
+    check(z, random(500, 12, seed=1), normalize=False)
+
+
+def test_zero_codes_are_codes_like_any_other():
+    codebook = random(10, 12, seed=1)
+    codebook[4] = 0
+    check(torch.cat([random(50, 12), -codebook.sum(0, keepdim=True)]), codebook)
+
+
+@pytest.mark.parametrize("where", [0, 3, 499])
+def test_a_broken_code_shows(where: int):
+    """As in the reference, where NaN wins every maximum."""
+    codebook = random(500, 12, seed=1)
+    codebook[where:, 5] = float("nan")
+    z = random(20, 12)
+    for search in (portable.nearest_code, ops.nearest_code):
+        code, score = search(z, codebook, return_score=True)
+        assert bool((code == where).all()) and bool(score.isnan().all())
+
+
+def test_a_bound_that_is_too_small_is_seen(monkeypatch):
+    """The other tests are worth something: without the certificate they fail."""
+    monkeypatch.setattr(portable, "_screen_error", lambda dim: 0.0)
+    codebook = F.normalize(random(4000, 12, seed=1), dim=1)
+    codebook[2000:] = codebook[:2000] * (1 + 1e-7 * random(2000, 12, seed=2))
+    with pytest.raises(AssertionError):
+        check(codebook[:500], codebook)
+
+
+def test_reduced_float32_products_do_not_reach_the_screen():
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        assert portable._screen_dtype(torch.device("cpu")) == torch.float64
+        test_near_ties(1e-6)
+    finally:
+        setting.fp32_precision = before
+
+
+def test_autocast_does_not_reach_it():
+    z, codebook = random(300, 12), random(3000, 12, seed=1)
+    expected = truth(z, codebook).max(1).indices
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(portable.nearest_code(z, codebook), expected)
+        # The seam keeps it from the reference too, which has no certificate but no near ties here.
+        assert torch.equal(ops.nearest_code(z, codebook), expected)
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_opcheck(needs_grad: bool):
+    z = random(12, 20).T.requires_grad_(needs_grad)
+    torch.library.opcheck(OP, (z, random(300, 12, seed=1), True))
+    torch.library.opcheck(OP, (z.detach().half(), random(300, 12, seed=1).half(), False))
+
+
+@pytest.mark.slow
+def test_torch_compile_takes_it_without_a_graph_break():
+    z, codebook = random(50, 12), random(300, 12, seed=1)
+    compiled = torch.compile(lambda z, e: ops.nearest_code(z * 2, e) + 1, fullgraph=True)
+    expected = truth(z, codebook).max(1).indices + 1
+    with vfmtok_fast.enable("nearest_code", strict=True):
+        assert torch.equal(compiled(z, codebook), expected)
+        assert "portable (compiled)" in vfmtok_fast.status().ops["nearest_code"].calls
+    assert torch.equal(compiled(z, codebook), expected)
+
+
+MEMORY = """
+import sys, torch
+from vfmtok_fast.portable.nearest_code import nearest_code
+
+def peak():
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+n, k, d, same = map(int, sys.argv[1:])
+z, codebook = torch.randn(n, d), torch.randn(k, d)
+if same:
+    codebook[:] = codebook[0]
+nearest_code(z[:70], codebook[:70])
+open("/proc/self/clear_refs", "w").write("5")
+before = peak()
+nearest_code(z, codebook)
+print(peak() - before - n * 12)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("n", "k", "d", "same"),
+    [(300_000, 64, 12, 0), (10, 1_000_000, 12, 0), (2500, 20_000, 64, 0), (2048, 2048, 64, 1)],
+    ids=["many queries", "many codes", "both", "all codes equal"],
+)
+def test_extra_memory_is_at_most_64_mb(n: int, k: int, d: int, same: int):
+    """Of the whole process, so what the matrix library takes is counted too; N*12 is the result."""
+    command = [sys.executable, "-c", MEMORY, *map(str, (n, k, d, same))]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) <= 64 * 2**20

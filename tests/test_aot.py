@@ -1,0 +1,108 @@
+"""Every kernel compiles for every chip we name, within the committed budget, without a GPU."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "benchmarks" / "aot.py"
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """Its own process: the interpreter of other tests must not be on."""
+    out = tmp_path_factory.mktemp("aot")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, SCRIPT, "--check", "--out", out],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    return result, out
+
+
+@pytest.fixture
+def aot(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    spec = importlib.util.spec_from_file_location("aot_under_test", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_within_the_budget(compiled):
+    result, _ = compiled
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+@pytest.mark.slow
+def test_every_kernel_of_every_module_is_compiled(compiled):
+    _, out = compiled
+    sources = [path for path in (ROOT / "kernels").glob("*.py") if path.stem != "__init__"]
+    wanted = {
+        f"{path.stem}.{name}"
+        for path in sources
+        for name in launched_kernels(path.read_text(encoding="utf-8"))
+    }
+    files = sorted(out.glob("*.json"))
+    assert [path.stem for path in files] == ["a100", "b200", "h200"]
+    for path in files:
+        kernels = json.loads(path.read_text())["kernels"]
+        assert wanted <= {name.split()[0] for name in kernels}
+
+
+def launched_kernels(source: str) -> set[str]:
+    """Names that a module launches: ``_name[grid](...)``."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return {
+        call.func.value.id
+        for call in calls
+        if isinstance(call.func, ast.Subscript) and isinstance(call.func.value, ast.Name)
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["registers", "alu_per_score"])
+def test_a_number_over_the_budget_fails(compiled, aot, key: str):
+    rows = json.loads((compiled[1] / "h200.json").read_text())["kernels"]
+    budget = json.loads(aot.BUDGET.read_text()) | {"triton": aot.triton.__version__}
+    name = "nearest_code._screen d=12"
+    tight = copy.deepcopy(budget)
+    # Whatever the installed compiler makes of it.
+    tight["H200"][name][key] = rows[name].get(key, rows[name]["main_loop"].get(key)) - 0.001
+    assert len(aot.check(name, "H200", rows[name], tight)) == 1
+    assert aot.check(name, "H200", rows[name], tight | {"triton": "another"}) == []
+    spilled = {**rows[name], "spill_bytes": 4, "matrix_in_kernel": 0}
+    assert len(aot.check(name, "H200", spilled, budget)) == 2
+    assert aot.check("no such kernel", "H200", rows[name], budget)
+
+
+def test_loops_are_found_in_the_disassembly(aot):
+    code = """
+.L_x_0:
+        /*0000*/                   FMNMX R1, R2, R3, PT ;
+.L_x_1:
+        /*0010*/                   HGMMA.64x128x16.F32 R24, gdesc[UR4], RZ ;
+        /*0020*/              @!P0 FMNMX R1, R2, R3, PT ;
+        /*0030*/               @P1 BRA `(.L_x_1) ;
+        /*0040*/                   BRA `(.L_x_0) ;
+        /*0050*/                   BRA `(.L_x_9) ;
+.L_x_9:
+"""
+    inner, outer = aot.loops(code)
+    assert inner == {"HGMMA": 1, "FMNMX": 1, "BRA": 1}
+    assert outer == {"HGMMA": 1, "FMNMX": 2, "BRA": 2}

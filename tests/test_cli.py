@@ -1,0 +1,271 @@
+"""The command line as a user meets it: what it writes, says and exits with."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vfmtok_fast as vf
+from vfmtok_fast import cli
+from vfmtok_fast.checkpoint import GPT_NAMES, OFFICIAL_FILES, OFFICIAL_REPO, official_name
+from vfmtok_fast.untrained import untrained_gpt, untrained_tokenizer
+
+SMALL = ["--untrained", "small", "--device", "cpu"]
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "images"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes, three pictures."""
+    root = tmp_path / "photos"
+    for name in ("animals/chelsea.png", "vehicles/rocket.jpg"):
+        (root / name).parent.mkdir(parents=True)
+        shutil.copy(EXAMPLES / name, root / name)
+    shutil.copy(EXAMPLES / "food/coffee.png", root / "animals/coffee.png")
+    return root
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    """Run a command; its exit code, stdout, and the lines of stderr but for the untrained note."""
+
+    def call(*arguments: object) -> tuple[int, str, list[str]]:
+        code = cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        lines = [line for line in captured.err.splitlines() if not line.startswith("note:")]
+        return code, captured.out, lines
+
+    return call
+
+
+def refusal(result: tuple[int, str, list[str]]) -> str:
+    """The one line of a command that failed with exit code 2."""
+    code, _, lines = result
+    assert code == 2
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_cache_verify_and_status(run, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tokens"
+    assert (
+        run("cache", photos, out, "--batch-size", 2, "--views", "center", "center-flip", *SMALL)[0]
+        == 0
+    )
+    code, text, _ = run("status", out)
+    assert code == 0
+    assert "complete" in text and "3 of 3" in text and "center-flip" in text
+    code, text, problems = run("verify", out, "--images", photos, *SMALL)
+    assert (code, problems) == (0, [])
+    assert "100.0000% of tokens agree" in text
+
+    # What was cached is what Python gives.
+    tokens, _ = vf.cache.read_tokens(out)
+    images = vf.images.load_images([photos / "animals/chelsea.png"])
+    codes = untrained_tokenizer("small").encode(images)
+    assert tokens[0].tolist() == codes[0].tolist()
+
+    shard = out / "shards" / "tokens-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    code, _, problems = run("verify", out)
+    assert code == 1 and "tokens-00000" in problems[0]
+
+
+def test_cache_quarantines_and_goes_on(run, photos: Path, tmp_path: Path) -> None:
+    whole = (EXAMPLES / "vehicles/rocket.jpg").read_bytes()
+    (photos / "vehicles/half.jpg").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (900, 2)).save(photos / "vehicles/strip.png")
+    out = tmp_path / "tokens"
+    code, text, lines = run("cache", photos, out, "--batch-size", 2, *SMALL)
+    assert code == 3
+    assert "2 could not be read" in lines[-1]
+    reasons = [
+        json.loads(line)["reason"]
+        for line in (out / "quarantine/00000.jsonl").read_text().splitlines()
+    ]
+    assert len(reasons) == 2 and all(reasons)
+    assert run("status", out)[0] == 3
+    assert run("verify", out)[0] == 3
+    code, _, lines = run("cache", photos, tmp_path / "strict", "--max-bad", 1, *SMALL)
+    assert code == 4 and len(lines) == 1
+
+
+def test_cache_refuses_what_it_must(run, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tokens"
+    assert "no such" in refusal(run("cache", tmp_path / "nowhere", out, *SMALL))
+    (tmp_path / "empty").mkdir()
+    refusal(run("cache", tmp_path / "empty", out, *SMALL))
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/a.png").write_bytes(b"<html>")
+    refusal(run("cache", tmp_path / "bad", out, *SMALL))
+    assert "diagonal" in refusal(run("cache", photos, out, "--views", "diagonal", *SMALL))
+    assert not out.exists()
+
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("precious")
+    refusal(run("cache", photos, mine, *SMALL))
+    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
+
+    assert run("cache", photos, out, "--batch-size", 2, *SMALL)[0] == 0
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    line = refusal(run("cache", photos, out, "--batch-size", 2, "--dtype", "bfloat16", *SMALL))
+    assert "dtype" in line
+    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
+def test_an_interrupted_cache_goes_on(photos: Path, tmp_path: Path) -> None:
+    for i in range(40):
+        shutil.copy(photos / "vehicles/rocket.jpg", photos / f"vehicles/{i}.jpg")
+    out = tmp_path / "tokens"
+    command = [sys.executable, "-m", "vfmtok_fast", "cache", str(photos), str(out), *SMALL]
+    command += ["--batch-size", "1", "--shard-size", "4"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("shards/*.safetensors")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, error
+    assert "Traceback" not in error and "interrupted" in error
+    assert not list(out.rglob("*.tmp-*"))
+    resumed = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert resumed.returncode == 0, resumed.stderr
+    assert int(re.search(r"(\d+) encoded now", resumed.stdout)[1]) < 43
+
+
+def test_reconstruct(run, photos: Path, tmp_path: Path) -> None:
+    (photos / "animals/broken.png").write_bytes(b"\x89PNG")
+    out = tmp_path / "new" / "grid.png"
+    code, _, lines = run("reconstruct", photos, out, *SMALL)
+    assert code == 3 and len(lines) == 1 and "broken.png" in lines[0]
+    with Image.open(out) as grid:
+        assert grid.size == (3 * 336, 3 * 336)
+        picture = np.asarray(grid)
+    crop = vf.images.center_crop(vf.images.decode_image(photos / "animals/chelsea.png"))
+    assert np.array_equal(picture[:336, :336], crop)
+    # The third column is the photo, darkened, with coloured points: more colour than the photo.
+    shown = picture[:336, 672:].astype(int)
+    assert (shown.max(-1) - shown.min(-1)).max() > 180
+    single = tmp_path / "one.png"
+    assert run("reconstruct", photos / "animals/chelsea.png", single, *SMALL)[0] == 0
+
+    assert ".png" in refusal(run("reconstruct", photos, tmp_path / "grid.gif", *SMALL))
+    refusal(run("reconstruct", tmp_path / "nowhere", out, *SMALL))
+
+
+def test_sample_writes_a_grid_and_adms_npz(run, tmp_path: Path) -> None:
+    common = ["--num", 3, "--classes", 4, 1, "--size", 64, "--top-k", 50, *SMALL]
+    assert run("sample", tmp_path / "a", "--batch-size", 2, *common)[0] == 0
+    with np.load(tmp_path / "a/samples.npz") as file:
+        assert file.files == ["arr_0"]
+        pictures = file["arr_0"]
+    assert pictures.dtype == np.uint8 and pictures.shape == (3, 64, 64, 3)
+    with Image.open(tmp_path / "a/samples.png") as grid:
+        assert np.array_equal(np.asarray(grid)[:64, :64], pictures[0])
+
+    codes = untrained_gpt("small").generate(torch.tensor([4, 1, 4]), top_k=50)
+    expected = untrained_tokenizer("small").decode_to_uint8(codes, 64).numpy()
+    assert np.abs(expected.astype(int) - pictures.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--classes", 10], "[0, 10)"),
+        (["--classes", -1], "[0, 10)"),
+        (["--top-p", 0], "top_p"),
+        (["--temperature", -1], "temperature"),
+        (["--num", 0], "--num"),
+        (["--seed", -1], "seed"),
+        (["--gpt", "folder"], "--gpt"),
+    ],
+)
+def test_sample_refuses_bad_settings(run, tmp_path: Path, options, expected: str) -> None:
+    assert expected in refusal(run("sample", tmp_path / "out", *SMALL, *options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_then_sample(run, tmp_path: Path) -> None:
+    gpt = untrained_gpt("small")
+    official = {official_name(key, GPT_NAMES): v for key, v in gpt.state_dict().items()}
+    torch.save({"model": official, "steps": 7}, tmp_path / "gpt.pt")
+    (tmp_path / "gpt.json").write_text(
+        json.dumps(
+            {"num_layers": 3, "num_heads": 4, "dim": 128, "vocab_size": 1024, "num_classes": 10}
+        )
+    )
+    out = tmp_path / "gpt"
+    arguments = ["--file", tmp_path / "gpt.pt", "--config", tmp_path / "gpt.json"]
+    assert run("convert", "GPT-B", out, *arguments)[0] == 0
+    again = vf.GPT.from_pretrained(out)
+    assert again.config == gpt.config
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in gpt.state_dict().items())
+    # The folder is not overwritten, and the preset's shape is not that of the file.
+    refusal(run("convert", "GPT-B", out, *arguments))
+    line = refusal(run("convert", "GPT-B", tmp_path / "b", "--file", tmp_path / "gpt.pt"))
+    assert "missing" in line and "layers.11.ffn_norm.weight" in line
+    assert not (tmp_path / "b").exists()
+
+
+def test_offline_the_error_names_file_source_and_flag(run, tmp_path, photos, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    line = refusal(run("cache", photos, tmp_path / "tokens"))
+    for part in (OFFICIAL_FILES["tokenizer"], OFFICIAL_REPO, "--tokenizer"):
+        assert part in line
+    line = refusal(run("convert", "GPT-3B", tmp_path / "gpt"))
+    assert OFFICIAL_FILES["GPT-3B"] in line and "--file" in line
+    assert not (tmp_path / "tokens").exists() and not (tmp_path / "gpt").exists()
+
+
+def test_model_options(run, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tokens"
+    refusal(run("cache", photos, out, "--model", tmp_path / "nowhere"))
+    refusal(run("cache", photos, out, "--tokenizer", tmp_path / "nowhere.pt"))
+    assert "--backbone" in refusal(run("cache", photos, out, "--backbone", "x.pth", *SMALL))
+    assert "cuda:99" in refusal(
+        run("cache", photos, out, "--untrained", "small", "--device", "cuda:99")
+    )
+    assert "--device" in refusal(
+        run("cache", photos, out, "--untrained", "small", "--device", "toaster")
+    )
+
+
+def test_doctor_names_every_op(run) -> None:
+    code, text, _ = run("doctor")
+    assert code == 0
+    for op in vf.status().ops:
+        assert op in text
+    assert torch.__version__.split("+")[0] in text
+
+
+def test_the_commands_in_the_readme_parse() -> None:
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    commands = re.findall(r"^vfmtok-fast (.+)$", text, flags=re.MULTILINE)
+    assert len(commands) >= 8
+    for command in commands:
+        cli.build_parser().parse_args(command.split())
+
+
+def test_help_tells_the_exit_codes(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["cache", "--help"])
+    assert stop.value.code == 0
+    assert "--max-bad" in capsys.readouterr().out

@@ -1,0 +1,99 @@
+"""The policy under torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vfmtok_fast as vf
+from vfmtok_fast import ops
+from vfmtok_fast.switch import FallbackError, FallbackWarning
+
+Z, CODEBOOK = torch.eye(3), torch.eye(3).flip(0)
+NEAREST = [2, 1, 0]
+FAKE = -7  # What `fake_op` gives.
+
+
+def took(op: str = "nearest_code") -> dict[str, int]:
+    return vf.status().ops[op].calls
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(**options):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    function = torch.compile(
+        lambda z, codebook: ops.nearest_code(z, codebook) + 0, backend=backend, **options
+    )
+    return function, graphs
+
+
+def test_flipping_the_policy_is_right_and_compiles_once_each(fake_op):
+    function, graphs = compiled(fullgraph=True)
+    # More flips than torch's limit on recompilations: equal policies share one graph.
+    for _ in range(torch._dynamo.config.recompile_limit + 2):
+        assert function(Z, CODEBOOK).tolist() == NEAREST
+        with vf.enable(ops="nearest_code"):
+            assert function(Z, CODEBOOK).tolist() == [FAKE] * 3
+    assert len(graphs) == 2
+    assert took() == {"reference (compiled)": 1, "portable (compiled)": 1}
+
+
+def test_an_op_left_out_stays_on_its_reference(fake_op):
+    function, _ = compiled(fullgraph=True)
+    with vf.enable(ops="sample_token"):
+        assert function(Z, CODEBOOK).tolist() == NEAREST
+    with vf.enable():
+        assert function(Z, CODEBOOK).tolist() == [FAKE] * 3
+
+
+def test_a_fallback_is_warned_of_and_recorded(fake_op):
+    fake_op.unsupported_reason = lambda z, *args, **kwargs: f"{z.shape[1]} is odd"
+    function, _ = compiled(fullgraph=True)
+    with vf.enable(), pytest.warns(FallbackWarning, match="portable: 3 is odd"):
+        assert function(Z, CODEBOOK).tolist() == NEAREST
+    assert vf.status().ops["nearest_code"].fallbacks == {"portable: 3 is odd": 1}
+
+
+def test_strict_reaches_code_that_was_compiled_before(fake_op):
+    fake_op.unsupported_reason = lambda *args, **kwargs: "never"
+    function, _ = compiled()
+    with vf.enable(), pytest.warns(FallbackWarning):
+        function(Z, CODEBOOK)
+    with vf.enable(strict=True), pytest.raises(FallbackError, match="portable: never"):
+        function(Z, CODEBOOK)
+
+
+def test_every_op_compiles_without_a_graph_break():
+    ids = torch.arange(2)
+    shapes = ((2, 2),)
+
+    def everything(x):
+        cache = x.view(2, 2, 4, 4)
+        a = ops.decode_attention(cache[:, :, 0], cache, cache, 3)
+        b = ops.deformable_sample(
+            x.view(2, 4, 2, 4), shapes, x.view(-1)[:4].view(1, 2, 1, 2) * 0,
+            x.view(-1)[:32].view(2, 2, 2, 1, 2, 2), x.view(-1)[:16].view(2, 2, 2, 2),
+        )  # fmt: skip
+        logits = x.view(2, 32)
+        c = ops.sample_token(
+            logits, ids, 3, uncond_logits=-logits, cfg_scale=1.5, top_k=5, top_p=0.9
+        )
+        return a, b, c, ops.nearest_code(x.view(16, 4), x.view(16, 4)[:5])
+
+    x = torch.linspace(-1, 1, 64).sin()
+    want = everything(x)
+    got = torch.compile(everything, backend="eager", fullgraph=True)(x)
+    for mine, theirs in zip(got, want, strict=True):
+        assert torch.equal(mine, theirs)
+    assert all("reference (compiled)" in took(op) for op in vf.status().ops)
