@@ -296,6 +296,16 @@ def test_gradients_pass_straight_through(tok: VFMTok):
     torch.testing.assert_close(quantized.commit_loss, 0.25 * error)
 
 
+def test_each_quantiser_loss_trains_its_own_side():
+    quantizer = make().quantizer
+    queries = F.normalize(torch.randn(1, 256, 12), dim=-1).requires_grad_()
+    inputs = (queries, quantizer.codebook)
+    quantized = quantizer(queries)
+    for loss, trained in ((quantized.codebook_loss, 1), (quantized.commit_loss, 0)):
+        grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+        assert grads[trained].any() and grads[1 - trained] is None
+
+
 def test_entropy_term():
     """Against its definition, summed by hand in float64."""
     torch.manual_seed(0)
@@ -358,6 +368,23 @@ def test_regions_stand_on_the_grid_row_by_row(tok: VFMTok):
     assert points.shape == (1, 256, 4, 2)
     expected = torch.tensor([(17 % 16 + 0.5) / 16, (17 // 16 + 0.5) / 16])
     assert torch.equal(points[0, 17], expected.expand(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("config", "antialias"),
+    [
+        (BackboneConfig(), True),
+        (BackboneConfig(dim=384, depth=12, num_heads=6), True),
+        (BackboneConfig(dim=768, depth=12, num_heads=12), True),
+        (BackboneConfig(num_registers=0), False),
+        (BackboneConfig(dim=96, num_heads=4), False),
+        (BackboneConfig(position_resize="offset"), False),
+        (BackboneConfig(dim=96, num_heads=4, position_resize="antialias"), True),
+    ],
+)
+def test_which_models_come_with_antialiased_positions(config: BackboneConfig, antialias: bool):
+    """As DINOv2 publishes them: with registers, in sizes S, B and L."""
+    assert config.antialias_positions == antialias
 
 
 @pytest.mark.parametrize("antialias", [False, True])

@@ -30,7 +30,8 @@ def nearest_code(
         int64 [N]; with ``return_score`` also float32 (float64 for float64 input) [N]: the cosine,
         or without ``normalize`` ``z.e - |e|^2 / 2``, which orders codes as the distance does.
         With ``normalize`` a row of zeros, or one that holds NaN or infinity, gets code 0; without,
-        a row that holds NaN does.
+        a row that holds NaN does. A codebook row that is not finite is no codebook: the first
+        such row is the answer of every finite query, with the score NaN.
 
     Raises:
         TypeError: not a floating tensor, or two dtypes.
