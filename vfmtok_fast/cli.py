@@ -17,7 +17,7 @@ from .untrained import GPTS, TOKENIZERS
 
 EXIT_CODES = """exit codes: 0 done; 1 verify found a problem, or status: not complete; 2 wrong input
 or an error; 3 cache complete, but some pictures could not be read; 4 more of them than --max-bad;
-130 interrupted (run again to go on)"""
+130 interrupted, 143 terminated (a cache goes on where it stopped)"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,13 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         return _fail(options, error, 2)
     except torch.OutOfMemoryError as error:
-        return _fail(options, f"{error}; a smaller --batch-size needs less", 2)
+        advice = "a smaller --batch-size needs less; a cache with another one is a new folder"
+        return _fail(options, f"{error}; {advice}", 2)
+    except MemoryError as error:
+        return _fail(options, f"out of memory ({error})", 2)
     except KeyboardInterrupt:
-        return _fail(options, "interrupted; run it again, a cache goes on where it stopped", 130)
+        resumes = "; run it again to go on where it stopped" if options.command == "cache" else ""
+        return _fail(options, f"interrupted{resumes}", 130)
 
 
 def _fail(options: argparse.Namespace, error: Exception | str, code: int) -> int:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).removeprefix(f"{options.command}: ")
     print(f"vfmtok-fast {options.command}: {text}", file=sys.stderr)
     return code
 
@@ -125,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _tokenizer_options(
-    parser: argparse.ArgumentParser, untrained: Sequence[str] = tuple(TOKENIZERS)
+    parser: argparse.ArgumentParser, untrained: Sequence[str] = tuple(sorted(TOKENIZERS))
 ) -> None:
     group = parser.add_argument_group(
         "model", "by default the authors' tokenizer and DINOv2, downloaded once"

@@ -23,6 +23,8 @@ from . import checkpoint, images, switch, untrained
 from .cache.atomic import atomic_file, make_folder
 from .cache.index import walk
 from .generator import GPT
+from .ops.checks import check_class_ids
+from .ops.sample_token import check_sampling
 from .tokenizer import VFMTok
 from .visualize import reconstruction_grid
 
@@ -144,9 +146,10 @@ def reconstruct(options: argparse.Namespace) -> int:
     if not crops:
         raise ValueError(f"{options.images}: no picture could be read")
     with _policy(options):
-        grid = reconstruction_grid(tokenizer, torch.cat(crops), options.regions)
+        regions = min(options.regions, tokenizer.config.num_regions)
+        grid = reconstruction_grid(tokenizer, torch.cat(crops), regions)
     _write_png(out, grid)
-    print(f"wrote {out}: photo | reconstruction | where {options.regions} regions look")
+    print(f"wrote {out}: photo | reconstruction | where {regions} regions look")
     return 3 if len(crops) < len(photos) else 0
 
 
@@ -175,26 +178,29 @@ def sample(options: argparse.Namespace) -> int:
             f"the generator makes {gpt.config.block_size} codes of {gpt.config.vocab_size}, the "
             f"tokenizer decodes {tokenizer.config.num_regions} of {tokenizer.config.codebook_size}"
         )
-    classes = options.classes or range(gpt.config.num_classes)
-    class_ids = torch.tensor([classes[i % len(classes)] for i in range(options.num)])
+    classes = torch.tensor(options.classes or range(gpt.config.num_classes))
+    class_ids = classes[torch.arange(options.num) % len(classes)]
+    settings = {
+        name: getattr(options, name)
+        for name in ("cfg_scale", "temperature", "top_k", "top_p", "seed")
+    }
+    # All that can be wrong is found before the long work, and before anything is written.
+    check_class_ids("--classes", classes, gpt.config.num_classes)
+    check_sampling("sample", **settings)
     pictures = np.empty((options.num, options.size, options.size, 3), np.uint8)
+    make_folder(out)
     bar = tqdm(total=options.num, unit="img", desc="sample", disable=None)
     with _policy(options), bar:
         for ids in torch.arange(options.num).split(options.batch_size):
             codes = gpt.generate(
                 class_ids[ids],
-                cfg_scale=options.cfg_scale,
                 cfg_interval=options.cfg_interval,
-                temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
                 greedy=options.greedy,
-                seed=options.seed,
                 image_ids=ids,
+                **settings,
             )
             pictures[ids.numpy()] = tokenizer.decode_to_uint8(codes, options.size).cpu().numpy()
             bar.update(len(ids))
-    make_folder(out)
     # The format of ADM's evaluator: arr_0, uint8 [N, H, W, 3].
     with atomic_file(out / "samples.npz") as file:
         np.savez(file, arr_0=pictures)
@@ -264,6 +270,8 @@ def _place(model: torch.nn.Module, options: argparse.Namespace) -> torch.nn.Modu
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices")
     return model.eval().to(device, getattr(torch, options.dtype))

@@ -101,6 +101,18 @@ def check_positive(config: object, names: Iterable[str]) -> None:
             )
 
 
+def check_numbers(config: object, limits: Mapping[str, tuple[float, float]]) -> None:
+    """Require that the named fields of a config hold numbers from a lowest to below a highest."""
+    for name, (low, high) in limits.items():
+        value = getattr(config, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not low <= value < high:
+            raise ValueError(
+                f"{type(config).__name__}: {name} must be a number in [{low}, {high}), "
+                f"got {value!r}"
+            )
+
+
 def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:
     """Read a ``.safetensors`` file; ``what`` is how errors name it."""
     try:
@@ -139,7 +151,17 @@ def check_tensors(
     ]
     if misshapen:
         problems.append(f"misshapen {', '.join(misshapen)}")
-    if not_finite := [key for key in there if not bool(torch.isfinite(tensors[key]).all())]:
+    dense = [
+        key
+        for key in there
+        if tensors[key].is_floating_point()
+        and tensors[key].layout == torch.strided
+        and not tensors[key].is_meta
+    ]
+    if other := [key for key in there if key not in set(dense)]:
+        problems.append(f"no dense floating-point values in {', '.join(other)}")
+    # As float32, since the 8-bit types have no isfinite.
+    if not_finite := [key for key in dense if not bool(torch.isfinite(tensors[key].float()).all())]:
         problems.append(f"NaN or infinity in {', '.join(not_finite)}")
     if problems:
         raise ValueError(f"{what} does not fit the model: {'; '.join(problems)}")
@@ -153,6 +175,11 @@ def first_line(error: Exception) -> str:
 
 def _find(cls: type, source: str, name: str, download: Mapping) -> Path:
     folder = Path(source)
+    if folder.is_file():
+        raise FileNotFoundError(
+            f"{cls.__name__}: {source} is a file; expected a folder with config.json and "
+            "model.safetensors (vfmtok-fast convert makes one from the authors' files)"
+        )
     if folder.is_dir():
         if not (folder / name).is_file():
             raise FileNotFoundError(

@@ -30,12 +30,12 @@ def refuses(error: type[Exception], message: str):
         (
             {"class_ids": torch.tensor([0, -1])},
             ValueError,
-            r"class_ids must be .* in \[0, 3\), got -1",
+            r"class_ids must be in \[0, 3\), got -1",
         ),
         (
             {"class_ids": torch.tensor([0, 3])},
             ValueError,
-            r"class_ids must be .* in \[0, 3\), got 3",
+            r"class_ids must be in \[0, 3\), got 3",
         ),
         (
             {"class_ids": CLASSES[None]},
@@ -77,8 +77,8 @@ def test_generate_refuses(model, settings, error, message):
         (CODES[:, :3], CLASSES, ValueError, r"codes must have shape \[B, 4\], got \(2, 3\)"),
         (CODES[0], CLASSES, ValueError, r"codes must have shape \[B, 4\], got \(4,\)"),
         (CODES.float(), CLASSES, TypeError, "codes must hold integers, got torch.float32"),
-        (CODES + 11, CLASSES, ValueError, r"codes must be codes in \[0, 11\), got 11"),
-        (CODES - 1, CLASSES, ValueError, r"codes must be codes in \[0, 11\), got -1"),
+        (CODES + 11, CLASSES, ValueError, r"codes must be in \[0, 11\), got 11"),
+        (CODES - 1, CLASSES, ValueError, r"codes must be in \[0, 11\), got -1"),
         (CODES.tolist(), CLASSES, TypeError, "codes must be a torch.Tensor, got list"),
         (
             CODES,
@@ -86,7 +86,7 @@ def test_generate_refuses(model, settings, error, message):
             ValueError,
             "codes and class_ids must have one batch size, got 2 and 1",
         ),
-        (CODES, CLASSES + 1, ValueError, r"class_ids must be .* in \[0, 3\), got 3"),
+        (CODES, CLASSES + 1, ValueError, r"class_ids must be in \[0, 3\), got 3"),
     ],
 )
 def test_teacher_forcing_refuses(model, codes, classes, error, message):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..hub import check_numbers, check_positive
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -37,9 +39,11 @@ class GPTConfig:
     ffn_multiple_of: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_heads", "dim", "vocab_size", "block_size", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"GPTConfig: {name} must be at least 1, got {getattr(self, name)}")
+        counts = ("num_layers", "num_heads", "dim", "vocab_size", "block_size", "num_classes")
+        check_positive(self, (*counts, "ffn_multiple_of"))
+        dropouts = ("class_dropout", "token_dropout", "residual_dropout", "ffn_dropout")
+        check_numbers(self, dict.fromkeys(dropouts, (0, 1)))
+        check_numbers(self, {"rope_base": (1, math.inf), "norm_eps": (0, 1)})
         if self.dim % self.num_heads or self.head_dim % 4:
             raise ValueError(
                 "GPTConfig: dim / num_heads must be a multiple of 4 (2-D rotary pairs), "

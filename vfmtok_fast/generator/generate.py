@@ -69,6 +69,8 @@ def generate(
         top_p=top_p,
         seed=seed,
     )
+    if isinstance(cfg_interval, bool) or not isinstance(cfg_interval, int) or cfg_interval < -1:
+        raise ValueError(f"generate: cfg_interval must be an integer from -1, got {cfg_interval!r}")
     B = class_ids.shape[0]
     if image_ids is None:
         image_ids = torch.arange(B)

@@ -122,6 +122,11 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
             config = GPTConfig.preset(config)
         elif isinstance(config, Mapping):
             config = config_from_mapping(GPTConfig, config)
+        if not isinstance(config, GPTConfig):
+            raise TypeError(
+                "GPT: config must be a GPTConfig, its fields or a preset's name, "
+                f"got {type(config).__name__}"
+            )
         self.config = config
         self.class_embedding = nn.Embedding(config.num_classes + 1, config.dim)
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)

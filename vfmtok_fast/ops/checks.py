@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,10 @@ FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Resampling may overshoot [-1, 1] a little, which is clamped. Further out is another scale:
 # ImageNet-normalised pixels reach 2.6, 8-bit values 255.
 LARGEST_PIXEL = 1.5
-INTEGER = (torch.int64, torch.int32, torch.int16, torch.uint8)
+INTEGER = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint32, torch.uint16, torch.uint8),
+)
 
 
 def check_tensor(op: str, name: str, value: object, shape: str, ndim: int) -> None:
@@ -60,7 +65,7 @@ def check_int(op: str, name: str, value: object, high: int) -> None:
         raise ValueError(f"{op}: {name} must be in [0, 2^{high.bit_length() - 1}), got {value}")
 
 
-def check_range(op: str, name: str, value: Tensor, low: int, high: int, what: str) -> None:
+def check_range(op: str, name: str, value: Tensor, low: int, high: int) -> None:
     """Require integers in [low, high); skipped where reading the values is impossible or costly.
 
     That is while compiling or capturing a CUDA graph, where the caller checks beforehand.
@@ -69,10 +74,11 @@ def check_range(op: str, name: str, value: Tensor, low: int, high: int, what: st
         raise TypeError(f"{op}: {name} must hold integers, got {value.dtype}")
     if not _readable(value):
         return
-    smallest, largest = (int(edge) for edge in torch.aminmax(value))
+    # torch has no comparisons of the wider unsigned types, uint16 of the token cache among them.
+    smallest, largest = (int(edge) for edge in torch.aminmax(value.long()))
     if smallest < low or largest >= high:
         wrong = smallest if smallest < low else largest
-        raise ValueError(f"{op}: {name} must be {what} in [{low}, {high}), got {wrong}")
+        raise ValueError(f"{op}: {name} must be in [{low}, {high}), got {wrong}")
 
 
 def check_device(op: str, name: str, value: Tensor, device: torch.device) -> None:
@@ -92,7 +98,9 @@ def check_images(op: str, images: object, size: int, device: torch.device) -> No
     if not _readable(images):
         return
     largest = float(images.detach().abs().amax())
-    if not largest <= LARGEST_PIXEL:
+    if math.isnan(largest):
+        raise ValueError(f"{op}: images must be in [-1, 1], got NaN")
+    if largest > LARGEST_PIXEL:
         raise ValueError(
             f"{op}: images must be in [-1, 1], got a magnitude of {largest:.4g}; "
             "8-bit pictures go through vfmtok_fast.images.to_float"
@@ -106,7 +114,7 @@ def check_codes(op: str, codes: object, count: int, vocab: int, device: torch.de
     if codes.ndim != 2 or codes.shape[1] != count:
         raise ValueError(f"{op}: codes must have shape [B, {count}], got {tuple(codes.shape)}")
     check_device(op, "codes", codes, device)
-    check_range(op, "codes", codes, 0, vocab, "codes")
+    check_range(op, "codes", codes, 0, vocab)
 
 
 def check_class_ids(op: str, class_ids: object, num_classes: int) -> None:
@@ -115,7 +123,7 @@ def check_class_ids(op: str, class_ids: object, num_classes: int) -> None:
         raise TypeError(f"{op}: class_ids must be a torch.Tensor, got {type(class_ids).__name__}")
     if class_ids.ndim != 1:
         raise ValueError(f"{op}: class_ids must have shape [B], got {tuple(class_ids.shape)}")
-    check_range(op, "class_ids", class_ids, 0, num_classes, "classes")
+    check_range(op, "class_ids", class_ids, 0, num_classes)
 
 
 def _readable(value: Tensor) -> bool:

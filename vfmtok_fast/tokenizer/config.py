@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..hub import check_positive, config_from_mapping
+from ..hub import check_numbers, check_positive, config_from_mapping
 
 # The default depths of DINOv2-L; another backbone reads the same fractions of its own depth.
 DINOV2_L_LEVELS = (5, 11, 17, 23)
@@ -120,6 +120,8 @@ class VFMTokConfig:
             object.__setattr__(self, "backbone", config_from_mapping(BackboneConfig, self.backbone))
         object.__setattr__(self, "pixel_channel_mult", tuple(self.pixel_channel_mult))
         check_positive(self, COUNTS)
+        weights = ("commit_beta", "entropy_weight")
+        check_numbers(self, {"decoder_dropout": (0, 1), **dict.fromkeys(weights, (0, math.inf))})
         if self.dim % self.num_heads:
             raise ValueError(
                 "VFMTokConfig: dim must be a multiple of num_heads, "

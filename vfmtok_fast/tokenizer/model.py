@@ -56,6 +56,10 @@ class VFMTok(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         config = VFMTokConfig() if config is None else config
         if isinstance(config, Mapping):
             config = config_from_mapping(VFMTokConfig, config)
+        if not isinstance(config, VFMTokConfig):
+            raise TypeError(
+                f"VFMTok: config must be a VFMTokConfig or its fields, got {type(config).__name__}"
+            )
         self.config = config
         self.backbone = Backbone(config.backbone, config.feature_grid)
         self.region_encoder = RegionEncoder(config, self.backbone.dim)
