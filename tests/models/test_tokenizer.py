@@ -197,7 +197,7 @@ def test_overshoot_is_clamped(tok: VFMTok):
         (
             torch.full((1, 3, 112, 112), math.nan),
             ValueError,
-            r"in \[-1, 1\], got a magnitude of nan",
+            r"in \[-1, 1\], got NaN",
         ),
         (torch.full((1, 3, 112, 112), -math.inf), ValueError, r"in \[-1, 1\]"),
         (torch.zeros(1, 3, 112, 112, device="meta"), ValueError, "model's device cpu, got meta"),
@@ -214,15 +214,15 @@ def test_refused_images(tok: VFMTok, name: str, bad, kind: type, message: str):
 def test_one_nan_is_enough(tok: VFMTok):
     images = pictures()
     images[1, 2, 111, 111] = math.nan
-    with pytest.raises(ValueError, match="nan"):
+    with pytest.raises(ValueError, match="got NaN"):
         tok.encode(images)
 
 
 @pytest.mark.parametrize(
     ("bad", "kind", "message"),
     [
-        (torch.full((1, 256), 100), ValueError, r"codes in \[0, 100\), got 100"),
-        (torch.full((1, 256), -1), ValueError, r"codes in \[0, 100\), got -1"),
+        (torch.full((1, 256), 100), ValueError, r"codes must be in \[0, 100\), got 100"),
+        (torch.full((1, 256), -1), ValueError, r"codes must be in \[0, 100\), got -1"),
         (torch.zeros(1, 255, dtype=torch.long), ValueError, r"shape \[B, 256\], got \(1, 255\)"),
         (torch.zeros(256, dtype=torch.long), ValueError, r"shape \[B, 256\], got \(256,\)"),
         (torch.zeros(1, 16, 16, dtype=torch.long), ValueError, r"shape \[B, 256\]"),
