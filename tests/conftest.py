@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import signal
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,13 @@ from safetensors.torch import load_file
 from vfmtok_fast import switch
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A shell ignores SIGINT for what it runs in the background, and children inherit that; the
+    # tests of Ctrl-C need Python's own handling.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
