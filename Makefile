@@ -18,6 +18,8 @@ READY := $(if $(VENV),$(VENV)/.installed)
 # Benchmarks are bench_*.py and bench_* functions; a plain `pytest` never runs them.
 BENCH := -o python_files='bench_*.py' -o python_functions='bench_*' \
 	--benchmark-columns=min,median,rounds benchmarks
+# A process per core, at most 4: each may hold a full-size model. A file's tests share its fixtures.
+PARALLEL := -n auto --maxprocesses=4 --dist loadfile
 # The package as an install would lay it out, for machines where nothing can be installed.
 BARE := $(CURDIR)/build/bare
 
@@ -28,7 +30,7 @@ demo: $(READY) ## tokenise, verify, reconstruct and sample with a small untraine
 	$(if $(VENV),PATH="$$(cd $(BIN) && pwd):$$PATH" )bash examples/demo.sh
 
 test: $(READY) ## run all tests; those that need a GPU are skipped without one
-	$(BIN)pytest $(ARGS)
+	$(BIN)pytest $(PARALLEL) $(ARGS)
 
 lint: $(READY) ## check style and formatting
 	$(BIN)ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import signal
 import types
@@ -23,6 +24,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # tests of Ctrl-C need Python's own handling.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+        # Processes that share the cores must not each start a thread per core; nor their children.
+        threads = max(1, (os.cpu_count() or 1) // int(workers))
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
