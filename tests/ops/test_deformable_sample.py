@@ -1,7 +1,12 @@
-"""deformable_sample against a slow oracle: one sample, one pixel at a time, in float64."""
+"""deformable_sample against a slow oracle: one sample, one pixel at a time, in float64.
+
+Every test runs on the reference and on the portable implementation; the Triton kernels have a file
+of their own.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -10,10 +15,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import vfmtok_fast
+from vfmtok_fast import switch
 from vfmtok_fast.ops import deformable_sample
 
 # Odd, not square, one pixel wide: nothing that a mix-up of height and width would survive.
 LEVELS = ((5, 7), (3, 2), (1, 4), (1, 1))
+
+
+@pytest.fixture(autouse=True, scope="module", params=["reference", "portable"])
+def implementation(request) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def chosen(implementation, clean_switch):
+    """The calls of a test take ``implementation``, and only that."""
+    if implementation == "portable":
+        vfmtok_fast.enable("deformable_sample", strict=True)
+    yield
+    took = set(vfmtok_fast.status().ops["deformable_sample"].calls)
+    assert took <= {implementation, f"{implementation} (compiled)"}
 
 
 def make(
@@ -192,6 +214,66 @@ def test_gradients(rows):
     assert torch.autograd.gradcheck(
         lambda v, p, o, a: deformable_sample(v, levels, p, o, a), inputs, eps=1e-6, atol=1e-7
     )
+
+
+@pytest.mark.parametrize("empty", [{"B": 0}, {"Q": 0}, {"B": 0, "rows": 1}], ids=str)
+def test_nothing_gives_nothing(empty):
+    arguments = make(**empty)
+    inputs = [x.requires_grad_() for x in arguments if isinstance(x, Tensor)]
+    got = deformable_sample(*arguments)
+    assert got.shape == (empty.get("B", 2), empty.get("Q", 5), 12)
+    got.sum().backward()
+    assert all(x.grad is None or not x.grad.any() for x in inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gradients_of_narrow_types(dtype, implementation):
+    """Twice the reference's own error against float64, and one rounding."""
+    arguments = make(levels=((8, 4), (4, 16)), P=2, dtype=dtype)
+    weight = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(9)).to(dtype)
+
+    def gradients(kind: torch.dtype, fast: bool) -> list[Tensor]:
+        leaves = [
+            x.to(kind).detach().requires_grad_() if isinstance(x, Tensor) else x for x in arguments
+        ]
+        enabled = fast and implementation == "portable"
+        with vfmtok_fast.enable("deformable_sample") if enabled else contextlib.nullcontext():
+            out = deformable_sample(*leaves)
+        (out * weight.to(kind)).sum().backward()
+        return [x.grad for x in leaves if isinstance(x, Tensor)]
+
+    vfmtok_fast.disable()
+    truth, ruler = gradients(torch.float64, False), gradients(dtype, False)
+    switch.reset_records()
+    for exact, own, got in zip(truth, ruler, gradients(dtype, True), strict=True):
+        assert got.dtype == dtype
+        eps = torch.finfo(dtype).eps * float(exact.abs().max())
+        assert (got - exact).abs().max() <= 2 * (own - exact).abs().max() + eps
+
+
+def test_works_under_torch_compile():
+    arguments = make(dtype=torch.float32)
+    want = deformable_sample(*arguments)
+    compiled = torch.compile(deformable_sample, fullgraph=True)
+    torch.testing.assert_close(compiled(*arguments), want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients_have_the_same_bits_every_time(deterministic):
+    arguments = make(levels=((9, 7),), Q=60, D=16, dtype=torch.float32)
+
+    def gradients() -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in arguments if isinstance(x, Tensor)]
+        out = deformable_sample(leaves[0], arguments[1], *leaves[1:])
+        return torch.autograd.grad(out.square().sum(), leaves)
+
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        first = gradients()
+        for _ in range(20 if deterministic else 3):
+            assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def change(position: int, new) -> list:
