@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -97,7 +98,10 @@ def test_cache_quarantines_and_goes_on(run, photos: Path, tmp_path: Path) -> Non
         for line in (out / "quarantine/00000.jsonl").read_text().splitlines()
     ]
     assert len(reasons) == 2 and all(reasons)
-    assert run("status", out)[0] == 3
+    code, text, _ = run("status", out)
+    assert code == 3 and "vehicles/half.jpg: " in text and "vehicles/strip.png: " in text
+    assert "half.jpg" not in run("status", out, "--failures", 0)[1]
+    assert "--failures" in refusal(run("status", out, "--failures", -1))
     assert run("verify", out)[0] == 3
     code, _, lines = run("cache", photos, tmp_path / "strict", "--max-bad", 1, *SMALL)
     assert code == 4 and len(lines) == 1
@@ -125,6 +129,70 @@ def test_cache_refuses_what_it_must(run, photos: Path, tmp_path: Path) -> None:
     line = refusal(run("cache", photos, out, "--batch-size", 2, "--dtype", "bfloat16", *SMALL))
     assert "dtype" in line
     assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def test_cache_in_parts_from_a_tar_then_export_and_repair(run, photos, tmp_path) -> None:
+    archive, out = tmp_path / "photos.tar", tmp_path / "tokens"
+    with tarfile.open(archive, "w") as file:
+        file.add(photos, ".")
+    views = ["--views", "ten-crop-8", "random-0..1", "--seed", 5]
+    common = ["cache", archive, out, "--batch-size", 2, "--shard-size", 1, *views, *SMALL]
+    code, text, _ = run(*common, "--shard-range", "1:2")
+    assert code == 0 and "2 shards are still to come" in text and run("status", out)[0] == 1
+    code, text, _ = run(*common, "--json")
+    assert code == 0
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert lines[0]["state"] == "encoding" and lines[0]["total"] == 3 and "eta" in lines[0]
+    assert (lines[-1]["state"], lines[-1]["encoded"]) == ("complete", 2)
+
+    rar = tmp_path / "t.jsonl"
+    assert run("export", out, rar, "--format", "rar", "--views", "random-0..1")[0] == 0
+    labels = [json.loads(line)["class_id"] for line in rar.read_text().splitlines()]
+    assert labels == [0, 0, 0, 0, 1, 1]
+    assert "already" in refusal(run("export", out, rar, "--format", "rar"))
+
+    shard = out / "shards" / "tokens-00002.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "repair" in run("verify", out)[2][0]
+    code, text, lines = run("repair", archive, out, *SMALL)
+    assert code == 0 and "1 of 3 shards made again" in text and "tokens-00002" in lines[0]
+    assert shard.read_bytes() == whole
+    assert run("verify", out, "--images", archive, *SMALL)[0] == 0
+
+
+def test_processes_of_torchrun_share_a_cache(run, photos, tmp_path, monkeypatch) -> None:
+    common = ["cache", photos, tmp_path / "tokens", "--batch-size", 1, "--shard-size", 1, *SMALL]
+    assert run(*common, "--shard-range", "0:1")[0] == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    code, text, _ = run(*common)
+    assert (code, text) == (0, "")  # the first process speaks for all
+    monkeypatch.setenv("RANK", "0")
+    code, text, _ = run(*common)
+    assert code == 0 and "0 encoded now" in text
+    monkeypatch.setenv("RANK", "2")
+    assert "rank must be below" in refusal(run(*common))
+    monkeypatch.setenv("RANK", "first")
+    assert "RANK must be a number" in refusal(run(*common))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--shard-range", "3"], "--shard-range must be A:B"),
+        (["--shard-range", "-1:2"], "--shard-range must be A:B"),
+        (["--input", "webdataset"], "no *.tar files"),
+        (["--input", "lmdb"], "LMDB"),
+        (["--seed", -1], "seed must be at least 0"),
+        (["--views", "ten-crop", "ten-crop-3"], "ten-crop-3 twice"),
+    ],
+)
+def test_cache_refuses_bad_settings(run, photos, tmp_path, options, expected: str) -> None:
+    if "-1:2" in options:
+        options = ["--shard-range=-1:2"]
+    assert expected in refusal(run("cache", photos, tmp_path / "out", *SMALL, *options))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

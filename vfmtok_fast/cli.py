@@ -11,6 +11,8 @@ import torch
 
 from . import commands
 from .cache import TooManyBadImages, known_views
+from .cache.export import FORMATS
+from .cache.sources import KINDS
 from .checkpoint import OFFICIAL_FILES, OFFICIAL_REPO
 from .switch import FallbackWarning
 from .untrained import GPTS, TOKENIZERS
@@ -38,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         return _fail(options, f"out of memory ({error})", 2)
     except KeyboardInterrupt:
-        resumes = "; run it again to go on where it stopped" if options.command == "cache" else ""
+        goes_on = options.command in ("cache", "repair")
+        resumes = "; run it again to go on where it stopped" if goes_on else ""
         return _fail(options, f"interrupted{resumes}", 130)
 
 
@@ -77,25 +80,60 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     sub = command("cache", "tokenise a folder of images into a token cache, or go on with one")
-    sub.add_argument("images", metavar="IMAGES", help="folder of class folders of pictures")
+    sub.add_argument("images", metavar="IMAGES", help="class folders of pictures, or archives")
+    _input_option(sub)
     sub.add_argument("out", metavar="OUT", help="the cache: a new folder, or one to go on with")
     sub.add_argument(
-        "--views", nargs="+", default=["center"], metavar="VIEW", help=f"of {known_views()}"
+        "--views",
+        nargs="+",
+        default=["center"],
+        metavar="VIEW",
+        help=f"of {', '.join(known_views())}; random-0..7 for eight (%(default)s)",
     )
+    sub.add_argument("--seed", type=int, default=0, help="of random crops (%(default)s)")
     sub.add_argument("--batch-size", type=int, default=16, help="pictures at a time (%(default)s)")
     sub.add_argument("--shard-size", type=int, default=8192, help="pictures a file (%(default)s)")
     sub.add_argument("--max-bad", type=int, help="stop above this many unreadable pictures")
     sub.add_argument("--workers", type=int, help="threads that read pictures")
+    sub.add_argument(
+        "--shard-range",
+        metavar="A:B",
+        help="only the shards A to B-1, for batch systems; under torchrun the processes share the "
+        "shards by themselves",
+    )
+    sub.add_argument("--json", action="store_true", help="progress and result as lines of JSON")
     _tokenizer_options(sub)
 
     sub = command("status", "how far a cache is")
     sub.add_argument("out", metavar="OUT", help="the cache")
+    sub.add_argument(
+        "--failures", type=int, default=10, help="unreadable pictures to list (%(default)s)"
+    )
 
     sub = command("verify", "check every byte of a cache, and tokenise a sample of it again")
     sub.add_argument("out", metavar="OUT", help="the cache")
-    sub.add_argument("--images", help="the folder of pictures: tokenise a sample of them again")
+    sub.add_argument("--images", help="the pictures' folder or archive: tokenise a sample again")
+    _input_option(sub)
     sub.add_argument("--sample", type=int, default=64, help="how many pictures (%(default)s)")
     _tokenizer_options(sub)
+
+    sub = command("repair", "tokenise again the shards of a cache that verify finds damaged")
+    sub.add_argument("images", metavar="IMAGES", help="what the cache was made from")
+    _input_option(sub)
+    sub.add_argument("out", metavar="OUT", help="the cache")
+    sub.add_argument("--workers", type=int, help="threads that read pictures")
+    _tokenizer_options(sub)
+
+    sub = command("export", "write a cache in the format of another program")
+    sub.add_argument("out", metavar="OUT", help="the cache")
+    sub.add_argument("target", metavar="TARGET", help="what to write; must not exist")
+    sub.add_argument(
+        "--format",
+        required=True,
+        choices=FORMATS,
+        help="LlamaGen's folders of .npy, RAR's lines of JSON, or Parquet",
+    )
+    sub.add_argument("--views", nargs="+", metavar="VIEW", help="of the cache; all by default")
 
     sub = command("reconstruct", "draw photo | reconstruction | where the regions look")
     sub.add_argument("images", metavar="IMAGES", help="a picture, or a folder of them")
@@ -126,6 +164,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     command("doctor", "what is installed, what will run fast here, and why not")
     return parser
+
+
+def _input_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input",
+        choices=KINDS,
+        help="what IMAGES is, where that is not plain: class folders, one tar (also of tars, as "
+        "ILSVRC2012 comes), WebDataset shards, Parquet with image bytes, the authors' LMDB",
+    )
 
 
 def _tokenizer_options(

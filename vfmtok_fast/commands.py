@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +24,7 @@ from tqdm import tqdm
 from . import cache as token_cache
 from . import checkpoint, images, switch, untrained
 from .cache.atomic import atomic_file, make_folder
-from .cache.index import walk
+from .cache.sources.folder import walk
 from .generator import GPT
 from .ops.checks import check_class_ids
 from .ops.sample_token import check_sampling
@@ -29,6 +32,7 @@ from .tokenizer import VFMTok
 from .visualize import reconstruction_grid
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
 UNTRAINED_NOTE = "note: untrained weights; the tokens mean nothing and pictures are noise"
@@ -69,30 +73,92 @@ def _read_config(path: Path) -> dict:
 
 
 def cache(options: argparse.Namespace) -> int:
+    rank, world_size = _place_among_processes(options)
+    shard_range = _shard_range(options.shard_range)
     tokenizer = _tokenizer(options)
+    progress = _json_lines() if options.json else True
     with _policy(options):
         summary = token_cache.build(
             options.images,
             options.out,
             tokenizer,
+            input_kind=options.input,
             views=options.views,
+            seed=options.seed,
             batch_size=options.batch_size,
             shard_size=options.shard_size,
             max_bad=options.max_bad,
             workers=options.workers,
-            progress=True,
+            rank=rank,
+            world_size=world_size,
+            shard_range=shard_range,
+            progress=progress if rank == 0 else False,
         )
+    _tell(summary, options.json, rank)
+    return summary.exit_code
+
+
+def _tell(summary: token_cache.Summary, as_json: bool, rank: int) -> None:
+    state = "incomplete" if summary.missing else "complete"
+    if as_json:
+        result = {"state": state, "rank": rank, **vars(summary), "out": str(summary.out)}
+        print(json.dumps(result | {"seconds": round(summary.seconds, 3)}))
+        return
+    if rank:
+        return
     rate = f", {summary.encoded / summary.seconds:.1f} img/s" if summary.encoded else ""
+    still = f" ({summary.missing} shards are still to come)" if summary.missing else ""
     print(
-        f"{summary.out}: complete; {summary.images} pictures in {summary.shards} shards, "
+        f"{summary.out}: {state}{still}; {summary.images} pictures in {summary.shards} shards, "
         f"{summary.encoded} encoded now in {summary.seconds:.1f} s{rate}"
     )
     if summary.bad:
         print(f"{summary.bad} could not be read: see {summary.out}/quarantine/", file=sys.stderr)
-    return summary.exit_code
+
+
+def _json_lines() -> Callable[[token_cache.Progress], None]:
+    """A progress function that prints a line of JSON a second."""
+    last = 0.0
+
+    def report(state: token_cache.Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last < 1:
+            return
+        last = time.monotonic()
+        values = {**vars(state), "eta": state.eta}
+        rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
+        print(json.dumps({"state": "encoding", **rounded}), flush=True)
+
+    return report
+
+
+def _place_among_processes(options: argparse.Namespace) -> tuple[int, int]:
+    """Rank and world size as torchrun sets them; picks this process's GPU, if none was named."""
+    found = {}
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        value = os.environ.get(name, default)
+        if not value.isascii() or not value.isdigit():
+            raise ValueError(f"the environment variable {name} must be a number, is {value!r}")
+        found[name] = int(value)
+    if options.device in (None, "cuda") and torch.cuda.is_available():
+        local = found["LOCAL_RANK"] % torch.cuda.device_count()
+        options.device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    return found["RANK"], found["WORLD_SIZE"]
+
+
+def _shard_range(text: str | None) -> tuple[int, int | None] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]+):([0-9]*)", text)
+    if match is None:
+        raise ValueError(f"--shard-range must be A:B, as in 0:40 or 40:, got {text!r}")
+    return int(match[1]), int(match[2]) if match[2] else None
 
 
 def status(options: argparse.Namespace) -> int:
+    if options.failures < 0:
+        raise ValueError(f"--failures must be at least 0, got {options.failures}")
     found = token_cache.status(options.out)
     print(f"{options.out}: {found.state}")
     if found.state != "indexing":
@@ -103,6 +169,9 @@ def status(options: argparse.Namespace) -> int:
         print(f"  damaged:  shards {', '.join(map(str, found.damaged))} (made again by cache)")
     if found.writing:
         print(f"  files being written, or left by a process that died: {found.writing}")
+    if found.bad and options.failures:
+        for entry in itertools.islice(token_cache.failures(options.out), options.failures):
+            print(f"  {entry['path']}: {entry['reason']}")
     if found.state != "complete":
         return 1
     return 3 if found.bad else 0
@@ -112,7 +181,13 @@ def verify(options: argparse.Namespace) -> int:
     chosen = options.model or options.tokenizer or options.untrained
     tokenizer = _tokenizer(options) if options.images or chosen else None
     with _policy(options):
-        report = token_cache.verify(options.out, tokenizer, options.images, sample=options.sample)
+        report = token_cache.verify(
+            options.out,
+            tokenizer,
+            options.images,
+            input_kind=options.input,
+            sample=options.sample,
+        )
     for problem in report.problems:
         print(problem, file=sys.stderr)
     again = ""
@@ -126,6 +201,31 @@ def verify(options: argparse.Namespace) -> int:
     if not report.ok:
         return 1
     return 3 if report.bad else 0
+
+
+def repair(options: argparse.Namespace) -> int:
+    tokenizer = _tokenizer(options)
+    with _policy(options):
+        made = token_cache.repair(
+            options.images,
+            options.out,
+            tokenizer,
+            input_kind=options.input,
+            workers=options.workers,
+            tell=lambda problem: print(problem, file=sys.stderr),
+        )
+    found = token_cache.status(options.out)
+    print(f"{options.out}: {found.state}; {made} of {found.shards} shards made again")
+    return 3 if found.bad else 0
+
+
+def export(options: argparse.Namespace) -> int:
+    count = token_cache.export(options.out, options.target, options.format, views=options.views)
+    bad = token_cache.status(options.out).bad
+    print(f"wrote {options.target}: {count} pictures")
+    if bad:
+        print(f"{bad} could not be read and are left out", file=sys.stderr)
+    return 3 if bad else 0
 
 
 def reconstruct(options: argparse.Namespace) -> int:

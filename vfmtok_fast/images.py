@@ -119,6 +119,24 @@ def center_crop(image: Image.Image, size: int = 336) -> np.ndarray:
 
     Source: DESIGN.md section 5, "Input"; bit-exact with the golden arrays.
     """
+    image = resize_short_side(image, size)
+    top, left = (image.height - size) // 2, (image.width - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def resize_short_side(image: Image.Image, size: int) -> Image.Image:
+    """Scale a picture to a short side: halve by box while it is twice as large, then bicubic.
+
+    Args:
+        image: Pillow image of mode RGB, any width and height.
+        size: the short side to reach, in pixels.
+
+    Returns:
+        Pillow image whose shorter side is `size`.
+
+    Raises:
+        ValueError: as `center_crop`.
+    """
     if size < 1:
         raise ValueError(f"center_crop: size must be at least 1, got {size}")
     if image.mode != "RGB":
@@ -136,9 +154,7 @@ def center_crop(image: Image.Image, size: int = 336) -> np.ndarray:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     sides = (round(image.width * scale), round(image.height * scale))
-    image = image.resize(sides, Image.Resampling.BICUBIC)
-    top, left = (image.height - size) // 2, (image.width - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    return image.resize(sides, Image.Resampling.BICUBIC)
 
 
 def to_float(images: np.ndarray | torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from vfmtok_fast import cache
 from vfmtok_fast.cache import index
 from vfmtok_fast.cache.encode import encode_rows
+from vfmtok_fast.cache.sources.folder import FolderSource
 from vfmtok_fast.images import center_crop, decode_image, to_float
 
 SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2}
@@ -250,8 +251,19 @@ def test_decoding_ahead_is_bounded(tree, out, tokenizer, monkeypatch):
         return encode(images)
 
     tokenizer.encode = slow
-    encode_rows(tree, rows, job.manifest, tokenizer, 1)
+    encode_rows(FolderSource(tree), rows, job.manifest, tokenizer, 1)
     assert len(ahead) == 11 and 2 <= max(ahead) <= 4
+
+
+def test_padding_and_bad_pictures_are_black(tmp_path, out, tokenizer, fake):
+    """Buffers are used again, so what an earlier batch left in them must go."""
+    tree = fake.make_tree(tmp_path / "p", count=8, bad=(4,))
+    batches, encode = [], tokenizer.encode
+    tokenizer.encode = lambda images: batches.append(images.clone()) or encode(images)
+    cache.build(tree, out, tokenizer, batch_size=3, shard_size=100, workers=1)
+    black = torch.cat(batches).flatten(1).eq(-1).all(1)
+    names = sorted(path.relative_to(tree).as_posix() for path in tree.rglob("*.png"))
+    assert black.tolist() == [name.endswith("004.png") for name in names] + [True]
 
 
 def test_bfloat16_weights_get_bfloat16_pictures(tree, out, fake):

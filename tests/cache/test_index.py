@@ -9,18 +9,16 @@ import pytest
 
 from vfmtok_fast.cache import CacheWriteError, ImagesChanged
 from vfmtok_fast.cache.index import (
-    NO_CLASS,
-    NO_SIZE,
-    NOT_UTF8,
     check_unchanged,
-    class_folders,
     index_checksum,
     is_index,
     read_all,
     read_rows,
-    walk,
     write_index,
 )
+from vfmtok_fast.cache.sources import Entry
+from vfmtok_fast.cache.sources.base import NO_CLASS, NO_SIZE, NOT_UTF8
+from vfmtok_fast.cache.sources.folder import FolderSource, walk
 
 
 def touch(root, *names):
@@ -35,8 +33,9 @@ def names(root):
 
 
 def make(root, path, shard_size=4):
-    classes = class_folders(root)
-    return write_index(path, walk(root), classes, shard_size), classes
+    source = FolderSource(root)
+    count, checksum, highest = write_index(path, source.entries(), shard_size)
+    return (count, checksum), source.classes(highest)
 
 
 def test_order_is_that_of_sorted_paths(tmp_path):
@@ -153,13 +152,13 @@ def test_shards_are_row_groups(tmp_path):
 
 def test_checksum_covers_paths_sizes_and_labels(tmp_path):
     path, checksums = tmp_path / "index.parquet", set()
-    for name, size, classes in (
-        ("a/x.png", 1, ["a"]),
-        ("a/y.png", 1, ["a"]),
-        ("a/x.png", 2, ["a"]),
-        ("a/x.png", 1, ["0", "a"]),
+    for name, size, label in (
+        ("a/x.png", 1, 0),
+        ("a/y.png", 1, 0),
+        ("a/x.png", 2, 0),
+        ("a/x.png", 1, 1),
     ):
-        checksums.add(write_index(path, [(name, size)], classes, 4)[1])
+        checksums.add(write_index(path, [Entry(name, size, label)], 4)[1])
     assert len(checksums) == 4
 
 
@@ -177,25 +176,26 @@ def test_changes_are_noticed_and_vanished_files_tolerated(tmp_path):
     root, path = tmp_path / "p", tmp_path / "index.parquet"
     touch(root, "a/1.png", "a/3.png", "b/1.png", "b/2.png")
     _, classes = make(root, path)
-    check_unchanged(root, path, classes)
+    check_unchanged(FolderSource(root), path, classes)
     (root / "a" / "1.png").unlink()
     (root / "b" / "2.png").unlink()
-    check_unchanged(root, path, classes)
+    check_unchanged(FolderSource(root), path, classes)
     touch(root, "a/2.png", "b/3.png")
     (root / "b" / "1.png").write_bytes(b"longer than before")
     with pytest.raises(ImagesChanged, match=r"2 added, 1 with another size; first: 'a/2\.png'"):
-        check_unchanged(root, path, classes)
+        check_unchanged(FolderSource(root), path, classes)
     (root / "0").mkdir()
     with pytest.raises(ImagesChanged, match="class folders changed .* first: '0'"):
-        check_unchanged(root, path, classes)
+        check_unchanged(FolderSource(root), path, classes)
 
 
 def test_indexing_needs_little_memory(tmp_path):
     """Memory is that of a shard, however many there are: a million takes what 40,000 take."""
-    entries = ((f"n{i // 1000:04d}/n{i // 1000:04d}_{i:08d}.JPEG", i) for i in range(40_000))
+    names = (f"n{i // 1000:04d}/n{i // 1000:04d}_{i:08d}.JPEG" for i in range(40_000))
+    entries = (Entry(name, i, i // 1000) for i, name in enumerate(names))
     tracemalloc.start()
     try:
-        count, checksum = write_index(tmp_path / "i.parquet", entries, ["n0000"], 8192)
+        count, checksum, _ = write_index(tmp_path / "i.parquet", entries, 8192)
         assert (count, checksum) == index_checksum(tmp_path / "i.parquet")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -205,4 +205,4 @@ def test_indexing_needs_little_memory(tmp_path):
 
 def test_index_that_cannot_be_written(tmp_path):
     with pytest.raises(CacheWriteError, match="cannot write .*: No such file or directory"):
-        write_index(tmp_path / "nowhere" / "i.parquet", [("a.png", 1)], [], 4)
+        write_index(tmp_path / "nowhere" / "i.parquet", [Entry("a.png", 1, -1)], 4)

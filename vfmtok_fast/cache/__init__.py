@@ -9,12 +9,16 @@ The format is that of DESIGN.md section 6.
 
 from .atomic import CacheWriteError
 from .build import Progress, Summary, TooManyBadImages, build
+from .dataset import TokenCacheDataset
 from .encode import TokenError
+from .export import export
 from .index import ImagesChanged
-from .job import Job, encode_shard, finish, pending, prepare
+from .job import Job, encode_shard, encode_shards, finish, pending
 from .manifest import FingerprintMismatch, Manifest, read_manifest
+from .prepare import prepare
 from .reader import TokenCache, read_tokens
-from .status import Status, status
+from .repair import repair
+from .status import Status, failures, status
 from .verify import Report, verify
 from .views import known_views
 
@@ -29,16 +33,21 @@ __all__ = [
     "Status",
     "Summary",
     "TokenCache",
+    "TokenCacheDataset",
     "TokenError",
     "TooManyBadImages",
     "build",
     "encode_shard",
+    "encode_shards",
+    "export",
+    "failures",
     "finish",
     "known_views",
     "pending",
     "prepare",
     "read_manifest",
     "read_tokens",
+    "repair",
     "status",
     "verify",
 ]

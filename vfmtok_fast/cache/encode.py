@@ -1,7 +1,8 @@
 """Pictures to tokens: the one way in which every worker, and `verify`, encodes.
 
-Threads read, decode and crop ahead of the tokenizer (Pillow lets go of the interpreter lock), a
-bounded number of pictures at a time. Batches are cut by position: row r of a shard is view r % V of
+Three things overlap: threads read, decode and crop ahead (Pillow lets go of the interpreter lock),
+also across the end of a shard; one thread runs the tokenizer; the caller's fills the next batch. A
+bounded number of pictures is held. Batches are cut by position: row r of a shard is view r % V of
 picture r // V, batch b is rows [b*B, (b+1)*B), padded with black at the end of the shard. A bad
 picture stays in its place as black, so the tokens of one picture never depend on whether another
 one could be read, nor on the number of workers.
@@ -10,42 +11,38 @@ one could be read, nor on the number of workers.
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
-import stat
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..images import decode_image, to_float
-from .index import NO_SIZE, NOT_UTF8, Rows
+from .index import Rows
 from .manifest import BAD_TOKEN, Manifest, Tokenizer
-from .shards import BAD, GONE
+from .shards import BAD
+from .sources import BadImage, Entry, Source
 from .views import View, make_views, parse_views
 
-# Called after each batch with the number of pictures finished by it and how many of them are bad.
-Advance = Callable[[int, int], None]
+# Called after each batch with the shard's number, how many pictures of it are finished by that
+# batch, and how many of those are bad.
+Advance = Callable[[int, int, int], None]
 
-# Errors of one file; any other OSError (too many open files, stale network mount) is the machine's
-# and ends the run, because quarantining on it would write it down for ever.
-_ERRORS_OF_A_FILE = frozenset(
-    {errno.EACCES, errno.EPERM, errno.ELOOP, errno.EIO, errno.EISDIR, errno.ENAMETOOLONG}
-)
+
+@dataclass
+class Waits:
+    """Seconds that the run stood still: for pictures to be decoded, for the tokenizer."""
+
+    data: float = 0.0
+    device: float = 0.0
 
 
 class TokenError(ValueError):
     """The tokenizer returned something that is not [B, T] tokens below codebook_size."""
-
-
-class _BadImage(Exception):
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
 
 
 @dataclass
@@ -58,83 +55,159 @@ class Encoded:
 
 
 def encode_rows(
-    root: Path,
-    rows: Rows,
+    source: Source, rows: Rows, manifest: Manifest, tokenizer: Tokenizer, workers: int
+) -> Encoded:
+    """Encode a run of pictures that starts where a batch starts; as `encode_parts`, for one part.
+
+    The first row must lie at a batch boundary of its shard, or tokens that are nearly tied may
+    differ from the shard's.
+    """
+    ((_, _, encoded),) = encode_parts(source, [(0, rows)], manifest, tokenizer, workers)
+    return encoded
+
+
+def encode_parts(
+    source: Source,
+    parts: Iterable[tuple[int, Rows]],
     manifest: Manifest,
     tokenizer: Tokenizer,
     workers: int,
     advance: Advance | None = None,
-) -> Encoded:
-    """Encode a run of pictures that starts where a batch starts.
+    waits: Waits | None = None,
+) -> Iterator[tuple[int, Rows, Encoded]]:
+    """Encode shards, or runs of pictures that start where a batch starts.
 
     Args:
-        root: the image folder.
-        rows: n rows of the index; the first must lie at a batch boundary of its shard, or tokens
-            that are nearly tied may differ from the shard's.
+        source: the input that the rows came from.
+        parts: number and rows of each; taken one by one, as decoding gets there.
         manifest: views, sizes and batch size.
         tokenizer: see `Tokenizer`; put into eval mode for the time of the call.
         workers: threads that read and decode.
         advance: told after each batch.
+        waits: is added to.
 
-    Returns:
-        Tokens, status and, by position in `rows`, the reason why a picture is bad.
+    Yields:
+        Number and rows of each part, and its tokens, status and, by position in the rows, the
+        reason why a picture is bad.
 
     Raises:
         TokenError: the tokenizer's answer has another shape or is out of range.
-        FileNotFoundError: a whole folder of pictures has gone.
+        FileNotFoundError: a whole folder or archive of pictures has gone.
         OSError: reading failed for a reason that lies with the machine.
     """
-    views, batch_size = parse_views(manifest.views), manifest.batch_size
-    encoded = Encoded(
-        np.full((len(rows), len(views), manifest.num_tokens), BAD_TOKEN, np.uint16),
-        np.zeros(len(rows), np.uint8),
-        {},
-    )
-    flat = encoded.tokens.reshape(-1, manifest.num_tokens)
-    batch = _empty_batch(manifest)
-    good: list[int] = []  # rows of the current batch that hold a picture
-    finished = bad = row = 0
-
-    def flush() -> None:
-        nonlocal batch, good, finished, bad
-        if good:
-            tokens = _encode_batch(tokenizer, batch, manifest)
-            flat[good] = tokens[[r % batch_size for r in good]]
-        batch, good = _empty_batch(manifest), []
-        if advance is not None:
-            advance(finished, bad)
-        finished = bad = 0
-
-    with _evaluating(tokenizer):
-        for position, crops in enumerate(_decode_ahead(root, rows, manifest, views, workers)):
-            if isinstance(crops, _BadImage):
-                encoded.status[position] = crops.status
-                encoded.reasons[position] = str(crops)
-                bad += 1
-            for view in range(len(views)):
-                if not isinstance(crops, _BadImage):
-                    batch[row % batch_size] = crops[view]
-                    good.append(row)
-                row += 1
-                finished += view == len(views) - 1
-                if row % batch_size == 0:
-                    flush()
-        if row % batch_size:
-            flush()
-    return encoded
+    views = parse_views(manifest.views)
+    device = _Device(tokenizer, manifest, waits or Waits(), advance)
+    crops = _decode_ahead(source, iter(parts), manifest, views, workers)
+    with _evaluating(tokenizer), device, contextlib.closing(crops):
+        for number, rows in _parts_of(crops, device):
+            encoded = Encoded(
+                np.full((len(rows), len(views), manifest.num_tokens), BAD_TOKEN, np.uint16),
+                np.zeros(len(rows), np.uint8),
+                {},
+            )
+            device.begin(number, encoded)
+            for position in range(len(rows)):
+                device.add(position, device.wait_for_data(crops))
+            device.end()
+            yield number, rows, encoded
 
 
-def _empty_batch(manifest: Manifest) -> np.ndarray:
-    side = manifest.image_size
-    return np.zeros((manifest.batch_size, side, side, 3), np.uint8)
+def _parts_of(crops: Iterator, device: _Device) -> Iterator[tuple[int, Rows]]:
+    """What `_decode_ahead` announces before the pictures of each part."""
+    while (part := device.wait_for_data(crops)) is not None:
+        yield part
 
 
-def _encode_batch(tokenizer: Tokenizer, batch: np.ndarray, manifest: Manifest) -> np.ndarray:
+class _Device:
+    """Batches on their way to the tokenizer: one is filled while another is encoded."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, manifest: Manifest, waits: Waits, advance: Advance | None
+    ) -> None:
+        self.tokenizer, self.manifest, self.waits = tokenizer, manifest, waits
+        self.advance = advance or (lambda number, new, bad: None)
+        first = next(iter(tokenizer.parameters()), torch.empty(0))
+        shape = (manifest.batch_size, manifest.image_size, manifest.image_size, 3)
+        # Pinned, so that the copy to a GPU runs beside everything else.
+        self.batches = [
+            torch.zeros(shape, dtype=torch.uint8, pin_memory=first.is_cuda) for _ in range(2)
+        ]
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="vfmtok-encode")
+        self.running: tuple[Future, list[int], int, int] | None = None
+
+    def __enter__(self) -> None:
+        """For `__exit__`."""
+
+    def __exit__(self, *error: object) -> None:
+        self.thread.shutdown(wait=True, cancel_futures=True)
+
+    def wait_for_data(self, crops: Iterator) -> Any:
+        start = time.perf_counter()
+        found = next(crops, None)
+        self.waits.data += time.perf_counter() - start
+        return found
+
+    def begin(self, number: int, encoded: Encoded) -> None:
+        self.number, self.encoded = number, encoded
+        self.flat = encoded.tokens.reshape(-1, self.manifest.num_tokens)
+        self.row = self.finished = self.bad = 0
+        self.good: list[int] = []  # rows of the current batch that hold a picture
+
+    def add(self, position: int, crops: np.ndarray | BadImage) -> None:
+        views, size = self.encoded.tokens.shape[1], self.manifest.batch_size
+        if isinstance(crops, BadImage):
+            self.encoded.status[position] = crops.status
+            self.encoded.reasons[position] = str(crops)
+            self.bad += 1
+        for view in range(views):
+            slot = self.batches[0].numpy()[self.row % size]
+            if isinstance(crops, BadImage):
+                slot[...] = 0
+            else:
+                slot[...] = crops[view]
+                self.good.append(self.row)
+            self.row += 1
+            self.finished += view == views - 1
+            if self.row % size == 0:
+                self._send()
+
+    def end(self) -> None:
+        """Send the last batch, padded with black, and wait until all is encoded."""
+        if filled := self.row % self.manifest.batch_size:
+            self.batches[0][filled:] = 0
+            self._send()
+        self._receive()
+
+    def _send(self) -> None:
+        self._receive()
+        future = None
+        if self.good:
+            batch = self.batches[0]
+            future = self.thread.submit(_encode_batch, self.tokenizer, batch, self.manifest)
+        self.running = (future, self.good, self.finished, self.bad)
+        self.batches.reverse()
+        self.good, self.finished, self.bad = [], 0, 0
+
+    def _receive(self) -> None:
+        if self.running is None:
+            return
+        (future, good, finished, bad), self.running = self.running, None
+        if future is not None:
+            start = time.perf_counter()
+            tokens = future.result()
+            self.waits.device += time.perf_counter() - start
+            self.flat[good] = tokens[[row % self.manifest.batch_size for row in good]]
+        self.advance(self.number, finished, bad)
+
+
+def _encode_batch(tokenizer: Tokenizer, batch: torch.Tensor, manifest: Manifest) -> np.ndarray:
     """uint8 [B, side, side, 3] -> uint16 [B, T], checked."""
     first = next(iter(tokenizer.parameters()), torch.empty(0))
-    with torch.inference_mode():
+    # A thread starts on GPU 0, whichever its parent had chosen.
+    chosen = torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
+    with chosen, torch.inference_mode():
         # 8-bit to the device (a quarter of the bytes), float there; to_float is exact everywhere.
-        images = to_float(torch.from_numpy(batch).to(first.device)).to(first.dtype)
+        images = to_float(batch.to(first.device, non_blocking=True)).to(first.dtype)
         tokens = tokenizer.encode(images)
     expected = (manifest.batch_size, manifest.num_tokens)
     if tuple(tokens.shape) != expected or tokens.is_floating_point() or tokens.is_complex():
@@ -164,58 +237,49 @@ def _evaluating(tokenizer: Tokenizer) -> Iterator[None]:
 
 
 def _decode_ahead(
-    root: Path, rows: Rows, manifest: Manifest, views: tuple[View, ...], workers: int
-) -> Iterator[np.ndarray | _BadImage]:
-    """The pictures' views in order, decoded by threads at most two batches ahead."""
-    window = -(-2 * manifest.batch_size // len(views)) + workers
-    waiting: deque[Future] = deque()
-    todo = zip(rows.paths, rows.sizes, strict=True)
+    source: Source,
+    parts: Iterator[tuple[int, Rows]],
+    manifest: Manifest,
+    views: tuple[View, ...],
+    workers: int,
+) -> Iterator[tuple[int, Rows] | np.ndarray | BadImage]:
+    """Each part, then its pictures' views in order, decoded by threads up to a batch ahead."""
+    window = -(-manifest.batch_size // len(views)) + workers
+    waiting: deque[Future | tuple[int, Rows]] = deque()
+
+    def submit() -> Iterator[None]:
+        for part in parts:
+            waiting.append(part)
+            for entry in part[1].entries():
+                waiting.append(pool.submit(_crops, source, entry, views, manifest))
+                yield
+
     pool = ThreadPoolExecutor(workers, thread_name_prefix="vfmtok-decode")
+    submitting = submit()
     try:
-        for _ in range(len(rows)):
-            while len(waiting) < window and (item := next(todo, None)) is not None:
-                waiting.append(pool.submit(_crops, root, *item, views, manifest.image_size))
-            yield waiting.popleft().result()
+        while True:
+            while len(waiting) < window and next(submitting, submit) is not submit:
+                pass
+            if not waiting:
+                return
+            item = waiting.popleft()
+            yield item.result() if isinstance(item, Future) else item
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _crops(
-    root: Path, name: str, size: int, views: tuple[View, ...], side: int
-) -> np.ndarray | _BadImage:
+    source: Source, entry: Entry, views: tuple[View, ...], manifest: Manifest
+) -> np.ndarray | BadImage:
     """uint8 [V, side, side, 3], or why there is none."""
     try:
-        return make_views(decode_image(_read(root, name, size)), views, side)
-    except _BadImage as bad:
+        data = source.read(entry)
+    except BadImage as bad:
         return bad
-    except ValueError as error:
-        return _BadImage(BAD, str(error))
-
-
-def _read(root: Path, name: str, size: int) -> bytes:
-    """The bytes of an indexed file; reasons hold no path, so that they are the same everywhere."""
-    if size == NOT_UTF8:
-        raise _BadImage(BAD, "its name is not UTF-8; rename it")
-    path = root / name
+    # Apart from reading: a ValueError there lies with the input as a whole, and ends the run.
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise _BadImage(GONE, "no longer a regular file")
-        data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if not path.parent.is_dir():
-            raise FileNotFoundError(
-                f"{path.parent}: this folder has gone since it was indexed; "
-                "bring it back and run again (finished shards are kept)"
-            ) from error
-        if size == NO_SIZE:
-            raise _BadImage(BAD, "a link to a file that does not exist") from error
-        raise _BadImage(GONE, "gone since it was indexed") from error
-    except OSError as error:
-        if error.errno not in _ERRORS_OF_A_FILE:
-            raise
-        raise _BadImage(BAD, f"cannot be opened: {error.strerror}") from error
-    if len(data) != size:
-        raise _BadImage(GONE, f"changed since it was indexed: {size} bytes then, {len(data)} now")
-    if not data:
-        raise _BadImage(BAD, "empty file")
-    return data
+        return make_views(
+            decode_image(data), views, manifest.image_size, path=entry.path, seed=manifest.seed
+        )
+    except ValueError as error:
+        return BadImage(BAD, str(error))

@@ -1,148 +1,129 @@
 """The index: which pictures a cache holds, in which order, with which labels.
 
-The layout is that of torchvision's ImageFolder: the folders directly under the root are the
-classes, numbered in sorted order (an empty one keeps its number), and a class folder is searched to
-any depth. Pictures that lie directly in the root have no class: label -1. Names that start with a
-dot are skipped (.DS_Store, ._copies, .git). Links are followed, except into a folder that they are
-already inside of. Order: by relative POSIX path, as sorted() orders the strings.
+One format for every kind of input (`vfmtok_fast.cache.sources`). Pictures that lie inside larger
+files have two more columns, `file` and `offset`, that say where; and the index then names those
+files with their sizes, by which a change is noticed.
 
-Nothing here holds more than one folder's names, so that a million pictures index in little memory.
+Nothing here holds more than one shard's rows, so that a million pictures index in little memory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import stat
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .atomic import atomic_file
-
-EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif"
-    " .mpo".split()
-)
-
-NO_CLASS = -1
-# Sizes that are no sizes. Such a file keeps its place in the index and is quarantined later.
-NO_SIZE = -1  # could not be examined: a link to nowhere, a link to itself
-NOT_UTF8 = -2  # its path cannot be written in the index; invalid bytes are shown as \xNN
+from .sources import Entry, Source
 
 _MARK = {b"vfmtok_fast": b"token cache index 1"}
-_SCHEMA = pa.schema(
-    [
-        pa.field("index", pa.int64(), nullable=False),
-        pa.field("path", pa.string(), nullable=False),
-        pa.field("size", pa.int64(), nullable=False),
-        pa.field("label", pa.int32(), nullable=False),
-    ],
-    metadata=_MARK,
-)
+_ORIGIN = b"vfmtok_fast.origin"
+_FIELDS = [
+    pa.field("index", pa.int64(), nullable=False),
+    pa.field("path", pa.string(), nullable=False),
+    pa.field("size", pa.int64(), nullable=False),
+    pa.field("label", pa.int32(), nullable=False),
+]
+_PLACE = [
+    pa.field("file", pa.string(), nullable=False),
+    pa.field("offset", pa.int64(), nullable=False),
+]
 
 
 class ImagesChanged(ValueError):
-    """The image folder is not the one that was indexed."""
+    """The input is not the one that was indexed."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one shard: global index of the first, then path, size (bytes), label of each."""
+    """The rows of one shard: global index of the first, then path, size (bytes), label of each.
+
+    `files` and `offsets` are empty where each picture is a file of its own.
+    """
 
     first: int
     paths: list[str]
     sizes: list[int]
     labels: list[int]
+    files: list[str]
+    offsets: list[int]
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, part: slice) -> Rows:
-        start = part.indices(len(self))[0]
-        return Rows(self.first + start, self.paths[part], self.sizes[part], self.labels[part])
+        columns = (self.paths, self.sizes, self.labels, self.files, self.offsets)
+        first = self.first + part.indices(len(self))[0]
+        return Rows(first, *(column[part] for column in columns))
+
+    def entries(self) -> list[Entry]:
+        """The rows as `Source.read` takes them."""
+        place = (self.files, self.offsets) if self.files else ()
+        columns = zip(self.paths, self.sizes, self.labels, *place, strict=True)
+        return [Entry(*values) for values in columns]
 
 
-def class_folders(root: Path) -> list[str]:
-    """Names of the class folders under `root`, sorted; a class's label is its place in the list."""
-    names, _ = _names(os.fspath(root))
-    return sorted(name[:-1] for name in names if name.endswith("/"))
+@dataclass(frozen=True)
+class Origin:
+    """The kind of input that was indexed, and the size of each file that holds its pictures.
 
-
-def walk(root: Path) -> Iterator[tuple[str, int]]:
-    """List the pictures under `root` in index order.
-
-    Args:
-        root: an existing folder.
-
-    Yields:
-        (relative POSIX path, size in bytes); instead of the size NO_SIZE or NOT_UTF8 where a file
-        cannot be examined or named.
-
-    Raises:
-        ValueError: a folder cannot be listed.
+    `files` is None for a folder, where each picture is a file.
     """
-    top = os.fspath(root)
-    # Per open folder: its names (last first), its path, its shown relative path, and its identity,
-    # which is how a link back into a folder above is noticed.
-    stack = [(_names(top), top, "", _identity(top))]
-    while stack:
-        (names, odd), folder, shown_folder, _ = stack[-1]
-        if not names:
-            stack.pop()
-            continue
-        name = names.pop()
-        path, shown = os.path.join(folder, odd.get(name, name)), shown_folder + name
-        if name.endswith("/"):
-            identity = _identity(path)
-            if identity is not None and all(identity != above[3] for above in stack):
-                stack.append((_names(path), path, shown, identity))
-        elif os.path.splitext(name)[1].lower() in EXTENSIONS:
-            try:
-                status = os.stat(path)
-            except OSError:
-                yield shown, NO_SIZE
-                continue
-            if stat.S_ISREG(status.st_mode):  # a pipe or a device would block or never end
-                yield shown, (status.st_size if _is_utf8(path[len(top) :]) else NOT_UTF8)
+
+    kind: str = "folder"
+    files: dict[str, int] | None = None
+
+    def metadata(self) -> dict[bytes, bytes]:
+        """As the schema of index.parquet holds it."""
+        if self.files is None:
+            return {}
+        return {_ORIGIN: json.dumps(vars(self), sort_keys=True).encode()}
 
 
 def write_index(
-    path: Path, entries: Iterable[tuple[str, int]], classes: list[str], shard_size: int
-) -> tuple[int, str]:
+    path: Path, entries: Iterable[Entry], shard_size: int, origin: Origin = Origin()
+) -> tuple[int, str, int]:
     """Write index.parquet, one row group per shard, without holding more than one of them.
 
     Args:
         path: the file to write.
-        entries: (relative path, size) in index order, as `walk` yields them.
-        classes: the class folders; an entry's label is the place of its first folder in this list.
+        entries: the pictures in index order.
         shard_size: pictures per shard.
+        origin: where they come from.
 
     Returns:
-        (number of pictures, checksum of the index's content).
+        (number of pictures, checksum of the index's content, highest label).
 
     Raises:
         CacheWriteError: the file cannot be written.
     """
-    numbers = {name: number for number, name in enumerate(classes)}
+    placed = origin.files is not None
+    schema = pa.schema(
+        _FIELDS + _PLACE if placed else _FIELDS, metadata={**_MARK, **origin.metadata()}
+    )
     entries = iter(entries)
-    digest = hashlib.sha256()
-    count = 0
-    with atomic_file(path) as file, pq.ParquetWriter(file, _SCHEMA) as writer:
+    digest = _new_digest(origin.metadata())
+    count, highest = 0, -1
+    with atomic_file(path) as file, pq.ParquetWriter(file, schema) as writer:
         while chunk := list(islice(entries, shard_size)):
-            paths, sizes = (list(column) for column in zip(*chunk, strict=True))
-            labels = [_label(name, numbers) for name in paths]
-            rows = Rows(count, paths, sizes, labels)
-            columns = [list(range(count, count + len(rows))), paths, sizes, labels]
-            writer.write_table(pa.table(columns, schema=_SCHEMA))
+            columns = [list(column) for column in zip(*chunk, strict=True)]
+            if not placed:
+                columns[3:] = [[], []]
+            rows = Rows(count, *columns)
+            numbers = list(range(count, count + len(rows)))
+            writer.write_table(pa.table([numbers, *columns[: len(schema) - 1]], schema=schema))
             _digest(digest, rows)
             count += len(rows)
-    return count, digest.hexdigest()
+            highest = max(highest, *rows.labels)
+    return count, digest.hexdigest(), highest
 
 
 def is_index(path: Path) -> bool:
@@ -175,7 +156,8 @@ def read_all(path: Path) -> Iterator[Rows]:
 
 def index_checksum(path: Path) -> tuple[int, str]:
     """(number of pictures, checksum of the content), as `write_index` returned them."""
-    digest = hashlib.sha256()
+    with _opened(path) as file:
+        digest = _new_digest(file.schema_arrow.metadata)
     count = 0
     for rows in read_all(path):
         _digest(digest, rows)
@@ -183,17 +165,50 @@ def index_checksum(path: Path) -> tuple[int, str]:
     return count, digest.hexdigest()
 
 
-def check_unchanged(root: Path, path: Path, classes: list[str]) -> None:
-    """Refuse to go on with a folder that has other pictures than the index.
+def read_origin(path: Path) -> Origin:
+    """What was indexed; raises like `read_rows`."""
+    with _opened(path) as file:
+        data = file.schema_arrow.metadata.get(_ORIGIN)
+    return Origin() if data is None else Origin(**json.loads(data))
 
-    A picture that has gone is no reason to refuse: its tokens may be cached already, and where they
-    are not, its slot is quarantined. A picture that came, or whose size changed, is, because the
-    cache could not say so.
+
+def check_unchanged(source: Source, path: Path, classes: list[str]) -> None:
+    """Refuse to go on with an input that has other pictures than the index.
+
+    A picture that has gone from a folder is no reason to refuse: its tokens may be cached already,
+    and where they are not, its slot is quarantined. A picture that came, or whose size changed, is,
+    because the cache could not say so. Of an archive, the size of every file must be the same.
 
     Raises:
         ImagesChanged: one line with what changed, how often, and the first case.
     """
-    now = class_folders(root)
+    origin = read_origin(path)
+    if origin.kind != source.kind:
+        raise ImagesChanged(
+            f"{source.root}: is a {source.kind} input, the cache was made from {origin.kind}; "
+            "give the same input, or cache into a new folder"
+        )
+    if origin.files is None:
+        _check_pictures(source, path, classes)
+        return
+    now = source.files()
+    differing = sorted(
+        name for name in origin.files.keys() | now.keys() if origin.files.get(name) != now.get(name)
+    )
+    if differing:
+        raise ImagesChanged(
+            f"{source.root}: {len(differing)} of its files changed since they were indexed "
+            f"(first: {differing[0]!r}, {_bytes(origin.files.get(differing[0]))} then, "
+            f"{_bytes(now.get(differing[0]))} now); restore them, or cache into a new folder"
+        )
+
+
+def _bytes(size: int | None) -> str:
+    return "not there" if size is None else f"{size} bytes"
+
+
+def _check_pictures(source: Source, path: Path, classes: list[str]) -> None:
+    root, now = source.root, source.classes(-1)
     if now != classes:
         differing = sorted(set(now) ^ set(classes))
         raise ImagesChanged(
@@ -209,7 +224,7 @@ def check_unchanged(root: Path, path: Path, classes: list[str]) -> None:
     old = next(indexed, None)
     added = changed = 0
     first = ""
-    for name, size in walk(root):
+    for name, size, *_ in source.entries():
         while old is not None and old[0] < name:
             old = next(indexed, None)
         known = old is not None and old[0] == name
@@ -238,71 +253,16 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def _rows(table: dict[str, list]) -> Rows:
-    return Rows(table["index"][0], table["path"], table["size"], table["label"])
+    columns = [table[name] for name in ("path", "size", "label")]
+    return Rows(table["index"][0], *columns, table.get("file", []), table.get("offset", []))
 
 
-def _digest(digest: hashlib._Hash, rows: Rows) -> None:
-    for name, size, label in zip(rows.paths, rows.sizes, rows.labels, strict=True):
-        digest.update(f"{name}\0{size}\0{label}\n".encode())
+def _new_digest(metadata: dict[bytes, bytes]) -> Any:
+    return hashlib.sha256(metadata.get(_ORIGIN, b""))
 
 
-def _label(path: str, numbers: dict[str, int]) -> int:
-    folder, slash, _ = path.partition("/")
-    return numbers.get(folder, NO_CLASS) if slash else NO_CLASS
-
-
-def _names(folder: str) -> tuple[list[str], dict[str, str]]:
-    """The shown names in a folder in reverse order, and the names on disk of those that differ.
-
-    A folder's shown name ends with a slash; with it, sorting each folder by itself gives the order
-    of the whole paths ("a-b/x" comes before "a/x"). One string per name: a folder may hold a
-    million.
-    """
-    names, odd = [], {}
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                name = entry.name if _is_utf8(entry.name) else _shown(entry.name)
-                if _is_folder(entry):
-                    name += "/"
-                if name.rstrip("/") != entry.name:
-                    odd[name] = entry.name
-                names.append(name)
-    except FileNotFoundError:
-        pass  # it vanished while its parent was walked
-    except OSError as error:
-        raise ValueError(
-            f"{_shown(folder).rstrip('/')}: cannot list this folder: {error.strerror}"
-        ) from error
-    names.sort(reverse=True)
-    return names, odd
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # os.scandir smuggles other bytes in as lone surrogates
-        return False
-    return True
-
-
-def _shown(name: str) -> str:
-    """The name as text: bytes that are not UTF-8 become \\xNN."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def _identity(folder: str) -> tuple[int, int] | None:
-    try:
-        status = os.stat(folder)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
+def _digest(digest: Any, rows: Rows) -> None:
+    for entry in rows.entries():
+        # A picture that is a file of its own has no place inside one.
+        values = entry if rows.files else entry[:3]
+        digest.update(("\0".join(map(str, values)) + "\n").encode())

@@ -11,84 +11,33 @@ it is whole.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..images import decode_image
 from . import atomic, index, manifest, shards
-from .encode import Advance, encode_rows
-from .views import parse_views
+from .encode import Advance, Encoded, Waits, encode_parts
+from .sources import Source
 
 INDEX = "index.parquet"
 COMPLETE = "COMPLETE.json"
-
-# Decoding saturates one encoder with a few threads; more only hold memory.
-MAX_DEFAULT_WORKERS = 8
 
 
 @dataclass(frozen=True)
 class Job:
     """A cache folder that is ready to receive shards."""
 
-    root: Path
+    source: Source
     out: Path
     tokenizer: manifest.Tokenizer
     manifest: manifest.Manifest
     workers: int
-
-
-def prepare(
-    images: str | os.PathLike,
-    out: str | os.PathLike,
-    tokenizer: manifest.Tokenizer,
-    *,
-    views: Iterable[str] = ("center",),
-    batch_size: int = 16,
-    shard_size: int = 8192,
-    workers: int | None = None,
-) -> Job:
-    """Index the pictures and write the manifest, or check that those of an earlier run still fit.
-
-    Args, Raises: as `vfmtok_fast.cache.build`.
-
-    Returns:
-        What `encode_shard` needs.
-    """
-    root, out = Path(images), Path(out)
-    names = [str(view) for view in parse_views(views)]
-    check_count("batch_size", batch_size, 1)
-    check_count("shard_size", shard_size, 1)
-    if workers is None:
-        workers = min(_cpus(), MAX_DEFAULT_WORKERS)
-    check_count("workers", workers, 1)
-    _check_folders(root, out)
-    resumed = (out / manifest.NAME).exists()
-    if resumed:
-        found = manifest.read_manifest(out)
-    else:
-        _check_ours(out)
-        _check_any_readable(root)
-    covers = manifest.describe(tokenizer, names, batch_size)
-    if resumed:
-        manifest.check_same(found, covers, shard_size, out)
-        if index.index_checksum(out / INDEX) != (found.images, found.index_sha256):
-            raise ValueError(f"{out / INDEX}: damaged; restore it, or cache anew")
-        index.check_unchanged(root, out / INDEX, found.classes)
-    for folder in (out, out / "shards", out / "quarantine"):
-        atomic.make_folder(folder)
-        atomic.sweep(folder)
-    if not resumed:
-        classes = index.class_folders(root)
-        count, checksum = index.write_index(out / INDEX, index.walk(root), classes, shard_size)
-        found = manifest.Manifest(covers, shard_size, count, classes, checksum)
-        found.write(out)
-    return Job(root, out, tokenizer, found, workers)
 
 
 def pending(job: Job) -> list[int]:
@@ -97,36 +46,74 @@ def pending(job: Job) -> list[int]:
     Raises:
         FingerprintMismatch: a shard of another tokenizer lies in the folder.
     """
-    numbers = []
-    for number in range(job.manifest.shards):
-        path = shards.shard_path(job.out, number)
-        try:
-            header = shards.read_header(path)
-        except (FileNotFoundError, ValueError):
-            numbers.append(number)
-            continue
-        problem = shards.header_problem(header, number, job.manifest)
-        if problem and header.fingerprint != job.manifest.fingerprint:
-            raise manifest.FingerprintMismatch(f"{path}: {problem}; remove it and run again")
-        if problem:
-            numbers.append(number)
-    return numbers
+    return [number for number in range(job.manifest.shards) if is_missing(job, number)]
+
+
+def is_missing(job: Job, number: int) -> bool:
+    """Whether one shard is missing or damaged; raises like `pending`."""
+    path = shards.shard_path(job.out, number)
+    try:
+        header = shards.read_header(path)
+    except (FileNotFoundError, ValueError):
+        return True
+    problem = shards.header_problem(header, number, job.manifest)
+    if problem and header.fingerprint != job.manifest.fingerprint:
+        raise manifest.FingerprintMismatch(f"{path}: {problem}; remove it and run again")
+    return problem is not None
 
 
 def encode_shard(job: Job, number: int, advance: Advance | None = None) -> None:
-    """Encode one shard and commit it: the same bytes whoever does it, whenever, however often.
+    """Encode one shard and commit it; as `encode_shards`."""
+    encode_shards(job, [number], advance)
+
+
+def encode_shards(
+    job: Job,
+    numbers: Iterable[int],
+    advance: Advance | None = None,
+    waits: Waits | None = None,
+) -> None:
+    """Encode shards and commit them: the same bytes whoever does it, whenever, however often.
+
+    A shard is written while the next one is encoded.
 
     Args:
         job: from `prepare`.
-        number: which shard.
-        advance: told after each batch; may raise to stop before anything is written.
+        numbers: which shards; each is asked for as late as possible.
+        advance: told after each batch; may raise to stop, then the shard of that batch is not
+            written.
+        waits: is added to.
 
     Raises: as `vfmtok_fast.cache.build`, for what can go wrong while encoding.
     """
-    rows = index.read_rows(job.out / INDEX, number)
-    # A cache with a shard to come is not complete, whatever an earlier run said.
-    atomic.remove_file(job.out / COMPLETE)
-    encoded = encode_rows(job.root, rows, job.manifest, job.tokenizer, job.workers, advance)
+    parts = _parts(job, numbers)
+    encoding = encode_parts(
+        job.source, parts, job.manifest, job.tokenizer, job.workers, advance, waits
+    )
+    writer = ThreadPoolExecutor(1, "vfmtok-write")
+    # Started before it has anything to do: an interrupt while a thread starts would lose sight of
+    # it, and leave before its file is whole.
+    writing = writer.submit(int)
+    writing.result()
+    try:
+        with contextlib.closing(encoding), writer:
+            for number, rows, encoded in encoding:
+                writing.result()
+                writing = writer.submit(_commit, job, number, rows, encoded)
+            writing.result()
+    finally:
+        wait([writing])  # again, for an interrupt in the midst of the first waiting
+
+
+def _parts(job: Job, numbers: Iterable[int]) -> Iterator[tuple[int, index.Rows]]:
+    for number in numbers:
+        rows = index.read_rows(job.out / INDEX, number)
+        # A cache with a shard to come is not complete, whatever an earlier run said.
+        atomic.remove_file(job.out / COMPLETE)
+        yield number, rows
+
+
+def _commit(job: Job, number: int, rows: index.Rows, encoded: Encoded) -> None:
     quarantine = [
         {
             "index": rows.first + position,
@@ -136,9 +123,9 @@ def encode_shard(job: Job, number: int, advance: Advance | None = None) -> None:
         }
         for position, reason in sorted(encoded.reasons.items())
     ]
-    numbers = np.arange(rows.first, rows.first + len(rows), dtype=np.int64)
+    positions = np.arange(rows.first, rows.first + len(rows), dtype=np.int64)
     labels = np.asarray(rows.labels, np.int32)
-    shard = shards.Shard(number, encoded.tokens, numbers, labels, encoded.status, quarantine)
+    shard = shards.Shard(number, encoded.tokens, positions, labels, encoded.status, quarantine)
     shards.write_shard(job.out, job.manifest.fingerprint, shard)
 
 
@@ -159,7 +146,7 @@ def finish(job: Job) -> int:
     content = completion(job.out, job.manifest)
     if content["bad"] == job.manifest.images:
         raise ValueError(
-            f"{job.root}: none of its {job.manifest.images} pictures could be read; "
+            f"{job.source.root}: none of its {job.manifest.images} pictures could be read; "
             f"{job.out / 'quarantine'} says why"
         )
     data = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
@@ -183,72 +170,3 @@ def completion(out: Path, found: manifest.Manifest) -> dict[str, str | int]:
         "shards": found.shards,
         "headers_sha256": digest.hexdigest(),
     }
-
-
-def check_count(name: str, value: int, least: int) -> None:
-    """Refuse what is not an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"cache: {name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"cache: {name} must be at least {least}, got {value}")
-
-
-def _cpus() -> int:
-    # macOS has no affinity; elsewhere it is what a container or a scheduler allows.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _check_folders(root: Path, out: Path) -> None:
-    if not root.exists():
-        raise FileNotFoundError(f"{root}: no such folder of pictures")
-    if not root.is_dir():
-        raise NotADirectoryError(f"{root}: must be a folder of pictures, is a file")
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out}: must be a folder, is a file; choose another name")
-    if out.resolve().is_relative_to(root.resolve()):
-        raise ValueError(
-            f"{out}: lies inside the pictures' folder {root}, where it would become a class; "
-            "choose a folder outside"
-        )
-
-
-def _check_ours(out: Path) -> None:
-    """Refuse a folder that holds anything but what a run leaves that died before its manifest."""
-    if not out.exists():
-        return
-    for entry in sorted(os.scandir(out), key=lambda entry: entry.name):
-        ours = atomic.is_temporary(entry.name)
-        if entry.name == INDEX:
-            ours = index.is_index(Path(entry.path))
-        elif entry.name in ("shards", "quarantine") and entry.is_dir():
-            ours = all(atomic.is_temporary(name) for name in os.listdir(entry.path))
-        if not ours:
-            raise FileExistsError(
-                f"{out}: holds something else ({entry.name!r}) and is left alone; "
-                "choose a new or empty folder"
-            )
-
-
-def _check_any_readable(root: Path) -> None:
-    """Before anything is written: is there one picture at all?"""
-    count, first = 0, ""
-    for name, _ in index.walk(root):
-        count += 1
-        try:
-            decode_image(root / name)
-            return
-        except FileNotFoundError:
-            first = first or f"{name!r}: does not exist"
-        except OSError as error:
-            first = first or f"{name!r}: {error.strerror}"
-        except ValueError as error:
-            reason = str(error).removeprefix(f"{root / name}: ")
-            first = first or f"{name!r}: {reason}"
-    if count == 0:
-        raise ValueError(
-            f"{root}: no pictures here or in the folders below "
-            f"(looked for {', '.join(sorted(index.EXTENSIONS))})"
-        )
-    raise ValueError(f"{root}: none of its {count} pictures can be read; the first is {first}")

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ import torch
 
 from .. import images as pictures
 from .atomic import write_atomic
+from .views import parse_views, rules
 
 FORMAT = "vfmtok_fast token cache"
 VERSION = 1
@@ -97,6 +98,11 @@ class Manifest:
         return self.covers["batch_size"]
 
     @property
+    def seed(self) -> int:
+        """Seed of the random crops; 0 where there are none."""
+        return self.covers.get("seed", 0)
+
+    @property
     def shards(self) -> int:
         """Number of shards."""
         return -(-self.images // self.shard_size)
@@ -172,7 +178,9 @@ def read_manifest(out: str | os.PathLike) -> Manifest:
     return manifest
 
 
-def describe(tokenizer: Tokenizer, views: list[str], batch_size: int) -> dict[str, Any]:
+def describe(
+    tokenizer: Tokenizer, views: Iterable[str], batch_size: int, seed: int = 0
+) -> dict[str, Any]:
     """List everything that changes tokens.
 
     The batch size is among it: matrix products round differently in another batch shape, which
@@ -182,6 +190,7 @@ def describe(tokenizer: Tokenizer, views: list[str], batch_size: int) -> dict[st
         tokenizer: see `Tokenizer`.
         views: names of the views.
         batch_size: views per call of `encode`.
+        seed: of the random crops; counts only where there are any.
 
     Returns:
         Plain JSON values; every entry is explained by its name.
@@ -196,13 +205,15 @@ def describe(tokenizer: Tokenizer, views: list[str], batch_size: int) -> dict[st
             f"{BAD_TOKEN} marks a bad picture), got {config.codebook_size}"
         )
     first = next(iter(tokenizer.parameters()), None)
+    parsed = parse_views(views)
     covers = {
         "weights_sha256": weights_checksum(tokenizer.state_dict()),
         "config": dataclasses.asdict(config),
         "codebook_size": config.codebook_size,
         "num_tokens": config.num_regions,
         "dtype": str(torch.float32 if first is None else first.dtype).removeprefix("torch."),
-        "views": list(views),
+        "views": [str(view) for view in parsed],
+        **rules(parsed, seed),
         "image_size": config.image_size,
         "interpolation": pictures.INTERPOLATION,
         "decoder": pictures.DECODER,

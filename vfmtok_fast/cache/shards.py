@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from .atomic import remove_file, write_atomic
 from .manifest import BAD_TOKEN, Manifest
 
 META_KEY = "vfmtok_fast"
+
+_NAME = re.compile(r"tokens-(\d{5,})\.safetensors")
 
 OK, BAD, GONE = 0, 1, 2
 STATUS_NAMES = {OK: "read", BAD: "not readable", GONE: "gone or changed since it was indexed"}
@@ -71,6 +74,12 @@ class Header:
 def shard_path(out: Path, number: int) -> Path:
     """Where shard `number` of the cache `out` lies."""
     return out / "shards" / f"tokens-{number:05d}.safetensors"
+
+
+def shard_number(name: str) -> int | None:
+    """The number of the shard that a file of this name is; None if it is none."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else int(match[1])
 
 
 def quarantine_path(out: Path, number: int) -> Path:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import atomic, shards
 from .job import COMPLETE, INDEX
@@ -88,3 +90,22 @@ def status(out: str | os.PathLike) -> Status:
         writing=writing,
         views=tuple(found.views),
     )
+
+
+def failures(out: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """The quarantined pictures of the finished shards, one by one, in index order.
+
+    Args:
+        out: the cache's folder.
+
+    Yields:
+        A dict with index, path, reason and status of each.
+
+    Raises:
+        FileNotFoundError: there is no cache.
+        ValueError: the manifest or a quarantine list is damaged.
+    """
+    out = Path(out)
+    for number in range(read_manifest(out).shards):
+        if shards.shard_path(out, number).exists():
+            yield from shards.read_quarantine(out, number)[0]

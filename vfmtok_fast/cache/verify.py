@@ -22,6 +22,9 @@ from .manifest import (
     differences,
     read_manifest,
 )
+from .sources import Source, open_source
+
+MEND = "mend it with vfmtok-fast repair"
 
 
 @dataclass
@@ -55,6 +58,7 @@ def verify(
     tokenizer: Tokenizer | None = None,
     images: str | os.PathLike | None = None,
     *,
+    input_kind: str | None = None,
     sample: int = 64,
     min_agreement: float = 0.999,
     workers: int = 1,
@@ -65,7 +69,8 @@ def verify(
         out: the cache's folder.
         tokenizer: the one that made it; needed to encode again, given alone only its fingerprint is
             compared.
-        images: the folder of pictures; needed to encode again.
+        images: the pictures' folder or archive; needed to encode again.
+        input_kind: what `images` is, where that is not plain from its name.
         sample: pictures to encode again, spread evenly, rounded up to whole batches.
         min_agreement: a smaller share of equal tokens is a problem. On the device that made the
             cache all are equal; another kind of device rounds differently and flips codes that are
@@ -76,7 +81,7 @@ def verify(
         All problems at once, and the agreement.
 
     Raises:
-        FileNotFoundError: there is no cache in `out`, or no folder `images`.
+        FileNotFoundError: there is no cache in `out`, or no input `images`.
         ValueError: the manifest is damaged, or `images` without `tokenizer`.
         FingerprintMismatch: `tokenizer` is not the one that made the cache.
     """
@@ -84,21 +89,20 @@ def verify(
     found = read_manifest(out)
     if images is not None and tokenizer is None:
         raise ValueError("verify: encoding pictures again needs the tokenizer that made the cache")
-    if images is not None and not Path(images).is_dir():
-        raise FileNotFoundError(f"{images}: no such folder of pictures")
+    source = None if images is None else open_source(images, input_kind)
     if sample < 1:
         raise ValueError(f"verify: sample must be at least 1, got {sample}")
     if tokenizer is not None:
-        covers = describe(tokenizer, found.views, found.batch_size)
+        covers = describe(tokenizer, found.views, found.batch_size, found.seed)
         if differing := differences(found.covers, covers):
             raise FingerprintMismatch(
                 f"{out}: was not made by this tokenizer and program: {differing}"
             )
     report = Report(images=found.images, shards=found.shards)
     sound = _check_files(out, found, report)
-    if images is not None and sound:
+    if source is not None and sound:
         with quiet_pillow():
-            _check_sample(out, found, report, sound, tokenizer, Path(images), sample, workers)
+            _check_sample(out, found, report, sound, tokenizer, source, sample, workers)
         if report.agreement is not None and report.agreement < min_agreement:
             report.problems.append(
                 f"{report.sampled} pictures encoded again: only {report.agreement:.4%} of the "
@@ -119,15 +123,12 @@ def _check_files(out: Path, found: Manifest, report: Report) -> list[int]:
     sound, missing = [], []
     for number in range(found.shards):
         path = shards.shard_path(out, number)
-        try:
-            wrong = _check_shard(out, found, number, report)
-        except FileNotFoundError:
+        if not path.exists():
             missing.append(number)
             continue
-        except ValueError as error:
-            report.problems.append(f"{error}; remove it and run again")
-            continue
-        report.problems += [f"{path}: {problem}; remove it and run again" for problem in wrong]
+        wrong, bad = shard_problems(out, found, number)
+        report.problems += [f"{path}: {problem}; {MEND}" for problem in wrong]
+        report.bad += bad
         if not wrong:
             sound.append(number)
     if missing:
@@ -144,23 +145,37 @@ def _check_files(out: Path, found: Manifest, report: Report) -> list[int]:
     return sound
 
 
-def _check_shard(out: Path, found: Manifest, number: int, report: Report) -> list[str]:
-    header, shard = shards.read_shard(shards.shard_path(out, number))
-    if problem := shards.header_problem(header, number, found):
-        return [problem]
-    if wrong := shards.problems(header, shard, found):
-        return wrong
+def shard_problems(out: Path, found: Manifest, number: int) -> tuple[list[str], int]:
+    """Check one shard to the last byte, against itself, the index and its quarantine list.
+
+    Args:
+        out: the cache's folder.
+        found: its manifest.
+        number: which shard.
+
+    Returns:
+        What is wrong, one line each (nothing for a sound shard), and the number of bad pictures.
+    """
+    path = shards.shard_path(out, number)
+    try:
+        header, shard = shards.read_shard(path)
+        if problem := shards.header_problem(header, number, found):
+            return [problem], 0
+        if wrong := shards.problems(header, shard, found):
+            return wrong, 0
+        entries, checksum = shards.read_quarantine(out, number)
+    except (FileNotFoundError, ValueError) as error:
+        return [str(error).removeprefix(f"{path}: ")], 0
     rows = index.read_rows(out / INDEX, number)
+    wrong = []
     if rows.labels != shard.label.tolist():
         wrong.append("labels do not agree with the index")
-    entries, checksum = shards.read_quarantine(out, number)
     bad = np.flatnonzero(shard.status != shards.OK)
     expected = [(rows.first + int(i), rows.paths[i], int(shard.status[i])) for i in bad]
     listed = [(entry.get("index"), entry.get("path"), entry.get("status")) for entry in entries]
     if listed != expected or checksum != header.checksums.get("quarantine"):
         wrong.append(f"does not agree with {shards.quarantine_path(out, number)}")
-    report.bad += len(bad)
-    return wrong
+    return wrong, len(bad)
 
 
 def _check_completion(out: Path, found: Manifest, report: Report) -> None:
@@ -182,7 +197,7 @@ def _check_sample(
     report: Report,
     sound: list[int],
     tokenizer: Tokenizer,
-    images: Path,
+    source: Source,
     sample: int,
     workers: int,
 ) -> None:
@@ -198,13 +213,13 @@ def _check_sample(
     for number, start in chosen:
         _, shard = shards.read_shard(shards.shard_path(out, number))
         rows = index.read_rows(out / INDEX, number)[start : start + piece]
-        again = encode_rows(images, rows, found, tokenizer, workers)
+        again = encode_rows(source, rows, found, tokenizer, workers)
         part = slice(start, start + len(rows))
         for position in np.flatnonzero(again.status != shard.status[part]):
             now = again.reasons.get(int(position), "can be read now")
             then = shards.STATUS_NAMES[int(shard.status[part][position])]
             report.problems.append(
-                f"{images}: {rows.paths[position]!r} is cached as {then}, but: {now}"
+                f"{source.root}: {rows.paths[position]!r} is cached as {then}, but: {now}"
             )
         both = (again.status == shards.OK) & (shard.status[part] == shards.OK)
         equal += int((again.tokens[both] == shard.tokens[part][both]).sum())

@@ -1,40 +1,92 @@
 """Views: which squares of a picture are tokenised.
 
 Views are declared, not drawn: a cache holds the same named views of every picture, so which half of
-a data set is mirrored is never a matter of luck. A view is a base crop, optionally mirrored left to
-right: `center`, `center-flip`. Another crop is one more entry of `_CROPS`.
+a data set is mirrored is never a matter of luck.
+
+    center              the centre of the picture scaled to the short side
+    ten-crop-0 ... -9   of the centre square of side int(1.1 size): top left, top right, bottom
+                        left, bottom right, centre; 5 to 9: the same of the square mirrored (as
+                        LlamaGen caches)
+    random-K            the K-th random crop: short side scaled to a whole number between size and
+                        ceil(size / 0.8), then a random square of side size (as the authors train)
+    center-flip, random-K-flip      the same square, mirrored left to right
+
+`ten-crop` declares all ten, `random-0..7` and `random-0..7-flip` eight at once. A random crop is a
+function of the seed, the picture's relative path, K, and the picture's size: it does not depend on
+other pictures, views, processes or versions of a generator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import hashlib
+import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ..images import center_crop
+from ..images import center_crop, resize_short_side
 
 FLIP = "-flip"
+TEN_CROP_RANGE = Fraction("1.1")
+LEAST_RANDOM_CROP = Fraction("0.8")
 
-# name of a base crop -> (RGB picture, side in pixels) -> uint8 [side, side, 3]
-_CROPS: dict[str, Callable[[Image.Image, int], np.ndarray]] = {"center": center_crop}
+# What the rules depend on besides the name; recorded in caches that hold such a view.
+RULES = {
+    "ten-crop": "corners and centre of the centre square of side int(1.1 size), and of it mirrored",
+    "random": (
+        "short side uniform in size..ceil(size/0.8), place uniform, by SHA-256 of seed, view, path"
+    ),
+}
+
+_RANGE = Fraction("1.1")
+LEAST_RANDOM_CROP = Fraction("0.8")
+
+# What the rules depend on besides the name; recorded in caches that hold such a view.
+RULES = {
+    "ten-crop": "corners and centre of the centre square of side int(1.1 size), and of it mirrored",
+    "random": (
+        "short side uniform in size..ceil(size/0.8), place uniform, by SHA-256 of seed, view, path"
+    ),
+}
+
+_NAME = re.compile(
+    r"center(?P<center>)|ten-crop-(?P<ten>\d)|random-(?P<random>0|[1-9]\d{0,5})(?P<flip>-flip)?"
+    r"|center(?P<center_flip>-flip)"
+)
+_RANGE = re.compile(r"random-(0|[1-9]\d{0,5})\.\.(0|[1-9]\d{0,5})(-flip)?")
+_RANDOM = re.compile(r"random-(0|[1-9]\d{0,5})(-flip)?")
+_MAX_VIEWS = 10_000
 
 
 @dataclass(frozen=True)
 class View:
-    """One declared view: the base crop's name, and whether it is mirrored left to right."""
+    """One declared view.
 
-    crop: str
-    flip: bool
+    Args:
+        kind: "center", "ten-crop" or "random".
+        number: which of its kind: of the ten crops 0 to 4, of the random ones any.
+        flip: whether it is mirrored left to right.
+    """
+
+    kind: str
+    number: int = 0
+    flip: bool = False
 
     def __str__(self) -> str:
-        return self.crop + (FLIP if self.flip else "")
+        if self.kind == "ten-crop":
+            return f"ten-crop-{self.number + 5 * self.flip}"
+        return self.kind + f"-{self.number}" * (self.kind == "random") + FLIP * self.flip
 
 
 def known_views() -> list[str]:
-    """Names of all views that can be declared."""
-    return [str(View(crop, flip)) for crop in _CROPS for flip in (False, True)]
+    """What can be declared, in words."""
+    return ["center", "center-flip", "ten-crop", "ten-crop-N", "random-K", "random-K-flip"]
 
 
 def parse_views(names: Iterable[str]) -> tuple[View, ...]:
@@ -42,7 +94,7 @@ def parse_views(names: Iterable[str]) -> tuple[View, ...]:
 
     Args:
         names: the views in the order in which the cache shall hold them, e.g.
-            ("center", "center-flip").
+            ("center", "center-flip"); `ten-crop` and `random-A..B` stand for several.
 
     Returns:
         The views, in the same order.
@@ -55,25 +107,61 @@ def parse_views(names: Iterable[str]) -> tuple[View, ...]:
         raise TypeError(
             f"views: must be a list of names, got the string {names!r}; use [{names!r}]"
         )
-    names = list(names)
-    known = known_views()
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"views: must be among {', '.join(known)}, got {unknown[0]!r}")
-    if not names:
-        raise ValueError(f"views: must name at least one of {', '.join(known)}, got none")
-    if len(set(names)) < len(names):
-        raise ValueError(f"views: each name once, got {', '.join(names)}")
-    return tuple(View(name.removesuffix(FLIP), name.endswith(FLIP)) for name in names)
+    views = [view for name in names for view in _parse(name)]
+    known = ", ".join(known_views())
+    if not views:
+        raise ValueError(f"views: must name at least one of {known}, got none")
+    if len(views) > _MAX_VIEWS:
+        raise ValueError(f"views: {_MAX_VIEWS} at most, got {len(views)}")
+    if len(set(views)) < len(views):
+        twice = next(view for view in views if views.count(view) > 1)
+        raise ValueError(f"views: each name once, got {twice} twice")
+    return tuple(views)
 
 
-def make_views(image: Image.Image, views: tuple[View, ...], size: int) -> np.ndarray:
-    """Cut the declared views out of a picture; a crop that several views share is made once.
+def _parse(name: str) -> list[View]:
+    if name == "ten-crop":
+        return [View("ten-crop", number, flip) for flip in (False, True) for number in range(5)]
+    if match := _RANGE.fullmatch(name):
+        first, last = int(match[1]), int(match[2])
+        if first > last or last - first >= _MAX_VIEWS:
+            raise ValueError(f"views: {name!r} must count up, by {_MAX_VIEWS} at most")
+        return [View("random", number, bool(match[3])) for number in range(first, last + 1)]
+    if name in ("center", "center" + FLIP):
+        return [View("center", 0, name != "center")]
+    if match := re.fullmatch(r"ten-crop-(\d)", name):
+        return [View("ten-crop", int(match[1]) % 5, int(match[1]) >= 5)]
+    if match := _RANDOM.fullmatch(name):
+        return [View("random", int(match[1]), bool(match[2]))]
+    raise ValueError(f"views: must be among {', '.join(known_views())}, got {name!r}")
+
+
+def rules(views: Iterable[View], seed: int) -> dict[str, Any]:
+    """What views depend on besides their names, for the fingerprint; nothing for `center`.
+
+    Args:
+        views: from `parse_views`.
+        seed: of the random crops.
+
+    Returns:
+        Plain JSON values.
+    """
+    kinds = {view.kind for view in views}
+    found = {kind: RULES[kind] for kind in sorted(kinds & set(RULES))}
+    return ({"view_rules": found} if found else {}) | ({"seed": seed} if "random" in kinds else {})
+
+
+def make_views(
+    image: Image.Image, views: tuple[View, ...], size: int, *, path: str = "", seed: int = 0
+) -> np.ndarray:
+    """Cut the declared views out of a picture; what several views share is made once.
 
     Args:
         image: Pillow image of mode RGB.
         views: V views from `parse_views`.
         size: side in pixels.
+        path: the picture's relative path; random crops depend on it.
+        seed: of the random crops.
 
     Returns:
         uint8 array [V, size, size, 3].
@@ -81,5 +169,49 @@ def make_views(image: Image.Image, views: tuple[View, ...], size: int) -> np.nda
     Raises:
         ValueError: the picture cannot be cropped (see `vfmtok_fast.images.center_crop`).
     """
-    crops = {name: _CROPS[name](image, size) for name in dict.fromkeys(v.crop for v in views)}
-    return np.stack([crops[v.crop][:, ::-1] if v.flip else crops[v.crop] for v in views])
+    out = np.empty((len(views), size, size, 3), np.uint8)
+    bases = {}
+    for place, view in enumerate(views):
+        key = view.kind if view.kind == "ten-crop" else (view.kind, view.number)
+        if key not in bases:
+            bases[key] = _base(image, view, size, path, seed)
+        base = bases[key]
+        base = base[:, ::-1] if view.flip else base
+        out[place] = _corner(base, view.number, size) if view.kind == "ten-crop" else base
+    return out
+
+
+def _base(image: Image.Image, view: View, size: int, path: str, seed: int) -> np.ndarray:
+    """What the views of one kind and number are cut from: one resize."""
+    if view.kind == "center":
+        return center_crop(image, size)
+    if view.kind == "ten-crop":
+        return center_crop(image, int(size * TEN_CROP_RANGE))
+    return _random_crop(image, size, partial(_draw, seed, view.number, path))
+
+
+def _corner(base: np.ndarray, number: int, size: int) -> np.ndarray:
+    """One of the five crops of a square base."""
+    far = len(base) - size
+    # round: where the margin is odd, torchvision's crops take the even one of both halves.
+    middle = round(far / 2)
+    top, left = ((0, 0), (0, far), (far, 0), (far, far), (middle, middle))[number]
+    return base[top : top + size, left : left + size]
+
+
+def _random_crop(image: Image.Image, size: int, draw: Any) -> np.ndarray:
+    short = size + draw(0, math.ceil(size / LEAST_RANDOM_CROP) - size + 1)
+    image = resize_short_side(image, short)
+    top, left = draw(1, image.height - size + 1), draw(2, image.width - size + 1)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def _draw(seed: int, number: int, path: str, step: int, count: int) -> int:
+    """A uniform whole number below `count`, of its own for every argument.
+
+    A hash instead of a generator with a state; that 2**64 is no multiple of `count` shifts a
+    frequency by 1e-16.
+    """
+    text = f"vfmtok_fast random crop 1\0{seed}\0{number}\0{step}\0{path}"
+    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "little") % count

@@ -1,0 +1,214 @@
+"""Many processes on one cache: any number, coming and going, give the bytes of one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import vfmtok_fast
+from vfmtok_fast import cache
+from vfmtok_fast.cache import shards
+
+SMALL = {"batch_size": 3, "shard_size": 2, "workers": 1}
+
+# Imports once, then forks the processes of each world and kills them at random moments.
+HARNESS = """
+import importlib.util, os, random, signal, sys, time
+spec = importlib.util.spec_from_file_location("fake", sys.argv[1])
+fake = importlib.util.module_from_spec(spec)
+sys.modules["fake"] = fake
+spec.loader.exec_module(fake)
+import torch
+from pathlib import Path
+from vfmtok_fast import cache
+torch.set_num_threads(1)
+images, out = sys.argv[2], Path(sys.argv[3])
+
+class Slow(fake.FakeTokenizer):
+    def encode(self, images):
+        time.sleep(0.04)
+        return super().encode(images)
+
+def start(rank, world):
+    pid = os.fork()
+    if pid == 0:
+        cache.build(
+            images, out, Slow(), views=("center", "random-0"), batch_size=3, shard_size=2,
+            workers=1, rank=rank, world_size=world,
+        )
+        os._exit(0)
+    return pid
+
+rng = random.Random(0)
+killed = 0
+for world in (3, 2, 5, 1, 4):
+    pids = [start(rank, world) for rank in range(world)]
+    time.sleep(rng.uniform(0.05, 0.25))
+    if world != 4:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+    else:
+        os.kill(pids[0], signal.SIGKILL)  # the one that others might wait for
+    for pid in pids:
+        status = os.waitpid(pid, 0)[1]
+        killed += os.WIFSIGNALED(status)
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, status
+print(killed)
+"""
+
+
+@pytest.mark.slow
+def test_killed_worlds_of_changing_size(tmp_path, fake):
+    images = fake.make_tree(tmp_path / "p", count=60, bad=(3, 4, 31))
+    views = ("center", "random-0")
+    cache.build(images, tmp_path / "whole", fake.FakeTokenizer(), views=views, **SMALL)
+    environment = {**os.environ, "PYTHONPATH": str(Path(vfmtok_fast.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", HARNESS, fake.__file__, str(images), str(tmp_path / "out")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 6
+    # What killed processes leave is swept by the next run.
+    cache.build(images, tmp_path / "out", fake.FakeTokenizer(), views=views, **SMALL)
+    assert fake.read_tree(tmp_path / "out") == fake.read_tree(tmp_path / "whole")
+
+
+def test_what_others_did_meanwhile_is_not_done_again(tree, tmp_path, out, tokenizer, fake):
+    """Rank 1 of 2 runs from start to end while rank 0 is in its first shard."""
+    cache.build(tree, tmp_path / "whole", fake.FakeTokenizer(), **SMALL)
+    other = []
+
+    def help_out(state):
+        if not other:
+            other.append(None)
+            settings = {"rank": 1, "world_size": 2, **SMALL}
+            other[0] = cache.build(tree, out, fake.FakeTokenizer(), **settings)
+
+    first = cache.build(tree, out, tokenizer, rank=0, world_size=2, progress=help_out, **SMALL)
+    # The shard that rank 0 was in and the one whose pictures it had begun to decode.
+    assert 2 <= first.encoded <= 4 and 7 <= other[0].encoded <= 11
+    assert fake.read_tree(out) == fake.read_tree(tmp_path / "whole")
+
+
+def test_a_rank_waits_for_what_another_is_at_work_on(tree, out, tokenizer, monkeypatch, fake):
+    job = cache.prepare(tree, out, fake.FakeTokenizer(), **SMALL)
+    state = sys.modules["vfmtok_fast.cache.build"]._State
+    waited = []
+
+    def wait_for(self, numbers):
+        waited.append(list(numbers))
+        for number in waited[0]:
+            cache.encode_shard(job, number)
+
+    monkeypatch.setattr(state, "wait_for", wait_for)
+    summary = cache.build(tree, out, tokenizer, rank=1, world_size=2, **SMALL)
+    assert summary.encoded == 5 and sorted(waited[0]) == [0, 2, 4]
+
+
+def test_a_rank_alone_does_the_shards_of_the_others(tree, tmp_path, out, tokenizer, fake):
+    written = []
+    write = shards.write_shard
+
+    def noted(out, fingerprint, shard):
+        written.append(shard.number)
+        write(out, fingerprint, shard)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "write_shard", noted)
+        patch.setattr(sys.modules["vfmtok_fast.cache.prepare"], "INDEX_PATIENCE", 0.3)
+        patch.setattr(sys.modules["vfmtok_fast.cache.build"], "LEAST_PATIENCE", 0.1)
+        summary = cache.build(tree, out, tokenizer, rank=1, world_size=3, **SMALL)
+    assert summary.encoded == 11 and written == [1, 4, 3, 2, 0, 5]
+    assert cache.verify(out, tokenizer, tree).ok
+
+
+def test_shard_ranges_together_make_the_cache(tree, tmp_path, out, tokenizer, fake):
+    cache.build(tree, tmp_path / "whole", tokenizer, **SMALL)
+    middle = cache.build(tree, out, tokenizer, shard_range=(2, 4), **SMALL)
+    assert (middle.encoded, middle.missing, middle.exit_code) == (4, 4, 0)
+    assert cache.status(out).state == "incomplete"
+    assert cache.build(tree, out, tokenizer, shard_range=(4, 99), **SMALL).missing == 2
+    last = cache.build(tree, out, tokenizer, shard_range=(0, None), **SMALL)
+    assert (last.encoded, last.missing) == (4, 0)
+    assert fake.read_tree(out) == fake.read_tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        ({"rank": 2, "world_size": 2}, "rank must be below world_size, got 2 of 2"),
+        ({"world_size": 0}, "world_size must be at least 1"),
+        ({"shard_range": (6, 7)}, "A below 6, the number of shards, got 6:7"),
+        ({"shard_range": (3, 3)}, "0 <= A < B"),
+        ({"shard_range": (-1, 3)}, "0 <= A < B"),
+    ],
+)
+def test_shares_that_will_not_do(tree, out, tokenizer, arguments, text):
+    with pytest.raises(ValueError, match=text) as caught:
+        cache.build(tree, out, tokenizer, **SMALL, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_ranks_leave_the_index_to_the_first(tree, out, tokenizer, monkeypatch, fake):
+    indexed = []
+    write = sys.modules["vfmtok_fast.cache.index"].write_index
+
+    def counted(*arguments):
+        indexed.append(threading.current_thread().name)
+        return write(*arguments)
+
+    monkeypatch.setattr("vfmtok_fast.cache.index.write_index", counted)
+    late = threading.Thread(
+        target=lambda: cache.prepare(tree, out, tokenizer, rank=1, **SMALL), name="late"
+    )
+    late.start()
+    cache.prepare(tree, out, fake.FakeTokenizer(), **SMALL)
+    late.join()
+    assert len(indexed) == 1 and indexed[0] != "late"
+
+
+@pytest.mark.parametrize("view", ["center", "center-flip"])
+def test_another_manifest_at_the_same_time(tree, out, tokenizer, monkeypatch, view):
+    """Another process begins and ends its indexing during ours; harmless, if it does the same."""
+    write = sys.modules["vfmtok_fast.cache.index"].write_index
+
+    def meanwhile(*arguments):
+        monkeypatch.undo()
+        cache.prepare(tree, out, tokenizer, views=(view,), **SMALL)
+        return write(*arguments)
+
+    monkeypatch.setattr("vfmtok_fast.cache.index.write_index", meanwhile)
+    if view == "center":
+        cache.prepare(tree, out, tokenizer, **SMALL)
+        return
+    with pytest.raises(cache.ImagesChanged, match="another process began a cache"):
+        cache.prepare(tree, out, tokenizer, **SMALL)
+
+
+def test_bad_pictures_of_other_processes_count(tmp_path, out, tokenizer, fake):
+    tree = fake.make_tree(tmp_path / "p", bad=(0, 3, 6, 10))
+    states = []
+    first = cache.build(tree, out, tokenizer, shard_range=(0, 2), **SMALL)
+    assert first.bad == 3 and first.exit_code == 3
+    job = cache.prepare(tree, out, fake.FakeTokenizer(), **SMALL)
+    helped = []
+
+    def help_out(state):
+        if not helped:
+            helped.append(cache.encode_shard(job, 5))
+        states.append(state)
+
+    cache.build(tree, out, tokenizer, progress=help_out, **SMALL)
+    assert (states[-1].done, states[-1].bad) == (11, 4)
+    assert states[-1].rate > 0 and states[-1].eta == 0
+    with pytest.raises(cache.TooManyBadImages):
+        cache.build(tree, out, tokenizer, max_bad=3, **SMALL)

@@ -1,0 +1,108 @@
+"""A cache as a data set for training: one view of each picture an epoch, or all of them.
+
+Which view a picture shows in an epoch depends on the seed, the epoch and the picture alone: not on
+the number of processes, the batch or the order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from .reader import TokenCache
+from .views import parse_views
+
+CHOICES = ("one", "each", "all")
+
+
+class TokenCacheDataset(torch.utils.data.Dataset):
+    """The readable pictures of a cache as (tokens, label), for `torch.utils.data.DataLoader`.
+
+    Files are mapped, not read: memory is a few bytes per picture, and the processes of a machine
+    share the tokens. Can be sent to worker processes. `set_epoch` reaches them too, also those that
+    live on (`persistent_workers=True`).
+
+    Args:
+        out: the cache's folder.
+        views: names of views to take, in this order (`ten-crop` and `random-A..B` stand for
+            several); None: all of the cache.
+        per_picture: "one": one view of each picture, drawn anew each epoch, tokens [T]; "each":
+            every view of each picture is an item, tokens [T]; "all": all views at once, [V, T].
+        seed: of the draws.
+        partial: take the finished shards of a cache that is not complete.
+
+    Raises:
+        FileNotFoundError: there is no cache.
+        ValueError: the cache is damaged, incomplete (without `partial`), or lacks a view.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike,
+        views: Iterable[str] | None = None,
+        *,
+        per_picture: str = "one",
+        seed: int = 0,
+        partial: bool = False,
+    ) -> None:
+        if per_picture not in CHOICES:
+            raise ValueError(f"per_picture must be one of {', '.join(CHOICES)}, got {per_picture}")
+        self.cache = TokenCache(out, partial=partial)
+        known = self.cache.manifest.views
+        self.views = known if views is None else [str(view) for view in parse_views(views)]
+        if lacking := [view for view in self.views if view not in known]:
+            raise ValueError(f"{out}: has the views {', '.join(known)}, not {lacking[0]!r}")
+        self.per_picture, self.seed = per_picture, seed
+        self._places = [known.index(view) for view in self.views]
+        # Shared memory, so that workers that live on see a new epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """Of `set_epoch`; 0 at first."""
+        return int(self._epoch)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes; a label is a place in this list, -1 is none."""
+        return self.cache.classes
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other views from now on; call it before each epoch, as of a DistributedSampler."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.cache) * (len(self.views) if self.per_picture == "each" else 1)
+
+    def __getitem__(self, item: int) -> tuple[torch.Tensor, int]:
+        """Tokens int64 [T], or [V, T] for "all", and the label."""
+        if not -len(self) <= item < len(self):
+            raise IndexError(f"{self.cache.out}: has {len(self)} items, no item {item}")
+        item %= len(self)
+        picture, view = item, None
+        if self.per_picture == "each":
+            picture, view = divmod(item, len(self.views))
+        elif self.per_picture == "one":
+            view = self.view_of(picture)
+        tokens, label = self.cache[picture]
+        return tokens[self._places if view is None else self._places[view]], label
+
+    def view_of(self, picture: int) -> int:
+        """Which of `views` a picture (by position) shows in this epoch."""
+        row = int(self.cache.rows[picture])
+        return int(_mix(self.seed, self.epoch, row) % np.uint64(len(self.views)))
+
+
+def _mix(*numbers: int) -> np.uint64:
+    """A hash of whole numbers: SplitMix64's finaliser after each; a counter-based generator."""
+    state = np.uint64(0)
+    with np.errstate(over="ignore"):
+        for number in numbers:
+            state += np.uint64(number & 0xFFFFFFFFFFFFFFFF) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state ^= state >> np.uint64(31)
+    return state

@@ -1,0 +1,150 @@
+"""A cache in the formats of other programs; bad pictures are left out.
+
+llamagen    OUT/imagenet256_codes/{i}.npy int64 [1, V, T], OUT/imagenet256_labels/{i}.npy [1]
+rar         OUT, one line {"class_id": ..., "tokens": [...]} per view (1d-tokenizer's RAR)
+parquet     OUT, one row per picture and view: index, path, label, view, tokens uint16 [T]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from . import index, shards
+from .atomic import CacheWriteError, atomic_file, make_folder, sync_folder
+from .job import COMPLETE, INDEX
+from .manifest import Manifest, read_manifest
+from .views import parse_views
+
+# Names that LlamaGen's loader looks for with its defaults (dataset imagenet, image size 256).
+LLAMAGEN_CODES, LLAMAGEN_LABELS = "imagenet256_codes", "imagenet256_labels"
+
+# Of one shard: tokens uint16 [n, V, T], labels int32 [n], indices int64 [n], paths [n].
+_Part = tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]
+
+
+def export(
+    out: str | os.PathLike,
+    target: str | os.PathLike,
+    format: str,
+    *,
+    views: Iterable[str] | None = None,
+) -> int:
+    """Write a complete cache in another program's format; it is there whole or not at all.
+
+    Args:
+        out: the cache.
+        target: what to write; must not exist.
+        format: "llamagen" (a folder), "rar" or "parquet" (a file).
+        views: names of the views to take, in this order; None: all.
+
+    Returns:
+        The number of pictures written.
+
+    Raises:
+        FileNotFoundError: there is no cache.
+        FileExistsError: `target` is there already.
+        ValueError: the cache is damaged or incomplete, has no such view, or the format is unknown.
+        CacheWriteError: `target` cannot be written.
+    """
+    out, target = Path(out), Path(target)
+    if format not in FORMATS:
+        raise ValueError(f"export: format must be one of {', '.join(FORMATS)}, got {format!r}")
+    found = read_manifest(out)
+    names = found.views if views is None else [str(view) for view in parse_views(views)]
+    if lacking := [name for name in names if name not in found.views]:
+        raise ValueError(f"{out}: has the views {', '.join(found.views)}, not {lacking[0]!r}")
+    if not (out / COMPLETE).exists():
+        raise ValueError(f"{out}: not complete; finish it with vfmtok-fast cache")
+    if target.exists() or target.is_symlink():
+        raise FileExistsError(f"{target}: is there already; choose another name")
+    make_folder(target.parent)
+    places = [found.views.index(name) for name in names]
+    return FORMATS[format](target, _parts(out, found, places), names)
+
+
+def _parts(out: Path, found: Manifest, places: list[int]) -> Iterator[_Part]:
+    """The readable pictures of each shard, checked to the last byte."""
+    for number in range(found.shards):
+        path = shards.shard_path(out, number)
+        header, shard = shards.read_shard(path)
+        problem = shards.header_problem(header, number, found)
+        if wrong := [problem] if problem else shards.problems(header, shard, found):
+            raise ValueError(f"{path}: {wrong[0]}; mend it with vfmtok-fast repair")
+        good = np.flatnonzero(shard.status == shards.OK)
+        paths = index.read_rows(out / INDEX, number).paths
+        tokens = shard.tokens[good][:, places]
+        yield tokens, shard.label[good], shard.index[good], [paths[i] for i in good]
+
+
+def _llamagen(target: Path, parts: Iterator[_Part], views: list[str]) -> int:
+    temporary = target.with_name(f"{target.name}.tmp-{socket.gethostname()}-{os.getpid()}")
+    count = 0
+    try:
+        codes, labels = temporary / LLAMAGEN_CODES, temporary / LLAMAGEN_LABELS
+        for folder in (codes, labels):
+            folder.mkdir(parents=True)
+        for tokens, numbers, _, _ in parts:
+            for row, label in zip(tokens, numbers, strict=True):
+                np.save(codes / f"{count}.npy", row[None].astype(np.int64))
+                np.save(labels / f"{count}.npy", np.array([label], np.int64))
+                count += 1
+        os.rename(temporary, target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise CacheWriteError(target, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return count
+
+
+def _rar(target: Path, parts: Iterator[_Part], views: list[str]) -> int:
+    count = 0
+    with atomic_file(target) as file:
+        for tokens, labels, _, _ in parts:
+            for row, label in zip(tokens, labels, strict=True):
+                for view in row:
+                    line = {"class_id": int(label), "tokens": view.tolist()}
+                    file.write(json.dumps(line).encode() + b"\n")
+                count += 1
+    return count
+
+
+def _parquet(target: Path, parts: Iterator[_Part], views: list[str]) -> int:
+    count = 0
+    with atomic_file(target) as file:
+        writer = None
+        for tokens, labels, indices, paths in parts:
+            pictures, width, length = tokens.shape
+            table = pa.table(
+                {
+                    "index": np.repeat(indices, width),
+                    "path": pa.array([path for path in paths for _ in views], pa.string()),
+                    "label": np.repeat(labels, width),
+                    "view": pa.array(views * pictures, pa.string()),
+                    "tokens": pa.FixedSizeListArray.from_arrays(
+                        pa.array(tokens.reshape(-1), pa.uint16()), length
+                    ),
+                }
+            )
+            writer = writer or pq.ParquetWriter(file, table.schema)
+            writer.write_table(table)
+            count += pictures
+        if writer is not None:
+            writer.close()
+    return count
+
+
+FORMATS: dict[str, Callable[[Path, Iterator[_Part], list[str]], int]] = {
+    "llamagen": _llamagen,
+    "rar": _rar,
+    "parquet": _parquet,
+}

@@ -1,0 +1,118 @@
+"""What every kind of input has in common: entries, and why an entry cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from ..shards import BAD, GONE
+
+NO_CLASS = -1
+# Sizes that are no sizes. Such an entry keeps its place in the index.
+NO_SIZE = -1  # could not be examined: a link to nowhere, a link to itself
+NOT_UTF8 = -2  # its path cannot be written in the index; invalid bytes are shown as \xNN
+UNSAFE = -3  # an archive member whose name would lead out of the archive
+BAD_LABEL = -4  # its label is no class number
+DAMAGED = -5  # its record in a database cannot be read
+UNKNOWN = -6  # fine, but its size is known only when it is read
+NOT_A_FILE = -7  # a link or a device in an archive
+
+# Why entries of these sizes are quarantined without looking at them again.
+REASONS = {
+    NOT_UTF8: "its name is not UTF-8; rename it",
+    UNSAFE: "its name is absolute or holds '..', which no archive of pictures needs",
+    BAD_LABEL: "its label is not a class number of 0 to 999999",
+    DAMAGED: "its record is missing or damaged",
+    NOT_A_FILE: "not a regular file in the archive",
+}
+# The classes are written down one by one, so a label cannot be any number.
+MAX_LABEL = 999_999
+
+
+class BadImage(Exception):
+    """One picture cannot be read; the run goes on. `status` is that of the shard's row."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class Entry(NamedTuple):
+    """One picture of an input.
+
+    `path` is unique and relative ("n01440764/n01440764_10026.JPEG", "train-0001.tar/000017.jpg");
+    `size` is in bytes, or one of the negative numbers above; `label` is the class's number, or -1.
+    Where pictures lie inside larger files, `file` is that file's name relative to the input and
+    `offset` the place in it: of a tar the data's first byte, of Parquet the row, of LMDB the key.
+    """
+
+    path: str
+    size: int
+    label: int
+    file: str = ""
+    offset: int = 0
+
+
+class Source(Protocol):
+    """An input: lists its pictures in an order that never changes, and reads them one by one."""
+
+    kind: str
+    root: Path
+
+    def files(self) -> dict[str, int] | None:
+        """Size in bytes of every file that holds pictures; None where each picture is a file."""
+
+    def entries(self) -> Iterator[Entry]:
+        """The pictures in index order, streamed; ValueError where the input itself is damaged."""
+
+    def classes(self, highest: int) -> list[str]:
+        """Names of the classes, given the highest label in use (-1: none)."""
+
+    def read(self, entry: Entry) -> bytes:
+        """A picture's bytes; BadImage where that picture cannot be read, OSError if nothing can."""
+
+
+def check_known(entry: Entry) -> None:
+    """Raise BadImage for an entry that was found bad while it was indexed."""
+    if entry.size in REASONS:
+        raise BadImage(BAD, REASONS[entry.size])
+
+
+def check_bytes(entry: Entry, data: bytes) -> bytes:
+    """Hand back a picture's bytes, if they are as many as were indexed and more than none."""
+    if entry.size != UNKNOWN and len(data) != entry.size:
+        raise BadImage(
+            GONE, f"changed since it was indexed: {entry.size} bytes then, {len(data)} now"
+        )
+    if not data:
+        raise BadImage(BAD, "empty file")
+    return data
+
+
+def check_label(label: object) -> int | None:
+    """A class number as it is, any negative one as NO_CLASS, None for what is no class number."""
+    if isinstance(label, bool) or not isinstance(label, int) or label > MAX_LABEL:
+        return None
+    return max(label, NO_CLASS)
+
+
+def numbered_classes(highest: int) -> list[str]:
+    """Classes of an input that only numbers them: "0" to "highest"."""
+    return [str(number) for number in range(highest + 1)]
+
+
+def sizes_of(root: Path, names: list[str]) -> dict[str, int]:
+    """Size of each file of an input.
+
+    Raises:
+        FileNotFoundError: one of them has gone.
+    """
+    sizes = {}
+    for name in names:
+        path = root / name
+        try:
+            sizes[name] = path.stat().st_size
+        except OSError as error:
+            raise FileNotFoundError(f"{path}: cannot be read: {error.strerror}") from error
+    return sizes

@@ -1,0 +1,181 @@
+"""A folder of class folders: the layout of torchvision's ImageFolder.
+
+The folders directly under the root are the classes, numbered in sorted order (an empty one keeps
+its number), and a class folder is searched to any depth. Pictures that lie directly in the root
+have no class: label -1. Names that start with a dot are skipped (.DS_Store, ._copies, .git). Links
+are followed, except into a folder that they are already inside of. Order: by relative POSIX path,
+as sorted() orders the strings.
+
+Nothing here holds more than one folder's names, so that a million pictures index in little memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..shards import BAD, GONE
+from .base import NO_CLASS, NO_SIZE, NOT_UTF8, BadImage, Entry, check_bytes, check_known
+
+EXTENSIONS = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif"
+    " .mpo".split()
+)
+
+# Errors of one file; any other OSError (too many open files, stale network mount) is the machine's
+# and ends the run, because quarantining on it would write it down for ever.
+_ERRORS_OF_A_FILE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.ELOOP, errno.EIO, errno.EISDIR, errno.ENAMETOOLONG}
+)
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Pictures as files below `root`."""
+
+    root: Path
+    kind = "folder"
+
+    def files(self) -> None:
+        """Each picture is a file; what changed is found picture by picture."""
+
+    def entries(self) -> Iterator[Entry]:
+        numbers = {name: number for number, name in enumerate(class_folders(self.root))}
+        for path, size in walk(self.root):
+            yield Entry(path, size, label_of(path, numbers))
+
+    def classes(self, highest: int) -> list[str]:
+        return class_folders(self.root)
+
+    def read(self, entry: Entry) -> bytes:
+        check_known(entry)
+        path = self.root / entry.path
+        try:
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise BadImage(GONE, "no longer a regular file")
+            data = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if not path.parent.is_dir():
+                raise FileNotFoundError(
+                    f"{path.parent}: this folder has gone since it was indexed; "
+                    "bring it back and run again (finished shards are kept)"
+                ) from error
+            if entry.size == NO_SIZE:
+                raise BadImage(BAD, "a link to a file that does not exist") from error
+            raise BadImage(GONE, "gone since it was indexed") from error
+        except OSError as error:
+            if error.errno not in _ERRORS_OF_A_FILE:
+                raise
+            raise BadImage(BAD, f"cannot be opened: {error.strerror}") from error
+        return check_bytes(entry, data)
+
+
+def class_folders(root: Path) -> list[str]:
+    """Names of the class folders under `root`, sorted; a class's label is its place in the list."""
+    names, _ = _names(os.fspath(root))
+    return sorted(name[:-1] for name in names if name.endswith("/"))
+
+
+def walk(root: Path) -> Iterator[tuple[str, int]]:
+    """List the pictures under `root` in index order.
+
+    Args:
+        root: an existing folder.
+
+    Yields:
+        (relative POSIX path, size in bytes); instead of the size NO_SIZE or NOT_UTF8 where a file
+        cannot be examined or named.
+
+    Raises:
+        ValueError: a folder cannot be listed.
+    """
+    top = os.fspath(root)
+    # Per open folder: its names (last first), its path, its shown relative path, and its identity,
+    # which is how a link back into a folder above is noticed.
+    stack = [(_names(top), top, "", _identity(top))]
+    while stack:
+        (names, odd), folder, shown_folder, _ = stack[-1]
+        if not names:
+            stack.pop()
+            continue
+        name = names.pop()
+        path, shown = os.path.join(folder, odd.get(name, name)), shown_folder + name
+        if name.endswith("/"):
+            identity = _identity(path)
+            if identity is not None and all(identity != above[3] for above in stack):
+                stack.append((_names(path), path, shown, identity))
+        elif os.path.splitext(name)[1].lower() in EXTENSIONS:
+            try:
+                status = os.stat(path)
+            except OSError:
+                yield shown, NO_SIZE
+                continue
+            if stat.S_ISREG(status.st_mode):  # a pipe or a device would block or never end
+                yield shown, (status.st_size if _is_utf8(path[len(top) :]) else NOT_UTF8)
+
+
+def label_of(path: str, numbers: dict[str, int]) -> int:
+    """Number of the class that a relative path lies in; NO_CLASS where it lies in none."""
+    folder, slash, _ = path.partition("/")
+    return numbers.get(folder, NO_CLASS) if slash else NO_CLASS
+
+
+def _names(folder: str) -> tuple[list[str], dict[str, str]]:
+    """The shown names in a folder in reverse order, and the names on disk of those that differ.
+
+    A folder's shown name ends with a slash; with it, sorting each folder by itself gives the order
+    of the whole paths ("a-b/x" comes before "a/x"). One string per name: a folder may hold a
+    million.
+    """
+    names, odd = [], {}
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                name = entry.name if _is_utf8(entry.name) else _shown(entry.name)
+                if _is_folder(entry):
+                    name += "/"
+                if name.rstrip("/") != entry.name:
+                    odd[name] = entry.name
+                names.append(name)
+    except FileNotFoundError:
+        pass  # it vanished while its parent was walked
+    except OSError as error:
+        raise ValueError(
+            f"{_shown(folder).rstrip('/')}: cannot list this folder: {error.strerror}"
+        ) from error
+    names.sort(reverse=True)
+    return names, odd
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # os.scandir smuggles other bytes in as lone surrogates
+        return False
+    return True
+
+
+def _shown(name: str) -> str:
+    """The name as text: bytes that are not UTF-8 become \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _identity(folder: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

@@ -1,0 +1,213 @@
+"""A tar of pictures, read in place: ILSVRC2012_img_train.tar as downloaded, or class folders.
+
+Inner tars are classes, named after the tar ("n01440764.tar" holds class n01440764), and their
+pictures are indexed as if they had been unpacked: in the order of sorted paths, so that this input
+and the unpacked folder give the same shards. Pictures outside of inner tars belong to the folder
+that they lie in, and follow in the order of the archive; folders around all classes ("train/" in
+"train/n01440764/x.JPEG") are left out of the paths.
+
+Only headers are read to index, and no member is ever written anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from ..shards import GONE
+from .base import (
+    NOT_A_FILE,
+    UNSAFE,
+    BadImage,
+    Entry,
+    check_bytes,
+    check_known,
+    sizes_of,
+)
+from .folder import EXTENSIONS, label_of
+
+BLOCK = tarfile.BLOCKSIZE
+
+
+@dataclass(frozen=True)
+class TarSource:
+    """Pictures inside the tar file `path`."""
+
+    path: Path
+    kind = "tar"
+
+    @property
+    def root(self) -> Path:
+        """The tar file; what messages name."""
+        return self.path
+
+    def files(self) -> dict[str, int]:
+        return sizes_of(self.path.parent, [self.path.name])
+
+    def entries(self) -> Iterator[Entry]:
+        contents = self._contents()
+        numbers = {name: number for number, name in enumerate(contents.classes)}
+        name = self.path.name
+        with open(self.path, "rb") as file:
+            for folder, start, end in contents.inner:
+                found = [
+                    Entry(f"{folder}/{path}", size, numbers[folder], name, offset)
+                    for path, size, offset in pictures(file, self.path, start, end)
+                ]
+                yield from sorted(found)
+            for path, size, offset in pictures(file, self.path, 0, None):
+                path = path.removeprefix(contents.around)
+                yield Entry(path, size, label_of(path, numbers), name, offset)
+
+    def classes(self, highest: int) -> list[str]:
+        return self._contents().classes
+
+    def read(self, entry: Entry) -> bytes:
+        return read_member(self.path.parent, entry)
+
+    def _contents(self) -> _Contents:
+        inner, folders = [], set()
+        with open(self.path, "rb") as file:
+            for member in members(file, self.path):
+                path = clean_name(member.name)
+                if path is None or is_hidden(path):
+                    continue
+                stem, suffix = os.path.splitext(path)
+                if suffix.lower() == ".tar" and member.isreg():
+                    start = member.offset_data
+                    inner.append((os.path.basename(stem), start, start + member.size))
+                elif suffix.lower() in EXTENSIONS:
+                    folders.add(path.rpartition("/")[0])
+        around = "" if inner else _around(folders)
+        classes = {folder for folder, _, _ in inner}
+        classes |= {f"{folder}/".removeprefix(around).partition("/")[0] for folder in folders}
+        return _Contents(sorted(inner), sorted(classes - {""}), around)
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What a tar holds.
+
+    Args:
+        inner: (class, first byte, end) of the inner tars, sorted.
+        classes: sorted names; a folder counts if there is a picture below it.
+        around: the folders around all classes, with a slash at the end, or nothing.
+    """
+
+    inner: list[tuple[str, int, int]]
+    classes: list[str]
+    around: str
+
+
+def _around(folders: set[str]) -> str:
+    """The path that all folders of pictures share, short of a folder that holds pictures itself."""
+    if not folders:
+        return ""
+    common = os.path.commonpath(folders) if all(folders) else ""
+    if common in folders:
+        common = common.rpartition("/")[0]
+    return f"{common}/" if common else ""
+
+
+def members(
+    file: BinaryIO, path: Path, start: int = 0, end: int | None = None
+) -> Iterator[tarfile.TarInfo]:
+    """List a tar, or one that lies inside another, holding one header at a time.
+
+    Args:
+        file: the outermost tar, opened for reading.
+        path: its name, for messages.
+        start, end: where the tar to list lies in it, in bytes; None: to the end.
+
+    Yields:
+        Every member; `offset_data` counts from the start of `file`.
+
+    Raises:
+        ValueError: damaged, truncated, compressed or not a tar.
+    """
+    if end is None:
+        end = os.fstat(file.fileno()).st_size
+    file.seek(start)
+    try:
+        archive = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")
+        while archive.offset < end and (member := archive.next()) is not None:
+            if member.offset_data + member.size > end:
+                raise tarfile.ReadError(f"member {shown(member.name)!r} is cut short")
+            yield member
+            archive.members.clear()  # a million headers would be a gigabyte
+    except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: damaged, truncated or not a plain tar ({reason})") from error
+    # tarfile takes a damaged header for the end; a true end is a block of zeros.
+    file.seek(archive.offset)
+    if file.read(BLOCK) != bytes(BLOCK):
+        raise ValueError(
+            f"{path}: damaged or truncated at byte {archive.offset} (no end of archive there); "
+            "fetch it again"
+        )
+
+
+def pictures(
+    file: BinaryIO, path: Path, start: int, end: int | None
+) -> Iterator[tuple[str, int, int]]:
+    """(path, size, offset of the data) of the pictures in a tar, in its order; as `members`."""
+    for member in members(file, path, start, end):
+        name = clean_name(member.name)
+        text = shown(member.name) if name is None else name
+        if is_hidden(text) or os.path.splitext(text)[1].lower() not in EXTENSIONS:
+            continue
+        if not member.isdir():
+            yield text, size_of(member), member.offset_data
+
+
+def size_of(member: tarfile.TarInfo) -> int:
+    """A member's size in bytes, or the negative number that says why it is not read."""
+    if clean_name(member.name) is None:
+        return UNSAFE
+    return member.size if member.isreg() and not member.issparse() else NOT_A_FILE
+
+
+def read_member(root: Path, entry: Entry) -> bytes:
+    """Read a picture at its offset, after a look at the header before it; raises like `read`."""
+    check_known(entry)
+    path = root / entry.file
+    try:
+        with open(path, "rb") as file:
+            file.seek(entry.offset - BLOCK)
+            header, data = file.read(BLOCK), file.read(entry.size)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(
+            f"{path}: this archive has gone since it was indexed; "
+            "bring it back and run again (finished shards are kept)"
+        ) from error
+    try:
+        size = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
+    except tarfile.HeaderError as error:
+        raise BadImage(GONE, "changed since it was indexed: no member of the tar here") from error
+    if size != entry.size:
+        raise BadImage(
+            GONE, f"changed since it was indexed: {entry.size} bytes then, {size} bytes now"
+        )
+    return check_bytes(entry, data)
+
+
+def clean_name(name: str) -> str | None:
+    """A member's relative path without "./"; None if it would lead out of the archive."""
+    parts = shown(name).split("/")
+    if not parts[0] or ".." in parts:
+        return None
+    return "/".join(part for part in parts if part not in ("", "."))
+
+
+def shown(name: str) -> str:
+    """The name as text: bytes that are not UTF-8 become \\xNN."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a name on the path starts with a dot, as of .DS_Store and the ._copies of macOS."""
+    return any(part.startswith(".") and part != ".." for part in path.split("/"))
