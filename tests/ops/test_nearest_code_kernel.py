@@ -1,15 +1,8 @@
-"""The Triton search against float64: on a GPU where there is one, else in Triton's interpreter.
-
-The interpreter must be chosen before Triton is imported, so without a GPU a child pytest runs this
-file again with TRITON_INTERPRET=1; float16 products are right in it.
-"""
+"""The Triton search against float64: on a GPU where there is one, else in Triton's interpreter."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,38 +22,13 @@ DEVICE = "cuda" if GPU else "cpu"
 LAUNCHES = ("_prepare", "_screen", "_rescan", "_resolve", "_merge")
 HERE = pytest.mark.skipif(not INTERPRETED, reason="runs in the child pytest")
 runs = pytest.mark.gpu if GPU else HERE
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the tests below run here")
-def test_in_the_interpreter():
-    command = [sys.executable, "-P", "-m", "pytest", "--import-mode=importlib", "-q", __file__]
-    command += ["-p", "no:cacheprovider"]
-    result = subprocess.run(
-        command,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
-
-
-class Recorder:
-    """A kernel that notes the arguments of its launches."""
-
-    def __init__(self, fn):
-        self.fn = fn
-        self.launches: list[tuple] = []
-
-    def __getitem__(self, grid):
-        def launch(*args, **kwargs):
-            self.launches.append(args)
-            return self.fn[grid](*args, **kwargs)
-
-        return launch
+def test_in_the_interpreter(run_in_interpreter):
+    run_in_interpreter(__file__)
 
 
 @pytest.fixture(autouse=True)
@@ -71,25 +39,9 @@ def small_grids(monkeypatch):
         monkeypatch.setattr(kernel, "RESOLVE_PROGRAMS", 2)
 
 
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """What a kernel fails to write shows."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        with torch.no_grad():
-            return tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
 @pytest.fixture
-def launched(monkeypatch) -> dict[str, Recorder]:
-    recorders = {name: Recorder(getattr(kernel, name)) for name in LAUNCHES}
-    for name, recorder in recorders.items():
-        monkeypatch.setattr(kernel, name, recorder)
-    return recorders
+def launched(record):
+    return record(kernel, *LAUNCHES)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
