@@ -22,6 +22,9 @@ def deformable_sample(
     levels = value.split([height * width for height, width in spatial_shapes], dim=1)
     for level, (height, width) in enumerate(spatial_shapes):
         image = levels[level].permute(0, 2, 3, 1).reshape(B * H, D, height, width)
+        # On a CPU grid_sample counts 16-bit strides in 16 bits for half precision, and reads
+        # elsewhere if a view's are larger (torch 2.14).
+        image = image.contiguous()
         size = offsets.new_tensor((width, height))
         location = reference_points[:, :, None, level, None] + offsets[:, :, :, level] / size
         # [0, 1] to grid_sample's [-1, 1]; [B, Q, H, P, 2] to [B*H, Q, P, 2].
