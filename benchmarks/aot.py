@@ -72,7 +72,7 @@ def compile_case(case: Case, chip: Chip) -> object:
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(names)
-            if case.types.get(name, "").startswith("*")
+            if str(case.types.get(name)).startswith("*")
         },
     )
     options = {"num_warps": case.warps, "num_stages": case.stages}
@@ -176,7 +176,7 @@ def report(case: Case, chip: Chip) -> dict[str, object]:
 def budget_of(row: dict) -> dict[str, float]:
     loop = row.get("main_loop", {})
     alu = {key: value for key, value in loop.items() if key.startswith(("alu_per", "issued_per"))}
-    matrix = {"matrix_at_least": 1} if loop else {}
+    matrix = {"matrix_at_least": 1} if loop.get("matrix_us") else {}
     return {"registers": row["registers"], "shared_bytes": row["shared_bytes"], **alu, **matrix}
 
 
@@ -187,7 +187,7 @@ def check(name: str, chip: str, row: dict, budget: dict) -> list[str]:
         return [f"{chip} {name}: not in {BUDGET.name}; run aot.py --budget and read the change"]
     found = {**row, **row.get("main_loop", {})}
     if budget["triton"] != triton.__version__:
-        # Another compiler allocates otherwise; what may never happen is still checked.
+        # Another compiler allocates otherwise; only the matrix unit is never given up.
         allowed = {key: limit for key, limit in allowed.items() if key == "matrix_at_least"}
     wrong = [
         f"{chip} {name}: {key} is {found[key]}, the budget {limit}"
@@ -196,7 +196,7 @@ def check(name: str, chip: str, row: dict, budget: dict) -> list[str]:
     ]
     if row["matrix_in_kernel"] < allowed.get("matrix_at_least", 0):
         wrong.append(f"{chip} {name}: no matrix instructions")
-    if row["spill_bytes"]:
+    if row["spill_bytes"] and budget["triton"] == triton.__version__:
         wrong.append(f"{chip} {name}: spills {row['spill_bytes']} bytes")
     return wrong
 
@@ -213,7 +213,7 @@ def main() -> None:
     wrong = []
     args.out.mkdir(parents=True, exist_ok=True)
     for chip in CHIPS:
-        rows = {case.name: report(case, chip) for case in CASES}
+        rows = {case.name: report(case, chip) for case in CASES if chip.capability in case.chips}
         for name, row in rows.items():
             loop = row.get("main_loop")
             time = f"  predicted {loop['predicted_us_overlapped']} us" if loop else ""
