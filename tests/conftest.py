@@ -6,6 +6,8 @@ import json
 import os
 import runpy
 import signal
+import subprocess
+import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,3 +87,27 @@ def fake_op(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
         switch.Implementation, "exists", property(lambda self: self.module is not None)
     )
     return module
+
+
+@pytest.fixture
+def run_in_interpreter() -> Callable[..., None]:
+    """``run_in_interpreter(__file__, "-k", "name")`` runs tests of kernels in a child pytest.
+
+    The interpreter must be chosen before Triton is imported. float32 and float16 are right in it;
+    bfloat16 products are not (triton#11584).
+    """
+
+    def run(file: str, *arguments: str) -> None:
+        command = [sys.executable, "-P", "-m", "pytest", "--import-mode=importlib", "-q", file]
+        result = subprocess.run(
+            [*command, "-p", "no:cacheprovider", *arguments],
+            cwd=Path(file).parents[2],
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            capture_output=True,
+            text=True,
+            timeout=1200,
+        )
+        assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+        assert " passed" in result.stdout
+
+    return run

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from collections.abc import Callable
 
 import pytest
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import vfmtok_fast
 from vfmtok_fast import BackboneConfig, VFMTok, VFMTokConfig
 from vfmtok_fast.checkpoint import TOKENIZER_NAMES, official_name
 from vfmtok_fast.images import to_float
@@ -43,6 +45,9 @@ FLOAT32 = torch.finfo(torch.float32).eps
 # a row). 24 blocks of about 16 roundings each, then 6 + 6 layers and 25 convolutions, stay below
 # 1000 in a row; the factor 8 is for sums inside an operation, which round more than once.
 DEEPEST = 8 * 1000**0.5 * FLOAT32
+# What `enable` takes on a CPU: the kernels where Triton's interpreter runs them.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FAST = "triton" if INTERPRETED else "portable"
 # What the golden files keep of each tensor (golden README).
 THINNED: dict[str, Callable[[Tensor], Tensor]] = {
     **{f"level{i}": lambda x: x[:, ::48, ::4] for i in range(4)},
@@ -138,6 +143,48 @@ def test_8_bit_pictures(case: Case):
     assert float((difference > 0).float().mean()) <= 2 * 127.5 * error
 
 
+def calls(op: str) -> dict[str, int]:
+    return vfmtok_fast.status().ops[op].calls
+
+
+def test_enabled_regions_and_codes(case: Case):
+    """The fast implementations, on the same maps: features to rounding, the authors' codes."""
+    maps = [case.single[f"level{i}"] for i in range(4)]
+    got = {}
+    with torch.no_grad(), vfmtok_fast.enable(["nearest_code", "deformable_sample"], strict=True):
+        got["slots"] = case.model.region_encoder(maps)
+        got["queries"] = case.model.quantizer.queries(got["slots"])
+        codes = case.model.quantizer.nearest(got["queries"])
+    assert calls("deformable_sample") == {FAST: case.model.config.encoder_depth}
+    assert calls("nearest_code") == {FAST: 1}
+    assert torch.equal(codes, case.golden["indices"].long())
+    for name, ours in got.items():
+        truth = case.double[name]
+        ruler, error = (float((x - truth).abs().max()) for x in (case.single[name], ours))
+        assert error <= 2 * ruler + FLOAT32 * float(truth.abs().max()), name
+
+
+def test_enabled_gradients(case: Case):
+    """Of the keys in the golden file, for one image: no further off than the reference's."""
+    truth = train_once(case, copy.deepcopy(case.model).double(), 0, case.double, count=1)
+    ruler = train_once(case, case.model, 0, count=1)
+    vfmtok_fast.switch.reset_records()
+    with vfmtok_fast.enable(["nearest_code", "deformable_sample"], strict=True):
+        ours = train_once(case, case.model, 0, count=1)
+    assert calls("deformable_sample") == {FAST: case.model.config.encoder_depth}
+    for key, exact in truth.grads.items():
+        allowed, error = (float((x.grads[key] - exact).norm()) for x in (ruler, ours))
+        assert error <= 2 * allowed + FLOAT32 * float(exact.norm()), key
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="this is the child's parent")
+def test_enabled_kernels_in_the_interpreter(run_in_interpreter):
+    pytest.importorskip("triton")
+    names = "(regions_and_codes or enabled_gradients) and tokenizer_small"
+    run_in_interpreter(__file__, "-k", names)
+
+
 @dataclasses.dataclass
 class Draw:
     """One training step of the encoder, the quantiser and the semantic branch."""
@@ -146,15 +193,21 @@ class Draw:
     grads: dict[str, Tensor]
 
 
-def train_once(case: Case, model: VFMTok, seed: int) -> Draw:
-    """The authors' training branch: no pixel term, gradients of the plain sum of three losses."""
+def train_once(
+    case: Case, model: VFMTok, seed: int, seen: dict[str, Tensor] | None = None, count: int = 2
+) -> Draw:
+    """The authors' training branch: no pixel term, gradients of the plain sum of three losses.
+
+    Maps of ``count`` images are those of ``seen``, by default our own in float32.
+    """
     # Their own maps are as exact as ours, and the backbone has no dropout: computed once.
-    maps = [case.single[f"level{i}"] for i in range(4)]
+    seen = seen or case.single
+    maps = [seen[f"level{i}"][:count] for i in range(4)]
     model.zero_grad(set_to_none=True)
     model.train()
     torch.manual_seed(seed)
     quantized = model.quantizer(model.quantizer.queries(model.region_encoder(maps)))
-    _, loss = semantic_pass(case, model, quantized.vectors)
+    _, loss = semantic_pass(maps[3], model, quantized.vectors)
     losses = {
         "loss_semantic": loss,
         "loss_codebook": quantized.codebook_loss,
@@ -168,10 +221,10 @@ def train_once(case: Case, model: VFMTok, seed: int) -> Draw:
     return Draw({k: v.detach() for k, v in losses.items()}, grads)
 
 
-def semantic_pass(case: Case, model: VFMTok, vectors: Tensor) -> tuple[Tensor, Tensor]:
+def semantic_pass(target: Tensor, model: VFMTok, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Predicted features, thinned as in the golden files, and their loss."""
     predicted = model.token_decoder.features(model.token_decoder.regions(vectors))
-    cosine = F.cosine_similarity(predicted, case.single["level3"], dim=-1, eps=1e-6)
+    cosine = F.cosine_similarity(predicted, target, dim=-1, eps=1e-6)
     return predicted[:, ::48, ::16], (1 - cosine).mean()
 
 
@@ -222,10 +275,10 @@ def test_semantic_branch_is_a_draw_of_dropout(case: Case):
     with torch.no_grad():
         for seed in range(count):
             torch.manual_seed(seed)
-            predicted, loss = semantic_pass(case, model, vectors)
+            predicted, loss = semantic_pass(case.single["level3"], model, vectors)
             features.append(predicted)
             losses.append(loss)
-        plain, _ = semantic_pass(case, case.model.train(), vectors)
+        plain, _ = semantic_pass(case.single["level3"], case.model.train(), vectors)
     case.model.eval()
     student = ((count - 1) / (count - 3)) ** 0.5
 

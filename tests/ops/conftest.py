@@ -1,41 +1,15 @@
 """What the tests of Triton kernels share.
 
-They run on a GPU where there is one, else in Triton's interpreter. That must be chosen before
-Triton is imported, so without a GPU a child pytest runs such a file again with TRITON_INTERPRET=1.
-float32 and float16 are right in it; bfloat16 products are not (triton#11584).
+They run on a GPU where there is one, else in Triton's interpreter, see `run_in_interpreter`.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-
-
-@pytest.fixture
-def run_in_interpreter() -> Callable[[str], None]:
-    """``run_in_interpreter(__file__)`` runs that file's kernel tests in a child pytest."""
-
-    def run(file: str) -> None:
-        command = [sys.executable, "-P", "-m", "pytest", "--import-mode=importlib", "-q", file]
-        result = subprocess.run(
-            [*command, "-p", "no:cacheprovider"],
-            cwd=Path(file).parents[2],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            capture_output=True,
-            text=True,
-            timeout=1200,
-        )
-        assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-        assert " passed" in result.stdout
-
-    return run
 
 
 @pytest.fixture
