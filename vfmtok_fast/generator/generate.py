@@ -98,11 +98,11 @@ def generate(
             repeat = 2 if guided else 1
             if cache is None:
                 x = self.embed(classes, codes[:, :step].repeat(repeat, 1))
+                logits = self.predict(x)[:, -1]
             elif step == 0:
-                x = self.embed(classes, codes[:, :0].repeat(repeat, 1))
+                logits = self.step(self.class_embedding(classes), cache)
             else:
-                x = self.token_embedding(codes[:, step - 1 : step].repeat(repeat, 1))
-            logits = self.predict(x, cache)[:, -1]
+                logits = self.step(self.token_embedding(codes[:, step - 1].repeat(repeat)), cache)
             codes[:, step] = ops.sample_token(
                 logits[:B],
                 image_ids,

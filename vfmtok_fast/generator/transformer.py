@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..hub import HubModel, config_from_mapping
 from ..ops.checks import check_class_ids, check_codes, check_device
+from ..reference.rms_norm import rms_norm
+from ..reference.rotary import rotate
 from .config import GPTConfig
 from .generate import generate
 from .kv_cache import KVCache
@@ -27,9 +29,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary_table(config: GPTConfig) -> Tensor:
@@ -49,16 +49,6 @@ def rotary_table(config: GPTConfig) -> Tensor:
     return torch.cat([torch.zeros_like(table[:1]), table])
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate interleaved pairs of x [B, T, H, D] by the table's rows [T, D / 2, 2]."""
-    table = table[:, None]
-    cos, sin = table[..., 0], table[..., 1]
-    wide = x if x.dtype == torch.float64 else x.float()
-    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
-    return rotated.flatten(-2).to(x.dtype)
-
-
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -67,16 +57,13 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.dim, config.dim, bias=False)
         self.dropout = nn.Dropout(config.residual_dropout)
 
-    def forward(self, x: Tensor, rotary: Tensor, cache: KVCache | None, layer: int) -> Tensor:
-        """x [B, T, C]; with a cache T is 1 and the cache holds what came before."""
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        """x [B, T, C], all positions at once; rotary [T, D / 2, 2]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        q, k = rotate(q, rotary), rotate(k, rotary)
-        if cache is None:
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-        else:
-            keys, values = cache.append(layer, k[:, 0], v[:, 0])
-            mixed = ops.decode_attention(q[:, 0], keys, values, cache.length + 1)[:, None]
+        # One table row for all heads.
+        q, k = rotate(q, rotary[:, None]), rotate(k, rotary[:, None])
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
         return self.dropout(self.out(mixed.flatten(2)))
 
 
@@ -102,9 +89,22 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = FeedForward(config)
 
-    def forward(self, x: Tensor, rotary: Tensor, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, cache, layer)
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary)
         return x + self.ffn(self.ffn_norm(x))
+
+    def step(self, x: Tensor, rotary: Tensor, keys: Tensor, values: Tensor, at: int) -> Tensor:
+        """The same for position ``at`` alone, x [B, C], with a cache [B, H, T, D] of the others.
+
+        Without dropout. Each line is an op, so that `enable` reaches all of a decoding step.
+        """
+        attention, ffn, eps = self.attention, self.ffn, self.ffn_norm.eps
+        norm = self.attention_norm.weight
+        q = ops.qkv_rotary(x, norm, attention.qkv.weight, rotary, keys, values, at, eps=eps)
+        mixed = ops.decode_attention(q, keys, values, at + 1).flatten(1)
+        x = ops.linear_residual(mixed, attention.out.weight, x)
+        hidden = ops.gate_up(x, self.ffn_norm.weight, ffn.gate.weight, ffn.up.weight, eps=eps)
+        return ops.linear_residual(hidden, ffn.down.weight, x)
 
 
 class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
@@ -188,16 +188,20 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         )
         return self.dropout(x)
 
-    def predict(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Embedded positions [B, T, C] to logits [B, T, K]; with a cache, T = 1, its next one."""
-        start = 0 if cache is None else cache.length
-        rotary = self.rotary[start : start + x.shape[1]]
-        for layer, block in enumerate(self.blocks):
-            x = block(x, rotary, cache, layer)
-        if cache is not None:
-            cache.advance()
+    def predict(self, x: Tensor) -> Tensor:
+        """Embedded positions [B, T, C] to logits [B, T, K]."""
+        rotary = self.rotary[: x.shape[1]]
+        for block in self.blocks:
+            x = block(x, rotary)
         logits = self.head(self.norm(x))
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def step(self, x: Tensor, cache: KVCache) -> Tensor:
+        """The next embedded position [B, C] to its logits [B, K]; the cache grows by it."""
+        for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
+            x = block.step(x, self.rotary, keys, values, cache.length)
+        cache.length += 1
+        return ops.norm_linear(x, self.norm.weight, self.head.weight, eps=self.norm.eps)
 
     @classmethod
     def from_official(

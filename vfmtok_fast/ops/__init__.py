@@ -2,7 +2,20 @@
 
 from .decode_attention import decode_attention
 from .deformable_sample import deformable_sample
+from .gate_up import gate_up
+from .linear_residual import linear_residual
 from .nearest_code import nearest_code
+from .norm_linear import norm_linear
+from .qkv_rotary import qkv_rotary
 from .sample_token import sample_token
 
-__all__ = ["decode_attention", "deformable_sample", "nearest_code", "sample_token"]
+__all__ = [
+    "decode_attention",
+    "deformable_sample",
+    "gate_up",
+    "linear_residual",
+    "nearest_code",
+    "norm_linear",
+    "qkv_rotary",
+    "sample_token",
+]

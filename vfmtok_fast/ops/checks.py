@@ -65,6 +65,32 @@ def check_int(op: str, name: str, value: object, high: int) -> None:
         raise ValueError(f"{op}: {name} must be in [0, 2^{high.bit_length() - 1}), got {value}")
 
 
+def check_position(
+    op: str, name: str, value: object, low: int, high: int, counts: tuple[int, ...], **like: Tensor
+) -> None:
+    """Require an int in [low, high), or a tensor of that where ``like`` is, with so many elements.
+
+    The values of a tensor are not checked, which would need a synchronisation.
+    """
+    ((other_name, other),) = like.items()
+    if isinstance(value, Tensor):
+        if value.dtype not in INTEGER:
+            raise TypeError(f"{op}: {name} must hold integers, got {value.dtype}")
+        if value.device != other.device:
+            raise ValueError(
+                f"{op}: {name} must be on {other.device}, as {other_name} is, got {value.device}"
+            )
+        if value.numel() not in counts:
+            allowed = " or ".join(str(count) for count in sorted(set(counts)))
+            raise ValueError(
+                f"{op}: {name} must have {allowed} elements, got shape {tuple(value.shape)}"
+            )
+    elif isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: {name} must be an int or a tensor, got {type(value).__name__}")
+    elif not low <= value < high:
+        raise ValueError(f"{op}: {name} must be in {low}..{high - 1}, got {value}")
+
+
 def check_range(op: str, name: str, value: Tensor, low: int, high: int) -> None:
     """Require integers in [low, high); skipped where reading the values is impossible or costly.
 

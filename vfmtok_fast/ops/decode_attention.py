@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..reference import decode_attention as reference
 from ..switch import Op
-from .checks import INTEGER, check_same, check_shape, check_tensor
+from .checks import check_position, check_same, check_shape, check_tensor
 
 _op = Op("decode_attention", reference.decode_attention)
 
@@ -46,17 +46,5 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | 
         raise ValueError(
             f"{name}: query heads must be a multiple of key-value heads, got {H} and {heads}"
         )
-    if isinstance(length, Tensor):
-        if length.dtype not in INTEGER:
-            raise TypeError(f"{name}: length must hold integers, got {length.dtype}")
-        if length.device != q.device:
-            raise ValueError(f"{name}: length must be on {q.device}, as q is, got {length.device}")
-        if length.numel() not in (1, B):
-            raise ValueError(
-                f"{name}: length must have 1 or {B} elements, got shape {tuple(length.shape)}"
-            )
-    elif isinstance(length, bool) or not isinstance(length, int):
-        raise TypeError(f"{name}: length must be an int or a tensor, got {type(length).__name__}")
-    elif not 1 <= length <= capacity:
-        raise ValueError(f"{name}: length must be in 1..{capacity}, got {length}")
+    check_position(name, "length", length, 1, capacity + 1, (1, B), q=q)
     return _op(q, k_cache, v_cache, length)

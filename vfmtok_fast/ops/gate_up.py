@@ -1,0 +1,46 @@
+"""The first half of a decoding step's feed-forward layer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..reference import gate_up as reference
+from ..switch import Op
+from .checks import check_same, check_shape, check_tensor
+
+_op = Op("gate_up", reference.gate_up)
+
+
+def gate_up(
+    x: Tensor, norm_weight: Tensor, gate_weight: Tensor, up_weight: Tensor, *, eps: float = 1e-5
+) -> Tensor:
+    """``silu(n @ gate_weight.T) * (n @ up_weight.T)`` with n = RMSNorm(x): SwiGLU's hidden state.
+
+    For inference: there is no backward pass.
+
+    Args:
+        x: [B, C].
+        norm_weight: [C].
+        gate_weight, up_weight: [F, C].
+        eps: of the norm.
+
+    Returns:
+        [B, F], dtype of ``x``.
+
+    Raises:
+        TypeError: not floating tensors, or two dtypes.
+        ValueError: shapes that do not fit each other, or two devices.
+
+    Source: SwiGLU, Shazeer, "GLU variants improve transformer" (arXiv 2002.05202).
+    """
+    name = "gate_up"
+    check_tensor(name, "x", x, "[B, C]", 2)
+    check_tensor(name, "norm_weight", norm_weight, "[C]", 1)
+    check_tensor(name, "gate_weight", gate_weight, "[F, C]", 2)
+    check_tensor(name, "up_weight", up_weight, "[F, C]", 2)
+    check_same(name, x=x, norm_weight=norm_weight, gate_weight=gate_weight, up_weight=up_weight)
+    shape = (gate_weight.shape[0], x.shape[1])
+    check_shape(name, "norm_weight", norm_weight, shape[1:])
+    check_shape(name, "gate_weight", gate_weight, shape)
+    check_shape(name, "up_weight", up_weight, shape)
+    return _op(x, norm_weight, gate_weight, up_weight, eps=eps)

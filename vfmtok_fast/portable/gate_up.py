@@ -1,0 +1,16 @@
+"""Portable `ops.gate_up`: the products as `few_rows` has them."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .few_rows import linear, rms_norm
+
+
+def gate_up(
+    x: Tensor, norm_weight: Tensor, gate_weight: Tensor, up_weight: Tensor, *, eps: float = 1e-5
+) -> Tensor:
+    """See `vfmtok_fast.ops.gate_up`."""
+    x = rms_norm(x, norm_weight, eps)
+    return F.silu(linear(x, gate_weight)) * linear(x, up_weight)

@@ -1,0 +1,14 @@
+"""Portable `ops.norm_linear`: the product as `few_rows` has it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .few_rows import linear, rms_norm
+
+
+def norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """See `vfmtok_fast.ops.norm_linear`."""
+    y = linear(rms_norm(x, norm_weight, eps), weight)
+    return y if y.dtype == torch.float64 else y.float()
