@@ -18,7 +18,7 @@ import vfmtok_fast as vf
 from vfmtok_fast import ops, switch
 from vfmtok_fast.switch import FallbackError, FallbackWarning
 
-NAMES = {"decode_attention", "deformable_sample", "nearest_code", "sample_token"}
+NAMES = set(ops.__all__)
 Z, CODEBOOK = torch.eye(3), torch.eye(3).flip(0)
 NEAREST = [2, 1, 0]
 FAKE = -7  # What `fake_op` gives.
