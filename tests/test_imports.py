@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "hub": set(),
     "ops": {"switch", "reference", "portable", "kernels"},
     "tokenizer": {"hub", "ops"},
-    "generator": {"hub", "ops", "reference"},
+    "generator": {"switch", "hub", "ops", "reference"},
     "checkpoint": {"hub", "tokenizer", "generator"},
 }
 BASE = set(ALLOWED)

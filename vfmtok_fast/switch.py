@@ -50,6 +50,7 @@ _layers: list[Handle] = []
 _registry: dict[str, Op] = {}
 _calls: Counter[tuple[str, str]] = Counter()
 _fallbacks: Counter[tuple[str, str]] = Counter()
+_paths: Counter[tuple[str, str]] = Counter()
 _lock = threading.RLock()
 
 
@@ -117,6 +118,17 @@ def disable() -> None:
     with _lock:
         _layers.clear()
         _activate()
+
+
+def policy() -> Policy:
+    """What is enabled now."""
+    return _active
+
+
+def record_path(what: str, took: str) -> None:
+    """Note which of its ways a method that looks at the policy took, for `status`."""
+    with _lock:
+        _paths[what, took] += 1
 
 
 def _activate() -> None:
@@ -261,11 +273,15 @@ class OpStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """A snapshot of the policy and of the record of calls; print it to read it."""
+    """A snapshot of the policy and of the record of calls; print it to read it.
+
+    ``paths`` counts batches of `GPT.generate` by the way they took, the engine or the reference.
+    """
 
     enabled: bool
     strict: bool
     ops: dict[str, OpStatus]
+    paths: dict[str, dict[str, int]]
 
     def __str__(self) -> str:
         head = "disabled: every op takes its reference"
@@ -280,6 +296,9 @@ class Status:
             )
             lines += [f"    {note}" for note in op.notes]
             lines += [f"    fell back {n}x: {reason}" for reason, n in op.fallbacks.items()]
+        for name, taken in self.paths.items():
+            counts = ", ".join(f"{count} {took}" for took, count in sorted(taken.items()))
+            lines.append(f"  {name}: {counts}")
         return "\n".join(lines)
 
 
@@ -287,6 +306,9 @@ def status() -> Status:
     """Return what is enabled, what each op has, took and could not take, and why."""
     with _lock:
         policy, calls, fallbacks = _active, dict(_calls), dict(_fallbacks)
+        paths: dict[str, dict[str, int]] = {}
+        for (what, took), count in _paths.items():
+            paths.setdefault(what, {})[took] = count
     ops = {}
     for name, op in _registry.items():
         there = [c.name for c in op.candidates if c.exists]
@@ -302,7 +324,7 @@ def status() -> Status:
             calls={took: n for (op_name, took), n in calls.items() if op_name == name},
             fallbacks={reason: n for (op_name, reason), n in fallbacks.items() if op_name == name},
         )
-    return Status(bool(policy.ops), policy.strict, ops)
+    return Status(bool(policy.ops), policy.strict, ops, paths)
 
 
 def forecast(op: str, device: str) -> str:
@@ -316,3 +338,4 @@ def reset_records() -> None:
     with _lock:
         _calls.clear()
         _fallbacks.clear()
+        _paths.clear()

@@ -11,10 +11,6 @@ class KVCache:
     """Keys and values, one tensor [B, H, T, D] per layer, filled position by position.
 
     Its size is fixed when it is made: block_size positions, the class and all codes but the last.
-
-    Attributes:
-        keys, values: the layers' tensors.
-        length: positions that are live.
     """
 
     def __init__(self, config: GPTConfig, batch: int, device: torch.device, dtype: torch.dtype):
@@ -23,9 +19,10 @@ class KVCache:
             [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
             for _ in range(2)
         )
-        self.length = 0
 
-    def keep_rows(self, rows: int) -> None:
-        """Forget all but the first ``rows`` of the batch."""
-        self.keys = [keys[:rows] for keys in self.keys]
-        self.values = [values[:rows] for values in self.values]
+    def first_rows(self, rows: int) -> KVCache:
+        """The first ``rows`` of the batch, a view of the same memory."""
+        view = object.__new__(KVCache)
+        view.keys = [keys[:rows] for keys in self.keys]
+        view.values = [values[:rows] for values in self.values]
+        return view

@@ -16,7 +16,7 @@ from ..ops.checks import check_class_ids, check_codes, check_device
 from ..reference.rms_norm import rms_norm
 from ..reference.rotary import rotate
 from .config import GPTConfig
-from .generate import generate
+from .generate import generate, stream
 from .kv_cache import KVCache
 
 
@@ -93,7 +93,9 @@ class Block(nn.Module):
         x = x + self.attention(self.attention_norm(x), rotary)
         return x + self.ffn(self.ffn_norm(x))
 
-    def step(self, x: Tensor, rotary: Tensor, keys: Tensor, values: Tensor, at: int) -> Tensor:
+    def step(
+        self, x: Tensor, rotary: Tensor, keys: Tensor, values: Tensor, at: int | Tensor
+    ) -> Tensor:
         """The same for position ``at`` alone, x [B, C], with a cache [B, H, T, D] of the others.
 
         Without dropout. Each line is an op, so that `enable` reaches all of a decoding step.
@@ -142,6 +144,7 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         nn.init.zeros_(self.head.weight)
 
     generate = generate
+    stream = stream
 
     def _apply(self, fn, recurse: bool = True) -> GPT:
         # .to(bfloat16) must not round the angles: the release keeps them in float32.
@@ -196,11 +199,10 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         logits = self.head(self.norm(x))
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def step(self, x: Tensor, cache: KVCache) -> Tensor:
-        """The next embedded position [B, C] to its logits [B, K]; the cache grows by it."""
+    def step(self, x: Tensor, cache: KVCache, at: int | Tensor) -> Tensor:
+        """Embedded position ``at`` [B, C] to its logits [B, K]; goes into the cache as well."""
         for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
-            x = block.step(x, self.rotary, keys, values, cache.length)
-        cache.length += 1
+            x = block.step(x, self.rotary, keys, values, at)
         return ops.norm_linear(x, self.norm.weight, self.head.weight, eps=self.norm.eps)
 
     @classmethod

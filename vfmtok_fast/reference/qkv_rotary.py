@@ -22,7 +22,7 @@ def qkv_rotary(
 ) -> Tensor:
     """See `vfmtok_fast.ops.qkv_rotary`."""
     qkv = F.linear(rms_norm(x, norm_weight, eps), qkv_weight)
-    q, k, v = qkv.unflatten(-1, (3, k_cache.shape[1], -1)).unbind(1)
+    q, k, v = qkv.unflatten(-1, (3, *k_cache.shape[1::2])).unbind(1)
     return append(q, k, v, rotary, k_cache, v_cache, position)
 
 

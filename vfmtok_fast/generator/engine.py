@@ -1,0 +1,157 @@
+"""Generation with everything prepared once: buffers kept, and on a GPU a step is one CUDA graph.
+
+An engine belongs to a model, a number of images and a dtype. It holds no weights: a step reads the
+model's parameters where they are, so that a change in place counts at once, and parameters that
+were replaced or moved make a new engine. A model keeps its last engine, and drops it when it goes.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import switch
+from .kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from .generate import Sampling
+    from .transformer import GPT
+
+# The ops of a step. While all of them are enabled, `GPT.generate` takes the engine.
+STEP_OPS = frozenset(
+    ["qkv_rotary", "decode_attention", "linear_residual", "gate_up", "norm_linear", "sample_token"]
+)
+
+_engines: weakref.WeakKeyDictionary[GPT, Engine] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def wanted() -> bool:
+    """Whether the policy, as it is now, asks for the engine."""
+    return switch.policy().ops >= STEP_OPS
+
+
+def run(
+    model: GPT,
+    class_ids: Tensor,
+    image_ids: Tensor,
+    sampling: Sampling,
+    tell: Callable[[int], None],
+) -> Tensor:
+    """Codes int64 [B, block_size] of one batch, as the reference loop of `generate` makes them.
+
+    Args:
+        model: its modes do not matter: no op of a step has dropout.
+        class_ids, image_ids: int64 [B] on the model's device, checked.
+        sampling: checked.
+        tell: called with every finished step.
+    """
+    key = _key(model, len(class_ids), sampling.guided(0))
+    with _lock:
+        # Taken out while in use: a second thread makes its own, as does a call from ``tell``.
+        engine = _engines.pop(model, None)
+    if engine is None or engine.key != key:
+        del engine  # Its memory first.
+        engine = Engine(model, len(class_ids), sampling.guided(0), key)
+    try:
+        return engine.run(model, class_ids, image_ids, sampling, tell)
+    finally:  # Every run begins anew, also after one that was stopped on the way.
+        with _lock:
+            _engines[model] = engine
+
+
+def _key(model: GPT, batch: int, guided: bool) -> tuple:
+    """Equal for two calls that may share buffers and graphs: a graph holds these addresses."""
+    weight = model.head.weight
+    addresses = tuple(tensor.data_ptr() for tensor in (*model.parameters(), model.rotary))
+    return batch, guided, weight.dtype, weight.device, addresses
+
+
+class Engine:
+    """Buffers of ``batch`` images, and the graphs that were captured over them."""
+
+    def __init__(self, model: GPT, batch: int, guided: bool, key: tuple):
+        weight, config = model.head.weight, model.config
+        self.key = key
+        self.batch = batch
+        self.cache = KVCache(config, batch * (2 if guided else 1), weight.device, weight.dtype)
+        self.image_ids, self.last = torch.empty(2, batch, dtype=torch.int64, device=weight.device)
+        shape = (batch, config.block_size)
+        self.codes = torch.empty(shape, dtype=torch.int64, device=weight.device)
+        # The step that a graph makes next; each replay adds one.
+        self.at = torch.zeros(1, dtype=torch.int64, device=weight.device)
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+
+    def run(
+        self,
+        model: GPT,
+        class_ids: Tensor,
+        image_ids: Tensor,
+        sampling: Sampling,
+        tell: Callable[[int], None],
+    ) -> Tensor:
+        """See `run` of this module."""
+        steps = model.config.block_size
+        self.image_ids.copy_(image_ids)
+        cache = self.cache
+        classes = class_ids
+        if guided := sampling.guided(0):
+            classes = torch.cat([class_ids, torch.full_like(class_ids, model.config.num_classes)])
+        self._draw(model, model.class_embedding(classes), cache, sampling, 0)
+        self.at.fill_(1)
+        tell(0)
+        for step in range(1, steps):
+            if guided and not sampling.guided(step):
+                guided, cache = False, cache.first_rows(self.batch)
+            if class_ids.is_cuda:
+                self._replay(model, cache, sampling, guided)
+            else:
+                self.advance(model, cache, sampling, guided, step)
+            tell(step)
+        return self.codes.clone()
+
+    def advance(
+        self, model: GPT, cache: KVCache, sampling: Sampling, guided: bool, at: int | Tensor
+    ) -> None:
+        """Code ``at`` of all images from the codes before it.
+
+        With a tensor ``at`` no value is read on the host, so this can be captured.
+        """
+        last = self.last.repeat(2 if guided else 1)
+        self._draw(model, model.token_embedding(last), cache, sampling, at)
+
+    def _draw(
+        self, model: GPT, x: Tensor, cache: KVCache, sampling: Sampling, at: int | Tensor
+    ) -> None:
+        self.last.copy_(sampling.draw(model.step(x, cache, at), self.image_ids, at))
+        if isinstance(at, Tensor):
+            self.codes.index_copy_(1, at, self.last[:, None])
+            at.add_(1)
+        else:
+            self.codes[:, at] = self.last
+
+    def _replay(self, model: GPT, cache: KVCache, sampling: Sampling, guided: bool) -> None:
+        """One step on a GPU: eagerly the first time, which warms up, then captured and replayed.
+
+        Settings are baked into a graph, and so is what the policy takes; a change captures anew.
+        """
+        key = (sampling, guided, switch.policy())
+        if key in self.graphs:
+            self.graphs[key].replay()
+            return
+        # Graphs of other settings would pile up: two are alive, guided and not.
+        self.graphs = {old: graph for old, graph in self.graphs.items() if old[::2] == key[::2]}
+        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            self.advance(model, cache, sampling, guided, self.at)
+        here.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # Records; runs nothing, so the step above counts once.
+            self.advance(model, cache, sampling, guided, self.at)
+        self.graphs[key] = graph

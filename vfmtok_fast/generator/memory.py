@@ -1,0 +1,73 @@
+"""How many images fit into memory at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .transformer import GPT
+
+# The rest is left to other tensors, to fragmentation and, on a CPU, to other processes.
+SHARE = 0.8
+# Logits in float32, and what sampling makes of them: noise, sorted values and their order.
+LOGIT_COPIES = 12
+
+
+def bytes_per_image(model: GPT, guided: bool) -> int:
+    """Bytes that one image takes while it is generated: keys, values and its rows of logits."""
+    config, rows = model.config, 2 if guided else 1
+    cache = 2 * config.num_layers * config.dim * config.block_size
+    return rows * (cache * model.head.weight.element_size() + 4 * LOGIT_COPIES * config.vocab_size)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can be had on ``device`` now, what torch holds in reserve among them."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + reserved
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return 2**62  # Unknown: nothing is split.
+    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    return 1024 * int(fields["MemAvailable"].split()[0])
+
+
+def images_that_fit(
+    model: GPT, count: int, guided: bool, batch_size: int | None, memory: int | None
+) -> int:
+    """Images of a batch: ``batch_size``, or as many of ``count`` as ``memory`` bytes hold.
+
+    Batches are of nearly equal size. None for ``memory`` is most of what is free.
+
+    Raises:
+        MemoryError: ``batch_size`` images, or a single one, do not fit.
+    """
+    if memory is None:
+        memory = int(SHARE * free_bytes(model.head.weight.device))
+    each = bytes_per_image(model, guided)
+    most = memory // each
+    wanted = min(batch_size or 1, max(count, 1))
+    if most < wanted:
+        advice = f"at most {most} fit" if most else "free some memory or take a smaller model"
+        raise MemoryError(
+            f"generate: {wanted} images at a time need {wanted * each / 2**20:.0f} MiB, "
+            f"{memory / 2**20:.0f} MiB can be had; {advice}"
+        )
+    if batch_size is not None:
+        return batch_size
+    batches = -(-count // most)
+    return -(-count // batches) if count else 1
+
+
+def out_of_memory(images: int) -> MemoryError:
+    """What to tell where the estimate was wrong, or another process took the memory meanwhile."""
+    if images == 1:
+        return MemoryError("generate: out of memory with a single image; free some memory")
+    return MemoryError(
+        f"generate: out of memory with {images} images at a time; "
+        f"GPT.stream(batch_size={images // 2}) takes half as much"
+    )
