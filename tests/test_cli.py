@@ -241,8 +241,9 @@ def test_sample_writes_a_grid_and_adms_npz(run, tmp_path: Path) -> None:
     common = ["--num", 3, "--classes", 4, 1, "--size", 64, "--top-k", 50, *SMALL]
     assert run("sample", tmp_path / "a", "--batch-size", 2, *common)[0] == 0
     with np.load(tmp_path / "a/samples.npz") as file:
-        assert file.files == ["arr_0"]
+        assert file.files == ["arr_0", "arr_1"]
         pictures = file["arr_0"]
+        assert file["arr_1"].tolist() == [4, 1, 4]
     assert pictures.dtype == np.uint8 and pictures.shape == (3, 64, 64, 3)
     with Image.open(tmp_path / "a/samples.png") as grid:
         assert np.array_equal(np.asarray(grid)[:64, :64], pictures[0])

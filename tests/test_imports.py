@@ -34,11 +34,14 @@ BASE = set(ALLOWED)
 ALLOWED["untrained"] = BASE
 ALLOWED["visualize"] = BASE
 ALLOWED["cache"] = BASE
+ALLOWED["samples"] = BASE | {"cache"}
 # What a user imports: the models, the switch and the cache; the tools stand beside that.
 ALLOWED["__init__"] = {"switch", "images", "ops", "tokenizer", "generator", "cache"}
 ALLOWED["evaluation"] = BASE | {"cache"}
 ALLOWED["training"] = BASE | {"cache", "evaluation"}
-ALLOWED["commands"] = BASE | {"untrained", "visualize", "cache", "evaluation", "training"}
+ALLOWED["commands"] = BASE | {
+    *("untrained", "visualize", "cache", "samples", "evaluation", "training")
+}
 ALLOWED["cli"] = ALLOWED["commands"] | {"commands"}
 ALLOWED["__main__"] = {"cli"}
 # Against the order, so inside a function only: the models' `from_official` class methods.

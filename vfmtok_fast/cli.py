@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         return _fail(options, f"out of memory ({error})", 2)
     except KeyboardInterrupt:
-        goes_on = options.command in ("cache", "repair")
+        goes_on = options.command in ("cache", "repair", "sample")
         resumes = "; run it again to go on where it stopped" if goes_on else ""
         return _fail(options, f"interrupted{resumes}", 130)
 
@@ -142,14 +142,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--regions", type=int, default=5, help="regions to draw (%(default)s)")
     _tokenizer_options(sub)
 
-    sub = command("sample", "generate new images: OUT/samples.png and OUT/samples.npz")
+    sub = command("sample", "generate new images: OUT/samples.npz and a grid; resumes")
     sub.add_argument("out", metavar="OUT", help="folder to write to")
     sub.add_argument("--gpt", help="generator: a folder made by convert, or a hub repo")
     sub.add_argument("--num", type=int, default=16, help="images (%(default)s)")
     sub.add_argument(
         "--classes", type=int, nargs="+", metavar="ID", help="class ids, in turn; all by default"
     )
-    sub.add_argument("--batch-size", type=int, default=16, help="images at a time (%(default)s)")
+    sub.add_argument(
+        "--batch-size", type=int, default=16, help="images generated at a time (%(default)s)"
+    )
     sub.add_argument("--size", type=int, default=256, help="pixels a side (%(default)s)")
     sub.add_argument("--cfg-scale", type=float, default=1.0, help="guidance; 1 is none")
     sub.add_argument(

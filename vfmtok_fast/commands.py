@@ -22,12 +22,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import cache as token_cache
-from . import checkpoint, images, switch, untrained
+from . import checkpoint, images, samples, switch, untrained
 from .cache.atomic import atomic_file, make_folder
 from .cache.sources.folder import walk
-from .generator import GPT
+from .generator import GPT, Sampling
 from .ops.checks import check_class_ids
-from .ops.sample_token import check_sampling
 from .tokenizer import VFMTok
 from .visualize import reconstruction_grid
 
@@ -265,11 +264,9 @@ def _photos(path: Path, limit: int) -> list[Path]:
 
 
 def sample(options: argparse.Namespace) -> int:
-    out = Path(options.out)
     if options.num < 1 or options.batch_size < 1 or options.size < 1:
         raise ValueError("--num, --batch-size and --size must be at least 1")
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is not a folder")
+    rank, world_size = _place_among_processes(options)
     gpt, tokenizer = _gpt(options), _tokenizer(options)
     if gpt.config.block_size != tokenizer.config.num_regions or (
         gpt.config.vocab_size > tokenizer.config.codebook_size
@@ -279,35 +276,27 @@ def sample(options: argparse.Namespace) -> int:
             f"tokenizer decodes {tokenizer.config.num_regions} of {tokenizer.config.codebook_size}"
         )
     classes = torch.tensor(options.classes or range(gpt.config.num_classes))
-    class_ids = classes[torch.arange(options.num) % len(classes)]
-    settings = {
-        name: getattr(options, name)
-        for name in ("cfg_scale", "temperature", "top_k", "top_p", "seed")
-    }
+    names = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "greedy", "seed")
+    settings = {name: getattr(options, name) for name in names}
     # All that can be wrong is found before the long work, and before anything is written.
     check_class_ids("--classes", classes, gpt.config.num_classes)
-    check_sampling("sample", **settings)
-    pictures = np.empty((options.num, options.size, options.size, 3), np.uint8)
-    make_folder(out)
-    bar = tqdm(total=options.num, unit="img", desc="sample", disable=None)
-    with _policy(options), bar:
-        for ids in torch.arange(options.num).split(options.batch_size):
-            codes = gpt.generate(
-                class_ids[ids],
-                cfg_interval=options.cfg_interval,
-                greedy=options.greedy,
-                image_ids=ids,
-                **settings,
-            )
-            pictures[ids.numpy()] = tokenizer.decode_to_uint8(codes, options.size).cpu().numpy()
-            bar.update(len(ids))
-    # The format of ADM's evaluator: arr_0, uint8 [N, H, W, 3].
-    with atomic_file(out / "samples.npz") as file:
-        np.savez(file, arr_0=pictures)
-    shown = pictures[:64]
-    columns = int(len(shown) ** 0.5)
-    _write_png(out / "samples.png", images.image_grid(shown, columns))
-    print(f"wrote {out}/samples.png ({len(shown)} images) and {out}/samples.npz ({options.num})")
+    Sampling(**settings).check()
+    class_ids = classes[torch.arange(options.num) % len(classes)]
+    job = samples.Job(gpt, tokenizer, Path(options.out), class_ids, options.size, settings)
+    samples.prepare(job)
+    mine = samples.pending(job)[rank::world_size]
+    count = sum(len(job.rows(number)) for number in mine)
+    hidden = True if rank else None  # None: hidden where there is no terminal.
+    with _policy(options), tqdm(total=count, unit="img", desc="sample", disable=hidden) as bar:
+        samples.make_shards(job, mine, options.batch_size, bar.update)
+    if not samples.finish(job):
+        left = len(samples.pending(job))
+        print(f"{job.out}: {count} images made now; {left} shards are still to come")
+        return 0
+    shown = next(samples.shards_of(job))
+    _write_png(job.out / "samples.png", images.image_grid(shown, int(len(shown) ** 0.5)))
+    if rank == 0:
+        print(f"wrote {job.out}/samples.png ({len(shown)}) and samples.npz ({options.num} images)")
     return 0
 
 

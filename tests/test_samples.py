@@ -1,0 +1,231 @@
+"""Generated pictures: the same bytes whoever makes them, killed or not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import vfmtok_fast
+from vfmtok_fast import GPT, GPTConfig, samples
+
+SAMPLING = {"cfg_scale": 1.5, "cfg_interval": 3, "top_k": 20, "top_p": 0.95, "seed": 4}
+
+# A process that imports once and forks one run per trial, killed at its n-th rename.
+HARNESS = """
+import importlib.util, os, signal, sys
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("test_samples", sys.argv[1])
+tests = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tests)
+import torch
+torch.set_num_threads(1)
+out = Path(sys.argv[2])
+
+def die_at_rename(at, after):
+    rename, count = os.replace, 0
+    def replace(source, target):
+        nonlocal count
+        count += 1
+        if count == at and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target)
+        if count == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.replace = replace
+
+def trial(folder, at=0, after=False, world=1):
+    killed = 0
+    pids = []
+    for rank in range(world):
+        pid = os.fork()
+        if pid == 0:
+            if rank == 0:
+                die_at_rename(at, after)
+            tests.run(folder, rank=rank, world=world)
+            os._exit(0)
+        pids.append(pid)
+    for pid in pids:
+        status = os.waitpid(pid, 0)[1]
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, status
+        killed += os.WIFSIGNALED(status)
+    return killed
+
+total, at = 0, 1
+while True:
+    for after in (False, True):
+        folder = out / f"{at}-{after}"
+        killed = trial(folder, at, after, world=1 + at % 3)
+        total += killed
+        trial(folder)
+    if not killed:
+        break
+    at += 1
+print(total)
+"""
+
+
+class FakeTokenizer(torch.nn.Module):
+    """Pictures are a hash of the codes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(3.0))
+        self.groups: list[int] = []
+
+    def decode_to_uint8(self, codes: torch.Tensor, size: int) -> torch.Tensor:
+        self.groups.append(len(codes))
+        weights = torch.arange(codes.shape[1] * size * size * 3).reshape(codes.shape[1], -1) % 251
+        levels = (codes @ weights * int(self.scale)) % 256
+        return levels.to(torch.uint8).reshape(-1, size, size, 3)
+
+
+def job(out: Path, count: int = 150, **changes) -> samples.Job:
+    torch.manual_seed(0)
+    config = GPTConfig(
+        num_layers=1, num_heads=2, dim=16, vocab_size=37, block_size=4, num_classes=5,
+        ffn_multiple_of=8,
+    )  # fmt: skip
+    gpt = GPT(config).eval()
+    torch.nn.init.normal_(gpt.head.weight, std=0.5)
+    values = {"size": 2, "sampling": SAMPLING, "class_ids": torch.arange(count) % 5, **changes}
+    return samples.Job(gpt=gpt, tokenizer=FakeTokenizer(), out=out, **values)
+
+
+def run(out: Path, batch_size: int = 7, rank: int = 0, world: int = 1, **changes) -> bool:
+    made = job(out, **changes)
+    samples.prepare(made)
+    numbers = samples.pending(made)[rank::world]
+    samples.make_shards(made, numbers, batch_size, lambda count: None)
+    return samples.finish(made)
+
+
+def tree(out: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_the_file_holds_what_the_models_make(tmp_path):
+    assert run(tmp_path / "a")
+    made = job(tmp_path / "a")
+    with np.load(tmp_path / "a/samples.npz") as file:
+        assert file.files == ["arr_0", "arr_1"]
+        pictures, labels = file["arr_0"], file["arr_1"]
+    assert np.array_equal(labels, np.arange(150) % 5) and labels.dtype == np.int64
+    # Whole batches of all images at once: the names of the images are their positions.
+    codes = made.gpt.generate(made.class_ids, **SAMPLING)
+    assert np.array_equal(pictures, made.tokenizer.decode_to_uint8(codes, 2).numpy())
+    assert pictures.dtype == np.uint8 and pictures.shape == (150, 2, 2, 3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 16, 64, 150, 1000])
+def test_the_batch_size_changes_no_byte(tmp_path, batch_size):
+    run(tmp_path / "a")
+    run(tmp_path / "b", batch_size=batch_size)
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+def test_pictures_are_decoded_in_the_same_groups_always(tmp_path):
+    seen = []
+    for batch_size, name in ((1, "a"), (130, "b")):
+        made = job(tmp_path / name)
+        samples.prepare(made)
+        samples.make_shards(made, samples.pending(made), batch_size, lambda count: None)
+        seen.append(made.tokenizer.groups)
+    assert seen[0] == seen[1] == [16] * 9 + [6]
+
+
+def test_many_processes_make_the_bytes_of_one(tmp_path):
+    assert run(tmp_path / "a")
+    # Each rank looks for what is missing when it starts; the second world finds one shard left.
+    assert not run(tmp_path / "b", rank=0, world=2)
+    assert run(tmp_path / "b", rank=0, world=1)
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    before = tree(tmp_path / "b")
+    assert run(tmp_path / "b") and tree(tmp_path / "b") == before
+
+
+@pytest.mark.slow
+def test_killed_before_and_after_every_rename(tmp_path):
+    """Settings, 3 shards and the result, in worlds of one to three processes."""
+    (tmp_path / "out").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(Path(vfmtok_fast.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", HARNESS, __file__, str(tmp_path / "out")],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # A world of more than one leaves less to rename to the one that is killed.
+    assert int(done.stdout) >= 6
+    run(tmp_path / "whole")
+    whole = tree(tmp_path / "whole")
+    folders = sorted((tmp_path / "out").iterdir())
+    assert len(whole) == 5 and len(folders) >= 8
+    for folder in folders:
+        assert tree(folder) == whole, folder.name
+
+
+@pytest.mark.parametrize("moment", ["decode", "write"])
+def test_an_interrupt_leaves_nothing_half_written(tmp_path, monkeypatch, moment):
+    calls = []
+    owner, name = (FakeTokenizer, "decode_to_uint8") if moment == "decode" else (os, "fsync")
+    original = getattr(owner, name)
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "b")
+    assert len(calls) == 6 and not [name for name in tree(tmp_path / "b") if ".tmp" in name]
+    assert run(tmp_path / "b") and run(tmp_path / "a")
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"count": 149}, r"num \(there 150, here 149\)"),
+        ({"size": 3}, r"size \(there 2, here 3\)"),
+        ({"sampling": {**SAMPLING, "seed": 5}}, r"seed \(there 4, here 5\)"),
+        ({"class_ids": torch.zeros(150).long()}, "classes_sha256"),
+    ],
+)
+def test_other_settings_are_refused(tmp_path, changes, message):
+    run(tmp_path / "a")
+    before = tree(tmp_path / "a")
+    with pytest.raises(FileExistsError, match=message):
+        run(tmp_path / "a", **changes)
+    assert tree(tmp_path / "a") == before
+
+
+def test_other_weights_and_damage_are_refused(tmp_path):
+    run(tmp_path / "a")
+    other = job(tmp_path / "a")
+    with torch.no_grad():
+        other.gpt.head.weight[0, 0] += 1
+    with pytest.raises(FileExistsError, match=r"gpt_sha256 \(there .*\)\); choose another"):
+        samples.prepare(other)
+    (tmp_path / "a/samples.npz").unlink()
+    np.save(job(tmp_path / "a").path(1), np.zeros(3))
+    with pytest.raises(ValueError, match="pictures-00001.npy is not a shard of this job"):
+        run(tmp_path / "a")
+    assert not (tmp_path / "a/samples.npz").exists()
+    (tmp_path / "a/samples.json").write_text("{")
+    with pytest.raises(ValueError, match="samples.json is damaged"):
+        run(tmp_path / "a")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="not a folder of samples"):
+        run(tmp_path / "file")

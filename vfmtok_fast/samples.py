@@ -1,0 +1,176 @@
+"""Generated pictures as a folder that any number of processes fill and any of them may leave.
+
+    OUT/
+      samples.json                 what the pictures depend on; another run is refused
+      shards/pictures-00000.npy    uint8 [64, size, size, 3], there whole or not at all
+      samples.npz                  ADM's format: arr_0 pictures, arr_1 labels; written last
+
+A shard is a function of its number and samples.json: pictures are named by their index, which keys
+the noise, and are decoded in groups that do not depend on how many are generated at a time. (Only
+codes tied within rounding may come out otherwise with other batch sizes.)
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from .cache import atomic
+from .cache.manifest import differences, weights_checksum
+from .generator import GPT
+from .tokenizer import VFMTok
+
+SHARD = 64
+# Pictures decoded together, always: matrix products round differently with their number.
+GROUP = 16
+SETTINGS = "samples.json"
+RESULT = "samples.npz"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A folder of samples that is ready to receive shards.
+
+    Attributes:
+        class_ids: int64 [N].
+        size: side of a picture, in pixels.
+        sampling: settings of `GPT.generate`.
+    """
+
+    gpt: GPT
+    tokenizer: VFMTok
+    out: Path
+    class_ids: torch.Tensor
+    size: int
+    sampling: dict[str, Any]
+
+    @property
+    def shards(self) -> int:
+        return -(-len(self.class_ids) // SHARD)
+
+    def path(self, number: int) -> Path:
+        return self.out / "shards" / f"pictures-{number:05d}.npy"
+
+    def rows(self, number: int) -> torch.Tensor:
+        """Indices of a shard's pictures."""
+        return torch.arange(number * SHARD, min((number + 1) * SHARD, len(self.class_ids)))
+
+
+def prepare(job: Job) -> None:
+    """Make the folder, or check that what lies there is of the same job.
+
+    Raises:
+        FileExistsError: the folder holds samples of other weights or settings.
+        cache.CacheWriteError: it cannot be written.
+    """
+    described = {
+        "num": len(job.class_ids),
+        "classes_sha256": weights_checksum({"class_ids": job.class_ids}),
+        "size": job.size,
+        "dtype": str(job.gpt.head.weight.dtype).removeprefix("torch."),
+        "gpt_sha256": weights_checksum(job.gpt.state_dict()),
+        "tokenizer_sha256": weights_checksum(job.tokenizer.state_dict()),
+        **job.sampling,
+    }
+    path = job.out / SETTINGS
+    if path.exists():
+        try:
+            there = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it and run again") from error
+        if there != described:
+            raise FileExistsError(
+                f"{job.out} holds other samples ({differences(there, described)}); "
+                "choose another folder"
+            )
+    elif job.out.exists() and (not job.out.is_dir() or (job.out / RESULT).exists()):
+        raise FileExistsError(f"{job.out} is there and not a folder of samples; choose another")
+    atomic.make_folder(job.out / "shards")
+    atomic.sweep(job.out)
+    atomic.sweep(job.out / "shards")
+    if not path.exists():
+        atomic.write_atomic(path, (json.dumps(described, indent=1) + "\n").encode())
+
+
+def pending(job: Job) -> list[int]:
+    """Numbers of the shards that are not there yet."""
+    return [number for number in range(job.shards) if not job.path(number).exists()]
+
+
+def make_shards(
+    job: Job, numbers: list[int], batch_size: int, advance: Callable[[int], None]
+) -> None:
+    """Generate, decode and commit shards, the same bytes whoever does it.
+
+    Args:
+        job: prepared.
+        numbers: which shards; their codes are generated together if the batch size allows.
+        batch_size: images generated at a time; as many as fit if that is less.
+        advance: told how many pictures were finished; may raise to stop.
+    """
+    together = max(1, batch_size // SHARD)
+    for first in range(0, len(numbers), together):
+        some = numbers[first : first + together]
+        ids = torch.cat([job.rows(number) for number in some])
+        batches = job.gpt.stream(
+            job.class_ids[ids], batch_size=batch_size, image_ids=ids, **job.sampling
+        )
+        codes = torch.cat([part for _, part in batches])
+        for number, part in zip(some, codes.split(SHARD), strict=True):
+            pictures = []
+            for group in part.split(GROUP):
+                pictures.append(job.tokenizer.decode_to_uint8(group, job.size).cpu().numpy())
+                advance(len(group))
+            with atomic.atomic_file(job.path(number)) as file:
+                np.save(file, np.concatenate(pictures))
+
+
+def finish(job: Job) -> bool:
+    """Write samples.npz if every shard is there; whether it is there now.
+
+    One shard at a time is in memory. The bytes do not depend on who writes it or when.
+    """
+    if pending(job):
+        return False
+    if (job.out / RESULT).exists():
+        return True
+    count = len(job.class_ids)
+    with (
+        atomic.atomic_file(job.out / RESULT) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+    ):
+        with _array(archive, "arr_0", (count, job.size, job.size, 3), np.uint8) as member:
+            for pictures in shards_of(job):
+                member.write(pictures.data)
+        with _array(archive, "arr_1", (count,), np.int64) as member:
+            member.write(job.class_ids.numpy().data)
+    return True
+
+
+def shards_of(job: Job) -> Iterator[np.ndarray]:
+    """The finished pictures, shard by shard, uint8 [n, size, size, 3]."""
+    for number in range(job.shards):
+        pictures = np.load(job.path(number))
+        wanted = (len(job.rows(number)), job.size, job.size, 3)
+        if pictures.shape != wanted or pictures.dtype != np.uint8:
+            raise ValueError(f"{job.path(number)} is not a shard of this job; remove it, run again")
+        yield pictures
+
+
+def _array(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: type) -> BinaryIO:
+    """A member of an .npz, open for its values; a ZipInfo of our own has no date of today."""
+    member = archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
+    header = {
+        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+        "fortran_order": False,
+        "shape": shape,
+    }
+    np.lib.format.write_array_header_1_0(member, header)
+    return member
