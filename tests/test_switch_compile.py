@@ -74,6 +74,29 @@ def test_strict_reaches_code_that_was_compiled_before(fake_op):
         function(Z, CODEBOOK)
 
 
+def a_step(x: torch.Tensor, at: int | torch.Tensor) -> list[torch.Tensor]:
+    """The matrix products of a decoding step, and the caches that it writes to."""
+    rows, norm, weight = x.view(4, 16)[:2], x[:16] + 2, x.repeat(12).view(48, 16)
+    keys, values = torch.zeros(2, 2, 2, 3, 8)
+    rotary = x[:24].view(3, 4, 2)
+    q = ops.qkv_rotary(rows, norm, weight, rotary, keys, values, at)
+    hidden = ops.gate_up(rows, norm, weight, weight.flip(0))
+    out = ops.linear_residual(q.flatten(1), weight[:16], rows)
+    return [q, keys, values, hidden, out, ops.norm_linear(out, norm, weight)]
+
+
+@pytest.mark.parametrize("at", [1, torch.tensor([1])], ids=["int", "tensor"])
+def test_a_step_compiles_with_its_portable_products(at):
+    names = ("qkv_rotary", "gate_up", "linear_residual", "norm_linear")
+    x = torch.linspace(-1, 1, 64).sin()
+    with vf.enable(names, strict=True):
+        want = a_step(x, at)
+        got = torch.compile(a_step, backend="eager", fullgraph=True)(x, at)
+    for mine, theirs in zip(got, want, strict=True):
+        assert torch.equal(mine, theirs)
+    assert all(took(op)["portable (compiled)"] == 1 for op in names)
+
+
 def test_every_op_compiles_without_a_graph_break():
     ids = torch.arange(2)
     shapes = ((2, 2),)
@@ -89,7 +112,7 @@ def test_every_op_compiles_without_a_graph_break():
         c = ops.sample_token(
             logits, ids, 3, uncond_logits=-logits, cfg_scale=1.5, top_k=5, top_p=0.9
         )
-        return a, b, c, ops.nearest_code(x.view(16, 4), x.view(16, 4)[:5])
+        return a, b, c, ops.nearest_code(x.view(16, 4), x.view(16, 4)[:5]), *a_step(x, 1)
 
     x = torch.linspace(-1, 1, 64).sin()
     want = everything(x)
