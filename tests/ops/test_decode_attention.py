@@ -1,4 +1,4 @@
-"""decode_attention against full attention in float64."""
+"""decode_attention, reference and portable, against full attention in float64."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from torch import Tensor
 from vfmtok_fast.ops import decode_attention
 
 GARBAGE = (float("nan"), float("inf"), float("-inf"), 1e30)
+
+
+@pytest.fixture(autouse=True)
+def chosen(taking, clean_switch):
+    yield from taking("decode_attention")
 
 
 def make(B=3, H=4, G=4, T=9, D=24, seed=0, dtype=torch.float32) -> tuple[Tensor, Tensor, Tensor]:

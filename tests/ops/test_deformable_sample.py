@@ -23,19 +23,9 @@ from vfmtok_fast.ops import deformable_sample
 LEVELS = ((5, 7), (3, 2), (1, 4), (1, 1))
 
 
-@pytest.fixture(autouse=True, scope="module", params=["reference", "portable"])
-def implementation(request) -> str:
-    return request.param
-
-
 @pytest.fixture(autouse=True)
-def chosen(implementation, clean_switch):
-    """The calls of a test take ``implementation``, and only that."""
-    if implementation == "portable":
-        vfmtok_fast.enable("deformable_sample", strict=True)
-    yield
-    took = set(vfmtok_fast.status().ops["deformable_sample"].calls)
-    assert took <= {implementation, f"{implementation} (compiled)"}
+def chosen(taking, clean_switch):
+    yield from taking("deformable_sample")
 
 
 def make(
