@@ -1,11 +1,11 @@
-"""Portable `ops.gate_up`: the products as `few_rows` has them."""
+"""Portable `ops.gate_up`: the products as `linear` has them."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from .few_rows import linear, rms_norm
+from .linear import linear, rms_norm
 
 
 def gate_up(

@@ -1,10 +1,10 @@
-"""Portable `ops.linear_residual`: the product as `few_rows` has it."""
+"""Portable `ops.linear_residual`: the product as `linear` has it."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from .few_rows import linear
+from .linear import linear
 
 
 def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:

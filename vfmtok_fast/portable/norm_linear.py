@@ -1,11 +1,11 @@
-"""Portable `ops.norm_linear`: the product as `few_rows` has it."""
+"""Portable `ops.norm_linear`: the product as `linear` has it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .few_rows import linear, rms_norm
+from .linear import linear, rms_norm
 
 
 def norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:

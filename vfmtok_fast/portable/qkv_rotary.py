@@ -1,5 +1,5 @@
 """Portable `ops.qkv_rotary`: q and k rotate together, as complex numbers, and the product is
-`few_rows`'.
+that of `linear`.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .few_rows import linear, rms_norm
+from .linear import linear, rms_norm
 
 
 def qkv_rotary(
