@@ -75,7 +75,7 @@ def compile_case(case: Case, chip: Chip) -> object:
             if str(case.types.get(name)).startswith("*")
         },
     )
-    options = {"num_warps": case.warps, "num_stages": case.stages}
+    options = {"num_warps": case.warps, "num_stages": case.stages, **case.options}
     return triton.compile(source, target=GPUTarget("cuda", chip.capability, 32), options=options)
 
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vfmtok_fast.kernels import deformable_sample, deformable_sample_kernels, nearest_code
+from vfmtok_fast.kernels import (
+    deformable_sample,
+    deformable_sample_kernels,
+    few_rows,
+    gate_up,
+    linear_residual,
+    nearest_code,
+    norm_linear,
+    qkv_rotary,
+)
 
 
 @dataclass(frozen=True)
@@ -18,6 +27,8 @@ class Case:
     constants: dict[str, object]
     warps: int
     stages: int = 3
+    # Further compiler options of the launch.
+    options: dict[str, int] = field(default_factory=dict, compare=False)
     # The unit of the main loop: how many one warp does in one turn, how many there are in the
     # named problem, and the matrix operations of one. 0 where there is no such loop.
     unit: str = ""
@@ -169,4 +180,66 @@ def deformable_sample_cases() -> list[Case]:
     return cases
 
 
-CASES = nearest_code_cases() + deformable_sample_cases()
+def step_cases() -> list[Case]:
+    """The linear layers of GPT-L's and GPT-3B's decoding step; loops only where they are rolled."""
+    cases = []
+    tile, slices = few_rows.TILE.value, few_rows.SLICES.value
+    for preset, kind, rows, (heads, dim, ffn) in (
+        ("GPT-L", "bf16", 2, (16, 1024, 2816)),
+        ("GPT-3B", "bf16", 2, (32, 3200, 8704)),
+        ("GPT-L", "bf16", 32, (16, 1024, 2816)),
+        ("GPT-L", "fp32", 2, (16, 1024, 2816)),
+    ):
+        size = 4 if kind == "fp32" else 2
+        shape = {"H": heads, "T": 256, "D": dim // heads, "ON_DEVICE": True}
+        for kernel, K, N, extra in (
+            (qkv_rotary._qkv_rotary, dim, 3 * dim // 2, shape),
+            (linear_residual._linear_residual, ffn, dim, {}),
+            (gate_up._gate_up, dim, ffn, {}),
+            (norm_linear._norm_linear, dim, 16384, {}),
+        ):
+            pair = kernel in (qkv_rotary._qkv_rotary, gate_up._gate_up)
+            constants = few_rows.constants(rows, K, size, pair=pair) | extra
+            warps, options = constants.pop("num_warps"), {"maxnreg": constants.pop("maxnreg")}
+            types: dict[str, str | tuple[str, ...]] = {
+                name: f"*{kind}" for name in kernel.arg_names if name not in constants
+            }
+            types |= {name: "i32" for name in ("rows", "N") if name in types}
+            types |= {name: "fp32" for name in ("eps",) if name in types}
+            types |= {"rotary": "*fp32", "position": "*i64"} if extra else {}
+            types |= {"out": "*fp32"} if kernel is norm_linear._norm_linear else {}
+            rolled = K >= 8 * slices * constants["DEPTH"]
+            cases.append(
+                Case(
+                    f"{kernel.__name__.removeprefix('_')}.{kernel.__name__} {preset} {kind} "
+                    f"rows={rows}",
+                    kernel,
+                    types,
+                    constants,
+                    warps,
+                    constants["STAGES"],
+                    options,
+                    unit="weight" if rolled else "",
+                    units_per_warp=(2 if pair else 1) * tile * constants["DEPTH"],
+                    units=(2 if pair else 1) * N * K,
+                    # A float32 product is not the matrix unit's.
+                    matrix_flops=2 * constants["P"] if size == 2 else 0,
+                    problem=f"{preset} rows={rows} K={K} N={N} {kind}",
+                )
+            )
+    kernel = qkv_rotary._rotary
+    cases.append(
+        Case(
+            "qkv_rotary._rotary GPT-L bf16",
+            kernel,
+            {"qkv": "*bf16", "rotary": "*fp32", "position": "*i64", "out": "*bf16",
+             "k_cache": "*bf16", "v_cache": "*bf16", "rows": "i32"},
+            {"H": 16, "T": 256, "D": 64, "ON_DEVICE": True,
+             "ROWS": qkv_rotary.ROWS, "PAIRS": qkv_rotary.PAIRS},
+            4,
+        )
+    )  # fmt: skip
+    return cases
+
+
+CASES = nearest_code_cases() + deformable_sample_cases() + step_cases()

@@ -1,0 +1,254 @@
+"""The Triton kernels that share `kernels/few_rows.py`: qkv_rotary, linear_residual, gate_up,
+norm_linear.
+
+On a GPU where there is one, else in Triton's interpreter; a child pytest runs them there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import vfmtok_fast
+from vfmtok_fast import ops
+
+pytest.importorskip("triton")
+from vfmtok_fast.kernels import few_rows, gate_up, linear_residual, norm_linear, qkv_rotary
+
+GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if GPU else "cpu"
+HERE = pytest.mark.skipif(not INTERPRETED, reason="runs in the child pytest")
+runs = pytest.mark.gpu if GPU else HERE
+pytestmark = pytest.mark.usefixtures("poison")
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+# Of each op: its module, the kernel of few rows, and the one beside cuBLAS for many.
+KERNELS = {
+    "linear_residual": (linear_residual, "_linear_residual", None),
+    "gate_up": (gate_up, "_gate_up", "_gate"),
+    "norm_linear": (norm_linear, "_norm_linear", None),
+    "qkv_rotary": (qkv_rotary, "_qkv_rotary", "_rotary"),
+}
+H, T, D = 3, 5, 12
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests below run here")
+def test_in_the_interpreter(run_in_interpreter):
+    run_in_interpreter(__file__)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def inputs(op: str, rows: int, K: int, N: int, dtype: torch.dtype) -> list[Tensor]:
+    """Arguments up to the caches, on the CPU; a weight's rows have length about one."""
+    x, norm = random(rows, K), random(K, seed=1)
+    first, second = (random(N, K, seed=seed) / K**0.5 for seed in (2, 3))
+    angle = random(T, D // 2, seed=4)
+    rest = {
+        "linear_residual": [first, random(rows, N, seed=5)],
+        "gate_up": [norm, first, second],
+        "norm_linear": [norm, first],
+        "qkv_rotary": [norm, random(3 * H * D, K, seed=6) / K**0.5],
+    }[op]
+    made = [tensor.to(dtype) for tensor in (x, *rest)]
+    if op == "qkv_rotary":
+        made.append(torch.stack([angle.cos(), angle.sin()], dim=-1).float())
+    return made
+
+
+def call(op: str, given: list[Tensor], position: int | Tensor = 3) -> list[Tensor]:
+    """All that the op writes, for qkv_rotary q, and k and v as they stand in the caches."""
+    if op != "qkv_rotary":
+        return [getattr(ops, op)(*given)]
+    shape = (given[0].shape[0], H, T, D)
+    caches = [given[0].new_full(shape, float("nan")) for _ in range(2)]
+    q = ops.qkv_rotary(*given, *caches, position)
+    at = int(position)
+    others = [t for t in range(T) if t != at]
+    assert all(cache[:, :, others].isnan().all() for cache in caches)
+    return [q, *(cache[:, :, at] for cache in caches)]
+
+
+def check(
+    check_error: Callable, op: str, given: list[Tensor], position: int | Tensor = 3
+) -> list[Tensor]:
+    """The kernel against the reference, both in the type of ``given`` and in float64."""
+    wide = [*(t.double() for t in given[:3]), given[3]] if op == "qkv_rotary" else [
+        t.double() for t in given
+    ]  # fmt: skip
+    at = int(position)
+    truth, ruler = call(op, wide, at), call(op, given, at)
+    there = position.to(DEVICE) if isinstance(position, Tensor) else position
+    with vfmtok_fast.enable(op, strict=True):
+        got = call(op, [t.to(DEVICE) for t in given], there)
+    assert vfmtok_fast.status().ops[op].calls["triton"] == 1
+    for one, exact, reference in zip(got, truth, ruler, strict=True):
+        check_error(one.cpu(), exact, reference)
+    return got
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 32, 33])
+@pytest.mark.parametrize("op", KERNELS)
+def test_rounds_no_worse_than_the_reference(op, rows, dtype, check_error, record):
+    module, few, many = KERNELS[op]
+    kernels = record(module, few, *([many] if many else []))
+    check(check_error, op, inputs(op, rows, 200, 40, dtype))
+    took = {name: len(kernel.launches) for name, kernel in kernels.items()}
+    if rows <= few_rows.MAX_ROWS:
+        assert took.pop(few) == 1 and not any(took.values())
+    else:
+        assert took.pop(few) == 0 and all(n == 1 for n in took.values())
+
+
+@runs
+@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize(("K", "N"), [(1, 1), (37, 17), (300, 16), (1024, 5)])
+def test_any_shape(op, K, N, check_error):
+    check(check_error, op, inputs(op, 2, K, N, torch.float32))
+
+
+@runs
+@settings(max_examples=12, deadline=None)
+@given(
+    op=st.sampled_from(sorted(KERNELS)), rows=st.integers(1, 40), K=st.integers(1, 90),
+    N=st.integers(1, 40), dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_any_shape_at_all(op, rows, K, N, dtype, check_error):
+    vfmtok_fast.switch.reset_records()
+    check(check_error, op, inputs(op, rows, K, N, dtype))
+
+
+@runs
+@pytest.mark.parametrize("op", ["gate_up", "norm_linear", "qkv_rotary"])
+@pytest.mark.parametrize("size", [3e4, 1e-3])
+def test_the_norm_leaves_float16_no_overflow(op, size, check_error):
+    """x times the norm's weight would be infinite, or lose its digits."""
+    x, norm, *rest = inputs(op, 2, 64, 16, torch.float32)
+    given = [x.clamp(-1, 1) * size, norm * 8, *rest]
+    given[:-1] = [t.half() for t in given[:-1]]
+    given[-1] = given[-1] if op == "qkv_rotary" else given[-1].half()
+    assert all(t.isfinite().all() for t in check(check_error, op, given))
+
+
+@runs
+@pytest.mark.parametrize("rows", [2, 33])
+@pytest.mark.parametrize("position", [0, 4, torch.tensor([1]), torch.tensor(2, dtype=torch.int32)])
+def test_position_on_the_host_or_the_device(position, rows, check_error):
+    check(check_error, "qkv_rotary", inputs("qkv_rotary", rows, 64, 0, torch.float32), position)
+
+
+@runs
+@pytest.mark.parametrize("rows", [2, 33])
+def test_rows_of_a_larger_cache(rows):
+    """As guidance leaves it: the rest of the batch stays as it is."""
+    given = [t.to(DEVICE) for t in inputs("qkv_rotary", rows, 64, 0, torch.float32)]
+    large = [torch.full((rows + 2, H, T, D), 7.0, device=DEVICE) for _ in range(2)]
+    small = [torch.full((rows, H, T, D), 7.0, device=DEVICE) for _ in range(2)]
+    with vfmtok_fast.enable("qkv_rotary", strict=True):
+        q = ops.qkv_rotary(*given, *(cache[:rows] for cache in large), 2)
+        assert torch.equal(q, ops.qkv_rotary(*given, *small, 2))
+    for whole, part in zip(large, small, strict=True):
+        assert torch.equal(whole[:rows], part) and bool((whole[rows:] == 7).all())
+
+
+@runs
+@pytest.mark.parametrize("op", KERNELS)
+def test_no_rows_and_strided_rows(op):
+    given = [t.to(DEVICE) for t in inputs(op, 4, 64, 16, torch.float32)]
+    with vfmtok_fast.enable(op, strict=True):
+        want = call(op, given)
+        wide = given[0].new_full((4, 128), float("nan"))
+        wide[:, ::2] = given[0]
+        assert all(map(torch.equal, call(op, [wide[:, ::2], *given[1:]]), want))
+        empty = [given[0][:0], *given[1:]]
+        if op == "linear_residual":
+            empty[2] = empty[2][:0]
+        assert all(one.shape[0] == 0 for one in call(op, empty))
+
+
+@runs
+@pytest.mark.parametrize("op", KERNELS)
+def test_what_it_cannot_take(op):
+    given = [t.to(DEVICE) for t in inputs(op, 2, 64, 16, torch.float32)]
+    weight = 1 if op == "linear_residual" else 2
+
+    def reason(tensors: list[Tensor]) -> str:
+        with vfmtok_fast.enable(op, strict=True), pytest.raises(RuntimeError) as caught:
+            call(op, tensors)
+        return str(caught.value)
+
+    assert "not torch.float64" in reason([t.double() for t in given])
+    strided = list(given)
+    strided[weight] = given[weight].T.contiguous().T
+    assert "contiguous weights" in reason(strided)
+    learning = list(given)
+    learning[weight] = given[weight].clone().requires_grad_()
+    assert "no backward pass" in reason(learning)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert "autocast" in reason(given)
+    with torch.no_grad(), vfmtok_fast.enable(op, strict=True):
+        call(op, learning)
+
+
+@runs
+@pytest.mark.parametrize("op", KERNELS)
+def test_torch_knows_the_op(op):
+    given = [t.to(DEVICE) for t in inputs(op, 2, 64, 16, torch.float32)]
+    extra = {"gate_up": (1e-5,), "norm_linear": (1e-5,)}.get(op, ())
+    if op == "qkv_rotary":
+        caches = [torch.zeros(2, H, T, D, device=DEVICE) for _ in range(2)]
+        extra = (*caches, torch.tensor([1], device=DEVICE), 0, 1e-5)
+    target = getattr(torch.ops.vfmtok_fast, f"{op}_triton").default
+    torch.library.opcheck(target, (*given, *extra))
+
+
+@runs
+@pytest.mark.parametrize("op", KERNELS)
+def test_compiles_without_graph_breaks(op):
+    given = [t.to(DEVICE) for t in inputs(op, 2, 64, 16, torch.float32)]
+    caches = [torch.zeros(2, H, T, D, device=DEVICE) for _ in range(2)]
+    extra = (*caches, torch.tensor([1], device=DEVICE)) if op == "qkv_rotary" else ()
+    with torch.no_grad(), vfmtok_fast.enable(op, strict=True):
+        want = getattr(ops, op)(*given, *extra)
+        kept = [cache.clone() for cache in caches]
+        compiled = torch.compile(getattr(ops, op), backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(*given, *extra), want)
+    assert all(map(torch.equal, caches, kept))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_graph_replays_the_same_bits(op, overlap, monkeypatch):
+    """Also where a kernel may begin while the one before it ends."""
+    if overlap and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("programmatic dependent launch needs sm_90")
+    given = [t.cuda() for t in inputs(op, 2, 1024, 1024, torch.bfloat16)]
+    want = call(op, given) if op != "qkv_rotary" else None
+    monkeypatch.setattr(few_rows, "OVERLAP", overlap)
+    caches = [torch.zeros(2, H, T, D, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    extra = (*caches, torch.tensor([1], device="cuda")) if op == "qkv_rotary" else ()
+    with torch.no_grad(), vfmtok_fast.enable(op, strict=True):
+        eager = [getattr(ops, op)(*given, *extra) for _ in range(3)][-1]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            chain = [getattr(ops, op)(*given, *extra) for _ in range(8)]
+        for _ in range(5):
+            for out in chain:
+                out.fill_(float("nan"))
+            graph.replay()
+            assert all(torch.equal(out, eager) for out in chain)
+    if want is not None:
+        torch.testing.assert_close(eager, want[0], rtol=2e-2, atol=2e-2)
