@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -109,6 +110,9 @@ def make_shards(
 ) -> None:
     """Generate, decode and commit shards, the same bytes whoever does it.
 
+    On a GPU a thread with a stream of its own decodes and commits what is generated, while the next
+    codes are in the making: those are bound by memory, decoding by arithmetic.
+
     Args:
         job: prepared.
         numbers: which shards; their codes are generated together if the batch size allows.
@@ -116,20 +120,59 @@ def make_shards(
         advance: told how many pictures were finished; may raise to stop.
     """
     together = max(1, batch_size // SHARD)
-    for first in range(0, len(numbers), together):
-        some = numbers[first : first + together]
-        ids = torch.cat([job.rows(number) for number in some])
-        batches = job.gpt.stream(
-            job.class_ids[ids], batch_size=batch_size, image_ids=ids, **job.sampling
-        )
-        codes = torch.cat([part for _, part in batches])
-        for number, part in zip(some, codes.split(SHARD), strict=True):
-            pictures = []
-            for group in part.split(GROUP):
-                pictures.append(job.tokenizer.decode_to_uint8(group, job.size).cpu().numpy())
-                advance(len(group))
-            with atomic.atomic_file(job.path(number)) as file:
-                np.save(file, np.concatenate(pictures))
+    cuda = job.gpt.head.weight.is_cuda
+    stream = torch.cuda.Stream(job.gpt.head.weight.device) if cuda else None
+    with ThreadPoolExecutor(1, thread_name_prefix="vfmtok-decode") as thread:
+        decoding: list[Future] = []
+        for first in range(0, len(numbers), together):
+            some = numbers[first : first + together]
+            ids = torch.cat([job.rows(number) for number in some])
+            batches = job.gpt.stream(
+                job.class_ids[ids], batch_size=batch_size, image_ids=ids, **job.sampling
+            )
+            codes = torch.cat([part for _, part in batches])
+            shards = list(zip(some, codes.split(SHARD), strict=True))
+            if stream is None:
+                for number, part in shards:
+                    _decode_shard(job, number, part, advance)
+                continue
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
+            codes.record_stream(stream)
+            # One batch may wait; an error there ends the run here.
+            _results(decoding)
+            decoding = [
+                thread.submit(_decode_beside, stream, job, number, part, advance)
+                for number, part in shards
+            ]
+        _results(decoding)
+
+
+def _results(futures: list[Future]) -> None:
+    """Wait for all; where one failed, the ones that have not begun never do."""
+    try:
+        for future in futures:
+            future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _decode_beside(stream: torch.cuda.Stream, *args) -> None:
+    # The stream makes its device the current one too, which a new thread does not inherit.
+    with torch.cuda.stream(stream):
+        _decode_shard(*args)
+
+
+def _decode_shard(
+    job: Job, number: int, codes: torch.Tensor, advance: Callable[[int], None]
+) -> None:
+    """Decode one shard's codes and commit it."""
+    pictures = []
+    for group in codes.split(GROUP):
+        pictures.append(job.tokenizer.decode_to_uint8(group, job.size).cpu().numpy())
+        advance(len(group))
+    with atomic.atomic_file(job.path(number)) as file:
+        np.save(file, np.concatenate(pictures))
 
 
 def finish(job: Job) -> bool:

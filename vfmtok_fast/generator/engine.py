@@ -152,6 +152,7 @@ class Engine:
             self.advance(model, cache, sampling, guided, self.at)
         here.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):  # Records; runs nothing, so the step above counts once.
+        # Records; runs nothing, so the step above counts once. Other threads may go on meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.advance(model, cache, sampling, guided, self.at)
         self.graphs[key] = graph

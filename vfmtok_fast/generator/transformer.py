@@ -94,16 +94,19 @@ class Block(nn.Module):
         return x + self.ffn(self.ffn_norm(x))
 
     def step(
-        self, x: Tensor, rotary: Tensor, keys: Tensor, values: Tensor, at: int | Tensor
-    ) -> Tensor:
+        self, x: Tensor, rotary: Tensor, keys: Tensor, values: Tensor, at: int | Tensor,
+        length: int | Tensor,
+    ) -> Tensor:  # fmt: skip
         """The same for position ``at`` alone, x [B, C], with a cache [B, H, T, D] of the others.
+
+        ``length`` is ``at + 1``, which on a GPU is a launch of its own and the same for all layers.
 
         Without dropout. Each line is an op, so that `enable` reaches all of a decoding step.
         """
         attention, ffn, eps = self.attention, self.ffn, self.ffn_norm.eps
         norm = self.attention_norm.weight
         q = ops.qkv_rotary(x, norm, attention.qkv.weight, rotary, keys, values, at, eps=eps)
-        mixed = ops.decode_attention(q, keys, values, at + 1).flatten(1)
+        mixed = ops.decode_attention(q, keys, values, length).flatten(1)
         x = ops.linear_residual(mixed, attention.out.weight, x)
         hidden = ops.gate_up(x, self.ffn_norm.weight, ffn.gate.weight, ffn.up.weight, eps=eps)
         return ops.linear_residual(hidden, ffn.down.weight, x)
@@ -201,8 +204,9 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
 
     def step(self, x: Tensor, cache: KVCache, at: int | Tensor) -> Tensor:
         """Embedded position ``at`` [B, C] to its logits [B, K]; goes into the cache as well."""
+        length = at + 1
         for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
-            x = block.step(x, self.rotary, keys, values, at)
+            x = block.step(x, self.rotary, keys, values, at, length)
         return ops.norm_linear(x, self.norm.weight, self.head.weight, eps=self.norm.eps)
 
     @classmethod
