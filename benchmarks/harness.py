@@ -152,8 +152,13 @@ def capture(fn: Callable[[], object]) -> Callable[[], object] | None:
     return graph.replay
 
 
-def rounds_of(fn: Callable[[], object], rounds: int = ROUNDS) -> tuple[list[float], str]:
-    """Seconds of each round, and how they were measured; ``fn`` must have run before."""
+def rounds_of(
+    fn: Callable[[], object], rounds: int = ROUNDS, replay: bool = True
+) -> tuple[list[float], str]:
+    """Seconds of each round, and how they were measured; ``fn`` must have run before.
+
+    On a GPU a call is timed as a graph's replay if it can be captured and ``replay`` is true.
+    """
     flush = flush_buffer()
     times: list[float] = []
     if not GPU:
@@ -165,8 +170,8 @@ def rounds_of(fn: Callable[[], object], rounds: int = ROUNDS) -> tuple[list[floa
             times.append(time.perf_counter() - start)
         return times, "wall"
     fn()
-    replay = capture(fn)
-    call = replay or fn
+    captured = capture(fn) if replay else None
+    call = captured or fn
     begin = time.perf_counter()
     while len(times) < rounds and (len(times) < 5 or time.perf_counter() - begin < SECONDS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -177,7 +182,7 @@ def rounds_of(fn: Callable[[], object], rounds: int = ROUNDS) -> tuple[list[floa
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
-    return times, "graph replay" if replay else "events"
+    return times, "graph replay" if captured else "events"
 
 
 def peak_bytes(fn: Callable[[], object]) -> int | None:
@@ -213,6 +218,8 @@ def measure(
     check: Callable[[object], dict[str, object]],
     work: Work,
     rounds: int = ROUNDS,
+    replay: bool = True,
+    rates: dict[str, int] | None = None,
 ) -> None:
     """Check a provider's values, time it, and record it.
 
@@ -223,10 +230,12 @@ def measure(
         check: raises where the values of ``fn()`` are wrong; what it returns is recorded.
         work: the least that the call must do.
         rounds: at most so many.
+        replay: as in `rounds_of`.
+        rates: how many of what a call makes; recorded per second.
     """
     facts = check(fn())
     peak = peak_bytes(fn)
-    times, how = rounds_of(fn, rounds)
+    times, how = rounds_of(fn, rounds, replay)
     median = statistics.median(times)
     top = ceilings()
     record = {
@@ -243,6 +252,7 @@ def measure(
         "tflop_s": round(work.flops / median / 1e12, 3),
         "percent_of_matmul": round(100 * work.flops / median / 1e12 / top["matmul_tflop_s"], 1),
         "peak_mib": None if peak is None else round(peak / 2**20, 1),
+        **{name: round(count / median, 3) for name, count in (rates or {}).items()},
         **facts,
     }
     benchmark.extra_info.update(record)
