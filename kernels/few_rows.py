@@ -8,7 +8,7 @@ Reading w is what this costs: 2 N K bytes in half precision, 1.5 us for GPT-L's 
 4.3 TB/s. What may not be lost is latency, so a program has few rows of w (16) and all its loads
 under way at once: SLICES warps each take every SLICES-th piece of K through their own matrix
 product, pieces come by asynchronous copies STAGES deep, and the warps' sums meet once, at the end,
-in one order: the same bits on every run, whatever the other rows are.
+in one order: the same bits on every run, whatever the other rows hold.
 
 More rows go to cuBLAS between small kernels, see `rms_norm` here and the ops.
 """
