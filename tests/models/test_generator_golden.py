@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -17,9 +17,12 @@ from vfmtok_fast.generator import KVCache
 STEP = ("qkv_rotary", "decode_attention", "linear_residual", "gate_up", "norm_linear")
 
 
-def enabled(fast: bool) -> contextlib.AbstractContextManager:
-    """The reference, or on a CPU the portable implementations and no other."""
-    if not fast:
+WAYS = ["reference", "portable", pytest.param("triton", marks=pytest.mark.gpu)]
+
+
+def enabled(way: str) -> contextlib.AbstractContextManager:
+    """What ``way`` asks for, and no other: portable on a CPU, Triton on a GPU."""
+    if way == "reference":
         return contextlib.nullcontext()
     return vfmtok_fast.enable((*STEP, "sample_token"), strict=True)
 
@@ -54,34 +57,43 @@ class Golden:
             loss = F.cross_entropy(logits.flatten(0, 1), want["tokens"].flatten().long())
             assert abs(float(loss - want["loss"])) <= 2 * bound + rounding
 
-    def check_steps(self, fast: bool) -> None:
+    @contextlib.contextmanager
+    def on(self, way: str) -> Iterator[torch.device]:
+        """The model on the device of ``way``, for a while."""
+        device = torch.device("cuda" if way == "triton" else "cpu")
+        self.model.to(device)
+        try:
+            yield device
+        finally:
+            self.model.cpu()
+
+    def check_steps(self, way: str) -> None:
         """Logits of each decoding step, given the codes so far, within the rule of all ops."""
-        config, codes = self.model.config, self.want["tokens"].long()
-        cache = KVCache(config, len(codes), torch.device("cpu"), torch.float32)
-        model = self.model
+        config, model = self.model.config, self.model
         vfmtok_fast.switch.reset_records()
-        with torch.no_grad(), enabled(fast):
-            inputs = [model.class_embedding(self.classes)]
+        with self.on(way) as device, torch.no_grad(), enabled(way):
+            codes = self.want["tokens"].to(device).long()
+            cache = KVCache(config, len(codes), device, torch.float32)
+            inputs = [model.class_embedding(self.classes.to(device))]
             inputs += model.token_embedding(codes[:, :-1]).unbind(1)
             logits = [model.step(x, cache, at) for at, x in enumerate(inputs)]
-        logits = torch.stack(logits, dim=1)
+        logits = torch.stack(logits, dim=1).cpu()
         rounding = torch.finfo(torch.float32).eps * float(self.truth.abs().max())
         worst = (logits - self.truth).abs().amax((0, 2))
         assert len(worst) == config.block_size
         assert float(worst.max()) <= 2 * self.ruler + rounding
-        if fast:
-            calls = vfmtok_fast.status().ops
-            assert all(set(calls[op].calls) == {"portable"} for op in STEP)
+        calls = vfmtok_fast.status().ops
+        assert all(set(calls[op].calls) == {way} for op in STEP)
 
-    def check_greedy(self, name: str, guided_logits: Callable, fast: bool) -> None:
+    def check_greedy(self, name: str, guided_logits: Callable, way: str) -> None:
         scale, interval = (
             float(part) for part in name.removeprefix("greedy_cfg").split("_interval")
         )
         want = self.want[name].long()
-        with enabled(fast):
+        with self.on(way) as device, enabled(way):
             got = self.model.generate(
-                self.classes, cfg_scale=scale, cfg_interval=int(interval), greedy=True
-            )
+                self.classes.to(device), cfg_scale=scale, cfg_interval=int(interval), greedy=True
+            ).cpu()
         assert got.shape == want.shape and got.dtype == torch.int64
         logits = guided_logits(self.model, want, self.classes, scale, int(interval))
         best = logits.topk(2).values
@@ -108,15 +120,15 @@ def test_golden_small_teacher_forcing(gpt_small):
     gpt_small.check_teacher_forcing()
 
 
-@pytest.mark.parametrize("fast", [False, True])
-def test_golden_small_steps(gpt_small, fast):
-    gpt_small.check_steps(fast)
+@pytest.mark.parametrize("way", WAYS)
+def test_golden_small_steps(gpt_small, way):
+    gpt_small.check_steps(way)
 
 
-@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", GREEDY_SMALL)
-def test_golden_small_greedy(gpt_small, name, guided_logits, fast):
-    gpt_small.check_greedy(name, guided_logits, fast)
+def test_golden_small_greedy(gpt_small, name, guided_logits, way):
+    gpt_small.check_greedy(name, guided_logits, way)
 
 
 @pytest.mark.parametrize(
@@ -129,24 +141,31 @@ def test_golden_small_greedy(gpt_small, name, guided_logits, fast):
     ],
     ids=str,
 )
-def test_the_same_seeds_give_the_same_codes(gpt_small, settings):
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_the_same_seeds_give_the_same_codes(gpt_small, settings, way):
     """Whatever the implementation; a tie within rounding would have to be looked at."""
-    want = gpt_small.model.generate(gpt_small.classes, **settings)
-    with enabled(True):
-        assert torch.equal(gpt_small.model.generate(gpt_small.classes, **settings), want)
+    model, classes = gpt_small.model, gpt_small.classes
+    want = model.generate(classes, **settings)
+    with gpt_small.on(way) as device, enabled(way):
+        assert torch.equal(model.generate(classes.to(device), **settings).cpu(), want)
 
 
 def test_golden_small_has_no_other_setting(gpt_small):
     assert {name for name in gpt_small.want if name.startswith("greedy")} == set(GREEDY_SMALL)
 
 
+@pytest.fixture(scope="module")
+def gpt_b(golden, official_weights) -> Golden:
+    return Golden("gpt_b", GPTConfig.preset("GPT-B"), golden, official_weights)
+
+
 @pytest.mark.slow
-def test_golden_b(golden, official_weights, guided_logits):
-    case = Golden("gpt_b", GPTConfig.preset("GPT-B"), golden, official_weights)
-    case.check_teacher_forcing()
-    names = [name for name in case.want if name.startswith("greedy")]
+@pytest.mark.parametrize("way", WAYS)
+def test_golden_b(gpt_b, guided_logits, way):
+    names = [name for name in gpt_b.want if name.startswith("greedy")]
     assert len(names) == 2
-    for fast in (False, True):
-        case.check_steps(fast)
-        for name in names:
-            case.check_greedy(name, guided_logits, fast)
+    if way == "reference":
+        gpt_b.check_teacher_forcing()
+    gpt_b.check_steps(way)
+    for name in names:
+        gpt_b.check_greedy(name, guided_logits, way)

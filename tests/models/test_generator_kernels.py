@@ -1,0 +1,130 @@
+"""The engine with every op of a step in Triton: on a GPU its graphs, else in the interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+import vfmtok_fast
+from vfmtok_fast import GPT, GPTConfig
+from vfmtok_fast.generator import engine
+
+pytest.importorskip("triton")
+from vfmtok_fast.kernels import few_rows
+
+GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if GPU else "cpu"
+HERE = pytest.mark.skipif(not INTERPRETED, reason="runs in the child pytest")
+runs = pytest.mark.gpu if GPU else HERE
+CLASSES = torch.arange(64) % 10
+SETTINGS = (
+    {"seed": 1},
+    {"seed": 2, "cfg_scale": 2.0, "cfg_interval": 4, "top_k": 40},
+    {"seed": 2**63 + 5, "cfg_scale": 1.5, "top_p": 0.9, "temperature": 0.8},
+    {"greedy": True, "cfg_scale": 3.0},
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests below run here")
+def test_in_the_interpreter(run_in_interpreter):
+    run_in_interpreter(__file__)
+
+
+def make(**changes: int) -> GPT:
+    torch.manual_seed(0)
+    shape = {
+        "num_layers": 2, "num_heads": 4, "dim": 64, "vocab_size": 512, "block_size": 16,
+        "num_classes": 10, "ffn_multiple_of": 32,
+    }  # fmt: skip
+    model = GPT(GPTConfig(**(shape | changes))).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    return make() if GPU else make(block_size=9, num_layers=1)
+
+
+def fast(model: GPT, classes: torch.Tensor, **settings) -> torch.Tensor:
+    """Codes of the engine, with Triton kernels and nothing else, on ``DEVICE``."""
+    vfmtok_fast.switch.reset_records()
+    model.to(DEVICE)
+    try:
+        with vfmtok_fast.enable(engine.STEP_OPS, strict=True):
+            codes = model.generate(classes.to(DEVICE), **settings).cpu()
+    finally:
+        model.cpu()
+    status = vfmtok_fast.status()
+    assert status.paths["generate"] == {"engine": 1}
+    for op in engine.STEP_OPS:
+        assert set(status.ops[op].calls) == {"triton"}, op
+    return codes
+
+
+@runs
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_codes_are_the_references(model, settings):
+    """In float32, where a tie within rounding would have to be looked at."""
+    for B in (1, 3, 34) if GPU else (2,):
+        want = model.generate(CLASSES[:B], **settings)
+        assert torch.equal(fast(model, CLASSES[:B], **settings), want), B
+
+
+@pytest.mark.gpu
+def test_a_replay_is_no_repeat(model):
+    """Other seeds, images and classes come through a captured graph; the same ones repeat."""
+    first = fast(model, CLASSES[:4], seed=1, cfg_scale=2.0)
+    assert torch.equal(fast(model, CLASSES[:4], seed=1, cfg_scale=2.0), first)
+    for other in (
+        fast(model, CLASSES[:4], seed=2, cfg_scale=2.0),
+        fast(model, CLASSES[:4], seed=1, cfg_scale=2.0, image_ids=torch.arange(4) + 4),
+        fast(model, CLASSES[4:8], seed=1, cfg_scale=2.0),
+    ):
+        assert (other != first).any(dim=1).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", SETTINGS[:3], ids=str)
+def test_an_image_is_the_same_in_batches_of_1_3_and_64(model, settings):
+    together = fast(model, CLASSES, **settings)
+    for rows in (slice(0, 1), slice(5, 6), slice(20, 23)):
+        ids = torch.arange(64)[rows]
+        assert torch.equal(fast(model, CLASSES[rows], image_ids=ids, **settings), together[rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("B", [1, 4, 16])
+def test_kernels_that_overlap_make_the_same_codes(dtype, B, monkeypatch):
+    """A kernel that reads before the one ahead of it has written would show here, by chance."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("programmatic dependent launch needs sm_90")
+    model = make(num_layers=8, dim=512, num_heads=8, block_size=64).to(dtype)
+    settings = {"seed": 3, "cfg_scale": 1.5, "top_k": 100}
+    want = fast(model, CLASSES[:B], **settings)
+    monkeypatch.setattr(few_rows, "OVERLAP", True)
+    for _ in range(10):
+        assert torch.equal(fast(model, CLASSES[:B], **settings), want)
+
+
+@pytest.mark.gpu
+def test_memory_does_not_grow(model):
+    model.to("cuda")
+    try:
+        with vfmtok_fast.enable(engine.STEP_OPS, strict=True):
+            for _ in range(3):
+                model.generate(CLASSES[:4].cuda(), cfg_scale=2.0, cfg_interval=3)
+            before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+            for _ in range(20):
+                model.generate(CLASSES[:4].cuda(), cfg_scale=2.0, cfg_interval=3)
+            assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
+    finally:
+        model.cpu()
