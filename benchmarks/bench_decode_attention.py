@@ -6,6 +6,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import harness
 import pytest
@@ -58,7 +59,7 @@ SHAPES = (
         Shape("GPT-L", 2, 16, 16, 256, 64, 128),
         Shape("GPT-3B", 2, 32, 32, 256, 100, 128),
         Shape("GPT-L", 16, 16, 16, 256, 64, 128),
-        Shape("grouped", 2, 8, 2, 2048, 64, 2048),
+        Shape("grouped", 2, 8, 2, 256, 64, 256),
     )
 )
 
@@ -101,10 +102,9 @@ def compiled() -> Callable:
     return torch.compile(ops.decode_attention)
 
 
-def library(name: str) -> Callable:
-    return importlib.import_module(
-        f"vfmtok_fast.providers.decode_attention_{name}"
-    ).decode_attention
+def provider_module(provider: str) -> ModuleType:
+    name = provider.replace("-", "_")
+    return importlib.import_module(f"vfmtok_fast.providers.decode_attention_{name}")
 
 
 PROVIDERS: dict[str, Callable[[], Callable]] = {
@@ -113,20 +113,19 @@ PROVIDERS: dict[str, Callable[[], Callable]] = {
     "torch SDPA": lambda: torch_sdpa,
     "fast": lambda: enabled,
     "fast, length on the device": lambda: enabled,
-    "flash-attn": lambda: library("flash_attn"),
-    "xformers": lambda: library("xformers"),
+    "flash-attn": lambda: provider_module("flash-attn").decode_attention,
+    "xformers": lambda: provider_module("xformers").decode_attention,
 }
 
 
 def needs(provider: str, shape: Shape) -> str | None:
     """Why a provider cannot run here, or None."""
-    name = provider.replace("-", "_")
-    if name not in ("flash_attn", "xformers"):
+    if provider not in ("flash-attn", "xformers"):
         return None
     if not GPU:
         return f"{provider} needs a GPU"
     try:
-        module = importlib.import_module(f"vfmtok_fast.providers.decode_attention_{name}")
+        module = provider_module(provider)
     except ImportError:
         return f"{provider} is not installed"
     return module.unsupported_reason(*inputs(shape), shape.length)
