@@ -160,7 +160,7 @@ def bench_decode_attention(benchmark, shape: Shape, provider: str):
 
 
 @pytest.mark.skipif(not GPU, reason="the launch settings are a GPU's")
-@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("stages", [2, 3])
 @pytest.mark.parametrize(("values", "warps"), [(4096, 4), (8192, 4), (8192, 8), (16384, 8)])
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
 def bench_settings(benchmark, monkeypatch, shape: Shape, values: int, warps: int, stages: int):
