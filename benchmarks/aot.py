@@ -72,7 +72,7 @@ def compile_case(case: Case, chip: Chip) -> object:
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(names)
-            if str(case.types.get(name)).startswith("*")
+            if str(case.types.get(name)).startswith("*") or name in case.aligned
         },
     )
     options = {"num_warps": case.warps, "num_stages": case.stages, **case.options}

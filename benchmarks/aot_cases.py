@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vfmtok_fast.kernels import (
+    decode_attention,
     deformable_sample,
     deformable_sample_kernels,
     few_rows,
@@ -36,6 +37,8 @@ class Case:
     units: int = 0
     matrix_flops: int = 0
     problem: str = field(default="", compare=False)
+    # Numbers that a launch finds to be multiples of 16: strides, which widen the loads.
+    aligned: tuple[str, ...] = ()
     # Compute capabilities whose launches take these constants.
     chips: tuple[int, ...] = (80, 90, 100)
 
@@ -242,4 +245,50 @@ def step_cases() -> list[Case]:
     return cases
 
 
-CASES = nearest_code_cases() + deformable_sample_cases() + step_cases()
+def decode_attention_cases() -> list[Case]:
+    """A guided step of 64 images at length 128 of 256; one more with split keys; one in float32."""
+    module = decode_attention
+    cases = []
+    for what, kind, B, H, G, T, D, live in (
+        ("GPT-L", "bf16", 128, 16, 16, 256, 64, 128),
+        ("GPT-3B", "bf16", 128, 32, 32, 256, 100, 128),
+        ("GPT-L", "fp32", 128, 16, 16, 256, 64, 128),
+        ("grouped", "bf16", 2, 32, 8, 32768, 128, 32768),
+    ):
+        itemsize = 4 if kind == "fp32" else 2
+        constants = module._constants(H // G, D, itemsize)
+        programs = B * H // constants["R"]
+        splits = module._splits(programs, 2 * T * D * itemsize)
+        types = dict.fromkeys(("q", "keys", "values", "out"), f"*{kind}") | {"length": "*i64"}
+        types |= {"parts": "*fp32", "arrived": "*i32"} if splits > 1 else {}
+        strides = ("k_batch", "k_head", "v_batch", "v_head")
+        types |= dict.fromkeys(("heads", "capacity", *strides), "i32")
+        unused = {} if splits > 1 else {"parts": None, "arrived": None}
+        cases.append(
+            Case(
+                f"decode_attention._decode {kind} {what} D={D} splits={splits}",
+                module._decode,
+                types,
+                {
+                    **constants,
+                    **unused,
+                    "LENGTHS": 1,
+                    "K_ROW": D,
+                    "V_ROW": D,
+                    "SPLITS": splits,
+                    "STAGES": module.STAGES,
+                },  # fmt: skip
+                module.WARPS,
+                unit="key",
+                units_per_warp=constants["TILE"] // module.WARPS,
+                units=programs * live,
+                # Queries are padded; both products.
+                matrix_flops=4 * constants["ROWS"] * constants["C"] if itemsize == 2 else 0,
+                problem=f"B={B} H={H} G={G} T={T} D={D} length={live} {kind}",
+                aligned=("heads", "capacity", *strides),
+            )
+        )
+    return cases
+
+
+CASES = nearest_code_cases() + deformable_sample_cases() + step_cases() + decode_attention_cases()

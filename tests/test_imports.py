@@ -23,9 +23,10 @@ ALLOWED: dict[str, set[str]] = {
     "reference": set(),
     "portable": set(),
     "kernels": set(),
+    "providers": set(),
     "images": set(),
     "hub": set(),
-    "ops": {"switch", "reference", "portable", "kernels"},
+    "ops": {"switch", "reference", "portable", "kernels", "providers"},
     "tokenizer": {"hub", "ops"},
     "generator": {"switch", "hub", "ops", "reference"},
     "checkpoint": {"hub", "tokenizer", "generator"},
@@ -53,6 +54,7 @@ OUTSIDE: dict[str, set[str]] = {
     "reference": {"torch"},
     "portable": {"torch"},
     "kernels": {"torch", "triton"},
+    "providers": {"torch", "flash_attn", "xformers"},
     "images": {"torch", "numpy", "PIL"},
     "hub": {"torch", "huggingface_hub", "safetensors"},
     "ops": {"torch"},
@@ -167,6 +169,8 @@ def test_module_imports_only_what_its_part_may(name: str):
         ("vfmtok_fast.kernels.nearest_code", "from vfmtok_fast.reference import nearest_code"),
         ("vfmtok_fast.kernels.nearest_code", "import numpy"),
         ("vfmtok_fast.portable.nearest_code", "def f():\n    import triton"),
+        ("vfmtok_fast.portable.decode_attention", "import flash_attn"),
+        ("vfmtok_fast.providers.decode_attention_xformers", "from ..portable import linear"),
         ("vfmtok_fast.ops.nearest_code", "from .. import tokenizer"),
         ("vfmtok_fast.tokenizer.model", "from ..reference.nearest_code import nearest_code"),
         ("vfmtok_fast.tokenizer.model", "from vfmtok_fast import VFMTok"),
@@ -214,7 +218,7 @@ def run_python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_import_leaves_triton_alone(tmp_path: Path):
-    code = f"import sys, {PACKAGE}\nprint('triton' in sys.modules)"
+    code = f"import sys, {PACKAGE}\n{PACKAGE}.status()\nprint('triton' in sys.modules)"
     result = run_python(code, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["False"], (
@@ -226,7 +230,8 @@ def test_import_leaves_triton_alone(tmp_path: Path):
 @pytest.mark.slow
 def test_everything_but_the_kernels_imports_without_triton(tmp_path: Path):
     """Optional dependencies too: one of them imported at the top of a module fails here."""
-    names = [name for name in MODULES if not name.startswith(f"{PACKAGE}.kernels.")]
+    late = (f"{PACKAGE}.kernels.", f"{PACKAGE}.providers.")
+    names = [name for name in MODULES if not name.startswith(late)]
     lines = [f"import {name}" for name in names if not name.endswith(".__main__")]
     # The documented way to make an import fail; a finder that raises would break torch's own.
     code = "\n".join(["import sys", "sys.modules['triton'] = None", *lines, "print('done')"])

@@ -3,6 +3,8 @@
 Each op has one *reference* (always there) and may have faster implementations:
 
 - ``kernels/<op>.py``, Triton, for CUDA tensors (and CPU tensors under TRITON_INTERPRET=1);
+- ``providers/<op>_<library>.py``, another package's function, for CUDA tensors: taken after Triton,
+  where that package is installed, and nothing is said of it in a warning where it is not;
 - ``portable/<op>.py``, plain torch, where it beats the reference without Triton.
 
 An implementation module holds a function named like the op, with the op's signature, and may hold
@@ -138,15 +140,19 @@ def _activate() -> None:
 
 @dataclass
 class Implementation:
-    """A fast implementation of an op, imported on demand."""
+    """A fast implementation of an op, imported on demand; ``library``: an optional package's."""
 
     name: str
     path: str
+    library: str = ""
     note: str = ""
     module: ModuleType | None = field(default=None, repr=False)
 
     def load(self) -> None:
         if self.module is not None:
+            return
+        if not self.installed:
+            self.note = f"{self.library} is not installed"
             return
         try:
             self.module = importlib.import_module(self.path)
@@ -163,25 +169,41 @@ class Implementation:
         """Whether this is meant for ``device``; where it is not, passing it over is no fallback."""
         if self.name == "portable":
             return True
+        if self.library:
+            return device == "cuda"
         return device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+
+    @property
+    def installed(self) -> bool:
+        """Whether the package that this needs is there; looking does not import it."""
+        return not self.library or importlib.util.find_spec(self.library) is not None
 
     @property
     def exists(self) -> bool:
         if self.module is not None:
             return True
+        if not self.installed:
+            return False
         # The package first: below one that is missing, find_spec raises.
         package = self.path.rpartition(".")[0]
         return all(importlib.util.find_spec(path) is not None for path in (package, self.path))
 
 
 class Op:
-    """A public op's choice among its implementations; call it with validated arguments."""
+    """A public op's choice among its implementations; call it with validated arguments.
 
-    def __init__(self, name: str, reference: Callable):
+    ``libraries``: import names of packages that have a module in providers/ for this op.
+    """
+
+    def __init__(self, name: str, reference: Callable, libraries: tuple[str, ...] = ()):
         self.name = name
         self.reference = reference
         self.candidates = (
             Implementation("triton", f"vfmtok_fast.kernels.{name}"),
+            *(
+                Implementation(library, f"vfmtok_fast.providers.{name}_{library}", library)
+                for library in libraries
+            ),
             Implementation("portable", f"vfmtok_fast.portable.{name}"),
         )
         _registry[name] = self
@@ -192,13 +214,10 @@ class Op:
 
     def forecast(self, device: str) -> str:
         """Say what an enabled call on ``device`` ("cuda" or "cpu") would take, and why."""
-        reasons = []
-        for candidate in self.candidates:
-            if candidate.serves(device):
-                if candidate.module is not None:
-                    return "; ".join([f"{candidate.name}, where it can take the call", *reasons])
-                if candidate.note:
-                    reasons.append(candidate.note)
+        serving = [candidate for candidate in self.candidates if candidate.serves(device)]
+        reasons = [c.note for c in serving if c.module is None and c.note]
+        if names := [c.name for c in serving if c.module is not None]:
+            return "; ".join([f"{', else '.join(names)}, where it can take the call", *reasons])
         reasons = reasons or [f"this version has no fast implementation of it for {device} tensors"]
         return "; ".join(["reference", *reasons])
 
@@ -225,7 +244,8 @@ class Op:
             if not candidate.serves(device):
                 continue
             if candidate.module is None:
-                if candidate.note:
+                # Of an optional package, only `status` says that it is missing.
+                if candidate.note and not candidate.library:
                     served = True
                     reasons.append(candidate.note)
                 continue
@@ -312,7 +332,7 @@ def status() -> Status:
     ops = {}
     for name, op in _registry.items():
         there = [c.name for c in op.candidates if c.exists]
-        notes = [c.note for c in op.candidates if c.exists and c.note]
+        notes = [c.note for c in op.candidates if c.note and (c.exists or c.library)]
         if "triton" not in there:
             notes.append(
                 "no Triton kernel in this version yet, so enable() cannot speed it up on a GPU"

@@ -8,7 +8,7 @@ from ..reference import decode_attention as reference
 from ..switch import Op
 from .checks import check_position, check_same, check_shape, check_tensor
 
-_op = Op("decode_attention", reference.decode_attention)
+_op = Op("decode_attention", reference.decode_attention, libraries=("flash_attn", "xformers"))
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor) -> Tensor:

@@ -1,0 +1,396 @@
+"""The Triton attention against float64: on a GPU where there is one, else in the interpreter."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import vfmtok_fast
+from vfmtok_fast import ops
+from vfmtok_fast.reference.decode_attention import decode_attention as reference
+
+pytest.importorskip("triton")
+from vfmtok_fast.kernels import decode_attention as kernel
+
+GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if GPU else "cpu"
+HERE = pytest.mark.skipif(not INTERPRETED, reason="runs in the child pytest")
+runs = pytest.mark.gpu if GPU else HERE
+pytestmark = pytest.mark.usefixtures("poison")
+# The interpreter's bfloat16 products are wrong, and only half precision takes products.
+HALF = torch.bfloat16 if GPU else torch.float16
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
+GARBAGE = (float("nan"), float("inf"), float("-inf"), 1e30)
+# Positions of launch arguments.
+PARTS, ARRIVED = 5, 6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests below run here")
+def test_in_the_interpreter(run_in_interpreter):
+    run_in_interpreter(__file__)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """The interpreter runs one program after the other: short caches, so that they have tiles."""
+    if not GPU:
+        monkeypatch.setattr(kernel, "MAX_KEYS", 16)
+
+
+@pytest.fixture
+def launches(record):
+    return record(kernel, "_decode")["_decode"]
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """Splits keys however few they are, over up to four programs."""
+    monkeypatch.setattr(kernel, "SPLIT_FROM", 0)
+    monkeypatch.setattr(kernel, "SPLIT_BYTES", 1)
+    monkeypatch.setattr(kernel, "MAX_SPLITS", 4)
+    monkeypatch.setattr(kernel, "WANTED_PROGRAMS", 10**6)
+
+
+def make(B=2, H=2, G=2, T=70, D=64, dtype=torch.float32, seed=0) -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    shapes = ((B, H, D), (B, G, T, D), (B, G, T, D))
+    q, k, v = (torch.randn(shape, generator=draw).to(dtype) for shape in shapes)
+    return q, k, v
+
+
+def spoil(cache: Tensor, lengths: list[int], garbage: float = float("nan")) -> Tensor:
+    """The cache with garbage in every dead position."""
+    cache = cache.clone()
+    for row, length in zip(cache, lengths, strict=True):
+        row[:, length:] = garbage
+    return cache
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, length: int | Tensor) -> Tensor:
+    length = length.to(DEVICE) if isinstance(length, Tensor) else length
+    return kernel.decode_attention(q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), length).cpu()
+
+
+def as_lengths(length: int | Tensor, rows: int) -> list[int]:
+    lengths = length.flatten().tolist() if isinstance(length, Tensor) else [length]
+    return lengths * rows if len(lengths) < rows else lengths
+
+
+@pytest.fixture
+def check(check_error):
+    """``check(q, k, v, length)``: within the tolerance rule, dead positions spoilt."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, length: int | Tensor, garbage=GARBAGE[0]) -> Tensor:
+        lengths = as_lengths(length, len(q))
+        got = attend(q, spoil(k, lengths, garbage), spoil(v, lengths, garbage), length)
+        truth = reference(q.double(), k.double(), v.double(), torch.tensor(lengths))
+        check_error(got, truth, reference(q, k, v, torch.tensor(lengths)))
+        return got
+
+    return run
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("D", "group"),
+    [(8, 8), (24, 2), (60, 4), (64, 8), (80, 2), (100, 4), (128, 8)]
+    + [(D, 1) for D in (8, 24, 60, 64, 80, 100, 128)],
+)
+def test_head_dims_and_groups(D: int, group: int, dtype: torch.dtype, check, launches):
+    for length in (1, 37):
+        check(*make(B=1, H=2 * group, G=2, T=40, D=D, dtype=dtype), length)
+    assert [constants["D"] for constants in launches.constants] == [D, D]
+    # Half precision reads a key-value head once, whatever looks at it.
+    assert launches.constants[0]["R"] == (1 if dtype == torch.float32 else group)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_tile_borders(dtype: torch.dtype, check):
+    tile = kernel._constants(1, 64, dtype.itemsize)["TILE"]
+    T = 4 * tile + 3
+    q, k, v = make(T=T, dtype=dtype)
+    for length in (1, 2, tile - 1, tile, tile + 1, 3 * tile, 4 * tile, T - 1, T):
+        check(q, k, v, length)
+
+
+@runs
+@pytest.mark.parametrize("integer", [torch.int64, torch.int32, torch.uint8])
+def test_lengths_of_any_form(integer: torch.dtype, check, launches):
+    q, k, v = make(B=3, dtype=HALF)
+    check(q, k, v, torch.tensor([1, 70, 33], dtype=integer))
+    check(q, k, v, torch.tensor([[9], [1], [16]], dtype=integer))
+    check(q, k, v, torch.tensor([60, 0, 16, 0, 3, 0], dtype=integer)[::2])
+    one = [check(q, k, v, length) for length in (torch.tensor([37]), torch.tensor(37), 37)]
+    assert torch.equal(one[0], one[1]) and torch.equal(one[0], one[2])
+    assert [constants["LENGTHS"] for constants in launches.constants] == [2, 2, 2, 1, 1, 0]
+
+
+@runs
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_dead_positions_do_not_matter(garbage: float, check):
+    for dtype in (torch.float32, HALF):
+        check(*make(H=4, dtype=dtype), torch.tensor([17, 3]), garbage=garbage)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize(("H", "G", "D"), [(2, 2, 64), (6, 2, 100)])
+def test_split_keys(H: int, G: int, D: int, dtype: torch.dtype, check, launches, split):
+    """All numbers of live shares; those without keys neither write nor count."""
+    tile = kernel._constants(H // G, D, dtype.itemsize)["TILE"]
+    q, k, v = make(H=H, G=G, T=5 * tile, D=D, dtype=dtype)
+    for length in (1, tile, tile + 1, 3 * tile, 4 * tile, 5 * tile - 1):
+        check(q, k, v, length)
+        arguments, splits = launches.launches[-1], launches.constants[-1]["SPLITS"]
+        tiles = -(-length // tile)
+        used = -(-tiles // -(-tiles // splits))
+        assert splits == 4
+        assert (arguments[ARRIVED] == (used if used > 1 else 0)).all()
+        written = ~arguments[PARTS].isnan().all(-1)
+        assert (written.sum(-1) == (used if used > 1 else 0)).all()
+    check(q, k, v, torch.tensor([k.shape[2], 2]))
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_split_keys_give_the_same_bits_every_time(dtype: torch.dtype, split):
+    q, k, v = make(B=3, H=4, G=2, T=96, dtype=dtype)
+    want = attend(q, k, v, 90)
+    for _ in range(500 if GPU else 2):
+        assert torch.equal(attend(q, k, v, 90), want)
+
+
+@HERE
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_the_order_of_arrival_does_not_change_a_bit(dtype: torch.dtype, split, monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder
+
+    q, k, v = make(T=96, dtype=dtype)
+    want, place = attend(q, k, v, 90), interpreter_builder.set_grid_idx
+    for order in itertools.islice(itertools.permutations(range(4)), 1, None, 5):
+        arrived = []
+
+        def shuffled(x: int, y: int, z: int, order=order, arrived=arrived) -> None:
+            arrived.append(order[y])
+            place(x, order[y], z)
+
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", shuffled)
+        assert torch.equal(attend(q, k, v, 90), want)
+        assert arrived[:4] == list(order)
+
+
+@runs
+def test_when_keys_are_split():
+    """By shapes alone, never where programs are many, never VFMTok's own 256 positions."""
+    for programs, capacity, D, itemsize, splits in (
+        (2 * 12, 256, 64, 2, 1), (2 * 32, 256, 100, 2, 1), (1, 256, 128, 4, 1),
+        (16, 2048, 64, 2, 8), (16, 8192, 128, 2, 8), (1, 65536, 128, 2, 16), (60, 8192, 128, 2, 2),
+        (132, 65536, 128, 2, 1), (10**6, 65536, 128, 2, 1),
+    ):  # fmt: skip
+        assert kernel._splits(programs, 2 * capacity * D * itemsize) == splits
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_no_live_position_gives_nan_as_the_reference_does(dtype: torch.dtype, split):
+    q, k, v = make(dtype=dtype)
+    none = torch.tensor([0, 5])
+    got, want = attend(q, k, v, none), reference(q, k, v, none)
+    assert torch.equal(got.isnan(), want.isnan()) and bool(got[0].isnan().all())
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("splitting", [False, True])
+def test_live_values_that_are_not_finite_show_as_in_the_reference(dtype, splitting, request):
+    if splitting:
+        request.getfixturevalue("split")
+    q, k, v = make(B=6, T=40, dtype=dtype)
+    q[:, :, 0] = q[:, :, 0].abs() + 1
+    k[0, 0, 20, 3] = float("nan")
+    k[1, 1, :20, 0] = -float("inf")  # Weight 0 for the first tiles, all of some lanes' keys.
+    k[2, 0, :, 0] = -float("inf")
+    k[3, 0, 39, 0] = float("inf")
+    v[4, 0, 2, 5] = float("inf")
+    got, want = attend(q, k, v, 40), reference(q, k, v, 40)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.isinf(), want.isinf())
+    assert not got[5].isnan().any() and not got[1].isnan().any()
+
+
+@runs
+def test_large_scores_pick_their_value():
+    q, k, v = make(dtype=torch.float32)
+    best = torch.einsum("bhd,bhtd->bht", q, k).argmax(-1)
+    want = v.gather(2, best[:, :, None, None].expand(-1, -1, 1, 64))[:, :, 0]
+    assert torch.equal(attend(q * 1e4, k, v, 70), want)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_any_strides(dtype: torch.dtype, check_error):
+    """Rows of a cache of several layers; positions outside heads; keys laid out unlike values."""
+    q, k, v = make(B=4, D=24, dtype=dtype)
+    want = attend(q[:2].clone(), k[:2].clone(), v[:2].clone(), 50)
+    layers = torch.stack([v, k, v]).to(DEVICE)[:, :2]
+    assert torch.equal(attend(q[:2], layers[1], layers[2], 50), want)
+    outside = k.transpose(1, 2).contiguous().transpose(1, 2)[:2].to(DEVICE)
+    padded = torch.full((2, 2, 90, 40), float("nan"), dtype=dtype, device=DEVICE)
+    padded[:, :, 5:75, 3:27] = v[:2].to(DEVICE)
+    queries = torch.stack([q, q], -1)[:2, ..., 0].to(DEVICE)
+    got = kernel.decode_attention(queries, outside, padded[:, :, 5:75, 3:27], 50)
+    assert torch.equal(got.cpu(), want)
+
+
+@runs
+def test_no_rows():
+    q, k, v = make(B=0)
+    for length in (3, torch.tensor([3]), torch.tensor([], dtype=torch.int64)):
+        assert attend(q, k, v, length).shape == q.shape
+
+
+@runs
+@given(data=st.data(), G=st.integers(1, 2), group=st.sampled_from([1, 2, 3, 33]),
+       T=st.integers(1, 50), D=st.integers(1, 128), half=st.booleans(), splitting=st.booleans(),
+       seed=st.integers(0, 2**31))  # fmt: skip
+@settings(max_examples=12, deadline=None)
+def test_any_shape(data, G, group, T, D, half, splitting, seed):
+    q, k, v = make(2, G * group, G, T, D, HALF if half else torch.float32, seed)
+    lengths = data.draw(st.lists(st.integers(1, T), min_size=2, max_size=2))
+    length = data.draw(st.sampled_from([lengths[0], torch.tensor(lengths)]))
+    lengths = as_lengths(length, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        if splitting:
+            patch.setattr(kernel, "SPLIT_FROM", 0)
+            patch.setattr(kernel, "SPLIT_BYTES", 1)
+        got = attend(q, spoil(k, lengths), spoil(v, lengths), length)
+    truth = reference(q.double(), k.double(), v.double(), torch.tensor(lengths))
+    ruler = (reference(q, k, v, torch.tensor(lengths)) - truth).abs().max()
+    rounding = torch.finfo(q.dtype).eps * truth.abs().max()
+    assert got.dtype == q.dtype and (got - truth).abs().max() <= 2 * ruler + rounding
+
+
+@runs
+def test_the_switch_takes_it_and_says_why_not():
+    q, k, v = (x.to(DEVICE) for x in make(D=128))
+    with vfmtok_fast.enable("decode_attention", strict=True):
+        assert torch.equal(ops.decode_attention(q, k, v, 9).cpu(), attend(q, k, v, 9))
+        assert vfmtok_fast.status().ops["decode_attention"].calls == {"triton": 1}
+        wide = [torch.cat([x, x[..., :1]], -1) for x in (q, k, v)]
+        for arguments, reason in (
+            ([x.double() for x in (q, k, v)], "triton: .* not torch.float64"),
+            (wide, "triton: .* not 129"),
+            ([x[..., ::2] for x in (q, k, v)], "triton: it takes caches whose last stride is 1"),
+            ([q.clone().requires_grad_(), k, v], "triton: it has no backward pass"),
+        ):
+            with pytest.raises(RuntimeError, match=reason):
+                ops.decode_attention(*arguments, 9)
+        with torch.no_grad():
+            ops.decode_attention(q.clone().requires_grad_(), k, v, 9)
+
+
+@runs
+@pytest.mark.parametrize("length", [9, torch.tensor([9]), torch.tensor([9, 20])])
+def test_opcheck(length: int | Tensor):
+    q, k, v = (x.to(DEVICE) for x in make(T=20, D=24))
+    lengths, number = (length.to(DEVICE), 0) if isinstance(length, Tensor) else (None, length)
+    torch.library.opcheck(torch.ops.vfmtok_fast.decode_attention_triton, (q, k, v, lengths, number))
+
+
+@runs
+@pytest.mark.parametrize("form", ["int", "tensor"])
+def test_torch_compile_takes_it_without_a_graph_break_or_a_graph_per_length(form: str):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    q, k, v = (x.to(DEVICE) for x in make(T=20, D=24))
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+
+    def step(q: Tensor, length: int | Tensor) -> Tensor:
+        return ops.decode_attention(q * 2, k, v, length) + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend=graphs)
+    with vfmtok_fast.enable("decode_attention", strict=True):
+        for n in (3, 4, 5, 16, 17, 20):
+            length = n if form == "int" else torch.tensor([n], device=DEVICE)
+            assert torch.equal(compiled(q, length), step(q, length))
+        assert "triton (compiled)" in vfmtok_fast.status().ops["decode_attention"].calls
+    # An int is a constant once, then a number of any value.
+    assert graphs.frame_count <= (2 if form == "int" else 1)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_no_length_compiles_a_variant():
+    assert [p.name for p in kernel._decode.params if p.do_not_specialize] == ["length"]
+
+
+@pytest.mark.gpu
+def test_lengths_share_compiled_kernels():
+    q, k, v = (x.cuda() for x in make(T=256, dtype=torch.bfloat16))
+    kernel.decode_attention(q, k, v, 7)
+    before = len(kernel._decode.device_caches[q.device.index][0])
+    for length in (1, 2, 15, 16, 17, 32, 255, 256):
+        kernel.decode_attention(q, k, v, length)
+    assert len(kernel._decode.device_caches[q.device.index][0]) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [256, 4096])
+def test_cuda_graph_counts_on(T: int, check_error):
+    """A graph that is replayed with its length moving on, split (T = 4096) and not."""
+    q, k, v = make(B=2, H=4, G=4, T=T, dtype=torch.bfloat16)
+    at = torch.ones(1, dtype=torch.int64, device="cuda")
+    arguments = [x.cuda() for x in (q, k, v)]
+    kernel.decode_attention(*arguments, at)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = kernel.decode_attention(*arguments, at)
+        at.add_(T // 8 - 3)
+    for length in range(1, T, T // 8 - 3):
+        graph.replay()
+        truth = reference(q.double(), k.double(), v.double(), length)
+        check_error(captured.cpu(), truth, reference(q, k, v, length))
+
+
+@pytest.mark.gpu
+def test_streams_do_not_share_a_counter():
+    q, k, v = (x.cuda() for x in make(B=1, H=4, G=4, T=8192, D=128, dtype=torch.bfloat16))
+    want = kernel.decode_attention(q, k, v, 8000)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    got = []
+    for i in range(400):
+        with torch.cuda.stream(streams[i % 4]):
+            got.append(kernel.decode_attention(q, k, v, 8000))
+    torch.cuda.synchronize()
+    assert all(torch.equal(x, want) for x in got)
+
+
+@pytest.mark.gpu
+def test_addresses_beyond_32_bits():
+    """A cache of 5 GB: the last row's offset does not fit."""
+    k = torch.zeros(5, 4, 2**20, 128, dtype=torch.bfloat16, device="cuda")
+    k[4, 3, :3] = torch.randn(3, 128)
+    q = torch.randn(5, 4, 128, dtype=torch.bfloat16, device="cuda")
+    got = kernel.decode_attention(q, k, k, 3)
+    want = reference(q, k, k, 3)
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+    assert float(got[4, 3].abs().max()) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_second_device():
+    q, k, v = make(dtype=torch.bfloat16)
+    got = kernel.decode_attention(*(x.to("cuda:1") for x in (q, k, v)), 50)
+    assert torch.equal(got.cpu(), attend(q, k, v, 50))

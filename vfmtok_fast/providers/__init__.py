@@ -1,0 +1,5 @@
+"""Other packages' functions as implementations of our ops, one module per op and package.
+
+Optional: `vfmtok_fast.switch` imports ``<op>_<package>`` when the op is enabled and the package is
+installed.
+"""

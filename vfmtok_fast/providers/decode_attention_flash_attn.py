@@ -1,0 +1,43 @@
+"""`ops.decode_attention` by flash-attn's `flash_attn_with_kvcache`, where that is installed.
+
+Source: https://github.com/Dao-AILab/flash-attention, `flash_attn/flash_attn_interface.py`: caches
+[B, T, G, D] with a last stride of 1, lengths int or int32 [B].
+"""
+
+from __future__ import annotations
+
+import torch
+from flash_attn import flash_attn_with_kvcache
+from torch import Tensor
+
+
+def unsupported_reason(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor
+) -> str | None:
+    """Why this cannot take the call, or None."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 and bfloat16, not {q.dtype}"
+    # It pads other dims itself, which copies both caches in every call.
+    if q.shape[2] % 8 or not 8 <= q.shape[2] <= 256:
+        return f"it takes heads of dimension 8 to 256, multiples of 8, not {q.shape[2]}"
+    if q.shape[0] == 0:
+        return "it takes at least one row"
+    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+        return "it takes caches whose last stride is 1"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
+        return "it has no backward pass (torch.no_grad() says that none is needed)"
+    if torch.compiler.is_compiling():
+        return "torch.compile cannot trace it"
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or later"
+    return None
+
+
+def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor) -> Tensor:
+    """See `vfmtok_fast.ops.decode_attention`; takes what `unsupported_reason` lets pass."""
+    if isinstance(length, Tensor):
+        length = length.reshape(-1).to(torch.int32).expand(q.shape[0]).contiguous()
+    mixed = flash_attn_with_kvcache(
+        q[:, None], k_cache.transpose(1, 2), v_cache.transpose(1, 2), cache_seqlens=length
+    )
+    return mixed[:, 0]

@@ -1,0 +1,45 @@
+"""`ops.decode_attention` by xformers' `memory_efficient_attention`, where that is installed.
+
+Source: https://github.com/facebookresearch/xformers, `xformers/ops/fmha`: [B, M, H, D], and with
+grouped queries [B, M, G, H / G, D] of which keys and values are expanded along the fourth.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from xformers.ops import memory_efficient_attention
+
+
+def unsupported_reason(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor
+) -> str | None:
+    """Why this cannot take the call, or None."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 and bfloat16, not {q.dtype}"
+    if q.shape[2] % 8 or not 8 <= q.shape[2] <= 256:
+        return f"it takes heads of dimension 8 to 256, multiples of 8, not {q.shape[2]}"
+    # Its masks for padded caches are made from lists of lengths, which would have to be read.
+    if isinstance(length, Tensor):
+        return "it takes the length as an int, not as a tensor"
+    if q.shape[0] == 0:
+        return "it takes at least one row"
+    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+        return "it takes caches whose last stride is 1"
+    if torch.compiler.is_compiling():
+        return "torch.compile cannot trace it"
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or later"
+    return None
+
+
+def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor) -> Tensor:
+    """See `vfmtok_fast.ops.decode_attention`; takes what `unsupported_reason` lets pass."""
+    B, H, D = q.shape
+    heads = k_cache.shape[1]
+    k, v = (cache[:, :, :length].transpose(1, 2) for cache in (k_cache, v_cache))
+    if H == heads:
+        return memory_efficient_attention(q[:, None], k, v)[:, 0]
+    shape = (B, length, heads, H // heads, D)
+    k, v = (x[:, :, :, None].expand(shape) for x in (k, v))
+    return memory_efficient_attention(q.view(B, 1, heads, H // heads, D), k, v).reshape(B, H, D)
