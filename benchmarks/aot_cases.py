@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from vfmtok_fast.kernels import (
@@ -230,6 +231,17 @@ def step_cases() -> list[Case]:
                     problem=f"{preset} rows={rows} K={K} N={N} {kind}",
                 )
             )
+    # As they would be if kernels overlapped: from sm_90 on.
+    first = cases[0]
+    cases.append(
+        dataclasses.replace(
+            first,
+            name=f"{first.name} overlapping",
+            constants={**first.constants, "OVERLAP": True},
+            options={**first.options, "launch_pdl": True},
+            chips=(90, 100),
+        )
+    )
     kernel = qkv_rotary._rotary
     cases.append(
         Case(
@@ -277,6 +289,7 @@ def decode_attention_cases() -> list[Case]:
                     "V_ROW": D,
                     "SPLITS": splits,
                     "STAGES": module.STAGES,
+                    "OVERLAP": False,
                 },  # fmt: skip
                 module.WARPS,
                 unit="key",

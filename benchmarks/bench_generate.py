@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import vfmtok_fast
 from vfmtok_fast import GPT, GPTConfig, ops
+from vfmtok_fast.generator import engine
 
 DTYPE = torch.bfloat16 if GPU else torch.float32
 SCALE = 1.5
@@ -81,15 +82,14 @@ def first_codes(gpt: GPT, class_ids: Tensor, count: int, **options) -> Tensor:
 
 def fast(preset: str, class_ids: Tensor, count: int, overlap: bool = False) -> Tensor:
     with vfmtok_fast.enable():
-        if not overlap:
+        if not GPU:
             return first_codes(model(preset), class_ids, count)
-        from vfmtok_fast.kernels import few_rows
+        from vfmtok_fast.kernels import launch
 
-        few_rows.OVERLAP = True
-        try:
-            return first_codes(model(preset), class_ids, count)
-        finally:
-            few_rows.OVERLAP = False
+        if launch.OVERLAP != overlap:
+            launch.OVERLAP = overlap
+            engine.forget()  # Its graphs are of the other setting.
+        return first_codes(model(preset), class_ids, count)
 
 
 @functools.lru_cache(maxsize=1)

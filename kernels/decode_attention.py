@@ -16,12 +16,12 @@ guided, bfloat16, length 128: 67 MB, 16 us. README.md has the arithmetic behind 
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import _let_next_begin, _wait_for_last, on, overlap
 
 WARPS = 4
 # Keys times padded head dim of a tile, in half precision and in float32: 16 KiB each, as much again
@@ -166,12 +166,15 @@ def _decode(
     q, keys, values, length, out, parts, arrived, heads, capacity, k_batch, k_head, v_batch, v_head,
     LENGTHS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, SHARING: tl.constexpr,
     D: tl.constexpr, C: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, TILE: tl.constexpr,
-    SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """R queries of one row and one share of their keys; SHARING programs read the same keys.
 
     LENGTHS: 0 an int, 1 a tensor of one for all rows, 2 a tensor of one per row.
     """
+    if OVERLAP:
+        _let_next_begin()
+        _wait_for_last()
     i_pair = tl.program_id(0).to(tl.int64)
     i_split = tl.program_id(1)
     i_row, i_head = i_pair // heads, i_pair % heads // SHARING
@@ -289,13 +292,12 @@ def _launch(
     if lengths is not None:
         kind = 2 if lengths.numel() > 1 else 1
         length = lengths.contiguous()
-    # Triton launches on the current device, which may be another one.
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with on(device):
         _decode[(B * heads, splits)](
             q, k_cache, v_cache, length, out, parts, arrived, heads, T,
             k_cache.stride(0), k_cache.stride(1), v_cache.stride(0), v_cache.stride(1),
             LENGTHS=kind, K_ROW=k_cache.stride(2), V_ROW=v_cache.stride(2), SPLITS=splits,
-            STAGES=STAGES, **constants, num_warps=WARPS,
+            STAGES=STAGES, **constants, **overlap(), num_warps=WARPS,
         )  # fmt: skip
     return out
 

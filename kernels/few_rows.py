@@ -15,12 +15,12 @@ More rows go to cuBLAS between small kernels, see `rms_norm` here and the ops.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import _let_next_begin, _wait_for_last, on, overlap
 
 # Rows of x that one program takes, padded to 8, 16 or 32; more would read x more often than w.
 # Predicted, not measured: at 32 rows a program of a layer with K = 1024 loads as much of x from L2
@@ -33,9 +33,6 @@ TILE = tl.constexpr(16)
 SLICES = tl.constexpr(4)
 # Pieces on their way at once.
 STAGES = 4
-# Let a step's kernel begin while the one before it ends (programmatic dependent launch, from sm_90
-# on): it fetches its weights into L2, then waits. Off until measured on a GPU.
-OVERLAP = False
 
 
 @triton.jit
@@ -87,12 +84,11 @@ def _products(
     p_b = w_b + row_b.to(tl.int64)[None, :, None] * K + o_k[:, None, :]
     p_x = x + o_r.to(tl.int64)[None, None, :] * K + o_k[:, :, None]
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
+        _let_next_begin()
         _fetch_rows(w_a, row_a, m_n, K)
         if PAIR:
             _fetch_rows(w_b, row_b, m_n, K)
-        # From here on what the kernel before wrote may be read, and what it read overwritten.
-        tl.extra.cuda.gdc_wait()
+        _wait_for_last()
     a = tl.zeros((SLICES, TILE, P), tl.float32)
     b = tl.zeros((SLICES, TILE, P), tl.float32)
     squares = tl.zeros((SLICES, DEPTH, P), tl.float32)
@@ -170,11 +166,6 @@ def unsupported_reason(x: Tensor, *weights: Tensor) -> str | None:
     return None
 
 
-def on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which may be another one."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def constants(rows: int, K: int, itemsize: int, *, pair: bool) -> dict[str, object]:
     """Compile-time arguments of a launch for x [rows, K]."""
     padded = max(8, triton.next_power_of_2(rows))
@@ -185,10 +176,10 @@ def constants(rows: int, K: int, itemsize: int, *, pair: bool) -> dict[str, obje
     while (STAGES - 1) * SLICES.value * depth * lines * itemsize > 96 * 1024:
         depth //= 2
     return {
-        "K": K, "P": padded, "DEPTH": depth, "STAGES": STAGES, "OVERLAP": OVERLAP,
+        "K": K, "P": padded, "DEPTH": depth, "STAGES": STAGES, **overlap(),
         # Left alone, the assembler spills one register rather than lose occupancy, of which there
         # is enough.
-        "num_warps": SLICES.value, "maxnreg": 255, **({"launch_pdl": True} if OVERLAP else {}),
+        "num_warps": SLICES.value, "maxnreg": 255,
     }  # fmt: skip
 
 

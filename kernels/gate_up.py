@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import few_rows
 from .few_rows import _products, _store, _tile
+from .launch import on
 
 BLOCK = 1024
 
@@ -70,12 +71,12 @@ def _launch(x: Tensor, norm_weight: Tensor, gate: Tensor, up: Tensor, eps: float
     if rows > few_rows.MAX_ROWS:
         x = few_rows.rms_norm(x, norm_weight, eps)
         products = F.linear(x, gate), F.linear(x, up)
-        with few_rows.on(x.device):
+        with on(x.device):
             _gate[(triton.cdiv(out.numel(), BLOCK),)](
                 *products, out, out.numel(), BLOCK=BLOCK, num_warps=4
             )
         return out
-    with few_rows.on(x.device):
+    with on(x.device):
         _gate_up[few_rows.grid(N)](
             x, norm_weight, gate, up, out, rows, N, eps,
             **few_rows.constants(rows, K, x.itemsize, pair=True),

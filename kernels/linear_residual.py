@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import few_rows
 from .few_rows import _products, _tile
+from .launch import on
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -53,7 +54,7 @@ def _launch(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     out = torch.empty(rows, N, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    with few_rows.on(x.device):
+    with on(x.device):
         _linear_residual[few_rows.grid(N)](
             x, weight, residual, out, rows, N, **few_rows.constants(rows, K, x.itemsize, pair=False)
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import few_rows
 from .few_rows import _products, _store, _tile
+from .launch import on
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -52,7 +53,7 @@ def _launch(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tenso
     out = torch.empty(rows, N, dtype=torch.float32, device=x.device)
     if out.numel() == 0:
         return out
-    with few_rows.on(x.device):
+    with on(x.device):
         _norm_linear[few_rows.grid(N)](
             x, norm_weight, weight, out, rows, N, eps,
             **few_rows.constants(rows, K, x.itemsize, pair=False),

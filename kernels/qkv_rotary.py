@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import few_rows
 from .few_rows import _products, _tile
+from .launch import on
 
 # Values [rows, pairs] of a program that rotates products which are there already.
 ROWS, PAIRS = 8, 128
@@ -147,13 +148,13 @@ def _launch(
     shape = {"H": H, "T": T, "D": D, "ON_DEVICE": at is not None}
     if rows > few_rows.MAX_ROWS:
         qkv = F.linear(few_rows.rms_norm(x, norm_weight, eps), weight)
-        with few_rows.on(x.device):
+        with on(x.device):
             _rotary[(triton.cdiv(rows, ROWS), triton.cdiv(3 * H * D // 2, PAIRS))](
                 qkv, rotary, position, out, k_cache, v_cache, rows,
                 **shape, ROWS=ROWS, PAIRS=PAIRS, num_warps=4,
             )  # fmt: skip
         return out
-    with few_rows.on(x.device):
+    with on(x.device):
         _qkv_rotary[few_rows.grid(3 * H * D // 2)](
             x, norm_weight, weight, rotary, position, out, k_cache, v_cache, rows, eps,
             **shape, **few_rows.constants(rows, K, x.itemsize, pair=True),

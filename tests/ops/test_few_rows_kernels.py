@@ -19,7 +19,7 @@ import vfmtok_fast
 from vfmtok_fast import ops
 
 pytest.importorskip("triton")
-from vfmtok_fast.kernels import few_rows, gate_up, linear_residual, norm_linear, qkv_rotary
+from vfmtok_fast.kernels import few_rows, gate_up, launch, linear_residual, norm_linear, qkv_rotary
 
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -237,7 +237,7 @@ def test_a_graph_replays_the_same_bits(op, overlap, monkeypatch):
         pytest.skip("programmatic dependent launch needs sm_90")
     given = [t.cuda() for t in inputs(op, 2, 1024, 1024, torch.bfloat16)]
     want = call(op, given) if op != "qkv_rotary" else None
-    monkeypatch.setattr(few_rows, "OVERLAP", overlap)
+    monkeypatch.setattr(launch, "OVERLAP", overlap)
     caches = [torch.zeros(2, H, T, D, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     extra = (*caches, torch.tensor([1], device="cuda")) if op == "qkv_rotary" else ()
     with torch.no_grad(), vfmtok_fast.enable(op, strict=True):

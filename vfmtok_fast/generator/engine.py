@@ -65,6 +65,12 @@ def run(
             _engines[model] = engine
 
 
+def forget() -> None:
+    """Drop all engines: their buffers, and graphs that hold what the kernels' settings were."""
+    with _lock:
+        _engines.clear()
+
+
 def _key(model: GPT, batch: int, guided: bool) -> tuple:
     """Equal for two calls that may share buffers and graphs: a graph holds these addresses."""
     weight = model.head.weight
