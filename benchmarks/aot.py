@@ -72,10 +72,10 @@ def compile_case(case: Case, chip: Chip) -> object:
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(names)
-            if str(case.types.get(name)).startswith("*")
+            if str(case.types.get(name)).startswith("*") or name in case.multiples
         },
     )
-    options = {"num_warps": case.warps, "num_stages": case.stages}
+    options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": case.fuse}
     return triton.compile(source, target=GPUTarget("cuda", chip.capability, 32), options=options)
 
 
