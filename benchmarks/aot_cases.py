@@ -15,6 +15,7 @@ from vfmtok_fast.kernels import (
     nearest_code,
     norm_linear,
     qkv_rotary,
+    sample_token,
 )
 
 
@@ -304,4 +305,56 @@ def decode_attention_cases() -> list[Case]:
     return cases
 
 
-CASES = nearest_code_cases() + deformable_sample_cases() + step_cases() + decode_attention_cases()
+def sample_token_cases() -> list[Case]:
+    # One row for every multiprocessor of an H200: fewer take as long.
+    B, V, module = 132, 16384, sample_token
+    cases = []
+    for name, kind, guided, tempered, top_k, top_p, greedy in (
+        ("plain", "fp32", True, False, False, False, False),
+        ("unguided", "fp32", False, False, False, False, False),
+        ("plain", "bf16", True, False, False, False, False),
+        ("tempered", "fp32", True, True, False, False, False),
+        ("greedy", "fp32", True, False, False, False, True),
+        ("top-k", "fp32", True, True, True, False, False),
+        ("top-p", "fp32", True, True, False, True, False),
+        ("top-k,top-p", "fp32", True, True, True, True, False),
+        ("top-k,top-p", "bf16", True, True, True, True, False),
+    ):
+        types = dict.fromkeys(("stride", "seed_low", "seed_high"), "i32")
+        types |= {"logits": f"*{kind}"} | dict.fromkeys(("image_ids", "step", "out"), "*i64")
+        if guided:
+            types |= {"uncond": f"*{kind}", "uncond_stride": "i32", "cfg_scale": "fp32"}
+        optional = {"temperature": (tempered, "fp32"), "top_k": (top_k, "i32")}
+        optional["top_p"] = top_p, "fp32"
+        types |= {argument: type_ for argument, (there, type_) in optional.items() if there}
+        constants = {"V": V, "BLOCK": V * (top_k or top_p), "CHUNK": module.CHUNK}
+        constants |= {"GREEDY": greedy, "OVERLAP": False}
+        kernel = module._sample_token
+        constants |= dict.fromkeys(set(kernel.arg_names) - set(types) - set(constants))
+        # Where there are filters, and where the draw is unrolled, the draw is not the main loop.
+        drawn = not (top_k or top_p or greedy)
+        cases.append(
+            Case(
+                f"sample_token._sample_token {name} {kind}",
+                kernel,
+                types,
+                constants,
+                module.CHUNK // module.CODES_PER_WARP,
+                options={"enable_fp_fusion": False},
+                unit="code" if drawn else "",
+                units_per_warp=module.CODES_PER_WARP,
+                units=B * V,
+                problem=f"B={B} V={V} {name} {kind}",
+                aligned=("stride", "uncond_stride"),
+            )
+        )
+    return cases
+
+
+CASES = [
+    *nearest_code_cases(),
+    *deformable_sample_cases(),
+    *step_cases(),
+    *decode_attention_cases(),
+    *sample_token_cases(),
+]

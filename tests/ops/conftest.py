@@ -117,3 +117,14 @@ def check_rounding() -> Callable[..., None]:
         assert float((got - truth).abs().max()) <= allowed
 
     return check
+
+
+@pytest.fixture(scope="session")
+def exact_gumbel() -> Callable[[Tensor], Tensor]:
+    """``exact_gumbel(word)``: the noise of sample_token in float64, from the reference's own u."""
+
+    def noise(word: Tensor) -> Tensor:
+        u = ((word.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+        return -torch.log(-torch.log1p(-u.double()))
+
+    return noise
