@@ -9,7 +9,7 @@ and, up to ties within rounding, the reference's codes. One program per row, in 
 
 Bytes: V logits per row, twice that with guidance, read once; after the filters the draw finds them
 in the first-level cache. B = 64, V = 16,384, float32, guided: 8.4 MB, 2 us at an H200's 4.3 TB/s.
-The floor is the noise: 91 instructions per code, all V on one multiprocessor, 6.6 us (predicted).
+The floor is the noise: 91 instructions per code, all V on one multiprocessor, 6.7 us (predicted).
 README.md has the error of the noise, the searches and what was rejected.
 """
 
@@ -307,7 +307,7 @@ def sample_token(
     seed = seed - 2**64 if seed >= 2**63 else seed
     return torch.ops.vfmtok_fast.sample_token_triton(
         logits, uncond_logits, image_ids, at, number, seed,
-        cfg_scale, temperature, top_k, top_p, greedy,
+        cfg_scale, temperature, top_k, top_p, bool(greedy),
     )  # fmt: skip
 
 
