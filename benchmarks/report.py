@@ -43,6 +43,8 @@ def measured(path: Path) -> list[str]:
         f"{ceilings['matmul_tflop_s']} TFLOP/s.",
         "",
     ]
+    if failed := content.get("failed"):
+        lines += [f"Failed, so not shown: {', '.join(failed)}.", ""]
     rows = []
     for shape, records in by_shape(content["records"]).items():
         base = next((r["median_us"] for r in records if r["provider"] == "reference"), None)

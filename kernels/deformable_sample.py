@@ -57,8 +57,11 @@ def unsupported_reason(
         return f"it takes heads of dimension 1 to 128, not {value.shape[3]}"
     if not 1 <= attention_logits.shape[3] <= 256:
         return f"it takes 1 to 256 samples per query, not {attention_logits.shape[3]}"
-    if max(max(shape) for shape in spatial_shapes) > LARGEST_SIDE or value.shape[1] >= 2**31:
-        return f"it takes levels of at most {LARGEST_SIDE} pixels along a side, 2^31 in all"
+    if max(max(shape) for shape in spatial_shapes) > LARGEST_SIDE:
+        return f"it takes levels of at most {LARGEST_SIDE} pixels along a side"
+    # Within an image the kernels count in 32 bits.
+    if value.shape[1:].numel() >= 2**31:
+        return "it takes less than 2^31 values per image"
     return None
 
 

@@ -272,6 +272,12 @@ def test_small_maps_take_the_dense_form_and_large_ones_do_not(launched, monkeypa
         launched[form].launches.clear()
 
 
+def huge() -> list:
+    """An image of 2^31 values, all in one place."""
+    value, _, *rest = make(((1, 1),), B=1, Q=1, H=8, D=64)
+    return [value.expand(1, 2048 * 2048, 8, 64), ((2048, 2048),), *rest]
+
+
 @runs
 def test_the_switch_takes_it_and_says_why_not():
     arguments = make(D=64)
@@ -284,6 +290,7 @@ def test_the_switch_takes_it_and_says_why_not():
             (make(D=129), "not 129"),
             (make(((1, 1),), B=1, Q=1, P=257), "not 257"),
             (make(((1, 40000),), B=1, Q=1), "32767 pixels along a side"),
+            (huge(), "less than 2\\^31 values per image"),
         ):
             with pytest.raises(RuntimeError, match=reason):
                 ops.deformable_sample(*wrong)
@@ -363,7 +370,8 @@ def test_cuda_graph_and_stream():
 
     def step() -> tuple[Tensor, ...]:
         out = kernel.deformable_sample(leaves[0], arguments[1], *leaves[1:])
-        return out, *torch.autograd.grad(out, leaves, torch.ones_like(out))
+        # Detached: a graph kept from another stream would bring that stream into the capture.
+        return out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))
 
     expected = step()
     stream = torch.cuda.Stream()

@@ -264,6 +264,7 @@ def test_cuda_graph_and_stream():
     z, codebook = random(3000, 12).cuda(), random(16384, 12, seed=1).cuda()
     expected = kernel.nearest_code(z, codebook)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         assert torch.equal(kernel.nearest_code(z, codebook), expected)
     stream.synchronize()
