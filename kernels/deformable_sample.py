@@ -212,6 +212,13 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     return by_value, None, by_points, by_offsets, by_logits
 
 
+def _no_second_derivative(ctx, *grads: Tensor | None) -> None:
+    raise NotImplementedError(
+        "deformable_sample: its Triton kernels have first derivatives only; "
+        "leave this op out of enable(ops=...)"
+    )
+
+
 def _like_queries(value: Tensor, sides, points, offsets: Tensor, logits) -> Tensor:
     return value.new_empty(value.shape[0], offsets.shape[1], value.shape[2] * value.shape[3])
 
@@ -243,3 +250,8 @@ for _name, _schema, _launch, _fake in (
 torch.library.register_autograd(
     "vfmtok_fast::deformable_sample_triton", _backward, setup_context=_setup, lib=_library
 )
+# Left out, torch would take their derivatives for zero.
+for _name in ("_samples", "_value"):
+    torch.library.register_autograd(
+        f"vfmtok_fast::deformable_sample_triton{_name}", _no_second_derivative, lib=_library
+    )

@@ -264,6 +264,16 @@ def test_only_what_is_needed_is_computed(launched):
 
 
 @runs
+def test_a_second_derivative_is_refused():
+    """Not taken for zero."""
+    value, levels, *rest = make(Q=5)
+    out = kernel.deformable_sample(value.requires_grad_(), levels, *rest)
+    (grad,) = torch.autograd.grad(out.square().sum(), value, create_graph=True)
+    with pytest.raises(NotImplementedError, match="^deformable_sample: .* first derivatives only"):
+        grad.square().sum().backward()
+
+
+@runs
 def test_small_maps_take_the_dense_form_and_large_ones_do_not(launched, monkeypatch):
     monkeypatch.setattr(kernel, "DENSE_PIXELS", 4)  # With any Triton.
     for side, form in ((16, "_dense"), (17, "_gather")):
