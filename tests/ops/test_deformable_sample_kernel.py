@@ -264,6 +264,32 @@ def test_only_what_is_needed_is_computed(launched):
 
 
 @runs
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_what_is_allocated_is_results_and_a_tenth(dtype, monkeypatch):
+    """A tenth of inputs and results; counted where it is made. test_memory has a GPU's peak."""
+    made = []
+
+    def counted(make):
+        def count(*args, **kwargs):
+            made.append(make(*args, **kwargs))
+            return made[-1]
+
+        return count
+
+    for name in ("empty", "empty_like", "zeros", "zeros_like"):
+        monkeypatch.setattr(torch, name, counted(getattr(torch, name)))
+    arguments = make(((8, 8), (4, 4)), B=1, Q=16, D=32, dtype=dtype)
+    leaves = [x.requires_grad_() for x in arguments if isinstance(x, Tensor)]
+    made.clear()
+    out = kernel.deformable_sample(leaves[0], arguments[1], *leaves[1:])
+    grads = torch.autograd.grad(out.sum(), leaves)
+    inputs, results, allocated = (
+        sum(x.numel() * x.itemsize for x in tensors) for tensors in (leaves, (out, *grads), made)
+    )
+    assert results - grads[1].nbytes <= allocated <= 1.1 * (inputs + results) - inputs
+
+
+@runs
 def test_a_second_derivative_is_refused():
     """Not taken for zero."""
     value, levels, *rest = make(Q=5)
