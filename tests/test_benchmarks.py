@@ -1,7 +1,8 @@
-"""The benchmarks' harness: what is written, and that a failure costs its own record only."""
+"""The benchmarks' harness: a failure costs its own record only; the report shows what there is."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -90,3 +91,45 @@ def test_a_clean_run_names_no_failure_and_needs_no_git(folder: Path, monkeypatch
     second = found["second"]
     assert "failed" not in second and len(second["records"]) == 1
     assert second["environment"]["versions"]["torch"] and second["environment"]["commit"] is None
+
+
+@pytest.fixture
+def report(tmp_path: Path, monkeypatch):
+    """The report's module, with results of its own: an H200's, predicted and measured."""
+    spec = importlib.util.spec_from_file_location("report_under_test", BENCHMARKS / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    (tmp_path / "nvidia-h200").mkdir()
+    return module
+
+
+@pytest.mark.parametrize(
+    ("kernel", "problem", "shown"),
+    [
+        ("nearest_code._screen d=12", "N=65536 K=16384 d=12", "151.0 us"),
+        ("nearest_code._screen d=8", "N=65536 K=16384 d=8", ""),
+        ("deformable_sample._gather bf16", "B=64", "99.0 us (forward)"),
+        ("deformable_sample._grad_value bf16", "B=64", "400.0 us (forward and backward)"),
+        ("deformable_sample._dense bf16", "B=64", "99.0 us (forward), 120.0 us (forward)"),
+    ],
+)
+def test_measured_times_stand_beside_the_predicted(report, kernel, problem, shown):
+    def record(provider: str, shape: str, time: float, **facts: str) -> dict[str, object]:
+        return {"provider": provider, "shape": shape, "median_us": time, **facts}
+
+    nearest = [record("fast", "N=65536 K=16384 d=12", 151), record("reference", problem, 9000)]
+    regions = [
+        record("fast", "regions, forward", 99, problem="B=64"),
+        record("fast", "regions, forward and backward", 400, problem="B=64"),
+    ]
+    forms = [record("dense", "24x24, forward", 120, problem="B=64")]
+    for name, records in (
+        ("nearest_code", nearest),
+        ("deformable_sample", regions),
+        ("deformable_sample_forms", forms),
+    ):
+        path = report.RESULTS / "nvidia-h200" / f"{name}.json"
+        path.write_text(json.dumps({"records": records}))
+    assert report.measured_beside("H200", kernel, problem) == shown
+    assert report.measured_beside("B200", kernel, problem) == ""
