@@ -151,11 +151,21 @@ def test_the_worst_roundings_reach_the_bound(launched):
 
 
 @runs
-def test_duplicated_rows_give_the_lowest_index(launched):
+def test_duplicated_rows_give_the_lowest_index(launched, monkeypatch):
     """Every row is a tie between chunks of one lane, so every row is resolved."""
+    monkeypatch.setattr(kernel, "MAX_SPLITS", 1)  # A GPU would take a split for every tile.
     codebook = random(128, 12, seed=1).repeat(9, 1)
     check(random(20, 12), codebook)
     assert int(launched["_screen"].launches[0][2][0]) == 20
+
+
+@runs
+def test_a_tie_between_chunks_gives_the_lowest_index(monkeypatch):
+    """The later of two equal codes stands in the lane that is looked at first."""
+    monkeypatch.setattr(kernel, "MAX_SPLITS", 1)
+    codebook = random(256, 12, seed=1)
+    codebook[128:160] = codebook[96:128]
+    check(codebook[96:128] + 0.01 * random(32, 12), codebook)
 
 
 @runs
@@ -208,9 +218,10 @@ def test_zero_rows():
 
 
 @runs
-def test_a_broken_code_shows():
-    """As in the reference, where NaN wins every maximum."""
-    z, codebook = random(20, 12), random(300, 12, seed=1)
+def test_a_broken_code_shows(monkeypatch):
+    """As in the reference, where NaN wins every maximum; also in rows that would be resolved."""
+    monkeypatch.setattr(kernel, "MAX_SPLITS", 1)
+    z, codebook = random(20, 12), random(128, 12, seed=1).repeat(3, 1)
     codebook[77:90, 5] = float("nan")
     code, score = search(z, codebook)
     assert bool((code == 77).all()) and bool(score.isnan().all())
