@@ -32,6 +32,13 @@ class Shape:
     def __str__(self) -> str:
         return f"{self.name} B={self.B}"
 
+    @property
+    def problem(self) -> str:
+        """As aot_cases.py words it; the report puts predicted and measured times side by side."""
+        sizes = f"B={self.B} Q={self.Q} H={self.H} L={len(self.levels)} P={self.P} D={self.D}"
+        sides = " ".join(dict.fromkeys(f"{height}x{width}" for height, width in self.levels))
+        return f"{sizes} levels {sides} {'bf16' if DTYPE == torch.bfloat16 else 'fp32'}"
+
 
 REGIONS = ((24, 24),) * 4
 PYRAMID = ((100, 134), (50, 67), (25, 34), (13, 17))
@@ -155,7 +162,7 @@ def bench_deformable_sample(benchmark, shape: Shape, direction: str, provider: s
         # In half precision all but ours round locations, up to 100 pixels, to 8 bits.
         eps = torch.finfo(DTYPE).eps
         assert error <= (4 * eps if provider == "fast" and GPU else 400 * eps), error
-        return {"max_error": float(f"{error:.1e}")}
+        return {"max_error": float(f"{error:.1e}"), "problem": shape.problem}
 
     element = DTYPE.itemsize
     moved = element * sum(x.numel() for x in (value, offsets, logits, cotangent))
@@ -223,7 +230,7 @@ def tune(benchmark, shape: Shape, provider: str, what: str) -> None:
         exact, size = truth(shape)
         error = float((out - exact).abs().max()) / size
         assert error <= 4 * torch.finfo(DTYPE).eps, error
-        return {"max_error": float(f"{error:.1e}")}
+        return {"max_error": float(f"{error:.1e}"), "problem": shape.problem}
 
     moved = DTYPE.itemsize * sum(x.numel() for x in (value, offsets, logits, cotangent))
     is_backward = provider.startswith(("SAMPLES", "VALUE"))

@@ -4,7 +4,8 @@ A benchmark names a *case* (op and shape) and times its *providers* on the same 
 its values were checked. On a GPU a time is device time: the call is captured in a CUDA graph and
 each replay is timed with events after the second-level cache was overwritten; calls that cannot be
 captured are timed with events alone, and say so. On a CPU it is wall time after the cache was
-overwritten. pytest-benchmark runs and prints; `Session` writes one JSON file per device and op.
+overwritten. pytest-benchmark runs and prints; `Session` writes one JSON file per device and op, as
+soon as a file of benchmarks is through: what comes after it cannot lose it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -62,11 +64,13 @@ class Work:
 
 @dataclass
 class Session:
-    """Records of one run, written only when all of it ran and passed."""
+    """Records of one file of benchmarks, and the names of those that failed."""
 
     records: list[dict] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
 
     def write(self) -> list[Path]:
+        """One JSON file per op; each names what failed, so that a gap is seen to be one."""
         paths = []
         for op in sorted({record["op"] for record in self.records}):
             path = RESULTS / device_name() / f"{op}.json"
@@ -76,6 +80,8 @@ class Session:
                 "ceilings": ceilings(),
                 "records": [record for record in self.records if record["op"] == op],
             }
+            if self.failed:
+                content["failed"] = self.failed
             path.write_text(json.dumps(content, indent=1) + "\n")
             paths.append(path)
         return paths
@@ -98,6 +104,8 @@ def environment() -> dict[str, object]:
     root = RESULTS.parents[1]
 
     def git(*args: str) -> str:
+        if not shutil.which("git"):
+            return ""
         done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True)
         return done.stdout.strip()
 

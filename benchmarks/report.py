@@ -43,6 +43,8 @@ def measured(path: Path) -> list[str]:
         f"{ceilings['matmul_tflop_s']} TFLOP/s.",
         "",
     ]
+    if failed := content.get("failed"):
+        lines += [f"Failed, so not shown: {', '.join(failed)}.", ""]
     rows = []
     for shape, records in by_shape(content["records"]).items():
         base = next((r["median_us"] for r in records if r["provider"] == "reference"), None)
@@ -128,11 +130,28 @@ def predicted(path: Path) -> list[str]:
                 per,
                 loop["problem"] if loop else "",
                 *(f"{loop[key]} us" if loop else "" for key in times),
+                measured_beside(chip["name"], name, loop["problem"]) if loop else "",
             ]
         )
     head = ["kernel", "registers", "spilled", "shared", "warps", "ALU per unit", "problem"]
-    head += ["predicted, overlapped", "predicted, in turns"]
+    head += ["predicted, overlapped", "predicted, in turns", "measured, whole op"]
     return [*lines, *table(head, rows), ""]
+
+
+def measured_beside(chip: str, kernel: str, problem: str) -> str:
+    """Times of whole calls that run this kernel on this problem and chip, where there are any."""
+    op, name = kernel.split()[0].split(".")
+    found = []
+    for path in sorted(RESULTS.glob(f"*{chip.lower()}*/{op}*.json")):
+        for record in json.loads(path.read_text())["records"]:
+            # Tuning runs name one kernel as their provider.
+            takes_it = record["provider"] in ("fast", name.removeprefix("_"))
+            takes_it &= ("backward" in record["shape"]) == ("grad" in name)
+            if takes_it and record.get("problem", record["shape"]) == problem:
+                direction = record["shape"].partition(", ")[2]
+                time = duration(record["median_us"])
+                found.append(f"{time} ({direction})" if direction else time)
+    return ", ".join(found)
 
 
 def main() -> None:

@@ -57,8 +57,11 @@ def unsupported_reason(
         return f"it takes heads of dimension 1 to 128, not {value.shape[3]}"
     if not 1 <= attention_logits.shape[3] <= 256:
         return f"it takes 1 to 256 samples per query, not {attention_logits.shape[3]}"
-    if max(max(shape) for shape in spatial_shapes) > LARGEST_SIDE or value.shape[1] >= 2**31:
-        return f"it takes levels of at most {LARGEST_SIDE} pixels along a side, 2^31 in all"
+    if max(max(shape) for shape in spatial_shapes) > LARGEST_SIDE:
+        return f"it takes levels of at most {LARGEST_SIDE} pixels along a side"
+    # Within an image the kernels count in 32 bits.
+    if value.shape[1:].numel() >= 2**31:
+        return "it takes less than 2^31 values per image"
     return None
 
 
@@ -209,6 +212,13 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     return by_value, None, by_points, by_offsets, by_logits
 
 
+def _no_second_derivative(ctx, *grads: Tensor | None) -> None:
+    raise NotImplementedError(
+        "deformable_sample: its Triton kernels have first derivatives only; "
+        "leave this op out of enable(ops=...)"
+    )
+
+
 def _like_queries(value: Tensor, sides, points, offsets: Tensor, logits) -> Tensor:
     return value.new_empty(value.shape[0], offsets.shape[1], value.shape[2] * value.shape[3])
 
@@ -240,3 +250,8 @@ for _name, _schema, _launch, _fake in (
 torch.library.register_autograd(
     "vfmtok_fast::deformable_sample_triton", _backward, setup_context=_setup, lib=_library
 )
+# Left out, torch would take their derivatives for zero.
+for _name in ("_samples", "_value"):
+    torch.library.register_autograd(
+        f"vfmtok_fast::deformable_sample_triton{_name}", _no_second_derivative, lib=_library
+    )

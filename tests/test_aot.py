@@ -91,6 +91,66 @@ def test_a_number_over_the_budget_fails(compiled, aot, key: str):
     assert aot.check("no such kernel", "H200", rows[name], budget)
 
 
+LAUNCHES = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from vfmtok_fast.kernels import deformable_sample, nearest_code
+
+
+class Nowhere:
+    '''A driver for a chip that is not there.'''
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+compiled = set()
+run = JITFunction.run
+
+
+def compile_only(self, *args, grid, warmup, **options):
+    compiled.add(self.fn.__name__)
+    return run(self, *args, grid=grid, warmup=True, **options)
+
+
+driver.set_active(Nowhere())
+JITFunction.run = compile_only
+nearest_code.nearest_code(torch.ones(1, 4), torch.ones(1, 4))
+for dtype, pixels in ((torch.float32, 0), (torch.bfloat16, 10**6)):
+    deformable_sample.DENSE_PIXELS = pixels
+    sizes = (1, 1, 1, 1), (1, 1, 1, 2), (1, 1, 1, 1, 1, 2), (1, 1, 1, 1)
+    value, *rest = (torch.ones(size, dtype=dtype, requires_grad=True) for size in sizes)
+    out = deformable_sample.deformable_sample(value, ((1, 1),), *rest)
+    torch.autograd.grad(out, [value, *rest], out)
+print(*sorted(compiled))
+"""
+
+
+@pytest.mark.slow
+def test_launches_of_ones_compile(tmp_path):
+    """Through Triton's own launcher, which makes a constant of every 1: types change with that."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", LAUNCHES],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    names = ("nearest_code", "deformable_sample")
+    sources = [(ROOT / "kernels" / f"{name}.py").read_text(encoding="utf-8") for name in names]
+    assert set(result.stdout.split()) == set.union(*map(launched_kernels, sources))
+
+
 def test_loops_are_found_in_the_disassembly(aot):
     code = """
 .L_x_0:

@@ -18,17 +18,11 @@ from vfmtok_fast.tokenizer.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
 
 # timm's smallest ViT, made for tests: six blocks of width 64, patches of 16.
 TINY = BackboneConfig(timm_name="test_vit", timm_image_size=384)
-CONFIG = VFMTokConfig(
-    dim=32,
-    encoder_depth=1,
-    decoder_depth=1,
-    num_heads=2,
-    decoder_mlp_dim=48,
-    codebook_size=64,
-    pixel_channels=32,
-    pixel_channel_mult=(1, 1, 1, 1, 2),
-    backbone=TINY,
-)
+
+
+@pytest.fixture
+def config(tiny: VFMTokConfig) -> VFMTokConfig:
+    return dataclasses.replace(tiny, backbone=TINY)
 
 
 def pictures(count: int = 1) -> torch.Tensor:
@@ -94,15 +88,15 @@ def test_dinov2_maps():
     assert backbone.vit.blocks[0].norm1.eps == backbone.vit.norm.eps == 1e-6
 
 
-def test_a_tokenizer_on_a_timm_model(tmp_path: Path):
-    model = VFMTok(CONFIG).train()
+def test_a_tokenizer_on_a_timm_model(tmp_path: Path, config: VFMTokConfig):
+    model = VFMTok(config).train()
     output = model(pictures(2))
     assert output.features.shape == output.semantic.shape == (2, 576, 64)
     assert output.reconstruction.shape == (2, 3, 336, 336)
     assert not any(p.requires_grad for p in model.backbone.parameters())
     model.save_pretrained(tmp_path)
     loaded = VFMTok.from_pretrained(tmp_path)
-    assert loaded.config == CONFIG
+    assert loaded.config == config
     assert torch.equal(loaded.encode(pictures()), model.eval().encode(pictures()))
 
 
@@ -113,11 +107,11 @@ def test_levels_of_ones_own():
     assert maps[1].mean(-1).abs().max() > 1e-3, "an inner level must not be normalised"
 
 
-def test_another_grid():
-    config = dataclasses.replace(
-        CONFIG, image_size=224, backbone=dataclasses.replace(TINY, timm_image_size=256)
+def test_another_grid(config: VFMTokConfig):
+    smaller = dataclasses.replace(
+        config, image_size=224, backbone=dataclasses.replace(TINY, timm_image_size=256)
     )
-    assert VFMTok(config).encode(pictures()[..., :224, :224]).shape == (1, 256)
+    assert VFMTok(smaller).encode(pictures()[..., :224, :224]).shape == (1, 256)
 
 
 @pytest.mark.parametrize(
@@ -155,28 +149,28 @@ def test_levels_beyond_the_depth():
 
 
 @pytest.fixture
-def files() -> tuple[dict, dict]:
+def files(config: VFMTokConfig) -> tuple[dict, dict]:
     """A tokenizer in the authors' naming, and timm's own file with its classifier."""
     torch.manual_seed(0)
-    state = {k: v for k, v in VFMTok(CONFIG).state_dict().items() if k[:9] != "backbone."}
+    state = {k: v for k, v in VFMTok(config).state_dict().items() if k[:9] != "backbone."}
     theirs = {official_name(key, TOKENIZER_NAMES): v.clone() for key, v in state.items()}
     return theirs, timm.create_model("test_vit", img_size=384).state_dict()
 
 
-def test_weights_of_a_timm_model(files: tuple[dict, dict], tmp_path: Path):
+def test_weights_of_a_timm_model(files: tuple[dict, dict], tmp_path: Path, config: VFMTokConfig):
     tokenizer, vit = files
     save_file(vit, tmp_path / "model.safetensors")
     for source in (vit, tmp_path / "model.safetensors"):
-        loaded = VFMTok.from_official(tokenizer, source, CONFIG).backbone.vit.state_dict()
+        loaded = VFMTok.from_official(tokenizer, source, config).backbone.vit.state_dict()
         assert all(torch.equal(value, vit[key]) for key, value in loaded.items())
         assert set(vit) - set(loaded) == {"head.weight", "head.bias"}
     # The published table has another size; timm resizes it.
     published = timm.create_model("test_vit").state_dict()
-    table = VFMTok.from_official(tokenizer, published, CONFIG).backbone.vit.pos_embed
+    table = VFMTok.from_official(tokenizer, published, config).backbone.vit.pos_embed
     assert table.shape == vit["pos_embed"].shape
 
 
-def test_weights_that_do_not_fit_a_timm_model(files: tuple[dict, dict]):
+def test_weights_that_do_not_fit_a_timm_model(files: tuple[dict, dict], config: VFMTokConfig):
     tokenizer, vit = files
     for changes, message in (
         ({"norm.bias": None, "x": torch.zeros(1)}, "missing norm.bias; unknown x"),
@@ -186,15 +180,15 @@ def test_weights_that_do_not_fit_a_timm_model(files: tuple[dict, dict]):
     ):
         bad = {k: v for k, v in (vit | changes).items() if v is not None}
         with pytest.raises(ValueError, match=message) as error:
-            VFMTok.from_official(tokenizer, bad, CONFIG)
+            VFMTok.from_official(tokenizer, bad, config)
         assert "\n" not in str(error.value)
 
 
 def test_offline_the_error_names_the_model_and_the_flag(
-    files: tuple[dict, dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    files: tuple[dict, dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: VFMTokConfig
 ):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="test_vit.*model.safetensors.*--backbone") as error:
-        VFMTok.from_official(files[0], config=CONFIG)
+        VFMTok.from_official(files[0], config=config)
     assert "\n" not in str(error.value)

@@ -28,27 +28,16 @@ from vfmtok_fast.checkpoint import (
 from vfmtok_fast.tokenizer.positions import resize_positions
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
-CONFIG = VFMTokConfig(
-    dim=32,
-    encoder_depth=1,
-    decoder_depth=1,
-    num_heads=2,
-    decoder_mlp_dim=48,
-    codebook_size=64,
-    pixel_channels=32,
-    pixel_channel_mult=(1, 1, 1, 1, 2),
-    backbone=BackboneConfig(dim=32, depth=2, num_heads=2, levels=(0, 1)),
-)
 GPT_CONFIG = GPTConfig(
     num_layers=1, num_heads=2, dim=32, vocab_size=64, block_size=16, num_classes=4
 )
 
 
 @pytest.fixture(scope="module")
-def backbone() -> dict[str, Tensor]:
+def backbone(tiny: VFMTokConfig) -> dict[str, Tensor]:
     """A file in DINOv2's own naming, with the table at the size that DINOv2 was trained at."""
     torch.manual_seed(0)
-    state = VFMTok(CONFIG).backbone.vit.state_dict()
+    state = VFMTok(tiny).backbone.vit.state_dict()
     state["register_tokens"] = torch.randn_like(state.pop("reg_token"))
     state["cls_token"] = torch.randn(1, 1, 32)
     state["pos_embed"] = torch.randn(1, 1 + 37 * 37, 32)
@@ -57,10 +46,10 @@ def backbone() -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> dict[str, Tensor]:
+def tokenizer(tiny: VFMTokConfig) -> dict[str, Tensor]:
     """A file in the authors' naming, without the backbone."""
     torch.manual_seed(1)
-    state = VFMTok(CONFIG).state_dict()
+    state = VFMTok(tiny).state_dict()
     theirs = {
         official_name(key, TOKENIZER_NAMES): torch.randn_like(value)
         for key, value in state.items()
@@ -76,8 +65,9 @@ def gpt() -> dict[str, Tensor]:
     return {official_name(key, GPT_NAMES): torch.randn_like(v) for key, v in state.items()}
 
 
-def load(tokenizer, backbone=None) -> VFMTok:
-    return VFMTok.from_official(tokenizer, backbone, CONFIG)
+@pytest.fixture(scope="module")
+def load(tiny: VFMTokConfig) -> Callable[..., VFMTok]:
+    return lambda tokenizer, backbone=None: VFMTok.from_official(tokenizer, backbone, tiny)
 
 
 def refused(kind: type, call: Callable, *args, **options) -> str:
@@ -105,7 +95,7 @@ def wrong_in(path: Path, content: object) -> Path:
 
 
 @pytest.mark.parametrize("where", ["mapping", "file", "old file", "safetensors"])
-def test_values_arrive_where_they_belong(tokenizer, backbone, where: str, tmp_path: Path):
+def test_values_arrive_where_they_belong(tokenizer, backbone, where: str, tmp_path: Path, load):
     first, second = tokenizer, backbone
     if where != "mapping":
         first, second = tmp_path / "t.pt", str(tmp_path / "b.pth")
@@ -129,7 +119,7 @@ def test_values_arrive_where_they_belong(tokenizer, backbone, where: str, tmp_pa
     assert torch.equal(vit["reg_token"], backbone["register_tokens"])
 
 
-def test_positions_of_the_backbone(tokenizer, backbone):
+def test_positions_of_the_backbone(tokenizer, backbone, load):
     """The class position goes to the class token, the others are resized, registers get none."""
     vit = load(tokenizer, backbone).backbone.vit
     table = backbone["pos_embed"]
@@ -138,7 +128,7 @@ def test_positions_of_the_backbone(tokenizer, backbone):
     assert torch.equal(vit.reg_token, backbone["register_tokens"])
 
 
-def test_backbone_inside_the_tokenizer_file(tokenizer, backbone):
+def test_backbone_inside_the_tokenizer_file(tokenizer, backbone, load):
     expected = load(tokenizer, backbone).state_dict()
     together = load({"model": tokenizer | inside(backbone)}).state_dict()
     assert all(torch.equal(value, together[key]) for key, value in expected.items())
@@ -158,7 +148,7 @@ def test_tokenizer_wrappers(tokenizer, wrapper: str | None, prefix: str):
 
 
 @pytest.mark.parametrize("empty", [None, {}], ids=repr)
-def test_precedence(tokenizer, backbone, gpt, empty):
+def test_precedence(tokenizer, backbone, gpt, empty, load):
     """ema, then model, then state_dict; for a GPT ema, module, state_dict, model."""
 
     def bias(content: dict) -> float:
@@ -181,7 +171,7 @@ def test_precedence(tokenizer, backbone, gpt, empty):
     )
 
 
-def test_a_namespace_in_the_file_is_read_over(tokenizer, backbone, tmp_path: Path):
+def test_a_namespace_in_the_file_is_read_over(tokenizer, backbone, tmp_path: Path, load):
     content = {"ema": tokenizer, "args": argparse.Namespace(lr=1e-4, name="x", sizes=[1, 2])}
     load(wrong_in(tmp_path / "t.pt", content), backbone)
 
@@ -221,7 +211,7 @@ def test_names_are_one_to_one(case: str):
 # What is refused.
 
 
-def test_everything_that_does_not_fit_is_named_at_once(tokenizer, backbone):
+def test_everything_that_does_not_fit_is_named_at_once(tokenizer, backbone, load):
     bad = dict(tokenizer)
     del bad["pre_slots_quant.weight"], bad["decode_transformer.mask_dino"]
     bad["surplus.weight"] = torch.zeros(2)
@@ -239,7 +229,7 @@ def test_everything_that_does_not_fit_is_named_at_once(tokenizer, backbone):
     )
 
 
-def test_backbone_that_does_not_fit(tokenizer, backbone):
+def test_backbone_that_does_not_fit(tokenizer, backbone, load):
     bad = dict(backbone)
     del bad["norm.bias"]
     bad["blocks.7.norm1.weight"] = torch.zeros(32)
@@ -268,7 +258,7 @@ def test_gpt_that_does_not_fit(gpt):
     [{}, {"ema": {}}, {"model": None}, [1], torch.zeros(2), {1: torch.zeros(1)}, {"a": 1}, "x"],
     ids=repr,
 )
-def test_no_mapping_of_tensors(content: object, tmp_path: Path):
+def test_no_mapping_of_tensors(content: object, tmp_path: Path, load):
     path = wrong_in(tmp_path / "x.pt", content)
     assert refused(ValueError, load, path).startswith("tokenizer: expected ")
     if isinstance(content, Mapping):
@@ -286,7 +276,7 @@ class Trap:
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
-def test_a_pickle_that_would_run_code(tokenizer, tmp_path: Path, new: bool):
+def test_a_pickle_that_would_run_code(tokenizer, tmp_path: Path, new: bool, load):
     sprung = tmp_path / "sprung"
     path = tmp_path / "evil.pt"
     torch.save({"model": tokenizer, "x": Trap(sprung)}, path, _use_new_zipfile_serialization=new)
@@ -299,7 +289,7 @@ def test_a_pickle_that_would_run_code(tokenizer, tmp_path: Path, new: bool):
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
-def test_truncated_files(tokenizer, tmp_path: Path, new: bool):
+def test_truncated_files(tokenizer, tmp_path: Path, new: bool, load):
     path = tmp_path / "t.pt"
     torch.save(tokenizer, path, _use_new_zipfile_serialization=new)
     whole = path.read_bytes()
@@ -319,7 +309,7 @@ def test_truncated_files(tokenizer, tmp_path: Path, new: bool):
     ],
     ids=["empty", "html", "lfs", "pickle", "short"],
 )
-def test_other_files(data: bytes, tmp_path: Path):
+def test_other_files(data: bytes, tmp_path: Path, load):
     path = tmp_path / "t.pt"
     path.write_bytes(data)
     assert f"tokenizer: {path} is no torch checkpoint" in refused(ValueError, load, path)
@@ -328,7 +318,7 @@ def test_other_files(data: bytes, tmp_path: Path):
     assert f"tokenizer: {path} is no safetensors file" in refused(ValueError, load, path)
 
 
-def test_no_file(tokenizer, tmp_path: Path):
+def test_no_file(tokenizer, tmp_path: Path, load):
     message = refused(FileNotFoundError, load, tmp_path / "none.pt")
     assert message == f"tokenizer: {tmp_path}/none.pt does not exist, expected a checkpoint file"
     assert f"{tmp_path} is a folder" in refused(FileNotFoundError, load, tmp_path)
@@ -354,7 +344,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
 
 
-def test_offline_the_error_names_file_source_and_flag(offline: None, tokenizer):
+def test_offline_the_error_names_file_source_and_flag(offline: None, tokenizer, load):
     message = refused(FileNotFoundError, checkpoint.fetch_official, "GPT-L", "--gpt")
     for part in ("DINOv2/GPT-L/GPT-L-300e.pt", "yexiguafu/VFMTok", "--gpt"):
         assert part in message
@@ -363,7 +353,9 @@ def test_offline_the_error_names_file_source_and_flag(offline: None, tokenizer):
         assert part in message
 
 
-def test_backbone_file_that_lies_in_the_cache(offline: None, tokenizer, backbone, tmp_path: Path):
+def test_backbone_file_that_lies_in_the_cache(
+    offline: None, tokenizer, backbone, tmp_path: Path, load
+):
     path = tmp_path / "torch" / "checkpoints" / checkpoint.DINOV2_FILE
     path.parent.mkdir(parents=True)
     torch.save(backbone, path)

@@ -182,6 +182,19 @@ def test_weights_are_a_softmax_over_all_levels_and_points():
     assert torch.equal(got, torch.ones_like(got))
 
 
+def test_levels_may_come_as_a_tensor():
+    arguments = make()
+    want = deformable_sample(*arguments)
+    arguments[1] = torch.tensor(arguments[1])
+    assert torch.equal(deformable_sample(*arguments), want)
+
+
+@pytest.mark.parametrize("none", [{"P": 0}, {"levels": ()}], ids=str)
+def test_there_must_be_something_to_sample(none):
+    with pytest.raises(ValueError, match="^deformable_sample: there must be at least one level"):
+        deformable_sample(*make(**none))
+
+
 def test_one_row_of_reference_points_serves_the_batch():
     value, levels, points, offsets, logits = make(B=3, rows=1)
     shared = deformable_sample(value, levels, points, offsets, logits)
@@ -291,6 +304,10 @@ def change(position: int, new) -> list:
             ValueError,
             r"offsets must have shape \(1, 5, 2, 4, 3, 2\), got",
         ),
+        (change(0, lambda x: x[..., :0]), ValueError, "there must be at least one level, .* D=0"),
+        (change(3, lambda x: x[:, :, :, :, :0]), ValueError, "attention_logits must have shape"),
+        (change(1, lambda x: ((5.5, 7), *x[1:])), TypeError, r"spatial_shapes must be \(height, w"),
+        (change(1, lambda x: 5), TypeError, "spatial_shapes must be .* of integers, got 5"),
         (change(0, lambda x: x[:, :-1]), ValueError, "spatial_shapes must be 4 .* with 45 pixels"),
         (change(0, lambda x: x.long()), TypeError, "value must be floating point, got torch.int64"),
         (

@@ -264,12 +264,54 @@ def test_only_what_is_needed_is_computed(launched):
 
 
 @runs
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_what_is_allocated_is_results_and_a_tenth(dtype, monkeypatch):
+    """A tenth of inputs and results; counted where it is made. test_memory has a GPU's peak."""
+    made = []
+
+    def counted(make):
+        def count(*args, **kwargs):
+            made.append(make(*args, **kwargs))
+            return made[-1]
+
+        return count
+
+    for name in ("empty", "empty_like", "zeros", "zeros_like"):
+        monkeypatch.setattr(torch, name, counted(getattr(torch, name)))
+    arguments = make(((8, 8), (4, 4)), B=1, Q=16, D=32, dtype=dtype)
+    leaves = [x.requires_grad_() for x in arguments if isinstance(x, Tensor)]
+    made.clear()
+    out = kernel.deformable_sample(leaves[0], arguments[1], *leaves[1:])
+    grads = torch.autograd.grad(out.sum(), leaves)
+    inputs, results, allocated = (
+        sum(x.numel() * x.itemsize for x in tensors) for tensors in (leaves, (out, *grads), made)
+    )
+    assert results - grads[1].nbytes <= allocated <= 1.1 * (inputs + results) - inputs
+
+
+@runs
+def test_a_second_derivative_is_refused():
+    """Not taken for zero."""
+    value, levels, *rest = make(Q=5)
+    out = kernel.deformable_sample(value.requires_grad_(), levels, *rest)
+    (grad,) = torch.autograd.grad(out.square().sum(), value, create_graph=True)
+    with pytest.raises(NotImplementedError, match="^deformable_sample: .* first derivatives only"):
+        grad.square().sum().backward()
+
+
+@runs
 def test_small_maps_take_the_dense_form_and_large_ones_do_not(launched, monkeypatch):
     monkeypatch.setattr(kernel, "DENSE_PIXELS", 4)  # With any Triton.
     for side, form in ((16, "_dense"), (17, "_gather")):
         kernel.deformable_sample(*make(((side, side), (3, 3)), Q=3, D=64, dtype=torch.float16))
         assert [name for name, r in launched.items() if r.launches] == [form]
         launched[form].launches.clear()
+
+
+def huge() -> list:
+    """An image of 2^31 values, all in one place."""
+    value, _, *rest = make(((1, 1),), B=1, Q=1, H=8, D=64)
+    return [value.expand(1, 2048 * 2048, 8, 64), ((2048, 2048),), *rest]
 
 
 @runs
@@ -284,6 +326,7 @@ def test_the_switch_takes_it_and_says_why_not():
             (make(D=129), "not 129"),
             (make(((1, 1),), B=1, Q=1, P=257), "not 257"),
             (make(((1, 40000),), B=1, Q=1), "32767 pixels along a side"),
+            (huge(), "less than 2\\^31 values per image"),
         ):
             with pytest.raises(RuntimeError, match=reason):
                 ops.deformable_sample(*wrong)
@@ -363,7 +406,8 @@ def test_cuda_graph_and_stream():
 
     def step() -> tuple[Tensor, ...]:
         out = kernel.deformable_sample(leaves[0], arguments[1], *leaves[1:])
-        return out, *torch.autograd.grad(out, leaves, torch.ones_like(out))
+        # Detached: a graph kept from another stream would bring that stream into the capture.
+        return out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))
 
     expected = step()
     stream = torch.cuda.Stream()

@@ -240,7 +240,7 @@ print(peak() - before - n * 12)
 )
 def test_extra_memory_is_at_most_64_mb(n: int, k: int, d: int, same: int):
     """Of the whole process, so what the matrix library takes is counted too; N*12 is the result."""
-    command = [sys.executable, "-c", MEMORY, *map(str, (n, k, d, same))]
+    command = [sys.executable, "-P", "-c", MEMORY, *map(str, (n, k, d, same))]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) <= 64 * 2**20

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from torch import Tensor
 
 from ..reference import deformable_sample as reference
@@ -23,13 +25,14 @@ def deformable_sample(
     The location of a sample is ``reference + offset / (W_l, H_l)`` in [0, 1] of its level; values
     are bilinear between pixel centres (``align_corners=False``), zero outside. The weights are a
     softmax over all L*P samples of a head. Differentiable in value, offsets, logits and reference
-    points.
+    points; of the fast implementations, once.
 
     Args:
-        value: [B, S, H, D], the levels one after the other, S = sum of H_l*W_l.
-        spatial_shapes: (height, width) of each of the L levels.
+        value: [B, S, H, D], the levels one after the other, S = sum of H_l*W_l; D >= 1.
+        spatial_shapes: (height, width) of each of the L levels, L >= 1; a tensor of them will do
+            too, but one on a GPU costs a synchronisation.
         reference_points: [B or 1, Q, L, 2], (x, y) in [0, 1].
-        offsets: [B, Q, H, L, P, 2], (x, y) in pixels of the level.
+        offsets: [B, Q, H, L, P, 2], (x, y) in pixels of the level, P >= 1.
         attention_logits: [B, Q, H, L*P].
         All floating, of one dtype and device.
 
@@ -38,8 +41,8 @@ def deformable_sample(
         its own query and head only.
 
     Raises:
-        TypeError: not floating tensors, or two dtypes.
-        ValueError: shapes that do not fit each other, two devices.
+        TypeError: not floating tensors, two dtypes, or levels that are not pairs of integers.
+        ValueError: shapes that do not fit each other, two devices, no level, point or channel.
 
     Source: Deformable DETR (arXiv 2010.04159) equation 3; VFMTok section 3.1.
     """
@@ -64,11 +67,28 @@ def deformable_sample(
         raise ValueError(
             f"{name}: reference_points must have 1 or {B} rows, got {reference_points.shape[0]}"
         )
-    spatial_shapes = tuple((int(height), int(width)) for height, width in spatial_shapes)
+    if min(L, P, D) < 1:
+        raise ValueError(
+            f"{name}: there must be at least one level, point and channel, got L={L}, P={P}, D={D}"
+        )
+    spatial_shapes = _pairs(spatial_shapes)
     pixels = sum(height * width for height, width in spatial_shapes)
-    if len(spatial_shapes) != L or pixels != S or min(min(s) for s in spatial_shapes) < 1:
+    if len(spatial_shapes) != L or pixels != S or any(min(pair) < 1 for pair in spatial_shapes):
         raise ValueError(
             f"{name}: spatial_shapes must be {L} (height, width) pairs with {S} pixels in all, "
             f"got {spatial_shapes}"
         )
     return _op(value, spatial_shapes, reference_points, offsets, attention_logits)
+
+
+def _pairs(spatial_shapes: object) -> tuple[tuple[int, int], ...]:
+    try:
+        return tuple(
+            (operator.index(height), operator.index(width)) for height, width in spatial_shapes
+        )
+    except (TypeError, ValueError):
+        got = " ".join(str(spatial_shapes).split())
+        raise TypeError(
+            f"deformable_sample: spatial_shapes must be (height, width) pairs of integers, "
+            f"got {got}"
+        ) from None

@@ -21,7 +21,7 @@ def nearest_code(
 
     Args:
         z: queries, [N, d], float32, float16, bfloat16 or float64; N may be 0.
-        codebook: [K, d], K >= 1, dtype and device of ``z``.
+        codebook: [K, d], K >= 1, d >= 1, dtype and device of ``z``.
         normalize: compare directions (VFMTok does): both sides are scaled to length one, and the
             nearest row is the one with the largest dot product. False compares as they are.
         return_score: also return the score of the chosen row.
@@ -42,14 +42,18 @@ def nearest_code(
     check_tensor("nearest_code", "codebook", codebook, "[K, d]", 2)
     check_tensor("nearest_code", "z", z, f"[N, {codebook.shape[1]}]", 2)
     check_same("nearest_code", z=z, codebook=codebook)
-    if codebook.shape[0] == 0:
-        raise ValueError("nearest_code: codebook must have at least one row, got shape (0, d)")
+    if codebook.numel() == 0:
+        raise ValueError(
+            f"nearest_code: codebook must have at least one row and column, "
+            f"got shape {tuple(codebook.shape)}"
+        )
     if z.shape[1] != codebook.shape[1]:
         raise ValueError(
             f"nearest_code: z must have shape [N, {codebook.shape[1]}], got {tuple(z.shape)}"
         )
     z, codebook = z.detach(), codebook.detach()
-    if torch.amp.is_autocast_available(z.device.type):
+    # Asking torch whether a device has autocast breaks the graph of torch.compile (torch 2.11).
+    if z.device.type != "meta":
         # The search keeps the precision of its input; autocast would score in half precision.
         with torch.autocast(z.device.type, enabled=False):
             return _op(z, codebook, normalize=normalize, return_score=return_score)

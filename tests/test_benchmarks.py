@@ -1,0 +1,135 @@
+"""The benchmarks' harness: a failure costs its own record only; the report shows what there is."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pytest_benchmark")
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+FILES = {
+    "bench_first.py": """
+import harness, pytest
+
+@pytest.mark.parametrize("provider", ["good", "wrong", "late"])
+def bench_first(benchmark, provider):
+    def check(value):
+        assert provider != "wrong"
+        return {"checked": value}
+
+    work = harness.Work(bytes=1, flops=1)
+    harness.measure(
+        benchmark, op="first", shape="s", provider=provider, fn=lambda: 7, check=check, work=work
+    )
+    assert provider != "late"
+""",
+    "bench_second.py": """
+import harness, os
+
+def bench_second(benchmark):
+    work = harness.Work(bytes=1, flops=1)
+    harness.measure(
+        benchmark, op="second", shape="s", provider="p", fn=lambda: 7, check=lambda x: {}, work=work
+    )
+
+def bench_that_never_ends(benchmark):
+    os._exit(9)
+""",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The harness with two files of its own; a copy's ceilings are small ones."""
+    (tmp_path / "benchmarks").mkdir()
+    for name in ("conftest.py", "harness.py"):
+        shutil.copy(BENCHMARKS / name, tmp_path / "benchmarks")
+    with (tmp_path / "benchmarks" / "harness.py").open("a") as file:
+        file.write('FLUSH_BYTES = 1024\nceilings = lambda: {"copy_gb_s": 1, "matmul_tflop_s": 1}\n')
+    for name, text in FILES.items():
+        (tmp_path / "benchmarks" / name).write_text(text)
+    return tmp_path / "benchmarks"
+
+
+def run(folder: Path, *arguments: str) -> tuple[int, str, dict[str, dict]]:
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    command += ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", str(folder)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    found = {path.stem: json.loads(path.read_text()) for path in folder.glob("results/*/*.json")}
+    return done.returncode, done.stdout, found
+
+
+def test_a_failure_costs_its_own_record_and_what_follows_nothing(folder: Path):
+    """Not even where the whole run dies: results of a file are written when it is through."""
+    code, _, found = run(folder)
+    assert code == 9
+    (first,) = found.values()
+    assert [record["provider"] for record in first["records"]] == ["good"]
+    assert first["records"][0] | {"checked": 7, "op": "first"} == first["records"][0]
+    assert first["failed"] == ["bench_first[wrong]", "bench_first[late]"]
+
+
+def test_a_part_of_a_file_is_not_written(folder: Path):
+    code, text, found = run(folder, "-k", "good")
+    assert code == 0 and not found
+    assert "No results of bench_first.py written" in text
+
+
+def test_a_clean_run_names_no_failure_and_needs_no_git(folder: Path, monkeypatch):
+    monkeypatch.setenv("PATH", str(folder))
+    (folder / "bench_first.py").unlink()
+    text = FILES["bench_second.py"].partition("def bench_that")[0]
+    (folder / "bench_second.py").write_text(text)
+    code, text, found = run(folder)
+    assert code == 0 and "wrote " in text
+    second = found["second"]
+    assert "failed" not in second and len(second["records"]) == 1
+    assert second["environment"]["versions"]["torch"] and second["environment"]["commit"] is None
+
+
+@pytest.fixture
+def report(tmp_path: Path, monkeypatch):
+    """The report's module, with results of its own: an H200's, predicted and measured."""
+    spec = importlib.util.spec_from_file_location("report_under_test", BENCHMARKS / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    (tmp_path / "nvidia-h200").mkdir()
+    return module
+
+
+@pytest.mark.parametrize(
+    ("kernel", "problem", "shown"),
+    [
+        ("nearest_code._screen d=12", "N=65536 K=16384 d=12", "151.0 us"),
+        ("nearest_code._screen d=8", "N=65536 K=16384 d=8", ""),
+        ("deformable_sample._gather bf16", "B=64", "99.0 us (forward)"),
+        ("deformable_sample._grad_value bf16", "B=64", "400.0 us (forward and backward)"),
+        ("deformable_sample._dense bf16", "B=64", "99.0 us (forward), 120.0 us (forward)"),
+    ],
+)
+def test_measured_times_stand_beside_the_predicted(report, kernel, problem, shown):
+    def record(provider: str, shape: str, time: float, **facts: str) -> dict[str, object]:
+        return {"provider": provider, "shape": shape, "median_us": time, **facts}
+
+    nearest = [record("fast", "N=65536 K=16384 d=12", 151), record("reference", problem, 9000)]
+    regions = [
+        record("fast", "regions, forward", 99, problem="B=64"),
+        record("fast", "regions, forward and backward", 400, problem="B=64"),
+    ]
+    forms = [record("dense", "24x24, forward", 120, problem="B=64")]
+    for name, records in (
+        ("nearest_code", nearest),
+        ("deformable_sample", regions),
+        ("deformable_sample_forms", forms),
+    ):
+        path = report.RESULTS / "nvidia-h200" / f"{name}.json"
+        path.write_text(json.dumps({"records": records}))
+    assert report.measured_beside("H200", kernel, problem) == shown
+    assert report.measured_beside("B200", kernel, problem) == ""

@@ -1,0 +1,60 @@
+"""What the README shows of deformable attention runs as it stands, and its recipes are right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import vfmtok_fast
+from vfmtok_fast.reference.deformable_sample import deformable_sample as reference
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def example() -> dict:
+    """The names that the section's code block leaves behind."""
+    section = README.read_text(encoding="utf-8").partition("## Deformable attention")[2]
+    names: dict = {}
+    exec(section.partition("```python\n")[2].partition("```")[0], names)
+    return names
+
+
+def test_the_code_block():
+    got = example()
+    assert got["out"].shape == (got["B"], got["Q"], got["H"] * got["D"])
+    expected = reference(got["value"], got["levels"], got["points"], got["offsets"], got["logits"])
+    torch.testing.assert_close(got["out"], expected, rtol=0, atol=1e-5)
+    (call,) = vfmtok_fast.status().ops["deformable_sample"].calls
+    assert call != "reference"
+
+
+def finished(value: Tensor, levels, locations: Tensor, weights: Tensor) -> Tensor:
+    """What other models' op computes: `grid_sample` at finished locations, finished weights."""
+    B, Q, H, L, P, _ = locations.shape
+    total = value.new_zeros(B, Q, H, value.shape[-1])
+    for level, image in enumerate(value.split([h * w for h, w in levels], dim=1)):
+        for head in range(H):
+            # [B, D, height, width], [B, Q, P, 2] to [B, D, Q, P]
+            pixels = image[:, :, head].transpose(1, 2).unflatten(2, levels[level])
+            grid = 2 * locations[:, :, head, level] - 1
+            sampled = F.grid_sample(pixels, grid, align_corners=False)
+            share = weights[:, :, head, level, None].transpose(1, 2)
+            total[:, :, head] += (sampled * share).sum(-1).transpose(1, 2)
+    return total.flatten(2)
+
+
+def test_a_layer_with_finished_locations_and_weights():
+    got = example()
+    levels, offsets = got["levels"], got["offsets"]
+    wh = torch.tensor([(width, height) for height, width in levels])[:, None]
+    locations = torch.rand(offsets.shape) * 1.2 - 0.1
+    weights = torch.rand(offsets.shape[:-1])
+    weights = weights / weights.sum(dim=(-1, -2), keepdim=True)
+    arguments = torch.zeros(1, got["Q"], got["L"], 2), locations * wh, weights.log().flatten(-2)
+    with vfmtok_fast.enable("deformable_sample", strict=True):
+        out = vfmtok_fast.ops.deformable_sample(got["value"], levels, *arguments)
+    expected = finished(got["value"], levels, locations, weights)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
