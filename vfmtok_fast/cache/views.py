@@ -44,21 +44,6 @@ RULES = {
     ),
 }
 
-_RANGE = Fraction("1.1")
-LEAST_RANDOM_CROP = Fraction("0.8")
-
-# What the rules depend on besides the name; recorded in caches that hold such a view.
-RULES = {
-    "ten-crop": "corners and centre of the centre square of side int(1.1 size), and of it mirrored",
-    "random": (
-        "short side uniform in size..ceil(size/0.8), place uniform, by SHA-256 of seed, view, path"
-    ),
-}
-
-_NAME = re.compile(
-    r"center(?P<center>)|ten-crop-(?P<ten>\d)|random-(?P<random>0|[1-9]\d{0,5})(?P<flip>-flip)?"
-    r"|center(?P<center_flip>-flip)"
-)
 _RANGE = re.compile(r"random-(0|[1-9]\d{0,5})\.\.(0|[1-9]\d{0,5})(-flip)?")
 _RANDOM = re.compile(r"random-(0|[1-9]\d{0,5})(-flip)?")
 _MAX_VIEWS = 10_000
