@@ -186,6 +186,9 @@ def test_processes_of_torchrun_share_a_cache(run, photos, tmp_path, monkeypatch)
         (["--input", "lmdb"], "LMDB"),
         (["--seed", -1], "seed must be at least 0"),
         (["--views", "ten-crop", "ten-crop-3"], "ten-crop-3 twice"),
+        (["--actors", 2], "--actors goes with --engine ray"),
+        (["--engine", "ray", "--shard-range", "0:2"], "Ray hands out the shards by itself"),
+        (["--engine", "ray", "--actors", 0], "actors must be at least 1"),
     ],
 )
 def test_cache_refuses_bad_settings(run, photos, tmp_path, options, expected: str) -> None:

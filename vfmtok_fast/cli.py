@@ -101,6 +101,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="only the shards A to B-1, for batch systems; under torchrun the processes share the "
         "shards by themselves",
     )
+    sub.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="local: this process, or those of torchrun; ray: actors on the cluster of RAY_ADDRESS "
+        "or of this machine (%(default)s)",
+    )
+    sub.add_argument(
+        "--actors", type=int, help="with --engine ray: how many; one per GPU by default"
+    )
     sub.add_argument("--json", action="store_true", help="progress and result as lines of JSON")
     _tokenizer_options(sub)
 

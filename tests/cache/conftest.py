@@ -75,7 +75,7 @@ def tokenizer() -> FakeTokenizer:
     return FakeTokenizer()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fake():
     """This module, for tests that need its classes and functions."""
     return sys.modules[__name__]

@@ -101,7 +101,7 @@ def test_what_others_did_meanwhile_is_not_done_again(tree, tmp_path, out, tokeni
 
 def test_a_rank_waits_for_what_another_is_at_work_on(tree, out, tokenizer, monkeypatch, fake):
     job = cache.prepare(tree, out, fake.FakeTokenizer(), **SMALL)
-    state = sys.modules["vfmtok_fast.cache.build"]._State
+    state = sys.modules["vfmtok_fast.cache.progress"].State
     waited = []
 
     def wait_for(self, numbers):
@@ -125,7 +125,7 @@ def test_a_rank_alone_does_the_shards_of_the_others(tree, tmp_path, out, tokeniz
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "write_shard", noted)
         patch.setattr(sys.modules["vfmtok_fast.cache.prepare"], "INDEX_PATIENCE", 0.3)
-        patch.setattr(sys.modules["vfmtok_fast.cache.build"], "LEAST_PATIENCE", 0.1)
+        patch.setattr(sys.modules["vfmtok_fast.cache.progress"], "LEAST_PATIENCE", 0.1)
         summary = cache.build(tree, out, tokenizer, rank=1, world_size=3, **SMALL)
     assert summary.encoded == 11 and written == [1, 4, 3, 2, 0, 5]
     assert cache.verify(out, tokenizer, tree).ok

@@ -42,6 +42,11 @@ class CacheWriteError(OSError):
             f"cannot write {os.fspath(path)}: {error.strerror or error}; {advice} and run again"
         )
         self.errno = error.errno
+        self._made_of = path, error
+
+    def __reduce__(self) -> tuple:
+        # As it would be by itself, it could not be sent from one process to another.
+        return type(self), self._made_of
 
 
 @contextlib.contextmanager

@@ -57,6 +57,10 @@ class ParquetSource:
     # The walk through one file: its name, the row that comes next, the batches to come.
     _walk: tuple[str, int, Iterator[pa.RecordBatch]] | None = field(default=None, repr=False)
 
+    def __reduce__(self) -> tuple:
+        # Locks and open files do not travel.
+        return type(self), (self.root, self.names)
+
     def files(self) -> dict[str, int]:
         return sizes_of(self.root, list(self.names))
 
