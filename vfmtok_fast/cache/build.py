@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..images import quiet_pillow
 from .job import Job, encode_shards, finish, pending
 from .manifest import Tokenizer
 from .prepare import check_count, prepare
 from .progress import Progress, State, reporting
+from .store import Place
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Summary:
         missing: shards that are still to come; 0 for a complete cache.
     """
 
-    out: Path
+    out: Place
     images: int
     bad: int
     shards: int
@@ -77,7 +77,8 @@ def build(
     Args:
         images: folder of class folders of pictures, or an archive of another kind (see
             `vfmtok_fast.cache.sources.open_source`).
-        out: the cache; a new or empty folder, or a cache made with the same settings.
+        out: the cache; a new or empty folder, or a cache made with the same settings. May be a URL
+            that fsspec knows (s3://bucket/tokens).
         tokenizer: see `vfmtok_fast.cache.manifest.Tokenizer`.
         input_kind: what `images` is, where that is not plain from its name.
         views: names of views, see `vfmtok_fast.cache.views`.

@@ -15,7 +15,6 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 
 from .atomic import atomic_file
 from .sources import Entry, Source
+from .store import Place, open_binary
 
 _MARK = {b"vfmtok_fast": b"token cache index 1"}
 _ORIGIN = b"vfmtok_fast.origin"
@@ -89,7 +89,7 @@ class Origin:
 
 
 def write_index(
-    path: Path, entries: Iterable[Entry], shard_size: int, origin: Origin = Origin()
+    path: Place, entries: Iterable[Entry], shard_size: int, origin: Origin = Origin()
 ) -> tuple[int, str, int]:
     """Write index.parquet, one row group per shard, without holding more than one of them.
 
@@ -126,15 +126,17 @@ def write_index(
     return count, digest.hexdigest(), highest
 
 
-def is_index(path: Path) -> bool:
+def is_index(path: Place) -> bool:
     """Whether a file is an index that this module wrote."""
     try:
-        return (pq.read_schema(path).metadata or {}).get(b"vfmtok_fast") == _MARK[b"vfmtok_fast"]
+        with open_binary(path) as file:
+            found = pq.read_schema(file).metadata or {}
+        return found.get(b"vfmtok_fast") == _MARK[b"vfmtok_fast"]
     except (OSError, pa.ArrowInvalid):
         return False
 
 
-def read_rows(path: Path, shard: int) -> Rows:
+def read_rows(path: Place, shard: int) -> Rows:
     """Read the rows of one shard.
 
     Raises:
@@ -147,14 +149,14 @@ def read_rows(path: Path, shard: int) -> Rows:
     return _rows(table.to_pydict())
 
 
-def read_all(path: Path) -> Iterator[Rows]:
+def read_all(path: Place) -> Iterator[Rows]:
     """Read the rows of all shards, one shard at a time; raises like `read_rows`."""
     with _opened(path) as file:
         for shard in range(file.num_row_groups):
             yield _rows(file.read_row_group(shard).to_pydict())
 
 
-def index_checksum(path: Path) -> tuple[int, str]:
+def index_checksum(path: Place) -> tuple[int, str]:
     """(number of pictures, checksum of the content), as `write_index` returned them."""
     with _opened(path) as file:
         digest = _new_digest(file.schema_arrow.metadata)
@@ -165,14 +167,14 @@ def index_checksum(path: Path) -> tuple[int, str]:
     return count, digest.hexdigest()
 
 
-def read_origin(path: Path) -> Origin:
+def read_origin(path: Place) -> Origin:
     """What was indexed; raises like `read_rows`."""
     with _opened(path) as file:
         data = file.schema_arrow.metadata.get(_ORIGIN)
     return Origin() if data is None else Origin(**json.loads(data))
 
 
-def check_unchanged(source: Source, path: Path, classes: list[str]) -> None:
+def check_unchanged(source: Source, path: Place, classes: list[str]) -> None:
     """Refuse to go on with an input that has other pictures than the index.
 
     A picture that has gone from a folder is no reason to refuse: its tokens may be cached already,
@@ -207,7 +209,7 @@ def _bytes(size: int | None) -> str:
     return "not there" if size is None else f"{size} bytes"
 
 
-def _check_pictures(source: Source, path: Path, classes: list[str]) -> None:
+def _check_pictures(source: Source, path: Place, classes: list[str]) -> None:
     root, now = source.root, source.classes(-1)
     if now != classes:
         differing = sorted(set(now) ^ set(classes))
@@ -241,9 +243,9 @@ def _check_pictures(source: Source, path: Path, classes: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+def _opened(path: Place) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(path) as file:
+        with open_binary(path) as data, pq.ParquetFile(data) as file:
             if (file.schema_arrow.metadata or {}).get(b"vfmtok_fast") != _MARK[b"vfmtok_fast"]:
                 raise ValueError(f"{path}: not an index of a token cache")
             yield file

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from . import shards
 from .encode import Waits
 from .job import Job, is_missing
+from .store import names
 
 # Seconds in which another process may finish a shard, where this one has not made any to compare;
 # and the least.
@@ -95,8 +95,7 @@ class State:
 
     def refresh(self) -> None:
         """Look which shards have come; the header of each is read once."""
-        names = set(os.listdir(self.job.out / "shards"))
-        for name in names - self._seen:
+        for name in set(names(self.job.out / "shards")) - self._seen:
             number = shards.shard_number(name)
             if number is None or number >= self.job.manifest.shards:
                 continue

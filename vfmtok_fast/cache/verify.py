@@ -6,7 +6,6 @@ import json
 import math
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from .manifest import (
     read_manifest,
 )
 from .sources import Source, open_source
+from .store import Place, names, place
 
 MEND = "mend it with vfmtok-fast repair"
 
@@ -85,7 +85,7 @@ def verify(
         ValueError: the manifest is damaged, or `images` without `tokenizer`.
         FingerprintMismatch: `tokenizer` is not the one that made the cache.
     """
-    out = Path(out)
+    out = place(out)
     found = read_manifest(out)
     if images is not None and tokenizer is None:
         raise ValueError("verify: encoding pictures again needs the tokenizer that made the cache")
@@ -111,7 +111,7 @@ def verify(
     return report
 
 
-def _check_files(out: Path, found: Manifest, report: Report) -> list[int]:
+def _check_files(out: Place, found: Manifest, report: Report) -> list[int]:
     """Fill in `report.problems` and `report.bad`; the numbers of the sound shards."""
     try:
         if index.index_checksum(out / INDEX) != (found.images, found.index_sha256):
@@ -139,13 +139,13 @@ def _check_files(out: Path, found: Manifest, report: Report) -> list[int]:
     elif len(sound) == found.shards:
         _check_completion(out, found, report)
     known = {shards.shard_path(out, number).name for number in range(found.shards)}
-    for path in sorted((out / "shards").glob("*.safetensors")):
-        if path.name not in known:
-            report.problems.append(f"{path}: does not belong to this cache")
+    for name in sorted(set(names(out / "shards")) - known):
+        if name.endswith(".safetensors"):
+            report.problems.append(f"{out / 'shards' / name}: does not belong to this cache")
     return sound
 
 
-def shard_problems(out: Path, found: Manifest, number: int) -> tuple[list[str], int]:
+def shard_problems(out: Place, found: Manifest, number: int) -> tuple[list[str], int]:
     """Check one shard to the last byte, against itself, the index and its quarantine list.
 
     Args:
@@ -178,7 +178,7 @@ def shard_problems(out: Path, found: Manifest, number: int) -> tuple[list[str], 
     return wrong, len(bad)
 
 
-def _check_completion(out: Path, found: Manifest, report: Report) -> None:
+def _check_completion(out: Place, found: Manifest, report: Report) -> None:
     path = out / COMPLETE
     try:
         content = json.loads(path.read_bytes())
@@ -192,7 +192,7 @@ def _check_completion(out: Path, found: Manifest, report: Report) -> None:
 
 
 def _check_sample(
-    out: Path,
+    out: Place,
     found: Manifest,
     report: Report,
     sound: list[int],
