@@ -2,7 +2,7 @@
 
 Photos are synthetic JPEGs of 500 x 375 pixels, the average of ImageNet. `decode+resize` is what the
 workers can do with nothing else to do; `pipeline` is a whole `cache.build` whose encoder does
-nothing (everything that a GPU would do is left out, also the step from 8 bit to float), and must
+nothing (everything that a GPU would do is left out: cutting the views, 8 bit to float), and must
 keep 85 % of it (with ten views a picture and every core at work that is recorded only);
 `simulated 2000 img/s` is the same with an encoder that sleeps.
 
@@ -106,10 +106,10 @@ def over_all(workers: int, work: Callable[[Path], object]) -> int:
 
 
 def stage(name: str, workers: int, declared: list[str]) -> Callable[[], int]:
-    parsed = views.parse_views(declared)
+    plan = views.plan_views(views.parse_views(declared), SIZE)
 
     def resize(path: Path) -> None:
-        views.make_views(decode_image(path.read_bytes()), parsed, SIZE, path=path.name)
+        views.make_bases(decode_image(path.read_bytes()), plan, path=path.name)
 
     work = {
         "read": lambda path: path.read_bytes(),

@@ -24,6 +24,7 @@ from .encode import Waits
 from .job import Job, encode_shards, finish
 from .prepare import MAX_DEFAULT_WORKERS, check_count, prepare
 from .progress import Progress, State, reporting
+from .store import absolute
 
 # A shard that has taken this many actors with it is the cause, not the victim.
 MOST_LOST_ON_A_SHARD = 5
@@ -80,8 +81,8 @@ def build_on_ray(
     ray = _import_ray()
     with quiet_pillow(), exit_on_sigterm():
         job = prepare(
-            images,
-            out,
+            os.path.abspath(images),  # actors have working folders of their own
+            absolute(out),
             tokenizer,
             input_kind=input_kind,
             views=views,

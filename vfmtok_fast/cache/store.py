@@ -137,6 +137,12 @@ def place(out: str | os.PathLike | UrlPath) -> Place:
     return found
 
 
+def absolute(out: str | os.PathLike | UrlPath) -> Place:
+    """As `place`, a local path from the root on."""
+    found = place(out)
+    return found if isinstance(found, UrlPath) else found.absolute()
+
+
 def names(folder: Place) -> list[str]:
     """Names of what lies in a folder; none where it is missing."""
     if isinstance(folder, UrlPath):
