@@ -96,6 +96,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-bad", type=int, help="stop above this many unreadable pictures")
     sub.add_argument("--workers", type=int, help="threads that read pictures")
     sub.add_argument(
+        "--extend",
+        action="store_true",
+        help="add pictures that came since the cache was made (refused otherwise)",
+    )
+    sub.add_argument(
+        "--hash",
+        action="store_true",
+        help="note each picture's SHA-256, to notice changes that keep the size (reads all first)",
+    )
+    sub.add_argument(
         "--shard-range",
         metavar="A:B",
         help="only the shards A to B-1, for batch systems; under torchrun the processes share the "

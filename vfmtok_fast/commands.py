@@ -80,6 +80,8 @@ def cache(options: argparse.Namespace) -> int:
         "shard_size": options.shard_size,
         "max_bad": options.max_bad,
         "workers": options.workers,
+        "extend": options.extend,
+        "hashed": options.hash,
     }
     progress = _json_lines() if options.json else True
     if options.engine == "ray":

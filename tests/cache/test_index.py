@@ -8,8 +8,8 @@ import tracemalloc
 import pytest
 
 from vfmtok_fast.cache import CacheWriteError, ImagesChanged
+from vfmtok_fast.cache.changes import check_unchanged
 from vfmtok_fast.cache.index import (
-    check_unchanged,
     index_checksum,
     is_index,
     read_all,

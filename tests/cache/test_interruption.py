@@ -234,11 +234,11 @@ def test_disk_full_while_indexing(tree, out, tokenizer, fake, monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     walks = []
 
-    def fill(root):
-        walks.append(root)
+    def fill(*place):
+        walks.append(place)
         if len(walks) == 2:  # the first looks for one readable picture
             resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
-        return walk(root)
+        return walk(*place)
 
     monkeypatch.setattr("vfmtok_fast.cache.sources.folder.walk", fill)
     try:

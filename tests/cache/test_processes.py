@@ -160,13 +160,13 @@ def test_shares_that_will_not_do(tree, out, tokenizer, arguments, text):
 
 def test_other_ranks_leave_the_index_to_the_first(tree, out, tokenizer, monkeypatch, fake):
     indexed = []
-    write = sys.modules["vfmtok_fast.cache.index"].write_index
+    write = sys.modules["vfmtok_fast.cache.parts"].write_in_parts
 
     def counted(*arguments):
         indexed.append(threading.current_thread().name)
         return write(*arguments)
 
-    monkeypatch.setattr("vfmtok_fast.cache.index.write_index", counted)
+    monkeypatch.setattr("vfmtok_fast.cache.parts.write_in_parts", counted)
     late = threading.Thread(
         target=lambda: cache.prepare(tree, out, tokenizer, rank=1, **SMALL), name="late"
     )
@@ -179,14 +179,14 @@ def test_other_ranks_leave_the_index_to_the_first(tree, out, tokenizer, monkeypa
 @pytest.mark.parametrize("view", ["center", "center-flip"])
 def test_another_manifest_at_the_same_time(tree, out, tokenizer, monkeypatch, view):
     """Another process begins and ends its indexing during ours; harmless, if it does the same."""
-    write = sys.modules["vfmtok_fast.cache.index"].write_index
+    write = sys.modules["vfmtok_fast.cache.parts"].write_in_parts
 
     def meanwhile(*arguments):
         monkeypatch.undo()
         cache.prepare(tree, out, tokenizer, views=(view,), **SMALL)
         return write(*arguments)
 
-    monkeypatch.setattr("vfmtok_fast.cache.index.write_index", meanwhile)
+    monkeypatch.setattr("vfmtok_fast.cache.parts.write_in_parts", meanwhile)
     if view == "center":
         cache.prepare(tree, out, tokenizer, **SMALL)
         return

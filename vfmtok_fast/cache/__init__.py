@@ -9,10 +9,10 @@ The format is that of DESIGN.md section 6.
 
 from .atomic import CacheWriteError
 from .build import Summary, build
+from .changes import ImagesChanged
 from .dataset import TokenCacheDataset
 from .encode import TokenError
 from .export import export
-from .index import ImagesChanged
 from .job import Job, encode_shard, encode_shards, finish, pending
 from .manifest import FingerprintMismatch, Manifest, read_manifest
 from .on_ray import ActorsLost, build_on_ray

@@ -124,6 +124,32 @@ def make_folder(path: Place) -> None:
         raise CacheWriteError(path, error) from error
 
 
+def replace_file(source: Place, target: Place) -> None:
+    """Give a file another's name; in a store, by putting it again. May be done again and again.
+
+    Raises:
+        CacheWriteError: it cannot be done.
+    """
+    try:
+        if isinstance(source, UrlPath):
+            target.write_bytes(source.read_bytes())
+            source.remove()
+            return
+        os.replace(source, target)
+        sync_folder(target.parent)
+    except FileNotFoundError:
+        return  # another process has done it
+    except OSError as error:
+        raise CacheWriteError(target, error) from error
+
+
+def remove_folder(path: Place) -> None:
+    """Remove an empty folder if it is there; one that is not empty stays."""
+    if not isinstance(path, UrlPath):
+        with contextlib.suppress(OSError):
+            path.rmdir()
+
+
 def remove_file(path: Place) -> None:
     """Remove a file if it is there, for good (also after a power cut).
 

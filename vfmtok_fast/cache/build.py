@@ -63,6 +63,8 @@ def build(
     shard_size: int = 8192,
     max_bad: int | None = None,
     workers: int | None = None,
+    extend: bool = False,
+    hashed: bool = False,
     rank: int = 0,
     world_size: int = 1,
     shard_range: tuple[int, int | None] | None = None,
@@ -88,6 +90,10 @@ def build(
         max_bad: give up when more pictures than this have to be quarantined; None: never.
         workers: threads that read and decode; None: one per CPU that this process may use, at
             most 8.
+        extend: add pictures that came since the cache was made; they are refused otherwise. Rows
+            and labels stay: new pictures and new classes come behind the old ones.
+        hashed: note each picture's SHA-256 in the index, so that a change that keeps its size is
+            noticed when it is read; indexing then reads every picture.
         rank, world_size: which of how many processes this is; each takes its share of the shards,
             then what the others have not done. They may differ from run to run.
         shard_range: (A, B): only the shards A to B - 1, for batch systems; B None: to the end.
@@ -123,6 +129,8 @@ def build(
             batch_size=batch_size,
             shard_size=shard_size,
             workers=workers,
+            extend=extend,
+            hashed=hashed,
             rank=rank,
         )
         numbers = _numbers(job, shard_range)

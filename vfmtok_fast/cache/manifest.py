@@ -112,7 +112,7 @@ class Manifest:
         first = shard * self.shard_size
         return range(first, min(first + self.shard_size, self.images))
 
-    def write(self, out: Place) -> None:
+    def write(self, out: Place, name: str = NAME) -> None:
         """Write manifest.json into `out`, atomically; raises CacheWriteError."""
         content = {
             "format": FORMAT,
@@ -130,17 +130,17 @@ class Manifest:
             "index_sha256": self.index_sha256,
         }
         text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-        write_atomic(out / NAME, text.encode())
+        write_atomic(out / name, text.encode())
 
 
-def read_manifest(out: str | os.PathLike | Place) -> Manifest:
-    """Read and check a cache's manifest.
+def read_manifest(out: str | os.PathLike | Place, name: str = NAME) -> Manifest:
+    """Read and check a cache's manifest; `name` is for one that is on its way.
 
     Raises:
         FileNotFoundError: `out` is no token cache.
         ValueError: the manifest is damaged, of another version, or not ours.
     """
-    path = place(out) / NAME
+    path = place(out) / name
     try:
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -48,6 +48,8 @@ def build_on_ray(
     shard_size: int = 8192,
     max_bad: int | None = None,
     workers: int | None = None,
+    extend: bool = False,
+    hashed: bool = False,
     actors: int | None = None,
     device: str | None = None,
     progress: bool | Callable[[Progress], None] = False,
@@ -61,8 +63,8 @@ def build_on_ray(
     Args:
         images, out: as `build`; both must be there under this name on every node.
         tokenizer: in CPU memory; it is sent to the actors, so nodes need no file of it.
-        input_kind, views, seed, batch_size, shard_size, progress: as `build`; progress and bad
-            pictures are counted by whole shards.
+        input_kind, views, seed, batch_size, shard_size, extend, hashed, progress: as `build`;
+            progress and bad pictures are counted by whole shards.
         max_bad: as `build`.
         workers: threads of each actor that read and decode; None: as many as it has cores.
         actors: how many; None: one per GPU, or where there are none, one per 8 cores or node.
@@ -90,6 +92,8 @@ def build_on_ray(
             batch_size=batch_size,
             shard_size=shard_size,
             workers=workers,
+            extend=extend,
+            hashed=hashed,
         )
         state = State(job, max_bad)
         numbers = list(state.missing(range(job.manifest.shards)))

@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..images import decode_image
-from . import atomic, index, manifest
+from . import atomic, changes, index, manifest, parts
+from .hashes import hashed_entries
 from .job import INDEX, Job
-from .sources import BadImage, Source, open_source
+from .sources import BadImage, Entry, Source, open_source
 from .sources.folder import EXTENSIONS
 from .store import Place, UrlPath, names, place
 from .views import parse_views
@@ -40,6 +42,8 @@ def prepare(
     shard_size: int = 8192,
     workers: int | None = None,
     rank: int = 0,
+    extend: bool = False,
+    hashed: bool = False,
 ) -> Job:
     """Index the pictures and write the manifest, or check that those of an earlier run still fit.
 
@@ -61,7 +65,8 @@ def prepare(
     if not isinstance(out, UrlPath):
         _check_folders(Path(images), out)
     if rank:
-        _await_manifest(out)
+        _await(out, (out / manifest.NAME).exists)
+    changes.install(out)
     if isinstance(out, UrlPath):
         _remove_torn_manifest(out)
     resumed = (out / manifest.NAME).exists() or not _is_free(out)
@@ -74,14 +79,26 @@ def prepare(
         manifest.check_same(found, covers, shard_size, out)
         if index.index_checksum(out / INDEX) != (found.images, found.index_sha256):
             raise ValueError(f"{out / INDEX}: damaged; restore it, or cache anew")
-        index.check_unchanged(source, out / INDEX, found.classes)
+        if hashed and not index.read_hashed(out / INDEX):
+            raise ValueError(
+                f"{out}: was indexed without hashes; leave them out, or cache into a new folder"
+            )
+        if extend:
+            found = _extend(source, out, found, workers, rank)
+        else:
+            changes.check_unchanged(source, out / INDEX, found.classes)
     for folder in (out, out / "shards", out / "quarantine"):
         atomic.make_folder(folder)
         atomic.sweep(folder)
     if not resumed:
         origin = index.Origin(source.kind, source.files())
-        count, checksum, highest = index.write_index(
-            out / INDEX, source.entries(), shard_size, origin
+
+        def entries(after: Entry | None) -> Iterable[Entry]:
+            found = source.entries(after)
+            return hashed_entries(source, found, workers) if hashed else found
+
+        count, checksum, highest = parts.write_in_parts(
+            out / INDEX, entries, shard_size, origin, hashed, source.root
         )
         found = manifest.Manifest(covers, shard_size, count, source.classes(highest), checksum)
         _publish(found, out)
@@ -118,16 +135,29 @@ def _publish(found: manifest.Manifest, out: Place) -> None:
     if not (out / manifest.NAME).exists():
         found.write(out)
     elif manifest.read_manifest(out) != found:
-        raise index.ImagesChanged(
+        raise changes.ImagesChanged(
             f"{out}: another process began a cache of other pictures or with other settings here "
             "at the same time; remove the folder, and start all processes alike"
         )
 
 
-def _await_manifest(out: Place) -> None:
+def _extend(
+    source: Source, out: Place, found: manifest.Manifest, workers: int, rank: int
+) -> manifest.Manifest:
+    if rank:
+        try:
+            changes.check_unchanged(source, out / INDEX, found.classes)
+            return found
+        except changes.ImagesChanged:
+            _await(out, lambda: manifest.read_manifest(out) != found)
+            found = manifest.read_manifest(out)
+    return changes.extend(source, out, found, workers)
+
+
+def _await(out: Place, done: Callable[[], bool]) -> None:
     """Wait for another process's index; not for ever, as each could do it by itself."""
     last, seen = time.monotonic(), None
-    while not (out / manifest.NAME).exists() and time.monotonic() - last < INDEX_PATIENCE:
+    while not done() and time.monotonic() - last < INDEX_PATIENCE:
         # Of a store, nothing is seen of what is on its way.
         local = not isinstance(out, UrlPath) and out.is_dir()
         now = []
@@ -160,9 +190,11 @@ def _check_ours(out: Place) -> None:
         ours = atomic.is_temporary(name)
         if name == INDEX:
             ours = index.is_index(out / name) or _is_torn(out / name)
-        elif name in ("shards", "quarantine"):
+        elif name in ("shards", "quarantine", parts.FOLDER):
             inside = names(out / name)
-            ours = all(map(atomic.is_temporary, inside)) and (inside or not _is_file(out / name))
+            known = re.compile(r"\d{5}\.parquet") if name == parts.FOLDER else re.compile("(?!)")
+            ours = all(atomic.is_temporary(one) or known.fullmatch(one) for one in inside)
+            ours = ours and (inside or not _is_file(out / name))
         if not ours:
             raise FileExistsError(
                 f"{out}: holds something else ({name!r}) and is left alone; "
