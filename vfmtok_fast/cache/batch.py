@@ -36,6 +36,8 @@ class Batch:
             )
             for side in set(plan.sides)
         }
+        # The same memory: asking a tensor for it at each picture would cost more than the copy.
+        self.arrays = {side: squares.numpy() for side, squares in self.squares.items()}
         self.clear()
 
     def __len__(self) -> int:
@@ -62,7 +64,7 @@ class Batch:
         side = self.plan.sides[cut.base]
         if cut.base not in places:
             places[cut.base] = self.filled[side]
-            self.squares[side].numpy()[self.filled[side]] = bases[cut.base]
+            self.arrays[side][self.filled[side]] = bases[cut.base]
             self.filled[side] += 1
         rows, squares = self.cuts.setdefault((cut, side), ([], []))
         rows.append(row)
