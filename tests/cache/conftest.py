@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import pickle
+import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+
+from vfmtok_fast import cache
 
 SIDE, TOKENS, CODEBOOK = 16, 4, 1000
 
@@ -152,6 +157,43 @@ MAKERS = {
     "parquet": make_parquet,
     "lmdb": make_lmdb,
 }
+
+
+@pytest.fixture
+def as_nobody(tmp_path_factory) -> Path:
+    """A folder, in a test that has no more rights than any user, also where root runs the tests."""
+    if os.geteuid() != 0:
+        yield tmp_path_factory.mktemp("nobody")
+        return
+    # pytest's own folders are closed to others; and what is imported late must be there already.
+    with tempfile.TemporaryDirectory() as folder:
+        warm = Path(folder) / "warm"
+        cache.build(make_tree(warm / "p", 1), warm / "t", FakeTokenizer(), workers=1)
+        (Path(folder) / "open").mkdir()
+        for path in (folder, f"{folder}/open"):
+            os.chmod(path, 0o777)
+        os.seteuid(65534)
+        try:
+            yield Path(folder) / "open"
+        finally:
+            os.seteuid(0)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that makes a file system of some size at `tmp_path / "disk"`, or changes it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting is not allowed here")
+        return disk
+
+    yield mount
+    if os.path.ismount(disk):
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.fixture
