@@ -135,6 +135,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--images", help="the pictures' folder or archive: tokenise a sample again")
     _input_option(sub)
     sub.add_argument("--sample", type=int, default=64, help="how many pictures (%(default)s)")
+    sub.add_argument(
+        "--sheet",
+        metavar="OUT.png",
+        help="with --images: draw some pictures, each beside what its tokens decode to",
+    )
     _tokenizer_options(sub)
 
     sub = command("repair", "tokenise again the shards of a cache that verify finds damaged")

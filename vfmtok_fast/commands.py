@@ -210,6 +210,8 @@ def status(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
+    if options.sheet is not None and Path(options.sheet).suffix.lower() != ".png":
+        raise ValueError(f"--sheet: the picture to write must be named .png, got {options.sheet}")
     chosen = options.model or options.tokenizer or options.untrained
     tokenizer = _tokenizer(options) if options.images or chosen else None
     with _policy(options):
@@ -219,6 +221,7 @@ def verify(options: argparse.Namespace) -> int:
             options.images,
             input_kind=options.input,
             sample=options.sample,
+            sheet=options.sheet,
         )
     for problem in report.problems:
         print(problem, file=sys.stderr)

@@ -99,7 +99,7 @@ def encode_parts(
     plan = plan_views(parse_views(manifest.views), manifest.image_size)
     device = _Device(tokenizer, manifest, plan, waits or Waits(), advance)
     pictures = _decode_ahead(source, iter(parts), manifest, plan, workers)
-    with _evaluating(tokenizer), device, contextlib.closing(pictures):
+    with evaluating(tokenizer), device, contextlib.closing(pictures):
         for number, rows in _parts_of(pictures, device):
             encoded = Encoded(
                 np.full((len(rows), len(plan.cuts), manifest.num_tokens), BAD_TOKEN, np.uint16),
@@ -224,7 +224,8 @@ def _encode_batch(tokenizer: Tokenizer, batch: Batch, manifest: Manifest) -> np.
 
 
 @contextlib.contextmanager
-def _evaluating(tokenizer: Tokenizer) -> Iterator[None]:
+def evaluating(tokenizer: Tokenizer) -> Iterator[None]:
+    """Put a tokenizer into eval mode for the time of the block."""
     training = getattr(tokenizer, "training", False)
     if training:
         tokenizer.eval()
