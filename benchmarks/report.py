@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -68,7 +69,61 @@ def measured(path: Path) -> list[str]:
     if plot(path, content):
         image = path.with_suffix(".png").relative_to(HERE).as_posix()
         lines += ["", f"![{path.stem} on {environment['device']}]({image})"]
+    if path.stem == "cache":
+        lines += ["", *cost_sheet(content)]
     return [*lines, ""]
+
+
+# Views per second of one GPU to reckon with; assumed, not measured.
+GPU_RATES = (400, 1000, 2000)
+GPUS = 8
+# Bytes of a view's tokens, and of a picture's index, label and status.
+VIEW_BYTES, PICTURE_BYTES = 512, 13
+DATA_SETS = {"ImageNet-1k": 1_281_167, "100 M images": 10**8, "1 B images": 10**9}
+VIEW_SETS = {"center": 1, "ten-crop": 10}
+
+
+def cost_sheet(content: dict) -> list[str]:
+    """Time, disk and machines for whole data sets, from the rates of a cache.json."""
+    rates: dict[str, float] = {}
+    for record in content["records"]:
+        if record["provider"] == "pipeline":
+            name, workers = record["shape"].split(" workers=")
+            rates[name] = max(rates.get(name, 0.0), record["images_s"] / int(workers))
+    lines = [
+        "#### What whole data sets cost",
+        "",
+        "Computed, not measured: the pictures per second and core above, times cores; the views per "
+        "second of a GPU are assumed.",
+        "",
+    ]
+    rows, machines = [], []
+    for name, pictures in DATA_SETS.items():
+        for declared, views in VIEW_SETS.items():
+            disk = pictures * (VIEW_BYTES * views + PICTURE_BYTES) / 1e9
+            cores = pictures / rates[declared] / 3600
+            hours = [pictures * views / rate / 3600 for rate in GPU_RATES]
+            cells = [f"{disk:,.1f} GB", f"{cores:,.1f}", *(f"{hour:,.1f}" for hour in hours)]
+            rows.append([name, views, *cells])
+            counts = [[math.ceil(hour / GPUS / days / 24) for hour in hours] for days in (1, 7)]
+            machines.append(
+                [name, views, *(f"{day:,} / {week:,}" for day, week in zip(*counts, strict=True))]
+            )
+    at = [f"at {rate}/s" for rate in GPU_RATES]
+    head = ["data set", "views", "tokens on disk", "core hours", *(f"GPU hours {a}" for a in at)]
+    lines += [*table(head, rows), ""]
+    head = ["data set", "views", *(f"GPUs {a}" for a in at)]
+    lines += [
+        f"Machines of {GPUS} GPUs that are done in a day / in a week:",
+        "",
+        *table(head, machines),
+    ]
+    lines += ["", "Cores that keep one GPU busy:", ""]
+    needed = [
+        [declared, *(math.ceil(rate / (rates[declared] * views)) for rate in GPU_RATES)]
+        for declared, views in VIEW_SETS.items()
+    ]
+    return [*lines, *table(["views", *at], needed)]
 
 
 def plot(path: Path, content: dict) -> bool:
