@@ -85,45 +85,43 @@ VIEW_SETS = {"center": 1, "ten-crop": 10}
 
 def cost_sheet(content: dict) -> list[str]:
     """Time, disk and machines for whole data sets, from the rates of a cache.json."""
-    rates: dict[str, float] = {}
+    found: dict[str, tuple[int, float]] = {}
     for record in content["records"]:
         if record["provider"] == "pipeline":
             name, workers = record["shape"].split(" workers=")
-            rates[name] = max(rates.get(name, 0.0), record["images_s"] / int(workers))
-    lines = [
-        "#### What whole data sets cost",
-        "",
-        "Computed, not measured: the pictures per second and core above, times cores; the views per "
-        "second of a GPU are assumed.",
-        "",
-    ]
-    rows, machines = [], []
+            # With all cores at work, which is how a cache is made.
+            found[name] = max(found.get(name, (0, 0.0)), (int(workers), record["images_s"]))
+    rates = {name: rate / workers for name, (workers, rate) in found.items()}
+    rows, machines, cores = [], [], []
     for name, pictures in DATA_SETS.items():
         for declared, views in VIEW_SETS.items():
             disk = pictures * (VIEW_BYTES * views + PICTURE_BYTES) / 1e9
-            cores = pictures / rates[declared] / 3600
+            core_hours = pictures / rates[declared] / 3600
             hours = [pictures * views / rate / 3600 for rate in GPU_RATES]
-            cells = [f"{disk:,.1f} GB", f"{cores:,.1f}", *(f"{hour:,.1f}" for hour in hours)]
+            cells = [f"{disk:,.1f} GB", f"{core_hours:,.1f}", *(f"{hour:,.1f}" for hour in hours)]
             rows.append([name, views, *cells])
-            counts = [[math.ceil(hour / GPUS / days / 24) for hour in hours] for days in (1, 7)]
-            machines.append(
-                [name, views, *(f"{day:,} / {week:,}" for day, week in zip(*counts, strict=True))]
-            )
-    at = [f"at {rate}/s" for rate in GPU_RATES]
-    head = ["data set", "views", "tokens on disk", "core hours", *(f"GPU hours {a}" for a in at)]
-    lines += [*table(head, rows), ""]
-    head = ["data set", "views", *(f"GPUs {a}" for a in at)]
-    lines += [
-        f"Machines of {GPUS} GPUs that are done in a day / in a week:",
+            needed = [[math.ceil(h / GPUS / 24 / days) for days in (1, 7)] for h in hours]
+            machines.append([name, views, *(f"{day:,} / {week:,}" for day, week in needed)])
+    for declared, views in VIEW_SETS.items():
+        cores.append([declared, *(math.ceil(r / (rates[declared] * views)) for r in GPU_RATES)])
+    at = [f"{rate} views/s" for rate in GPU_RATES]
+    head = ["data set", "views", "tokens on disk", "core hours", *(f"GPU hours, {a}" for a in at)]
+    return [
+        "#### What whole data sets cost",
         "",
-        *table(head, machines),
+        "Computed, not measured: the pictures per second and core above, with all cores at work, "
+        "times cores; the views per second of a GPU are assumed.",
+        "",
+        *table(head, rows),
+        "",
+        f"Machines of {GPUS} such GPUs that are done in a day / in a week:",
+        "",
+        *table(["data set", "views", *at], machines),
+        "",
+        "Cores that keep one GPU busy:",
+        "",
+        *table(["views", *at], cores),
     ]
-    lines += ["", "Cores that keep one GPU busy:", ""]
-    needed = [
-        [declared, *(math.ceil(rate / (rates[declared] * views)) for rate in GPU_RATES)]
-        for declared, views in VIEW_SETS.items()
-    ]
-    return [*lines, *table(["views", *at], needed)]
 
 
 def plot(path: Path, content: dict) -> bool:
