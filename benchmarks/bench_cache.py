@@ -38,7 +38,7 @@ from vfmtok_fast import cache
 from vfmtok_fast.cache import encode, views
 from vfmtok_fast.images import decode_image
 
-PHOTOS, SIZE, BATCH = 128, 336, 32
+PHOTOS, SIZE, BATCH = 256, 336, 32
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 WORKERS = sorted({1, CPUS})
 SETS = {"center": ["center"], "ten-crop": ["ten-crop"], "random-0..1": ["random-0..1"]}
