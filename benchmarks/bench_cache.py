@@ -2,7 +2,7 @@
 
 Photos are synthetic JPEGs of 500 x 375 pixels, the average of ImageNet. `decode+resize` is what the
 workers can do with nothing else to do; `pipeline` is a whole `cache.build` whose encoder does
-nothing (everything that a GPU would do is left out, also the step from 8 bit to float), and must
+nothing (everything that a GPU would do is left out: cutting the views, 8 bit to float), and must
 keep 85 % of it (with ten views a picture and every core at work that is recorded only);
 `simulated 2000 img/s` is the same with an encoder that sleeps.
 
@@ -30,6 +30,7 @@ from pathlib import Path
 import harness
 import numpy as np
 import pytest
+import report
 import torch
 from PIL import Image
 
@@ -37,7 +38,7 @@ from vfmtok_fast import cache
 from vfmtok_fast.cache import encode, views
 from vfmtok_fast.images import decode_image
 
-PHOTOS, SIZE, BATCH = 128, 336, 32
+PHOTOS, SIZE, BATCH = 256, 336, 32
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 WORKERS = sorted({1, CPUS})
 SETS = {"center": ["center"], "ten-crop": ["ten-crop"], "random-0..1": ["random-0..1"]}
@@ -108,10 +109,10 @@ def over_all(workers: int, work: Callable[[Path], object]) -> int:
 
 
 def stage(name: str, workers: int, declared: list[str]) -> Callable[[], int]:
-    parsed = views.parse_views(declared)
+    plan = views.plan_views(views.parse_views(declared), SIZE)
 
     def resize(path: Path) -> None:
-        views.make_views(decode_image(path.read_bytes()), parsed, SIZE, path=path.name)
+        views.make_bases(decode_image(path.read_bytes()), plan, path=path.name)
 
     work = {
         "read": lambda path: path.read_bytes(),
@@ -190,45 +191,8 @@ def bench_simulated_device(benchmark):
     record["of_device"] = round(record["views_s"] / DEVICE_RATE, 3)
 
 
-def cost_sheet(content: dict, device_rates: tuple[int, ...] = (400, 1000, 2000)) -> list[str]:
-    """Time and disk for whole data sets, computed from measured rates; not measured themselves.
-
-    Args:
-        content: a results file, cache.json.
-        device_rates: views per second of one GPU to reckon with.
-    """
-    records = [record for record in content["records"] if record["provider"] == "pipeline"]
-    rates = {}
-    for record in records:
-        name, workers = record["shape"].split(" workers=")
-        rates[name] = max(rates.get(name, 0.0), record["images_s"] / min(int(workers), CPUS))
-    lines = [
-        f"Computed from {content['environment']['device']}, {content['environment']['date']}: "
-        "pictures per second and core, times cores; views per second of a GPU as assumed.",
-        "",
-        "| data set | views | tokens on disk | core hours | "
-        + " | ".join(f"GPU hours at {rate}/s" for rate in device_rates)
-        + " |",
-        "|---|---|---|---|" + "---|" * len(device_rates),
-    ]
-    for name, pictures in (("ImageNet-1k", 1_281_167), ("100 M", 10**8), ("1 B", 10**9)):
-        for declared, count in (("center", 1), ("ten-crop", 10)):
-            # Tokens, and index, label and status of each picture.
-            disk = pictures * (512 * count + 13) / 1e9
-            cores = pictures / rates[declared] / 3600
-            hours = [pictures * count / rate / 3600 for rate in device_rates]
-            cells = [name, str(count), f"{disk:,.1f} GB", f"{cores:,.1f}"]
-            lines.append("| " + " | ".join(cells + [f"{h:,.1f}" for h in hours]) + " |")
-    lines += ["", "Cores that keep one GPU busy (its rate over views per second and core):"]
-    for declared, count in (("center", 1), ("ten-crop", 10)):
-        needed = [math.ceil(rate / (rates[declared] * count)) for rate in device_rates]
-        pairs = zip(device_rates, needed, strict=True)
-        lines.append(f"- {declared}: " + ", ".join(f"{n} at {rate}/s" for rate, n in pairs))
-    return lines
-
-
 if __name__ == "__main__":
     results = harness.RESULTS / harness.device_name() / "cache.json"
     if not results.exists():
         sys.exit(f"{results}: not there; run make bench ARGS=benchmarks/bench_cache.py first")
-    print("\n".join(cost_sheet(json.loads(results.read_text()))))
+    print("\n".join(report.cost_sheet(json.loads(results.read_text()))))

@@ -85,6 +85,14 @@ def test_cache_verify_and_status(run, photos: Path, tmp_path: Path) -> None:
     assert code == 1 and "tokens-00000" in problems[0]
 
 
+def test_verify_draws_a_contact_sheet(run, photos: Path, tmp_path: Path) -> None:
+    assert run("cache", photos, tmp_path / "out", *SMALL)[0] == 0
+    again = ["--images", photos, *SMALL, "--sheet"]
+    assert run("verify", tmp_path / "out", *again, tmp_path / "sheet.png")[0] == 0
+    assert Image.open(tmp_path / "sheet.png").size == (8 * 336, 336)
+    assert "must be named .png" in refusal(run("verify", tmp_path / "out", *again, "sheet.jpg"))
+
+
 def test_cache_quarantines_and_goes_on(run, photos: Path, tmp_path: Path) -> None:
     whole = (EXAMPLES / "vehicles/rocket.jpg").read_bytes()
     (photos / "vehicles/half.jpg").write_bytes(whole[: len(whole) // 2])
@@ -186,6 +194,9 @@ def test_processes_of_torchrun_share_a_cache(run, photos, tmp_path, monkeypatch)
         (["--input", "lmdb"], "LMDB"),
         (["--seed", -1], "seed must be at least 0"),
         (["--views", "ten-crop", "ten-crop-3"], "ten-crop-3 twice"),
+        (["--actors", 2], "--actors goes with --engine ray"),
+        (["--engine", "ray", "--shard-range", "0:2"], "Ray hands out the shards by itself"),
+        (["--engine", "ray", "--actors", 0], "actors must be at least 1"),
     ],
 )
 def test_cache_refuses_bad_settings(run, photos, tmp_path, options, expected: str) -> None:

@@ -96,10 +96,30 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-bad", type=int, help="stop above this many unreadable pictures")
     sub.add_argument("--workers", type=int, help="threads that read pictures")
     sub.add_argument(
+        "--extend",
+        action="store_true",
+        help="add pictures that came since the cache was made (refused otherwise)",
+    )
+    sub.add_argument(
+        "--hash",
+        action="store_true",
+        help="note each picture's SHA-256, to notice changes that keep the size (reads all first)",
+    )
+    sub.add_argument(
         "--shard-range",
         metavar="A:B",
         help="only the shards A to B-1, for batch systems; under torchrun the processes share the "
         "shards by themselves",
+    )
+    sub.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="local: this process, or those of torchrun; ray: actors on the cluster of RAY_ADDRESS "
+        "or of this machine (%(default)s)",
+    )
+    sub.add_argument(
+        "--actors", type=int, help="with --engine ray: how many; one per GPU by default"
     )
     sub.add_argument("--json", action="store_true", help="progress and result as lines of JSON")
     _tokenizer_options(sub)
@@ -115,6 +135,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--images", help="the pictures' folder or archive: tokenise a sample again")
     _input_option(sub)
     sub.add_argument("--sample", type=int, default=64, help="how many pictures (%(default)s)")
+    sub.add_argument(
+        "--sheet",
+        metavar="OUT.png",
+        help="with --images: draw some pictures, each beside what its tokens decode to",
+    )
     _tokenizer_options(sub)
 
     sub = command("repair", "tokenise again the shards of a cache that verify finds damaged")

@@ -72,29 +72,62 @@ def _read_config(path: Path) -> dict:
 
 
 def cache(options: argparse.Namespace) -> int:
-    rank, world_size = _place_among_processes(options)
-    shard_range = _shard_range(options.shard_range)
-    tokenizer = _tokenizer(options)
+    settings = {
+        "input_kind": options.input,
+        "views": options.views,
+        "seed": options.seed,
+        "batch_size": options.batch_size,
+        "shard_size": options.shard_size,
+        "max_bad": options.max_bad,
+        "workers": options.workers,
+        "extend": options.extend,
+        "hashed": options.hash,
+    }
     progress = _json_lines() if options.json else True
+    if options.engine == "ray":
+        rank, summary = 0, _cache_on_ray(options, settings, progress)
+    else:
+        if options.actors is not None:
+            raise ValueError("--actors goes with --engine ray")
+        rank, world_size = _place_among_processes(options)
+        shard_range = _shard_range(options.shard_range)
+        tokenizer = _tokenizer(options)
+        with _policy(options):
+            summary = token_cache.build(
+                options.images,
+                options.out,
+                tokenizer,
+                rank=rank,
+                world_size=world_size,
+                shard_range=shard_range,
+                progress=progress if rank == 0 else False,
+                **settings,
+            )
+    _tell(summary, options.json, rank)
+    return summary.exit_code
+
+
+def _cache_on_ray(
+    options: argparse.Namespace, settings: dict, progress: bool | Callable
+) -> token_cache.Summary:
+    if options.shard_range is not None:
+        raise ValueError("--shard-range is for batch systems; Ray hands out the shards by itself")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("--engine ray is started once, not by torchrun")
+    device = options.device
+    # The actors hold the model; this process only checks its weights and sends it.
+    options.device = "cpu"
+    tokenizer = _tokenizer(options)
     with _policy(options):
-        summary = token_cache.build(
+        return token_cache.build_on_ray(
             options.images,
             options.out,
             tokenizer,
-            input_kind=options.input,
-            views=options.views,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            shard_size=options.shard_size,
-            max_bad=options.max_bad,
-            workers=options.workers,
-            rank=rank,
-            world_size=world_size,
-            shard_range=shard_range,
-            progress=progress if rank == 0 else False,
+            actors=options.actors,
+            device=device,
+            progress=progress,
+            **settings,
         )
-    _tell(summary, options.json, rank)
-    return summary.exit_code
 
 
 def _tell(summary: token_cache.Summary, as_json: bool, rank: int) -> None:
@@ -177,6 +210,8 @@ def status(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
+    if options.sheet is not None and Path(options.sheet).suffix.lower() != ".png":
+        raise ValueError(f"--sheet: the picture to write must be named .png, got {options.sheet}")
     chosen = options.model or options.tokenizer or options.untrained
     tokenizer = _tokenizer(options) if options.images or chosen else None
     with _policy(options):
@@ -186,6 +221,7 @@ def verify(options: argparse.Namespace) -> int:
             options.images,
             input_kind=options.input,
             sample=options.sample,
+            sheet=options.sheet,
         )
     for problem in report.problems:
         print(problem, file=sys.stderr)

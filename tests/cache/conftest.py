@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
+import os
+import pickle
+import subprocess
 import sys
+import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+
+from vfmtok_fast import cache
 
 SIDE, TOKENS, CODEBOOK = 16, 4, 1000
 
@@ -70,12 +81,127 @@ def read_tree(out: Path) -> dict[str, bytes]:
     }
 
 
+def add_member(archive, name, data=b"", **fields):
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    for field, value in fields.items():
+        setattr(member, field, value)
+    archive.addfile(member, io.BytesIO(data))
+
+
+def pictures(tree):
+    """(relative path, bytes, class number), sorted."""
+    return [
+        (path.relative_to(tree).as_posix(), path.read_bytes(), int(path.parent.name[5:]))
+        for path in sorted(tree.rglob("*.png"))
+    ]
+
+
+def make_tar_of_tars(tree, path):
+    with tarfile.open(path, "w") as outer:
+        for folder in sorted(tree.iterdir(), reverse=True):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as archive:
+                for file in sorted(folder.iterdir(), reverse=True):
+                    add_member(archive, file.name, file.read_bytes())
+            add_member(outer, f"{folder.name}.tar", inner.getvalue())
+    return path
+
+
+def make_webdataset(tree, root):
+    root.mkdir()
+    samples = pictures(tree)
+    for number, part in enumerate((samples[:5], samples[5:])):
+        with tarfile.open(root / f"train-{number:03d}.tar", "w") as archive:
+            for position, (_, data, label) in enumerate(part):
+                add_member(archive, f"{position:04d}.cls", str(label).encode())
+                add_member(archive, f"{position:04d}.PNG", data)
+                add_member(archive, f"{position:04d}.json", b"{}")
+    return root
+
+
+def make_parquet(tree, root, group=3, names=("fish", "bird", "cat")):
+    root.mkdir()
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": names}}
+    schema = pa.schema(
+        [
+            ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+            ("label", pa.int64()),
+        ],
+        metadata={"huggingface": json.dumps({"info": {"features": features}})},
+    )
+    samples = pictures(tree)
+    for number, part in enumerate((samples[:4], samples[4:])):
+        images = [{"bytes": data, "path": name} for name, data, _ in part]
+        table = pa.table([images, [label for _, _, label in part]], schema=schema)
+        name = f"train-{number:05d}-of-00002.parquet"
+        pq.write_table(table, root / name, row_group_size=group)
+    return root
+
+
+def make_lmdb(tree, root, count=None, extra=()):
+    lmdb = pytest.importorskip("lmdb")
+    samples = pictures(tree)
+    with lmdb.open(str(root), map_size=1 << 24) as database, database.begin(write=True) as writer:
+        for number, (_, data, label) in enumerate(samples):
+            writer.put(str(number).encode(), pickle.dumps({"image": data, "label": label}))
+        for number, record in extra:
+            writer.put(str(number).encode(), record)
+        writer.put(b"num_samples", pickle.dumps(len(samples) if count is None else count))
+    return root
+
+
+MAKERS = {
+    "tar": lambda tree, root: make_tar_of_tars(tree, root.with_suffix(".tar")),
+    "webdataset": make_webdataset,
+    "parquet": make_parquet,
+    "lmdb": make_lmdb,
+}
+
+
+@pytest.fixture
+def as_nobody(tmp_path_factory) -> Path:
+    """A folder, in a test that has no more rights than any user, also where root runs the tests."""
+    if os.geteuid() != 0:
+        yield tmp_path_factory.mktemp("nobody")
+        return
+    # pytest's own folders are closed to others; and what is imported late must be there already.
+    with tempfile.TemporaryDirectory() as folder:
+        warm = Path(folder) / "warm"
+        cache.build(make_tree(warm / "p", 1), warm / "t", FakeTokenizer(), workers=1)
+        (Path(folder) / "open").mkdir()
+        for path in (folder, f"{folder}/open"):
+            os.chmod(path, 0o777)
+        os.seteuid(65534)
+        try:
+            yield Path(folder) / "open"
+        finally:
+            os.seteuid(0)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that makes a file system of some size at `tmp_path / "disk"`, or changes it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting is not allowed here")
+        return disk
+
+    yield mount
+    if os.path.ismount(disk):
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 @pytest.fixture
 def tokenizer() -> FakeTokenizer:
     return FakeTokenizer()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fake():
     """This module, for tests that need its classes and functions."""
     return sys.modules[__name__]

@@ -137,8 +137,8 @@ def test_pictures_that_cannot_be_opened(tree, out, tokenizer):
     assert cache.verify(out, tokenizer, tree).ok
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read any file")
-def test_picture_without_permission(tree, out, tokenizer):
+def test_picture_without_permission(as_nobody, tokenizer, fake):
+    tree, out = fake.make_tree(as_nobody / "p"), as_nobody / "tokens"
     (tree / "class0" / "003.png").chmod(0)
     assert cache.build(tree, out, tokenizer, **SMALL).bad == 1
     assert "Permission denied" in (out / "quarantine" / "00000.jsonl").read_text()

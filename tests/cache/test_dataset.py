@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from vfmtok_fast import cache
 
@@ -71,6 +71,25 @@ def test_worker_processes_see_the_epoch_also_when_they_live_on(built):
     data[0]  # opens a file, which must not travel
     again = pickle.loads(pickle.dumps(data))
     assert again.epoch == 2 and torch.equal(again[4][0], data[4][0])
+
+
+def test_ranks_of_ddp_share_the_pictures_and_agree_on_their_views(built):
+    """As under DistributedDataParallel: a sampler a rank, workers of its own, one epoch for all."""
+    for epoch in (0, 1):
+        shown = {}
+        for rank in range(3):
+            data = cache.TokenCacheDataset(built, seed=5)
+            sampler = DistributedSampler(data, num_replicas=3, rank=rank, shuffle=True, seed=1)
+            data.set_epoch(epoch)
+            sampler.set_epoch(epoch)
+            loader = DataLoader(data, batch_size=4, sampler=sampler, num_workers=rank)
+            tokens = torch.cat([tokens for tokens, _ in loader])
+            assert len(tokens) == 6
+            shown |= dict(zip(sampler, tokens, strict=True))
+        alone = cache.TokenCacheDataset(built, seed=5)
+        alone.set_epoch(epoch)
+        assert sorted(shown) == list(range(18))
+        assert all(torch.equal(shown[picture], alone[picture][0]) for picture in range(18))
 
 
 def test_what_will_not_do(built, tree, tokenizer):

@@ -234,11 +234,11 @@ def test_disk_full_while_indexing(tree, out, tokenizer, fake, monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     walks = []
 
-    def fill(root):
-        walks.append(root)
+    def fill(*place):
+        walks.append(place)
         if len(walks) == 2:  # the first looks for one readable picture
             resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
-        return walk(root)
+        return walk(*place)
 
     monkeypatch.setattr("vfmtok_fast.cache.sources.folder.walk", fill)
     try:
@@ -249,15 +249,34 @@ def test_disk_full_while_indexing(tree, out, tokenizer, fake, monkeypatch):
     assert fake.read_tree(out) == {}
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_read_only_folder(tree, out, tokenizer):
-    out.mkdir()
-    out.chmod(0o500)
-    try:
-        with pytest.raises(cache.CacheWriteError, match="Permission denied; choose a folder"):
-            cache.build(tree, out, tokenizer, **SMALL)
-    finally:
-        out.chmod(0o700)
+def test_a_disk_that_fills_up_and_one_that_turns_read_only(
+    tree, tmp_path, tokenizer, fake, small_disk
+):
+    """A tmpfs of pages: index, manifest and some of the six shards fit."""
+    cache.build(tree, tmp_path / "whole", fake.FakeTokenizer(), **SMALL)
+    out = small_disk("size=20k") / "tokens"
+    with pytest.raises(cache.CacheWriteError) as caught:
+        cache.build(tree, out, tokenizer, **SMALL)
+    assert "No space left on device; free some space and run again" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    kept = cache.status(out)
+    assert 0 < kept.shards_done < 6 and kept.state == "incomplete" and kept.writing == 0
+    small_disk("remount,ro,size=1m")
+    with pytest.raises(cache.CacheWriteError, match="Read-only file system; choose a folder on"):
+        cache.build(tree, out, tokenizer, **SMALL)
+    small_disk("remount,rw,size=1m")
+    done = cache.build(tree, out, tokenizer, **SMALL)
+    assert done.encoded == 11 - kept.done
+    assert fake.read_tree(out) == fake.read_tree(tmp_path / "whole")
+
+
+def test_read_only_folder(as_nobody, tokenizer, fake):
+    tree, out = fake.make_tree(as_nobody / "p"), as_nobody / "tokens"
+    out.mkdir(mode=0o500)
+    with pytest.raises(cache.CacheWriteError, match="Permission denied; choose a folder"):
+        cache.build(tree, out, tokenizer, **SMALL)
+    out.chmod(0o700)
+    assert cache.build(tree, out, tokenizer, **SMALL).encoded == 11
 
 
 def test_a_failed_write_keeps_what_was_there(tmp_path):

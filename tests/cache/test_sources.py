@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
@@ -24,88 +23,10 @@ from vfmtok_fast.cache.sources.tar import members
 SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2}
 
 
-def add(archive, name, data=b"", **fields):
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    for field, value in fields.items():
-        setattr(member, field, value)
-    archive.addfile(member, io.BytesIO(data))
-
-
-def pictures(tree):
-    """(relative path, bytes, class number), sorted."""
-    return [
-        (path.relative_to(tree).as_posix(), path.read_bytes(), int(path.parent.name[5:]))
-        for path in sorted(tree.rglob("*.png"))
-    ]
-
-
-def make_tar_of_tars(tree, path):
-    with tarfile.open(path, "w") as outer:
-        for folder in sorted(tree.iterdir(), reverse=True):
-            inner = io.BytesIO()
-            with tarfile.open(fileobj=inner, mode="w") as archive:
-                for file in sorted(folder.iterdir(), reverse=True):
-                    add(archive, file.name, file.read_bytes())
-            add(outer, f"{folder.name}.tar", inner.getvalue())
-    return path
-
-
-def make_webdataset(tree, root):
-    root.mkdir()
-    samples = pictures(tree)
-    for number, part in enumerate((samples[:5], samples[5:])):
-        with tarfile.open(root / f"train-{number:03d}.tar", "w") as archive:
-            for position, (_, data, label) in enumerate(part):
-                add(archive, f"{position:04d}.cls", str(label).encode())
-                add(archive, f"{position:04d}.PNG", data)
-                add(archive, f"{position:04d}.json", b"{}")
-    return root
-
-
-def make_parquet(tree, root, group=3, names=("fish", "bird", "cat")):
-    root.mkdir()
-    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": names}}
-    schema = pa.schema(
-        [
-            ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-            ("label", pa.int64()),
-        ],
-        metadata={"huggingface": json.dumps({"info": {"features": features}})},
-    )
-    samples = pictures(tree)
-    for number, part in enumerate((samples[:4], samples[4:])):
-        images = [{"bytes": data, "path": name} for name, data, _ in part]
-        table = pa.table([images, [label for _, _, label in part]], schema=schema)
-        name = f"train-{number:05d}-of-00002.parquet"
-        pq.write_table(table, root / name, row_group_size=group)
-    return root
-
-
-def make_lmdb(tree, root, count=None, extra=()):
-    lmdb = pytest.importorskip("lmdb")
-    samples = pictures(tree)
-    with lmdb.open(str(root), map_size=1 << 24) as database, database.begin(write=True) as writer:
-        for number, (_, data, label) in enumerate(samples):
-            writer.put(str(number).encode(), pickle.dumps({"image": data, "label": label}))
-        for number, record in extra:
-            writer.put(str(number).encode(), record)
-        writer.put(b"num_samples", pickle.dumps(len(samples) if count is None else count))
-    return root
-
-
-MAKERS = {
-    "tar": lambda tree, root: make_tar_of_tars(tree, root.with_suffix(".tar")),
-    "webdataset": make_webdataset,
-    "parquet": make_parquet,
-    "lmdb": make_lmdb,
-}
-
-
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", ["tar", "webdataset", "parquet", "lmdb"])
 def test_the_same_tokens_as_from_the_folder(tmp_path, tokenizer, fake, kind):
     tree = fake.make_tree(tmp_path / "p", bad=(3,))
-    root = MAKERS[kind](tree, tmp_path / "archive")
+    root = fake.MAKERS[kind](tree, tmp_path / "archive")
     assert open_source(root).kind == kind
     outs = tmp_path / "folder", tmp_path / "other"
     views = ("center", "center-flip")
@@ -129,18 +50,22 @@ def test_the_same_tokens_as_from_the_folder(tmp_path, tokenizer, fake, kind):
     )
 
 
-def test_a_tar_of_tars_is_indexed_as_its_folder_would_be(tmp_path, tree):
-    root = make_tar_of_tars(tree, tmp_path / "train.tar")
+def test_a_tar_of_tars_is_indexed_as_its_folder_would_be(tmp_path, tree, fake):
+    root = fake.make_tar_of_tars(tree, tmp_path / "train.tar")
     ours, folder = open_source(root), open_source(tree)
     assert [entry[:3] for entry in ours.entries()] == [entry[:3] for entry in folder.entries()]
     assert ours.classes(-1) == folder.classes(-1) == ["class0", "class1", "class2"]
 
 
-def test_class_names_and_numbers(tmp_path, tree, tokenizer, out):
-    assert open_source(make_parquet(tree, tmp_path / "q")).classes(2) == ["fish", "bird", "cat"]
-    few = open_source(make_parquet(tree, tmp_path / "few", names=("fish",)))
+def test_class_names_and_numbers(tmp_path, tree, tokenizer, out, fake):
+    assert open_source(fake.make_parquet(tree, tmp_path / "q")).classes(2) == [
+        "fish",
+        "bird",
+        "cat",
+    ]
+    few = open_source(fake.make_parquet(tree, tmp_path / "few", names=("fish",)))
     assert few.classes(2) == ["0", "1", "2"]
-    cache.build(make_webdataset(tree, tmp_path / "w"), out, tokenizer, **SMALL)
+    cache.build(fake.make_webdataset(tree, tmp_path / "w"), out, tokenizer, **SMALL)
     assert cache.read_manifest(out).classes == ["0", "1", "2"]
 
 
@@ -148,8 +73,8 @@ def test_a_tar_of_class_folders(tmp_path, tokenizer, out, fake):
     data = fake.write_picture(tmp_path / "x.png", 1).read_bytes()
     with tarfile.open(tmp_path / "p.tar", "w") as archive:
         for name in ("./b/1.png", "./a/2.png", "loose.png", "a/.DS_Store", "a/._2.png", "a/n.txt"):
-            add(archive, name, data)
-        add(archive, "c/", type=tarfile.DIRTYPE)
+            fake.add_member(archive, name, data)
+        fake.add_member(archive, "c/", type=tarfile.DIRTYPE)
     source = open_source(tmp_path / "p.tar")
     assert [(entry.path, entry.label) for entry in source.entries()] == [
         ("b/1.png", 1),
@@ -170,10 +95,10 @@ def test_a_tar_of_class_folders(tmp_path, tokenizer, out, fake):
         (["t/a/1.png", "2.png"], ["t/a/1.png", "2.png"], ["t"]),
     ],
 )
-def test_folders_around_the_classes_are_left_out(tmp_path, names, paths, classes):
+def test_folders_around_the_classes_are_left_out(tmp_path, names, paths, classes, fake):
     with tarfile.open(tmp_path / "p.tar", "w") as archive:
         for name in names:
-            add(archive, name, b"x")
+            fake.add_member(archive, name, b"x")
     source = open_source(tmp_path / "p.tar")
     entries = list(source.entries())
     assert [entry.path for entry in entries] == paths and source.classes(-1) == classes
@@ -184,13 +109,13 @@ def test_folders_around_the_classes_are_left_out(tmp_path, names, paths, classes
 def test_members_that_would_escape_are_quarantined(tmp_path, tokenizer, out, fake):
     data = fake.write_picture(tmp_path / "x.png", 1).read_bytes()
     with tarfile.open(tmp_path / "p.tar", "w") as archive:
-        add(archive, "a/good.png", data)
-        add(archive, "/tmp/absolute.png", data)
-        add(archive, "a/../../up.png", data)
-        add(archive, "a/link.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
-        add(archive, "a/hard.png", type=tarfile.LNKTYPE, linkname="../x.png")
-        add(archive, "../n01.tar", data)
-        add(archive, os.fsdecode(b"a/caf\xe9.png"), data)
+        fake.add_member(archive, "a/good.png", data)
+        fake.add_member(archive, "/tmp/absolute.png", data)
+        fake.add_member(archive, "a/../../up.png", data)
+        fake.add_member(archive, "a/link.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        fake.add_member(archive, "a/hard.png", type=tarfile.LNKTYPE, linkname="../x.png")
+        fake.add_member(archive, "../n01.tar", data)
+        fake.add_member(archive, os.fsdecode(b"a/caf\xe9.png"), data)
     before = fake.read_tree(tmp_path)
     summary = cache.build(tmp_path / "p.tar", out, tokenizer, **SMALL)
     lines = "".join(path.read_text() for path in sorted((out / "quarantine").iterdir()))
@@ -209,8 +134,8 @@ def test_members_that_would_escape_are_quarantined(tmp_path, tokenizer, out, fak
 
 @pytest.mark.parametrize("cut", [700, -1024, -10240, 5000])
 @pytest.mark.parametrize("maker", ["tar", "webdataset"])
-def test_a_truncated_tar_is_refused(tmp_path, tree, tokenizer, out, maker, cut):
-    root = MAKERS[maker](tree, tmp_path / "archive")
+def test_a_truncated_tar_is_refused(tmp_path, tree, tokenizer, out, maker, cut, fake):
+    root = fake.MAKERS[maker](tree, tmp_path / "archive")
     path = root if root.is_file() else root / "train-001.tar"
     data = path.read_bytes()
     path.write_bytes(data.rstrip(b"\0") if cut == -1024 else data[:cut])
@@ -219,16 +144,16 @@ def test_a_truncated_tar_is_refused(tmp_path, tree, tokenizer, out, maker, cut):
     assert "\n" not in str(caught.value) and not (out / "manifest.json").exists()
 
 
-def test_a_damaged_header_is_not_taken_for_the_end(tmp_path, tree):
+def test_a_damaged_header_is_not_taken_for_the_end(tmp_path, tree, fake):
     """tarfile by itself stops there without a word, and half the data set is gone."""
-    path = make_tar_of_tars(tree, tmp_path / "train.tar")
+    path = fake.make_tar_of_tars(tree, tmp_path / "train.tar")
     data = bytearray(path.read_bytes())
     second = data.index(b"class1.tar")
     data[second + 120] ^= 1
     path.write_bytes(data)
     with open(path, "rb") as file, pytest.raises(ValueError, match="damaged or truncated at byte"):
         list(members(file, path))
-    data = bytearray(make_tar_of_tars(tree, path).read_bytes())
+    data = bytearray(fake.make_tar_of_tars(tree, path).read_bytes())
     inner = data.index(b"007.png")
     data[inner + 120] ^= 1
     path.write_bytes(data)
@@ -236,8 +161,8 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path, tree):
         list(open_source(path).entries())
 
 
-def test_an_archive_that_changes_is_noticed(tmp_path, tree, tokenizer, out):
-    root = make_webdataset(tree, tmp_path / "w")
+def test_an_archive_that_changes_is_noticed(tmp_path, tree, tokenizer, out, fake):
+    root = fake.make_webdataset(tree, tmp_path / "w")
     cache.build(root, out, tokenizer, **SMALL)
     (root / "train-002.tar").write_bytes((root / "train-000.tar").read_bytes())
     with pytest.raises(cache.ImagesChanged, match=r"1 of its files .*'train-002\.tar', not there"):
@@ -251,8 +176,8 @@ def test_an_archive_that_changes_is_noticed(tmp_path, tree, tokenizer, out):
         cache.build(tree, out, tokenizer, **SMALL)
 
 
-def test_members_that_move_under_the_run(tmp_path, tree, tokenizer, out):
-    root = make_webdataset(tree, tmp_path / "w")
+def test_members_that_move_under_the_run(tmp_path, tree, tokenizer, out, fake):
+    root = fake.make_webdataset(tree, tmp_path / "w")
     job = cache.prepare(root, out, tokenizer, **SMALL)
     entry = next(job.source.entries())
     assert job.source.read(entry)
@@ -273,11 +198,11 @@ def test_webdataset_labels_and_samples_without_pictures(tmp_path, fake):
     (tmp_path / "w").mkdir()
     with tarfile.open(tmp_path / "w" / "a.tar", "w") as archive:
         for key, label in (("a", b"7\n"), ("b", b"cat"), ("c", b"-1"), ("d", b"9" * 9), ("e", b"")):
-            add(archive, f"deep/{key}.seg.png", b"mask")
-            add(archive, f"deep/{key}.png", data)
-            add(archive, f"deep/{key}.cls", label)
-        add(archive, "f.png", data)
-        add(archive, "g.txt", b"no picture")
+            fake.add_member(archive, f"deep/{key}.seg.png", b"mask")
+            fake.add_member(archive, f"deep/{key}.png", data)
+            fake.add_member(archive, f"deep/{key}.cls", label)
+        fake.add_member(archive, "f.png", data)
+        fake.add_member(archive, "g.txt", b"no picture")
     source = open_source(tmp_path / "w")
     found = {entry.path: (entry.label, entry.size) for entry in source.entries()}
     size = len(data)
@@ -294,8 +219,8 @@ def test_webdataset_labels_and_samples_without_pictures(tmp_path, fake):
 @pytest.mark.parametrize("group", [1, 3, 100])
 def test_parquet_rows_in_any_order(tmp_path, fake, group):
     tree = fake.make_tree(tmp_path / "p", count=60)
-    source = open_source(make_parquet(tree, tmp_path / "q", group))
-    wanted = [data for _, data, _ in pictures(tree)]
+    source = open_source(fake.make_parquet(tree, tmp_path / "q", group))
+    wanted = [data for _, data, _ in fake.pictures(tree)]
     entries = list(source.entries())
     for place in (*range(60), 59, 0, 31, 30, 4, 3, 58):
         assert source.read(entries[place]) == wanted[place], place
@@ -327,8 +252,8 @@ def test_parquet_of_another_kind_is_refused(tmp_path, tokenizer, out, table, tex
     assert "\n" not in str(caught.value) and not out.exists()
 
 
-def test_truncated_parquet_is_refused(tmp_path, tree, tokenizer, out):
-    root = make_parquet(tree, tmp_path / "q")
+def test_truncated_parquet_is_refused(tmp_path, tree, tokenizer, out, fake):
+    root = fake.make_parquet(tree, tmp_path / "q")
     path = root / "train-00001-of-00002.parquet"
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match="00001-of-00002.parquet: cannot be read as Parquet"):
@@ -340,9 +265,9 @@ class Evil:
         return os.system, ("touch pwned",)
 
 
-def test_lmdb_pickles_run_nothing(tmp_path, tree, tokenizer, out, monkeypatch):
+def test_lmdb_pickles_run_nothing(tmp_path, tree, tokenizer, out, monkeypatch, fake):
     monkeypatch.chdir(tmp_path)
-    data = pictures(tree)[0][1]
+    data = fake.pictures(tree)[0][1]
     extra = [
         (11, pickle.dumps(Evil())),
         (12, pickle.dumps({"image": data, "label": Evil()})),
@@ -353,7 +278,7 @@ def test_lmdb_pickles_run_nothing(tmp_path, tree, tokenizer, out, monkeypatch):
         (17, pickle.dumps({"image": data, "label": "cat"})),
         (18, pickle.dumps({"image": data, "label": 2})[:-1]),
     ]
-    root = make_lmdb(tree, tmp_path / "db", count=20, extra=extra)
+    root = fake.make_lmdb(tree, tmp_path / "db", count=20, extra=extra)
     summary = cache.build(root, out, tokenizer, **SMALL)
     assert (summary.images, summary.bad) == (20, 9)
     assert not (tmp_path / "pwned").exists()
@@ -384,7 +309,7 @@ def test_plain_pickle_survives_damage():
         plain_pickle(b"\x80\x04" + b"K\x01" * 2000)
 
 
-def test_lmdb_that_will_not_do(tmp_path, tree, tokenizer, out, monkeypatch):
+def test_lmdb_that_will_not_do(tmp_path, tree, tokenizer, out, monkeypatch, fake):
     lmdb = pytest.importorskip("lmdb")
     with lmdb.open(str(tmp_path / "empty")) as database, database.begin(write=True) as writer:
         writer.put(b"length", b"3")
@@ -394,7 +319,7 @@ def test_lmdb_that_will_not_do(tmp_path, tree, tokenizer, out, monkeypatch):
     (tmp_path / "no" / "data.mdb").write_bytes(b"x" * 9000)
     with pytest.raises(ValueError, match="cannot be read as LMDB"):
         cache.build(tmp_path / "no", out, tokenizer, **SMALL)
-    root = make_lmdb(tree, tmp_path / "db")
+    root = fake.make_lmdb(tree, tmp_path / "db")
     monkeypatch.setitem(sys.modules, "lmdb", None)
     with pytest.raises(ValueError, match=r"pip install 'vfmtok-fast\[lmdb\]'"):
         cache.build(root, out, tokenizer, **SMALL)

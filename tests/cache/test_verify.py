@@ -9,9 +9,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from vfmtok_fast import cache
 from vfmtok_fast.cache import shards
+from vfmtok_fast.images import center_crop, decode_image
 
 SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2}
 SHARD = "shards/tokens-00001.safetensors"
@@ -39,6 +42,33 @@ def test_sound_cache(built, out, tokenizer, fake):
     report = cache.verify(out, tokenizer, built)
     assert report.ok and report.agreement == 1.0 and report.sampled == 11
     assert fake.read_tree(out) == before
+
+
+def test_contact_sheet(tmp_path, built, out, tokenizer):
+    """Pairs of the first view and of what is decoded from the cached tokens, bad ones passed by."""
+    decoded = []
+
+    def decode(codes):
+        decoded.append(codes[0].tolist())
+        assert not tokenizer.training and codes.dtype == torch.int64
+        return torch.full((1, 3, 16, 16), codes[0, 0].item() % 256 / 127.5 - 1)
+
+    with pytest.raises(ValueError, match="a contact sheet needs the pictures and a tokenizer"):
+        cache.verify(out, tokenizer, built, sheet=tmp_path / "x.png")
+    tokenizer.decode = decode
+    with pytest.raises(ValueError, match="a contact sheet needs"):
+        cache.verify(out, tokenizer, sheet=tmp_path / "x.png")
+    assert cache.verify(out, tokenizer, built, sheet=tmp_path / "deep" / "x.png").ok
+    sheet = np.asarray(Image.open(tmp_path / "deep" / "x.png"))
+    found = cache.TokenCache(out)
+    assert sheet.shape == (3 * 16, 8 * 16, 3) and len(decoded) == found.manifest.images
+    known = {tuple(found[i][0][0].tolist()) for i in range(len(found))}
+    assert set(map(tuple, decoded)) == known
+    path = sorted(path for path in built.rglob("*.png"))[0]
+    first = center_crop(decode_image(path), 16)
+    first = first[:, ::-1] if found.manifest.views[0].endswith("flip") else first
+    np.testing.assert_array_equal(sheet[:16, :16], first)
+    assert (sheet[:16, 16:32] == decoded[0][0] % 256).all()
 
 
 def test_sample_is_spread_and_rounded_to_batches(built, out, tokenizer):

@@ -8,14 +8,16 @@ The format is that of DESIGN.md section 6.
 """
 
 from .atomic import CacheWriteError
-from .build import Progress, Summary, TooManyBadImages, build
+from .build import Summary, build
+from .changes import ImagesChanged
 from .dataset import TokenCacheDataset
 from .encode import TokenError
 from .export import export
-from .index import ImagesChanged
 from .job import Job, encode_shard, encode_shards, finish, pending
 from .manifest import FingerprintMismatch, Manifest, read_manifest
+from .on_ray import ActorsLost, build_on_ray
 from .prepare import prepare
+from .progress import Progress, TooManyBadImages
 from .reader import TokenCache, read_tokens
 from .repair import repair
 from .status import Status, failures, status
@@ -23,6 +25,7 @@ from .verify import Report, verify
 from .views import known_views
 
 __all__ = [
+    "ActorsLost",
     "CacheWriteError",
     "FingerprintMismatch",
     "ImagesChanged",
@@ -37,6 +40,7 @@ __all__ = [
     "TokenError",
     "TooManyBadImages",
     "build",
+    "build_on_ray",
     "encode_shard",
     "encode_shards",
     "export",

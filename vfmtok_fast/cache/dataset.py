@@ -33,6 +33,7 @@ class TokenCacheDataset(torch.utils.data.Dataset):
             every view of each picture is an item, tokens [T]; "all": all views at once, [V, T].
         seed: of the draws.
         partial: take the finished shards of a cache that is not complete.
+        mirror: of a cache in a store: see `TokenCache`.
 
     Raises:
         FileNotFoundError: there is no cache.
@@ -47,10 +48,11 @@ class TokenCacheDataset(torch.utils.data.Dataset):
         per_picture: str = "one",
         seed: int = 0,
         partial: bool = False,
+        mirror: str | os.PathLike | None = None,
     ) -> None:
         if per_picture not in CHOICES:
             raise ValueError(f"per_picture must be one of {', '.join(CHOICES)}, got {per_picture}")
-        self.cache = TokenCache(out, partial=partial)
+        self.cache = TokenCache(out, partial=partial, mirror=mirror)
         known = self.cache.manifest.views
         self.views = known if views is None else [str(view) for view in parse_views(views)]
         if lacking := [view for view in self.views if view not in known]:

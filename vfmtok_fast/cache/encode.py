@@ -1,6 +1,6 @@
 """Pictures to tokens: the one way in which every worker, and `verify`, encodes.
 
-Three things overlap: threads read, decode and crop ahead (Pillow lets go of the interpreter lock),
+Three things overlap: threads read, decode and resize ahead (Pillow lets go of the GIL),
 also across the end of a shard; one thread runs the tokenizer; the caller's fills the next batch. A
 bounded number of pictures is held. Batches are cut by position: row r of a shard is view r % V of
 picture r // V, batch b is rows [b*B, (b+1)*B), padded with black at the end of the shard. A bad
@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..images import decode_image, to_float
+from ..images import decode_image
+from .batch import Batch
 from .index import Rows
 from .manifest import BAD_TOKEN, Manifest, Tokenizer
 from .shards import BAD
 from .sources import BadImage, Entry, Source
-from .views import View, make_views, parse_views
+from .views import Plan, make_bases, parse_views, plan_views
 
 # Called after each batch with the shard's number, how many pictures of it are finished by that
 # batch, and how many of those are bad.
@@ -95,26 +96,26 @@ def encode_parts(
         FileNotFoundError: a whole folder or archive of pictures has gone.
         OSError: reading failed for a reason that lies with the machine.
     """
-    views = parse_views(manifest.views)
-    device = _Device(tokenizer, manifest, waits or Waits(), advance)
-    crops = _decode_ahead(source, iter(parts), manifest, views, workers)
-    with _evaluating(tokenizer), device, contextlib.closing(crops):
-        for number, rows in _parts_of(crops, device):
+    plan = plan_views(parse_views(manifest.views), manifest.image_size)
+    device = _Device(tokenizer, manifest, plan, waits or Waits(), advance)
+    pictures = _decode_ahead(source, iter(parts), manifest, plan, workers)
+    with evaluating(tokenizer), device, contextlib.closing(pictures):
+        for number, rows in _parts_of(pictures, device):
             encoded = Encoded(
-                np.full((len(rows), len(views), manifest.num_tokens), BAD_TOKEN, np.uint16),
+                np.full((len(rows), len(plan.cuts), manifest.num_tokens), BAD_TOKEN, np.uint16),
                 np.zeros(len(rows), np.uint8),
                 {},
             )
             device.begin(number, encoded)
             for position in range(len(rows)):
-                device.add(position, device.wait_for_data(crops))
+                device.add(position, device.wait_for_data(pictures))
             device.end()
             yield number, rows, encoded
 
 
-def _parts_of(crops: Iterator, device: _Device) -> Iterator[tuple[int, Rows]]:
+def _parts_of(pictures: Iterator, device: _Device) -> Iterator[tuple[int, Rows]]:
     """What `_decode_ahead` announces before the pictures of each part."""
-    while (part := device.wait_for_data(crops)) is not None:
+    while (part := device.wait_for_data(pictures)) is not None:
         yield part
 
 
@@ -122,16 +123,18 @@ class _Device:
     """Batches on their way to the tokenizer: one is filled while another is encoded."""
 
     def __init__(
-        self, tokenizer: Tokenizer, manifest: Manifest, waits: Waits, advance: Advance | None
+        self,
+        tokenizer: Tokenizer,
+        manifest: Manifest,
+        plan: Plan,
+        waits: Waits,
+        advance: Advance | None,
     ) -> None:
         self.tokenizer, self.manifest, self.waits = tokenizer, manifest, waits
         self.advance = advance or (lambda number, new, bad: None)
         first = next(iter(tokenizer.parameters()), torch.empty(0))
-        shape = (manifest.batch_size, manifest.image_size, manifest.image_size, 3)
         # Pinned, so that the copy to a GPU runs beside everything else.
-        self.batches = [
-            torch.zeros(shape, dtype=torch.uint8, pin_memory=first.is_cuda) for _ in range(2)
-        ]
+        self.batches = [Batch(plan, manifest.batch_size, first.is_cuda) for _ in range(2)]
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="vfmtok-encode")
         self.running: tuple[Future, list[int], int, int] | None = None
 
@@ -141,9 +144,9 @@ class _Device:
     def __exit__(self, *error: object) -> None:
         self.thread.shutdown(wait=True, cancel_futures=True)
 
-    def wait_for_data(self, crops: Iterator) -> Any:
+    def wait_for_data(self, pictures: Iterator) -> Any:
         start = time.perf_counter()
-        found = next(crops, None)
+        found = next(pictures, None)
         self.waits.data += time.perf_counter() - start
         return found
 
@@ -153,18 +156,16 @@ class _Device:
         self.row = self.finished = self.bad = 0
         self.good: list[int] = []  # rows of the current batch that hold a picture
 
-    def add(self, position: int, crops: np.ndarray | BadImage) -> None:
+    def add(self, position: int, picture: list[np.ndarray] | BadImage) -> None:
         views, size = self.encoded.tokens.shape[1], self.manifest.batch_size
-        if isinstance(crops, BadImage):
-            self.encoded.status[position] = crops.status
-            self.encoded.reasons[position] = str(crops)
+        bad = isinstance(picture, BadImage)
+        if bad:
+            self.encoded.status[position] = picture.status
+            self.encoded.reasons[position] = str(picture)
             self.bad += 1
         for view in range(views):
-            slot = self.batches[0].numpy()[self.row % size]
-            if isinstance(crops, BadImage):
-                slot[...] = 0
-            else:
-                slot[...] = crops[view]
+            if not bad:
+                self.batches[0].add(self.row % size, picture, view)
                 self.good.append(self.row)
             self.row += 1
             self.finished += view == views - 1
@@ -173,8 +174,7 @@ class _Device:
 
     def end(self) -> None:
         """Send the last batch, padded with black, and wait until all is encoded."""
-        if filled := self.row % self.manifest.batch_size:
-            self.batches[0][filled:] = 0
+        if self.row % self.manifest.batch_size:
             self._send()
         self._receive()
 
@@ -186,6 +186,7 @@ class _Device:
             future = self.thread.submit(_encode_batch, self.tokenizer, batch, self.manifest)
         self.running = (future, self.good, self.finished, self.bad)
         self.batches.reverse()
+        self.batches[0].clear()
         self.good, self.finished, self.bad = [], 0, 0
 
     def _receive(self) -> None:
@@ -200,15 +201,13 @@ class _Device:
         self.advance(self.number, finished, bad)
 
 
-def _encode_batch(tokenizer: Tokenizer, batch: torch.Tensor, manifest: Manifest) -> np.ndarray:
-    """uint8 [B, side, side, 3] -> uint16 [B, T], checked."""
+def _encode_batch(tokenizer: Tokenizer, batch: Batch, manifest: Manifest) -> np.ndarray:
+    """uint16 [B, T], checked."""
     first = next(iter(tokenizer.parameters()), torch.empty(0))
     # A thread starts on GPU 0, whichever its parent had chosen.
     chosen = torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
     with chosen, torch.inference_mode():
-        # 8-bit to the device (a quarter of the bytes), float there; to_float is exact everywhere.
-        images = to_float(batch.to(first.device, non_blocking=True)).to(first.dtype)
-        tokens = tokenizer.encode(images)
+        tokens = tokenizer.encode(batch.to(first.device).to(first.dtype))
     expected = (manifest.batch_size, manifest.num_tokens)
     if tuple(tokens.shape) != expected or tokens.is_floating_point() or tokens.is_complex():
         raise TokenError(
@@ -225,7 +224,8 @@ def _encode_batch(tokenizer: Tokenizer, batch: torch.Tensor, manifest: Manifest)
 
 
 @contextlib.contextmanager
-def _evaluating(tokenizer: Tokenizer) -> Iterator[None]:
+def evaluating(tokenizer: Tokenizer) -> Iterator[None]:
+    """Put a tokenizer into eval mode for the time of the block."""
     training = getattr(tokenizer, "training", False)
     if training:
         tokenizer.eval()
@@ -240,18 +240,18 @@ def _decode_ahead(
     source: Source,
     parts: Iterator[tuple[int, Rows]],
     manifest: Manifest,
-    views: tuple[View, ...],
+    plan: Plan,
     workers: int,
-) -> Iterator[tuple[int, Rows] | np.ndarray | BadImage]:
-    """Each part, then its pictures' views in order, decoded by threads up to a batch ahead."""
-    window = -(-manifest.batch_size // len(views)) + workers
+) -> Iterator[tuple[int, Rows] | list[np.ndarray] | BadImage]:
+    """Each part, then its pictures in order, decoded by threads up to a batch ahead."""
+    window = -(-manifest.batch_size // len(plan.cuts)) + workers
     waiting: deque[Future | tuple[int, Rows]] = deque()
 
     def submit() -> Iterator[None]:
         for part in parts:
             waiting.append(part)
             for entry in part[1].entries():
-                waiting.append(pool.submit(_crops, source, entry, views, manifest))
+                waiting.append(pool.submit(_bases, source, entry, plan, manifest))
                 yield
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="vfmtok-decode")
@@ -268,18 +268,16 @@ def _decode_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _crops(
-    source: Source, entry: Entry, views: tuple[View, ...], manifest: Manifest
-) -> np.ndarray | BadImage:
-    """uint8 [V, side, side, 3], or why there is none."""
+def _bases(
+    source: Source, entry: Entry, plan: Plan, manifest: Manifest
+) -> list[np.ndarray] | BadImage:
+    """What `make_bases` makes of a picture, or why there is none."""
     try:
         data = source.read(entry)
     except BadImage as bad:
         return bad
     # Apart from reading: a ValueError there lies with the input as a whole, and ends the run.
     try:
-        return make_views(
-            decode_image(data), views, manifest.image_size, path=entry.path, seed=manifest.seed
-        )
+        return make_bases(decode_image(data), plan, path=entry.path, seed=manifest.seed)
     except ValueError as error:
         return BadImage(BAD, str(error))

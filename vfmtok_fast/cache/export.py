@@ -7,6 +7,7 @@ parquet     OUT, one row per picture and view: index, path, label, view, tokens 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from . import index, shards
 from .atomic import CacheWriteError, atomic_file, make_folder, sync_folder
 from .job import COMPLETE, INDEX
 from .manifest import Manifest, read_manifest
+from .store import Place, UrlPath, place
 from .views import parse_views
 
 # Names that LlamaGen's loader looks for with its defaults (dataset imagenet, image size 256).
@@ -55,7 +57,7 @@ def export(
         ValueError: the cache is damaged or incomplete, has no such view, or the format is unknown.
         CacheWriteError: `target` cannot be written.
     """
-    out, target = Path(out), Path(target)
+    out, target = place(out), place(target)
     if format not in FORMATS:
         raise ValueError(f"export: format must be one of {', '.join(FORMATS)}, got {format!r}")
     found = read_manifest(out)
@@ -64,14 +66,19 @@ def export(
         raise ValueError(f"{out}: has the views {', '.join(found.views)}, not {lacking[0]!r}")
     if not (out / COMPLETE).exists():
         raise ValueError(f"{out}: not complete; finish it with vfmtok-fast cache")
-    if target.exists() or target.is_symlink():
+    remote = isinstance(target, UrlPath)
+    if remote and format == "llamagen":
+        raise ValueError(
+            f"{target}: llamagen is two files to a picture; write it to a local folder, and pack it"
+        )
+    if target.exists() or (not remote and target.is_symlink()):
         raise FileExistsError(f"{target}: is there already; choose another name")
     make_folder(target.parent)
     places = [found.views.index(name) for name in names]
     return FORMATS[format](target, _parts(out, found, places), names)
 
 
-def _parts(out: Path, found: Manifest, places: list[int]) -> Iterator[_Part]:
+def _parts(out: Place, found: Manifest, places: list[int]) -> Iterator[_Part]:
     """The readable pictures of each shard, checked to the last byte."""
     for number in range(found.shards):
         path = shards.shard_path(out, number)
@@ -106,7 +113,7 @@ def _llamagen(target: Path, parts: Iterator[_Part], views: list[str]) -> int:
     return count
 
 
-def _rar(target: Path, parts: Iterator[_Part], views: list[str]) -> int:
+def _rar(target: Place, parts: Iterator[_Part], views: list[str]) -> int:
     count = 0
     with atomic_file(target) as file:
         for tokens, labels, _, _ in parts:
@@ -118,9 +125,9 @@ def _rar(target: Path, parts: Iterator[_Part], views: list[str]) -> int:
     return count
 
 
-def _parquet(target: Path, parts: Iterator[_Part], views: list[str]) -> int:
+def _parquet(target: Place, parts: Iterator[_Part], views: list[str]) -> int:
     count = 0
-    with atomic_file(target) as file:
+    with atomic_file(target) as file, contextlib.ExitStack() as stack:
         writer = None
         for tokens, labels, indices, paths in parts:
             pictures, width, length = tokens.shape
@@ -135,15 +142,13 @@ def _parquet(target: Path, parts: Iterator[_Part], views: list[str]) -> int:
                     ),
                 }
             )
-            writer = writer or pq.ParquetWriter(file, table.schema)
+            writer = writer or stack.enter_context(pq.ParquetWriter(file, table.schema))
             writer.write_table(table)
             count += pictures
-        if writer is not None:
-            writer.close()
     return count
 
 
-FORMATS: dict[str, Callable[[Path, Iterator[_Part], list[str]], int]] = {
+FORMATS: dict[str, Callable[[Place, Iterator[_Part], list[str]], int]] = {
     "llamagen": _llamagen,
     "rar": _rar,
     "parquet": _parquet,

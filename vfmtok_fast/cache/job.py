@@ -17,13 +17,13 @@ import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from . import atomic, index, manifest, shards
 from .encode import Advance, Encoded, Waits, encode_parts
 from .sources import Source
+from .store import Place, spread
 
 INDEX = "index.parquet"
 COMPLETE = "COMPLETE.json"
@@ -34,7 +34,7 @@ class Job:
     """A cache folder that is ready to receive shards."""
 
     source: Source
-    out: Path
+    out: Place
     tokenizer: manifest.Tokenizer
     manifest: manifest.Manifest
     workers: int
@@ -46,7 +46,9 @@ def pending(job: Job) -> list[int]:
     Raises:
         FingerprintMismatch: a shard of another tokenizer lies in the folder.
     """
-    return [number for number in range(job.manifest.shards) if is_missing(job, number)]
+    numbers = range(job.manifest.shards)
+    missing = spread(job.out, lambda number: is_missing(job, number), numbers)
+    return [number for number, gone in zip(numbers, missing, strict=True) if gone]
 
 
 def is_missing(job: Job, number: int) -> bool:
@@ -156,11 +158,11 @@ def finish(job: Job) -> int:
     return content["bad"]
 
 
-def completion(out: Path, found: manifest.Manifest) -> dict[str, str | int]:
+def completion(out: Place, found: manifest.Manifest) -> dict[str, str | int]:
     """What COMPLETE.json must say, from the headers of all shards; raises like `read_header`."""
     digest, bad = hashlib.sha256(), 0
-    for number in range(found.shards):
-        header = shards.read_header(shards.shard_path(out, number))
+    paths = (shards.shard_path(out, number) for number in range(found.shards))
+    for header in spread(out, shards.read_header, paths):
         digest.update(header.digest().encode())
         bad += header.bad
     return {

@@ -13,13 +13,13 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from .. import images as pictures
 from .atomic import write_atomic
+from .store import Place, place
 from .views import parse_views, rules
 
 FORMAT = "vfmtok_fast token cache"
@@ -112,7 +112,7 @@ class Manifest:
         first = shard * self.shard_size
         return range(first, min(first + self.shard_size, self.images))
 
-    def write(self, out: Path) -> None:
+    def write(self, out: Place, name: str = NAME) -> None:
         """Write manifest.json into `out`, atomically; raises CacheWriteError."""
         content = {
             "format": FORMAT,
@@ -130,17 +130,17 @@ class Manifest:
             "index_sha256": self.index_sha256,
         }
         text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-        write_atomic(out / NAME, text.encode())
+        write_atomic(out / name, text.encode())
 
 
-def read_manifest(out: str | os.PathLike) -> Manifest:
-    """Read and check a cache's manifest.
+def read_manifest(out: str | os.PathLike | Place, name: str = NAME) -> Manifest:
+    """Read and check a cache's manifest; `name` is for one that is on its way.
 
     Raises:
         FileNotFoundError: `out` is no token cache.
         ValueError: the manifest is damaged, of another version, or not ours.
     """
-    path = Path(out) / NAME
+    path = place(out) / name
     try:
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -243,7 +243,7 @@ def weights_checksum(state: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def check_same(found: Manifest, covers: dict[str, Any], shard_size: int, out: Path) -> None:
+def check_same(found: Manifest, covers: dict[str, Any], shard_size: int, out: Place) -> None:
     """Refuse to add tokens to a cache that was made otherwise.
 
     Raises:

@@ -7,16 +7,20 @@ last, says that the folder is a cache from then on.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..images import decode_image
-from . import atomic, index, manifest
+from . import atomic, changes, index, manifest, parts
+from .hashes import hashed_entries
 from .job import INDEX, Job
-from .sources import BadImage, Source, open_source
+from .sources import BadImage, Entry, Source, open_source
 from .sources.folder import EXTENSIONS
+from .store import Place, UrlPath, names, place
 from .views import parse_views
 
 # Seconds without a sign of life after which a process indexes although another one should.
@@ -38,6 +42,8 @@ def prepare(
     shard_size: int = 8192,
     workers: int | None = None,
     rank: int = 0,
+    extend: bool = False,
+    hashed: bool = False,
 ) -> Job:
     """Index the pictures and write the manifest, or check that those of an earlier run still fit.
 
@@ -47,8 +53,8 @@ def prepare(
     Returns:
         What `encode_shard` needs.
     """
-    out = Path(out)
-    names = [str(view) for view in parse_views(views)]
+    out = place(out)
+    declared = [str(view) for view in parse_views(views)]
     check_count("seed", seed, 0)
     check_count("batch_size", batch_size, 1)
     check_count("shard_size", shard_size, 1)
@@ -56,27 +62,43 @@ def prepare(
         workers = min(_cpus(), MAX_DEFAULT_WORKERS)
     check_count("workers", workers, 1)
     source = open_source(images, input_kind)
-    _check_folders(Path(images), out)
+    if not isinstance(out, UrlPath):
+        _check_folders(Path(images), out)
     if rank:
-        _await_manifest(out)
+        _await(out, (out / manifest.NAME).exists)
+    changes.install(out)
+    if isinstance(out, UrlPath):
+        _remove_torn_manifest(out)
     resumed = (out / manifest.NAME).exists() or not _is_free(out)
     if resumed:
         found = manifest.read_manifest(out)
     else:
         _check_any_readable(source)
-    covers = manifest.describe(tokenizer, names, batch_size, seed)
+    covers = manifest.describe(tokenizer, declared, batch_size, seed)
     if resumed:
         manifest.check_same(found, covers, shard_size, out)
         if index.index_checksum(out / INDEX) != (found.images, found.index_sha256):
             raise ValueError(f"{out / INDEX}: damaged; restore it, or cache anew")
-        index.check_unchanged(source, out / INDEX, found.classes)
+        if hashed and not index.read_hashed(out / INDEX):
+            raise ValueError(
+                f"{out}: was indexed without hashes; leave them out, or cache into a new folder"
+            )
+        if extend:
+            found = _extend(source, out, found, workers, rank)
+        else:
+            changes.check_unchanged(source, out / INDEX, found.classes)
     for folder in (out, out / "shards", out / "quarantine"):
         atomic.make_folder(folder)
         atomic.sweep(folder)
     if not resumed:
         origin = index.Origin(source.kind, source.files())
-        count, checksum, highest = index.write_index(
-            out / INDEX, source.entries(), shard_size, origin
+
+        def entries(after: Entry | None) -> Iterable[Entry]:
+            found = source.entries(after)
+            return hashed_entries(source, found, workers) if hashed else found
+
+        count, checksum, highest = parts.write_in_parts(
+            out / INDEX, entries, shard_size, origin, hashed, source.root
         )
         found = manifest.Manifest(covers, shard_size, count, source.classes(highest), checksum)
         _publish(found, out)
@@ -108,32 +130,46 @@ def _check_folders(root: Path, out: Path) -> None:
         )
 
 
-def _publish(found: manifest.Manifest, out: Path) -> None:
+def _publish(found: manifest.Manifest, out: Place) -> None:
     """Write the manifest, unless another process did so while this one was indexing."""
     if not (out / manifest.NAME).exists():
         found.write(out)
     elif manifest.read_manifest(out) != found:
-        raise index.ImagesChanged(
+        raise changes.ImagesChanged(
             f"{out}: another process began a cache of other pictures or with other settings here "
             "at the same time; remove the folder, and start all processes alike"
         )
 
 
-def _await_manifest(out: Path) -> None:
+def _extend(
+    source: Source, out: Place, found: manifest.Manifest, workers: int, rank: int
+) -> manifest.Manifest:
+    if rank:
+        try:
+            changes.check_unchanged(source, out / INDEX, found.classes)
+            return found
+        except changes.ImagesChanged:
+            _await(out, lambda: manifest.read_manifest(out) != found)
+            found = manifest.read_manifest(out)
+    return changes.extend(source, out, found, workers)
+
+
+def _await(out: Place, done: Callable[[], bool]) -> None:
     """Wait for another process's index; not for ever, as each could do it by itself."""
     last, seen = time.monotonic(), None
-    while not (out / manifest.NAME).exists() and time.monotonic() - last < INDEX_PATIENCE:
-        entries = os.scandir(out) if out.is_dir() else ()
+    while not done() and time.monotonic() - last < INDEX_PATIENCE:
+        # Of a store, nothing is seen of what is on its way.
+        local = not isinstance(out, UrlPath) and out.is_dir()
         now = []
-        for entry in entries:
+        for entry in os.scandir(out) if local else ():
             with contextlib.suppress(FileNotFoundError):  # it has just taken its final name
                 now.append((entry.name, entry.stat().st_size))
-        if now != seen:
+        if local and now != seen:
             last, seen = time.monotonic(), now
-        time.sleep(0.1)
+        time.sleep(0.1 if local else 1)
 
 
-def _is_free(out: Path) -> bool:
+def _is_free(out: Place) -> bool:
     """Whether a new cache may go here; False if another process has begun one just now.
 
     Raises:
@@ -149,20 +185,43 @@ def _is_free(out: Path) -> bool:
     return True
 
 
-def _check_ours(out: Path) -> None:
-    if not out.exists():
-        return
-    for entry in sorted(os.scandir(out), key=lambda entry: entry.name):
-        ours = atomic.is_temporary(entry.name)
-        if entry.name == INDEX:
-            ours = index.is_index(Path(entry.path))
-        elif entry.name in ("shards", "quarantine") and entry.is_dir():
-            ours = all(atomic.is_temporary(name) for name in os.listdir(entry.path))
+def _check_ours(out: Place) -> None:
+    for name in sorted(names(out)):
+        ours = atomic.is_temporary(name)
+        if name == INDEX:
+            ours = index.is_index(out / name) or _is_torn(out / name)
+        elif name in ("shards", "quarantine", parts.FOLDER):
+            inside = names(out / name)
+            known = re.compile(r"\d{5}\.parquet") if name == parts.FOLDER else re.compile("(?!)")
+            ours = all(atomic.is_temporary(one) or known.fullmatch(one) for one in inside)
+            ours = ours and (inside or not _is_file(out / name))
         if not ours:
             raise FileExistsError(
-                f"{out}: holds something else ({entry.name!r}) and is left alone; "
+                f"{out}: holds something else ({name!r}) and is left alone; "
                 "choose a new or empty folder"
             )
+
+
+def _remove_torn_manifest(out: UrlPath) -> None:
+    """What a store may keep of a manifest whose writer died; nothing was made of it yet."""
+    path = out / manifest.NAME
+    if path.exists() and not names(out / "shards"):
+        try:
+            json.loads(path.read_bytes())
+        except ValueError:
+            atomic.remove_file(path)
+
+
+def _is_torn(path: Place) -> bool:
+    """Whether a store kept the first part of an index whose writer died."""
+    if not isinstance(path, UrlPath):
+        return False
+    data = path.read_bytes()
+    return b"PAR1".startswith(data[:4]) and not data.endswith(b"PAR1")
+
+
+def _is_file(path: Place) -> bool:
+    return isinstance(path, Path) and path.is_file()
 
 
 def _check_any_readable(source: Source) -> None:

@@ -1,11 +1,13 @@
 """Reading a cache: random access to the tokens of single pictures, straight from the mapped files.
 
 Tokens are stored in 16 bits without sign, a type that torch can hardly compute with; the reader
-hands out int64.
+hands out int64. Of a cache in a store, which cannot be mapped, each shard is copied to this machine
+when it is first asked for.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +17,10 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from . import shards
+from . import atomic, shards
 from .job import COMPLETE
 from .manifest import Manifest, read_manifest
+from .store import UrlPath, open_tensors, place, spread
 
 
 class TokenCache:
@@ -28,9 +31,12 @@ class TokenCache:
     demand. Can be sent to worker processes, which map the files for themselves.
 
     Args:
-        out: the cache's folder.
+        out: the cache's folder or URL.
         view: name of the view to hand out; None: all of them.
         partial: take the finished shards of a cache that is not complete.
+        mirror: of a cache in a store: the local folder that shards are copied to, which processes
+            may share and a later run finds again; None: one of its own below ~/.cache/vfmtok_fast
+            (or $XDG_CACHE_HOME).
 
     Raises:
         FileNotFoundError: there is no cache.
@@ -38,9 +44,14 @@ class TokenCache:
     """
 
     def __init__(
-        self, out: str | os.PathLike, view: str | None = None, *, partial: bool = False
+        self,
+        out: str | os.PathLike,
+        view: str | None = None,
+        *,
+        partial: bool = False,
+        mirror: str | os.PathLike | None = None,
     ) -> None:
-        self.out = Path(out)
+        self.out = place(out)
         self.manifest: Manifest = read_manifest(self.out)
         names = self.manifest.views
         if view is not None and view not in names:
@@ -50,16 +61,16 @@ class TokenCache:
             raise ValueError(f"{out}: not complete; finish it, or pass partial=True")
         rows, labels = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
         self._files: dict[int, Any] = {}
-        for number in range(self.manifest.shards):
-            path = shards.shard_path(self.out, number)
-            if partial and not path.exists():
-                continue
-            if problem := shards.header_problem(shards.read_header(path), number, self.manifest):
-                raise ValueError(f"{path}: {problem}")
-            with safe_open(path, framework="numpy") as file:
-                good = file.get_tensor("status") == shards.OK
-                rows.append(file.get_tensor("index")[good])
-                labels.append(file.get_tensor("label")[good])
+        self._partial, self._digests = partial, {}
+        self._mirror = None
+        if isinstance(self.out, UrlPath):
+            self._mirror = _default_mirror(self.out) if mirror is None else Path(mirror)
+        numbers = range(self.manifest.shards)
+        for number, found in zip(numbers, spread(self.out, self._look, numbers), strict=True):
+            if found is not None:
+                self._digests[number], good_rows, good_labels = found
+                rows.append(good_rows)
+                labels.append(good_labels)
         self.rows: np.ndarray = np.concatenate(rows)
         self.labels: np.ndarray = np.concatenate(labels)
 
@@ -86,11 +97,45 @@ class TokenCache:
         # Open files do not travel; the other process maps them again on first use.
         return {**self.__dict__, "_files": {}}
 
+    def _look(self, number: int) -> tuple[str, np.ndarray, np.ndarray] | None:
+        """Digest of a shard's header, and index and label of its readable pictures."""
+        path = shards.shard_path(self.out, number)
+        try:
+            header = shards.read_header(path)
+        except FileNotFoundError:
+            if self._partial:
+                return None
+            raise
+        if problem := shards.header_problem(header, number, self.manifest):
+            raise ValueError(f"{path}: {problem}")
+        with open_tensors(path) as file:
+            good = file.get_tensor("status") == shards.OK
+            return header.digest(), file.get_tensor("index")[good], file.get_tensor("label")[good]
+
+    def _copy(self, number: int) -> Path:
+        """The local copy of a shard; fetched and checked to the last byte, if it is not there."""
+        path = shards.shard_path(self.out, number)
+        name = f"{number:05d}-{self._digests[number][:16]}.safetensors"
+        copy = self._mirror / name
+        if not copy.exists():
+            data = path.read_bytes()
+            if wrong := shards.problems(*shards.parse_shard(data, path), self.manifest):
+                raise ValueError(f"{path}: {wrong[0]}; mend it with vfmtok-fast repair")
+            atomic.make_folder(self._mirror)
+            atomic.write_atomic(copy, data)
+        return copy
+
     def _tokens(self, number: int) -> Any:
         if number not in self._files:
-            path = shards.shard_path(self.out, number)
+            remote = self._mirror is not None
+            path = self._copy(number) if remote else shards.shard_path(self.out, number)
             self._files[number] = safe_open(path, framework="numpy").get_slice("tokens")
         return self._files[number]
+
+
+def _default_mirror(out: UrlPath) -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "vfmtok_fast" / hashlib.sha256(out.url.encode()).hexdigest()[:16]
 
 
 def read_tokens(out: str | os.PathLike, view: str = "center") -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 from ..images import quiet_pillow
 from .atomic import remove_file
@@ -12,6 +11,7 @@ from .job import COMPLETE, Job, encode_shards, finish
 from .manifest import Tokenizer, read_manifest
 from .prepare import prepare
 from .shards import shard_path
+from .store import names
 from .verify import shard_problems
 
 
@@ -72,7 +72,7 @@ def _damaged(job: Job, tell: Callable[[str], None]) -> list[int]:
             remove_file(path)
             numbers.append(number)
     known = {shard_path(job.out, number).name for number in range(job.manifest.shards)}
-    for path in sorted(Path(job.out / "shards").glob("*.safetensors")):
-        if path.name not in known:
-            tell(f"{path}: does not belong to this cache, and is left alone")
+    for name in sorted(set(names(job.out / "shards")) - known):
+        if name.endswith(".safetensors"):
+            tell(f"{job.out / 'shards' / name}: does not belong to this cache, and is left alone")
     return numbers

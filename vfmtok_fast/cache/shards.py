@@ -15,15 +15,15 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from .atomic import remove_file, write_atomic
 from .manifest import BAD_TOKEN, Manifest
+from .store import Place, open_tensors
 
 META_KEY = "vfmtok_fast"
 
@@ -71,7 +71,7 @@ class Header:
         return hashlib.sha256(_json(vars(self))).hexdigest()
 
 
-def shard_path(out: Path, number: int) -> Path:
+def shard_path(out: Place, number: int) -> Place:
     """Where shard `number` of the cache `out` lies."""
     return out / "shards" / f"tokens-{number:05d}.safetensors"
 
@@ -82,12 +82,12 @@ def shard_number(name: str) -> int | None:
     return None if match is None else int(match[1])
 
 
-def quarantine_path(out: Path, number: int) -> Path:
+def quarantine_path(out: Place, number: int) -> Place:
     """Where the quarantine list of shard `number` lies, if it has one."""
     return out / "quarantine" / f"{number:05d}.jsonl"
 
 
-def write_shard(out: Path, fingerprint: str, shard: Shard) -> None:
+def write_shard(out: Place, fingerprint: str, shard: Shard) -> None:
     """Commit a shard and its quarantine list; their folders must exist.
 
     Raises:
@@ -110,7 +110,7 @@ def write_shard(out: Path, fingerprint: str, shard: Shard) -> None:
     write_atomic(shard_path(out, shard.number), data)
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Place) -> Header:
     """Read what a shard says about itself; a truncated file is noticed, a flipped bit is not.
 
     Raises:
@@ -118,7 +118,7 @@ def read_header(path: Path) -> Header:
         ValueError: it is damaged or not a shard.
     """
     try:
-        with safe_open(path, framework="numpy") as file:
+        with open_tensors(path) as file:
             content = json.loads((file.metadata() or {})[META_KEY])
             if set(file.keys()) != set(_DTYPES):
                 raise ValueError(f"holds {sorted(file.keys())}")
@@ -129,7 +129,7 @@ def read_header(path: Path) -> Header:
         raise ValueError(f"{path}: damaged or not a shard ({_line(error)})") from error
 
 
-def read_shard(path: Path) -> tuple[Header, Shard]:
+def read_shard(path: Place) -> tuple[Header, Shard]:
     """Read a shard whole, without its quarantine list and without checking (see `problems`).
 
     Raises:
@@ -137,14 +137,25 @@ def read_shard(path: Path) -> tuple[Header, Shard]:
     """
     header = read_header(path)
     try:
-        with safe_open(path, framework="numpy") as file:
+        with open_tensors(path) as file:
             arrays = {name: file.get_tensor(name) for name in _DTYPES}
     except (SafetensorError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{path}: damaged or not a shard ({_line(error)})") from error
     return header, Shard(header.number, **arrays)
 
 
-def read_quarantine(out: Path, number: int) -> tuple[list[dict[str, Any]], str]:
+def parse_shard(data: bytes, path: Place) -> tuple[Header, Shard]:
+    """As `read_shard`, of a shard's bytes; `path` is where they are from."""
+    try:
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = Header(**json.loads(json.loads(data[8:end])["__metadata__"][META_KEY]))
+        arrays = load(data)
+        return header, Shard(header.number, **{name: arrays[name] for name in _DTYPES})
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged or not a shard ({_line(error)})") from error
+
+
+def read_quarantine(out: Place, number: int) -> tuple[list[dict[str, Any]], str]:
     """The quarantine list of a shard (empty where there is no file) and its checksum.
 
     Raises:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from . import atomic, shards
 from .job import COMPLETE, INDEX
-from .manifest import NAME, read_manifest
+from .manifest import NAME, Manifest, read_manifest
+from .store import Place, names, place, spread
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,11 @@ def status(out: str | os.PathLike) -> Status:
         FileNotFoundError: there is no cache.
         ValueError: the manifest is damaged or not ours.
     """
-    out = Path(out)
+    out = place(out)
     writing = sum(
         atomic.is_temporary(name)
         for folder in (out, out / "shards", out / "quarantine")
-        if folder.is_dir()
-        for name in os.listdir(folder)
+        for name in names(folder)
     )
     begun = writing or (out / INDEX).exists()
     if begun and not (out / NAME).exists():
@@ -64,16 +63,14 @@ def status(out: str | os.PathLike) -> Status:
     found = read_manifest(out)
     done = bad = finished = 0
     damaged = []
-    for number in range(found.shards):
-        try:
-            header = shards.read_header(shards.shard_path(out, number))
-        except FileNotFoundError:
-            continue
-        except ValueError:
-            damaged.append(number)
-            continue
-        if shards.header_problem(header, number, found):
-            damaged.append(number)
+
+    def look(number: int) -> shards.Header | None:
+        return _header(out, number, found)
+
+    for number, header in enumerate(spread(out, look, range(found.shards))):
+        if header is None:
+            if shards.shard_path(out, number).exists():
+                damaged.append(number)
             continue
         finished += 1
         done += header.count
@@ -92,6 +89,15 @@ def status(out: str | os.PathLike) -> Status:
     )
 
 
+def _header(out: Place, number: int, found: Manifest) -> shards.Header | None:
+    """The header of a shard that is finished; None where it is missing or damaged."""
+    try:
+        header = shards.read_header(shards.shard_path(out, number))
+    except (FileNotFoundError, ValueError):
+        return None
+    return None if shards.header_problem(header, number, found) else header
+
+
 def failures(out: str | os.PathLike) -> Iterator[dict[str, Any]]:
     """The quarantined pictures of the finished shards, one by one, in index order.
 
@@ -105,7 +111,7 @@ def failures(out: str | os.PathLike) -> Iterator[dict[str, Any]]:
         FileNotFoundError: there is no cache.
         ValueError: the manifest or a quarantine list is damaged.
     """
-    out = Path(out)
+    out = place(out)
     for number in range(read_manifest(out).shards):
         if shards.shard_path(out, number).exists():
             yield from shards.read_quarantine(out, number)[0]

@@ -6,13 +6,14 @@ import json
 import math
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ..images import quiet_pillow
 from . import index, shards
-from .encode import encode_rows
+from .atomic import atomic_file, make_folder
+from .encode import encode_rows, evaluating
 from .job import COMPLETE, INDEX, completion
 from .manifest import (
     FingerprintMismatch,
@@ -22,7 +23,9 @@ from .manifest import (
     differences,
     read_manifest,
 )
+from .sheet import contact_sheet
 from .sources import Source, open_source
+from .store import Place, names, place
 
 MEND = "mend it with vfmtok-fast repair"
 
@@ -62,6 +65,7 @@ def verify(
     sample: int = 64,
     min_agreement: float = 0.999,
     workers: int = 1,
+    sheet: str | os.PathLike | None = None,
 ) -> Report:
     """Check a cache's files, and encode a sample of its pictures again.
 
@@ -76,6 +80,7 @@ def verify(
             cache all are equal; another kind of device rounds differently and flips codes that are
             nearly tied.
         workers: threads that read and decode.
+        sheet: a PNG to write: some pictures, each beside what its cached tokens decode to.
 
     Returns:
         All problems at once, and the agreement.
@@ -85,10 +90,12 @@ def verify(
         ValueError: the manifest is damaged, or `images` without `tokenizer`.
         FingerprintMismatch: `tokenizer` is not the one that made the cache.
     """
-    out = Path(out)
+    out = place(out)
     found = read_manifest(out)
     if images is not None and tokenizer is None:
         raise ValueError("verify: encoding pictures again needs the tokenizer that made the cache")
+    if sheet is not None and (images is None or not hasattr(tokenizer, "decode")):
+        raise ValueError("verify: a contact sheet needs the pictures and a tokenizer that decodes")
     source = None if images is None else open_source(images, input_kind)
     if sample < 1:
         raise ValueError(f"verify: sample must be at least 1, got {sample}")
@@ -101,8 +108,10 @@ def verify(
     report = Report(images=found.images, shards=found.shards)
     sound = _check_files(out, found, report)
     if source is not None and sound:
-        with quiet_pillow():
+        with quiet_pillow(), evaluating(tokenizer):
             _check_sample(out, found, report, sound, tokenizer, source, sample, workers)
+            if sheet is not None:
+                _write_sheet(place(sheet), contact_sheet(out, found, sound, tokenizer, source))
         if report.agreement is not None and report.agreement < min_agreement:
             report.problems.append(
                 f"{report.sampled} pictures encoded again: only {report.agreement:.4%} of the "
@@ -111,7 +120,7 @@ def verify(
     return report
 
 
-def _check_files(out: Path, found: Manifest, report: Report) -> list[int]:
+def _check_files(out: Place, found: Manifest, report: Report) -> list[int]:
     """Fill in `report.problems` and `report.bad`; the numbers of the sound shards."""
     try:
         if index.index_checksum(out / INDEX) != (found.images, found.index_sha256):
@@ -139,13 +148,13 @@ def _check_files(out: Path, found: Manifest, report: Report) -> list[int]:
     elif len(sound) == found.shards:
         _check_completion(out, found, report)
     known = {shards.shard_path(out, number).name for number in range(found.shards)}
-    for path in sorted((out / "shards").glob("*.safetensors")):
-        if path.name not in known:
-            report.problems.append(f"{path}: does not belong to this cache")
+    for name in sorted(set(names(out / "shards")) - known):
+        if name.endswith(".safetensors"):
+            report.problems.append(f"{out / 'shards' / name}: does not belong to this cache")
     return sound
 
 
-def shard_problems(out: Path, found: Manifest, number: int) -> tuple[list[str], int]:
+def shard_problems(out: Place, found: Manifest, number: int) -> tuple[list[str], int]:
     """Check one shard to the last byte, against itself, the index and its quarantine list.
 
     Args:
@@ -178,7 +187,7 @@ def shard_problems(out: Path, found: Manifest, number: int) -> tuple[list[str], 
     return wrong, len(bad)
 
 
-def _check_completion(out: Path, found: Manifest, report: Report) -> None:
+def _check_completion(out: Place, found: Manifest, report: Report) -> None:
     path = out / COMPLETE
     try:
         content = json.loads(path.read_bytes())
@@ -192,7 +201,7 @@ def _check_completion(out: Path, found: Manifest, report: Report) -> None:
 
 
 def _check_sample(
-    out: Path,
+    out: Place,
     found: Manifest,
     report: Report,
     sound: list[int],
@@ -226,3 +235,10 @@ def _check_sample(
         total += again.tokens[both].size
         report.sampled += len(rows)
     report.agreement = equal / total if total else None
+
+
+def _write_sheet(path: Place, sheet: np.ndarray | None) -> None:
+    if sheet is not None:
+        make_folder(path.parent)
+        with atomic_file(path) as file:
+            Image.fromarray(sheet).save(file, format="PNG")

@@ -44,21 +44,6 @@ RULES = {
     ),
 }
 
-_RANGE = Fraction("1.1")
-LEAST_RANDOM_CROP = Fraction("0.8")
-
-# What the rules depend on besides the name; recorded in caches that hold such a view.
-RULES = {
-    "ten-crop": "corners and centre of the centre square of side int(1.1 size), and of it mirrored",
-    "random": (
-        "short side uniform in size..ceil(size/0.8), place uniform, by SHA-256 of seed, view, path"
-    ),
-}
-
-_NAME = re.compile(
-    r"center(?P<center>)|ten-crop-(?P<ten>\d)|random-(?P<random>0|[1-9]\d{0,5})(?P<flip>-flip)?"
-    r"|center(?P<center_flip>-flip)"
-)
 _RANGE = re.compile(r"random-(0|[1-9]\d{0,5})\.\.(0|[1-9]\d{0,5})(-flip)?")
 _RANDOM = re.compile(r"random-(0|[1-9]\d{0,5})(-flip)?")
 _MAX_VIEWS = 10_000
@@ -151,52 +136,114 @@ def rules(views: Iterable[View], seed: int) -> dict[str, Any]:
     return ({"view_rules": found} if found else {}) | ({"seed": seed} if "random" in kinds else {})
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Where a view lies: the square of side `size` at (top, left) of a base, mirrored or not."""
+
+    base: int
+    top: int = 0
+    left: int = 0
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the views of a picture are made: a few resized squares, and cuts out of them.
+
+    Cuts of 8-bit squares are exact wherever they are made, so a device gets the squares alone.
+
+    Args:
+        size: side of a view, in pixels.
+        bases: of each square, a view that is cut out of it.
+        sides: of each square, its side in pixels.
+        cuts: of each view.
+    """
+
+    size: int
+    bases: tuple[View, ...]
+    sides: tuple[int, ...]
+    cuts: tuple[Cut, ...]
+
+
+def plan_views(views: tuple[View, ...], size: int) -> Plan:
+    """Say which squares a picture's views are cut from; views that can share one do.
+
+    Args:
+        views: from `parse_views`.
+        size: side of a view, in pixels.
+    """
+    keys: dict[Any, View] = {}
+    large = int(size * TEN_CROP_RANGE)
+    cuts = []
+    for view in views:
+        key = view.kind if view.kind == "ten-crop" else (view.kind, view.number)
+        keys.setdefault(key, view)
+        base = list(keys).index(key)
+        top, left = _corner(view.number, large - size) if view.kind == "ten-crop" else (0, 0)
+        # Mirrored crops are the crops of the mirrored square: the place is counted from its right.
+        left = large - size - left if view.kind == "ten-crop" and view.flip else left
+        cuts.append(Cut(base, top, left, view.flip))
+    sides = tuple(large if view.kind == "ten-crop" else size for view in keys.values())
+    return Plan(size, tuple(keys.values()), sides, tuple(cuts))
+
+
+def make_bases(
+    image: Image.Image, plan: Plan, *, path: str = "", seed: int = 0
+) -> list[np.ndarray]:
+    """Make the squares that a picture's views are cut from, one resize each.
+
+    Args:
+        image: Pillow image of mode RGB.
+        plan: from `plan_views`.
+        path: the picture's relative path; random crops depend on it.
+        seed: of the random crops.
+
+    Returns:
+        uint8 arrays [side, side, 3], one for each of `plan.bases`.
+
+    Raises:
+        ValueError: the picture cannot be cropped (see `vfmtok_fast.images.center_crop`).
+    """
+    found = []
+    for view, side in zip(plan.bases, plan.sides, strict=True):
+        if view.kind == "random":
+            draw = partial(_draw, seed, view.number, path)
+            found.append(_random_crop(image, plan.size, draw))
+        else:
+            found.append(center_crop(image, side))
+    return found
+
+
 def make_views(
     image: Image.Image, views: tuple[View, ...], size: int, *, path: str = "", seed: int = 0
 ) -> np.ndarray:
     """Cut the declared views out of a picture; what several views share is made once.
 
     Args:
-        image: Pillow image of mode RGB.
+        image, path, seed: as `make_bases`.
         views: V views from `parse_views`.
         size: side in pixels.
-        path: the picture's relative path; random crops depend on it.
-        seed: of the random crops.
 
     Returns:
         uint8 array [V, size, size, 3].
 
     Raises:
-        ValueError: the picture cannot be cropped (see `vfmtok_fast.images.center_crop`).
+        ValueError: as `make_bases`.
     """
+    plan = plan_views(views, size)
+    bases = make_bases(image, plan, path=path, seed=seed)
     out = np.empty((len(views), size, size, 3), np.uint8)
-    bases = {}
-    for place, view in enumerate(views):
-        key = view.kind if view.kind == "ten-crop" else (view.kind, view.number)
-        if key not in bases:
-            bases[key] = _base(image, view, size, path, seed)
-        base = bases[key]
-        base = base[:, ::-1] if view.flip else base
-        out[place] = _corner(base, view.number, size) if view.kind == "ten-crop" else base
+    for place, cut in enumerate(plan.cuts):
+        part = bases[cut.base][cut.top : cut.top + size, cut.left : cut.left + size]
+        out[place] = part[:, ::-1] if cut.flip else part
     return out
 
 
-def _base(image: Image.Image, view: View, size: int, path: str, seed: int) -> np.ndarray:
-    """What the views of one kind and number are cut from: one resize."""
-    if view.kind == "center":
-        return center_crop(image, size)
-    if view.kind == "ten-crop":
-        return center_crop(image, int(size * TEN_CROP_RANGE))
-    return _random_crop(image, size, partial(_draw, seed, view.number, path))
-
-
-def _corner(base: np.ndarray, number: int, size: int) -> np.ndarray:
-    """One of the five crops of a square base."""
-    far = len(base) - size
+def _corner(number: int, far: int) -> tuple[int, int]:
+    """Top and left of one of the five crops of a square that is `far` larger than they are."""
     # round: where the margin is odd, torchvision's crops take the even one of both halves.
     middle = round(far / 2)
-    top, left = ((0, 0), (0, far), (far, 0), (far, far), (middle, middle))[number]
-    return base[top : top + size, left : left + size]
+    return ((0, 0), (0, far), (far, 0), (far, far), (middle, middle))[number]
 
 
 def _random_crop(image: Image.Image, size: int, draw: Any) -> np.ndarray:

@@ -40,6 +40,11 @@ def open_source(images: str | os.PathLike, kind: str | None = None) -> Source:
         FileNotFoundError, NotADirectoryError: it is not there, or is a file of another kind.
         ValueError: no such kind, or it is not of the kind that was said.
     """
+    if "://" in os.fspath(images):
+        raise ValueError(
+            f"{images}: pictures are read from local files; mount this, or copy it (a cache itself "
+            "may lie at a URL)"
+        )
     root = Path(images)
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder of pictures or archive")

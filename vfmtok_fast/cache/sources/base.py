@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -45,6 +46,7 @@ class Entry(NamedTuple):
     `size` is in bytes, or one of the negative numbers above; `label` is the class's number, or -1.
     Where pictures lie inside larger files, `file` is that file's name relative to the input and
     `offset` the place in it: of a tar the data's first byte, of Parquet the row, of LMDB the key.
+    `sha256` is the hash of the picture's bytes, or empty.
     """
 
     path: str
@@ -52,6 +54,7 @@ class Entry(NamedTuple):
     label: int
     file: str = ""
     offset: int = 0
+    sha256: bytes = b""
 
 
 class Source(Protocol):
@@ -63,8 +66,11 @@ class Source(Protocol):
     def files(self) -> dict[str, int] | None:
         """Size in bytes of every file that holds pictures; None where each picture is a file."""
 
-    def entries(self) -> Iterator[Entry]:
-        """The pictures in index order, streamed; ValueError where the input itself is damaged."""
+    def entries(self, after: Entry | None = None) -> Iterator[Entry]:
+        """The pictures in index order, streamed, from behind one on.
+
+        ValueError where the input itself is damaged.
+        """
 
     def classes(self, highest: int) -> list[str]:
         """Names of the classes, given the highest label in use (-1: none)."""
@@ -87,7 +93,23 @@ def check_bytes(entry: Entry, data: bytes) -> bytes:
         )
     if not data:
         raise BadImage(BAD, "empty file")
+    if entry.sha256 and hashlib.sha256(data).digest() != entry.sha256:
+        raise BadImage(GONE, "changed since it was indexed: as many bytes, but others")
     return data
+
+
+def behind(entries: Iterator[Entry], after: Entry | None) -> Iterator[Entry]:
+    """Those of some entries that follow one of them; all for None."""
+    if after is not None:
+        for entry in entries:
+            if entry.path == after.path:
+                break
+    yield from entries
+
+
+def files_from(names: Sequence[str], after: Entry | None) -> Sequence[str]:
+    """Those of an input's files that an entry or what follows it can lie in; all for None."""
+    return names if after is None else names[names.index(after.file) :]
 
 
 def check_label(label: object) -> int | None:

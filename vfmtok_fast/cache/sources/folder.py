@@ -43,9 +43,9 @@ class FolderSource:
     def files(self) -> None:
         """Each picture is a file; what changed is found picture by picture."""
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self, after: Entry | None = None) -> Iterator[Entry]:
         numbers = {name: number for number, name in enumerate(class_folders(self.root))}
-        for path, size in walk(self.root):
+        for path, size in walk(self.root, after.path if after else ""):
             yield Entry(path, size, label_of(path, numbers))
 
     def classes(self, highest: int) -> list[str]:
@@ -80,11 +80,12 @@ def class_folders(root: Path) -> list[str]:
     return sorted(name[:-1] for name in names if name.endswith("/"))
 
 
-def walk(root: Path) -> Iterator[tuple[str, int]]:
+def walk(root: Path, after: str = "") -> Iterator[tuple[str, int]]:
     """List the pictures under `root` in index order.
 
     Args:
         root: an existing folder.
+        after: a relative path; what comes before it is passed over without looking at it.
 
     Yields:
         (relative POSIX path, size in bytes); instead of the size NO_SIZE or NOT_UTF8 where a file
@@ -104,6 +105,8 @@ def walk(root: Path) -> Iterator[tuple[str, int]]:
             continue
         name = names.pop()
         path, shown = os.path.join(folder, odd.get(name, name)), shown_folder + name
+        if shown <= after and not (name.endswith("/") and after.startswith(shown)):
+            continue
         if name.endswith("/"):
             identity = _identity(path)
             if identity is not None and all(identity != above[3] for above in stack):

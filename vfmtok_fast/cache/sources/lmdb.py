@@ -57,10 +57,11 @@ class LmdbSource:
             return sizes_of(self.root, ["data.mdb"])
         return sizes_of(self.root.parent, [self.root.name])
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self, after: Entry | None = None) -> Iterator[Entry]:
+        first = 0 if after is None else after.offset + 1
         count = self._count()
         with self._open().begin(buffers=True) as records:
-            for number in range(count):
+            for number in range(first, count):
                 size, label = _look(records.get(str(number).encode()))
                 yield Entry(f"{number:08d}", size, label, next(iter(self.files())), number)
 

@@ -12,7 +12,7 @@ import contextlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,9 +27,11 @@ from .base import (
     UNKNOWN,
     BadImage,
     Entry,
+    behind,
     check_bytes,
     check_known,
     check_label,
+    files_from,
     numbered_classes,
     sizes_of,
 )
@@ -57,11 +59,18 @@ class ParquetSource:
     # The walk through one file: its name, the row that comes next, the batches to come.
     _walk: tuple[str, int, Iterator[pa.RecordBatch]] | None = field(default=None, repr=False)
 
+    def __reduce__(self) -> tuple:
+        # Locks and open files do not travel.
+        return type(self), (self.root, self.names)
+
     def files(self) -> dict[str, int]:
         return sizes_of(self.root, list(self.names))
 
-    def entries(self) -> Iterator[Entry]:
-        for name in self.names:
+    def entries(self, after: Entry | None = None) -> Iterator[Entry]:
+        return behind(self._entries(files_from(self.names, after)), after)
+
+    def _entries(self, names: Sequence[str]) -> Iterator[Entry]:
+        for name in names:
             path = self.root / name
             with _opened(path) as file:
                 _image_column(file, path)

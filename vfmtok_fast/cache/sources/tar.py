@@ -24,6 +24,7 @@ from .base import (
     UNSAFE,
     BadImage,
     Entry,
+    behind,
     check_bytes,
     check_known,
     sizes_of,
@@ -48,12 +49,18 @@ class TarSource:
     def files(self) -> dict[str, int]:
         return sizes_of(self.path.parent, [self.path.name])
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self, after: Entry | None = None) -> Iterator[Entry]:
+        return behind(self._entries(after), after)
+
+    def _entries(self, after: Entry | None) -> Iterator[Entry]:
+        """All pictures, but none of the inner tars before the one that a picture lies in."""
         contents = self._contents()
         numbers = {name: number for number, name in enumerate(contents.classes)}
         name = self.path.name
         with open(self.path, "rb") as file:
-            for folder, start, end in contents.inner:
+            inner = contents.inner
+            at = [after is not None and start <= after.offset < end for _, start, end in inner]
+            for folder, start, end in inner[at.index(True) if True in at else 0 :]:
                 found = [
                     Entry(f"{folder}/{path}", size, numbers[folder], name, offset)
                     for path, size, offset in pictures(file, self.path, start, end)

@@ -9,13 +9,22 @@ class, and of several pictures the first counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from typing import BinaryIO
 
-from .base import BAD_LABEL, NO_CLASS, Entry, check_label, numbered_classes, sizes_of
+from .base import (
+    BAD_LABEL,
+    NO_CLASS,
+    Entry,
+    behind,
+    check_label,
+    files_from,
+    numbered_classes,
+    sizes_of,
+)
 from .folder import EXTENSIONS
 from .tar import is_hidden, members, read_member, shown, size_of
 
@@ -34,8 +43,11 @@ class WebDatasetSource:
     def files(self) -> dict[str, int]:
         return sizes_of(self.root, list(self.names))
 
-    def entries(self) -> Iterator[Entry]:
-        for name in self.names:
+    def entries(self, after: Entry | None = None) -> Iterator[Entry]:
+        return behind(self._entries(files_from(self.names, after)), after)
+
+    def _entries(self, names: Sequence[str]) -> Iterator[Entry]:
+        for name in names:
             path = self.root / name
             with open(path, "rb") as file:
                 for key, parts in groupby(_parts(file, path), key=lambda part: part[0]):

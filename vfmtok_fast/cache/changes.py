@@ -1,0 +1,220 @@
+"""Whether an input is still the one that was indexed; and adding to a cache what has come since.
+
+Pictures are added behind those that are there, so that no row and no label ever moves: only the
+last shard, where it was not full, is made again. An index and its manifest cannot be renamed at one
+moment. So both are written beside the old ones first, the manifest last; from then on whoever finds
+them puts them in place, as often as it takes.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+
+from . import index
+from .atomic import remove_file, replace_file
+from .hashes import hashed_entries
+from .job import COMPLETE, INDEX
+from .manifest import NAME, Manifest, read_manifest
+from .sources import Entry, Source
+from .sources.folder import label_of
+from .store import Place, UrlPath
+
+NEXT_INDEX, NEXT_MANIFEST = "index-next.parquet", "manifest-next.json"
+
+
+# What else to do about an input that changed.
+ADVICE = "extend the cache (--extend), or cache into a new folder"
+
+
+class ImagesChanged(ValueError):
+    """The input is not the one that was indexed."""
+
+
+def check_unchanged(source: Source, path: Place, classes: list[str]) -> None:
+    """Refuse to go on with an input that has other pictures than the index.
+
+    A picture that has gone from a folder is no reason to refuse: its tokens may be cached already,
+    and where they are not, its slot is quarantined. A picture that came, or whose size changed, is,
+    because the cache could not say so. Of an archive, the size of every file must be the same.
+
+    Raises:
+        ImagesChanged: one line with what changed, how often, and the first case.
+    """
+    origin = index.read_origin(path)
+    _check_kind(source, origin)
+    if origin.files is None:
+        _check_pictures(source, path, classes)
+    else:
+        _check_files(source, origin, source.files())
+
+
+def _check_kind(source: Source, origin: index.Origin) -> None:
+    if origin.kind != source.kind:
+        raise ImagesChanged(
+            f"{source.root}: is a {source.kind} input, the cache was made from {origin.kind}; "
+            "give the same input, or cache into a new folder"
+        )
+
+
+def _check_files(source: Source, origin: index.Origin, now: dict[str, int]) -> None:
+    differing = sorted(
+        name for name in origin.files.keys() | now.keys() if origin.files.get(name) != now.get(name)
+    )
+    if differing:
+        raise ImagesChanged(
+            f"{source.root}: {len(differing)} of its files changed since they were indexed "
+            f"(first: {differing[0]!r}, {_bytes(origin.files.get(differing[0]))} then, "
+            f"{_bytes(now.get(differing[0]))} now); restore them, {ADVICE}"
+        )
+
+
+def _bytes(size: int | None) -> str:
+    return "not there" if size is None else f"{size} bytes"
+
+
+def _check_pictures(source: Source, path: Place, classes: list[str]) -> None:
+    root, now = source.root, source.classes(-1)
+    if set(now) != set(classes):
+        differing = sorted(set(now) ^ set(classes))
+        raise ImagesChanged(
+            f"{root}: the class folders changed since they were indexed "
+            f"({len(classes)} then, {len(now)} now; first: {differing[0]!r}); "
+            f"restore them, {ADVICE}"
+        )
+    added, changed, _, first = _count(source, path)
+    if added or changed:
+        raise ImagesChanged(
+            f"{root}: changed since it was indexed ({added} added, {changed} with another size; "
+            f"first: {first!r}); restore the files, {ADVICE}"
+        )
+
+
+def _count(source: Source, path: Place) -> tuple[int, int, int, str]:
+    """How many pictures were added, have another size, are gone; the first of the former two."""
+    added = changed = gone = 0
+    first = ""
+    for old, new in _compare(source, path):
+        if old is None or (new is not None and old.size != new.size):
+            added, changed = added + (old is None), changed + (old is not None)
+            first = first or new.path
+        gone += new is None
+    return added, changed, gone, first
+
+
+def _compare(source: Source, path: Place) -> Iterator[tuple[Entry | None, Entry | None]]:
+    """Each picture of a folder as it was indexed and as it is now, None where it is not there."""
+    old_ones, new_ones = _sorted(path), source.entries()
+    old, new = next(old_ones, None), next(new_ones, None)
+    while old is not None or new is not None:
+        if new is None or (old is not None and old.path < new.path):
+            yield old, None
+            old = next(old_ones, None)
+        elif old is None or new.path < old.path:
+            yield None, new
+            new = next(new_ones, None)
+        else:
+            yield old, new
+            old, new = next(old_ones, None), next(new_ones, None)
+
+
+def _sorted(path: Place) -> Iterator[Entry]:
+    """All indexed pictures by path; what was added later stands behind the rest."""
+    starts = (0, *index.read_origin(path).runs)
+    runs = [index.read_from(path, *ends) for ends in zip(starts, (*starts[1:], None), strict=True)]
+    return heapq.merge(*runs, key=lambda entry: entry.path)
+
+
+def extend(source: Source, out: Place, found: Manifest, workers: int) -> Manifest:
+    """Add the pictures that came since a cache was indexed; `encode_shards` makes their tokens.
+
+    Args:
+        source: the input, with what was added.
+        out: the cache.
+        found: its manifest; the index fits it.
+        workers: threads that read, where the index holds hashes.
+
+    Returns:
+        The manifest that holds from now on; `found` where nothing was added.
+
+    Raises:
+        ImagesChanged: what was there before has changed or is gone, or it is an input that cannot
+            be added to.
+    """
+    path = out / INDEX
+    origin, hashed = index.read_origin(path), index.read_hashed(path)
+    _check_kind(source, origin)
+    if origin.files is None:
+        new, classes = _new_pictures(source, path, found)
+    else:
+        new, classes = _new_files(source, origin), None
+    if new is None:
+        return found
+    if hashed:
+        new = hashed_entries(source, new, workers)
+    later = replace(origin, files=source.files(), runs=(*origin.runs, found.images))
+    old = chain.from_iterable(rows.entries() for rows in index.read_all(path))
+    remove_file(out / COMPLETE)
+    written = index.write_index(out / NEXT_INDEX, chain(old, new), found.shard_size, later, hashed)
+    count, checksum, highest = written
+    if classes is None:
+        classes = source.classes(max(highest, len(found.classes) - 1))
+        if classes[: len(found.classes)] != found.classes:
+            raise ImagesChanged(
+                f"{source.root}: with what was added the classes have other names or numbers; "
+                "cache into a new folder"
+            )
+    Manifest(found.covers, found.shard_size, count, classes, checksum).write(out, NEXT_MANIFEST)
+    install(out)
+    return read_manifest(out)
+
+
+def install(out: Place) -> None:
+    """Put the index and manifest of an extension in place, if there is one that was cut off here.
+
+    Raises:
+        ValueError: the manifest that was to come does not fit the index.
+    """
+    try:
+        coming = read_manifest(out, NEXT_MANIFEST)
+    except FileNotFoundError:
+        return  # another process was faster
+    except ValueError:
+        if not isinstance(out, UrlPath):
+            raise
+        remove_file(out / NEXT_MANIFEST)  # torn: what it was to bring is not there yet
+        return
+    if (out / NEXT_INDEX).exists():
+        replace_file(out / NEXT_INDEX, out / INDEX)
+    if index.index_checksum(out / INDEX) != (coming.images, coming.index_sha256):
+        raise ValueError(f"{out / NEXT_MANIFEST}: does not fit the index; cache into a new folder")
+    replace_file(out / NEXT_MANIFEST, out / NAME)
+
+
+def _new_pictures(
+    source: Source, path: Place, found: Manifest
+) -> tuple[Iterator[Entry] | None, list[str]]:
+    added, changed, gone, first = _count(source, path)
+    classes = source.classes(-1)
+    lost = sorted(set(found.classes) - set(classes))
+    if changed or gone or lost:
+        raise ImagesChanged(
+            f"{source.root}: only what is new can be added, but {changed} pictures have another "
+            f"size, {gone} pictures and {len(lost)} classes are gone; restore them, or cache into "
+            "a new folder"
+        )
+    classes = [*found.classes, *sorted(set(classes) - set(found.classes))]
+    if not added and classes == found.classes:
+        return None, classes
+    numbers = {name: number for number, name in enumerate(classes)}
+    new = (new for old, new in _compare(source, path) if old is None)
+    return (entry._replace(label=label_of(entry.path, numbers)) for entry in new), classes
+
+
+def _new_files(source: Source, origin: index.Origin) -> Iterator[Entry] | None:
+    now = source.files()
+    _check_files(source, origin, {name: now[name] for name in origin.files if name in now})
+    names = sorted(set(now) - set(origin.files))
+    return replace(source, names=tuple(names)).entries() if names else None

@@ -1,0 +1,317 @@
+"""Building a cache on a Ray cluster: Ray starts actors and hands them shard numbers, nothing else.
+
+Each actor reads, encodes and commits its own shard with the function that every other worker uses,
+so the files are the bytes of a run without Ray, and no picture or token passes through the object
+store. Actors and nodes may be lost at any moment: the shard goes to another actor, and a new one
+takes the lost one's place as soon as the cluster has room for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .. import switch
+from ..images import quiet_pillow
+from . import manifest
+from .build import Summary, exit_on_sigterm
+from .encode import Waits
+from .job import Job, encode_shards, finish
+from .prepare import MAX_DEFAULT_WORKERS, check_count, prepare
+from .progress import Progress, State, reporting
+from .store import absolute
+
+# A shard that has taken this many actors with it is the cause, not the victim.
+MOST_LOST_ON_A_SHARD = 5
+# Seconds to wait for a first actor. Clusters that grow on demand take minutes for a machine.
+START_PATIENCE = 900.0
+
+
+class ActorsLost(ConnectionError):
+    """Actors cannot be started, or die again and again."""
+
+
+def build_on_ray(
+    images: str | os.PathLike,
+    out: str | os.PathLike,
+    tokenizer: manifest.Tokenizer,
+    *,
+    input_kind: str | None = None,
+    views: Iterable[str] = ("center",),
+    seed: int = 0,
+    batch_size: int = 16,
+    shard_size: int = 8192,
+    max_bad: int | None = None,
+    workers: int | None = None,
+    extend: bool = False,
+    hashed: bool = False,
+    actors: int | None = None,
+    device: str | None = None,
+    progress: bool | Callable[[Progress], None] = False,
+) -> Summary:
+    """Build a token cache with actors on a Ray cluster; the same bytes as `build` makes.
+
+    Takes the Ray that the program is connected to, else the cluster of RAY_ADDRESS or of this
+    machine, else starts one here for the time of the call. What is enabled here
+    (`vfmtok_fast.enable`) is enabled in the actors.
+
+    Args:
+        images, out: as `build`; both must be there under this name on every node.
+        tokenizer: in CPU memory; it is sent to the actors, so nodes need no file of it.
+        input_kind, views, seed, batch_size, shard_size, extend, hashed, progress: as `build`;
+            progress and bad pictures are counted by whole shards.
+        max_bad: as `build`.
+        workers: threads of each actor that read and decode; None: as many as it has cores.
+        actors: how many; None: one per GPU, or where there are none, one per 8 cores or node.
+        device: "cuda" or "cpu"; None: "cuda" if the cluster has GPUs.
+
+    Returns, Raises: as `build`, and
+        ValueError: Ray is not installed, or the cluster has not what an actor needs.
+        ActorsLost: actors cannot be started, or die again and again; finished shards are kept.
+    """
+    started = time.monotonic()
+    for name, value in (("actors", actors), ("workers", workers)):
+        if value is not None:
+            check_count(name, value, 1)
+    if max_bad is not None:
+        check_count("max_bad", max_bad, 0)
+    ray = _import_ray()
+    with quiet_pillow(), exit_on_sigterm():
+        job = prepare(
+            os.path.abspath(images),  # actors have working folders of their own
+            absolute(out),
+            tokenizer,
+            input_kind=input_kind,
+            views=views,
+            seed=seed,
+            batch_size=batch_size,
+            shard_size=shard_size,
+            workers=workers,
+            extend=extend,
+            hashed=hashed,
+        )
+        state = State(job, max_bad)
+        numbers = list(state.missing(range(job.manifest.shards)))
+        if numbers:
+            with (
+                _connected(ray),
+                reporting(progress, job.manifest.images, state.progress().done) as report,
+            ):
+                room = _room(ray, actors, device, len(numbers))
+                sent = replace(job, tokenizer=None, workers=workers or room.cores)
+                plan = _Plan(sent, room, switch.policy())
+                with contextlib.closing(_Crew(ray, plan, tokenizer)) as crew:
+                    for number, bad, waits in crew.encode(state.missing(numbers)):
+                        state.waits.data += waits.data / room.actors
+                        state.waits.device += waits.device / room.actors
+                        state.advance(number, len(job.manifest.rows_of(number)), bad)
+                        report(state.progress())
+        bad = finish(job)
+    seconds = time.monotonic() - started
+    return Summary(job.out, job.manifest.images, bad, job.manifest.shards, state.encoded, seconds)
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError(
+            "cache: the engine ray needs the package ray: pip install 'vfmtok-fast[ray]'"
+        ) from error
+    return ray
+
+
+@contextlib.contextmanager
+def _connected(ray: Any) -> Iterator[None]:
+    """A connection to Ray for the time of the block, unless the program has one already."""
+    if ray.is_initialized():
+        yield
+        return
+    # Of a cluster that is started here: no reports to Ray's makers that the user did not ask for.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ActorsLost(f"cache: cannot connect to Ray: {_first_line(error)}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What the cluster is asked for: `actors` of `cores` CPU cores and `gpus` GPUs each."""
+
+    actors: int
+    cores: int
+    gpus: int
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpus else "cpu"
+
+
+def _room(ray: Any, actors: int | None, device: str | None, shards: int) -> _Room:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cores = [int(node.get("CPU", 0)) for node in nodes]
+    gpus = [int(node.get("GPU", 0)) for node in nodes]
+    if device not in (None, "cuda", "cpu"):
+        raise ValueError(f"cache: device must be cuda or cpu on Ray, got {device!r}")
+    if device == "cuda" and not sum(gpus):
+        raise ValueError("cache: device cuda: the Ray cluster has no GPU")
+    if not sum(cores):
+        raise ValueError("cache: the Ray cluster has no CPU core for an actor")
+    if sum(gpus) and device != "cpu":
+        count = min(actors or sum(gpus), shards)
+        share = min(c // g for c, g in zip(cores, gpus, strict=True) if g)
+        return _Room(count, max(1, min(share, MAX_DEFAULT_WORKERS)), 1)
+    share = min(max(cores), MAX_DEFAULT_WORKERS)
+    if actors is not None:
+        share = max(1, min(share, sum(cores) // actors))
+    count = actors or sum(c // share for c in cores)
+    return _Room(min(count, shards), share, 0)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What an actor is told: the job without its tokenizer, the device, what is enabled."""
+
+    job: Job
+    room: _Room
+    policy: switch.Policy
+
+
+class _Encoder:
+    """An actor: encodes and commits the shards that it is given, one after the other."""
+
+    def __init__(self, plan: _Plan, tokenizer: manifest.Tokenizer) -> None:
+        # Nothing that can fail: an error here would reach the caller without its type.
+        self.plan, self.tokenizer = plan, tokenizer
+
+    def open(self) -> None:
+        """Load the model onto the device, and check that tokens made here are those of the cache.
+
+        Another version of the decoder on this node, for one, would change them.
+        """
+        job, policy = self.plan.job, self.plan.policy
+        if hasattr(self.tokenizer, "to"):
+            self.tokenizer.to(self.plan.room.device)
+        found = job.manifest
+        covers = manifest.describe(self.tokenizer, found.views, found.batch_size, found.seed)
+        manifest.check_same(found, covers, found.shard_size, job.out)
+        switch.enable(policy.ops, policy.strict)
+        self.job = replace(job, tokenizer=self.tokenizer)
+
+    def encode(self, number: int) -> tuple[int, Waits]:
+        """Encode a shard; how many of its pictures are bad, and what was waited for."""
+        waits, bad = Waits(), 0
+
+        def count(number: int, new: int, new_bad: int) -> None:
+            nonlocal bad
+            bad += new_bad
+
+        with quiet_pillow():
+            encode_shards(self.job, [number], count, waits)
+        return bad, waits
+
+
+class _Crew:
+    """The actors, and which shard each is at."""
+
+    def __init__(self, ray: Any, plan: _Plan, tokenizer: manifest.Tokenizer) -> None:
+        self.ray, self.plan = ray, plan
+        self.tokenizer = ray.put(tokenizer)
+        self.kind = ray.remote(_Encoder).options(
+            num_cpus=plan.room.cores, num_gpus=plan.room.gpus, scheduling_strategy="SPREAD"
+        )
+        self.idle: list[Any] = []
+        # By the answer that is waited for: the actor, and its shard; None while it starts.
+        self.busy: dict[Any, tuple[Any, int | None]] = {}
+        self.lost: Counter[int | None] = Counter()
+
+    def encode(self, numbers: Iterator[int]) -> Iterator[tuple[int, int, Waits]]:
+        """Have shards encoded; number, bad pictures and waits of each as it is done."""
+        for _ in range(self.plan.room.actors):
+            self._start()
+        again: deque[int] = deque()
+        heard = time.monotonic()
+        while True:
+            while self.idle:
+                number = again.popleft() if again else next(numbers, None)
+                if number is None:
+                    break
+                actor = self.idle.pop()
+                self.busy[actor.encode.remote(number)] = actor, number
+            if not again and all(number is None for _, number in self.busy.values()):
+                if self.idle:
+                    return  # nothing is left to hand out, and nothing is on its way
+                self._check_patience(heard)
+            ready, _ = self.ray.wait(list(self.busy), timeout=1.0)
+            for answer in ready:
+                actor, number = self.busy.pop(answer)
+                heard = time.monotonic()
+                found = self._receive(answer, actor, number, again)
+                if found is not None and number is not None:
+                    yield number, *found
+
+    def close(self) -> None:
+        """Let the actors go, in the midst of a shard too: what is not whole has no name yet."""
+        for actor in [*self.idle, *(actor for actor, _ in self.busy.values())]:
+            self.ray.kill(actor)
+
+    def _start(self) -> None:
+        actor = self.kind.remote(self.plan, self.tokenizer)
+        self.busy[actor.open.remote()] = actor, None
+
+    def _receive(
+        self, answer: Any, actor: Any, number: int | None, again: deque[int]
+    ) -> tuple[int, Waits] | None:
+        errors = self.ray.exceptions
+        try:
+            found = self.ray.get(answer)
+        except errors.RayTaskError as error:
+            # What the actor's own code raised: as it would be raised here.
+            raise error.cause from error
+        except errors.RayError as error:
+            self.lost[number] += 1
+            with contextlib.suppress(errors.RayError):
+                self.ray.kill(actor)  # where it is only out of reach
+            self._check_lost(number, error)
+            if number is not None:
+                again.append(number)
+            self._start()
+            return None
+        self.idle.append(actor)
+        self.lost[None] = 0
+        return found
+
+    def _check_lost(self, number: int | None, error: Exception) -> None:
+        if number is not None and self.lost[number] >= MOST_LOST_ON_A_SHARD:
+            raise ActorsLost(
+                f"{self.plan.job.out}: {self.lost[number]} Ray actors died in shard {number}; see "
+                f"Ray's logs, then run again (finished shards are kept): {_first_line(error)}"
+            ) from error
+        if self.lost[None] > 2 * self.plan.room.actors + 2:
+            raise ActorsLost(
+                f"{self.plan.job.out}: {self.lost[None]} Ray actors in turn died as they started; "
+                f"see Ray's logs, then run again (finished shards are kept): {_first_line(error)}"
+            ) from error
+
+    def _check_patience(self, heard: float) -> None:
+        if time.monotonic() - heard > START_PATIENCE:
+            room = self.plan.room
+            raise ActorsLost(
+                f"{self.plan.job.out}: in {START_PATIENCE:.0f} s Ray has started no actor of "
+                f"{room.cores} CPU cores and {room.gpus} GPUs; see `ray status`, then run again "
+                "(finished shards are kept)"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

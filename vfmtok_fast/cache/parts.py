@@ -1,0 +1,85 @@
+"""Indexing that may be interrupted: what is listed is kept in parts, and not listed again.
+
+A part is an index of its own, of `PART` pictures, in the folder index.parts/ beside the index to
+come. A run that finds parts of the same input goes on behind the last of them; when the index is
+whole, they go. Inputs of fewer pictures than that have none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+from . import atomic, index
+from .sources import Entry
+from .store import Place, names
+
+FOLDER = "index.parts"
+# Listing takes a second or so for as many on a local disk, a minute on a slow network; the memory
+# for them is some 20 MB.
+PART = 1 << 16
+
+
+def write_in_parts(
+    path: Place,
+    entries: Callable[[Entry | None], Iterable[Entry]],
+    shard_size: int,
+    origin: index.Origin,
+    hashed: bool,
+    root: str | os.PathLike,
+) -> tuple[int, str, int]:
+    """As `index.write_index`, going on where an earlier call was interrupted.
+
+    Args:
+        path, shard_size, origin, hashed: as `index.write_index`.
+        entries: the pictures in index order that come after one; all for None.
+        root: the input's place, by which parts of another input are told apart.
+
+    Returns, Raises: as `index.write_index`.
+    """
+    folder = path.parent / FOLDER
+    mark = replace(origin, root=os.path.abspath(root))
+    written = index.write_index(
+        path, _every(folder, entries, shard_size, mark, hashed), shard_size, origin, hashed
+    )
+    remove_parts(path.parent)
+    return written
+
+
+def remove_parts(out: Place) -> None:
+    """Remove what is left of an interrupted indexing; the last first, so the rest stays whole."""
+    folder = out / FOLDER
+    for name in sorted(names(folder), reverse=True):
+        atomic.remove_file(folder / name)
+    atomic.remove_folder(folder)
+
+
+def _every(
+    folder: Place,
+    entries: Callable[[Entry | None], Iterable[Entry]],
+    shard_size: int,
+    mark: index.Origin,
+    hashed: bool,
+) -> Iterator[Entry]:
+    number, last = 0, None
+    while _is_part(folder / f"{number:05d}.parquet", mark, hashed):
+        for rows in index.read_all(folder / f"{number:05d}.parquet"):
+            for last in rows.entries():
+                yield last
+        number += 1
+    part = []
+    for entry in entries(last):
+        yield entry
+        part.append(entry)
+        if len(part) == PART:
+            atomic.make_folder(folder)
+            index.write_index(folder / f"{number:05d}.parquet", part, shard_size, mark, hashed)
+            part, number = [], number + 1
+
+
+def _is_part(path: Place, mark: index.Origin, hashed: bool) -> bool:
+    """Whether this is a whole part of an index of this input."""
+    if not index.is_index(path):
+        return False
+    return index.read_origin(path) == mark and index.read_hashed(path) == hashed

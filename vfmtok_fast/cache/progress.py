@@ -1,0 +1,149 @@
+"""How far a run is: counting what is done, here and by others, and saying so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+from . import shards
+from .encode import Waits
+from .job import Job, is_missing
+from .store import names
+
+# Seconds in which another process may finish a shard, where this one has not made any to compare;
+# and the least.
+SLOW_SHARD = 40.0
+LEAST_PATIENCE = 1.0
+
+
+class TooManyBadImages(RuntimeError):
+    """More pictures than `max_bad` had to be quarantined."""
+
+    exit_code = 4
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Args:
+        done: pictures in the cache, those of other processes as of the last shard.
+        bad: bad ones among them.
+        total: pictures in all.
+        rate: pictures per second that this process encodes, since it started to.
+        data_wait: share of that time, 0 to 1, that it waited for pictures to be decoded.
+        device_wait: share that it waited for the tokenizer.
+    """
+
+    done: int
+    bad: int
+    total: int
+    rate: float = field(default=0.0, compare=False)
+    data_wait: float = field(default=0.0, compare=False)
+    device_wait: float = field(default=0.0, compare=False)
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds to go at this process's rate; None before there is one."""
+        return (self.total - self.done) / self.rate if self.rate else None
+
+
+class State:
+    """What is done, here and by other processes."""
+
+    def __init__(self, job: Job, max_bad: int | None) -> None:
+        self.job, self.max_bad = job, max_bad
+        self.waits = Waits()
+        self.encoded = 0
+        self.started = time.monotonic()
+        self._done = self._bad = 0
+        self._seen: set[str] = set()  # shards that are there and counted
+        self._here: dict[int, tuple[int, int]] = {}  # others, begun here: pictures, bad ones
+        self.refresh()
+
+    def missing(self, numbers: Iterable[int]) -> Iterator[int]:
+        """Those of some shards that are missing when their turn comes."""
+        for number in numbers:
+            if is_missing(self.job, number):
+                yield number
+                self.refresh()
+
+    def wait_for(self, numbers: Iterable[int]) -> None:
+        """Let others finish shards that they may be at work on; give up on whoever is too slow."""
+        shards_here = self.encoded / self.job.manifest.shard_size
+        pace = (time.monotonic() - self.started) / shards_here if shards_here else SLOW_SHARD
+        patience = max(1.5 * pace, LEAST_PATIENCE)
+        last, seen = time.monotonic(), len(self._seen)
+        while any(is_missing(self.job, number) for number in numbers):
+            if time.monotonic() - last > patience:
+                return
+            time.sleep(min(0.2, patience / 4))
+            self.refresh()
+            if len(self._seen) > seen:
+                last, seen = time.monotonic(), len(self._seen)
+
+    def advance(self, number: int, new: int, bad: int) -> None:
+        pictures, bad_ones = self._here.get(number, (0, 0))
+        self._here[number] = pictures + new, bad_ones + bad
+        self.encoded += new
+        self._done, self._bad = self._done + new, self._bad + bad
+        self._check_bad()
+
+    def refresh(self) -> None:
+        """Look which shards have come; the header of each is read once."""
+        for name in set(names(self.job.out / "shards")) - self._seen:
+            number = shards.shard_number(name)
+            if number is None or number >= self.job.manifest.shards:
+                continue
+            if is_missing(self.job, number):  # damaged; it comes again under the same name
+                continue
+            self._seen.add(name)
+            here, here_bad = self._here.pop(number, (0, 0))
+            self._done += len(self.job.manifest.rows_of(number)) - here
+            self._bad += shards.read_header(shards.shard_path(self.job.out, number)).bad - here_bad
+        self._check_bad()
+
+    def progress(self) -> Progress:
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        return Progress(
+            done=self._done,
+            bad=self._bad,
+            total=self.job.manifest.images,
+            rate=self.encoded / seconds,
+            data_wait=self.waits.data / seconds,
+            device_wait=self.waits.device / seconds,
+        )
+
+    def _check_bad(self) -> None:
+        _check_bad(self.job, self._bad, self.max_bad)
+
+
+def _check_bad(job: Job, bad: int, max_bad: int | None) -> None:
+    if max_bad is not None and bad > max_bad:
+        raise TooManyBadImages(
+            f"{job.source.root}: {bad} pictures could not be read, more than max_bad={max_bad}; "
+            "repair them, or run again with a higher limit (finished shards are kept)"
+        )
+
+
+@contextmanager
+def reporting(
+    progress: bool | Callable[[Progress], None], total: int, done: int
+) -> Iterator[Callable[[Progress], None]]:
+    if callable(progress):
+        yield progress
+        return
+    # disable=None: tqdm's word for "off where stderr is no terminal".
+    off = None if progress else True
+    with tqdm(total=total, initial=done, unit="img", desc="cache", disable=off) as bar:
+
+        def report(state: Progress) -> None:
+            bar.update(state.done - bar.n)
+            waits = f"{state.data_wait:.0%} data, {state.device_wait:.0%} device"
+            bar.set_postfix(bad=state.bad, waiting=waits, refresh=False)
+
+        yield report

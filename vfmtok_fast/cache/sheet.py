@@ -1,0 +1,71 @@
+"""A contact sheet: what the tokens of a cache decode to, beside the pictures they stand for."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..images import decode_image, image_grid, to_uint8
+from . import index, shards
+from .job import INDEX
+from .manifest import Manifest, Tokenizer
+from .sources import BadImage, Source
+from .store import Place
+from .views import make_views, parse_views
+
+PICTURES = 16
+# Pairs side by side.
+PAIRS = 4
+
+
+def contact_sheet(
+    out: Place, found: Manifest, numbers: list[int], tokenizer: Tokenizer, source: Source
+) -> np.ndarray | None:
+    """Pairs of a picture's first view and its decoded tokens, spread evenly over a cache.
+
+    Args:
+        out: the cache.
+        found: its manifest.
+        numbers: its sound shards.
+        tokenizer: has `decode`.
+        source: what the cache was made from.
+
+    Returns:
+        uint8 [rows * side, 8 * side, 3]; None where no picture can be read any more.
+    """
+    crops, codes = [], []
+    for number, row in _spread(found, numbers):
+        _, shard = shards.read_shard(shards.shard_path(out, number))
+        good = np.flatnonzero(shard.status == shards.OK)
+        if not len(good):
+            continue
+        row = int(good[min(np.searchsorted(good, row), len(good) - 1)])
+        (entry,) = index.read_rows(out / INDEX, number)[row : row + 1].entries()
+        try:
+            image = decode_image(source.read(entry))
+        except (BadImage, ValueError):
+            continue  # it changed; the sample that is encoded again tells
+        views = parse_views(found.views[:1])
+        crops.append(make_views(image, views, found.image_size, path=entry.path, seed=found.seed))
+        codes.append(torch.from_numpy(shard.tokens[row, :1].astype(np.int64)))
+    if not crops:
+        return None
+    first = next(iter(tokenizer.parameters()), torch.empty(0))
+    cells = []
+    with torch.inference_mode():
+        for crop, code in zip(crops, codes, strict=True):
+            decoded = tokenizer.decode(code.to(first.device)).float().clamp(-1, 1)
+            cells += [crop[0], to_uint8(decoded)[0].cpu().numpy()]
+    return image_grid(np.stack(cells), 2 * PAIRS)
+
+
+def _spread(found: Manifest, numbers: list[int]) -> list[tuple[int, int]]:
+    """Shard and row of some pictures, the same ones at each call."""
+    counts = [len(found.rows_of(number)) for number in numbers]
+    total, ends = sum(counts), np.cumsum(counts)
+    places = []
+    for k in range(min(PICTURES, total)):
+        position = k * total // min(PICTURES, total)
+        which = int(np.searchsorted(ends, position, side="right"))
+        places.append((numbers[which], position - int(ends[which] - counts[which])))
+    return places
