@@ -12,8 +12,6 @@ derivation, the predicted times and what was rejected.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 from torch import Tensor
@@ -27,6 +25,7 @@ from .deformable_sample_kernels import (
     _grad_value,
     word,
 )
+from .launch import on
 
 # Values [queries * points, channels] in the registers of one program of 4 warps (half that where a
 # value or a row is wide: more would spill), and queries of one program of the two dense kernels.
@@ -79,11 +78,6 @@ def deformable_sample(
     )
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which may be another one."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def _is_blackwell(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
 
@@ -121,7 +115,7 @@ def _forward(
     words = tuple(word(*level) for level in levels)
     every = {"ALL": triton.next_power_of_2(logits.shape[3])}
     arguments = value, points, offsets, logits, out, words, S, Q, H, points.shape[0]
-    with _on(value.device):
+    with on(value.device):
         if _takes_dense(value, levels, offsets.shape[4]):
             constants = _constants(offsets, D, smallest=16)
             _dense[(B * H * triton.cdiv(Q, DENSE_ROWS),)](
@@ -152,7 +146,7 @@ def _backward_samples(
     values = SAMPLES_VALUES if value.itemsize == 2 else SAMPLES_VALUES // 2
     rows = _rows(values, Q, constants["C"], constants["WIDE"])
     words = tuple(word(*level) for level in _levels(sides))
-    with _on(value.device):
+    with on(value.device):
         _grad_samples[(B * H * triton.cdiv(Q, rows),)](
             grad, value, points, offsets, logits, grad_offsets, grad_logits, log_sum, words,
             S, Q, H, points.shape[0], **constants, ALL=triton.next_power_of_2(logits.shape[3]),
@@ -180,7 +174,7 @@ def _backward_value(
     rows = VALUE_ROWS if grad.itemsize == 2 and not _is_blackwell(grad.device) else VALUE_ROWS // 2
     strips = sum(triton.cdiv(h, side) * triton.cdiv(w, side * tiles) for h, w in levels)
     words = tuple(word(*level) for level in levels)
-    with _on(grad.device):
+    with on(grad.device):
         _grad_value[(B * H * strips,)](
             grad, points, offsets, logits, log_sum, grad_value, words, S, Q, H, points.shape[0],
             strips, **constants, ROWS=rows, TILES=tiles, num_warps=4,

@@ -18,12 +18,12 @@ the screen, the floor and what was rejected.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import on
 
 # Codes of one tile of the screen, and of one chunk, the unit that it tells apart. Chunks are lanes
 # of the tile's register layout, so their maxima need no exchange between threads. Smaller chunks
@@ -299,8 +299,7 @@ def _launch(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     listed = empty(n, dtype=torch.int64)
     part_score = empty(n, parts, dtype=torch.float64)
     part_code = empty(n, parts, dtype=torch.int32)
-    # Triton launches on the current device, which may be another one.
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with on(device):
         _prepare[(chunks,)](codebook, packed, exact, inverse, facts, k, D=d, C=columns, num_warps=1)
         _screen[(row_blocks, splits)](
             z, packed, facts, best, chunk, second, slack, n, tiles, splits, BOUND,
