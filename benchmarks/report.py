@@ -1,4 +1,4 @@
-"""REPORT.md and its plots from the result files, and from nothing else: `make report`."""
+"""REPORT.md, its plots and README.md's table from the result files alone: `make report`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,24 @@ import json
 import math
 from pathlib import Path
 
+from plots import by_shape, plot
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 REPORT = HERE / "REPORT.md"
+README = HERE.parent / "README.md"
+# What README.md shows of each device, between its two marks: op, shape, baseline and ours.
+MARKS = "<!-- measured: by `make report` -->", "<!-- end -->"
+SHOWN = (
+    ("nearest_code", "N=8192 K=16384 d=12", "reference", "fast"),
+    ("nearest_code", "N=65536 K=16384 d=12", "reference", "fast"),
+    ("deformable_sample", "region encoder B=2, forward", "reference", "fast"),
+    ("deformable_sample", "region encoder B=64, forward", "reference", "fast"),
+    ("deformable_sample", "region encoder B=64, forward and backward", "reference", "fast"),
+    ("generate", "GPT-B B=2 guided, 256 codes", "release style", "fast"),
+    ("generate", "GPT-L B=1 guided, 256 codes", "release style compiled", "fast"),
+    ("generate", "GPT-L B=64 guided, 256 codes", "release style compiled", "fast"),
+)
 
 
 def table(head: list[str], rows: list[list[object]]) -> list[str]:
@@ -20,13 +35,6 @@ def duration(microseconds: float) -> str:
     if microseconds >= 1e4:
         return f"{microseconds / 1e3:.1f} ms"
     return f"{microseconds:.1f} us"
-
-
-def by_shape(records: list[dict]) -> dict[str, list[dict]]:
-    shapes: dict[str, list[dict]] = {}
-    for record in records:
-        shapes.setdefault(record["shape"], []).append(record)
-    return shapes
 
 
 def measured(path: Path) -> list[str]:
@@ -126,36 +134,6 @@ def cost_sheet(content: dict) -> list[str]:
     ]
 
 
-def plot(path: Path, content: dict) -> bool:
-    """Median times as grouped bars beside the JSON file; False without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    shapes = by_shape(content["records"])
-    providers = list(dict.fromkeys(record["provider"] for record in content["records"]))
-    figure, axes = pyplot.subplots(figsize=(max(6, 1.4 * len(shapes)), 4), layout="constrained")
-    width = 0.8 / len(providers)
-    for i, provider in enumerate(providers):
-        places, times = [], []
-        for j, records in enumerate(shapes.values()):
-            found = [r["median_us"] for r in records if r["provider"] == provider]
-            places += [j + (i - (len(providers) - 1) / 2) * width] * len(found)
-            times += [time / 1e3 for time in found]
-        axes.bar(places, times, width, label=provider)
-    axes.set_yscale("log")
-    axes.set_ylabel("median time, ms")
-    axes.set_xticks(range(len(shapes)), [shape.replace(" ", "\n") for shape in shapes])
-    axes.set_title(f"{path.stem}, {content['environment']['device']}")
-    axes.legend()
-    figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
-    return True
-
-
 def predicted(path: Path) -> list[str]:
     """What the machine code of one chip says."""
     content = json.loads(path.read_text())
@@ -207,6 +185,35 @@ def measured_beside(chip: str, kernel: str, problem: str) -> str:
     return ", ".join(found)
 
 
+def readme_rows(device: Path) -> list[list[object]]:
+    """The lines of README.md's table that this device has results for."""
+    rows = []
+    for op, shape, baseline, ours in SHOWN:
+        path = device / f"{op}.json"
+        if not path.exists():
+            continue
+        records = by_shape(json.loads(path.read_text())["records"]).get(shape, [])
+        times = {record["provider"]: record["median_us"] for record in records}
+        if baseline in times and ours in times:
+            before, after = times[baseline], times[ours]
+            row = [f"`{op}`", shape, f"{duration(before)} ({baseline})", duration(after)]
+            rows.append([device.name, *row, f"{before / after:.1f} x"])
+    return rows
+
+
+def write_readme(devices: list[Path]) -> None:
+    """Put the table between README.md's marks."""
+    rows = [row for device in devices for row in readme_rows(device)]
+    head = ["device", "what", "shape", "baseline, median", "enabled, median", "faster"]
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    if not (rest and after):
+        raise SystemExit(f"{README}: the marks {MARKS} are missing")
+    lines = "\n".join([MARKS[0], "", *table(head, rows), "", MARKS[1]])
+    README.write_text(before + lines + after, encoding="utf-8")
+
+
 def main() -> None:
     lines = ["# Benchmarks", "", "Made by `make report` from `results/`; do not edit.", ""]
     devices = [path for path in sorted(RESULTS.iterdir()) if path.is_dir() and path.name != "aot"]
@@ -227,7 +234,8 @@ def main() -> None:
         for path in files:
             lines += predicted(path)
     REPORT.write_text("\n".join(lines).rstrip() + "\n")
-    print(f"wrote {REPORT}")
+    write_readme(devices)
+    print(f"wrote {REPORT} and the table in {README}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+"""Plots of the result files, for `report.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def by_shape(records: list[dict]) -> dict[str, list[dict]]:
+    shapes: dict[str, list[dict]] = {}
+    for record in records:
+        shapes.setdefault(record["shape"], []).append(record)
+    return shapes
+
+
+def plot(path: Path, content: dict) -> bool:
+    """Median times as grouped bars beside the JSON file; False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    if path.stem == "generate":
+        _generation(pyplot, path, content)
+        return True
+    shapes = by_shape(content["records"])
+    providers = list(dict.fromkeys(record["provider"] for record in content["records"]))
+    figure, axes = pyplot.subplots(figsize=(max(6, 1.4 * len(shapes)), 4), layout="constrained")
+    width = 0.8 / len(providers)
+    for i, provider in enumerate(providers):
+        places, times = [], []
+        for j, records in enumerate(shapes.values()):
+            found = [r["median_us"] for r in records if r["provider"] == provider]
+            places += [j + (i - (len(providers) - 1) / 2) * width] * len(found)
+            times += [time / 1e3 for time in found]
+        axes.bar(places, times, width, label=provider)
+    axes.set_yscale("log")
+    axes.set_ylabel("median time, ms")
+    axes.set_xticks(range(len(shapes)), [shape.replace(" ", "\n") for shape in shapes])
+    axes.set_title(f"{path.stem}, {content['environment']['device']}")
+    axes.legend()
+    figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+    return True
+
+
+def _generation(pyplot, path: Path, content: dict) -> None:
+    """Milliseconds of a step against reading its bytes; images per second against the batch."""
+    records, copy = content["records"], content["ceilings"]["copy_gb_s"]
+    figure, (steps, batches) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    shapes = by_shape(records)
+    providers = list(dict.fromkeys(record["provider"] for record in records))
+    for provider in providers:
+        found = [(j, r) for j, rs in enumerate(shapes.values()) for r in rs
+                 if r["provider"] == provider]  # fmt: skip
+        times = [1e3 / r["steps_s"] for _, r in found]
+        steps.plot([j for j, _ in found], times, "o", label=provider)
+        whole = [r for _, r in found if r["codes"] == 256]
+        for preset in sorted({r["shape"].split()[0] for r in whole}):
+            ours = [r for r in whole if r["shape"].split()[0] == preset]
+            points = sorted((r["images"], r["images_s"]) for r in ours)
+            batches.plot(*zip(*points, strict=True), "o-", label=f"{preset}, {provider}")
+    # Bytes of a record: its rate times its time.
+    floors = [rs[0]["gb_s"] / copy * 1e3 / rs[0]["steps_s"] for rs in shapes.values()]
+    steps.plot(range(len(shapes)), floors, "k_", markersize=20, label="bytes at the copy rate")
+    steps.set_xticks(range(len(shapes)), [shape.replace(" ", "\n") for shape in shapes])
+    steps.set(yscale="log", ylabel="ms per step")
+    batches.set(xscale="log", yscale="log", xlabel="images at a time", ylabel="images per second")
+    for axes in (steps, batches):
+        axes.legend(fontsize="small")
+    figure.suptitle(f"generate, {content['environment']['device']}")
+    figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
