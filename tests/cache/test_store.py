@@ -98,7 +98,7 @@ def test_whenever_a_put_fails_the_next_run_goes_on(tmp_path, url, tokenizer, fak
         if error is not Killed:
             text = str(caught.value)
             assert "\n" not in text and f"cannot write {folder}/" in text
-            assert "the store is out of order; check" in text
+            assert "the store is out of order; check the store and run again" in text
         assert Faulty.puts == at and cache.build(tree, folder, tokenizer, **SMALL).bad == 2
         assert read_store(folder) == read_store(url + "-whole"), at
     Faulty.arm(9)

@@ -270,6 +270,20 @@ def test_status_through_a_run(tree, out, tokenizer):
     assert (state.state, state.done, state.bad, state.views) == ("complete", 11, 0, ("center",))
 
 
+def test_failures_are_listed_while_it_runs(tmp_path, out, tokenizer, fake):
+    tree, seen = fake.make_tree(tmp_path / "p", bad=(0, 5, 10)), []
+
+    def look(state):
+        found = cache.status(out)
+        listed = [entry["path"] for entry in cache.failures(out)]
+        assert len(listed) == found.bad
+        seen.append((found.state, listed))
+
+    cache.build(tree, out, tokenizer, progress=look, **SMALL)
+    assert ("incomplete", ["class0/000.png"]) in seen
+    assert seen[-1][1] == ["class0/000.png", "class1/010.png", "class2/005.png"]
+
+
 def test_status_while_indexing(out):
     out.mkdir()
     (out / "index.parquet.tmp-elsewhere-1").write_bytes(b"")

@@ -42,6 +42,7 @@ class CacheWriteError(OSError):
 
     def __init__(self, path: str | Place, error: OSError) -> None:
         advice = _ADVICE.get(error.errno, "check the folder and its disk")
+        advice = "check the store" if isinstance(path, UrlPath) else advice
         reason = error.reason if isinstance(error, StoreError) else error.strerror or error
         super().__init__(f"cannot write {path}: {reason}; {advice} and run again")
         self.errno = error.errno

@@ -83,7 +83,8 @@ def build_on_ray(
     ray = _import_ray()
     with quiet_pillow(), exit_on_sigterm():
         job = prepare(
-            os.path.abspath(images),  # actors have working folders of their own
+            # Actors have working folders of their own.
+            absolute(images),
             absolute(out),
             tokenizer,
             input_kind=input_kind,

@@ -95,21 +95,23 @@ class UrlPath:
 
     def write_bytes(self, data: bytes) -> None:
         """Put an object in one piece."""
-        self._ask(lambda files, key: files.pipe_file(key, data))
+        self._ask(lambda files, key: files.pipe_file(key, data), writes=True)
 
     def upload(self, path: str) -> None:
         """Put a local file as an object."""
-        self._ask(lambda files, key: files.put_file(path, key))
+        self._ask(lambda files, key: files.put_file(path, key), writes=True)
 
     def remove(self) -> None:
         """Remove an object; FileNotFoundError where there is none."""
         self._ask(lambda files, key: files.rm_file(key))
 
-    def _ask(self, question: Callable[[Any, str], Any]) -> Any:
+    def _ask(self, question: Callable[[Any, str], Any], writes: bool = False) -> Any:
         files, key = _files(self.url)
         try:
             return question(files, key)
         except FileNotFoundError as error:
+            if writes:  # no such bucket
+                raise StoreError(self.url, error) from error
             raise FileNotFoundError(f"{self.url}: not there") from error
         except Exception as error:
             # Each store has errors of its own; not all of them are OSErrors.

@@ -40,7 +40,7 @@ def open_source(images: str | os.PathLike, kind: str | None = None) -> Source:
         FileNotFoundError, NotADirectoryError: it is not there, or is a file of another kind.
         ValueError: no such kind, or it is not of the kind that was said.
     """
-    if "://" in os.fspath(images):
+    if "://" in str(images):
         raise ValueError(
             f"{images}: pictures are read from local files; mount this, or copy it (a cache itself "
             "may lie at a URL)"
