@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import pytest
@@ -209,6 +210,25 @@ def test_a_location_that_is_not_on_the_map_counts_nothing(bad, form):
 
 
 @runs
+def test_nothing_is_read_of_another_head_or_past_the_end(form):
+    """Rows are loaded as wide as the next power of two; what lies there is NaN."""
+    value, levels, *rest = make(B=1, Q=5, D=12, dtype=torch.float16)
+    padded = value.new_full((value.numel() + 64,), float("nan"))
+    spoilt = padded[: value.numel()].view_as(value).copy_(value)
+    for clean in (0, 1):  # The first head, then the one that the padding follows.
+        spoilt[:, :, clean], spoilt[:, :, 1 - clean] = value[:, :, clean], float("nan")
+        want, got = (
+            run(kernel.deformable_sample, [x, levels, *rest], torch.float16)
+            for x in (value, spoilt)
+        )
+        for results in (want, got):
+            results[0] = results[0].unflatten(-1, (2, 12))
+            del results[2]  # The points' gradients are sums over heads, dimension 2 of all others.
+        for ours, exact in zip(got, want, strict=True):
+            assert torch.equal(ours[:, :, clean], exact[:, :, clean])
+
+
+@runs
 def test_extreme_logits(form):
     arguments = make(dtype=torch.float16)
     arguments[4].mul_(3000)
@@ -269,15 +289,12 @@ def test_what_is_allocated_is_results_and_a_tenth(dtype, monkeypatch):
     """A tenth of inputs and results; counted where it is made. test_memory has a GPU's peak."""
     made = []
 
-    def counted(make):
-        def count(*args, **kwargs):
-            made.append(make(*args, **kwargs))
-            return made[-1]
-
-        return count
+    def counted(make, *args, **kwargs) -> Tensor:
+        made.append(make(*args, **kwargs))
+        return made[-1]
 
     for name in ("empty", "empty_like", "zeros", "zeros_like"):
-        monkeypatch.setattr(torch, name, counted(getattr(torch, name)))
+        monkeypatch.setattr(torch, name, functools.partial(counted, getattr(torch, name)))
     arguments = make(((8, 8), (4, 4)), B=1, Q=16, D=32, dtype=dtype)
     leaves = [x.requires_grad_() for x in arguments if isinstance(x, Tensor)]
     made.clear()
@@ -308,15 +325,11 @@ def test_small_maps_take_the_dense_form_and_large_ones_do_not(launched, monkeypa
         launched[form].launches.clear()
 
 
-def huge() -> list:
-    """An image of 2^31 values, all in one place."""
-    value, _, *rest = make(((1, 1),), B=1, Q=1, H=8, D=64)
-    return [value.expand(1, 2048 * 2048, 8, 64), ((2048, 2048),), *rest]
-
-
 @runs
 def test_the_switch_takes_it_and_says_why_not():
     arguments = make(D=64)
+    one, _, *rest = make(((1, 1),), B=1, Q=1, H=8, D=64)
+    huge = [one.expand(1, 2048 * 2048, 8, 64), ((2048, 2048),), *rest]
     with vfmtok_fast.enable("deformable_sample", strict=True):
         got = ops.deformable_sample(*arguments)
         assert torch.equal(got, kernel.deformable_sample(*arguments))
@@ -326,7 +339,7 @@ def test_the_switch_takes_it_and_says_why_not():
             (make(D=129), "not 129"),
             (make(((1, 1),), B=1, Q=1, P=257), "not 257"),
             (make(((1, 40000),), B=1, Q=1), "32767 pixels along a side"),
-            (huge(), "less than 2\\^31 values per image"),
+            (huge, "less than 2\\^31 values per image"),
         ):
             with pytest.raises(RuntimeError, match=reason):
                 ops.deformable_sample(*wrong)
