@@ -157,6 +157,10 @@ def test_duplicated_rows_give_the_lowest_index(launched, monkeypatch):
     codebook = random(128, 12, seed=1).repeat(9, 1)
     check(random(20, 12), codebook)
     assert int(launched["_screen"].launches[0][2][0]) == 20
+    # Nearly equal, so that the answers are all over the codebook, in its last tile too.
+    codebook *= 1 + 1e-6 * random(len(codebook), 12, seed=2)
+    check(random(60, 12), codebook)
+    assert int(launched["_screen"].launches[1][2][0]) == 60
 
 
 @runs
