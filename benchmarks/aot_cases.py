@@ -243,6 +243,22 @@ def step_cases() -> list[Case]:
             chips=(90, 100),
         )
     )
+    cases += [
+        Case(
+            "few_rows._rms_norm GPT-L bf16",
+            few_rows._rms_norm,
+            {"x": "*bf16", "norm": "*bf16", "out": "*bf16", "rows": "i32", "eps": "fp32"},
+            {"K": 1024, "WIDTH": 1024},
+            4,
+        ),
+        Case(
+            "gate_up._gate bf16",
+            gate_up._gate,
+            {"gate": "*bf16", "up": "*bf16", "out": "*bf16", "count": "i32"},
+            {"BLOCK": gate_up.BLOCK},
+            4,
+        ),
+    ]
     kernel = qkv_rotary._rotary
     cases.append(
         Case(

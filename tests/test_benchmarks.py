@@ -96,6 +96,7 @@ def test_a_clean_run_names_no_failure_and_needs_no_git(folder: Path, monkeypatch
 @pytest.fixture
 def report(tmp_path: Path, monkeypatch):
     """The report's module, with results of its own: an H200's, predicted and measured."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
     spec = importlib.util.spec_from_file_location("report_under_test", BENCHMARKS / "report.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -105,7 +105,10 @@ def live_bytes() -> int:
     storages = {
         x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
         for x in gc.get_objects()
-        if issubclass(type(x), torch.Tensor) and x.device.type == "cpu"
+        # Not what torch.compile left behind in this process, which has no memory.
+        if type(x) in (torch.Tensor, nn.Parameter)
+        and not torch._is_functional_tensor(x)
+        and x.device.type == "cpu"
     }
     return sum(storages.values())
 

@@ -310,7 +310,7 @@ def test_no_number_compiles_a_variant():
         for scale, top_k in ((1.0, 1), (0.0, 16), (7.5, 2**31 - 1)):
             _, key, _ = bind(
                 tensor, tensor, ids, words[0], ids, 64, 64, *words, scale, scale, top_k, scale,
-                V=64, BLOCK=64, CHUNK=64, GREEDY=False,
+                V=64, BLOCK=64, CHUNK=64, GREEDY=False, OVERLAP=False,
             )  # fmt: skip
             keys.add(str(key))
     assert len(keys) == 1
