@@ -227,7 +227,6 @@ def measure(
     work: Work,
     rounds: int = ROUNDS,
     replay: bool = True,
-    rates: dict[str, int] | None = None,
 ) -> None:
     """Check a provider's values, time it, and record it.
 
@@ -239,7 +238,6 @@ def measure(
         work: the least that the call must do.
         rounds: at most so many.
         replay: as in `rounds_of`.
-        rates: how many of what a call makes; recorded per second.
     """
     facts = check(fn())
     peak = peak_bytes(fn)
@@ -260,7 +258,6 @@ def measure(
         "tflop_s": round(work.flops / median / 1e12, 3),
         "percent_of_matmul": round(100 * work.flops / median / 1e12 / top["matmul_tflop_s"], 1),
         "peak_mib": None if peak is None else round(peak / 2**20, 1),
-        **{name: round(count / median, 3) for name, count in (rates or {}).items()},
         **facts,
     }
     benchmark.extra_info.update(record)

@@ -54,15 +54,16 @@ def _generation(pyplot, path: Path, content: dict) -> None:
     for provider in providers:
         found = [(j, r) for j, rs in enumerate(shapes.values()) for r in rs
                  if r["provider"] == provider]  # fmt: skip
-        times = [1e3 / r["steps_s"] for _, r in found]
+        times = [r["median_us"] / 1e3 / r["codes"] for _, r in found]
         steps.plot([j for j, _ in found], times, "o", label=provider)
         whole = [r for _, r in found if r["codes"] == 256]
         for preset in sorted({r["shape"].split()[0] for r in whole}):
             ours = [r for r in whole if r["shape"].split()[0] == preset]
-            points = sorted((r["images"], r["images_s"]) for r in ours)
+            points = sorted((r["images"], 1e6 * r["images"] / r["median_us"]) for r in ours)
             batches.plot(*zip(*points, strict=True), "o-", label=f"{preset}, {provider}")
     # Bytes of a record: its rate times its time.
-    floors = [rs[0]["gb_s"] / copy * 1e3 / rs[0]["steps_s"] for rs in shapes.values()]
+    first = [rs[0] for rs in shapes.values()]
+    floors = [r["gb_s"] / copy * r["median_us"] / 1e3 / r["codes"] for r in first]
     steps.plot(range(len(shapes)), floors, "k_", markersize=20, label="bytes at the copy rate")
     steps.set_xticks(range(len(shapes)), [shape.replace(" ", "\n") for shape in shapes])
     steps.set(yscale="log", ylabel="ms per step")

@@ -30,7 +30,10 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | 
             rows = zip(q.split(1), k_cache.split(1), v_cache.split(1), lengths, strict=True)
             return torch.cat([decode_attention(*row) for row in rows])
         (length,) = lengths or [1]
+    B, H, D = q.shape
+    G = k_cache.shape[1]
+    # Queries that share a head's keys take the place of positions.
     mixed = F.scaled_dot_product_attention(
-        q[:, :, None], k_cache[:, :, :length], v_cache[:, :, :length], enable_gqa=True
+        q.reshape(B, G, H // G, D), k_cache[:, :, :length], v_cache[:, :, :length]
     )
-    return mixed[:, :, 0]
+    return mixed.reshape(B, H, D)
