@@ -33,7 +33,7 @@ if GPU:
     ]
 else:
     CASES = [
-        ("GPT-B", 2, 256, ("release style", "reference", "fast")),
+        ("GPT-B", 2, 256, ("release style", "fast")),
         ("GPT-B", 1, 16, ("uncached reference", "release style", "reference", "fast")),
         ("GPT-B", 8, 16, ("release style", "reference", "fast")),
     ]
