@@ -40,7 +40,7 @@ format: $(READY) ## mend what lint finds and can be mended by itself
 	$(BIN)ruff check --fix .
 	$(BIN)ruff format .
 
-bench: $(READY) ## run the benchmarks on this device (without a GPU: under 5 minutes)
+bench: $(READY) ## run the benchmarks on this device (without a GPU: several minutes)
 	$(BIN)pytest $(BENCH) $(ARGS)
 
 aot: $(READY) ## compile every kernel for sm_80, sm_90, sm_100 and check registers, spills, budget
@@ -52,9 +52,9 @@ report: $(READY) ## make benchmarks/REPORT.md and its plots from benchmarks/resu
 gpu-report: ## all that needs a GPU: tests, benchmarks, tuning, report; uses $(PYTHON) as it is
 	rm -rf $(BARE) && mkdir -p $(BARE)
 	cp -r vfmtok_fast $(BARE)/ && cp -r kernels $(BARE)/vfmtok_fast/kernels
-	PYTHONPATH=$(BARE) $(PYTHON) -P -m pytest -q -m gpu -p no:cacheprovider tests/ops
-	PYTHONPATH=$(BARE) $(PYTHON) -P -m pytest -q -p no:cacheprovider $(BENCH)
-	PYTHONPATH=$(BARE) $(PYTHON) -P benchmarks/report.py
+	PYTHONPATH=$(BARE) $(PYTHON) -P -m pytest -q -m gpu -p no:cacheprovider tests/ops tests/models
+	PYTHONPATH=$(BARE) $(PYTHON) -P -m pytest -q -p no:cacheprovider $(BENCH); status=$$?; \
+	PYTHONPATH=$(BARE) $(PYTHON) -P benchmarks/report.py && exit $$status
 
 # Installed anew only when what it is made from changed; an interrupted install leaves no stamp.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
