@@ -232,7 +232,10 @@ def test_compiles_without_graph_breaks(op):
 @pytest.mark.parametrize("op", KERNELS)
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_graph_replays_the_same_bits(op, overlap, monkeypatch):
-    """Also where a kernel may begin while the one before it ends."""
+    """Both settings, on calls that do not depend on each other.
+
+    That a kernel waits for what it reads shows only in a chain of steps: test_generator_kernels.
+    """
     if overlap and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("programmatic dependent launch needs sm_90")
     given = [t.cuda() for t in inputs(op, 2, 1024, 1024, torch.bfloat16)]
