@@ -37,9 +37,9 @@ _CODE_VALUES = 2**20
 _CODES = 16384
 # One matrix product of the screen: many codes, few queries. The other way round, 64 rows against
 # 16,384 codes, it takes 2.3 times as long (two cores, d = 12: 43 against 19 ms for 8,192 rows).
-_QUERIES = 256
-# Scores in the reused buffer: about what a CPU's caches hold.
-_SCORES = 2**21
+_QUERIES = 512
+# Scores in the reused buffer: 4 MB, the share of the last cache that a busy host leaves.
+_SCORES = 2**20
 # Rows per superblock, the unit of the rescan: its group maxima are 4 MB.
 _ROWS = 2048
 # Values of the codes that one step of the rescan gathers: 8 MB of float64.
