@@ -1,5 +1,10 @@
 """Portable `ops.decode_attention`: torch's fused attention over the live positions.
 
+On a CPU that is faster for few heads (two cores, float32, 12 heads of 64: 2.1 times as fast as the
+reference at 1 row and 16 positions, 1.2 at 4 rows and 128, 1.05 at 8 rows). With many it has one
+product of a vector after the other, and two batched matrix products win (0.94 at 16 rows and 128
+positions, 0.82 at 128 rows and 16).
+
 On a GPU only where the length is an int. With one on the device torch's attention needs a mask, and
 a mask does not keep NaN of dead positions out: clearing them first costs what the reference does.
 """
@@ -9,6 +14,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Heads of all rows from which on a CPU takes matrix products.
+_PRODUCTS = 192
 
 
 def unsupported_reason(
@@ -33,7 +41,9 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | 
     B, H, D = q.shape
     G = k_cache.shape[1]
     # Queries that share a head's keys take the place of positions.
-    mixed = F.scaled_dot_product_attention(
-        q.reshape(B, G, H // G, D), k_cache[:, :, :length], v_cache[:, :, :length]
-    )
+    q, k, v = q.reshape(B, G, H // G, D), k_cache[:, :, :length], v_cache[:, :, :length]
+    if q.device.type == "cpu" and q.dtype == torch.float32 and B * G >= _PRODUCTS:
+        mixed = (q @ k.transpose(2, 3)).mul_(D**-0.5).softmax(dim=-1) @ v
+    else:
+        mixed = F.scaled_dot_product_attention(q, k, v)
     return mixed.reshape(B, H, D)

@@ -13,4 +13,4 @@ def gate_up(
 ) -> Tensor:
     """See `vfmtok_fast.ops.gate_up`."""
     x = rms_norm(x, norm_weight, eps)
-    return F.silu(linear(x, gate_weight)) * linear(x, up_weight)
+    return F.silu(linear(x, gate_weight), inplace=True).mul_(linear(x, up_weight))

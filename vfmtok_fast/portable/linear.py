@@ -1,16 +1,21 @@
 """Linear layers of a decoding step on a CPU, which cost one read of the weight.
 
-Measured on two cores (AMD EPYC, torch 2.14.1, float32, weights not in cache; GB/s of weights):
+Measured on two cores (AMD EPYC, torch 2.14.1, float32, weights not in cache; GB/s of weights), on
+one day, and on another when the machine read memory at half that rate:
 
     rows   N x K         F.linear   mm(weight, x.T)   oneDNN
     1      2304 x 768    19         19                39
-    4      2304 x 768    13         43                31
-    4      768 x 2048    13         17                29
-    16     2304 x 768    11         13                24
+    4      2304 x 768    13 / 7.0   43 / 17           31 / 11
+    4      768 x 2048    13 / 7.1   17 / 14           29 / 12
+    8      2304 x 768         6.7        8.3               11
+    16     2304 x 768    11 / 6.8   13 / 9.2          24 / 8.1
     128    2304 x 768    3.1        3.1               6.9
 
 `F.linear` is MKL's for float32, and slow at all sizes on that processor. oneDNN is what it takes
-for half precision. All read the weight as it lies in memory; nothing is packed or copied.
+for half precision. All read the weight as it lies in memory; nothing is packed or copied: oneDNN's
+packed weights gave 17 where it gave 11 and `mm` 17, for a second copy of them. For K = 2048 the two
+days disagree: by these rates `mm` loses 2 ms a step of GPT-B on the first, and gains 2 on the other
+(measured), which needs it more.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     rows, K = x.shape
     if x.dtype != torch.float32 or x.device.type != "cpu" or rows == 0:
         return F.linear(x, weight)
-    if 2 <= rows <= 5 and K <= 1280:
+    if 2 <= rows <= 5 and K <= 2048:
         # Contiguous, or the product takes another, slow way.
         return torch.mm(weight, x.contiguous().T).T.contiguous()
     # What torch.compile makes of a linear layer; there is no public name for it.

@@ -9,4 +9,4 @@ from .linear import linear
 
 def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     """See `vfmtok_fast.ops.linear_residual`."""
-    return residual + linear(x, weight)
+    return linear(x, weight).add_(residual)
