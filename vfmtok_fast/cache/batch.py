@@ -29,7 +29,7 @@ class Batch:
         # The first and last picture may be here in part only.
         pictures = (size - 2) // len(plan.cuts) + 2
         self.squares = {
-            side: torch.zeros(
+            side: torch.empty(
                 (min(size, pictures * plan.sides.count(side)), side, side, 3),
                 dtype=torch.uint8,
                 pin_memory=pinned,
@@ -80,12 +80,12 @@ class Batch:
         views = torch.zeros((self.size, size, size, 3), dtype=torch.uint8, device=device)
         for (cut, side), (rows, squares) in self.cuts.items():
             part = sent[side][:, cut.top : cut.top + size, cut.left : cut.left + size]
-            part = part[_index(squares)]
-            views[_index(rows)] = part.flip(2) if cut.flip else part
+            part = part[as_index(squares)]
+            views[as_index(rows)] = part.flip(2) if cut.flip else part
         return to_float(views)
 
 
-def _index(places: list[int]) -> slice | list[int]:
+def as_index(places: list[int]) -> slice | list[int]:
     """Places to index with; a slice, which copies nothing, where they follow each other."""
     first, count = places[0], len(places)
     return slice(first, first + count) if places == list(range(first, first + count)) else places

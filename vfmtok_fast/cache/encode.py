@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from ..images import decode_image
-from .batch import Batch
+from .batch import Batch, as_index
 from .index import Rows
 from .manifest import BAD_TOKEN, Manifest, Tokenizer
 from .shards import BAD
@@ -197,7 +197,8 @@ class _Device:
             start = time.perf_counter()
             tokens = future.result()
             self.waits.device += time.perf_counter() - start
-            self.flat[good] = tokens[[row % self.manifest.batch_size for row in good]]
+            places = [row % self.manifest.batch_size for row in good]
+            self.flat[as_index(good)] = tokens[as_index(places)]
         self.advance(self.number, finished, bad)
 
 
