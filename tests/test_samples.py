@@ -80,8 +80,12 @@ class FakeTokenizer(torch.nn.Module):
 
     def decode_to_uint8(self, codes: torch.Tensor, size: int) -> torch.Tensor:
         self.groups.append(len(codes))
-        weights = torch.arange(codes.shape[1] * size * size * 3).reshape(codes.shape[1], -1) % 251
-        levels = (codes @ weights * int(self.scale)) % 256
+        if codes.is_cuda:
+            # So late that codes whose memory was given away too early would be others by now.
+            torch.cuda._sleep(20_000_000)
+        weights = torch.arange(codes.shape[1] * size * size * 3, device=codes.device)
+        weights = weights.reshape(codes.shape[1], -1) % 251
+        levels = ((codes[:, :, None] * weights).sum(1) * int(self.scale)) % 256
         return levels.to(torch.uint8).reshape(-1, size, size, 3)
 
 
@@ -151,6 +155,45 @@ def test_many_processes_make_the_bytes_of_one(tmp_path):
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
     before = tree(tmp_path / "b")
     assert run(tmp_path / "b") and tree(tmp_path / "b") == before
+
+
+def on_gpu(out: Path) -> samples.Job:
+    made = job(out, count=400)
+    made.gpt.cuda(), made.tokenizer.cuda()
+    samples.prepare(made)
+    return made
+
+
+@pytest.mark.gpu
+def test_decoding_beside_generation_makes_the_same_bytes(tmp_path):
+    """The thread with a stream of its own, against one shard after the other on one stream."""
+    with vfmtok_fast.enable():
+        beside, inline = on_gpu(tmp_path / "beside"), on_gpu(tmp_path / "inline")
+        samples.make_shards(beside, samples.pending(beside), 64, lambda count: None)
+        for number in samples.pending(inline):
+            ids = inline.rows(number)
+            codes = inline.gpt.generate(inline.class_ids[ids], image_ids=ids, **SAMPLING)
+            samples._decode_shard(inline, number, codes, lambda count: None)
+    assert samples.finish(beside) and samples.finish(inline)
+    assert tree(tmp_path / "beside") == tree(tmp_path / "inline")
+
+
+@pytest.mark.gpu
+def test_an_error_while_decoding_beside_generation_ends_the_run(tmp_path):
+    made, told = on_gpu(tmp_path / "a"), []
+
+    def stop(count: int) -> None:
+        told.append(count)
+        if len(told) == 6:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        samples.make_shards(made, samples.pending(made), 64, stop)
+    # It was in the second shard; the first is whole, and of the third none or all is there.
+    assert made.path(0).exists() and not made.path(1).exists()
+    assert not [name for name in tree(tmp_path / "a") if ".tmp" in name]
+    samples.make_shards(made, samples.pending(made), 64, lambda count: None)
+    assert samples.finish(made)
 
 
 @pytest.mark.slow
