@@ -153,6 +153,7 @@ def bench_generate(benchmark, preset: str, B: int, count: int, provider: str):
         work=step_work(gpt, 2 * B, count),
         rounds=5 if GPU else 2,
         replay=False,
+        slow=not GPU,
     )
 
 
