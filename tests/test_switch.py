@@ -185,11 +185,12 @@ def test_the_triton_kernel_comes_first_and_its_refusal_is_told(fake_op, monkeypa
     kernel = types.ModuleType("kernel")
     kernel.nearest_code = lambda z, codebook, **options: torch.full((len(z),), 2 * FAKE)
     monkeypatch.setattr(switch._registry["nearest_code"].candidates[0], "module", kernel)
+    # Without the interpreter a kernel is not meant for CPU tensors: no fallback.
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with vf.enable(strict=True):
-        # Without the interpreter a kernel is not meant for CPU tensors: no fallback.
-        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         assert call() == FAKE
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with vf.enable(strict=True):
         assert call() == 2 * FAKE
         kernel.unsupported_reason = lambda *args, **kwargs: "d is odd"
         with pytest.raises(FallbackError, match="triton: d is odd .*fallback to portable"):

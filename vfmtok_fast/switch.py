@@ -206,15 +206,25 @@ class Op:
             ),
             Implementation("portable", f"vfmtok_fast.portable.{name}"),
         )
+        # Those that are meant for a device, by its type: to look at the environment and ask each at
+        # every call would show on a CPU. Found anew by each `enable`.
+        self._found: dict[str, tuple[Implementation, ...]] = {}
         _registry[name] = self
 
     def load(self) -> None:
         for candidate in self.candidates:
             candidate.load()
+        self._found = {}
+
+    def _serving(self, device: str) -> tuple[Implementation, ...]:
+        if (found := self._found.get(device)) is None:
+            found = tuple(c for c in self.candidates if c.serves(device))
+            self._found[device] = found
+        return found
 
     def forecast(self, device: str) -> str:
         """Say what an enabled call on ``device`` ("cuda" or "cpu") would take, and why."""
-        serving = [candidate for candidate in self.candidates if candidate.serves(device)]
+        serving = self._serving(device)
         reasons = [c.note for c in serving if c.module is None and c.note]
         if names := [c.name for c in serving if c.module is not None]:
             return "; ".join([f"{', else '.join(names)}, where it can take the call", *reasons])
@@ -240,9 +250,7 @@ class Op:
         device = args[0].device.type
         reasons = []
         served = False
-        for candidate in self.candidates:
-            if not candidate.serves(device):
-                continue
+        for candidate in self._serving(device):
             if candidate.module is None:
                 # Of an optional package, only `status` says that it is missing.
                 if candidate.note and not candidate.library:
@@ -263,6 +271,8 @@ class Op:
 def _record(op: str, implementation: str, reasons: tuple[str, ...]) -> None:
     with _lock:
         _calls[op, implementation] += 1
+        if not reasons:
+            return
         first = [reason for reason in reasons if (op, reason) not in _fallbacks]
         _fallbacks.update((op, reason) for reason in reasons)
     for reason in first:

@@ -10,9 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
 from ..hub import HubModel, config_from_mapping
-from ..ops.checks import check_class_ids, check_codes, check_device
+from ..ops import unchecked
+from ..ops.checks import (
+    check_class_ids,
+    check_codes,
+    check_device,
+    check_position,
+    check_same,
+    check_shape,
+    check_tensor,
+)
 from ..reference.rms_norm import rms_norm
 from ..reference.rotary import rotate
 from .config import GPTConfig
@@ -101,15 +109,16 @@ class Block(nn.Module):
 
         ``length`` is ``at + 1``, which on a GPU is a launch of its own and the same for all layers.
 
-        Without dropout. Each line is an op, so that `enable` reaches all of a decoding step.
+        Without dropout. Each line is an op, so that `enable` reaches all of a decoding step; none
+        checks its arguments, as `GPT.step` has.
         """
         attention, ffn, eps = self.attention, self.ffn, self.ffn_norm.eps
         norm = self.attention_norm.weight
-        q = ops.qkv_rotary(x, norm, attention.qkv.weight, rotary, keys, values, at, eps=eps)
-        mixed = ops.decode_attention(q, keys, values, length).flatten(1)
-        x = ops.linear_residual(mixed, attention.out.weight, x)
-        hidden = ops.gate_up(x, self.ffn_norm.weight, ffn.gate.weight, ffn.up.weight, eps=eps)
-        return ops.linear_residual(hidden, ffn.down.weight, x)
+        q = unchecked.qkv_rotary(x, norm, attention.qkv.weight, rotary, keys, values, at, eps=eps)
+        mixed = unchecked.decode_attention(q, keys, values, length).flatten(1)
+        x = unchecked.linear_residual(mixed, attention.out.weight, x)
+        hidden = unchecked.gate_up(x, self.ffn_norm.weight, ffn.gate.weight, ffn.up.weight, eps=eps)
+        return unchecked.linear_residual(hidden, ffn.down.weight, x)
 
 
 class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
@@ -203,11 +212,20 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def step(self, x: Tensor, cache: KVCache, at: int | Tensor) -> Tensor:
-        """Embedded position ``at`` [B, C] to its logits [B, K]; goes into the cache as well."""
+        """Embedded position ``at`` [B, C] to its logits [B, K]; goes into the cache as well.
+
+        Raises:
+            TypeError, ValueError: as of the ops, checked once here for all layers.
+        """
+        keys, config = cache.keys[0], self.config
+        check_tensor("GPT", "x", x, "[B, C]", 2)
+        check_shape("GPT", "x", x, (keys.shape[0], config.dim))
+        check_same("GPT", x=x, weight=self.head.weight, cache=keys)
+        check_position("GPT", "at", at, 0, keys.shape[2], (1,), x=x)
         length = at + 1
         for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
             x = block.step(x, self.rotary, keys, values, at, length)
-        return ops.norm_linear(x, self.norm.weight, self.head.weight, eps=self.norm.eps)
+        return unchecked.norm_linear(x, self.norm.weight, self.head.weight, eps=self.norm.eps)
 
     @classmethod
     def from_official(
