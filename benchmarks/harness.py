@@ -10,6 +10,7 @@ soon as a file of benchmarks is through: what comes after it cannot lose it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -23,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+import vfmtok_fast
 
 RESULTS = Path(__file__).resolve().parent / "results"
 GPU = torch.cuda.is_available()
@@ -229,6 +232,7 @@ def measure(
     replay: bool = True,
     slow: bool = False,
     times: list[float] | None = None,
+    enabled: str | None = None,
 ) -> None:
     """Check a provider's values, time it, and record it.
 
@@ -242,19 +246,30 @@ def measure(
         replay: as in `rounds_of`.
         slow: a call takes seconds, of a CPU: the first one, which gives values and peak, counts.
         times: wall seconds of rounds that the caller has timed, in turns with another provider's.
+        enabled: an op that takes its fast implementation, and no other, in every call of ``fn``;
+            enabling it is not a part of the call.
     """
+
+    def enabling() -> contextlib.AbstractContextManager:
+        return vfmtok_fast.enable(enabled, strict=True) if enabled else contextlib.nullcontext()
+
     if slow or times is not None:
         results: list[object] = []
-        start = time.perf_counter()
-        peak = peak_bytes(lambda: results.append(fn()))
-        first = time.perf_counter() - start
+        with enabling():
+            start = time.perf_counter()
+            peak = peak_bytes(lambda: results.append(fn()))
+            first = time.perf_counter() - start
+            how = "wall"
+            times = times or [first, *rounds_of(fn, rounds - 1, replay)[0]]
         facts = check(results.pop())
-        how = "wall"
-        times = times or [first, *rounds_of(fn, rounds - 1, replay)[0]]
     else:
-        facts = check(fn())
-        peak = peak_bytes(fn)
-        times, how = rounds_of(fn, rounds, replay)
+        with enabling():
+            result = fn()
+        facts = check(result)
+        del result
+        with enabling():
+            peak = peak_bytes(fn)
+            times, how = rounds_of(fn, rounds, replay)
     median = statistics.median(times)
     top = ceilings()
     record = {
