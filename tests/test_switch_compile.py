@@ -74,6 +74,16 @@ def test_strict_reaches_code_that_was_compiled_before(fake_op):
         function(Z, CODEBOOK)
 
 
+def test_the_second_call_compiles_nothing(fake_op):
+    function, graphs = compiled(fullgraph=True)
+    with vf.enable():
+        function(Z, CODEBOOK)
+        ops.nearest_code(Z, CODEBOOK)
+        function(Z, CODEBOOK)
+    assert len(graphs) == 1
+    assert took("nearest_code") == {"portable (compiled)": 1, "portable": 1}
+
+
 def a_step(x: torch.Tensor, at: int | torch.Tensor) -> list[torch.Tensor]:
     """The matrix products of a decoding step, and the caches that it writes to."""
     rows, norm, weight = x.view(4, 16)[:2], x[:16] + 2, x.repeat(12).view(48, 16)

@@ -207,20 +207,22 @@ class Op:
             Implementation("portable", f"vfmtok_fast.portable.{name}"),
         )
         # Those that are meant for a device, by its type: to look at the environment and ask each at
-        # every call would show on a CPU. Found anew by each `enable`.
+        # every call would show on a CPU.
         self._found: dict[str, tuple[Implementation, ...]] = {}
         _registry[name] = self
 
     def load(self) -> None:
         for candidate in self.candidates:
             candidate.load()
-        self._found = {}
+        # Here and not in a call: torch.compile guards it, so a call that fills it compiles twice.
+        self._found = {device: self._meant_for(device) for device in ("cpu", "cuda")}
+
+    def _meant_for(self, device: str) -> tuple[Implementation, ...]:
+        return tuple(c for c in self.candidates if c.serves(device))
 
     def _serving(self, device: str) -> tuple[Implementation, ...]:
-        if (found := self._found.get(device)) is None:
-            found = tuple(c for c in self.candidates if c.serves(device))
-            self._found[device] = found
-        return found
+        found = self._found.get(device)
+        return self._meant_for(device) if found is None else found
 
     def forecast(self, device: str) -> str:
         """Say what an enabled call on ``device`` ("cuda" or "cpu") would take, and why."""

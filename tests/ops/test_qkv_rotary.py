@@ -85,6 +85,43 @@ def test_a_few_rows_of_a_larger_cache(fast):
     assert not large_k[2:].any() and not large_v[2:].any()
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["reference", "portable"])
+def test_a_rotary_table_may_lie_anyhow(fast):
+    """Complex numbers need two neighbours at an even place."""
+    inputs = make()
+    with vfmtok_fast.enable(["qkv_rotary"] if fast else []):
+        want = qkv_rotary(*inputs, 2)
+        table = inputs[3]
+        flat = torch.cat([torch.zeros(1), table.flatten()])
+        wide = torch.cat([table.flatten(1), torch.zeros(6, 1)], dim=1)
+        for other in (
+            table.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+            flat[1:].view(table.shape),
+            wide[:, :8].unflatten(1, (4, 2)),
+        ):
+            assert torch.equal(other, table) and torch.equal(
+                qkv_rotary(*inputs[:3], other, *inputs[4:], 2), want
+            )
+
+
+@pytest.mark.parametrize("op", ["qkv_rotary", "gate_up", "linear_residual", "norm_linear"], ids=str)
+def test_portable_linear_layers_leave_autocast_to_the_reference(op):
+    """Of all four ops, as they share the reason."""
+    x, norm, weight, rotary, k, v = make(H=1)
+    calls = {
+        "qkv_rotary": lambda: qkv_rotary(x, norm, weight, rotary, k, v, 2),
+        "gate_up": lambda: vfmtok_fast.ops.gate_up(x, norm, weight, weight),
+        "linear_residual": lambda: vfmtok_fast.ops.linear_residual(x, weight, x),
+        "norm_linear": lambda: vfmtok_fast.ops.norm_linear(x, norm, weight),
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        with (
+            vfmtok_fast.enable([op], strict=True),
+            pytest.raises(vfmtok_fast.switch.FallbackError, match=f"^{op}: .*autocast"),
+        ):
+            calls[op]()
+
+
 X, N, W, R, K, V = make()
 
 

@@ -14,6 +14,7 @@ class KVCache:
     """
 
     def __init__(self, config: GPTConfig, batch: int, device: torch.device, dtype: torch.dtype):
+        self.config = config
         shape = (batch, config.num_heads, config.block_size, config.head_dim)
         self.keys, self.values = (
             [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
@@ -23,6 +24,7 @@ class KVCache:
     def first_rows(self, rows: int) -> KVCache:
         """The first ``rows`` of the batch, a view of the same memory."""
         view = object.__new__(KVCache)
+        view.config = self.config
         view.keys = [keys[:rows] for keys in self.keys]
         view.values = [values[:rows] for values in self.values]
         return view

@@ -214,12 +214,25 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
     def step(self, x: Tensor, cache: KVCache, at: int | Tensor) -> Tensor:
         """Embedded position ``at`` [B, C] to its logits [B, K]; goes into the cache as well.
 
+        Args:
+            x: of the model's dtype and device.
+            cache: a `KVCache` of this model's config, with B rows.
+            at: in 0..block_size - 1, an int or a tensor of one element (whose value is not read).
+
         Raises:
-            TypeError, ValueError: as of the ops, checked once here for all layers.
+            TypeError, ValueError: wrong shape, dtype, device, position or cache; autocast is on.
+                Checked here once for all layers, whose ops do not look again.
         """
-        keys, config = cache.keys[0], self.config
+        if cache.config != self.config:
+            raise ValueError("GPT: the cache must be of this model's config, got one of another")
+        keys = cache.keys[0]
         check_tensor("GPT", "x", x, "[B, C]", 2)
-        check_shape("GPT", "x", x, (keys.shape[0], config.dim))
+        if torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                "GPT: generation must not be under autocast, which would change its dtypes op by "
+                "op; convert the model instead, as with gpt.bfloat16()"
+            )
+        check_shape("GPT", "x", x, (keys.shape[0], self.config.dim))
         check_same("GPT", x=x, weight=self.head.weight, cache=keys)
         check_position("GPT", "at", at, 0, keys.shape[2], (1,), x=x)
         length = at + 1

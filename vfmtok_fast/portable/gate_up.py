@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .linear import linear, rms_norm
+from .linear import unsupported_reason as unsupported_reason
 
 
 def gate_up(

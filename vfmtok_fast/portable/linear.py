@@ -25,6 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def unsupported_reason(x: Tensor, *rest: object, **options: object) -> str | None:
+    """Why the ops made of `linear` cannot take a call, or None."""
+    if torch.is_autocast_enabled(x.device.type):
+        return "it computes in the dtype of its input, which autocast would change"
+    return None
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T`` for x [B, K] and weight [N, K], contiguous [B, N]; no gradients."""
     rows, K = x.shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .linear import linear
+from .linear import unsupported_reason as unsupported_reason
 
 
 def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:

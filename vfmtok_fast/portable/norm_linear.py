@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .linear import linear, rms_norm
+from .linear import unsupported_reason as unsupported_reason
 
 
 def norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:

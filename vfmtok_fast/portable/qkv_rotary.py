@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .linear import linear, rms_norm
+from .linear import unsupported_reason as unsupported_reason
 
 
 def qkv_rotary(
@@ -29,7 +30,8 @@ def qkv_rotary(
     wide = qk if qk.dtype == torch.float64 else qk.float()
     rotary = rotary.to(wide.dtype)
     if isinstance(position, int):
-        at, table = None, rotary[position]
+        # A copy, for complex numbers must lie at even places.
+        at, table = None, rotary[position].clone(memory_format=torch.contiguous_format)
     else:
         at = position.reshape(1).long()
         table = rotary.index_select(0, at)
