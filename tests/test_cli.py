@@ -228,6 +228,51 @@ def test_an_interrupted_cache_goes_on(photos: Path, tmp_path: Path) -> None:
     assert int(re.search(r"(\d+) encoded now", resumed.stdout)[1]) < 43
 
 
+def test_what_is_wrong_with_the_input_is_said_before_a_model_is_looked_for(
+    run, photos, tmp_path, monkeypatch
+) -> None:
+    def never(*arguments):
+        raise AssertionError("looked for a model")
+
+    monkeypatch.setattr("vfmtok_fast.commands._tokenizer", never)
+    out, none = tmp_path / "tokens", tmp_path / "none"
+    for arguments in (
+        ("cache", none, out),
+        ("repair", none, out),
+        ("verify", out, "--images", photos),
+        ("cache", photos, out, "--views", "foo"),
+    ):
+        assert str(none) in (line := refusal(run(*arguments))) or "tokens" in line or "foo" in line
+    assert not out.exists()
+
+
+def test_pictures_without_a_class_are_told_of(run, photos, tmp_path, capsys) -> None:
+    shutil.copy(photos / "animals/coffee.png", photos / "stray.png")
+    for arguments in (
+        ("cache", photos, tmp_path / "tokens", *SMALL),
+        ("export", tmp_path / "tokens", tmp_path / "rar.jsonl", "--format", "rar"),
+    ):
+        assert cli.main([str(argument) for argument in arguments]) == 0
+        assert (
+            "note: 1 pictures lie in no class folder: their label is -1" in capsys.readouterr().err
+        )
+
+
+def test_output_that_nobody_reads_is_no_error(photos, tmp_path) -> None:
+    out = tmp_path / "tokens"
+    assert cli.main(["cache", str(photos), str(out), *SMALL]) == 0
+    command = f"{sys.executable} -m vfmtok_fast status {out} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.strip() in ("0", "141")
+
+
+def test_reconstruct_leaves_out_what_cannot_be_opened(run, photos, tmp_path) -> None:
+    (photos / "animals/away.png").symlink_to(tmp_path / "nowhere.png")
+    code, _, lines = run("reconstruct", photos, tmp_path / "grid.png", *SMALL)
+    assert code == 3 and (tmp_path / "grid.png").exists()
+    assert lines == [f"left out: {photos / 'animals/away.png'}: No such file or directory"]
+
+
 def test_reconstruct(run, photos: Path, tmp_path: Path) -> None:
     (photos / "animals/broken.png").write_bytes(b"\x89PNG")
     out = tmp_path / "new" / "grid.png"

@@ -147,6 +147,19 @@ def test_pictures_are_decoded_in_the_same_groups_always(tmp_path):
     assert seen[0] == seen[1] == [16] * 9 + [6]
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    out = tmp_path / "out"
+    (out / "shards").mkdir(parents=True)
+    assert run(out, count=3)  # as a run leaves it that died before its settings were written
+    for name in ("manifest.json", "shards/tokens-00000.safetensors"):
+        other = tmp_path / name.replace("/", "-")
+        (other / name).parent.mkdir(parents=True)
+        (other / name).write_bytes(b"tokens")
+        with pytest.raises(FileExistsError, match="is there and not a folder of samples"):
+            run(other)
+        assert tree(other) == {name: b"tokens"}
+
+
 def test_many_processes_make_the_bytes_of_one(tmp_path):
     assert run(tmp_path / "a")
     # Each rank looks for what is missing when it starts; the second world finds one shard left.

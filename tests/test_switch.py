@@ -175,6 +175,20 @@ def test_strict_raises_with_the_reason_and_records_no_call(fake_op):
     assert call() == NEAREST[0]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("nearest_code", "sample_token"), {}, "takes from 0 to 1 positional"),
+        ((), {"strict": "yes"}, "^enable: strict must be True or False, got 'yes'"),
+        ((3,), {}, "^enable: ops must be names of ops, got 3"),
+    ],
+)
+def test_enable_refuses_what_it_would_misread(arguments, options, message):
+    with pytest.raises(TypeError, match=message):
+        vf.enable(*arguments, **options)
+    assert not vf.status().enabled
+
+
 def test_strict_binds_only_what_is_enabled(fake_op):
     with vf.enable(ops="nearest_code", strict=True):
         ops.sample_token(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64), 0)

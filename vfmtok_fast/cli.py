@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -30,6 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore", FallbackWarning)
     try:
         return options.run(options)
+    except BrokenPipeError:
+        # Who reads our output has seen enough, as in `| head`. Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except TooManyBadImages as error:
         return _fail(options, error, error.exit_code)
     except (ValueError, TypeError, OSError) as error:
@@ -167,7 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--regions", type=int, default=5, help="regions to draw (%(default)s)")
     _tokenizer_options(sub)
 
-    sub = command("sample", "generate new images: OUT/samples.npz and a grid; resumes")
+    sub = command("sample", "generate new images: OUT/samples.npz and a grid; resumes, by 64")
     sub.add_argument("out", metavar="OUT", help="folder to write to")
     sub.add_argument("--gpt", help="generator: a folder made by convert, or a hub repo")
     sub.add_argument("--num", type=int, default=16, help="images (%(default)s)")

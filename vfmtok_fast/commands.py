@@ -24,7 +24,12 @@ from tqdm import tqdm
 from . import cache as token_cache
 from . import checkpoint, images, samples, switch, untrained
 from .cache.atomic import atomic_file, make_folder
+from .cache.index import count_unlabelled
+from .cache.job import INDEX
+from .cache.sources import open_source
 from .cache.sources.folder import walk
+from .cache.store import Place, place
+from .cache.views import parse_views
 from .generator import GPT, Sampling
 from .ops.checks import check_class_ids
 from .tokenizer import VFMTok
@@ -83,6 +88,9 @@ def cache(options: argparse.Namespace) -> int:
         "extend": options.extend,
         "hashed": options.hash,
     }
+    # Before the model, which may have to be downloaded.
+    parse_views(options.views)
+    open_source(options.images, options.input)
     progress = _json_lines() if options.json else True
     if options.engine == "ray":
         rank, summary = 0, _cache_on_ray(options, settings, progress)
@@ -146,6 +154,12 @@ def _tell(summary: token_cache.Summary, as_json: bool, rank: int) -> None:
     )
     if summary.bad:
         print(f"{summary.bad} could not be read: see {summary.out}/quarantine/", file=sys.stderr)
+    _note_unlabelled(summary.out)
+
+
+def _note_unlabelled(out: Place) -> None:
+    if count := count_unlabelled(out / INDEX):
+        print(f"note: {count} pictures lie in no class folder: their label is -1", file=sys.stderr)
 
 
 def _json_lines() -> Callable[[token_cache.Progress], None]:
@@ -212,6 +226,9 @@ def status(options: argparse.Namespace) -> int:
 def verify(options: argparse.Namespace) -> int:
     if options.sheet is not None and Path(options.sheet).suffix.lower() != ".png":
         raise ValueError(f"--sheet: the picture to write must be named .png, got {options.sheet}")
+    token_cache.read_manifest(options.out)
+    if options.images:
+        open_source(options.images, options.input)
     chosen = options.model or options.tokenizer or options.untrained
     tokenizer = _tokenizer(options) if options.images or chosen else None
     with _policy(options):
@@ -239,6 +256,8 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def repair(options: argparse.Namespace) -> int:
+    token_cache.read_manifest(options.out)
+    open_source(options.images, options.input)
     tokenizer = _tokenizer(options)
     with _policy(options):
         made = token_cache.repair(
@@ -260,6 +279,7 @@ def export(options: argparse.Namespace) -> int:
     print(f"wrote {options.target}: {count} pictures")
     if bad:
         print(f"{bad} could not be read and are left out", file=sys.stderr)
+    _note_unlabelled(place(options.out))
     return 3 if bad else 0
 
 
@@ -276,6 +296,8 @@ def reconstruct(options: argparse.Namespace) -> int:
     for path in photos:
         try:
             crops.append(images.load_images([path], size))
+        except OSError as error:
+            print(f"left out: {path}: {error.strerror}", file=sys.stderr)
         except ValueError as error:
             print(f"left out: {error}", file=sys.stderr)
     if not crops:

@@ -91,13 +91,20 @@ def prepare(job: Job) -> None:
                 f"{job.out} holds other samples ({differences(there, described)}); "
                 "choose another folder"
             )
-    elif job.out.exists() and (not job.out.is_dir() or (job.out / RESULT).exists()):
+    elif job.out.exists() and (not job.out.is_dir() or _holds_something(job.out)):
         raise FileExistsError(f"{job.out} is there and not a folder of samples; choose another")
     atomic.make_folder(job.out / "shards")
     atomic.sweep(job.out)
     atomic.sweep(job.out / "shards")
     if not path.exists():
         atomic.write_atomic(path, (json.dumps(described, indent=1) + "\n").encode())
+
+
+def _holds_something(out: Path) -> bool:
+    """Whether a folder without settings holds more than what a run leaves that died before them."""
+    shards = out / "shards"
+    inside = [*out.iterdir(), *(shards.iterdir() if shards.is_dir() else ())]
+    return any(path != shards and not atomic.is_temporary(path.name) for path in inside)
 
 
 def pending(job: Job) -> list[int]:

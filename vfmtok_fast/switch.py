@@ -85,7 +85,7 @@ class Handle:
         return f"<vfmtok_fast.enable {sorted(self.policy.ops)} strict={self.policy.strict} {state}>"
 
 
-def enable(ops: str | Iterable[str] | None = None, strict: bool = False) -> Handle:
+def enable(ops: str | Iterable[str] | None = None, *, strict: bool = False) -> Handle:
     """Let ops take their fast implementations, at once and in the whole process.
 
     It changes speed and memory, never dtype or the law that samples follow; results only by
@@ -99,8 +99,12 @@ def enable(ops: str | Iterable[str] | None = None, strict: bool = False) -> Hand
         A handle; ``with vfmtok_fast.enable(): ...`` undoes it at the end, also after an exception.
 
     Raises:
-        ValueError: an op name that does not exist.
+        ValueError: an op name that does not exist. TypeError: not names, or not a bool.
     """
+    if not isinstance(strict, bool):
+        raise TypeError(f"enable: strict must be True or False, got {strict!r}")
+    if ops is not None and not isinstance(ops, Iterable):
+        raise TypeError(f"enable: ops must be names of ops, got {ops!r}")
     names = (
         frozenset(_registry) if ops is None else frozenset([ops] if isinstance(ops, str) else ops)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 
 import numpy as np
@@ -120,6 +121,23 @@ def test_repair(built, out, tmp_path, tokenizer, fake):
     for name in ("shards/tokens-00002.safetensors", "COMPLETE.json"):
         (out / name).unlink()
     assert cache.repair(built, out, tokenizer) == 1
+    assert fake.read_tree(out) == before
+
+
+def test_repair_makes_up_for_pictures_that_are_back(built, out, tokenizer, fake):
+    """Gone while a shard was made again; row by row the cache is then what it was."""
+    before, bad = fake.read_tree(out), cache.status(out).bad
+    picture = built / "class0" / "000.png"
+    content = picture.read_bytes()
+    picture.unlink()
+    shards.shard_path(out, 0).unlink()
+    assert cache.repair(built, out, tokenizer) == 1
+    assert cache.status(out).bad == bad + 1 and fake.read_tree(out) != before
+    assert cache.repair(built, out, tokenizer) == 0  # still gone
+    picture.write_bytes(content)
+    told = []
+    assert cache.repair(built, out, tokenizer, tell=told.append) == 1
+    assert re.search(r"1 of its [12] quarantined pictures can be read now$", told[0])
     assert fake.read_tree(out) == before
 
 

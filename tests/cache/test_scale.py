@@ -44,7 +44,7 @@ def bases(source, entry, plan, manifest):
     base[:] = entry.offset & 255, entry.offset >> 8 & 255, entry.offset >> 16
     return [base]
 
-encode._bases = bases
+encode.decode = bases
 
 def build(name, folder, **place):
     images = out.with_name(name + ".parquet")
@@ -60,9 +60,15 @@ def start(rank, world):
 
 build("few", out.with_name("few"))
 before, rng, killed = peak(), random.Random(0), 0
+def finished():
+    return len(list(out.glob("shards/*.safetensors")))
+
 for world in (3, 2):
+    done = finished()
     pids = [start(rank, world) for rank in range(world)]
-    time.sleep(rng.uniform(3, 5))
+    while finished() == done:
+        time.sleep(0.05)
+    time.sleep(rng.uniform(0, 1))
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
         killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])

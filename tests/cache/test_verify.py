@@ -276,7 +276,8 @@ def test_failures_are_listed_while_it_runs(tmp_path, out, tokenizer, fake):
     def look(state):
         found = cache.status(out)
         listed = [entry["path"] for entry in cache.failures(out)]
-        assert len(listed) == found.bad
+        # Another shard may be committed at any moment.
+        assert found.bad <= len(listed) <= cache.status(out).bad
         seen.append((found.state, listed))
 
     cache.build(tree, out, tokenizer, progress=look, **SMALL)

@@ -125,7 +125,13 @@ def test_any_shape(op, K, N, check_error):
     op=st.sampled_from(sorted(KERNELS)), rows=st.integers(1, 40), K=st.integers(1, 90),
     N=st.integers(1, 40), dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
-def test_any_shape_at_all(op, rows, K, N, dtype, check_error):
+def test_any_shape_at_all(op, rows, K, N, dtype):
+    """Of a few values the reference's may be right by luck: eight roundings, not one."""
+
+    def check_error(got: Tensor, exact: Tensor, ruler: Tensor) -> None:
+        error, allowed = (float((x - exact).abs().max()) for x in (got, ruler))
+        assert error <= 2 * allowed + 8 * torch.finfo(dtype).eps * float(exact.abs().max())
+
     vfmtok_fast.switch.reset_records()
     check(check_error, op, inputs(op, rows, K, N, dtype))
 

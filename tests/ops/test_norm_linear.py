@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
+import vfmtok_fast
+from vfmtok_fast import ops
 from vfmtok_fast.ops import norm_linear
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -30,6 +35,27 @@ def test_agrees(check_rounding, rows, dtype):
         4 * torch.finfo(dtype).eps * size
     )
     check_rounding(norm_linear, x, norm, weight)
+
+
+@pytest.mark.parametrize(
+    ("eps", "error"),
+    [(None, TypeError), ("a", TypeError), (-1.0, ValueError), (math.nan, ValueError)],
+)
+@pytest.mark.parametrize("fast", [False, True])
+def test_eps_is_checked_by_all_that_normalise(eps, error, fast):
+    x, weight = torch.ones(2, 4), torch.ones(12, 4)
+    caches = torch.zeros(2, 2, 1, 3, 4)
+    calls = {
+        "norm_linear": lambda: norm_linear(x, x[0], weight, eps=eps),
+        "gate_up": lambda: ops.gate_up(x, x[0], weight, weight, eps=eps),
+        "qkv_rotary": lambda: ops.qkv_rotary(
+            x, x[0], weight, torch.ones(3, 2, 2), *caches, 0, eps=eps
+        ),
+    }
+    for name, call in calls.items():
+        with vfmtok_fast.enable(name) if fast else contextlib.nullcontext():
+            with pytest.raises(error, match=f"^{name}: eps must be"):
+                call()
 
 
 def test_eps_counts(check_rounding):

@@ -25,8 +25,10 @@ from .store import Place, UrlPath
 NEXT_INDEX, NEXT_MANIFEST = "index-next.parquet", "manifest-next.json"
 
 
-# What else to do about an input that changed.
-ADVICE = "extend the cache (--extend), or cache into a new folder"
+def _advice(only_added: bool) -> str:
+    """What to do about an input that changed; only to what is whole can be added."""
+    extend = "extend the cache (--extend), " if only_added else ""
+    return f"restore them, {extend}or cache into a new folder"
 
 
 class ImagesChanged(ValueError):
@@ -64,10 +66,11 @@ def _check_files(source: Source, origin: index.Origin, now: dict[str, int]) -> N
         name for name in origin.files.keys() | now.keys() if origin.files.get(name) != now.get(name)
     )
     if differing:
+        advice = _advice(not any(name in origin.files for name in differing))
         raise ImagesChanged(
             f"{source.root}: {len(differing)} of its files changed since they were indexed "
             f"(first: {differing[0]!r}, {_bytes(origin.files.get(differing[0]))} then, "
-            f"{_bytes(now.get(differing[0]))} now); restore them, {ADVICE}"
+            f"{_bytes(now.get(differing[0]))} now); {advice}"
         )
 
 
@@ -82,13 +85,14 @@ def _check_pictures(source: Source, path: Place, classes: list[str]) -> None:
         raise ImagesChanged(
             f"{root}: the class folders changed since they were indexed "
             f"({len(classes)} then, {len(now)} now; first: {differing[0]!r}); "
-            f"restore them, {ADVICE}"
+            f"{_advice(set(now) >= set(classes))}"
         )
-    added, changed, _, first = _count(source, path)
+    added, changed, gone, first = _count(source, path)
     if added or changed:
         raise ImagesChanged(
-            f"{root}: changed since it was indexed ({added} added, {changed} with another size; "
-            f"first: {first!r}); restore the files, {ADVICE}"
+            f"{root}: changed since it was indexed ({added} added, {changed} with another size"
+            f"{f', {gone} gone' if gone else ''}; first: {first!r}); "
+            f"{_advice(not changed and not gone)}"
         )
 
 

@@ -252,7 +252,7 @@ def _decode_ahead(
         for part in parts:
             waiting.append(part)
             for entry in part[1].entries():
-                waiting.append(pool.submit(_bases, source, entry, plan, manifest))
+                waiting.append(pool.submit(decode, source, entry, plan, manifest))
                 yield
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="vfmtok-decode")
@@ -269,7 +269,7 @@ def _decode_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _bases(
+def decode(
     source: Source, entry: Entry, plan: Plan, manifest: Manifest
 ) -> list[np.ndarray] | BadImage:
     """What `make_bases` makes of a picture, or why there is none."""

@@ -19,10 +19,12 @@ from itertools import islice
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .atomic import atomic_file
 from .sources import Entry
+from .sources.base import NO_CLASS
 from .store import Place, open_binary
 
 _MARK = {b"vfmtok_fast": b"token cache index 1"}
@@ -175,6 +177,13 @@ def read_all(path: Place) -> Iterator[Rows]:
             yield _rows(file.read_row_group(shard).to_pydict())
 
 
+def count_unlabelled(path: Place) -> int:
+    """How many pictures have no class, label -1; raises like `read_rows`."""
+    with _opened(path) as file:
+        columns = (file.read_row_group(n, ["label"])[0] for n in range(file.num_row_groups))
+        return sum(pc.sum(pc.equal(column, NO_CLASS)).as_py() or 0 for column in columns)
+
+
 def read_from(path: Place, start: int, end: int | None) -> Iterator[Entry]:
     """The pictures of rows `start` to `end` - 1; raises like `read_rows`."""
     for rows in read_all(path):
@@ -219,7 +228,9 @@ def _opened(path: Place) -> Iterator[pq.ParquetFile]:
             yield file
     except (OSError, pa.ArrowInvalid) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: cannot read the index: {reason}") from error
+        raise ValueError(
+            f"{path}: cannot read the index: {reason}; restore it, or cache anew"
+        ) from error
 
 
 def _rows(table: dict[str, list]) -> Rows:

@@ -196,9 +196,14 @@ def describe(
         Plain JSON values; every entry is explained by its name.
 
     Raises:
-        ValueError: the codebook does not fit 16-bit tokens.
+        ValueError: the codebook does not fit 16-bit tokens. TypeError: not a tokenizer.
     """
-    config = tokenizer.config
+    config = getattr(tokenizer, "config", None)
+    if not hasattr(config, "codebook_size") or not hasattr(tokenizer, "encode"):
+        raise TypeError(
+            "cache: tokenizer must be a VFMTok, or have its encode, config and parameters, "
+            f"got {type(tokenizer).__name__}"
+        )
     if not 0 < config.codebook_size <= BAD_TOKEN:
         raise ValueError(
             f"cache: codebook_size must be 1 to {BAD_TOKEN} (tokens are stored in 16 bits, "

@@ -7,12 +7,16 @@ from collections.abc import Callable
 
 from ..images import quiet_pillow
 from .atomic import remove_file
-from .job import COMPLETE, Job, encode_shards, finish
+from .encode import decode
+from .index import read_rows
+from .job import COMPLETE, INDEX, Job, encode_shards, finish
 from .manifest import Tokenizer, read_manifest
 from .prepare import prepare
-from .shards import shard_path
+from .shards import read_quarantine, shard_path
+from .sources import BadImage
 from .store import names
 from .verify import shard_problems
+from .views import parse_views, plan_views
 
 
 def repair(
@@ -24,7 +28,10 @@ def repair(
     workers: int | None = None,
     tell: Callable[[str], None] = lambda problem: None,
 ) -> int:
-    """Encode again every shard that is missing or fails its checks, and no other.
+    """Encode again every shard that is missing, fails its checks, or lacks what can be read now.
+
+    The latter is a picture that was quarantined when its shard was made, because it was gone for a
+    while or its disk failed, and is there again as it was indexed.
 
     Args:
         images: the input that the cache was made from.
@@ -59,11 +66,24 @@ def repair(
     return len(damaged)
 
 
+def _readable_again(job: Job, number: int) -> int:
+    """How many of a sound shard's quarantined pictures can be read now."""
+    found = job.manifest
+    plan = plan_views(parse_views(found.views), found.image_size)
+    rows = read_rows(job.out / INDEX, number)
+    entries = list(rows.entries())
+    quarantined = read_quarantine(job.out, number)[0]
+    again = (decode(job.source, entries[e["index"] - rows.first], plan, found) for e in quarantined)
+    return sum(not isinstance(picture, BadImage) for picture in again)
+
+
 def _damaged(job: Job, tell: Callable[[str], None]) -> list[int]:
     numbers = []
     for number in range(job.manifest.shards):
         path = shard_path(job.out, number)
-        problems, _ = shard_problems(job.out, job.manifest, number)
+        problems, bad = shard_problems(job.out, job.manifest, number)
+        if bad and (back := _readable_again(job, number)):
+            problems = [f"{back} of its {bad} quarantined pictures can be read now"]
         for problem in problems:
             tell(f"{path}: {problem}")
         if problems:

@@ -65,6 +65,14 @@ def check_int(op: str, name: str, value: object, high: int) -> None:
         raise ValueError(f"{op}: {name} must be in [0, 2^{high.bit_length() - 1}), got {value}")
 
 
+def check_eps(op: str, eps: object) -> None:
+    """Require a number of at least 0."""
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{op}: eps must be finite and at least 0, got {eps}")
+
+
 def check_position(
     op: str, name: str, value: object, low: int, high: int, counts: tuple[int, ...], **like: Tensor
 ) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..reference import gate_up as reference
 from ..switch import Op
-from .checks import check_same, check_shape, check_tensor
+from .checks import check_eps, check_same, check_shape, check_tensor
 
 _op = Op("gate_up", reference.gate_up)
 
@@ -22,7 +22,7 @@ def gate_up(
         x: [B, C].
         norm_weight: [C].
         gate_weight, up_weight: [F, C].
-        eps: of the norm.
+        eps: of the norm, at least 0.
 
     Returns:
         [B, F], dtype of ``x``.
@@ -43,4 +43,5 @@ def gate_up(
     check_shape(name, "norm_weight", norm_weight, shape[1:])
     check_shape(name, "gate_weight", gate_weight, shape)
     check_shape(name, "up_weight", up_weight, shape)
+    check_eps(name, eps)
     return _op(x, norm_weight, gate_weight, up_weight, eps=eps)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..reference import norm_linear as reference
 from ..switch import Op
-from .checks import check_same, check_shape, check_tensor
+from .checks import check_eps, check_same, check_shape, check_tensor
 
 _op = Op("norm_linear", reference.norm_linear)
 
@@ -18,7 +18,7 @@ def norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, *, eps: float = 
         x: [B, C].
         norm_weight: [C].
         weight: [V, C].
-        eps: of the norm.
+        eps: of the norm, at least 0.
 
     Returns:
         [B, V], float32; float64 for float64 input.
@@ -34,4 +34,5 @@ def norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, *, eps: float = 
     check_same(name, x=x, norm_weight=norm_weight, weight=weight)
     check_shape(name, "norm_weight", norm_weight, (x.shape[1],))
     check_shape(name, "weight", weight, (weight.shape[0], x.shape[1]))
+    check_eps(name, eps)
     return _op(x, norm_weight, weight, eps=eps)

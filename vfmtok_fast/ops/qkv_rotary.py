@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..reference import qkv_rotary as reference
 from ..switch import Op
-from .checks import check_position, check_same, check_shape, check_tensor
+from .checks import check_eps, check_position, check_same, check_shape, check_tensor
 
 _op = Op("qkv_rotary", reference.qkv_rotary)
 
@@ -35,7 +35,7 @@ def qkv_rotary(
         k_cache, v_cache: [B, H, T, D]; position ``position`` of both is overwritten.
         position: in 0..min(T, T') - 1: an int, or an integer tensor of one element that stays on
             its device (its value is not checked, which would need a synchronisation).
-        eps: of the norm.
+        eps: of the norm, at least 0.
 
     Returns:
         q [B, H, D], dtype of ``x``.
@@ -67,4 +67,5 @@ def qkv_rotary(
             f"{name}: rotary must be on {x.device} and D even, got {rotary.device} and D = {D}"
         )
     check_position(name, "position", position, 0, min(T, rotary.shape[0]), (1,), x=x)
+    check_eps(name, eps)
     return _op(x, norm_weight, qkv_weight, rotary, k_cache, v_cache, position, eps=eps)
