@@ -45,6 +45,10 @@ def test_positions_out_of_range(built, out):
     for position in (9, -10):
         with pytest.raises(IndexError, match="has 9 pictures"):
             tokens[position]
+    for position in (slice(0, 2), "a", 1.0, None):
+        with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+            tokens[position]
+    assert torch.equal(tokens[np.int64(2)][0], tokens[2][0])
 
 
 def test_read_tokens(built, out):

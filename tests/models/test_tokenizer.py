@@ -168,6 +168,8 @@ def test_encode_is_deterministic_and_independent_of_the_batch(tok: VFMTok):
     assert torch.equal(tok.encode(images.flip(0)), together.flip(0))
     assert tok.encode(images[:0]).shape == (0, 256)
     assert tok.decode(together[:0]).shape == (0, 3, 112, 112)
+    with pytest.raises(ValueError, match="must hold at least one picture"):
+        tok(images[:0])
 
 
 def test_overshoot_is_clamped(tok: VFMTok):

@@ -6,6 +6,7 @@ the number of processes, the batch or the order.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterable
 
@@ -74,13 +75,14 @@ class TokenCacheDataset(torch.utils.data.Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other views from now on; call it before each epoch, as of a DistributedSampler."""
-        self._epoch.fill_(epoch)
+        self._epoch.fill_(operator.index(epoch))
 
     def __len__(self) -> int:
         return len(self.cache) * (len(self.views) if self.per_picture == "each" else 1)
 
     def __getitem__(self, item: int) -> tuple[torch.Tensor, int]:
         """Tokens int64 [T], or [V, T] for "all", and the label."""
+        item = operator.index(item)
         if not -len(self) <= item < len(self):
             raise IndexError(f"{self.cache.out}: has {len(self)} items, no item {item}")
         item %= len(self)

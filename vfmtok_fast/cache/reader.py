@@ -8,6 +8,7 @@ when it is first asked for.
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +85,7 @@ class TokenCache:
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, int]:
         """Tokens int64 [T], or [V, T] for all views, and the label of one picture."""
+        position = operator.index(position)
         if not -len(self) <= position < len(self):
             raise IndexError(f"{self.out}: has {len(self)} pictures, no position {position}")
         number, row = divmod(int(self.rows[position]), self.manifest.shard_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -65,10 +66,15 @@ def check_int(op: str, name: str, value: object, high: int) -> None:
         raise ValueError(f"{op}: {name} must be in [0, 2^{high.bit_length() - 1}), got {value}")
 
 
+def check_number(op: str, name: str, value: object) -> None:
+    """Require a real number that is no tensor, which might have to be waited for."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+
+
 def check_eps(op: str, eps: object) -> None:
     """Require a number of at least 0."""
-    if isinstance(eps, bool) or not isinstance(eps, int | float):
-        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
+    check_number(op, "eps", eps)
     if not 0 <= eps < math.inf:
         raise ValueError(f"{op}: eps must be finite and at least 0, got {eps}")
 

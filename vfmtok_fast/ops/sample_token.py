@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..reference import sample_token as reference
 from ..switch import Op
-from .checks import INTEGER, check_int, check_integers, check_same, check_tensor
+from .checks import INTEGER, check_int, check_integers, check_number, check_same, check_tensor
 
 _op = Op("sample_token", reference.sample_token)
 
@@ -100,6 +100,8 @@ def check_sampling(
     op: str, *, cfg_scale: float, temperature: float, top_k: int, top_p: float, seed: int
 ) -> None:
     """Raise one line for a sampling setting outside its range; ``op`` names the caller."""
+    for name, value in (("cfg_scale", cfg_scale), ("temperature", temperature), ("top_p", top_p)):
+        check_number(op, name, value)
     if not math.isfinite(cfg_scale):
         raise ValueError(f"{op}: cfg_scale must be finite, got {cfg_scale}")
     if not (math.isfinite(temperature) and temperature >= 0):

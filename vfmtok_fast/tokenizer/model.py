@@ -140,9 +140,11 @@ class VFMTok(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         ``codebook_loss``, the encoder straight through the quantiser; the backbone is frozen.
 
         Args:
-            images: as for `encode`.
+            images: as for `encode`; at least one, or the losses would be NaN.
         """
         check_images("VFMTok", images, self.config.image_size, self.device)
+        if images.shape[0] == 0:
+            raise ValueError("VFMTok: images must hold at least one picture, got none")
         maps = self.backbone(images)
         quantized = self.quantizer(self.quantizer.queries(self.region_encoder(maps)))
         regions = self.token_decoder.regions(quantized.vectors)
