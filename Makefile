@@ -52,10 +52,11 @@ report: $(READY) ## make benchmarks/REPORT.md and its plots from benchmarks/resu
 gpu-report: ## all that needs a GPU: tests, benchmarks, tuning, report; uses $(PYTHON) as it is
 	rm -rf $(BARE) && mkdir -p $(BARE)
 	cp -r vfmtok_fast $(BARE)/ && cp -r kernels $(BARE)/vfmtok_fast/kernels
-	PYTHONPATH=$(BARE) $(PYTHON) -P -m pytest -q -m gpu -p no:cacheprovider tests/ops tests/models \
-		tests/test_samples.py
-	PYTHONPATH=$(BARE) $(PYTHON) -P -m pytest -q -p no:cacheprovider $(BENCH); status=$$?; \
-	PYTHONPATH=$(BARE) $(PYTHON) -P benchmarks/report.py && exit $$status
+	@# A failure must not cost what comes after it: the time on a GPU is dear.
+	export PYTHONPATH=$(BARE); \
+	$(PYTHON) -P -m pytest -q -m gpu -p no:cacheprovider tests/ops tests/models tests/test_samples.py; tests=$$?; \
+	$(PYTHON) -P -m pytest -q -p no:cacheprovider $(BENCH); bench=$$?; \
+	$(PYTHON) -P benchmarks/report.py && exit $$((tests | bench))
 
 # Installed anew only when what it is made from changed; an interrupted install leaves no stamp.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
