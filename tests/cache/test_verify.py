@@ -281,8 +281,11 @@ def test_failures_are_listed_while_it_runs(tmp_path, out, tokenizer, fake):
         seen.append((found.state, listed))
 
     cache.build(tree, out, tokenizer, progress=look, **SMALL)
-    assert ("incomplete", ["class0/000.png"]) in seen
-    assert seen[-1][1] == ["class0/000.png", "class1/010.png", "class2/005.png"]
+    every = ["class0/000.png", "class1/010.png", "class2/005.png"]
+    # Which of them show when depends on the pace of the thread that commits.
+    assert all(listed == [path for path in every if path in listed] for _, listed in seen)
+    assert any(state == "incomplete" and listed for state, listed in seen)
+    assert seen[-1][1] == every
 
 
 def test_status_while_indexing(out):

@@ -206,7 +206,7 @@ class _Encoder:
         found = job.manifest
         covers = manifest.describe(self.tokenizer, found.views, found.batch_size, found.seed)
         manifest.check_same(found, covers, found.shard_size, job.out)
-        switch.enable(policy.ops, policy.strict)
+        switch.enable(policy.ops, strict=policy.strict)
         self.job = replace(job, tokenizer=self.tokenizer)
 
     def encode(self, number: int) -> tuple[int, Waits]:
