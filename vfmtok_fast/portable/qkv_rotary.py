@@ -39,7 +39,7 @@ def qkv_rotary(
     torch.view_as_complex(wide.view(B, 2 * H, D // 2, 2)).mul_(torch.view_as_complex(table))
     q, k = wide.to(x.dtype).view(B, 2, H, D).unbind(1)
     if at is None:
-        # A third of the time of index_copy_.
+        # Less work than index_copy_, which a position on the device needs.
         k_cache[:, :, position], v_cache[:, :, position] = k, v
     else:
         k_cache.index_copy_(2, at, k[:, :, None])
