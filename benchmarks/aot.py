@@ -1,8 +1,9 @@
 """Compile every kernel without a GPU and report what the machine code says: `make aot`.
 
-For each kernel and chip: registers, spills, shared memory and occupancy from the cubin; and for
-kernels with a main loop the instructions of one turn from the disassembly, and the time that they
-predict at the chip's rates. Writes ``results/aot/<chip>.json``; ``--check`` compares with
+For each kernel and chip: registers, spills, shared memory and occupancy from the cubin; of a kernel
+that may begin before the one ahead of it has ended, that it touches no memory before it has waited;
+and of kernels with a main loop the instructions of one turn from the disassembly, and the time that
+they predict at the chip's rates. Writes ``results/aot/<chip>.json``; ``--check`` compares with
 ``aot_budget.json``, ``--budget`` writes that file anew.
 """
 
@@ -93,6 +94,42 @@ def disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}, code
 
 
+def instructions(code: str) -> list[tuple[str, str]]:
+    """(name with its modifiers, whole instruction) in the order of a disassembly."""
+    found = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+((?:@!?U?P\w+\s+)?([A-Z][\w.]*).*?);", code, re.M)
+    return [(name, whole) for whole, name in found]
+
+
+# What may stand before the wait: loads of arguments, prefetches into L2, and what touches registers
+# only. A name that is new here is looked at before it is added.
+MEMORY = re.compile(r"^(LD|ST|ATOM|RED|CCTL|UBLK|UTMA|SUST|SULD|TEX|CALL|JMP|BRX|JMX|RET|EXIT)")
+HARMLESS = re.compile(r"^(LDC|LDCU|LDC\..*|LDCU\..*|CCTL\.E\.PF2)$")
+
+
+def early_accesses(code: str) -> list[str]:
+    """What touches memory before a kernel has waited for the one ahead of it.
+
+    The wait (ACQBULK) is to come once, at the top level: whatever jumps, before it, stays before
+    it, so that no thread gets past it otherwise.
+    """
+    found = instructions(code)
+    waits = [at for at, (name, _) in enumerate(found) if name == "ACQBULK"]
+    if len(waits) != 1:
+        return [f"{len(waits)} waits"]
+    before = found[: waits[0]]
+    wrong = [whole for name, whole in before if MEMORY.match(name) and not HARMLESS.match(name)]
+    if found[waits[0]][1].startswith("@"):
+        wrong.append(found[waits[0]][1])
+    # Labels after the wait, to which nothing before it may jump.
+    later = set(re.findall(r"^\s*(\.L\w+):", code[code.index("ACQBULK") :], re.M))
+    wrong += [
+        whole
+        for name, whole in before
+        if name.startswith("BRA") and set(re.findall(r"\.L\w+", whole)) & later
+    ]
+    return wrong
+
+
 def loops(code: str) -> list[Counter[str]]:
     """Instructions by name of every backward branch's span."""
     labels: dict[str, int] = {}
@@ -168,6 +205,8 @@ def report(case: Case, chip: Chip) -> dict[str, object]:
         "occupancy": occupancy(case, chip, usage["REG"], shared),
         "matrix_in_kernel": sum(len(re.findall(rf"\b{name}\b", code)) for name in MATRIX),
     }
+    if case.constants.get("OVERLAP"):
+        row["early_accesses"] = early_accesses(code)
     if case.unit:
         row["main_loop"] = predict(case, chip, main_loop(code))
     return row
@@ -196,6 +235,8 @@ def check(name: str, chip: str, row: dict, budget: dict) -> list[str]:
     ]
     if row["matrix_in_kernel"] < allowed.get("matrix_at_least", 0):
         wrong.append(f"{chip} {name}: no matrix instructions")
+    if early := row.get("early_accesses"):
+        wrong.append(f"{chip} {name}: before it waits: {'; '.join(early)}")
     if row["spill_bytes"] and budget["triton"] == triton.__version__:
         wrong.append(f"{chip} {name}: spills {row['spill_bytes']} bytes")
     return wrong

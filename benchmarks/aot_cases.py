@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+import torch
+
 from vfmtok_fast.kernels import (
+    append_code,
     decode_attention,
     deformable_sample,
     deformable_sample_kernels,
@@ -186,7 +189,10 @@ def deformable_sample_cases() -> list[Case]:
 
 
 def step_cases() -> list[Case]:
-    """The linear layers of GPT-L's and GPT-3B's decoding step; loops only where they are rolled."""
+    """The layers of GPT-L's and GPT-3B's decoding step; loops only where they are rolled.
+
+    "int8" is of bfloat16 rows.
+    """
     cases = []
     tile, slices = few_rows.TILE.value, few_rows.SLICES.value
     for preset, kind, rows, (heads, dim, ffn) in (
@@ -194,8 +200,11 @@ def step_cases() -> list[Case]:
         ("GPT-3B", "bf16", 2, (32, 3200, 8704)),
         ("GPT-L", "bf16", 32, (16, 1024, 2816)),
         ("GPT-L", "fp32", 2, (16, 1024, 2816)),
+        ("GPT-3B", "int8", 2, (32, 3200, 8704)),
+        ("GPT-L", "int8", 32, (16, 1024, 2816)),
     ):
-        size = 4 if kind == "fp32" else 2
+        value = torch.float32 if kind == "fp32" else torch.bfloat16
+        stored = torch.int8 if kind == "int8" else value
         shape = {"H": heads, "T": 256, "D": dim // heads, "ON_DEVICE": True}
         for kernel, K, N, extra in (
             (qkv_rotary._qkv_rotary, dim, 3 * dim // 2, shape),
@@ -204,11 +213,21 @@ def step_cases() -> list[Case]:
             (norm_linear._norm_linear, dim, 16384, {}),
         ):
             pair = kernel in (qkv_rotary._qkv_rotary, gate_up._gate_up)
-            constants = few_rows.constants(rows, K, size, pair=pair) | extra
+            x, weight = torch.empty(rows, K, dtype=value), torch.empty(1, K, dtype=stored)
+            constants = few_rows.constants(x, weight, pair=pair) | extra
             warps, options = constants.pop("num_warps"), {"maxnreg": constants.pop("maxnreg")}
             types: dict[str, str | tuple[str, ...]] = {
-                name: f"*{kind}" for name in kernel.arg_names if name not in constants
+                name: "*fp32" if value == torch.float32 else "*bf16"
+                for name in kernel.arg_names
+                if name not in constants
             }
+            scales = [name for name in types if "scale" in name]
+            if kind == "int8":
+                types |= dict.fromkeys(scales, "*fp32")
+                types |= dict.fromkeys({"weight", "gate", "up"} & set(types), "*i8")
+            else:
+                types = {name: type_ for name, type_ in types.items() if name not in scales}
+                constants |= dict.fromkeys(scales)
             types |= {name: "i32" for name in ("rows", "N") if name in types}
             types |= {name: "fp32" for name in ("eps",) if name in types}
             types |= {"rotary": "*fp32", "position": "*i64"} if extra else {}
@@ -228,21 +247,10 @@ def step_cases() -> list[Case]:
                     units_per_warp=(2 if pair else 1) * tile * constants["DEPTH"],
                     units=(2 if pair else 1) * N * K,
                     # A float32 product is not the matrix unit's.
-                    matrix_flops=2 * constants["P"] if size == 2 else 0,
+                    matrix_flops=2 * constants["P"] if value != torch.float32 else 0,
                     problem=f"{preset} rows={rows} K={K} N={N} {kind}",
                 )
             )
-    # As they would be if kernels overlapped: from sm_90 on.
-    first = cases[0]
-    cases.append(
-        dataclasses.replace(
-            first,
-            name=f"{first.name} overlapping",
-            constants={**first.constants, "OVERLAP": True},
-            options={**first.options, "launch_pdl": True},
-            chips=(90, 100),
-        )
-    )
     cases += [
         Case(
             "few_rows._rms_norm GPT-L bf16",
@@ -271,6 +279,17 @@ def step_cases() -> list[Case]:
             4,
         )
     )  # fmt: skip
+    cases += [
+        Case(
+            f"append_code._append_code {kind} C={C}",
+            append_code._append_code,
+            {"code": "*i64", "codes": "*i64", "position": "*i64", "number": "i32",
+             "embedding": f"*{kind}", "x": f"*{kind}", "B": "i32", "T": "i32"},
+            {"COUNTERS": 2, "C": C, "WIDTH": WIDTH, "CODES": append_code.CODES, "OVERLAP": False},
+            4,
+        )
+        for kind, C, WIDTH in (("bf16", 1024, 1024), ("fp32", 3200, 4096))
+    ]  # fmt: skip
     return cases
 
 
@@ -367,10 +386,26 @@ def sample_token_cases() -> list[Case]:
     return cases
 
 
+def as_launched(case: Case) -> list[Case]:
+    """A case on the chips of its launch: where kernels can overlap, they do."""
+    if "OVERLAP" not in case.constants:
+        return [case]
+    overlapping = dataclasses.replace(
+        case,
+        constants={**case.constants, "OVERLAP": True},
+        options={**case.options, "launch_pdl": True},
+        chips=tuple(chip for chip in case.chips if chip >= 90),
+    )
+    apart = dataclasses.replace(case, chips=tuple(chip for chip in case.chips if chip < 90))
+    return [overlapping, apart]
+
+
 CASES = [
     *nearest_code_cases(),
     *deformable_sample_cases(),
-    *step_cases(),
-    *decode_attention_cases(),
-    *sample_token_cases(),
+    *(
+        launched
+        for case in (*step_cases(), *decode_attention_cases(), *sample_token_cases())
+        for launched in as_launched(case)
+    ),
 ]

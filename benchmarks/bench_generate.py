@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 
@@ -19,16 +20,18 @@ from vfmtok_fast.generator import engine
 DTYPE = torch.bfloat16 if GPU else torch.float32
 SCALE = 1.5
 SLOW = ("release style", "release style compiled", "reference")
-OURS = ("fast", "fast, overlapped")
+OURS = ("fast", "fast, kernels apart")
 # (preset, images, codes of each, providers). First latency, then a sweep of batches; the slow ones
 # only where the comparison is asked for. The CPU's `make bench` has five minutes: one case is
-# whole.
+# whole. A preset may end in the dtype it is converted to.
 if GPU:
     CASES = [
-        *((name, 1, 256, OURS) for name in ("GPT-B", "GPT-XL", "GPT-XXL", "GPT-3B")),
-        ("GPT-L", 1, 256, (*SLOW, *OURS)),
+        *((name, 1, 256, OURS) for name in ("GPT-B", "GPT-XL", "GPT-XXL")),
+        ("GPT-3B", 1, 256, (*OURS, "fast, int8")),
+        ("GPT-L", 1, 256, (*SLOW, *OURS, "fast, int8")),
         ("GPT-L", 1, 1, ("reference", *OURS)),
-        *(("GPT-L", B, 256, ("fast",)) for B in (4, 16, 128, 256, 512)),
+        *(("GPT-L", B, 256, ("fast",)) for B in (4, 128, 256, 512)),
+        ("GPT-L", 16, 256, ("fast", "fast, int8")),
         ("GPT-L", 64, 256, ("release style", "release style compiled", "fast")),
     ]
 else:
@@ -36,21 +39,31 @@ else:
         ("GPT-B", 2, 256, ("release style", "fast")),
         ("GPT-B", 1, 16, ("uncached reference", "release style", "reference", "fast")),
         ("GPT-B", 8, 16, ("release style", "reference", "fast")),
+        ("GPT-B bfloat16", 2, 16, ("reference", "fast", "fast, int8")),
     ]
 RUNS = [(preset, B, count, who) for preset, B, count, every in CASES for who in every]
 # What the reference generated, for the fast ways to be compared with.
 REFERENCE: dict[tuple[str, int, int], Tensor] = {}
 
 
+def dtype_of(preset: str) -> torch.dtype:
+    return getattr(torch, preset.partition(" ")[2]) if " " in preset else DTYPE
+
+
 @functools.lru_cache(maxsize=1)
 def model(preset: str) -> GPT:
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        gpt = GPT(GPTConfig.preset(preset))
+        gpt = GPT(GPTConfig.preset(preset.partition(" ")[0]))
     for name, parameter in gpt.named_parameters():
         if "norm" not in name:
             nn.init.normal_(parameter, std=0.02)
-    return gpt.to(DTYPE).eval()
+    return gpt.to(dtype_of(preset)).eval()
+
+
+@functools.lru_cache(maxsize=1)
+def model_int8(preset: str) -> GPT:
+    return copy.deepcopy(model(preset)).quantize_weights()
 
 
 class FirstCodes(Exception):
@@ -80,16 +93,20 @@ def first_codes(gpt: GPT, class_ids: Tensor, count: int, **options) -> Tensor:
     return torch.stack(codes, dim=1)
 
 
-def fast(preset: str, class_ids: Tensor, count: int, overlap: bool = False) -> Tensor:
+def fast(
+    preset: str, class_ids: Tensor, count: int, apart: bool = False, int8: bool = False
+) -> Tensor:
+    gpt = (model_int8 if int8 else model)(preset)
     with vfmtok_fast.enable():
         if not GPU:
-            return first_codes(model(preset), class_ids, count)
+            return first_codes(gpt, class_ids, count)
         from vfmtok_fast.kernels import launch
 
+        overlap = False if apart else None
         if launch.OVERLAP != overlap:
             launch.OVERLAP = overlap
             engine.forget()  # Its graphs are of the other setting.
-        return first_codes(model(preset), class_ids, count)
+        return first_codes(gpt, class_ids, count)
 
 
 @functools.lru_cache(maxsize=1)
@@ -108,24 +125,26 @@ PROVIDERS: dict[str, Callable[[str, Tensor, int], Tensor]] = {
     "release style compiled": functools.partial(released, compiled=True),
     "reference": lambda preset, *rest: first_codes(model(preset), *rest),
     "fast": fast,
-    "fast, overlapped": functools.partial(fast, overlap=True),
+    "fast, kernels apart": functools.partial(fast, apart=True),
+    "fast, int8": functools.partial(fast, int8=True),
 }
 
 
-def step_work(gpt: GPT, rows: int, count: int) -> harness.Work:
+def step_work(gpt: GPT, rows: int, count: int, int8: bool) -> harness.Work:
     """Weights once a step, and the live keys and values."""
-    config, size = gpt.config, DTYPE.itemsize
+    config, size = gpt.config, gpt.dtype.itemsize
     layer = 4 * config.dim**2 + 3 * config.dim * config.ffn_dim
     weights = config.num_layers * layer + config.dim * config.vocab_size
     live = rows * config.num_layers * 2 * config.dim * count * (count + 1) // 2
     return harness.Work(
-        bytes=size * (count * weights + live), flops=2 * count * rows * weights + 2 * live
+        bytes=count * weights * (1 if int8 else size) + size * live,
+        flops=2 * count * rows * weights + 2 * live,
     )
 
 
 @pytest.mark.parametrize(("preset", "B", "count", "provider"), RUNS)
 def bench_generate(benchmark, preset: str, B: int, count: int, provider: str):
-    if provider == "fast, overlapped" and torch.cuda.get_device_capability() < (9, 0):
+    if provider == "fast, kernels apart" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("programmatic dependent launch needs sm_90")
     gpt = model(preset)
     class_ids = torch.arange(B, device=DEVICE) % gpt.config.num_classes
@@ -136,10 +155,10 @@ def bench_generate(benchmark, preset: str, B: int, count: int, provider: str):
         facts: dict[str, object] = {"images": B, "codes": count, "cfg_scale": SCALE}
         if provider == "reference":
             REFERENCE[preset, B, count] = codes
-        if provider in OURS and (want := REFERENCE.get((preset, B, count))) is not None:
+        if "fast" in provider and (want := REFERENCE.get((preset, B, count))) is not None:
             same = float((codes == want).float().mean())
             # In float32 a tie within rounding is rare; after one the images differ.
-            assert same == 1 or DTYPE != torch.float32, same
+            assert same == 1 or gpt.dtype != torch.float32 or "int8" in provider, same
             facts["codes_as_reference"] = round(same, 4)
         return facts
 
@@ -150,7 +169,7 @@ def bench_generate(benchmark, preset: str, B: int, count: int, provider: str):
         provider=provider,
         fn=lambda: PROVIDERS[provider](preset, class_ids, count),
         check=check,
-        work=step_work(gpt, 2 * B, count),
+        work=step_work(gpt, 2 * B, count, "int8" in provider),
         rounds=5 if GPU else 2,
         replay=False,
         slow=not GPU,
@@ -172,8 +191,9 @@ def step_ops(gpt: GPT, rows: int, length: int) -> dict[str, Callable[[], object]
         for _ in gpt.blocks
     ]
     layers = list(zip(gpt.blocks, caches, strict=True))
-    ids = torch.arange(rows // 2, device=DEVICE)
     half = rows // 2
+    ids = torch.arange(half, device=DEVICE)
+    codes = torch.zeros(half, config.block_size, dtype=torch.int64, device=DEVICE)
     return {
         "qkv_rotary": lambda: [
             ops.qkv_rotary(
@@ -195,12 +215,13 @@ def step_ops(gpt: GPT, rows: int, length: int) -> dict[str, Callable[[], object]
         "sample_token": lambda: ops.sample_token(
             logits[:half].float(), ids, length, uncond_logits=logits[half:].float(), cfg_scale=SCALE
         ),
+        "append_code": lambda: ops.append_code(ids, codes, length, gpt.token_embedding.weight, x),
     }
 
 
 STEP = (
     "qkv_rotary", "decode_attention", "linear_residual (out)", "gate_up", "linear_residual (down)",
-    "norm_linear", "sample_token",
+    "norm_linear", "sample_token", "append_code",
 )  # fmt: skip
 
 
@@ -239,6 +260,7 @@ def part_work(gpt: GPT, part: str, rows: int, length: int) -> harness.Work:
         "linear_residual (down)": layers * dim * ffn,
         "norm_linear": dim * config.vocab_size,
         "sample_token": rows * config.vocab_size,
+        "append_code": 2 * rows * dim,
     }[part]
-    each = 1 if part in ("decode_attention", "sample_token") else rows
+    each = 1 if part in ("decode_attention", "sample_token", "append_code") else rows
     return harness.Work(bytes=DTYPE.itemsize * numbers, flops=2 * each * numbers)

@@ -297,7 +297,7 @@ def _launch(
             q, k_cache, v_cache, length, out, parts, arrived, heads, T,
             k_cache.stride(0), k_cache.stride(1), v_cache.stride(0), v_cache.stride(1),
             LENGTHS=kind, K_ROW=k_cache.stride(2), V_ROW=v_cache.stride(2), SPLITS=splits,
-            STAGES=STAGES, **constants, **overlap(), num_warps=WARPS,
+            STAGES=STAGES, **constants, **overlap(device), num_warps=WARPS,
         )  # fmt: skip
     return out
 

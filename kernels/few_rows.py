@@ -10,7 +10,11 @@ under way at once: SLICES warps each take every SLICES-th piece of K through the
 product, pieces come by asynchronous copies STAGES deep, and the warps' sums meet once, at the end,
 in one order: the same bits on every run, whatever the other rows hold.
 
-More rows go to cuBLAS between small kernels, see `rms_norm` here and the ops.
+A weight may be int8 with a float32 scale for each row [N]. Its values are exact in every type of x,
+and the scale leaves the sum as the norm's does, so only half of the bytes is read and nothing is
+rounded on the way.
+
+More rows go to cuBLAS between small kernels, see `rms_norm` and `dequantized` here and the ops.
 """
 
 from __future__ import annotations
@@ -69,13 +73,14 @@ def _inverse_rms(p_x, o_k, m_r, eps, K: tl.constexpr, P: tl.constexpr, DEPTH: tl
 
 @triton.jit
 def _products(
-    x, norm, w_a, w_b, row_a, row_b, m_n, rows, eps,
+    x, norm, w_a, w_b, scale_a, scale_b, row_a, row_b, m_n, rows, eps,
     K: tl.constexpr, P: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
     NORM: tl.constexpr, PAIR: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Rows ``row_a`` of w_a and ``row_b`` of w_b [TILE] times RMSNorm(x), each [TILE, P] float32.
 
     Without NORM times x, without PAIR both are the first. ``m_n`` [TILE] says which rows are there.
+    Scales are those of int8 weights, or None.
     """
     o_r = tl.arange(0, P)
     m_r = o_r < rows
@@ -101,7 +106,7 @@ def _products(
         m_k = k + o_k < K
         m_w = m_n[None, :, None] & m_k[:, None, :]
         # Weights are read once; they need not push activations out of the L2 cache.
-        w = tl.load(p_a + k, mask=m_w, other=0.0, eviction_policy="evict_first")
+        w = tl.load(p_a + k, mask=m_w, other=0, eviction_policy="evict_first")
         m_x = m_k[:, :, None] & m_r[None, None, :]
         value = tl.load(p_x + k, mask=m_x, other=0.0)
         if NORM:
@@ -112,12 +117,18 @@ def _products(
             else:
                 squares += wide * wide
             value = (wide * gain[:, :, None]).to(value.dtype)
-        a = tl.dot(w, value, a, input_precision="ieee")
+        a = tl.dot(w.to(value.dtype), value, a, input_precision="ieee")
         if PAIR:
-            w = tl.load(p_b + k, mask=m_w, other=0.0, eviction_policy="evict_first")
-            b = tl.dot(w, value, b, input_precision="ieee")
+            w = tl.load(p_b + k, mask=m_w, other=0, eviction_policy="evict_first")
+            b = tl.dot(w.to(value.dtype), value, b, input_precision="ieee")
     sum_a = tl.sum(a, axis=0)
-    sum_b = tl.sum(b, axis=0) if PAIR else sum_a
+    if scale_a is not None:
+        sum_a *= tl.load(scale_a + row_a, mask=m_n, other=0.0)[:, None]
+    sum_b = sum_a
+    if PAIR:
+        sum_b = tl.sum(b, axis=0)
+        if scale_b is not None:
+            sum_b *= tl.load(scale_b + row_b, mask=m_n, other=0.0)[:, None]
     if NORM and not early:
         scale = tl.rsqrt(tl.sum(tl.sum(squares, axis=0), axis=0) / K + eps)[None, :]
         sum_a *= scale
@@ -153,8 +164,9 @@ def _rms_norm(x, norm, out, rows, eps, K: tl.constexpr, WIDTH: tl.constexpr):
     tl.store(out + row * K + o_k, (value * gain).to(out.dtype.element_ty), mask=m_k)
 
 
-def unsupported_reason(x: Tensor, *weights: Tensor) -> str | None:
-    """Why these ops cannot take the call, or None; ``weights`` is all else that is read."""
+def unsupported_reason(x: Tensor, *rest: Tensor | None) -> str | None:
+    """Why these ops cannot take the call, or None; ``rest`` is all else that is read."""
+    weights = [tensor for tensor in rest if tensor is not None]
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes float32, float16 and bfloat16, not {x.dtype}"
     if torch.is_autocast_enabled(x.device.type):
@@ -166,17 +178,25 @@ def unsupported_reason(x: Tensor, *weights: Tensor) -> str | None:
     return None
 
 
-def constants(rows: int, K: int, itemsize: int, *, pair: bool) -> dict[str, object]:
-    """Compile-time arguments of a launch for x [rows, K]."""
+def dequantized(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """An int8 weight in full, rounded once, for the ops' many rows; any other as it is."""
+    if scale is None:
+        return weight
+    return torch.mul(weight, scale[:, None], out=weight.new_empty(weight.shape, dtype=dtype))
+
+
+def constants(x: Tensor, weight: Tensor, *, pair: bool) -> dict[str, object]:
+    """Compile-time arguments of a launch."""
+    rows, K = x.shape
     padded = max(8, triton.next_power_of_2(rows))
     # 256 bytes of a row of w to a piece, or what keeps the pieces that wait in shared memory within
     # the 99 KiB that the smallest chips give a program.
-    depth = 256 // itemsize
-    lines = (2 if pair else 1) * TILE.value + padded + 1
-    while (STAGES - 1) * SLICES.value * depth * lines * itemsize > 96 * 1024:
+    depth = 256 // weight.itemsize
+    line = (2 if pair else 1) * TILE.value * weight.itemsize + (padded + 1) * x.itemsize
+    while (STAGES - 1) * SLICES.value * depth * line > 96 * 1024:
         depth //= 2
     return {
-        "K": K, "P": padded, "DEPTH": depth, "STAGES": STAGES, **overlap(),
+        "K": K, "P": padded, "DEPTH": depth, "STAGES": STAGES, **overlap(x.device),
         # Left alone, the assembler spills one register rather than lose occupancy, of which there
         # is enough.
         "num_warps": SLICES.value, "maxnreg": 255,

@@ -27,14 +27,15 @@ def _gated(gate, up):
 
 @triton.jit(do_not_specialize=["rows"])
 def _gate_up(
-    x, norm, gate, up, out, rows, N, eps,
+    x, norm, gate, up, gate_scale, up_scale, out, rows, N, eps,
     K: tl.constexpr, P: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     o_n, m_n = _tile(N)
     g, u = _products(
-        x, norm, gate, up, o_n, o_n, m_n, rows, eps, K, P, DEPTH, STAGES, True, True, OVERLAP
-    )
+        x, norm, gate, up, gate_scale, up_scale, o_n, o_n, m_n, rows, eps,
+        K, P, DEPTH, STAGES, True, True, OVERLAP,
+    )  # fmt: skip
     _store(out, o_n, m_n, rows, N, _gated(g, u), P)
 
 
@@ -49,28 +50,50 @@ def _gate(gate, up, out, count, BLOCK: tl.constexpr):
 
 
 def unsupported_reason(
-    x: Tensor, norm_weight: Tensor, gate_weight: Tensor, up_weight: Tensor, *, eps: float = 1e-5
+    x: Tensor,
+    norm_weight: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    *,
+    gate_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> str | None:
     """Why this cannot take the call, or None."""
-    return few_rows.unsupported_reason(x, norm_weight, gate_weight, up_weight)
+    return few_rows.unsupported_reason(x, norm_weight, gate_weight, up_weight, gate_scale, up_scale)
 
 
 def gate_up(
-    x: Tensor, norm_weight: Tensor, gate_weight: Tensor, up_weight: Tensor, *, eps: float = 1e-5
+    x: Tensor,
+    norm_weight: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    *,
+    gate_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Tensor:
     """See `vfmtok_fast.ops.gate_up`; takes what `unsupported_reason` lets pass."""
-    return torch.ops.vfmtok_fast.gate_up_triton(x, norm_weight, gate_weight, up_weight, eps)
+    return torch.ops.vfmtok_fast.gate_up_triton(
+        x, norm_weight, gate_weight, up_weight, gate_scale, up_scale, eps
+    )
 
 
-def _launch(x: Tensor, norm_weight: Tensor, gate: Tensor, up: Tensor, eps: float) -> Tensor:
-    (rows, K), N = x.shape, gate.shape[0]
+def _launch(
+    x: Tensor, norm_weight: Tensor, gate: Tensor, up: Tensor, gate_scale: Tensor | None,
+    up_scale: Tensor | None, eps: float,
+) -> Tensor:  # fmt: skip
+    rows, N = x.shape[0], gate.shape[0]
     x = x.contiguous()
     out = torch.empty(rows, N, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     if rows > few_rows.MAX_ROWS:
         x = few_rows.rms_norm(x, norm_weight, eps)
-        products = F.linear(x, gate), F.linear(x, up)
+        products = [
+            F.linear(x, few_rows.dequantized(weight, scale, x.dtype))
+            for weight, scale in ((gate, gate_scale), (up, up_scale))
+        ]
         with on(x.device):
             _gate[(triton.cdiv(out.numel(), BLOCK),)](
                 *products, out, out.numel(), BLOCK=BLOCK, num_warps=4
@@ -78,19 +101,20 @@ def _launch(x: Tensor, norm_weight: Tensor, gate: Tensor, up: Tensor, eps: float
         return out
     with on(x.device):
         _gate_up[few_rows.grid(N)](
-            x, norm_weight, gate, up, out, rows, N, eps,
-            **few_rows.constants(rows, K, x.itemsize, pair=True),
+            x, norm_weight, gate, up, gate_scale, up_scale, out, rows, N, eps,
+            **few_rows.constants(x, gate, pair=True),
         )  # fmt: skip
     return out
 
 
-def _fake(x: Tensor, norm_weight: Tensor, gate: Tensor, up: Tensor, eps: float) -> Tensor:
+def _fake(x: Tensor, norm_weight: Tensor, gate: Tensor, *rest: object) -> Tensor:
     return x.new_empty(x.shape[0], gate.shape[0])
 
 
 _library = torch.library.Library("vfmtok_fast", "FRAGMENT")
 _library.define(
-    "gate_up_triton(Tensor x, Tensor norm_weight, Tensor gate, Tensor up, float eps) -> Tensor"
+    "gate_up_triton(Tensor x, Tensor norm_weight, Tensor gate, Tensor up, Tensor? gate_scale, "
+    "Tensor? up_scale, float eps) -> Tensor"
 )
 _library.impl("gate_up_triton", _launch, "CompositeExplicitAutograd")
 torch.library.register_fake("vfmtok_fast::gate_up_triton", _fake, lib=_library)

@@ -1,16 +1,19 @@
-"""What launches share: the device they go to, and whether a step's kernels may overlap."""
+"""What launches share: the device they go to, and whether a step's kernels overlap."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
-# Let a kernel of a decoding step begin while the one before it ends (programmatic dependent launch,
-# from sm_90 on): it asks for its weights, then waits. Off until measured on a GPU (README.md).
-OVERLAP = False
+# Whether a kernel of a decoding step may begin while the one before it ends (programmatic dependent
+# launch): it asks for its weights, then waits. None: where the chip can, from sm_90 on; False:
+# nowhere, after which `engine.forget` drops the graphs that were made before. README.md says why
+# this is safe, and `make aot` looks for it in the machine code.
+OVERLAP: bool | None = None
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:
@@ -18,9 +21,15 @@ def on(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def overlap() -> dict[str, bool]:
+@functools.cache
+def _can_overlap(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def overlap(device: torch.device) -> dict[str, bool]:
     """Arguments of a kernel that can overlap with its neighbours."""
-    return {"OVERLAP": True, "launch_pdl": True} if OVERLAP else {"OVERLAP": False}
+    wanted = _can_overlap(device) if OVERLAP is None else OVERLAP
+    return {"OVERLAP": True, "launch_pdl": True} if wanted else {"OVERLAP": False}
 
 
 @triton.jit

@@ -19,14 +19,15 @@ from .launch import on
 
 @triton.jit(do_not_specialize=["rows"])
 def _linear_residual(
-    x, weight, residual, out, rows, N,
+    x, weight, scale, residual, out, rows, N,
     K: tl.constexpr, P: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     o_n, m_n = _tile(N)
     total, _ = _products(
-        x, x, weight, weight, o_n, o_n, m_n, rows, 0.0, K, P, DEPTH, STAGES, False, False, OVERLAP
-    )
+        x, x, weight, weight, scale, scale, o_n, o_n, m_n, rows, 0.0,
+        K, P, DEPTH, STAGES, False, False, OVERLAP,
+    )  # fmt: skip
     o_r = tl.arange(0, P)
     at = o_r.to(tl.int64)[None, :] * N + o_n[:, None]
     mask = m_n[:, None] & (o_r < rows)[None, :]
@@ -34,38 +35,44 @@ def _linear_residual(
     tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
 
 
-def unsupported_reason(x: Tensor, weight: Tensor, residual: Tensor) -> str | None:
+def unsupported_reason(
+    x: Tensor, weight: Tensor, residual: Tensor, *, scale: Tensor | None = None
+) -> str | None:
     """Why this cannot take the call, or None."""
-    return few_rows.unsupported_reason(x, weight) or (
+    return few_rows.unsupported_reason(x, weight, scale) or (
         few_rows.unsupported_reason(residual) and "its residual needs a gradient"
     )
 
 
-def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+def linear_residual(
+    x: Tensor, weight: Tensor, residual: Tensor, *, scale: Tensor | None = None
+) -> Tensor:
     """See `vfmtok_fast.ops.linear_residual`; takes what `unsupported_reason` lets pass."""
-    return torch.ops.vfmtok_fast.linear_residual_triton(x, weight, residual)
+    return torch.ops.vfmtok_fast.linear_residual_triton(x, weight, residual, scale)
 
 
-def _launch(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    (rows, K), N = x.shape, weight.shape[0]
+def _launch(x: Tensor, weight: Tensor, residual: Tensor, scale: Tensor | None) -> Tensor:
+    rows, N = x.shape[0], weight.shape[0]
     if rows > few_rows.MAX_ROWS:
-        return torch.addmm(residual, x, weight.T)
+        return torch.addmm(residual, x, few_rows.dequantized(weight, scale, x.dtype).T)
     x, residual = x.contiguous(), residual.contiguous()
     out = torch.empty(rows, N, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     with on(x.device):
         _linear_residual[few_rows.grid(N)](
-            x, weight, residual, out, rows, N, **few_rows.constants(rows, K, x.itemsize, pair=False)
+            x, weight, scale, residual, out, rows, N, **few_rows.constants(x, weight, pair=False)
         )
     return out
 
 
-def _fake(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 _library = torch.library.Library("vfmtok_fast", "FRAGMENT")
-_library.define("linear_residual_triton(Tensor x, Tensor weight, Tensor residual) -> Tensor")
+_library.define(
+    "linear_residual_triton(Tensor x, Tensor weight, Tensor residual, Tensor? scale) -> Tensor"
+)
 _library.impl("linear_residual_triton", _launch, "CompositeExplicitAutograd")
 torch.library.register_fake("vfmtok_fast::linear_residual_triton", _fake, lib=_library)

@@ -65,14 +65,14 @@ def _position(position, ON_DEVICE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "position"])
 def _qkv_rotary(
-    x, norm, weight, rotary, position, out, k_cache, v_cache, rows, eps,
+    x, norm, weight, scale, rotary, position, out, k_cache, v_cache, rows, eps,
     H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ON_DEVICE: tl.constexpr,
     K: tl.constexpr, P: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     o_n, m_n = _tile(3 * H * D // 2)
     even, odd = _products(
-        x, norm, weight, weight, 2 * o_n, 2 * o_n + 1, m_n, rows, eps,
+        x, norm, weight, weight, scale, scale, 2 * o_n, 2 * o_n + 1, m_n, rows, eps,
         K, P, DEPTH, STAGES, True, True, OVERLAP,
     )  # fmt: skip
     o_r = tl.arange(0, P)
@@ -107,6 +107,7 @@ def unsupported_reason(
     v_cache: Tensor,
     position: int | Tensor,
     *,
+    scale: Tensor | None = None,
     eps: float = 1e-5,
 ) -> str | None:
     """Why this cannot take the call, or None."""
@@ -114,7 +115,7 @@ def unsupported_reason(
         return f"it takes a float32 rotary table, not {rotary.dtype}"
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         return "it takes contiguous caches"
-    return few_rows.unsupported_reason(x, norm_weight, qkv_weight, rotary, k_cache, v_cache)
+    return few_rows.unsupported_reason(x, norm_weight, qkv_weight, scale, rotary, k_cache, v_cache)
 
 
 def qkv_rotary(
@@ -126,20 +127,21 @@ def qkv_rotary(
     v_cache: Tensor,
     position: int | Tensor,
     *,
+    scale: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
     """See `vfmtok_fast.ops.qkv_rotary`; takes what `unsupported_reason` lets pass."""
     at, number = (position, 0) if isinstance(position, Tensor) else (None, position)
     return torch.ops.vfmtok_fast.qkv_rotary_triton(
-        x, norm_weight, qkv_weight, rotary, k_cache, v_cache, at, number, eps
+        x, norm_weight, qkv_weight, scale, rotary, k_cache, v_cache, at, number, eps
     )
 
 
 def _launch(
-    x: Tensor, norm_weight: Tensor, weight: Tensor, rotary: Tensor, k_cache: Tensor,
-    v_cache: Tensor, at: Tensor | None, number: int, eps: float,
+    x: Tensor, norm_weight: Tensor, weight: Tensor, scale: Tensor | None, rotary: Tensor,
+    k_cache: Tensor, v_cache: Tensor, at: Tensor | None, number: int, eps: float,
 ) -> Tensor:  # fmt: skip
-    (rows, K), (_, H, T, D) = x.shape, k_cache.shape
+    rows, (_, H, T, D) = x.shape[0], k_cache.shape
     x = x.contiguous()
     out = torch.empty(rows, H, D, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
@@ -147,7 +149,8 @@ def _launch(
     position = number if at is None else at
     shape = {"H": H, "T": T, "D": D, "ON_DEVICE": at is not None}
     if rows > few_rows.MAX_ROWS:
-        qkv = F.linear(few_rows.rms_norm(x, norm_weight, eps), weight)
+        x = few_rows.rms_norm(x, norm_weight, eps)
+        qkv = F.linear(x, few_rows.dequantized(weight, scale, x.dtype))
         with on(x.device):
             _rotary[(triton.cdiv(rows, ROWS), triton.cdiv(3 * H * D // 2, PAIRS))](
                 qkv, rotary, position, out, k_cache, v_cache, rows,
@@ -156,19 +159,19 @@ def _launch(
         return out
     with on(x.device):
         _qkv_rotary[few_rows.grid(3 * H * D // 2)](
-            x, norm_weight, weight, rotary, position, out, k_cache, v_cache, rows, eps,
-            **shape, **few_rows.constants(rows, K, x.itemsize, pair=True),
+            x, norm_weight, weight, scale, rotary, position, out, k_cache, v_cache, rows, eps,
+            **shape, **few_rows.constants(x, weight, pair=True),
         )  # fmt: skip
     return out
 
 
-def _fake(x: Tensor, norm_weight, weight, rotary, k_cache: Tensor, v_cache, at, number, eps):
+def _fake(x: Tensor, norm_weight, weight, scale, rotary, k_cache: Tensor, *rest: object) -> Tensor:
     return x.new_empty(x.shape[0], k_cache.shape[1], k_cache.shape[3])
 
 
 _library = torch.library.Library("vfmtok_fast", "FRAGMENT")
 _library.define(
-    "qkv_rotary_triton(Tensor x, Tensor norm_weight, Tensor weight, Tensor rotary, "
+    "qkv_rotary_triton(Tensor x, Tensor norm_weight, Tensor weight, Tensor? scale, Tensor rotary, "
     "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? at, int number, float eps) -> Tensor"
 )
 _library.impl("qkv_rotary_triton", _launch, "CompositeExplicitAutograd")

@@ -344,7 +344,8 @@ def _launch(
             top_k if takes_k else None, top_p if takes_p else None,
             V=V, BLOCK=block if takes_k or takes_p else 0, CHUNK=chunk, GREEDY=greedy,
             # Products and sums are rounded apart, as torch does.
-            num_warps=max(1, chunk // CODES_PER_WARP), enable_fp_fusion=False, **overlap(),
+            num_warps=max(1, chunk // CODES_PER_WARP), enable_fp_fusion=False,
+            **overlap(logits.device),
         )  # fmt: skip
     return out
 

@@ -151,6 +151,56 @@ def test_launches_of_ones_compile(tmp_path):
     assert set(result.stdout.split()) == set.union(*map(launched_kernels, sources))
 
 
+WAITING = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   PREEXIT ;
+.L_x_0:
+        /*0020*/                   CCTL.E.PF2 [R2] ;
+        /*0030*/               @P0 BRA `(.L_x_0) ;
+        /*0040*/                   ACQBULK ;
+.L_x_1:
+        /*0050*/                   LDG.E R4, desc[UR4][R2.64] ;
+        /*0060*/                   STG.E desc[UR4][R2.64], R4 ;
+        /*0070*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("CCTL.E.PF2 [R2]", "CCTL.E.PF2 [R2]", None),
+        ("CCTL.E.PF2 [R2]", "LDG.E R4, desc[UR4][R2.64]", "LDG.E R4"),
+        ("CCTL.E.PF2 [R2]", "@P1 LDGSTS.E [R1], desc[UR4][R2.64]", "LDGSTS.E"),
+        ("CCTL.E.PF2 [R2]", "STG.E desc[UR4][R2.64], R4", "STG.E"),
+        ("CCTL.E.PF2 [R2]", "LDS R4, [R1]", "LDS R4"),
+        ("CCTL.E.PF2 [R2]", "CCTL.IVALL", "CCTL.IVALL"),
+        ("PREEXIT", "@P2 EXIT", "@P2 EXIT"),
+        ("BRA `(.L_x_0)", "BRA `(.L_x_1)", "BRA `(.L_x_1)"),
+        ("ACQBULK", "@P0 ACQBULK", "@P0 ACQBULK"),
+        ("ACQBULK", "NOP", "0 waits"),
+        ("EXIT", "ACQBULK", "2 waits"),
+    ],
+)
+def test_what_a_kernel_does_before_it_has_waited_is_found(aot, old: str, new: str, said):
+    assert old in WAITING
+    found = aot.early_accesses(WAITING.replace(old, new))
+    assert found == [] if said is None else len(found) == 1 and said in found[0]
+    row = {"early_accesses": found, "spill_bytes": 0, "matrix_in_kernel": 0}
+    budget = {"triton": aot.triton.__version__, "H200": {"kernel": {}}}
+    assert len(aot.check("kernel", "H200", row, budget)) == len(found)
+
+
+@pytest.mark.slow
+def test_every_kernel_of_a_step_is_looked_at_for_that(compiled):
+    _, out = compiled
+    for chip, overlaps in (("a100", False), ("h200", True), ("b200", True)):
+        kernels = json.loads((out / f"{chip}.json").read_text())["kernels"]
+        seen = {name.split(".")[0] for name, row in kernels.items() if "early_accesses" in row}
+        few_rows = {"qkv_rotary", "linear_residual", "gate_up", "norm_linear"}
+        step = few_rows | {"decode_attention", "sample_token", "append_code"}
+        assert seen == (step if overlaps else set())
+
+
 def test_loops_are_found_in_the_disassembly(aot):
     code = """
 .L_x_0:

@@ -269,6 +269,10 @@ def test_other_settings_are_refused(tmp_path, changes, message):
 
 def test_other_weights_and_damage_are_refused(tmp_path):
     run(tmp_path / "a")
+    rounded = job(tmp_path / "a")
+    rounded.gpt.quantize_weights()
+    with pytest.raises(FileExistsError, match=r"weights \(there none, here int8\)"):
+        samples.prepare(rounded)
     other = job(tmp_path / "a")
     with torch.no_grad():
         other.gpt.head.weight[0, 0] += 1

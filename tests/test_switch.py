@@ -118,7 +118,7 @@ def test_no_ops_enables_nothing(fake_op):
 
 @pytest.mark.parametrize("ops", ["nearest", ["nearest_code", "nearest"]])
 def test_an_unknown_op_is_named_and_changes_nothing(ops):
-    with pytest.raises(ValueError, match=r"unknown op \['nearest'\]; the ops are \['decode_att"):
+    with pytest.raises(ValueError, match=r"unknown op \['nearest'\]; the ops are \['append_code"):
         vf.enable(ops=ops)
     assert not vf.status().enabled
 

@@ -192,6 +192,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--greedy", action="store_true", help="take the likeliest code each time")
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--int8", action="store_true", help="round the generator's weights to 8 bits, for speed"
+    )
     _tokenizer_options(sub, untrained=sorted({*TOKENIZERS} & {*GPTS}))
 
     command("doctor", "what is installed, what will run fast here, and why not")

@@ -403,12 +403,16 @@ def _gpt(options: argparse.Namespace) -> GPT:
     if options.untrained is not None:
         if options.gpt is not None:
             raise ValueError("--untrained brings its own generator; leave out --gpt")
-        return _place(untrained.untrained_gpt(options.untrained), options)
-    if options.gpt is None:
+        gpt = untrained.untrained_gpt(options.untrained)
+    elif options.gpt is None:
         raise ValueError(
             "--gpt names the generator: a folder made by `vfmtok-fast convert GPT-L FOLDER`"
         )
-    return _place(GPT.from_pretrained(options.gpt), options)
+    else:
+        gpt = GPT.from_pretrained(options.gpt)
+    if options.int8:  # Of the full weights, before --dtype rounds them.
+        gpt.quantize_weights()
+    return _place(gpt, options)
 
 
 def _place(model: torch.nn.Module, options: argparse.Namespace) -> torch.nn.Module:

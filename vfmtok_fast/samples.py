@@ -75,9 +75,10 @@ def prepare(job: Job) -> None:
         "num": len(job.class_ids),
         "classes_sha256": weights_checksum({"class_ids": job.class_ids}),
         "size": job.size,
-        "dtype": str(job.gpt.head.weight.dtype).removeprefix("torch."),
+        "dtype": str(job.gpt.dtype).removeprefix("torch."),
         "gpt_sha256": weights_checksum(job.gpt.state_dict()),
         "tokenizer_sha256": weights_checksum(job.tokenizer.state_dict()),
+        **({"weights": "int8"} if job.gpt.quantized else {}),
         **job.sampling,
     }
     path = job.out / SETTINGS
@@ -127,8 +128,8 @@ def make_shards(
         advance: told how many pictures were finished; may raise to stop.
     """
     together = max(1, batch_size // SHARD)
-    cuda = job.gpt.head.weight.is_cuda
-    stream = torch.cuda.Stream(job.gpt.head.weight.device) if cuda else None
+    device = job.gpt.device
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     with ThreadPoolExecutor(1, thread_name_prefix="vfmtok-decode") as thread:
         decoding: list[Future] = []
         for first in range(0, len(numbers), together):

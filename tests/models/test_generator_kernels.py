@@ -78,6 +78,15 @@ def test_codes_are_the_references(model, settings):
         assert torch.equal(fast(model, CLASSES[:B], **settings), want), B
 
 
+@runs
+@pytest.mark.parametrize("settings", SETTINGS[:2], ids=str)
+def test_codes_of_int8_weights_are_the_references(settings):
+    model = (make() if GPU else make(block_size=9, num_layers=1)).quantize_weights()
+    for B in (1, 3, 34) if GPU else (2,):
+        want = model.generate(CLASSES[:B], **settings)
+        assert torch.equal(fast(model, CLASSES[:B], **settings), want), B
+
+
 @pytest.mark.gpu
 def test_a_replay_is_no_repeat(model):
     """Other seeds, images and classes come through a captured graph; the same ones repeat."""
@@ -109,6 +118,8 @@ def test_kernels_that_overlap_make_the_same_codes(dtype, B, monkeypatch):
         pytest.skip("programmatic dependent launch needs sm_90")
     model = make(num_layers=8, dim=512, num_heads=8, block_size=64).to(dtype)
     settings = {"seed": 3, "cfg_scale": 1.5, "top_k": 100}
+    monkeypatch.setattr(launch, "OVERLAP", False)
+    engine.forget()
     want = fast(model, CLASSES[:B], **settings)
     monkeypatch.setattr(launch, "OVERLAP", True)
     engine.forget()

@@ -66,13 +66,15 @@ def inputs(op: str, rows: int, K: int, N: int, dtype: torch.dtype) -> list[Tenso
     return made
 
 
-def call(op: str, given: list[Tensor], position: int | Tensor = 3) -> list[Tensor]:
+def call(
+    op: str, given: list[Tensor], position: int | Tensor = 3, **scales: Tensor
+) -> list[Tensor]:
     """All that the op writes, for qkv_rotary q, and k and v as they stand in the caches."""
     if op != "qkv_rotary":
-        return [getattr(ops, op)(*given)]
+        return [getattr(ops, op)(*given, **scales)]
     shape = (given[0].shape[0], H, T, D)
     caches = [given[0].new_full(shape, float("nan")) for _ in range(2)]
-    q = ops.qkv_rotary(*given, *caches, position)
+    q = ops.qkv_rotary(*given, *caches, position, **scales)
     at = int(position)
     others = [t for t in range(T) if t != at]
     assert all(cache[:, :, others].isnan().all() for cache in caches)
@@ -110,6 +112,42 @@ def test_rounds_no_worse_than_the_reference(op, rows, dtype, check_error, record
         assert took.pop(few) == 1 and not any(took.values())
     else:
         assert took.pop(few) == 0 and all(n == 1 for n in took.values())
+
+
+def quantized(op: str, given: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """``given`` with int8 in place of the weights, and their scales by the op's names for them."""
+    places = {"gate_up": {2: "gate_scale", 3: "up_scale"}, "linear_residual": {1: "scale"}}
+    given, scales = list(given), {}
+    for place, name in places.get(op, {2: "scale"}).items():
+        weight = given[place].double()
+        scale = (weight.abs().amax(1) / 127).float()
+        scales[name] = scale
+        given[place] = (weight / scale[:, None]).round().to(torch.int8)
+    return given, scales
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 9, 33])
+@pytest.mark.parametrize(("K", "N"), [(37, 17), (600, 40)])
+@pytest.mark.parametrize("op", KERNELS)
+def test_int8_weights(op, K, N, rows, dtype, check_error, record):
+    """The truth: the weights in full, in float64."""
+    module, few, _ = KERNELS[op]
+    kernels = record(module, few)
+    given, scales = quantized(op, inputs(op, rows, K, N, dtype))
+    places = [at for at, tensor in enumerate(given) if tensor.dtype == torch.int8]
+    wide = [t if op == "qkv_rotary" and t is given[3] else t.double() for t in given]
+    for at, scale in zip(places, scales.values(), strict=True):
+        wide[at] = given[at].double() * scale.double()[:, None]
+    truth, ruler = call(op, wide), call(op, given, **scales)
+    there = [t.to(DEVICE) for t in given]
+    with vfmtok_fast.enable(op, strict=True):
+        got = call(op, there, **{name: scale.to(DEVICE) for name, scale in scales.items()})
+    assert vfmtok_fast.status().ops[op].calls["triton"] == 1
+    assert len(kernels[few].launches) == (rows <= few_rows.MAX_ROWS)
+    for one, exact, reference in zip(got, truth, ruler, strict=True):
+        check_error(one.cpu(), exact, reference)
 
 
 @runs
@@ -213,14 +251,18 @@ def test_what_it_cannot_take(op):
 
 @runs
 @pytest.mark.parametrize("op", KERNELS)
-def test_torch_knows_the_op(op):
+@pytest.mark.parametrize("stored", [torch.float32, torch.int8])
+def test_torch_knows_the_op(op, stored):
     given = [t.to(DEVICE) for t in inputs(op, 2, 64, 16, torch.float32)]
-    extra = {"gate_up": (1e-5,), "norm_linear": (1e-5,)}.get(op, ())
+    given, scales = quantized(op, given) if stored == torch.int8 else (given, {})
+    extra = {"linear_residual": (scales.get("scale"),), "norm_linear": (scales.get("scale"), 1e-5)}
+    extra["gate_up"] = (scales.get("gate_scale"), scales.get("up_scale"), 1e-5)
     if op == "qkv_rotary":
         caches = [torch.zeros(2, H, T, D, device=DEVICE) for _ in range(2)]
-        extra = (*caches, torch.tensor([1], device=DEVICE), 0, 1e-5)
+        given.insert(3, scales.get("scale"))
+        extra[op] = (*caches, torch.tensor([1], device=DEVICE), 0, 1e-5)
     target = getattr(torch.ops.vfmtok_fast, f"{op}_triton").default
-    torch.library.opcheck(target, (*given, *extra))
+    torch.library.opcheck(target, (*given, *extra[op]))
 
 
 @runs
@@ -248,6 +290,7 @@ def test_a_graph_replays_the_same_bits(op, overlap, monkeypatch):
     if overlap and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("programmatic dependent launch needs sm_90")
     given = [t.cuda() for t in inputs(op, 2, 1024, 1024, torch.bfloat16)]
+    monkeypatch.setattr(launch, "OVERLAP", False)
     want = call(op, given) if op != "qkv_rotary" else None
     monkeypatch.setattr(launch, "OVERLAP", overlap)
     caches = [torch.zeros(2, H, T, D, device="cuda", dtype=torch.bfloat16) for _ in range(2)]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import switch
+from ..ops import unchecked
 from .kv_cache import KVCache
 
 if TYPE_CHECKING:
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 
 # The ops of a step. While all of them are enabled, `GPT.generate` takes the engine.
 STEP_OPS = frozenset(
-    ["qkv_rotary", "decode_attention", "linear_residual", "gate_up", "norm_linear", "sample_token"]
+    [
+        *("qkv_rotary", "decode_attention", "linear_residual", "gate_up", "norm_linear"),
+        *("sample_token", "append_code"),
+    ]
 )
 
 _engines: weakref.WeakKeyDictionary[GPT, Engine] = weakref.WeakKeyDictionary()
@@ -73,24 +77,24 @@ def forget() -> None:
 
 def _key(model: GPT, batch: int, guided: bool) -> tuple:
     """Equal for two calls that may share buffers and graphs: a graph holds these addresses."""
-    weight = model.head.weight
-    addresses = tuple(tensor.data_ptr() for tensor in (*model.parameters(), model.rotary))
-    return batch, guided, weight.dtype, weight.device, addresses
+    addresses = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+    return batch, guided, model.dtype, model.device, addresses
 
 
 class Engine:
     """Buffers of ``batch`` images, and the graphs that were captured over them."""
 
     def __init__(self, model: GPT, batch: int, guided: bool, key: tuple):
-        weight, config = model.head.weight, model.config
+        config, device, rows = model.config, model.device, batch * (2 if guided else 1)
         self.key = key
         self.batch = batch
-        self.cache = KVCache(config, batch * (2 if guided else 1), weight.device, weight.dtype)
-        self.image_ids, self.last = torch.empty(2, batch, dtype=torch.int64, device=weight.device)
-        shape = (batch, config.block_size)
-        self.codes = torch.empty(shape, dtype=torch.int64, device=weight.device)
-        # The step that a graph makes next; each replay adds one.
-        self.at = torch.zeros(1, dtype=torch.int64, device=weight.device)
+        self.cache = KVCache(config, rows, device, model.dtype)
+        self.image_ids = torch.empty(batch, dtype=torch.int64, device=device)
+        self.codes = torch.empty(batch, config.block_size, dtype=torch.int64, device=device)
+        # The input of the next step.
+        self.x = torch.empty(rows, config.dim, dtype=model.dtype, device=device)
+        # The position of the next step and the length up to it; a step that reads them adds one.
+        self.at = torch.empty(2, dtype=torch.int64, device=device)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
 
     def run(
@@ -108,8 +112,9 @@ class Engine:
         classes = class_ids
         if guided := sampling.guided(0):
             classes = torch.cat([class_ids, torch.full_like(class_ids, model.config.num_classes)])
-        self._draw(model, model.class_embedding(classes), cache, sampling, 0)
-        self.at.fill_(1)
+        self.x.copy_(model.class_embedding(classes))
+        self.advance(model, cache, sampling, guided, 0)
+        torch.arange(1, 3, out=self.at)
         tell(0)
         for step in range(1, steps):
             if guided and not sampling.guided(step):
@@ -124,22 +129,16 @@ class Engine:
     def advance(
         self, model: GPT, cache: KVCache, sampling: Sampling, guided: bool, at: int | Tensor
     ) -> None:
-        """Code ``at`` of all images from the codes before it.
+        """Code ``at`` of all images from the input ``x``, which becomes the next step's.
 
-        With a tensor ``at`` no value is read on the host, so this can be captured.
+        With a tensor ``at`` [2], position and length, no value is read on the host, so this can be
+        captured; both are advanced.
         """
-        last = self.last.repeat(2 if guided else 1)
-        self._draw(model, model.token_embedding(last), cache, sampling, at)
-
-    def _draw(
-        self, model: GPT, x: Tensor, cache: KVCache, sampling: Sampling, at: int | Tensor
-    ) -> None:
-        self.last.copy_(sampling.draw(model.step(x, cache, at), self.image_ids, at))
-        if isinstance(at, Tensor):
-            self.codes.index_copy_(1, at, self.last[:, None])
-            at.add_(1)
-        else:
-            self.codes[:, at] = self.last
+        x = self.x[: 2 * self.batch if guided else self.batch]
+        position, length = at.split(1) if isinstance(at, Tensor) else (at, at + 1)
+        logits = model.step(x, cache, position, length)
+        code = sampling.draw(logits, self.image_ids, position)
+        unchecked.append_code(code, self.codes, at, model.token_embedding.weight, x)
 
     def _replay(self, model: GPT, cache: KVCache, sampling: Sampling, guided: bool) -> None:
         """One step on a GPU: eagerly the first time, which warms up, then captured and replayed.

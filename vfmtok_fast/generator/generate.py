@@ -106,8 +106,8 @@ def generate(
     sampling = Sampling(cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, seed)
     batches = _batches(self, class_ids, image_ids, sampling, None, None, progress, use_cache)
     parts = [codes for _, codes in batches]
-    device = self.head.weight.device
-    return torch.cat(parts or [torch.empty(0, self.config.block_size, device=device).long()])
+    empty = torch.empty(0, self.config.block_size, dtype=torch.int64, device=self.device)
+    return torch.cat(parts or [empty])
 
 
 def stream(
@@ -150,7 +150,7 @@ def _batches(
     batch_size: int | None, memory: int | None, progress: Progress | None, use_cache: bool,
 ) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
     """Check everything now, and return the iterator of finished batches."""
-    config, device = self.config, self.head.weight.device
+    config, device = self.config, self.device
     check_class_ids("generate", class_ids, config.num_classes)
     sampling.check()
     B = class_ids.shape[0]
@@ -200,7 +200,7 @@ def _loop(
     if guided:  # Rows [conditional; unconditional].
         classes = torch.cat([class_ids, torch.full_like(class_ids, config.num_classes)])
     codes = torch.empty(B, config.block_size, dtype=torch.int64, device=device)
-    cache = KVCache(config, len(classes), device, self.head.weight.dtype) if use_cache else None
+    cache = KVCache(config, len(classes), device, self.dtype) if use_cache else None
 
     trained = [module for module in self.modules() if module.training]
     self.eval()

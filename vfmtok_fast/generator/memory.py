@@ -20,7 +20,7 @@ def bytes_per_image(model: GPT, guided: bool) -> int:
     """Bytes that one image takes while it is generated: keys, values and its rows of logits."""
     config, rows = model.config, 2 if guided else 1
     cache = 2 * config.num_layers * config.dim * config.block_size
-    return rows * (cache * model.head.weight.element_size() + 4 * LOGIT_COPIES * config.vocab_size)
+    return rows * (cache * model.dtype.itemsize + 4 * LOGIT_COPIES * config.vocab_size)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -47,7 +47,7 @@ def images_that_fit(
         MemoryError: ``batch_size`` images, or a single one, do not fit.
     """
     if memory is None:
-        memory = int(SHARE * free_bytes(model.head.weight.device))
+        memory = int(SHARE * free_bytes(model.device))
     each = bytes_per_image(model, guided)
     most = memory // each
     wanted = min(batch_size or 1, max(count, 1))

@@ -26,6 +26,7 @@ from ..reference.rotary import rotate
 from .config import GPTConfig
 from .generate import generate, stream
 from .kv_cache import KVCache
+from .linear import Linear
 
 
 class RMSNorm(nn.Module):
@@ -61,8 +62,8 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
-        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.qkv = Linear(config.dim, 3 * config.dim)
+        self.out = Linear(config.dim, config.dim)
         self.dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
@@ -80,9 +81,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.gate = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.up = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.gate = Linear(config.dim, config.ffn_dim)
+        self.up = Linear(config.dim, config.ffn_dim)
+        self.down = Linear(config.ffn_dim, config.dim)
         self.dropout = nn.Dropout(config.ffn_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,12 +114,16 @@ class Block(nn.Module):
         checks its arguments, as `GPT.step` has.
         """
         attention, ffn, eps = self.attention, self.ffn, self.ffn_norm.eps
+        qkv, out, gate, up, down = attention.qkv, attention.out, ffn.gate, ffn.up, ffn.down
         norm = self.attention_norm.weight
-        q = unchecked.qkv_rotary(x, norm, attention.qkv.weight, rotary, keys, values, at, eps=eps)
+        q = unchecked.qkv_rotary(
+            x, norm, qkv.weight, rotary, keys, values, at, scale=qkv.scale, eps=eps
+        )
         mixed = unchecked.decode_attention(q, keys, values, length).flatten(1)
-        x = unchecked.linear_residual(mixed, attention.out.weight, x)
-        hidden = unchecked.gate_up(x, self.ffn_norm.weight, ffn.gate.weight, ffn.up.weight, eps=eps)
-        return unchecked.linear_residual(hidden, ffn.down.weight, x)
+        x = unchecked.linear_residual(mixed, out.weight, x, scale=out.scale)
+        norm, scales = self.ffn_norm.weight, {"gate_scale": gate.scale, "up_scale": up.scale}
+        hidden = unchecked.gate_up(x, norm, gate.weight, up.weight, **scales, eps=eps)
+        return unchecked.linear_residual(hidden, down.weight, x, scale=down.scale)
 
 
 class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
@@ -147,7 +152,7 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         self.dropout = nn.Dropout(config.token_dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.head = Linear(config.dim, config.vocab_size)
         self.register_buffer("rotary", rotary_table(config), persistent=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -161,8 +166,57 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
     def _apply(self, fn, recurse: bool = True) -> GPT:
         # .to(bfloat16) must not round the angles: the release keeps them in float32.
         super()._apply(fn, recurse)
-        self.rotary = rotary_table(self.config).to(self.head.weight.device)
+        self.rotary = rotary_table(self.config).to(self.device)
         return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in; weights may be of 8 bits, see `quantize_weights`."""
+        return self.norm.weight.dtype
+
+    @property
+    def quantized(self) -> bool:
+        """Whether `quantize_weights` was called."""
+        return self.head.scale is not None
+
+    def quantize_weights(self) -> GPT:
+        """Round the weights of all linear layers to int8, in place, for faster decoding.
+
+        Every row (output channel) gets a float32 scale, its largest magnitude / 127; embeddings and
+        norms stay as they are, and so does the dtype that is computed in. A step then reads about
+        half of the bytes of a bfloat16 model. Codes change: README.md says by how much. It is for
+        inference, cannot be undone, and is not saved: load the weights and call it again. Calling
+        it a second time does nothing.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: weights that hold NaN or infinity; the model is then left as it is.
+        """
+        layers = {name: m for name, m in self.named_modules() if isinstance(m, Linear)}
+        if wrong := [n for n, m in layers.items() if not bool(torch.isfinite(m.weight).all())]:
+            raise ValueError(f"quantize_weights: NaN or infinity in the weights of {wrong}")
+        for layer in layers.values():
+            layer.quantize()
+        return self
+
+    def save_pretrained(self, save_directory: str | Path, **options) -> str | None:
+        """See `HubModel.save_pretrained`.
+
+        Raises:
+            ValueError: after `quantize_weights`, whose result is not saved.
+        """
+        if self.quantized:
+            raise ValueError(
+                "save_pretrained: the weights are int8, which is not saved; save the model before "
+                "quantize_weights, and call that again after loading"
+            )
+        return super().save_pretrained(save_directory, **options)
 
     def forward(self, codes: Tensor, class_ids: Tensor) -> Tensor:
         """Teacher forcing: logits of every code from the class and the codes before it.
@@ -181,7 +235,7 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
             TypeError, ValueError: wrong shape, dtype or range.
         """
         config = self.config
-        device = self.head.weight.device
+        device = self.device
         check_codes("GPT", codes, config.block_size, config.vocab_size, device)
         check_class_ids("GPT", class_ids, config.num_classes)
         check_device("GPT", "class_ids", class_ids, device)
@@ -211,13 +265,16 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         logits = self.head(self.norm(x))
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def step(self, x: Tensor, cache: KVCache, at: int | Tensor) -> Tensor:
+    def step(
+        self, x: Tensor, cache: KVCache, at: int | Tensor, length: int | Tensor | None = None
+    ) -> Tensor:
         """Embedded position ``at`` [B, C] to its logits [B, K]; goes into the cache as well.
 
         Args:
             x: of the model's dtype and device.
             cache: a `KVCache` of this model's config, with B rows.
             at: in 0..block_size - 1, an int or a tensor of one element (whose value is not read).
+            length: ``at + 1``, of the same kind, for who has it: on a GPU it is a launch.
 
         Raises:
             TypeError, ValueError: wrong shape, dtype, device, position or cache; autocast is on.
@@ -233,12 +290,15 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
                 "op; convert the model instead, as with gpt.bfloat16()"
             )
         check_shape("GPT", "x", x, (keys.shape[0], self.config.dim))
-        check_same("GPT", x=x, weight=self.head.weight, cache=keys)
+        check_same("GPT", x=x, weight=self.norm.weight, cache=keys)
         check_position("GPT", "at", at, 0, keys.shape[2], (1,), x=x)
-        length = at + 1
+        if length is None:
+            length = at + 1
+        check_position("GPT", "length", length, 1, keys.shape[2] + 1, (1,), x=x)
         for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
             x = block.step(x, self.rotary, keys, values, at, length)
-        return unchecked.norm_linear(x, self.norm.weight, self.head.weight, eps=self.norm.eps)
+        norm, head = self.norm, self.head
+        return unchecked.norm_linear(x, norm.weight, head.weight, scale=head.scale, eps=norm.eps)
 
     @classmethod
     def from_official(

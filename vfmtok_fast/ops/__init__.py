@@ -1,5 +1,6 @@
 """The seam: public ops, each validated, then taken by the implementation that `switch` allows."""
 
+from .append_code import append_code
 from .decode_attention import decode_attention
 from .deformable_sample import deformable_sample
 from .gate_up import gate_up
@@ -10,6 +11,7 @@ from .qkv_rotary import qkv_rotary
 from .sample_token import sample_token
 
 __all__ = [
+    "append_code",
     "decode_attention",
     "deformable_sample",
     "gate_up",

@@ -6,13 +6,20 @@ from torch import Tensor
 
 from ..reference import gate_up as reference
 from ..switch import Op
-from .checks import check_eps, check_same, check_shape, check_tensor
+from .checks import check_eps, check_same, check_shape, check_tensor, check_weights
 
 _op = Op("gate_up", reference.gate_up)
 
 
 def gate_up(
-    x: Tensor, norm_weight: Tensor, gate_weight: Tensor, up_weight: Tensor, *, eps: float = 1e-5
+    x: Tensor,
+    norm_weight: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    *,
+    gate_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Tensor:
     """``silu(n @ gate_weight.T) * (n @ up_weight.T)`` with n = RMSNorm(x): SwiGLU's hidden state.
 
@@ -21,7 +28,8 @@ def gate_up(
     Args:
         x: [B, C].
         norm_weight: [C].
-        gate_weight, up_weight: [F, C].
+        gate_weight, up_weight: [F, C], or int8 that stands for ``scale[:, None] * weight``.
+        gate_scale, up_scale: [F] float32, of an int8 weight.
         eps: of the norm, at least 0.
 
     Returns:
@@ -36,12 +44,18 @@ def gate_up(
     name = "gate_up"
     check_tensor(name, "x", x, "[B, C]", 2)
     check_tensor(name, "norm_weight", norm_weight, "[C]", 1)
-    check_tensor(name, "gate_weight", gate_weight, "[F, C]", 2)
-    check_tensor(name, "up_weight", up_weight, "[F, C]", 2)
-    check_same(name, x=x, norm_weight=norm_weight, gate_weight=gate_weight, up_weight=up_weight)
+    check_same(name, x=x, norm_weight=norm_weight)
+    check_weights(
+        name,
+        x,
+        gate_weight=(gate_weight, gate_scale, "[F, C]"),
+        up_weight=(up_weight, up_scale, "[F, C]"),
+    )
     shape = (gate_weight.shape[0], x.shape[1])
     check_shape(name, "norm_weight", norm_weight, shape[1:])
     check_shape(name, "gate_weight", gate_weight, shape)
     check_shape(name, "up_weight", up_weight, shape)
     check_eps(name, eps)
-    return _op(x, norm_weight, gate_weight, up_weight, eps=eps)
+    return _op(
+        x, norm_weight, gate_weight, up_weight, gate_scale=gate_scale, up_scale=up_scale, eps=eps
+    )

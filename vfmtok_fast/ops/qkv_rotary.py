@@ -6,7 +6,14 @@ from torch import Tensor
 
 from ..reference import qkv_rotary as reference
 from ..switch import Op
-from .checks import check_eps, check_position, check_same, check_shape, check_tensor
+from .checks import (
+    check_eps,
+    check_position,
+    check_same,
+    check_shape,
+    check_tensor,
+    check_weights,
+)
 
 _op = Op("qkv_rotary", reference.qkv_rotary)
 
@@ -20,6 +27,7 @@ def qkv_rotary(
     v_cache: Tensor,
     position: int | Tensor,
     *,
+    scale: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
     """Query of one new position; its key and value go into the cache, in place.
@@ -30,11 +38,13 @@ def qkv_rotary(
     Args:
         x: [B, C], the hidden state of the new position.
         norm_weight: [C].
-        qkv_weight: [3 * H * D, C], rows of q, then k, then v.
+        qkv_weight: [3 * H * D, C], rows of q, then k, then v; or int8 that stands for
+            ``scale[:, None] * weight``.
         rotary: [T', D / 2, 2] float32, cosine and sine of every position.
         k_cache, v_cache: [B, H, T, D]; position ``position`` of both is overwritten.
         position: in 0..min(T, T') - 1: an int, or an integer tensor of one element that stays on
             its device (its value is not checked, which would need a synchronisation).
+        scale: [3 * H * D] float32, of an int8 weight.
         eps: of the norm, at least 0.
 
     Returns:
@@ -49,13 +59,11 @@ def qkv_rotary(
     name = "qkv_rotary"
     check_tensor(name, "x", x, "[B, C]", 2)
     check_tensor(name, "norm_weight", norm_weight, "[C]", 1)
-    check_tensor(name, "qkv_weight", qkv_weight, "[3 * H * D, C]", 2)
     check_tensor(name, "rotary", rotary, "[T, D / 2, 2]", 3)
     check_tensor(name, "k_cache", k_cache, "[B, H, T, D]", 4)
     check_tensor(name, "v_cache", v_cache, "[B, H, T, D]", 4)
-    check_same(
-        name, x=x, norm_weight=norm_weight, qkv_weight=qkv_weight, k_cache=k_cache, v_cache=v_cache
-    )
+    check_same(name, x=x, norm_weight=norm_weight, k_cache=k_cache, v_cache=v_cache)
+    check_weights(name, x, qkv_weight=(qkv_weight, scale, "[3 * H * D, C]"))
     (B, C), (_, H, T, D) = x.shape, k_cache.shape
     check_shape(name, "norm_weight", norm_weight, (C,))
     check_shape(name, "qkv_weight", qkv_weight, (3 * H * D, C))
@@ -68,4 +76,4 @@ def qkv_rotary(
         )
     check_position(name, "position", position, 0, min(T, rotary.shape[0]), (1,), x=x)
     check_eps(name, eps)
-    return _op(x, norm_weight, qkv_weight, rotary, k_cache, v_cache, position, eps=eps)
+    return _op(x, norm_weight, qkv_weight, rotary, k_cache, v_cache, position, scale=scale, eps=eps)

@@ -24,6 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Rows of an int8 weight that are widened at once.
+_BLOCK = 256
+
 
 def unsupported_reason(x: Tensor, *rest: object, **options: object) -> str | None:
     """Why the ops made of `linear` cannot take a call, or None."""
@@ -32,9 +35,14 @@ def unsupported_reason(x: Tensor, *rest: object, **options: object) -> str | Non
     return None
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T`` for x [B, K] and weight [N, K], contiguous [B, N]; no gradients."""
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """``x @ weight.T`` for x [B, K] and weight [N, K], contiguous [B, N]; no gradients.
+
+    With ``scale`` [N] the weight is int8, and stands for ``scale[:, None] * weight``.
+    """
     rows, K = x.shape
+    if scale is not None:
+        return _int8_linear(x, weight, scale)
     if x.dtype != torch.float32 or x.device.type != "cpu" or rows == 0:
         return F.linear(x, weight)
     if 2 <= rows <= 5 and K <= 2048:
@@ -44,6 +52,24 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return F.linear(x, weight)
+
+
+def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    (rows, K), N = x.shape, weight.shape[0]
+    kernel = x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    if kernel and hasattr(torch, "_weight_int8pack_mm") and rows and N and K % 32 == 0:
+        # What torchao's weight-only layers take; there is no public name for it. It reads past the
+        # end of rows of other lengths (seen: a crash), and its scales are bfloat16, so ours follow.
+        ones = torch.ones(N, dtype=x.dtype)
+        return torch._weight_int8pack_mm(x.contiguous(), weight, ones).mul_(scale)
+    # In blocks that stay in the cache: all of it at once would be written to memory, and read back.
+    # The scale comes first, or float16 might overflow.
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    blocks = [
+        F.linear(x, (part.to(exact) * by.to(exact)[:, None]).to(x.dtype))
+        for part, by in zip(weight.split(_BLOCK), scale.split(_BLOCK), strict=True)
+    ]
+    return torch.cat(blocks, dim=1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -8,6 +8,8 @@ from .linear import linear
 from .linear import unsupported_reason as unsupported_reason
 
 
-def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+def linear_residual(
+    x: Tensor, weight: Tensor, residual: Tensor, *, scale: Tensor | None = None
+) -> Tensor:
     """See `vfmtok_fast.ops.linear_residual`."""
-    return linear(x, weight).add_(residual)
+    return linear(x, weight, scale).add_(residual)

@@ -20,11 +20,12 @@ def qkv_rotary(
     v_cache: Tensor,
     position: int | Tensor,
     *,
+    scale: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
     """See `vfmtok_fast.ops.qkv_rotary`."""
     B, H, _, D = k_cache.shape
-    qkv = linear(rms_norm(x, norm_weight, eps), qkv_weight)
+    qkv = linear(rms_norm(x, norm_weight, eps), qkv_weight, scale)
     v = qkv[:, 2 * H * D :].view(B, H, D)
     qk = qkv[:, : 2 * H * D]
     wide = qk if qk.dtype == torch.float64 else qk.float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dequantized import dequantized
 from .rms_norm import rms_norm
 from .rotary import rotate
 
@@ -18,10 +19,11 @@ def qkv_rotary(
     v_cache: Tensor,
     position: int | Tensor,
     *,
+    scale: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
     """See `vfmtok_fast.ops.qkv_rotary`."""
-    qkv = F.linear(rms_norm(x, norm_weight, eps), qkv_weight)
+    qkv = F.linear(rms_norm(x, norm_weight, eps), dequantized(qkv_weight, scale, x.dtype))
     q, k, v = qkv.unflatten(-1, (3, *k_cache.shape[1::2])).unbind(1)
     return append(q, k, v, rotary, k_cache, v_cache, position)
 

@@ -1,0 +1,126 @@
+"""What `GPT.quantize_weights` costs in quality: `python benchmarks/int8_quality.py`.
+
+Teacher forcing over held-out codes, each position's law under the model as it is, rounded to
+bfloat16, and with int8 weights: cross-entropy per code, Kullback-Leibler divergence from the full
+model, and how often the likeliest code is the same. With a generator and a cache of tokens of the
+pictures it was trained on (or, better, was not):
+
+    python benchmarks/int8_quality.py --gpt gpt-l/ --tokens tokens/ --limit 1000
+
+Without them a small model is trained first, on codes that follow a law of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vfmtok_fast import GPT, GPTConfig
+
+SMALL = GPTConfig(
+    num_layers=4, num_heads=4, dim=128, vocab_size=256, block_size=64, num_classes=8,
+    class_dropout=0.0, token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0,
+)  # fmt: skip
+
+
+def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Codes of 8 x 8 grids: 45 % a stride from the left one, 45 % the upper one, else any."""
+    side, K = math.isqrt(SMALL.block_size), SMALL.vocab_size
+    classes = torch.randint(0, SMALL.num_classes, (count,), generator=generator)
+    codes = torch.randint(0, K, (count, side, side), generator=generator)
+    choice = torch.rand(count, side, side, generator=generator)
+    for row in range(side):
+        for column in range(side):
+            here = codes[:, row, column]
+            left = (codes[:, row, column - 1] + 7 * classes + 3) % K if column else here
+            above = codes[:, row - 1, column] if row else here
+            pick = choice[:, row, column]
+            codes[:, row, column] = torch.where(
+                pick < 0.45, left, torch.where(pick < 0.9, above, here)
+            )
+    return codes.flatten(1), classes
+
+
+def trained(steps: int) -> tuple[GPT, Tensor, Tensor]:
+    """A small model, and codes that it has not seen."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    model = GPT(SMALL)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for step in range(steps):
+        codes, classes = draw(64, generator)
+        loss = F.cross_entropy(model(codes, classes).flatten(0, 1), codes.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            print(f"step {step}: {loss.item():.4f} nats", flush=True)
+    return model.eval(), *draw(512, generator)
+
+
+def from_folders(options: argparse.Namespace) -> tuple[GPT, Tensor, Tensor]:
+    from vfmtok_fast.cache import read_tokens
+
+    tokens, labels = read_tokens(options.tokens, options.view)
+    # Evenly, for the index goes class by class.
+    rows = np.linspace(0, len(tokens) - 1, min(options.limit, len(tokens))).astype(int)
+    codes, classes = (torch.from_numpy(part[rows].astype("int64")) for part in (tokens, labels))
+    return GPT.from_pretrained(options.gpt), codes, classes
+
+
+@torch.no_grad()
+def compare(model: GPT, codes: Tensor, classes: Tensor, device: torch.device) -> None:
+    versions = {
+        "float32": model,
+        "bfloat16": copy.deepcopy(model).bfloat16(),
+        "int8": copy.deepcopy(model).quantize_weights(),
+        "int8, bfloat16": copy.deepcopy(model).quantize_weights().bfloat16(),
+    }
+    totals = {name: torch.zeros(3, dtype=torch.float64) for name in versions}
+    for version in versions.values():
+        version.to(device)
+    for part, labels in zip(codes.split(16), classes.split(16), strict=True):
+        part, labels = part.to(device), labels.to(device)
+        laws = {n: v(part, labels).double().log_softmax(-1) for n, v in versions.items()}
+        full = laws["float32"]
+        for name, law in laws.items():
+            loss = -law.gather(-1, part[..., None]).sum()
+            divergence = (full.exp() * (full - law)).sum()
+            same = (law.argmax(-1) == full.argmax(-1)).sum()
+            totals[name] += torch.stack([loss, divergence, same]).cpu()
+    print(f"\n{len(codes)} images of {codes.shape[1]} codes\n")
+    print("| weights | nats per code | KL from float32 | same likeliest code |\n|---|---|---|---|")
+    for name, total in totals.items():
+        loss, divergence, same = (total / codes.numel()).tolist()
+        print(f"| {name} | {loss:.5f} | {divergence:.2e} | {100 * same:.2f} % |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--gpt", type=Path, help="folder made by `vfmtok-fast convert`")
+    parser.add_argument("--tokens", type=Path, help="folder made by `vfmtok-fast cache`")
+    parser.add_argument("--view", default="center", help="view of the cache (%(default)s)")
+    parser.add_argument("--limit", type=int, default=1000, help="images (%(default)s)")
+    parser.add_argument("--steps", type=int, default=800, help="of training, without --gpt")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    if (options.gpt is None) != (options.tokens is None):
+        parser.error("--gpt and --tokens go together")
+    try:
+        found = from_folders(options) if options.gpt else trained(options.steps)
+        compare(*found, torch.device(options.device))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"int8_quality: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

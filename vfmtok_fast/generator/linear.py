@@ -1,0 +1,49 @@
+"""The generator's linear layers, whose weights may be of 8 bits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..reference.dequantized import dequantized
+
+# Largest magnitude of a quantised weight; -128 is left out, for symmetry.
+LARGEST = 127
+
+
+class Linear(nn.Linear):
+    """x @ weight.T; after `quantize` the weight is int8 and ``scale`` [N] float32, else None."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+        self.scale: Tensor | None
+        self.register_buffer("scale", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, dequantized(self.weight, self.scale, x.dtype))
+
+    @torch.no_grad()
+    def quantize(self) -> None:
+        """Round every row to multiples of its largest magnitude / 127; a second time does nothing.
+
+        The weight must be finite.
+        """
+        if self.scale is not None:
+            return
+        weight = self.weight.float()
+        largest = weight.abs().amax(dim=1)
+        # A row of zeros has any scale.
+        scale = torch.where(largest > 0, largest / LARGEST, 1.0)
+        # A value may exceed 127 by rounding alone, of the quotient.
+        rounded = (weight / scale[:, None]).round_().clamp_(-LARGEST, LARGEST)
+        self.weight = nn.Parameter(rounded.to(torch.int8), requires_grad=False)
+        self.scale = scale
+
+    def _apply(self, fn, recurse: bool = True) -> Linear:
+        # .to(bfloat16) must not round the scale: the kernels read it as float32.
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if scale is not None and self.scale.dtype != scale.dtype:
+            self.scale = scale.to(self.scale.device)
+        return self
