@@ -341,13 +341,15 @@ def decode_attention_cases() -> list[Case]:
 
 
 def sample_token_cases() -> list[Case]:
-    # One row for every multiprocessor of an H200: fewer take as long.
+    # One row for every multiprocessor of an H200; and as for one image, whose row is shared.
     B, V, module = 132, 16384, sample_token
     cases = []
     for name, kind, guided, tempered, top_k, top_p, greedy in (
         ("plain", "fp32", True, False, False, False, False),
         ("unguided", "fp32", False, False, False, False, False),
         ("plain", "bf16", True, False, False, False, False),
+        ("shared", "fp32", True, True, False, False, False),
+        ("shared top-k,top-p", "fp32", True, True, True, True, False),
         ("tempered", "fp32", True, True, False, False, False),
         ("greedy", "fp32", True, False, False, False, True),
         ("top-k", "fp32", True, True, True, False, False),
@@ -362,12 +364,13 @@ def sample_token_cases() -> list[Case]:
         optional = {"temperature": (tempered, "fp32"), "top_k": (top_k, "i32")}
         optional["top_p"] = top_p, "fp32"
         types |= {argument: type_ for argument, (there, type_) in optional.items() if there}
-        constants = {"V": V, "BLOCK": V * (top_k or top_p), "CHUNK": module.CHUNK}
-        constants |= {"GREEDY": greedy, "OVERLAP": False}
+        shares = module.MAX_SHARES if "shared" in name else 1
+        constants = {"V": V, "BLOCK": V * (top_k or top_p), "SHARES": shares}
+        constants |= {"CHUNK": min(module.CHUNK, V // shares), "GREEDY": greedy, "OVERLAP": False}
         kernel = module._sample_token
         constants |= dict.fromkeys(set(kernel.arg_names) - set(types) - set(constants))
         # Where there are filters, and where the draw is unrolled, the draw is not the main loop.
-        drawn = not (top_k or top_p or greedy)
+        drawn = not (top_k or top_p or greedy or shares > 1)
         cases.append(
             Case(
                 f"sample_token._sample_token {name} {kind}",
@@ -375,7 +378,10 @@ def sample_token_cases() -> list[Case]:
                 types,
                 constants,
                 module.CHUNK // module.CODES_PER_WARP,
-                options={"enable_fp_fusion": False},
+                options={
+                    "enable_fp_fusion": False,
+                    **(module.GREEDY_OPTIONS if greedy else {}),
+                },
                 unit="code" if drawn else "",
                 units_per_warp=module.CODES_PER_WARP,
                 units=B * V,
@@ -383,6 +389,9 @@ def sample_token_cases() -> list[Case]:
                 aligned=("stride", "uncond_stride"),
             )
         )
+    shares = {"shares": "*i64", "out": "*i64", "rows": "i32"}
+    constants = {"SHARES": module.MAX_SHARES, "ROWS": module.BEST_ROWS, "OVERLAP": False}
+    cases.append(Case("sample_token._best_share", module._best_share, shares, constants, 1))
     return cases
 
 

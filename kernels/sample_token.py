@@ -1,7 +1,8 @@
-"""Triton `ops.sample_token`: guidance, temperature, top-k, top-p and Gumbel-max in one launch.
+"""Triton `ops.sample_token`: guidance, temperature, top-k, top-p and Gumbel-max.
 
 What it computes: for every row of logits [B, V] one code, int64 [B], with the reference's own noise
-and, up to ties within rounding, the reference's codes. One program per row, in two parts:
+and, up to ties within rounding, the reference's codes. One program per row, in two parts; where
+there are few rows up to eight programs share one, which all filter, and draw a part of the codes:
 
     filters  only with top-k or top-p: all V logits in registers, as integers of the same order;
              thresholds are found by halving an interval of them
@@ -9,7 +10,8 @@ and, up to ties within rounding, the reference's codes. One program per row, in 
 
 Bytes: V logits per row, twice that with guidance, read once; after the filters the draw finds them
 in the first-level cache. B = 64, V = 16,384, float32, guided: 8.4 MB, 2 us at an H200's 4.3 TB/s.
-The floor is the noise: 91 instructions per code, all V on one multiprocessor, 6.7 us (predicted).
+The floor is the noise: 91 instructions per code, all V on one multiprocessor, 6.7 us (predicted),
+which is why a row is shared where there are fewer rows than multiprocessors.
 README.md has the error of the noise, the searches and what was rejected.
 """
 
@@ -26,6 +28,16 @@ from .launch import _let_next_begin, _wait_for_last, on, overlap
 # the next turn's logits are on their way. More would only lengthen the code.
 CHUNK = 4096
 CODES_PER_WARP = 256
+# Programs of one row: as many as keep the programs at 132, the multiprocessors of an H200, at most
+# 8, for fewer than 1,024 codes are no work worth a second launch. The codes do not depend on it.
+WANTED_PROGRAMS = 132
+MAX_SHARES = 8
+SMALLEST_SHARE = 1024
+# What 16 warps can have each: left alone, the assembler spills 8 bytes on chips of the 10.0
+# generation rather than take more than half of it.
+GREEDY_OPTIONS = {"maxnreg": 128}
+# Rows whose shares one program compares.
+BEST_ROWS = 32
 # The filters hold a key and a weight of every code: half of a multiprocessor's registers. Twice as
 # many codes spill on chips of the 8.0 and 9.0 generations, however many warps.
 LARGEST_FILTERED = 16384
@@ -38,6 +50,8 @@ HOPELESS = tl.constexpr(32.0)
 BY_VALUE = tl.constexpr(20)
 # Keys (see `_key`) of NaN and the sign bit of float32, as int32.
 NAN_KEY = tl.constexpr(2**31 - 1)
+# No code is larger.
+LAST = tl.constexpr(2**31 - 1)
 SIGN = tl.constexpr(-(2**31))
 # The bits of 2/3 as float32, the mask of sign and exponent, and log(2) per unit of masked bits.
 TWO_THIRDS = tl.constexpr(0x3F2AAAAB)
@@ -217,10 +231,14 @@ def _filters(
 def _sample_token(
     logits, uncond, image_ids, step, out, stride, uncond_stride, seed_low, seed_high,
     cfg_scale, temperature, top_k, top_p,
-    V: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GREEDY: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    V: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SHARES: tl.constexpr,
+    GREEDY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One row. What does nothing is None: uncond, temperature, top_k, top_p."""
+    """One row, or a share of its codes, of which ``out`` [B, SHARES] receives the best as a number
+    that is larger for a larger key, then for a lower code.
+
+    What does nothing is None: uncond, temperature, top_k, top_p.
+    """
     if OVERLAP:
         _let_next_begin()
         _wait_for_last()
@@ -238,11 +256,13 @@ def _sample_token(
         c1, c2, c3 = step.to(tl.uint32), image.to(tl.uint32), (image >> 32).to(tl.uint32)
         k0, k1 = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
 
+    each: tl.constexpr = (V + SHARES * CHUNK - 1) // (SHARES * CHUNK) * CHUNK
+    first = tl.program_id(1) * each if SHARES > 1 else 0
     o_code = tl.arange(0, CHUNK)
     best = tl.full((CHUNK,), float("-inf"), tl.float32)
-    pick = o_code
-    next_x, next_other = _read(logits, uncond, o_code, V)
-    for start in range(0, V, CHUNK):
+    pick = first + o_code
+    next_x, next_other = _read(logits, uncond, pick, V)
+    for start in range(first, first + each, CHUNK):
         code = start + o_code
         raw, other = next_x, next_other
         # Not needed before the next turn: the noise of this one hides the latency.
@@ -259,8 +279,26 @@ def _sample_token(
         best = tl.where(better, x, best)
         pick = tl.where(better, code, pick)
     key = _key(best)
-    lowest = tl.min(tl.where(key == tl.max(key), pick, V))
-    tl.store(out + row, lowest.to(tl.int64))
+    top = tl.max(key)
+    lowest = tl.min(tl.where(key == top, pick, LAST))
+    if SHARES == 1:
+        tl.store(out + row, lowest.to(tl.int64))
+    else:
+        packed = (top.to(tl.int64) << 32) + (lowest ^ LAST)
+        tl.store(out + row * SHARES + tl.program_id(1), packed)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _best_share(shares, out, rows, SHARES: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):
+    """The largest of each row: of the largest key the lowest code."""
+    if OVERLAP:
+        _let_next_begin()
+        _wait_for_last()
+    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m_row = o_row < rows
+    at = o_row[:, None] * SHARES + tl.arange(0, SHARES)[None, :]
+    packed = tl.max(tl.load(shares + at, mask=m_row[:, None], other=0), axis=1)
+    tl.store(out + o_row, (packed & LAST) ^ LAST, mask=m_row)
 
 
 def unsupported_reason(
@@ -316,6 +354,12 @@ def _signed(word: int) -> int:
     return (word + 2**31) % 2**32 - 2**31
 
 
+def _shares(rows: int, V: int) -> int:
+    """Programs of a row, a power of two."""
+    wanted = min(MAX_SHARES, WANTED_PROGRAMS // rows, V // SMALLEST_SHARE)
+    return 1 << max(0, wanted.bit_length() - 1)
+
+
 def _rows(logits: Tensor | None) -> Tensor | None:
     """Codes side by side; rows stay where they are."""
     return logits if logits is None or logits.stride(1) == 1 else logits.contiguous()
@@ -333,20 +377,27 @@ def _launch(
     guided = uncond is not None
     takes_k, takes_p = not greedy and 0 < top_k < V, not greedy and top_p < 1
     block = triton.next_power_of_2(V)
-    chunk = min(CHUNK, block)
+    shares = 1 if greedy else _shares(B, V)
+    best = out if shares == 1 else torch.empty(B, shares, dtype=torch.int64, device=logits.device)
+    warps = max(1, min(CHUNK, block) // CODES_PER_WARP)
     with on(logits.device):
-        _sample_token[(B,)](
+        _sample_token[(B, shares)](
             logits, uncond, image_ids.contiguous(),
             _signed(step) if at is None else at.to(logits.device),
-            out, logits.stride(0), uncond.stride(0) if guided else None,
+            best, logits.stride(0), uncond.stride(0) if guided else None,
             _signed(seed), _signed(seed >> 32), cfg_scale if guided else None,
             None if greedy or temperature == 1 else max(temperature, 1e-5),
             top_k if takes_k else None, top_p if takes_p else None,
-            V=V, BLOCK=block if takes_k or takes_p else 0, CHUNK=chunk, GREEDY=greedy,
+            V=V, BLOCK=block if takes_k or takes_p else 0, CHUNK=min(CHUNK, block // shares),
+            SHARES=shares, GREEDY=greedy,
             # Products and sums are rounded apart, as torch does.
-            num_warps=max(1, chunk // CODES_PER_WARP), enable_fp_fusion=False,
-            **overlap(logits.device),
+            num_warps=warps, enable_fp_fusion=False, **overlap(logits.device),
+            **(GREEDY_OPTIONS if greedy else {}),
         )  # fmt: skip
+        if shares > 1:
+            _best_share[(triton.cdiv(B, BEST_ROWS),)](
+                best, out, B, SHARES=shares, ROWS=BEST_ROWS, **overlap(logits.device), num_warps=1
+            )
     return out
 
 

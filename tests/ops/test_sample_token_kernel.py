@@ -293,6 +293,41 @@ def test_torch_compile_takes_it_without_a_graph_break():
     assert 2 <= calls["triton (compiled)"] <= 6 and calls["triton"] == 2 * len(seeds)
 
 
+@runs
+@pytest.mark.parametrize(
+    "options", [{}, {"cfg_scale": 1.5}, {"top_k": 9, "top_p": 0.7}, {"greedy": True}], ids=str
+)
+def test_a_row_that_is_shared_gets_the_same_code(options, record, monkeypatch):
+    """Ties, NaN, infinities and rows of nothing too, which fall into other shares."""
+    V = 100
+    x = random(9, V).round()
+    x[1], x[2, V // 2 :], x[3, V - 1], x[4, V // 3], x[5, V - 2] = -INF, INF, NAN, NAN, INF
+    x[6], x[7, : V - 1], x[8, :-2] = 1.5, -INF, -INF
+    if "cfg_scale" in options:
+        options = {**options, "uncond_logits": random(9, V, seed=1).round(), "seed": 7}
+    kernels = record(kernel, "_sample_token", "_best_share")
+    ids = torch.arange(9) * 3
+    monkeypatch.setattr(kernel, "MAX_SHARES", 1)
+    want = draw(x, ids, **options)
+    assert not kernels["_best_share"].launches
+    monkeypatch.setattr(kernel, "SMALLEST_SHARE", 12)
+    for most in (2, 8):
+        monkeypatch.setattr(kernel, "MAX_SHARES", most)
+        assert torch.equal(draw(x, ids, **options), want), most
+        shares = 1 if options.get("greedy") else most
+        assert kernels["_sample_token"].constants[-1]["SHARES"] == shares
+    assert len(kernels["_best_share"].launches) == (0 if options.get("greedy") else 2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "V", "shares"),
+    [(1, 16384, 8), (16, 16384, 8), (17, 16384, 4), (66, 16384, 2), (67, 16384, 1),
+     (1000, 16384, 1), (1, 4096, 4), (1, 2047, 1), (1, 37, 1), (1, 2**30, 8)],
+)  # fmt: skip
+def test_how_many_share_a_row(rows, V, shares):
+    assert kernel._shares(rows, V) == shares
+
+
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled there")
 def test_no_number_compiles_a_variant():
     """Triton's own binder, whose result is the key of its compiled kernels; needs no GPU."""
@@ -310,7 +345,7 @@ def test_no_number_compiles_a_variant():
         for scale, top_k in ((1.0, 1), (0.0, 16), (7.5, 2**31 - 1)):
             _, key, _ = bind(
                 tensor, tensor, ids, words[0], ids, 64, 64, *words, scale, scale, top_k, scale,
-                V=64, BLOCK=64, CHUNK=64, GREEDY=False, OVERLAP=False,
+                V=64, BLOCK=64, CHUNK=64, SHARES=1, GREEDY=False, OVERLAP=False,
             )  # fmt: skip
             keys.add(str(key))
     assert len(keys) == 1
