@@ -1,11 +1,12 @@
-"""Portable `ops.gate_up`: the products as `linear` has them."""
+"""Portable `ops.gate_up`: the products as `linear.product` has them."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear import linear, rms_norm
+from .linear import product, rms_norm
 from .linear import unsupported_reason as unsupported_reason
 
 
@@ -21,5 +22,7 @@ def gate_up(
 ) -> Tensor:
     """See `vfmtok_fast.ops.gate_up`."""
     x = rms_norm(x, norm_weight, eps)
-    gate = F.silu(linear(x, gate_weight, gate_scale), inplace=True)
-    return gate.mul_(linear(x, up_weight, up_scale))
+    gate = F.silu(product(x, gate_weight, gate_scale), inplace=True)
+    up = product(x, up_weight, up_scale)
+    # Both may lie the other way round; the product of the two sets that right.
+    return torch.mul(gate, up, out=torch.empty(gate.shape, dtype=gate.dtype, device=gate.device))

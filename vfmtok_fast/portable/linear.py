@@ -36,7 +36,12 @@ def unsupported_reason(x: Tensor, *rest: object, **options: object) -> str | Non
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """``x @ weight.T`` for x [B, K] and weight [N, K], contiguous [B, N]; no gradients.
+    """`product`, contiguous."""
+    return product(x, weight, scale).contiguous()
+
+
+def product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """``x @ weight.T`` for x [B, K] and weight [N, K]: [B, N] of any strides; no gradients.
 
     With ``scale`` [N] the weight is int8, and stands for ``scale[:, None] * weight``.
     """
@@ -47,7 +52,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
         return F.linear(x, weight)
     if 2 <= rows <= 5 and K <= 2048:
         # Contiguous, or the product takes another, slow way.
-        return torch.mm(weight, x.contiguous().T).T.contiguous()
+        return torch.mm(weight, x.contiguous().T).T
     # What torch.compile makes of a linear layer; there is no public name for it.
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
@@ -73,7 +78,12 @@ def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `reference.rms_norm`, in fewer passes."""
-    if x.dtype in (torch.float32, torch.float64):
+    """As `reference.rms_norm`, in fewer operations."""
+    if x.dtype == torch.float64:
         return F.rms_norm(x, weight.shape, weight, eps)
-    return F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype) * weight
+    # Torch's own is no kernel on a CPU but eight operations, some of them for gradients.
+    wide = x.float()
+    inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+    inverse.div_(x.shape[-1]).add_(eps).rsqrt_()
+    normal = wide * inverse
+    return normal.to(x.dtype).mul_(weight)
