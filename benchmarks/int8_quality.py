@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, help="folder made by `vfmtok-fast cache`")
     parser.add_argument("--view", default="center", help="view of the cache (%(default)s)")
     parser.add_argument("--limit", type=int, default=1000, help="images (%(default)s)")
-    parser.add_argument("--steps", type=int, default=800, help="of training, without --gpt")
+    parser.add_argument("--steps", type=int, default=600, help="of training, without --gpt")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     if (options.gpt is None) != (options.tokens is None):

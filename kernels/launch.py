@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 
 import torch
@@ -23,7 +24,20 @@ def on(device: torch.device) -> contextlib.AbstractContextManager:
 
 @functools.cache
 def _can_overlap(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    # Graphs have had edges for this since CUDA 12.3; torch runs with older drivers too.
+    return _driver_version() >= 12030
+
+
+def _driver_version() -> int:
+    """Of CUDA, 12030 for 12.3; 0 where there is none."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0
+    return version.value
 
 
 def overlap(device: torch.device) -> dict[str, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ import torch
 from PIL import Image
 
 import vfmtok_fast as vf
-from vfmtok_fast import cli
+from vfmtok_fast import cli, commands
 from vfmtok_fast.checkpoint import GPT_NAMES, OFFICIAL_FILES, OFFICIAL_REPO, official_name
 from vfmtok_fast.untrained import untrained_gpt, untrained_tokenizer
 
@@ -381,6 +383,28 @@ def test_doctor_names_every_op(run) -> None:
     for op in vf.status().ops:
         assert op in text
     assert torch.__version__.split("+")[0] in text
+
+
+def test_doctor_names_what_is_missing_and_how_to_get_it(run, monkeypatch) -> None:
+    """Every extra that users may want, and no others."""
+    pyproject = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    extras = pyproject["project"]["optional-dependencies"]
+    assert {extra for extra, _ in commands.OPTIONAL.values()} == {*extras} - {
+        "test", "bench", "dev", "eval",
+    }  # fmt: skip
+    for name, (extra, _) in commands.OPTIONAL.items():
+        assert any(wanted.startswith(f"{name}>=") for wanted in extras[extra]), name
+    version = importlib.metadata.version
+
+    def missing(name: str) -> str:
+        if name in commands.OPTIONAL:
+            raise importlib.metadata.PackageNotFoundError
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    _, text, _ = run("doctor")
+    for name, (extra, use) in commands.OPTIONAL.items():
+        assert f"{name} is not installed: {use}; pip install 'vfmtok-fast[{extra}]'" in text
 
 
 def test_the_commands_in_the_readme_parse() -> None:

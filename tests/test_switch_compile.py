@@ -85,19 +85,21 @@ def test_the_second_call_compiles_nothing(fake_op):
 
 
 def a_step(x: torch.Tensor, at: int | torch.Tensor) -> list[torch.Tensor]:
-    """The matrix products of a decoding step, and the caches that it writes to."""
+    """The matrix products of a decoding step, and what it writes to."""
     rows, norm, weight = x.view(4, 16)[:2], x[:16] + 2, x.repeat(12).view(48, 16)
     keys, values = torch.zeros(2, 2, 2, 3, 8)
     rotary = x[:24].view(3, 4, 2)
     q = ops.qkv_rotary(rows, norm, weight, rotary, keys, values, at)
     hidden = ops.gate_up(rows, norm, weight, weight.flip(0))
     out = ops.linear_residual(q.flatten(1), weight[:16], rows)
-    return [q, keys, values, hidden, out, ops.norm_linear(out, norm, weight)]
+    codes, following = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(4, 16)
+    ops.append_code(torch.arange(2), codes, 1, weight, following)
+    return [q, keys, values, hidden, out, ops.norm_linear(out, norm, weight), codes, following]
 
 
 @pytest.mark.parametrize("at", [1, torch.tensor([1])], ids=["int", "tensor"])
 def test_a_step_compiles_with_its_portable_products(at):
-    names = ("qkv_rotary", "gate_up", "linear_residual", "norm_linear")
+    names = ("qkv_rotary", "gate_up", "linear_residual", "norm_linear", "append_code")
     x = torch.linspace(-1, 1, 64).sin()
     with vf.enable(names, strict=True):
         want = a_step(x, at)

@@ -358,6 +358,17 @@ def sample(options: argparse.Namespace) -> int:
     return 0
 
 
+# Packages that nothing needs by default: the extra that installs each, and what it is for.
+OPTIONAL = {
+    "ray": ("ray", "`cache --engine ray`"),
+    "lmdb": ("lmdb", "pictures in the authors' LMDB"),
+    "s3fs": ("cloud", "caches at s3://"),
+    "gcsfs": ("cloud", "caches at gs://"),
+    "flash-attn": ("flash-attn", "decode_attention where Triton cannot take it"),
+    "xformers": ("xformers", "decode_attention where Triton cannot take it"),
+}
+
+
 def doctor(options: argparse.Namespace) -> int:
     print(f"python {platform.python_version()} on {platform.platform()}")
     for name in ("torch", "triton", "torchvision", "timm", "pillow", "safetensors", "pyarrow"):
@@ -365,6 +376,11 @@ def doctor(options: argparse.Namespace) -> int:
             print(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             print(f"{name} is not installed")
+    for name, (extra, use) in OPTIONAL.items():
+        try:
+            print(f"{name} {importlib.metadata.version(name)}: {use}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{name} is not installed: {use}; pip install 'vfmtok-fast[{extra}]'")
     print(f"CPU: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
     if not torch.cuda.is_available():
         print("GPU: none that torch can use, so no Triton kernel will run")

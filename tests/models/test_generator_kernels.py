@@ -110,6 +110,40 @@ def test_an_image_is_the_same_in_batches_of_1_3_and_64(model, settings):
 
 
 @pytest.mark.gpu
+def test_calls_on_two_streams_share_nothing(model):
+    """The second begins on the host while the first is still running on the device."""
+    model.to("cuda")
+    classes = CLASSES[:4].cuda()
+    try:
+        with vfmtok_fast.enable(engine.STEP_OPS, strict=True):
+            want = [model.generate(classes, seed=seed) for seed in range(6)]
+            torch.cuda.synchronize()
+            streams = [torch.cuda.Stream() for _ in range(2)]
+            got = []
+            for seed in range(6):
+                with torch.cuda.stream(streams[seed % 2]):
+                    torch.cuda._sleep(20_000_000)
+                    got.append(model.generate(classes, seed=seed))
+            torch.cuda.synchronize()
+        assert all(map(torch.equal, got, want))
+    finally:
+        model.cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_another_gpu_than_the_current_one(model):
+    want = fast(model, CLASSES[:4], seed=1, cfg_scale=2.0)
+    model.to("cuda:1")
+    try:
+        with vfmtok_fast.enable(engine.STEP_OPS, strict=True):
+            got = model.generate(CLASSES[:4].to("cuda:1"), seed=1, cfg_scale=2.0)
+        assert torch.equal(got.cpu(), want) and got.device == torch.device("cuda:1")
+    finally:
+        model.cpu()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("B", [1, 4, 16])
 def test_kernels_that_overlap_make_the_same_codes(dtype, B, monkeypatch):

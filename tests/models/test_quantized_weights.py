@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -105,12 +106,35 @@ def test_weights_that_are_not_finite_are_named_and_nothing_is_changed(bad):
     assert model.head.weight is before and not model.quantized
 
 
+def test_weights_beyond_float32_are_named_too():
+    model = make().double()
+    with torch.no_grad():
+        model.head.weight[0, 0] = 1e60
+    with pytest.raises(ValueError, match=r"infinity in the weights of \['head'\]"):
+        model.quantize_weights()
+
+
+def test_weights_without_values_are_refused():
+    with torch.device("meta"):
+        model = GPT(CONFIG)
+    with pytest.raises(ValueError, match="^quantize_weights: the weights are on meta"):
+        model.quantize_weights()
+
+
+def test_weights_made_in_inference_mode():
+    with torch.inference_mode():
+        model = make()
+    assert model.quantize_weights().quantized
+
+
 def test_moves_keep_weights_and_scales():
     model = make().quantize_weights()
     weight, scale = model.head.weight.clone(), model.head.scale.clone()
     for move in (
         nn.Module.bfloat16, nn.Module.half, nn.Module.double, nn.Module.float,
         lambda m: m.to(torch.bfloat16), lambda m: m.to("cpu"), lambda m: m.train(), copy.deepcopy,
+        lambda m: m.type(torch.bfloat16), lambda m: m.type(torch.float32),
+        lambda m: pickle.loads(pickle.dumps(m)),
     ):  # fmt: skip
         model = move(model)
         assert torch.equal(model.head.weight, weight) and torch.equal(model.head.scale, scale)
@@ -173,6 +197,31 @@ def test_the_engine_notices_that_weights_were_quantized():
         after = model.generate(CLASSES, seed=1)
     assert torch.equal(after, model.generate(CLASSES, seed=1))
     assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+def test_full_and_rounded_weights_are_not_loaded_into_each_other(strict, assign):
+    for model, other in ((make(), make().quantize_weights()), (make().quantize_weights(), make())):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(RuntimeError, match="head.weight is .*call quantize_weights after that"):
+            model.load_state_dict(other.state_dict(), strict=strict, assign=assign)
+        linear = [name for name in before if name.removesuffix(".weight") in layers(model)]
+        assert all(torch.equal(model.state_dict()[name], before[name]) for name in linear)
+    same = make(class_dropout=0.0).quantize_weights()
+    same.load_state_dict(make().quantize_weights().state_dict(), strict=strict, assign=assign)
+
+
+def test_steps_outside_no_grad():
+    """`GPT.step` is public, and norms and embeddings are parameters."""
+    model = make().quantize_weights()
+    x = model.class_embedding(CLASSES[:3])
+    logits = []
+    for policy in ((), engine.STEP_OPS):
+        with vfmtok_fast.enable(policy, strict=True):
+            cache = KVCache(CONFIG, 3, model.device, model.dtype)
+            logits.append(model.step(x.detach(), cache, 0))
+    torch.testing.assert_close(*logits)
 
 
 def test_gradients_flow_to_what_is_left():

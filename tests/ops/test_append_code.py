@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 
-import vfmtok_fast
 from vfmtok_fast import ops
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _taking(taking):
+@pytest.fixture(autouse=True)
+def chosen(taking, clean_switch):
     yield from taking("append_code")
 
 
@@ -51,6 +51,24 @@ def test_no_images():
     code, codes, _, _, x = given = call(B=0, position=torch.tensor([2, 3]))
     ops.append_code(*given)
     assert codes.shape == (0, 5) and x.shape == (0, 6) and given[2].tolist() == [3, 4]
+
+
+def test_embeddings_of_nothing():
+    code, codes, position, embedding, x = given = call(C=0)
+    ops.append_code(*given)
+    assert torch.equal(codes[:, position], code)
+
+
+def test_positions_compile_no_variants(implementation):
+    """One for the first position, one for all others; torch.compile gives up after eight."""
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(ops.append_code, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for position in range(5):
+            code, codes, _, embedding, x = call()
+            compiled(code, codes, position, embedding, x)
+            assert torch.equal(codes[:, position], code) and torch.equal(x[:3], embedding[code])
+    assert counter.frame_count <= 2
 
 
 def test_rows_of_larger_buffers_are_written_alone():
@@ -99,9 +117,3 @@ def test_refuses_in_one_line(arguments, error, message):
     with pytest.raises(error, match=f"^append_code: {message}") as caught:
         ops.append_code(*arguments)
     assert "\n" not in str(caught.value)
-
-
-def test_under_enable_the_portable_one_is_taken():
-    with vfmtok_fast.enable("append_code", strict=True):
-        ops.append_code(*call())
-    assert vfmtok_fast.status().ops["append_code"].calls["portable"] >= 1

@@ -106,6 +106,22 @@ def test_only_rows_of_whole_words_go_to_torchs_kernel(K, monkeypatch):
     assert len(took) == (K % 32 == 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["part of rows", "every other value", "transposed"])
+def test_strides_do_not_matter(layout, dtype, check_error):
+    x, residual = (normal(2, 64, seed=seed).to(dtype) for seed in (0, 1))
+    wide, scale = int8(64, 128, 2)
+    weight = {
+        "part of rows": wide[:, :64], "every other value": wide[:, ::2],
+        "transposed": wide[:, :64].T,
+    }[layout]  # fmt: skip
+    full = weight.double() * scale.double()[:, None]
+    truth = ops.linear_residual(x.double(), full, residual.double())
+    ruler = ops.linear_residual(x, weight, residual, scale=scale)
+    with vfmtok_fast.enable("linear_residual", strict=True):
+        check_error(ops.linear_residual(x, weight, residual, scale=scale), truth, ruler)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_no_rows(op):
     for policy in (None, op):

@@ -122,6 +122,42 @@ def test_portable_linear_layers_leave_autocast_to_the_reference(op):
             calls[op]()
 
 
+CALLS = {
+    "qkv_rotary": lambda x, n, w, r, k, v: qkv_rotary(x, n, w, r, k, v, 2),
+    "gate_up": lambda x, n, w, *_: vfmtok_fast.ops.gate_up(x, n, w, w),
+    "linear_residual": lambda x, n, w, *_: vfmtok_fast.ops.linear_residual(x, w, x @ w.T),
+    "norm_linear": lambda x, n, w, *_: vfmtok_fast.ops.norm_linear(x, n, w),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+@pytest.mark.parametrize("op", CALLS)
+def test_portable_linear_layers_outside_no_grad(op, rows):
+    """Of all four: weights are parameters, which need gradients as they come."""
+    x, norm, weight, *rest = make(B=rows)
+    want = CALLS[op](x, norm, weight, *rest)
+    with vfmtok_fast.enable([op], strict=True):
+        got = CALLS[op](x, norm.requires_grad_(), weight.requires_grad_(), *rest)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+@pytest.mark.parametrize("op", ["gate_up", "linear_residual", "norm_linear"])
+def test_portable_linear_layers_compile_without_graph_breaks(op, rows):
+    given = make(B=rows)
+    with vfmtok_fast.enable([op], strict=True), torch.no_grad():
+        want = CALLS[op](*given)
+        compiled = torch.compile(CALLS[op], backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*given), want)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_rows_of_no_values(rows):
+    x, weight, residual = torch.zeros(rows, 0), torch.zeros(5, 0), torch.ones(rows, 5)
+    with vfmtok_fast.enable(strict=True):
+        assert torch.equal(vfmtok_fast.ops.linear_residual(x, weight, residual), residual)
+
+
 X, N, W, R, K, V = make()
 
 

@@ -1,8 +1,9 @@
 """Generation with everything prepared once: buffers kept, and on a GPU a step is one CUDA graph.
 
-An engine belongs to a model, a number of images and a dtype. It holds no weights: a step reads the
-model's parameters where they are, so that a change in place counts at once, and parameters that
-were replaced or moved make a new engine. A model keeps its last engine, and drops it when it goes.
+An engine belongs to a model, a number of images, a dtype and a stream. It holds no weights: a step
+reads the model's parameters where they are, so that a change in place counts at once, and
+parameters that were replaced or moved make a new engine. A model keeps its last engine, and drops
+it when it goes.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ STEP_OPS = frozenset(
 
 _engines: weakref.WeakKeyDictionary[GPT, Engine] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
+# Of torch's captures only one may be under way.
+_capture = threading.Lock()
 
 
 def wanted() -> bool:
@@ -55,6 +58,20 @@ def run(
         sampling: checked.
         tell: called with every finished step.
     """
+    if model.device.type == "cuda":
+        # Streams and captures are the current device's, which may be another one.
+        with torch.cuda.device(model.device):
+            return _run(model, class_ids, image_ids, sampling, tell)
+    return _run(model, class_ids, image_ids, sampling, tell)
+
+
+def _run(
+    model: GPT,
+    class_ids: Tensor,
+    image_ids: Tensor,
+    sampling: Sampling,
+    tell: Callable[[int], None],
+) -> Tensor:
     key = _key(model, len(class_ids), sampling.guided(0))
     with _lock:
         # Taken out while in use: a second thread makes its own, as does a call from ``tell``.
@@ -77,8 +94,11 @@ def forget() -> None:
 
 def _key(model: GPT, batch: int, guided: bool) -> tuple:
     """Equal for two calls that may share buffers and graphs: a graph holds these addresses."""
+    device = model.device
     addresses = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
-    return batch, guided, model.dtype, model.device, addresses
+    # Of another stream's call nobody knows here whether it has ended.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    return batch, guided, model.dtype, device, stream, addresses
 
 
 class Engine:
@@ -151,6 +171,7 @@ class Engine:
             return
         # Graphs of other settings would pile up: two are alive, guided and not.
         self.graphs = {old: graph for old, graph in self.graphs.items() if old[::2] == key[::2]}
+        # A stream of this device: torch's own for captures is that of the first device to capture.
         here, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(here)
         with torch.cuda.stream(side):
@@ -158,6 +179,6 @@ class Engine:
         here.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Records; runs nothing, so the step above counts once. Other threads may go on meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with _capture, torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             self.advance(model, cache, sampling, guided, self.at)
         self.graphs[key] = graph

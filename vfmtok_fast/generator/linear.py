@@ -41,9 +41,26 @@ class Linear(nn.Linear):
         self.scale = scale
 
     def _apply(self, fn, recurse: bool = True) -> Linear:
-        # .to(bfloat16) must not round the scale: the kernels read it as float32.
-        scale = self.scale
+        # .to(bfloat16) must not round the scale, which the kernels read as float32, and
+        # .type(bfloat16) not widen the weight.
+        weight, scale = self.weight, self.scale
         super()._apply(fn, recurse)
         if scale is not None and self.scale.dtype != scale.dtype:
             self.scale = scale.to(self.scale.device)
+        if scale is not None and self.weight.dtype != weight.dtype:
+            moved = weight.detach().to(self.weight.device)
+            self.weight = nn.Parameter(moved, requires_grad=False)
         return self
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, extra, errors):
+        """As torch has it, but weights of 8 bits and others are never copied into each other."""
+        weight = state_dict.get(f"{prefix}weight")
+        there = weight is not None and weight.dtype == torch.int8
+        if weight is not None and there != (self.scale is not None):
+            kinds = {True: "int8", False: "full"}
+            errors.append(
+                f"{prefix}weight is {kinds[there]}, the model's {kinds[not there]}; load full "
+                "weights into a new model and call quantize_weights after that"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, extra, errors)

@@ -183,6 +183,7 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         """Whether `quantize_weights` was called."""
         return self.head.scale is not None
 
+    @torch.no_grad()
     def quantize_weights(self) -> GPT:
         """Round the weights of all linear layers to int8, in place, for faster decoding.
 
@@ -196,10 +197,13 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
             The model itself.
 
         Raises:
-            ValueError: weights that hold NaN or infinity; the model is then left as it is.
+            ValueError: weights that hold NaN, infinity or what is beyond float32, or that have no
+                values (on the meta device); the model is then left as it is.
         """
         layers = {name: m for name, m in self.named_modules() if isinstance(m, Linear)}
-        if wrong := [n for n, m in layers.items() if not bool(torch.isfinite(m.weight).all())]:
+        if self.device.type == "meta":
+            raise ValueError("quantize_weights: the weights are on meta and have no values yet")
+        if wrong := [n for n, m in layers.items() if not bool(m.weight.float().isfinite().all())]:
             raise ValueError(f"quantize_weights: NaN or infinity in the weights of {wrong}")
         for layer in layers.values():
             layer.quantize()

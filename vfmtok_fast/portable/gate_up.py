@@ -24,5 +24,7 @@ def gate_up(
     x = rms_norm(x, norm_weight, eps)
     gate = F.silu(product(x, gate_weight, gate_scale), inplace=True)
     up = product(x, up_weight, up_scale)
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return (gate * up).contiguous()
     # Both may lie the other way round; the product of the two sets that right.
     return torch.mul(gate, up, out=torch.empty(gate.shape, dtype=gate.dtype, device=gate.device))

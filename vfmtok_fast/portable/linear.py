@@ -26,6 +26,9 @@ from torch import Tensor
 
 # Rows of an int8 weight that are widened at once.
 _BLOCK = 256
+# What torch.compile makes of a linear layer; there is no public name for it. Asked once, for a
+# trace cannot ask.
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def unsupported_reason(x: Tensor, *rest: object, **options: object) -> str | None:
@@ -48,21 +51,20 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     rows, K = x.shape
     if scale is not None:
         return _int8_linear(x, weight, scale)
-    if x.dtype != torch.float32 or x.device.type != "cpu" or rows == 0:
+    if x.dtype != torch.float32 or x.device.type != "cpu" or rows == 0 or K == 0:
         return F.linear(x, weight)
     if 2 <= rows <= 5 and K <= 2048:
         # Contiguous, or the product takes another, slow way.
         return torch.mm(weight, x.contiguous().T).T
-    # What torch.compile makes of a linear layer; there is no public name for it.
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if _ONEDNN:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return F.linear(x, weight)
 
 
 def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     (rows, K), N = x.shape, weight.shape[0]
-    kernel = x.dtype == torch.bfloat16 and x.device.type == "cpu"
-    if kernel and hasattr(torch, "_weight_int8pack_mm") and rows and N and K % 32 == 0:
+    kernel = x.dtype == torch.bfloat16 and x.device.type == "cpu" and weight.is_contiguous()
+    if kernel and hasattr(torch, "_weight_int8pack_mm") and rows and N and K and K % 32 == 0:
         # What torchao's weight-only layers take; there is no public name for it. It reads past the
         # end of rows of other lengths (seen: a crash), and its scales are bfloat16, so ours follow.
         ones = torch.ones(N, dtype=x.dtype)

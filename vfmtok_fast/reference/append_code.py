@@ -15,4 +15,5 @@ def append_code(
         codes.index_copy_(1, position[:1], code[:, None])
         position.add_(1)
     else:
-        codes[:, position] = code
+        # Not codes[:, position], of which torch.compile makes a variant for every position.
+        codes.select(1, position).copy_(code)
