@@ -28,6 +28,8 @@ def taking(implementation: str) -> Callable[[str], Iterator[None]]:
         if implementation == "portable":
             vfmtok_fast.enable(op, strict=True)
         yield
+        # A fixture of a wider scope than `clean_switch` would be undone before the test begins.
+        assert (op in vfmtok_fast.switch.policy().ops) == (implementation == "portable")
         took = set(vfmtok_fast.status().ops[op].calls)
         assert took <= {implementation, f"{implementation} (compiled)"}
 

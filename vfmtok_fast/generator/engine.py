@@ -77,6 +77,9 @@ def _run(
         # Taken out while in use: a second thread makes its own, as does a call from ``tell``.
         engine = _engines.pop(model, None)
     if engine is None or engine.key != key:
+        if engine is not None and engine.graphs:
+            # They may still be running. The capture to come waits for the device as well.
+            torch.cuda.synchronize()
         del engine  # Its memory first.
         engine = Engine(model, len(class_ids), sampling.guided(0), key)
     try:
