@@ -77,16 +77,22 @@ def _run(
         # Taken out while in use: a second thread makes its own, as does a call from ``tell``.
         engine = _engines.pop(model, None)
     if engine is None or engine.key != key:
-        if engine is not None and engine.graphs:
-            # They may still be running. The capture to come waits for the device as well.
-            torch.cuda.synchronize()
+        _end(engine)
         del engine  # Its memory first.
         engine = Engine(model, len(class_ids), sampling.guided(0), key)
     try:
         return engine.run(model, class_ids, image_ids, sampling, tell)
     finally:  # Every run begins anew, also after one that was stopped on the way.
         with _lock:
+            other = _engines.get(model)  # Of a second thread, or of a call from ``tell``.
             _engines[model] = engine
+        _end(other)
+
+
+def _end(engine: Engine | None) -> None:
+    """Let the graphs of an engine that is dropped end: they may still be running."""
+    if engine is not None and engine.graphs:
+        torch.cuda.synchronize()
 
 
 def forget() -> None:
