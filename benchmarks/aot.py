@@ -100,8 +100,9 @@ def instructions(code: str) -> list[tuple[str, str]]:
     return [(name, whole) for whole, name in found]
 
 
-# What may stand before the wait: loads of arguments, prefetches into L2, and what touches registers
-# only. A name that is new here is looked at before it is added.
+# Names that touch memory or leave the kernel, and those of them that may stand before the wait:
+# loads of arguments and prefetches into L2. A name in neither list is taken to touch registers
+# only, so a chip or compiler with new names for memory needs them added here.
 MEMORY = re.compile(r"^(LD|ST|ATOM|RED|CCTL|UBLK|UTMA|SUST|SULD|TEX|CALL|JMP|BRX|JMX|RET|EXIT)")
 HARMLESS = re.compile(r"^(LDC|LDCU|LDC\..*|LDCU\..*|CCTL\.E\.PF2)$")
 

@@ -195,9 +195,10 @@ def test_every_kernel_of_a_step_is_looked_at_for_that(compiled):
     _, out = compiled
     for chip, overlaps in (("a100", False), ("h200", True), ("b200", True)):
         kernels = json.loads((out / f"{chip}.json").read_text())["kernels"]
-        seen = {name.split(".")[0] for name, row in kernels.items() if "early_accesses" in row}
-        few_rows = {"qkv_rotary", "linear_residual", "gate_up", "norm_linear"}
-        step = few_rows | {"decode_attention", "sample_token", "append_code"}
+        seen = {name.split()[0] for name, row in kernels.items() if "early_accesses" in row}
+        same_name = ("qkv_rotary", "linear_residual", "gate_up", "norm_linear", "append_code")
+        step = {f"{op}._{op}" for op in (*same_name, "sample_token")}
+        step |= {"decode_attention._decode", "sample_token._best_share"}
         assert seen == (step if overlaps else set())
 
 
