@@ -1,0 +1,197 @@
+"""Settings of kernels as data: what may be chosen, what a chip takes, and tables of measurements.
+
+A kernel's tile sizes, warps, stages and variants are declared once, as a `Space` beside it, with a
+default per compute capability. At each launch ``space.at(device, kind, size)`` answers, in order:
+
+1. the user's table of this card, which `vfmtok_fast.tune` wrote;
+2. the table of this card that ships in ``kernels/tuned/``;
+3. the default of the highest compute capability that the chip has.
+
+A table also says for which calls an op's reference was faster than its kernels; `enable` then takes
+the reference there. ``kind`` holds what must be equal for a measurement to count ("float32 d=12"),
+``size`` one number that need not be: the nearest measured one counts, by its logarithm.
+
+For one table the same call always takes the same settings, so its bits repeat. A `Space` names
+those of its choices that change bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from .tables import Table, load_tables
+
+# Set while `compiling.compile_only` compiles for a chip that need not be there.
+_pretended: int | None = None
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability as one number, 90 for 9.0; of what runs in the interpreter 90."""
+    if _pretended is not None:
+        return _pretended
+    return _capability(device.index) if device.type == "cuda" else 90
+
+
+@functools.cache
+def _capability(index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+@contextlib.contextmanager
+def pretend(chip: int) -> Iterator[None]:
+    """Let all settings be those of a chip of compute capability ``chip``, without any table."""
+    global _pretended
+    before, _pretended = _pretended, chip
+    try:
+        yield
+    finally:
+        _pretended = before
+
+
+def tables(device: torch.device) -> tuple[Table, ...]:
+    """The tables that count on ``device``, the user's first; see `Table.problem` for the others."""
+    if device.type != "cuda" or _pretended is not None:
+        return ()
+    return tuple(t for t in _card_tables(device.index) if not t.problem)
+
+
+@functools.cache
+def _card_tables(index: int | None) -> tuple[Table, ...]:
+    return load_tables(torch.cuda.get_device_name(index))
+
+
+def all_tables(device: torch.device) -> tuple[Table, ...]:
+    """Also those that were found and do not count, for `status` and `doctor` to say why."""
+    return _card_tables(device.index) if device.type == "cuda" else ()
+
+
+def forget_tables() -> None:
+    """Read the tables again at the next launch: one has been written."""
+    _card_tables.cache_clear()
+    _faster.cache_clear()
+    for space in Space.made:
+        space.forget()
+
+
+class Space:
+    """What may be chosen for one kernel.
+
+    Args:
+        name: ``"op.kernel"``.
+        choices: the values of each setting, ``{"rows": (64, 128), ...}``.
+        defaults: a full setting by the compute capability from which on it is meant,
+            ``{80: {...}, 90: {...}}``.
+        bits: the settings that change bits of the result (within the op's tolerance).
+        valid: says of a setting whether it can exist; all that it lets pass must compile and be right.
+    """
+
+    # Only to forget what was looked up; who wants an op's spaces reads its module's SPACES.
+    made: list[Space] = []
+
+    def __init__(
+        self,
+        name: str,
+        choices: dict[str, tuple],
+        defaults: dict[int, dict[str, Any]],
+        bits: tuple[str, ...] = (),
+        valid: Callable[[Any], bool] | None = None,
+    ):
+        self.name = name
+        self.choices = choices
+        self.bits = bits
+        self.valid = valid or (lambda setting: True)
+        self.Setting = namedtuple(name.replace(".", "_"), choices)
+        self.defaults = {chip: self.setting(values) for chip, values in defaults.items()}
+        assert set(bits) <= set(choices) and all(map(self.valid, self.defaults.values()))
+        self._found: dict[tuple, Any] = {}
+        self._forced: Any = None
+        Space.made.append(self)
+
+    def setting(self, values: dict[str, Any]) -> Any:
+        """``values`` as a named tuple; ValueError where it is none of this space."""
+        good = set(values) == set(self.choices)
+        if not good or any(values[name] not in self.choices[name] for name in values):
+            raise ValueError(f"{self.name}: {values} is not one of {self.choices}")
+        setting = self.Setting(**values)
+        if not self.valid(setting):
+            raise ValueError(f"{self.name}: {values} cannot exist together")
+        return setting
+
+    def candidates(self) -> list[Any]:
+        """Every setting that can exist."""
+        every = itertools.starmap(self.Setting, itertools.product(*self.choices.values()))
+        return [setting for setting in every if self.valid(setting)]
+
+    def default(self, device: torch.device) -> Any:
+        """What ``device`` takes where nothing was measured."""
+        chip = capability(device)
+        known = [c for c in self.defaults if c <= chip]
+        return self.defaults[max(known) if known else min(self.defaults)]
+
+    def at(self, device: torch.device, kind: str, size: int) -> Any:
+        """The setting of a launch on ``device``."""
+        if self._forced is not None:
+            return self._forced
+        key = device, kind, size, _pretended
+        found = self._found.get(key)
+        if found is None:
+            found = self._found[key] = self._look_up(device, kind, size)
+        return found
+
+    def _look_up(self, device: torch.device, kind: str, size: int) -> Any:
+        for table in tables(device):
+            if (row := _nearest(table.settings.get((self.name, kind), ()), size)) is not None:
+                with contextlib.suppress(ValueError):  # Of a table that is older than the kernel.
+                    return self.setting(row["take"])
+        return self.default(device)
+
+    @contextlib.contextmanager
+    def using(self, setting: Any) -> Iterator[None]:
+        """Let every launch take ``setting``: for `tune` and tests."""
+        before, self._forced = self._forced, setting
+        try:
+            yield
+        finally:
+            self._forced = before
+
+    def forget(self) -> None:
+        self._found.clear()
+
+    def __repr__(self) -> str:
+        return f"Space({self.name!r}, {self.choices})"
+
+
+def _nearest(rows: Any, size: int) -> dict[str, Any] | None:
+    """The row that was measured at the size nearest to ``size``."""
+    return min(
+        rows, key=lambda row: abs(math.log2(max(1, row["size"]) / max(1, size))), default=None
+    )
+
+
+def faster_reference(op: str, device: torch.device, kind: str, size: int) -> str | None:
+    """Why ``op`` is better left to its reference, where a table says so, or None."""
+    return _faster(op, device, kind, size, _pretended)
+
+
+@functools.cache
+def _faster(op: str, device: torch.device, kind: str, size: int, chip: int | None) -> str | None:
+    for table in tables(device):
+        row = _nearest(table.ops.get((op, kind), ()), size)
+        if row is None:
+            continue
+        if row["us"] <= row["reference_us"]:
+            return None
+        return (
+            f"the reference is faster by {table.path.name}: {row['reference_us']:g} us against "
+            f"{row['us']:g} us ({kind}, {row['size']})"
+        )
+    return None
