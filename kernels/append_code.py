@@ -29,8 +29,8 @@ def _append_code(
 ):  # fmt: skip
     """COUNTERS: elements of ``position``, or 0 where that is None and ``number`` the position."""
     if OVERLAP:
-        _let_next_begin()
         _wait_for_last()
+        _let_next_begin()
     row = tl.program_id(0).to(tl.int64) - 1
     if row < 0:
         at = number.to(tl.int64)

@@ -16,22 +16,34 @@ guided, bfloat16, length 128: 67 MB, 16 us. README.md has the arithmetic behind 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch import _let_next_begin, _wait_for_last, on, overlap
+from .tuning import Space
 
-WARPS = 4
-# Keys times padded head dim of a tile, in half precision and in float32: 16 KiB each, as much again
-# of values. STAGES - 1 tiles are on their way while one is worked on, all of VFMTok's 256 positions
-# at D = 64, and three programs fit on a multiprocessor. More keys in a tile of a narrow head would
-# be dead ones, mostly.
-MATRIX_VALUES = 8192
-VECTOR_VALUES = 4096
+# Keys times padded head dim of a tile; as much again of values. ``stages`` - 1 tiles are on their
+# way while one is worked on. Half precision on an H200, B = 128: GPT-L 26.7 us with 4096 and 2
+# stages, 29.0 with 8192 and 3; GPT-3B 82 and 103. Not by the batch: an image must not depend on it.
+MATRIX = Space(
+    "decode_attention.matrix",
+    {"values": (2048, 4096, 8192), "stages": (2, 3), "warps": (2, 4)},
+    {80: {"values": 4096, "stages": 2, "warps": 4}},
+    bits=("values", "warps"),
+)
+VECTOR = Space(
+    "decode_attention.vector",
+    {"values": (2048, 4096), "stages": (2, 3), "warps": (4,)},
+    {80: {"values": 4096, "stages": 3, "warps": 4}},
+    bits=("values", "warps"),
+)
+SPACES = MATRIX, VECTOR
+# More keys in a tile of a narrow head would be dead ones, mostly.
 MAX_KEYS = 128
-STAGES = 3
 # Queries of one program; where more look at a head, their largest factor up to this.
 MAX_ROWS = 32
 # Bytes of a head's keys and values from which on they are split, and of each share at least: one
@@ -173,8 +185,8 @@ def _decode(
     LENGTHS: 0 an int, 1 a tensor of one for all rows, 2 a tensor of one per row.
     """
     if OVERLAP:
-        _let_next_begin()
         _wait_for_last()
+        _let_next_begin()
     i_pair = tl.program_id(0).to(tl.int64)
     i_split = tl.program_id(1)
     i_row, i_head = i_pair // heads, i_pair % heads // SHARING
@@ -258,16 +270,28 @@ def _splits(programs: int, size: int) -> int:
     return 1 << (wanted.bit_length() - 1)
 
 
-def _constants(group: int, D: int, itemsize: int) -> dict[str, int]:
+def tuning_key(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor
+) -> tuple[str, int]:
+    """What a measurement counts for: see `tuning`."""
+    return f"{str(q.dtype)[6:]} D={q.shape[2]}", k_cache.shape[2]
+
+
+def _setting(q: Tensor, k_cache: Tensor) -> NamedTuple:
+    space = MATRIX if q.itemsize == 2 else VECTOR
+    return space.at(q.device, *tuning_key(q, k_cache, k_cache, 0))
+
+
+def _constants(group: int, D: int, itemsize: int, values: int) -> dict[str, int]:
     """What a kernel is compiled for, by queries per key-value head, head dim and bytes a value."""
-    C = triton.next_power_of_2(D)
-    R, ROWS, values = 1, 1, VECTOR_VALUES
+    C, R, ROWS = triton.next_power_of_2(D), 1, 1
     if itemsize == 2:
         # The matrix unit takes at least 16 of each.
         C = max(16, C)
         R = max(n for n in range(1, MAX_ROWS + 1) if group % n == 0)
-        ROWS, values = max(16, triton.next_power_of_2(R)), MATRIX_VALUES
-    tile = min(MAX_KEYS, values // C)
+        ROWS = max(16, triton.next_power_of_2(R))
+    # And no fewer keys than that, whatever the head dim.
+    tile = max(16, min(MAX_KEYS, values // C))
     return {"R": R, "ROWS": ROWS, "SHARING": group // R, "D": D, "C": C, "TILE": tile}
 
 
@@ -279,7 +303,8 @@ def _launch(
     if out.numel() == 0:
         return out
     q = q.contiguous()
-    constants = _constants(H // G, D, q.itemsize)
+    values, stages, warps = _setting(q, k_cache)
+    constants = _constants(H // G, D, q.itemsize, values)
     heads, width = H // constants["R"], constants["R"] * (constants["C"] + 2)
     splits = _splits(B * heads, 2 * T * D * q.itemsize)
     parts = arrived = None
@@ -297,7 +322,7 @@ def _launch(
             q, k_cache, v_cache, length, out, parts, arrived, heads, T,
             k_cache.stride(0), k_cache.stride(1), v_cache.stride(0), v_cache.stride(1),
             LENGTHS=kind, K_ROW=k_cache.stride(2), V_ROW=v_cache.stride(2), SPLITS=splits,
-            STAGES=STAGES, **constants, **overlap(device), num_warps=WARPS,
+            STAGES=stages, **constants, **overlap(device), num_warps=warps,
         )  # fmt: skip
     return out
 

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import _let_next_begin, _wait_for_last, on, overlap
+from .tuning import Space
 
 # Rows of x that one program takes, padded to 8, 16 or 32; more would read x more often than w.
 # Predicted, not measured: at 32 rows a program of a layer with K = 1024 loads as much of x from L2
@@ -35,8 +36,14 @@ MAX_ROWS = 32
 TILE = tl.constexpr(16)
 # Pieces of K that are multiplied side by side, by one warp each.
 SLICES = tl.constexpr(4)
-# Pieces on their way at once.
-STAGES = 4
+# Pieces on their way at once, and bytes of a row of w to a piece. Not by the number of rows: an
+# image must not depend on the batch that it is in.
+PRODUCTS = Space(
+    "few_rows.products",
+    {"stages": (2, 3, 4), "piece": (128, 256)},
+    {80: {"stages": 4, "piece": 256}},
+    bits=("piece",),
+)
 # Bytes of weights that a program asks for before it waits for the kernel ahead: the programs that
 # an H200 holds at once, two on each of 132 multiprocessors, ask for 17 MB at most, which takes
 # longer than the wait. GPT-3B's whole rows, up to 111 MB, would push one another out of the L2
@@ -94,12 +101,12 @@ def _products(
     p_b = w_b + row_b.to(tl.int64)[None, :, None] * K + o_k[:, None, :]
     p_x = x + o_r.to(tl.int64)[None, None, :] * K + o_k[:, :, None]
     if OVERLAP:
-        _let_next_begin()
         bytes_each: tl.constexpr = FETCH // 2 if PAIR else FETCH
         _fetch_rows(w_a, row_a, m_n, K, bytes_each)
         if PAIR:
             _fetch_rows(w_b, row_b, m_n, K, bytes_each)
         _wait_for_last()
+        _let_next_begin()
     a = tl.zeros((SLICES, TILE, P), tl.float32)
     b = tl.zeros((SLICES, TILE, P), tl.float32)
     squares = tl.zeros((SLICES, DEPTH, P), tl.float32)
@@ -195,14 +202,16 @@ def constants(x: Tensor, weight: Tensor, *, pair: bool) -> dict[str, object]:
     """Compile-time arguments of a launch."""
     rows, K = x.shape
     padded = max(8, triton.next_power_of_2(rows))
-    # 256 bytes of a row of w to a piece, or what keeps the pieces that wait in shared memory within
-    # the 99 KiB that the smallest chips give a program.
-    depth = 256 // weight.itemsize
+    kind = f"{str(x.dtype)[6:]} {str(weight.dtype)[6:]} K={K}"
+    stages, piece = PRODUCTS.at(x.device, kind, 1)
+    # As chosen, or what keeps the pieces that wait in shared memory within the 99 KiB that the
+    # smallest chips give a program.
+    depth = piece // weight.itemsize
     line = (2 if pair else 1) * TILE.value * weight.itemsize + (padded + 1) * x.itemsize
-    while (STAGES - 1) * SLICES.value * depth * line > 96 * 1024:
+    while (stages - 1) * SLICES.value * depth * line > 96 * 1024:
         depth //= 2
     return {
-        "K": K, "P": padded, "DEPTH": depth, "STAGES": STAGES, **overlap(x.device),
+        "K": K, "P": padded, "DEPTH": depth, "STAGES": stages, **overlap(x.device),
         # Left alone, the assembler spills one register rather than lose occupancy, of which there
         # is enough.
         "num_warps": SLICES.value, "maxnreg": 255,

@@ -17,6 +17,8 @@ from . import few_rows
 from .few_rows import _products, _store, _tile
 from .launch import on
 
+SPACES = (few_rows.PRODUCTS,)
+
 BLOCK = 1024
 
 

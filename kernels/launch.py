@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import tuning
+
 # Whether a kernel of a decoding step may begin while the one before it ends (programmatic dependent
 # launch): it asks for its weights, then waits. None: where the chip can, from sm_90 on; False:
 # nowhere, after which `engine.forget` drops the graphs that were made before. README.md says why
@@ -22,14 +24,14 @@ def on(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-@functools.cache
 def _can_overlap(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
-        return False
+    if tuning.pretending():
+        return tuning.capability(device) >= 90
     # Graphs have had edges for this since CUDA 12.3; torch runs with older drivers too.
-    return _driver_version() >= 12030
+    return device.type == "cuda" and tuning.capability(device) >= 90 and _driver_version() >= 12030
 
 
+@functools.cache
 def _driver_version() -> int:
     """Of CUDA, 12030 for 12.3; 0 where there is none."""
     version = ctypes.c_int(0)
@@ -48,7 +50,12 @@ def overlap(device: torch.device) -> dict[str, bool]:
 
 @triton.jit
 def _let_next_begin():
-    """From now on the next kernel may start, up to where it waits for this one to end."""
+    """From now on the next kernel may start, up to where it waits for this one to end.
+
+    To be called after `_wait_for_last`: kernels that let the next begin at their own start queue up
+    by five to seven, and those that wait hold the room of those that work. GPT-L, one image, on an
+    H200: 218 ms so, 151 ms after the wait, 176 ms without overlap.
+    """
     tl.extra.cuda.gdc_launch_dependents()
 
 

@@ -16,6 +16,8 @@ from . import few_rows
 from .few_rows import _products, _store, _tile
 from .launch import on
 
+SPACES = (few_rows.PRODUCTS,)
+
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_linear(

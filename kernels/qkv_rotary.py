@@ -19,6 +19,8 @@ from . import few_rows
 from .few_rows import _products, _tile
 from .launch import on
 
+SPACES = (few_rows.PRODUCTS,)
+
 # Values [rows, pairs] of a program that rotates products which are there already.
 ROWS, PAIRS = 8, 128
 

@@ -23,15 +23,22 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import _let_next_begin, _wait_for_last, on, overlap
+from .tuning import Space
 
-# Codes of one turn of the draw: 8 in each thread of 16 warps, which is enough to be busy with while
-# the next turn's logits are on their way. More would only lengthen the code.
-CHUNK = 4096
+# Codes of one turn of the draw, 8 in each thread, and programs of one row at most. The codes that
+# are drawn depend on neither.
+DRAW = Space(
+    "sample_token.draw",
+    {"chunk": (2048, 4096), "shares": (1, 2, 4, 8)},
+    {80: {"chunk": 4096, "shares": 8}},
+)
+SPACES = (DRAW,)
+# A turn where there are filters, which leave no registers for anything else.
+FILTERED_CHUNK = 4096
 CODES_PER_WARP = 256
-# Programs of one row: as many as keep the programs at 132, the multiprocessors of an H200, at most
-# 8, for fewer than 1,024 codes are no work worth a second launch. The codes do not depend on it.
+# Programs are shared so far as to be 132, the multiprocessors of an H200; fewer than 1,024 codes
+# are no work worth a second launch.
 WANTED_PROGRAMS = 132
-MAX_SHARES = 8
 SMALLEST_SHARE = 1024
 # What 16 warps can have each: left alone, the assembler spills 8 bytes on chips of the 10.0
 # generation rather than take more than half of it.
@@ -240,8 +247,8 @@ def _sample_token(
     What does nothing is None: uncond, temperature, top_k, top_p.
     """
     if OVERLAP:
-        _let_next_begin()
         _wait_for_last()
+        _let_next_begin()
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     if uncond is not None:
@@ -292,8 +299,8 @@ def _sample_token(
 def _best_share(shares, out, rows, SHARES: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):
     """The largest of each row: of the largest key the lowest code."""
     if OVERLAP:
-        _let_next_begin()
         _wait_for_last()
+        _let_next_begin()
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_row = o_row < rows
     at = o_row[:, None] * SHARES + tl.arange(0, SHARES)[None, :]
@@ -349,14 +356,25 @@ def sample_token(
     )  # fmt: skip
 
 
+def _key(logits: Tensor) -> tuple[str, int]:
+    return f"{str(logits.dtype)[6:]} V={logits.shape[1]}", logits.shape[0]
+
+
+def tuning_key(logits: Tensor, *rest: object, **settings: object) -> tuple[str, int]:
+    """What a measurement of the op counts for: see `tuning`. Rows do not: an image must not depend
+    on the batch that it is in."""
+    filtered = settings.get("top_k") or settings.get("top_p", 1.0) < 1
+    return _key(logits)[0] + (" filtered" if filtered else ""), 1
+
+
 def _signed(word: int) -> int:
     """The low 32 bits as int32. Triton gives larger numbers another type, and compiles anew."""
     return (word + 2**31) % 2**32 - 2**31
 
 
-def _shares(rows: int, V: int) -> int:
+def _shares(rows: int, V: int, most: int) -> int:
     """Programs of a row, a power of two."""
-    wanted = min(MAX_SHARES, WANTED_PROGRAMS // rows, V // SMALLEST_SHARE)
+    wanted = min(most, WANTED_PROGRAMS // rows, V // SMALLEST_SHARE)
     return 1 << max(0, wanted.bit_length() - 1)
 
 
@@ -377,9 +395,11 @@ def _launch(
     guided = uncond is not None
     takes_k, takes_p = not greedy and 0 < top_k < V, not greedy and top_p < 1
     block = triton.next_power_of_2(V)
-    shares = 1 if greedy else _shares(B, V)
+    chunk, most = DRAW.at(logits.device, *_key(logits))
+    chunk = FILTERED_CHUNK if takes_k or takes_p else chunk
+    shares = 1 if greedy else _shares(B, V, most)
     best = out if shares == 1 else torch.empty(B, shares, dtype=torch.int64, device=logits.device)
-    warps = max(1, min(CHUNK, block) // CODES_PER_WARP)
+    warps = max(1, min(chunk, block) // CODES_PER_WARP)
     with on(logits.device):
         _sample_token[(B, shares)](
             logits, uncond, image_ids.contiguous(),
@@ -388,7 +408,7 @@ def _launch(
             _signed(seed), _signed(seed >> 32), cfg_scale if guided else None,
             None if greedy or temperature == 1 else max(temperature, 1e-5),
             top_k if takes_k else None, top_p if takes_p else None,
-            V=V, BLOCK=block if takes_k or takes_p else 0, CHUNK=min(CHUNK, block // shares),
+            V=V, BLOCK=block if takes_k or takes_p else 0, CHUNK=min(chunk, block // shares),
             SHARES=shares, GREEDY=greedy,
             # Products and sums are rounded apart, as torch does.
             num_warps=warps, enable_fp_fusion=False, **overlap(logits.device),

@@ -33,6 +33,11 @@ from .tables import Table, load_tables
 _pretended: int | None = None
 
 
+def pretending() -> bool:
+    """Whether launches only compile, see `pretend`."""
+    return _pretended is not None
+
+
 def capability(device: torch.device) -> int:
     """Compute capability as one number, 90 for 9.0; of what runs in the interpreter 90."""
     if _pretended is not None:
@@ -69,9 +74,16 @@ def _card_tables(index: int | None) -> tuple[Table, ...]:
     return load_tables(torch.cuda.get_device_name(index))
 
 
-def all_tables(device: torch.device) -> tuple[Table, ...]:
-    """Also those that were found and do not count, for `status` and `doctor` to say why."""
-    return _card_tables(device.index) if device.type == "cuda" else ()
+def describe(device: torch.device) -> list[str]:
+    """Where the settings of ``device`` come from, with the tables that do not count and why."""
+    found = [str(table) for table in _card_tables(device.index)]
+    if not tables(device):
+        chip = capability(device)
+        found.append(
+            f"defaults of compute capability {chip // 10}.{chip % 10}, not measured on this card; "
+            "`vfmtok-fast tune` measures"
+        )
+    return found
 
 
 def forget_tables() -> None:
@@ -91,7 +103,7 @@ class Space:
         defaults: a full setting by the compute capability from which on it is meant,
             ``{80: {...}, 90: {...}}``.
         bits: the settings that change bits of the result (within the op's tolerance).
-        valid: says of a setting whether it can exist; all that it lets pass must compile and be right.
+        valid: says of a setting whether it can exist; all that pass must compile and be right.
     """
 
     # Only to forget what was looked up; who wants an op's spaces reads its module's SPACES.
@@ -180,6 +192,10 @@ def _nearest(rows: Any, size: int) -> dict[str, Any] | None:
 def faster_reference(op: str, device: torch.device, kind: str, size: int) -> str | None:
     """Why ``op`` is better left to its reference, where a table says so, or None."""
     return _faster(op, device, kind, size, _pretended)
+
+
+# What torch.compiler.assume_constant_result does: files are read here.
+faster_reference._dynamo_marked_constant = True
 
 
 @functools.cache

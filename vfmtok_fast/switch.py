@@ -9,7 +9,10 @@ Each op has one *reference* (always there) and may have faster implementations:
 
 An implementation module holds a function named like the op, with the op's signature, and may hold
 ``unsupported_reason`` with that same signature, which returns None or why it cannot take the call.
-Neither is imported before `enable`, so importing the package never imports Triton.
+A kernel's may hold ``tuning_key`` too: what a measurement on this card counts for. Where a table of
+measurements (``kernels/tuning.py``) says that the reference is faster, an enabled call takes the
+reference: enabling never slows a call down, and `status` says why. That is no fallback.
+None of them is imported before `enable`, so importing the package never imports Triton.
 
 The policy is one global of the process, read by each op at each call. Nothing is patched.
 """
@@ -19,6 +22,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 import threading
 import warnings
 from collections import Counter
@@ -52,6 +56,7 @@ _layers: list[Handle] = []
 _registry: dict[str, Op] = {}
 _calls: Counter[tuple[str, str]] = Counter()
 _fallbacks: Counter[tuple[str, str]] = Counter()
+_slower: Counter[tuple[str, str]] = Counter()
 _paths: Counter[tuple[str, str]] = Counter()
 _lock = threading.RLock()
 
@@ -151,6 +156,7 @@ class Implementation:
     library: str = ""
     note: str = ""
     module: ModuleType | None = field(default=None, repr=False)
+    tuning: ModuleType | None = field(default=None, repr=False)
 
     def load(self) -> None:
         if self.module is not None:
@@ -161,6 +167,8 @@ class Implementation:
         try:
             self.module = importlib.import_module(self.path)
             self.note = ""
+            if hasattr(self.module, "tuning_key"):
+                self.tuning = importlib.import_module(f"{self.path.rpartition('.')[0]}.tuning")
         except ImportError as error:
             if error.name in (self.path, self.path.rpartition(".")[0]):
                 # A missing portable implementation means that the reference needs none.
@@ -240,19 +248,24 @@ class Op:
     def __call__(self, *args, **kwargs):
         policy = _active  # Read once: another thread may change it meanwhile.
         if self.name not in policy.ops:
-            function, name, reasons = self.reference, "reference", ()
+            function, name, reasons, slower = self.reference, "reference", (), None
         else:
-            function, name, reasons = self._choose(args, kwargs)
+            function, name, reasons, slower = self._choose(args, kwargs)
         if reasons and policy.strict:
             raise FallbackError(
                 f"{self.name}: {'; '.join(reasons)} (strict=True forbids the fallback to {name}; "
                 "call enable(strict=False), or leave this op out of enable(ops=...))"
             )
         # Under torch.compile this is traced: note it once, when the trace is made, as a constant.
-        (_record_trace if torch.compiler.is_compiling() else _record)(self.name, name, reasons)
+        (_record_trace if torch.compiler.is_compiling() else _record)(
+            self.name, name, reasons, slower
+        )
         return function(*args, **kwargs)
 
-    def _choose(self, args: tuple, kwargs: dict) -> tuple[Callable, str, tuple[str, ...]]:
+    def _choose(
+        self, args: tuple, kwargs: dict
+    ) -> tuple[Callable, str, tuple[str, ...], str | None]:
+        """Function, its name, why others were passed over, and why a kernel that could was not."""
         device = args[0].device.type
         reasons = []
         served = False
@@ -267,16 +280,25 @@ class Op:
             refuse = getattr(candidate.module, "unsupported_reason", None)
             reason = refuse(*args, **kwargs) if refuse is not None else None
             if reason is None:
-                return getattr(candidate.module, self.name), candidate.name, tuple(reasons)
+                if candidate.tuning is not None:
+                    kind, size = candidate.module.tuning_key(*args, **kwargs)
+                    slower = candidate.tuning.faster_reference(
+                        self.name, args[0].device, kind, size
+                    )
+                    if slower is not None:
+                        return self.reference, "reference", tuple(reasons), slower
+                return getattr(candidate.module, self.name), candidate.name, tuple(reasons), None
             reasons.append(f"{candidate.name}: {reason}")
         if not served:
             reasons.append(f"this version has no fast implementation of it for {device} tensors")
-        return self.reference, "reference", tuple(reasons)
+        return self.reference, "reference", tuple(reasons), None
 
 
-def _record(op: str, implementation: str, reasons: tuple[str, ...]) -> None:
+def _record(op: str, implementation: str, reasons: tuple[str, ...], slower: str | None) -> None:
     with _lock:
         _calls[op, implementation] += 1
+        if slower is not None:
+            _slower[op, slower] += 1
         if not reasons:
             return
         first = [reason for reason in reasons if (op, reason) not in _fallbacks]
@@ -288,8 +310,10 @@ def _record(op: str, implementation: str, reasons: tuple[str, ...]) -> None:
         )
 
 
-def _record_trace(op: str, implementation: str, reasons: tuple[str, ...]) -> None:
-    _record(op, f"{implementation} (compiled)", reasons)
+def _record_trace(
+    op: str, implementation: str, reasons: tuple[str, ...], slower: str | None
+) -> None:
+    _record(op, f"{implementation} (compiled)", reasons, slower)
 
 
 # What torch.compiler.assume_constant_result does; calling that would import Triton.
@@ -298,13 +322,17 @@ _record_trace._dynamo_marked_constant = True
 
 @dataclass(frozen=True)
 class OpStatus:
-    """What one op would take and has taken since the last `reset_records`."""
+    """What one op would take and has taken since the last `reset_records`.
+
+    ``slower``: how often a kernel was left alone because a table says that the reference is faster.
+    """
 
     enabled: bool
     implementations: tuple[str, ...]
     notes: tuple[str, ...]
     calls: dict[str, int]
     fallbacks: dict[str, int]
+    slower: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -312,12 +340,15 @@ class Status:
     """A snapshot of the policy and of the record of calls; print it to read it.
 
     ``paths`` counts batches of `GPT.generate` by the way they took, the engine or the reference.
+    ``tables`` names the measurements that kernels take their settings from, per GPU, and those that
+    were found and do not count, with the reason.
     """
 
     enabled: bool
     strict: bool
     ops: dict[str, OpStatus]
     paths: dict[str, dict[str, int]]
+    tables: tuple[str, ...]
 
     def __str__(self) -> str:
         head = "disabled: every op takes its reference"
@@ -332,16 +363,18 @@ class Status:
             )
             lines += [f"    {note}" for note in op.notes]
             lines += [f"    fell back {n}x: {reason}" for reason, n in op.fallbacks.items()]
+            lines += [f"    took its reference {n}x: {why}" for why, n in op.slower.items()]
         for name, taken in self.paths.items():
             counts = ", ".join(f"{count} {took}" for took, count in sorted(taken.items()))
             lines.append(f"  {name}: {counts}")
+        lines += [f"  {table}" for table in self.tables]
         return "\n".join(lines)
 
 
 def status() -> Status:
     """Return what is enabled, what each op has, took and could not take, and why."""
     with _lock:
-        policy, calls, fallbacks = _active, dict(_calls), dict(_fallbacks)
+        policy, calls, fallbacks, slower = _active, dict(_calls), dict(_fallbacks), dict(_slower)
         paths: dict[str, dict[str, int]] = {}
         for (what, took), count in _paths.items():
             paths.setdefault(what, {})[took] = count
@@ -359,8 +392,21 @@ def status() -> Status:
             notes=tuple(notes),
             calls={took: n for (op_name, took), n in calls.items() if op_name == name},
             fallbacks={reason: n for (op_name, reason), n in fallbacks.items() if op_name == name},
+            slower={reason: n for (op_name, reason), n in slower.items() if op_name == name},
         )
-    return Status(bool(policy.ops), policy.strict, ops, paths)
+    return Status(bool(policy.ops), policy.strict, ops, paths, tables())
+
+
+def tables() -> tuple[str, ...]:
+    """For each GPU, where the settings of enabled kernels come from; nothing before `enable`."""
+    tuning = sys.modules.get(f"{__package__}.kernels.tuning")
+    if tuning is None:
+        return ()
+    return tuple(
+        f"cuda:{i} settings: {line}"
+        for i in range(torch.cuda.device_count())
+        for line in tuning.describe(torch.device("cuda", i))
+    )
 
 
 def forecast(op: str, device: str) -> str:
@@ -374,4 +420,5 @@ def reset_records() -> None:
     with _lock:
         _calls.clear()
         _fallbacks.clear()
+        _slower.clear()
         _paths.clear()

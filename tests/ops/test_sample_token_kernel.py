@@ -307,13 +307,17 @@ def test_a_row_that_is_shared_gets_the_same_code(options, record, monkeypatch):
         options = {**options, "uncond_logits": random(9, V, seed=1).round(), "seed": 7}
     kernels = record(kernel, "_sample_token", "_best_share")
     ids = torch.arange(9) * 3
-    monkeypatch.setattr(kernel, "MAX_SHARES", 1)
-    want = draw(x, ids, **options)
+
+    def shared_by(most: int):
+        return kernel.DRAW.using(kernel.DRAW.setting({"chunk": 4096, "shares": most}))
+
+    with shared_by(1):
+        want = draw(x, ids, **options)
     assert not kernels["_best_share"].launches
     monkeypatch.setattr(kernel, "SMALLEST_SHARE", 12)
     for most in (2, 8):
-        monkeypatch.setattr(kernel, "MAX_SHARES", most)
-        assert torch.equal(draw(x, ids, **options), want), most
+        with shared_by(most):
+            assert torch.equal(draw(x, ids, **options), want), most
         shares = 1 if options.get("greedy") else most
         assert kernels["_sample_token"].constants[-1]["SHARES"] == shares
     assert len(kernels["_best_share"].launches) == (0 if options.get("greedy") else 2)
@@ -325,7 +329,7 @@ def test_a_row_that_is_shared_gets_the_same_code(options, record, monkeypatch):
      (1000, 16384, 1), (1, 4096, 4), (1, 2047, 1), (1, 37, 1), (1, 2**30, 8)],
 )  # fmt: skip
 def test_how_many_share_a_row(rows, V, shares):
-    assert kernel._shares(rows, V) == shares
+    assert kernel._shares(rows, V, 8) == shares
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled there")
