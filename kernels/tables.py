@@ -21,11 +21,15 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+import triton
 
 SHIPPED = Path(__file__).resolve().parent / "tuned"
 FORMAT = 1
@@ -69,15 +73,12 @@ def user_folder() -> Path:
 
 def versions() -> dict[str, str]:
     """The versions that a table is made with."""
-    import torch
-    import triton
-
-    import vfmtok_fast
-
+    # The package stands above its kernels; by now it is imported.
+    package = sys.modules[__name__.partition(".")[0]]
     return {
         "triton": triton.__version__,
         "torch": torch.__version__,
-        "vfmtok_fast": vfmtok_fast.__version__,
+        "vfmtok_fast": package.__version__,
     }
 
 
@@ -136,8 +137,11 @@ def _defect(content: Any) -> str:
     """What is wrong with a table's content, or nothing."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return f"not a table of format {FORMAT}"
-    if not isinstance(content.get("versions"), dict) or not isinstance(content.get("made"), str):
-        return "no versions or no date"
+    found = content.get("versions")
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        return "its versions are no names and numbers"
+    if not isinstance(content.get("made"), str):
+        return "no date"
     for part, keys in _KEYS.items():
         if not isinstance(rows := content.get(part), list):
             return f"no list {part!r}"

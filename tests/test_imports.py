@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "providers": set(),
     "images": set(),
     "hub": set(),
+    "timing": set(),
     "ops": {"switch", "reference", "portable", "kernels", "providers"},
     "tokenizer": {"hub", "ops"},
     "generator": {"switch", "hub", "ops", "reference"},
@@ -36,12 +37,13 @@ ALLOWED["untrained"] = BASE
 ALLOWED["visualize"] = BASE
 ALLOWED["cache"] = BASE
 ALLOWED["samples"] = BASE | {"cache"}
+ALLOWED["tuner"] = BASE
 # What a user imports: the models, the switch and the cache; the tools stand beside that.
-ALLOWED["__init__"] = {"switch", "images", "ops", "tokenizer", "generator", "cache"}
+ALLOWED["__init__"] = {"switch", "images", "ops", "tokenizer", "generator", "cache", "tuner"}
 ALLOWED["evaluation"] = BASE | {"cache"}
 ALLOWED["training"] = BASE | {"cache", "evaluation"}
 ALLOWED["commands"] = BASE | {
-    *("untrained", "visualize", "cache", "samples", "evaluation", "training")
+    *("untrained", "visualize", "cache", "samples", "tuner", "evaluation", "training")
 }
 ALLOWED["cli"] = ALLOWED["commands"] | {"commands"}
 ALLOWED["__main__"] = {"cli"}
@@ -57,6 +59,7 @@ OUTSIDE: dict[str, set[str]] = {
     "providers": {"torch", "flash_attn", "xformers"},
     "images": {"torch", "numpy", "PIL"},
     "hub": {"torch", "huggingface_hub", "safetensors"},
+    "timing": {"torch"},
     "ops": {"torch"},
 }
 # Top-level folders of the repository: importable only by accident, where it is on sys.path.

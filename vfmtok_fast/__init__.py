@@ -9,6 +9,7 @@ from . import cache, images, ops
 from .generator import GPT, GPTConfig
 from .switch import disable, enable, status
 from .tokenizer import BackboneConfig, VFMTok, VFMTokConfig
+from .tuner import tune
 
 __version__ = "0.1.0"
 
@@ -24,4 +25,5 @@ __all__ = [
     "images",
     "ops",
     "status",
+    "tune",
 ]

@@ -15,6 +15,7 @@ from .cache import TooManyBadImages, known_views
 from .cache.export import FORMATS
 from .cache.sources import KINDS
 from .checkpoint import OFFICIAL_FILES, OFFICIAL_REPO
+from .generator.config import PRESETS
 from .switch import FallbackWarning
 from .untrained import GPTS, TOKENIZERS
 
@@ -196,6 +197,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--int8", action="store_true", help="round the generator's weights to 8 bits, for speed"
     )
     _tokenizer_options(sub, untrained=sorted({*TOKENIZERS} & {*GPTS}))
+
+    sub = command("tune", "measure the kernels' settings on this GPU, and keep the fastest")
+    sub.add_argument(
+        "--models",
+        nargs="+",
+        metavar="MODEL",
+        help=f"whose calls: of VFMTok, {', '.join(PRESETS)} (VFMTok GPT-L)",
+    )
+    sub.add_argument("--ops", nargs="+", metavar="OP", help="only these; all by default")
+    sub.add_argument(
+        "--seconds", type=float, default=120, help="about how long to go on (%(default)s)"
+    )
+    sub.add_argument("--device", help="which GPU, such as cuda:1; the first by default")
+    sub.add_argument("--out", metavar="FILE", help="another file than the user's table")
 
     command("doctor", "what is installed, what will run fast here, and why not")
     return parser

@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import cache as token_cache
-from . import checkpoint, images, samples, switch, untrained
+from . import checkpoint, images, samples, switch, tuner, untrained
 from .cache.atomic import atomic_file, make_folder
 from .cache.index import count_unlabelled
 from .cache.job import INDEX
@@ -369,6 +369,19 @@ OPTIONAL = {
 }
 
 
+def tune(options: argparse.Namespace) -> int:
+    outcome = tuner.tune(
+        options.models,
+        options.ops,
+        options.seconds,
+        device=options.device,
+        progress=sys.stderr.isatty(),
+        path=options.out,
+    )
+    print(outcome)
+    return 0
+
+
 def doctor(options: argparse.Namespace) -> int:
     print(f"python {platform.python_version()} on {platform.platform()}")
     for name in ("torch", "triton", "torchvision", "timm", "pillow", "safetensors", "pyarrow"):
@@ -394,6 +407,8 @@ def doctor(options: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in switch.status().ops:
         print(f"  {name}: {switch.forecast(name, device)}")
+    for line in switch.tables():
+        print(f"  {line}")
     return 0
 
 

@@ -415,6 +415,20 @@ def forecast(op: str, device: str) -> str:
     return _registry[op].forecast(device)
 
 
+def reference(op: str) -> Callable:
+    """The reference of ``op``, whatever is enabled; it takes validated arguments."""
+    return _registry[op].reference
+
+
+def kernel(op: str) -> ModuleType:
+    """The module of an op's Triton kernels; ImportError where it cannot be imported."""
+    candidate = _registry[op].candidates[0]
+    candidate.load()
+    if candidate.module is None:
+        raise ImportError(f"{op}: {candidate.note}")
+    return candidate.module
+
+
 def reset_records() -> None:
     """Forget all recorded calls and fallbacks; each fallback warns anew."""
     with _lock:

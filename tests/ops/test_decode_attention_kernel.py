@@ -26,6 +26,8 @@ runs = pytest.mark.gpu if GPU else HERE
 pytestmark = pytest.mark.usefixtures("poison")
 # The interpreter's bfloat16 products are wrong, and only half precision takes products.
 HALF = torch.bfloat16 if GPU else torch.float16
+# Of the default settings, by bytes a value.
+VALUES = {2: 8192, 4: 4096}
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
 GARBAGE = (float("nan"), float("inf"), float("-inf"), 1e30)
 # Positions of launch arguments.
@@ -116,7 +118,7 @@ def test_head_dims_and_groups(D: int, group: int, dtype: torch.dtype, check, lau
 @runs
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_tile_borders(dtype: torch.dtype, check):
-    tile = kernel._constants(1, 64, dtype.itemsize, 4096)["TILE"]
+    tile = kernel._constants(1, 64, dtype.itemsize, VALUES[dtype.itemsize])["TILE"]
     T = 4 * tile + 3
     q, k, v = make(T=T, dtype=dtype)
     for length in (1, 2, tile - 1, tile, tile + 1, 3 * tile, 4 * tile, T - 1, T):
@@ -147,7 +149,7 @@ def test_dead_positions_do_not_matter(garbage: float, check):
 @pytest.mark.parametrize(("H", "G", "D"), [(2, 2, 64), (6, 2, 100)])
 def test_split_keys(H: int, G: int, D: int, dtype: torch.dtype, check, launches, split):
     """All numbers of live shares; those without keys neither write nor count."""
-    tile = kernel._constants(H // G, D, dtype.itemsize, 4096)["TILE"]
+    tile = kernel._constants(H // G, D, dtype.itemsize, VALUES[dtype.itemsize])["TILE"]
     q, k, v = make(H=H, G=G, T=5 * tile, D=D, dtype=dtype)
     for length in (1, tile, tile + 1, 3 * tile, 4 * tile, 5 * tile - 1):
         check(q, k, v, length)

@@ -1,0 +1,43 @@
+"""`tune` around real kernels in Triton's interpreter; a child pytest of tests/test_tuner.py."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from vfmtok_fast.tuner.calls import BY_DEFORMABLE, Call
+from vfmtok_fast.tuner.run import Tuner
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="runs in the child pytest"
+)
+LEVELS = ((4, 4), (3, 3))
+DEFORMABLE = {"B": 1, "Q": 4, "H": 1, "D": 8, "P": 2, "levels": LEVELS}
+CALLS = (
+    Call("decode_attention", "", "float32", {"B": 1, "H": 1, "G": 1, "T": 6, "D": 4, "length": 5}),
+    Call("sample_token", "", "float32", {"B": 1, "V": 40, "cfg_scale": 1.5}),
+    Call("nearest_code", "", "float32", {"N": 5, "K": 40, "d": 4}),
+    Call("deformable_sample", "", "float32", DEFORMABLE, BY_DEFORMABLE),
+    Call("linear_residual", "", "float32", {"rows": 2, "K": 40, "N": 8}),
+)
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_every_setting_is_right_by_the_oracle(call, tmp_path):
+    """Times are such that the last setting wins, whatever it is."""
+
+    def timer(functions, rounds):
+        return [1.0 / (i + 1) for i in range(len(functions))]
+
+    tuner = Tuner(
+        torch.device("cpu"),
+        timer,
+        compiler=lambda jobs: ((job, "") for job in jobs),
+        path=tmp_path / "card.json",
+    )
+    outcome = tuner.run([call], 3600)
+    assert not outcome.failed, outcome
+    assert outcome.settings or not tuner._asked(call)

@@ -1,0 +1,194 @@
+"""Calls of the ops as the models make them: what `tune` times and `make aot` compiles.
+
+A `Call` is plain data, so that it can go to another process; `Call.arguments` makes its tensors on
+any device. `model_calls` lists those of a tokenizer and of generators, most important first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..generator import GPTConfig
+from ..tokenizer import VFMTokConfig
+
+# Gradients of values, offsets and logits; the model's reference points are fixed.
+BY_DEFORMABLE = (0, 3, 4)
+# Makes a tensor of a size and dtype: random values, or memory as it is where nobody looks at it.
+New = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op.
+
+    ``sizes`` are the numbers that its arguments are made from; ``backward`` holds the positions of
+    those whose gradients are asked for too.
+    """
+
+    op: str
+    what: str
+    dtype: str
+    sizes: dict[str, Any] = field(hash=False)
+    backward: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.what} {self.dtype}{', with backward' if self.backward else ''}"
+
+    def arguments(
+        self, device: torch.device, empty: bool = False
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments; ``empty`` leaves the values to chance, for no time."""
+        dtype = getattr(torch, self.dtype)
+        generator = torch.Generator(device).manual_seed(0)
+
+        def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            if empty:
+                return torch.empty(shape, dtype=dtype, device=device)
+            wide = torch.randn(shape, generator=generator, device=device)
+            return (wide * 20).to(dtype) if dtype == torch.int8 else wide.to(dtype)
+
+        args, kwargs = _MAKERS[self.op](new, device, **self.sizes)
+        for i in self.backward:
+            args[i].requires_grad_()
+        return args, kwargs
+
+    def run(self, function: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Call ``function``: what it returns, or with ``backward`` that and all gradients."""
+        if not self.backward:
+            with torch.no_grad():
+                out = function(*args, **kwargs)
+            return list(out) if isinstance(out, tuple) else [] if out is None else [out]
+        out = function(*args, **kwargs)
+        inputs = [args[i] for i in self.backward]
+        # Any gradient will do that is not constant.
+        return [out.detach(), *torch.autograd.grad(out, inputs, out.detach())]
+
+
+def _nearest_code(new: New, device, *, N: int, K: int, d: int, **keywords):
+    return (new(N, d), new(K, d)), keywords
+
+
+def _deformable_sample(new: New, device, *, B: int, Q: int, H: int, D: int, P: int, levels, **keys):
+    levels = tuple(tuple(level) for level in levels)
+    L, pixels = len(levels), sum(height * width for height, width in levels)
+    # Queries all over the map, as those of the model are.
+    side = math.ceil(math.sqrt(Q))
+    centres = (torch.arange(side * side, device=device)[:Q].float() + 0.5) / side
+    points = torch.stack([centres % 1, (centres / side)], dim=-1)[None, :, None].expand(1, Q, L, 2)
+    offsets, logits = new(B, Q, H, L, P, 2), new(B, Q, H, L * P)
+    value = new(B, pixels, H, D)
+    return (value, levels, points.to(value.dtype).contiguous(), offsets, logits), keys
+
+
+def _decode_attention(new: New, device, *, B: int, H: int, G: int, T: int, D: int, length: int):
+    at = torch.full((1,), length, device=device, dtype=torch.int64)
+    return (new(B, H, D), new(B, G, T, D), new(B, G, T, D), at), {}
+
+
+def _sample_token(new: New, device, *, B: int, V: int, guided: bool = True, **settings):
+    step = torch.zeros(1, device=device, dtype=torch.int64)
+    if guided:
+        settings["uncond_logits"] = new(B, V)
+    return (new(B, V), torch.arange(B, device=device), step), settings
+
+
+def _weight(new: New, N: int, K: int, int8: bool) -> tuple[Tensor, Tensor | None]:
+    if int8:
+        return new(N, K, dtype=torch.int8), new(N, dtype=torch.float32)
+    return new(N, K), None
+
+
+def _linear_residual(new: New, device, *, rows: int, K: int, N: int, int8: bool = False):
+    weight, scale = _weight(new, N, K, int8)
+    return (new(rows, K), weight, new(rows, N)), {"scale": scale}
+
+
+def _norm_linear(new: New, device, *, rows: int, K: int, N: int, int8: bool = False):
+    weight, scale = _weight(new, N, K, int8)
+    return (new(rows, K), new(K), weight), {"scale": scale}
+
+
+def _gate_up(new: New, device, *, rows: int, K: int, N: int, int8: bool = False):
+    (gate, gate_scale), (up, up_scale) = _weight(new, N, K, int8), _weight(new, N, K, int8)
+    return (new(rows, K), new(K), gate, up), {"gate_scale": gate_scale, "up_scale": up_scale}
+
+
+def _qkv_rotary(new: New, device, *, rows: int, K: int, H: int, T: int, int8: bool = False):
+    D = K // H
+    weight, scale = _weight(new, 3 * K, K, int8)
+    rotary = new(T, D // 2, 2, dtype=torch.float32)
+    at = torch.full((1,), T // 2, device=device, dtype=torch.int64)
+    caches = new(rows, H, T, D), new(rows, H, T, D)
+    return (new(rows, K), new(K), weight, rotary, *caches, at), {"scale": scale}
+
+
+def _append_code(new: New, device, *, B: int, T: int, V: int, C: int):
+    codes = torch.zeros(B, T, dtype=torch.int64, device=device)
+    position = torch.zeros(2, dtype=torch.int64, device=device)
+    return (codes[:, 0].contiguous(), codes, position, new(V, C), new(2 * B, C)), {}
+
+
+_MAKERS = {
+    "append_code": _append_code,
+    "decode_attention": _decode_attention,
+    "deformable_sample": _deformable_sample,
+    "gate_up": _gate_up,
+    "linear_residual": _linear_residual,
+    "nearest_code": _nearest_code,
+    "norm_linear": _norm_linear,
+    "qkv_rotary": _qkv_rotary,
+    "sample_token": _sample_token,
+}
+
+
+def model_calls(
+    tokenizer: VFMTokConfig | None, generators: Iterable[tuple[str, GPTConfig]] = ()
+) -> list[Call]:
+    """The calls of a tokenizer, and of generators by name; most important first."""
+    calls = [*(tokenizer_calls(tokenizer) if tokenizer is not None else ())]
+    for name, config in generators:
+        calls += generator_calls(name, config)
+    return list(dict.fromkeys(calls))
+
+
+def tokenizer_calls(config: VFMTokConfig) -> list[Call]:
+    K, d, regions = config.codebook_size, config.codebook_dim, config.num_regions
+    side = config.feature_grid
+    shape = {"Q": regions, "H": config.num_heads, "D": config.dim // config.num_heads}
+    shape |= {"P": config.num_points, "levels": ((side, side),) * len(config.backbone.levels)}
+    calls = []
+    for B in (256, 64, 1):
+        lookup = {"N": regions * B, "K": K, "d": d}
+        calls.append(Call("nearest_code", f"{B} images", "float32", lookup))
+        for dtype in ("bfloat16", "float32"):
+            calls.append(Call("deformable_sample", f"{B} images", dtype, {"B": B, **shape}))
+    for dtype in ("bfloat16", "float32"):
+        sizes = {"B": 64, **shape}
+        calls.append(Call("deformable_sample", "64 images", dtype, sizes, BY_DEFORMABLE))
+    return calls
+
+
+def generator_calls(name: str, config: GPTConfig, dtype: str = "bfloat16") -> list[Call]:
+    """A guided step of one image; attention and draw also of 64."""
+    C, H, F, V = config.dim, config.num_heads, config.ffn_dim, config.vocab_size
+    T, D = config.block_size, config.head_dim
+    layer = [
+        ("gate_up", {"rows": 2, "K": C, "N": F}),
+        ("linear_residual", {"rows": 2, "K": F, "N": C}),
+        ("norm_linear", {"rows": 2, "K": C, "N": V}),
+        ("qkv_rotary", {"rows": 2, "K": C, "H": H, "T": T}),
+    ]
+    calls = []
+    for B in (64, 1):
+        sizes = {"B": 2 * B, "H": H, "G": H, "T": T, "D": D, "length": T // 2}
+        calls.append(Call("decode_attention", f"{name} {B} guided", dtype, sizes))
+        for what, filters in (("", {}), (" top-k 100", {"top_k": 100}), (" top-p", {"top_p": 0.9})):
+            sizes = {"B": B, "V": V, "cfg_scale": 1.5, **filters}
+            calls.append(Call("sample_token", f"{B} guided{what}", "float32", sizes))
+    return [*calls, *(Call(op, f"{name} 1 guided", dtype, sizes) for op, sizes in layer)]

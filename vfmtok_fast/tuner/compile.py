@@ -1,0 +1,91 @@
+"""Compile the launches of calls under other settings, in processes that need no GPU.
+
+``python -m vfmtok_fast.tuner CHIP`` is such a process. What it compiles lies in Triton's cache
+afterwards, where launches find it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from .. import switch
+from .calls import Call
+
+# A call, the name of a space, and values of it.
+Job = tuple[Call, str, dict[str, Any]]
+
+
+def spaces(op: str) -> dict[str, Any]:
+    """The spaces of an op's kernels by name."""
+    return {space.name: space for space in getattr(switch.kernel(op), "SPACES", ())}
+
+
+def compile_in_processes(
+    jobs: Sequence[Job], chip: int, processes: int | None = None
+) -> Iterator[tuple[Job, str]]:
+    """Fill Triton's cache for ``jobs``; yields each and what went wrong with it, "" if nothing.
+
+    The processes have no GPU in use, so their number is the cores', not that of what fits memory.
+    """
+    count = max(1, min(processes or (os.cpu_count() or 2) - 1, len(jobs)))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-P", "-m", "vfmtok_fast.tuner", str(chip)]
+    done: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+
+    def follow(process: subprocess.Popen, indices: list[int]) -> None:
+        for index in indices:
+            line = process.stdout.readline()
+            done.put((index, json.loads(line) if line else "its compiler process ended"))
+
+    workers = []
+    for first in range(count):
+        indices = list(range(first, len(jobs), count))
+        process = subprocess.Popen(
+            command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        workers.append(process)
+        lines = [json.dumps([asdict(jobs[i][0]), *jobs[i][1:]]) for i in indices]
+
+        def feed(process: subprocess.Popen = process, lines: list[str] = lines) -> None:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write("\n".join(lines) + "\n")
+                process.stdin.close()
+
+        threading.Thread(target=feed, daemon=True).start()
+        threading.Thread(target=follow, args=(process, indices), daemon=True).start()
+    try:
+        for _ in jobs:
+            index, problem = done.get()
+            yield jobs[index], problem
+    finally:
+        for process in workers:
+            process.kill()
+            process.wait()
+
+
+def compile_call(call: Call, name: str, values: dict[str, Any], chip: int) -> str:
+    """Compile one job here; what went wrong, "" if nothing."""
+    from triton.compiler.errors import CompilationError
+
+    from ..kernels.compiling import compile_only
+
+    space = spaces(call.op)[name]
+    try:
+        with compile_only(chip), space.using(space.setting(values)):
+            args, kwargs = call.arguments(torch.device("cpu"), empty=True)
+            call.run(getattr(switch.kernel(call.op), call.op), args, kwargs)
+    except (RuntimeError, ValueError, CompilationError) as error:
+        return f"{type(error).__name__}: {error}"[:300]
+    return ""

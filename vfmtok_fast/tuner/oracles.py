@@ -1,0 +1,95 @@
+"""Whether the result of a `Call` is right: the op's reference in float64, on a few of its rows.
+
+For `tune`, which must never keep a setting that computes something else. The first rows stand for
+all: what a tile size, a number of warps or a pipeline can break, it breaks there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import switch
+from .calls import Call
+
+# Rows that are compared: images, queries or rows of logits.
+ROWS = {"nearest_code": 512, "deformable_sample": 1, "decode_attention": 4}
+MANY = 64
+# A certified search errs by less; the scores of ours and of the truth are both float64 sums.
+TIE = 1e-12
+
+Check = Callable[[Sequence[Tensor]], str]
+
+
+def oracle(call: Call, args: Sequence[Any], kwargs: dict[str, Any]) -> Check:
+    """A function of what `Call.run` returned: "" where that is right, else what is wrong."""
+    reference = switch.reference(call.op)
+    if call.op == "nearest_code":
+        return _search(args, kwargs)
+    if call.op == "sample_token":
+        with torch.no_grad():
+            want = reference(*args, **kwargs)
+        # One code of a batch may be tied within rounding.
+        return lambda got: _say(int((got[0] != want).sum()), 1, "codes differ from the reference's")
+    return _continuous(call, reference, args, kwargs)
+
+
+def _say(found: float, allowed: float, what: str) -> str:
+    return "" if found <= allowed else f"{found:.3g} {what}, {allowed:.3g} allowed"
+
+
+def _search(args: Sequence[Any], kwargs: dict[str, Any]) -> Check:
+    z, codebook = (torch.nn.functional.normalize(x.double(), dim=-1) for x in args)
+    rows, k = min(ROWS["nearest_code"], z.shape[0]), kwargs.get("k", 1)
+    scores = z[:rows] @ codebook.T
+    best = scores.topk(k, dim=1).values
+
+    def check(got: Sequence[Tensor]) -> str:
+        codes = got[0][:rows].view(rows, k)
+        lost = (best - scores.gather(1, codes)) > TIE
+        return _say(int(lost.sum()), 0, "codes are not the nearest")
+
+    return check
+
+
+def _continuous(
+    call: Call, reference: Callable, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Check:
+    rows = ROWS.get(call.op, MANY)
+    batch = call.sizes.get("B", call.sizes.get("rows"))
+
+    def some(value: Any, dtype: torch.dtype | None) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach()
+        value = value[:rows] if value.shape[:1] == (batch,) else value
+        # Also of the caches that an op writes into: the reference gets its own.
+        return (value.to(dtype) if dtype and value.is_floating_point() else value).clone()
+
+    def results(dtype: torch.dtype | None, out: Tensor) -> list[Tensor]:
+        few = [some(value, dtype) for value in args]
+        for i in call.backward:
+            few[i].requires_grad_()
+        keywords = {name: some(value, dtype) for name, value in kwargs.items()}
+        with torch.set_grad_enabled(bool(call.backward)):
+            made = reference(*few, **keywords)
+        if not call.backward:
+            return [made]
+        inputs = [few[i] for i in call.backward]
+        return [made.detach(), *torch.autograd.grad(made, inputs, out.to(made.dtype))]
+
+    def check(got: Sequence[Tensor]) -> str:
+        got = [tensor[:rows] for tensor in got]
+        truth, ruler = results(torch.float64, got[0]), results(None, got[0])
+        for one, exact, rounded in zip(got, truth, ruler, strict=True):
+            error, own = (float((x.double() - exact).abs().max()) for x in (one, rounded))
+            # Twice what the tests allow: a sum in another order is right, another sum is not.
+            rounding = torch.finfo(one.dtype).eps * float(exact.abs().max())
+            if not error <= 4 * own + 2 * rounding:
+                return f"it is off by {error:.2e}, the reference by {own:.2e}"
+        return ""
+
+    return check

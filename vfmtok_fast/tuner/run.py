@@ -1,0 +1,357 @@
+"""Measure the settings of the kernels on this machine's GPU, and keep the best: `tune`.
+
+For each call of a model: which `Space`s its launches ask is seen from a launch that only compiles;
+other processes then compile every setting, for they need no GPU; each setting's result is held
+against the op's oracle, and settings are timed in turns, as replays of a CUDA graph after the cache
+was overwritten. A setting replaces the default only where it is faster by more than noise. Last the
+op is timed against its reference, so that `enable` can leave alone what would be slower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import switch
+from ..generator import GPT, GPTConfig
+from ..generator.config import PRESETS
+from ..tokenizer import VFMTok, VFMTokConfig
+from . import calls, oracles
+from .calls import Call
+from .compile import Job, compile_in_processes, spaces
+
+# Gains below this are taken for noise, and the default stays.
+NOISE = 0.02
+# Settings slower than the best by this in the first turns are not looked at again.
+CLOSE = 1.15
+TURNS, MORE_TURNS = 5, 20
+
+Timer = Callable[[Sequence[Callable[[], object]], int], list[float]]
+
+
+@dataclass
+class Outcome:
+    """What a run measured: rows of a table, settings that failed and why, calls not reached."""
+
+    path: Path
+    settings: list[dict[str, Any]] = field(default_factory=list)
+    ops: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    not_reached: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {len(self.settings)} settings, {len(self.ops)} ops measured"]
+        for row in self.settings:
+            gain = row["default_us"] / row["us"]
+            took = ", ".join(f"{name}={value}" for name, value in row["take"].items())
+            lines.append(
+                f"  {row['space']} ({row['kind']}, {row['size']}): {row['us']:.1f} us, "
+                f"{gain:.2f} x the default: {took}"
+            )
+        for row in self.ops:
+            gain = row["reference_us"] / row["us"]
+            takes = "" if gain >= 1 else "; enable() takes the reference"
+            lines.append(
+                f"  {row['op']} ({row['kind']}, {row['size']}): {row['us']:.1f} us, "
+                f"{gain:.2f} x the reference{takes}"
+            )
+        lines += [f"  failed: {why}" for why in self.failed]
+        lines += [f"  not reached in time: {what}" for what in self.not_reached]
+        return "\n".join(lines)
+
+
+def tune(
+    models: str | VFMTok | GPT | Iterable[str | VFMTok | GPT] | None = None,
+    ops: str | Iterable[str] | None = None,
+    seconds: float = 120,
+    *,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+    path: str | os.PathLike | None = None,
+) -> Outcome:
+    """Measure this GPU's settings for some models, and keep them for every later process.
+
+    The table is written after each call that is through, so an interrupted run keeps what it has;
+    rows of other models that the table already had stay.
+
+    Args:
+        models: a `VFMTok`, a `GPT`, "VFMTok" or the name of a generator such as "GPT-L"; or
+            several. None stands for the published tokenizer and GPT-L.
+        ops: only these; None stands for all.
+        seconds: about how long to go on.
+        device: which GPU; the current one by default.
+        progress: show a bar.
+        path: another file than ``$XDG_CACHE_HOME/vfmtok_fast/tuned/<card>.json``.
+
+    Returns:
+        what was measured; print it to read it.
+
+    Raises:
+        ValueError: no GPU, an unknown model or op, seconds that are not positive.
+    """
+    todo = [call for call in calls.model_calls(*_models(models)) if call.op in _names(ops)]
+    if not seconds > 0:
+        raise ValueError(f"tune: seconds must be positive, got {seconds}")
+    if not torch.cuda.is_available():
+        raise ValueError("tune: it measures an NVIDIA GPU, and torch finds none here")
+    device = torch.device(device or "cuda")
+    if device.type != "cuda":
+        raise ValueError(f"tune: device must be a GPU such as cuda:0, got {device}")
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    # Launches, timers and events go to the current device.
+    with torch.cuda.device(device):
+        return Tuner(device, path=None if path is None else Path(path)).run(todo, seconds, progress)
+
+
+def _names(ops: str | Iterable[str] | None) -> set[str]:
+    known = set(switch.status().ops)
+    names = known if ops is None else {ops} if isinstance(ops, str) else set(ops)
+    if unknown := names - known:
+        raise ValueError(f"tune: unknown op {sorted(unknown)}; the ops are {sorted(known)}")
+    return names
+
+
+def _models(models: Any) -> tuple[VFMTokConfig | None, list[tuple[str, GPTConfig]]]:
+    if models is None:
+        models = ("VFMTok", "GPT-L")
+    if isinstance(models, str | VFMTok | GPT):
+        models = (models,)
+    if not isinstance(models, Iterable):
+        raise TypeError(f"tune: models must be models or their names, got {models!r}")
+    tokenizer, generators = None, []
+    for model in models:
+        if isinstance(model, VFMTok) or model == "VFMTok":
+            tokenizer = VFMTokConfig() if model == "VFMTok" else model.config
+        elif isinstance(model, GPT):
+            generators.append((f"GPT {model.config.num_layers}x{model.config.dim}", model.config))
+        elif model in PRESETS:
+            generators.append((model, GPTConfig.preset(model)))
+        else:
+            raise ValueError(
+                f"tune: unknown model {model!r}; give a model, 'VFMTok' or one of {sorted(PRESETS)}"
+            )
+    return tokenizer, generators
+
+
+@contextlib.contextmanager
+def _asking(op: str) -> Iterator[dict[str, tuple[str, int]]]:
+    """Notes which of the op's spaces are asked, and for what (kind, size)."""
+    asked: dict[str, tuple[str, int]] = {}
+    before = {name: space.at for name, space in spaces(op).items()}
+    for name, space in spaces(op).items():
+
+        def at(device, kind, size, name=name):
+            asked[name] = kind, size
+            return before[name](device, kind, size)
+
+        space.at = at
+    try:
+        yield asked
+    finally:
+        for space in spaces(op).values():
+            del space.at
+
+
+class Tuner:
+    """One run of `tune`; its parts can be replaced, so that it can be tried without a GPU.
+
+    Args:
+        device: what is measured.
+        timer: seconds of each of some functions, measured in turns.
+        clock: seconds since some moment.
+        compiler: yields the jobs that it has compiled and what went wrong ("" if nothing).
+        path: the table; None stands for the user's of this card.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        timer: Timer | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        compiler: Callable[[Sequence[Job]], Iterator[tuple[Job, str]]] | None = None,
+        path: Path | None = None,
+    ):
+        from ..kernels import tables, tuning
+
+        self.tables, self.tuning = tables, tuning
+        self.device, self.clock = device, clock
+        self.timer = timer or self._time
+        self.compiler = compiler or self._compile
+        self.best: dict[tuple[str, str, int], Any] = {}
+        self.card = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} test"
+        )
+        self.path = path or tables.user_folder() / f"{tables.slug(self.card)}.json"
+
+    def run(self, todo: Sequence[Call], seconds: float, progress: bool = False) -> Outcome:
+        """Measure ``todo``, most important first, until ``seconds`` are over."""
+        end = self.clock() + seconds
+        outcome = Outcome(self.path)
+        asked = {call: self._asked(call) for call in todo}
+        jobs = [
+            (call, name, setting._asdict())
+            for call, name in self._news(asked)
+            for setting in spaces(call.op)[name].candidates()
+        ]
+        compiled: dict[tuple[Call, str], list[dict[str, Any]]] = {}
+        left = {call: sum(1 for job in jobs if job[0] == call) for call in todo}
+        with tqdm(total=len(jobs), unit="setting", disable=not progress, leave=False) as bar:
+            waiting = self.compiler(jobs) if jobs else iter(())
+            with contextlib.ExitStack() as stack:
+                if isinstance(waiting, Generator):  # Its processes end with it.
+                    stack.enter_context(contextlib.closing(waiting))
+                for call in todo:
+                    while left[call] and self.clock() < end:
+                        job, problem = next(waiting)
+                        bar.update()
+                        left[job[0]] -= 1
+                        if problem:
+                            outcome.failed.append(f"{job[1]} {job[2]}: {problem}")
+                        else:
+                            compiled.setdefault(job[:2], []).append(job[2])
+                    if self.clock() >= end:
+                        outcome.not_reached.append(str(call))
+                        continue
+                    bar.set_description(str(call))
+                    self._measure(call, asked[call], compiled, outcome)
+                    self._save(outcome)
+        return outcome
+
+    @staticmethod
+    def _news(asked: dict[Call, dict[str, tuple[str, int]]]) -> list[tuple[Call, str]]:
+        """What to measure: the first call that asks a space for a kind and size stands for all."""
+        first: dict[tuple[str, str, int], tuple[Call, str]] = {}
+        for call, spaces_of_it in asked.items():
+            for name, (kind, size) in spaces_of_it.items():
+                first.setdefault((name, kind, size), (call, name))
+        return list(first.values())
+
+    def _asked(self, call: Call) -> dict[str, tuple[str, int]]:
+        """Which spaces a call's launches ask, most of the time in the order of the launches."""
+        with _asking(call.op) as asked, self._compiling():
+            args, kwargs = call.arguments(torch.device("cpu"), empty=True)
+            call.run(getattr(switch.kernel(call.op), call.op), args, kwargs)
+        return asked
+
+    def _compiling(self) -> contextlib.AbstractContextManager:
+        if os.environ.get("TRITON_INTERPRET") == "1":  # There is nothing to compile.
+            return contextlib.nullcontext()
+        from ..kernels.compiling import compile_only
+
+        return compile_only(self.tuning.capability(self.device))
+
+    def _measure(
+        self,
+        call: Call,
+        asked: dict[str, tuple[str, int]],
+        compiled: dict[tuple[Call, str], list[dict[str, Any]]],
+        outcome: Outcome,
+    ) -> None:
+        args, kwargs = call.arguments(self.device)
+        oracle = oracles.oracle(call, args, kwargs)
+        fast = getattr(switch.kernel(call.op), call.op)
+
+        def run() -> list[Tensor]:
+            return call.run(fast, args, kwargs)
+
+        with contextlib.ExitStack() as chosen:
+            for name, (kind, size) in asked.items():
+                space = spaces(call.op)[name]
+                if (name, kind, size) not in self.best:
+                    settings = [space.setting(values) for values in compiled.get((call, name), [])]
+                    row = self._best(space, settings, run, oracle, outcome)
+                    if row is None:
+                        continue
+                    outcome.settings.append({"space": name, "kind": kind, "size": size, **row})
+                    self.best[name, kind, size] = space.setting(row["take"])
+                chosen.enter_context(space.using(self.best[name, kind, size]))
+            key = getattr(switch.kernel(call.op), "tuning_key", None)
+            if key is None or call.backward:
+                return
+            kind, size = key(*args, **kwargs)
+            reference = switch.reference(call.op)
+            try:
+                us, reference_us = self.timer(
+                    [run, lambda: call.run(reference, args, kwargs)], MORE_TURNS
+                )
+            except torch.OutOfMemoryError:
+                return  # The reference does not fit: nothing to compare with.
+            row = {"op": call.op, "kind": kind, "size": size}
+            outcome.ops.append({**row, "us": _us(us), "reference_us": _us(reference_us)})
+
+    def _best(
+        self,
+        space: Any,
+        settings: list[Any],
+        run: Callable[[], list[Tensor]],
+        oracle: Callable[[list[Tensor]], str],
+        outcome: Outcome,
+    ) -> dict[str, Any] | None:
+        """The fastest setting and its time, or None where there was no choice."""
+        default = space.default(self.device)
+        right = []
+        for setting in dict.fromkeys([default, *settings]):
+            with space.using(setting):
+                try:
+                    wrong = oracle(run())
+                except (RuntimeError, torch.OutOfMemoryError) as error:
+                    wrong = f"{type(error).__name__}: {error}"
+            if wrong:
+                outcome.failed.append(f"{space.name} {setting._asdict()}: {wrong:.200}")
+            else:
+                right.append(setting)
+        if default not in right or len(right) < 2:
+            return None
+
+        def with_setting(setting: Any) -> Callable[[], object]:
+            def call() -> None:
+                with space.using(setting):
+                    run()
+
+            return call
+
+        times = dict(zip(right, self.timer([with_setting(s) for s in right], TURNS), strict=True))
+        close = [s for s in right if s == default or times[s] <= CLOSE * min(times.values())]
+        times = dict(
+            zip(close, self.timer([with_setting(s) for s in close], MORE_TURNS), strict=True)
+        )
+        best = min(close, key=times.__getitem__)
+        if times[best] > (1 - NOISE) * times[default]:
+            best = default
+        return {
+            "take": best._asdict(),
+            "us": _us(times[best]),
+            "default_us": _us(times[default]),
+        }
+
+    def _save(self, outcome: Outcome) -> None:
+        source = "measured by vfmtok_fast.tune"
+        content = self.tables.empty(self.card, time.strftime("%Y-%m-%d", time.gmtime()), source)
+        content |= {"settings": outcome.settings, "ops": outcome.ops}
+        self.tables.save(self.path, content)
+        self.tuning.forget_tables()
+
+    def _time(self, functions: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+        from .. import timing
+
+        every, _ = timing.time_in_turns(functions, self.device, rounds)
+        return [statistics.median(times) for times in every]
+
+    def _compile(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
+        """Compile in as many processes as there are cores, in order as far as that goes."""
+        yield from compile_in_processes(jobs, self.tuning.capability(self.device))
+
+
+def _us(seconds: float) -> float:
+    return round(seconds * 1e6, 3)
