@@ -1,16 +1,19 @@
 """Compile every kernel without a GPU and report what the machine code says: `make aot`.
 
-For each kernel and chip: registers, spills, shared memory and occupancy from the cubin; of a kernel
-that may begin before the one ahead of it has ended, that it touches no memory before it has waited;
-and of kernels with a main loop the instructions of one turn from the disassembly, and the time that
-they predict at the chip's rates. Writes ``results/aot/<chip>.json``; ``--check`` compares with
-``aot_budget.json``, ``--budget`` writes that file anew.
+What is compiled are the launches of the calls in `aot_calls`, made by the ops' own code for a chip
+that need not be there. For each kernel and chip: registers, spills, shared memory and occupancy
+from the cubin; of a kernel that may begin before the one ahead of it has ended, that it touches no
+memory before it has waited; and of kernels with a main loop the instructions of one turn from the
+disassembly, and the time that they predict at the chip's rates. Writes
+``results/aot/<chip>.json``; ``--check`` compares with ``aot_budget.json``, ``--budget`` writes that
+file anew, ``--variants`` does all of it for every setting that `tune` may choose.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,9 +24,11 @@ from pathlib import Path
 
 import torch
 import triton
-from aot_cases import CASES, Case
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from aot_calls import CALLS, LOOPS, Loop
+
+from vfmtok_fast.kernels.compiling import Launch
+from vfmtok_fast.tuner.calls import Call
+from vfmtok_fast.tuner.compile import asked_spaces, compile_in_processes, launches, spaces
 
 HERE = Path(__file__).resolve().parent
 BUDGET = HERE / "aot_budget.json"
@@ -60,24 +65,14 @@ HALF_RATE = re.compile(
 )
 
 
-def compile_case(case: Case, chip: Chip) -> object:
-    """Compile as a launch would, for a chip that need not be there."""
-    names = case.kernel.arg_names
-    known = set(case.types) | set(case.constants)
-    if known != set(names):
-        raise SystemExit(f"{case.name}: arguments {sorted(known ^ set(names))} do not match")
-    source = ASTSource(
-        case.kernel,
-        {name: case.types.get(name, "constexpr") for name in names},
-        constexprs=case.constants,
-        attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(names)
-            if str(case.types.get(name)).startswith("*") or name in case.aligned
-        },
-    )
-    options = {"num_warps": case.warps, "num_stages": case.stages, **case.options}
-    return triton.compile(source, target=GPUTarget("cuda", chip.capability, 32), options=options)
+def named(call: Call, found: list[Launch]) -> dict[str, Launch]:
+    """Launches by op, kernel and call; a kernel's further launches in a call are numbered."""
+    names: dict[str, Launch] = {}
+    for launch in found:
+        name = f"{call.op}.{launch.kernel} {call.what} {call.dtype}"
+        same = sum(other.split(" #")[0] == name for other in names)
+        names[f"{name} #{same + 1}" if same else name] = launch
+    return names
 
 
 def run_tool(name: str, *args: str) -> str:
@@ -158,34 +153,38 @@ def main_loop(code: str) -> Counter[str]:
     return min(inner, key=lambda loop: loop.total())
 
 
-def occupancy(case: Case, chip: Chip, registers: int, shared: int) -> dict[str, int]:
+def occupancy(warps: int, chip: Chip, registers: int, shared: int) -> dict[str, int]:
     """Programs and warps resident on one multiprocessor."""
     per_warp = -(-registers * 32 // 256) * 256
     programs = min(
-        chip.warps // case.warps,
+        chip.warps // warps,
         # Each of the four schedulers has a quarter of the registers.
-        4 * (chip.registers // 4 // per_warp) // case.warps,
+        4 * (chip.registers // 4 // per_warp) // warps,
         # The system keeps 1 KiB of each program.
         chip.shared_kib * 1024 // (shared + 1024),
         32,
     )
-    return {"programs": programs, "warps": programs * case.warps}
+    return {"programs": programs, "warps": programs * warps}
 
 
-def predict(case: Case, chip: Chip, loop: Counter[str]) -> dict[str, object]:
+def predict(
+    call: Call, loop: Loop, constants: dict, warps: int, chip: Chip, turn: Counter[str]
+) -> dict[str, object]:
     """Time of the main loop if the busiest unit never waits, and if matrix and ALU take turns."""
-    half = sum(n for name, n in loop.items() if HALF_RATE.match(name))
-    issue = loop.total()
-    turns = case.units / case.units_per_warp / (4 * chip.multiprocessors)
+    per_warp = loop.per_turn(constants) / warps
+    units, flops = loop.units(call.sizes), loop.flops(constants)
+    half = sum(n for name, n in turn.items() if HALF_RATE.match(name))
+    issue = turn.total()
+    turns = units / per_warp / (4 * chip.multiprocessors)
     alu_us = turns * max(2 * half, issue) / chip.ghz / 1e3
-    matrix_us = case.units * case.matrix_flops / chip.matrix_tflops / 1e6
-    per_lane = case.units_per_warp / 32
+    matrix_us = units * flops / chip.matrix_tflops / 1e6
+    per_lane = per_warp / 32
     return {
-        "problem": case.problem,
-        "instructions": dict(loop.most_common()),
-        "matrix_instructions": sum(loop[name] for name in MATRIX),
-        f"alu_per_{case.unit}": round(half / per_lane, 3),
-        f"issued_per_{case.unit}": round(issue / per_lane, 3),
+        "problem": str(call),
+        "instructions": dict(turn.most_common()),
+        "matrix_instructions": sum(turn[name] for name in MATRIX),
+        f"alu_per_{loop.unit}": round(half / per_lane, 3),
+        f"issued_per_{loop.unit}": round(issue / per_lane, 3),
         "alu_us": round(alu_us, 1),
         "matrix_us": round(matrix_us, 1),
         "predicted_us_overlapped": round(max(alu_us, matrix_us), 1),
@@ -193,36 +192,101 @@ def predict(case: Case, chip: Chip, loop: Counter[str]) -> dict[str, object]:
     }
 
 
-def report(case: Case, chip: Chip) -> dict[str, object]:
-    compiled = compile_case(case, chip)
-    usage, code = disassemble(compiled.asm["cubin"])
-    shared = compiled.metadata.shared
-    # UTCHMMA stands outside the span of its loop where a warp of its own issues it.
+def constants_of(launch: Launch) -> dict[str, object]:
+    """Compile-time arguments of a launch by name."""
+    source = launch.compiled.src
+    names = source.fn.arg_names
+    return {names[path[0]]: value for path, value in source.constants.items() if len(path) == 1}
+
+
+def resources(launch: Launch, chip: Chip) -> tuple[dict[str, object], str]:
+    """What a launch takes of a multiprocessor, and its machine code."""
+    usage, code = disassemble(launch.compiled.asm["cubin"])
+    metadata = launch.compiled.metadata
     row: dict[str, object] = {
         "registers": usage["REG"],
         # nvdisasm shows spills as local memory; STACK and LOCAL are its size.
         "spill_bytes": usage["STACK"] + usage["LOCAL"],
-        "shared_bytes": shared,
-        "occupancy": occupancy(case, chip, usage["REG"], shared),
-        "matrix_in_kernel": sum(len(re.findall(rf"\b{name}\b", code)) for name in MATRIX),
+        "shared_bytes": metadata.shared,
+        "occupancy": occupancy(metadata.num_warps, chip, usage["REG"], metadata.shared),
     }
-    if case.constants.get("OVERLAP"):
+    return row, code
+
+
+def report(call: Call, launch: Launch, chip: Chip) -> dict[str, object]:
+    """All that the budget and the report hold of one launch."""
+    row, code = resources(launch, chip)
+    # UTCHMMA stands outside the span of its loop where a warp of its own issues it.
+    row["matrix_in_kernel"] = sum(len(re.findall(rf"\b{name}\b", code)) for name in MATRIX)
+    constants = constants_of(launch)
+    if constants.get("OVERLAP"):
         row["early_accesses"] = early_accesses(code)
-    if case.unit:
-        row["main_loop"] = predict(case, chip, main_loop(code))
+    loop = LOOPS.get(launch.kernel)
+    if loop is not None and loop.rolled(constants):
+        warps = launch.compiled.metadata.num_warps
+        row["main_loop"] = predict(call, loop, constants, warps, chip, main_loop(code))
     return row
+
+
+def variants(chip: Chip) -> dict[str, dict[str, object]]:
+    """Resources of every setting of every space: of the kernels that it changes, the worst."""
+    # The call that asks first for a space in a dtype stands for all.
+    first: dict[tuple[str, str], Call] = {}
+    for call in CALLS:
+        for name in asked_spaces(call, chip.capability):
+            first.setdefault((name, call.dtype), call)
+    jobs = [
+        (call, name, setting._asdict())
+        for (name, _), call in first.items()
+        for setting in spaces(call.op)[name].candidates()
+    ]
+    failed = {}
+    for job, problem in compile_in_processes(jobs, chip.capability, os.cpu_count()):
+        if problem:
+            failed[variant_name(*job)] = problem
+    if failed:
+        sys.exit("\n".join(f"{chip.name} {name}: {why}" for name, why in failed.items()))
+    usual = {call: {run.compiled.hash for run in launches(call, chip.capability)}
+             for call in first.values()}  # fmt: skip
+    rows = {}
+    for call, name, values in jobs:
+        space = spaces(call.op)[name]
+        with space.using(space.setting(values)):
+            changed = [
+                run
+                for run in launches(call, chip.capability)
+                if run.compiled.hash not in usual[call]
+            ]
+        if changed:
+            found = [resources(run, chip)[0] for run in changed]
+            rows[variant_name(call, name, values)] = {
+                **{key: max(row[key] for row in found)
+                   for key in ("registers", "spill_bytes", "shared_bytes")},
+                "occupancy": min((row["occupancy"] for row in found), key=lambda o: o["warps"]),
+            }  # fmt: skip
+    return rows
+
+
+def variant_name(call: Call, name: str, values: dict[str, object]) -> str:
+    return f"{name} {call.dtype}: {' '.join(f'{k}={v}' for k, v in values.items())}"
 
 
 def budget_of(row: dict) -> dict[str, float]:
     loop = row.get("main_loop", {})
     alu = {key: value for key, value in loop.items() if key.startswith(("alu_per", "issued_per"))}
     matrix = {"matrix_at_least": 1} if loop.get("matrix_us") else {}
-    return {"registers": row["registers"], "shared_bytes": row["shared_bytes"], **alu, **matrix}
+    return {
+        "registers": row["registers"],
+        "shared_bytes": row["shared_bytes"],
+        "warps_at_least": row["occupancy"]["warps"],
+        **alu,
+        **matrix,
+    }
 
 
-def check(name: str, chip: str, row: dict, budget: dict) -> list[str]:
+def check(name: str, chip: str, row: dict, budget: dict, part: str = "kernels") -> list[str]:
     """What exceeds the budget, in words."""
-    allowed = budget.get(chip, {}).get(name)
+    allowed = budget.get(chip, {}).get(part, {}).get(name)
     if allowed is None:
         return [f"{chip} {name}: not in {BUDGET.name}; run aot.py --budget and read the change"]
     found = {**row, **row.get("main_loop", {})}
@@ -232,10 +296,13 @@ def check(name: str, chip: str, row: dict, budget: dict) -> list[str]:
     wrong = [
         f"{chip} {name}: {key} is {found[key]}, the budget {limit}"
         for key, limit in allowed.items()
-        if key != "matrix_at_least" and found[key] > limit
+        if not key.endswith("_at_least") and found[key] > limit
     ]
-    if row["matrix_in_kernel"] < allowed.get("matrix_at_least", 0):
+    if row.get("matrix_in_kernel", 1) < allowed.get("matrix_at_least", 0):
         wrong.append(f"{chip} {name}: no matrix instructions")
+    if (warps := row["occupancy"]["warps"]) < allowed.get("warps_at_least", 0):
+        least = allowed["warps_at_least"]
+        wrong.append(f"{chip} {name}: {warps} warps are resident, the budget is {least}")
     if early := row.get("early_accesses"):
         wrong.append(f"{chip} {name}: before it waits: {'; '.join(early)}")
     if row["spill_bytes"] and budget["triton"] == triton.__version__:
@@ -248,33 +315,46 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--check", action="store_true", help="fail where the budget is exceeded")
     parser.add_argument("--budget", action="store_true", help="take today's numbers as the budget")
+    parser.add_argument(
+        "--variants", action="store_true", help="every setting of every space too (minutes)"
+    )
     args = parser.parse_args()
-    budget = json.loads(BUDGET.read_text()) if BUDGET.exists() and not args.budget else {}
-    if args.budget:
-        budget["triton"] = triton.__version__
+    before = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
+    budget: dict = {"triton": triton.__version__} if args.budget else before
     wrong = []
     args.out.mkdir(parents=True, exist_ok=True)
     for chip in CHIPS:
-        rows = {case.name: report(case, chip) for case in CASES if chip.capability in case.chips}
-        for name, row in rows.items():
-            loop = row.get("main_loop")
-            time = f"  predicted {loop['predicted_us_overlapped']} us" if loop else ""
-            print(
-                f"{chip.name} {name}: {row['registers']} registers, {row['spill_bytes']} spilled, "
-                f"{row['shared_bytes']} B shared, {row['occupancy']['warps']} warps{time}"
-            )
-            if args.budget:
-                budget.setdefault(chip.name, {})[name] = budget_of(row)
-            elif args.check:
-                wrong += check(name, chip.name, row, budget)
+        kernels: dict[str, dict] = {}
+        for call in CALLS:
+            for name, launch in named(call, launches(call, chip.capability)).items():
+                kernels[name] = report(call, launch, chip)
+        every = variants(chip) if args.variants else {}
+        for part, rows in (("kernels", kernels), ("variants", every)):
+            for name, row in rows.items():
+                show(chip, name, row)
+                if args.budget:
+                    budget.setdefault(chip.name, {}).setdefault(part, {})[name] = budget_of(row)
+                elif args.check:
+                    wrong += check(name, chip.name, row, budget, part)
+        if args.budget and not args.variants:
+            budget[chip.name]["variants"] = before.get(chip.name, {}).get("variants", {})
         versions = {"torch": torch.__version__, "triton": triton.__version__}
-        content = {"chip": vars(chip), "versions": versions, "predicted": True, "kernels": rows}
+        content = {"chip": vars(chip), "versions": versions, "predicted": True, "kernels": kernels}
         path = args.out / f"{chip.name.lower()}.json"
         path.write_text(json.dumps(content, indent=1) + "\n")
     if args.budget:
         BUDGET.write_text(json.dumps(budget, indent=1) + "\n")
     if wrong:
         sys.exit("\n".join(wrong))
+
+
+def show(chip: Chip, name: str, row: dict) -> None:
+    loop = row.get("main_loop")
+    time = f"  predicted {loop['predicted_us_overlapped']} us" if loop else ""
+    print(
+        f"{chip.name} {name}: {row['registers']} registers, {row['spill_bytes']} spilled, "
+        f"{row['shared_bytes']} B shared, {row['occupancy']['warps']} warps{time}"
+    )
 
 
 if __name__ == "__main__":

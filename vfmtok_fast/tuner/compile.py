@@ -13,7 +13,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -29,6 +29,45 @@ Job = tuple[Call, str, dict[str, Any]]
 def spaces(op: str) -> dict[str, Any]:
     """The spaces of an op's kernels by name."""
     return {space.name: space for space in getattr(switch.kernel(op), "SPACES", ())}
+
+
+def compiling(chip: int) -> contextlib.AbstractContextManager:
+    """`compile_only`, but for the interpreter, where there is nothing to compile."""
+    from ..kernels.compiling import compile_only
+
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return contextlib.nullcontext([]) if interpreted else compile_only(chip)
+
+
+def launches(call: Call, chip: int) -> list[Any]:
+    """What a call launches on a chip that need not be there, compiled."""
+    with compiling(chip) as found:
+        args, kwargs = call.arguments(torch.device("cpu"), empty=True)
+        call.run(getattr(switch.kernel(call.op), call.op), args, kwargs)
+    return found
+
+
+def asked_spaces(call: Call, chip: int) -> dict[str, tuple[str, int]]:
+    """Which spaces a call's launches ask, and for what (kind, size), in the order of asking."""
+    asked: dict[str, tuple[str, int]] = {}
+    every = spaces(call.op)
+    before = {name: space.at for name, space in every.items()}
+
+    def noting(name: str) -> Callable[..., Any]:
+        def at(device: torch.device, kind: str, size: int) -> Any:
+            asked[name] = kind, size
+            return before[name](device, kind, size)
+
+        return at
+
+    for name, space in every.items():
+        space.at = noting(name)
+    try:
+        launches(call, chip)
+    finally:
+        for space in every.values():
+            del space.at
+    return asked
 
 
 def compile_in_processes(
@@ -79,13 +118,10 @@ def compile_call(call: Call, name: str, values: dict[str, Any], chip: int) -> st
     """Compile one job here; what went wrong, "" if nothing."""
     from triton.compiler.errors import CompilationError
 
-    from ..kernels.compiling import compile_only
-
     space = spaces(call.op)[name]
     try:
-        with compile_only(chip), space.using(space.setting(values)):
-            args, kwargs = call.arguments(torch.device("cpu"), empty=True)
-            call.run(getattr(switch.kernel(call.op), call.op), args, kwargs)
+        with space.using(space.setting(values)):
+            launches(call, chip)
     except (RuntimeError, ValueError, CompilationError) as error:
         return f"{type(error).__name__}: {error}"[:300]
     return ""

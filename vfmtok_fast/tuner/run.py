@@ -28,7 +28,7 @@ from ..generator.config import PRESETS
 from ..tokenizer import VFMTok, VFMTokConfig
 from . import calls, oracles
 from .calls import Call
-from .compile import Job, compile_in_processes, spaces
+from .compile import Job, asked_spaces, compile_in_processes, spaces
 
 # Gains below this are taken for noise, and the default stays.
 NOISE = 0.02
@@ -144,25 +144,6 @@ def _models(models: Any) -> tuple[VFMTokConfig | None, list[tuple[str, GPTConfig
     return tokenizer, generators
 
 
-@contextlib.contextmanager
-def _asking(op: str) -> Iterator[dict[str, tuple[str, int]]]:
-    """Notes which of the op's spaces are asked, and for what (kind, size)."""
-    asked: dict[str, tuple[str, int]] = {}
-    before = {name: space.at for name, space in spaces(op).items()}
-    for name, space in spaces(op).items():
-
-        def at(device, kind, size, name=name):
-            asked[name] = kind, size
-            return before[name](device, kind, size)
-
-        space.at = at
-    try:
-        yield asked
-    finally:
-        for space in spaces(op).values():
-            del space.at
-
-
 class Tuner:
     """One run of `tune`; its parts can be replaced, so that it can be tried without a GPU.
 
@@ -198,7 +179,8 @@ class Tuner:
         """Measure ``todo``, most important first, until ``seconds`` are over."""
         end = self.clock() + seconds
         outcome = Outcome(self.path)
-        asked = {call: self._asked(call) for call in todo}
+        chip = self.tuning.capability(self.device)
+        asked = {call: asked_spaces(call, chip) for call in todo}
         jobs = [
             (call, name, setting._asdict())
             for call, name in self._news(asked)
@@ -236,20 +218,6 @@ class Tuner:
             for name, (kind, size) in spaces_of_it.items():
                 first.setdefault((name, kind, size), (call, name))
         return list(first.values())
-
-    def _asked(self, call: Call) -> dict[str, tuple[str, int]]:
-        """Which spaces a call's launches ask, most of the time in the order of the launches."""
-        with _asking(call.op) as asked, self._compiling():
-            args, kwargs = call.arguments(torch.device("cpu"), empty=True)
-            call.run(getattr(switch.kernel(call.op), call.op), args, kwargs)
-        return asked
-
-    def _compiling(self) -> contextlib.AbstractContextManager:
-        if os.environ.get("TRITON_INTERPRET") == "1":  # There is nothing to compile.
-            return contextlib.nullcontext()
-        from ..kernels.compiling import compile_only
-
-        return compile_only(self.tuning.capability(self.device))
 
     def _measure(
         self,
