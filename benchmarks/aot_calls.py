@@ -15,8 +15,10 @@ DETECTION = {"B": 2, "Q": 900, "H": 8, "D": 32, "P": 4, "levels": PYRAMID}
 
 
 def nearest_code_calls() -> list[Call]:
-    every = [("", {"N": 65536, "K": 16384, "d": d}) for d in (8, 12, 32)]
-    return [Call("nearest_code", f"d={s['d']}{what}", "float32", s) for what, s in every]
+    size = {"N": 65536, "K": 16384}
+    every = [(f"d={d}", {**size, "d": d}) for d in (8, 12, 32)]
+    every.append(("d=12 k=2", {**size, "d": 12, "k": 2}))
+    return [Call("nearest_code", what, "float32", sizes) for what, sizes in every]
 
 
 def deformable_sample_calls() -> list[Call]:
@@ -134,6 +136,13 @@ def _weights(pair: bool, units: Callable[[dict], float]) -> Loop:
 
 
 LOOPS = {
+    "_screen": Loop(
+        "score",
+        # The loop over the tiles of a step, two a turn.
+        lambda c: 2 * c["ROWS"] * c["TILE"],
+        lambda s: s["N"] * s["K"],
+        lambda c: 2 * c["C"] * (3 if c["AGAIN"] else 1),
+    ),
     "_qkv_rotary": _weights(True, lambda s: 3 * s["K"] ** 2),
     "_gate_up": _weights(True, lambda s: 2 * s["K"] * s["N"]),
     "_linear_residual": _weights(False, lambda s: s["K"] * s["N"]),
