@@ -26,12 +26,11 @@ from pathlib import Path
 import torch
 
 import vfmtok_fast
+from vfmtok_fast import timing
 
 RESULTS = Path(__file__).resolve().parent / "results"
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-# Larger than any last-level cache that it has to empty.
-FLUSH_BYTES = 256 * 2**20 if GPU else 128 * 2**20
 # A case stops after this many rounds or seconds, whichever comes first.
 ROUNDS = 50 if GPU else 7
 SECONDS = 1.0 if GPU else 4.0
@@ -145,55 +144,11 @@ def ceilings() -> dict[str, float]:
     }
 
 
-@functools.cache
-def flush_buffer() -> torch.Tensor:
-    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
-
-
-def capture(fn: Callable[[], object]) -> Callable[[], object] | None:
-    """The call as a CUDA graph's replay, or None where it cannot be captured."""
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            fn()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
-    return graph.replay
-
-
 def rounds_of(
     fn: Callable[[], object], rounds: int = ROUNDS, replay: bool = True
 ) -> tuple[list[float], str]:
-    """Seconds of each round, and how they were measured; ``fn`` must have run before.
-
-    On a GPU a call is timed as a graph's replay if it can be captured and ``replay`` is true.
-    """
-    flush = flush_buffer()
-    times: list[float] = []
-    if not GPU:
-        begin = time.perf_counter()
-        while len(times) < rounds and (len(times) < 3 or time.perf_counter() - begin < SECONDS):
-            flush.zero_()
-            start = time.perf_counter()
-            fn()
-            times.append(time.perf_counter() - start)
-        return times, "wall"
-    fn()
-    captured = capture(fn) if replay else None
-    call = captured or fn
-    begin = time.perf_counter()
-    while len(times) < rounds and (len(times) < 5 or time.perf_counter() - begin < SECONDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # The device is still writing this while the call is queued, so that launches do not count.
-        flush.zero_()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return times, "graph replay" if captured else "events"
+    """`vfmtok_fast.timing.time_rounds` on this device; ``fn`` must have run before."""
+    return timing.time_rounds(fn, DEVICE, rounds, SECONDS, replay)
 
 
 def peak_bytes(fn: Callable[[], object]) -> int | None:

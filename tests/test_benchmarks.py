@@ -51,7 +51,9 @@ def folder(tmp_path: Path) -> Path:
     for name in ("conftest.py", "harness.py"):
         shutil.copy(BENCHMARKS / name, tmp_path / "benchmarks")
     with (tmp_path / "benchmarks" / "harness.py").open("a") as file:
-        file.write('FLUSH_BYTES = 1024\nceilings = lambda: {"copy_gb_s": 1, "matmul_tflop_s": 1}\n')
+        file.write(
+            'timing.FLUSH_BYTES["cpu"] = 1024\nceilings = lambda: {"copy_gb_s": 1, "matmul_tflop_s": 1}\n'
+        )
     for name, text in FILES.items():
         (tmp_path / "benchmarks" / name).write_text(text)
     return tmp_path / "benchmarks"
