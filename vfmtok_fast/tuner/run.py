@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import switch
+from .. import switch, timing
 from ..generator import GPT, GPTConfig
 from ..generator.config import PRESETS
 from ..tokenizer import VFMTok, VFMTokConfig
@@ -311,8 +311,6 @@ class Tuner:
         self.tuning.forget_tables()
 
     def _time(self, functions: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-        from .. import timing
-
         every, _ = timing.time_in_turns(functions, self.device, rounds)
         return [statistics.median(times) for times in every]
 
