@@ -72,7 +72,7 @@ def official_weights() -> Callable[[str], dict[str, torch.Tensor]]:
 def fake_op(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """A portable nearest_code that answers -7, and no other fast implementation of any op."""
 
-    def nearest_code(z, codebook, *, normalize=True, return_score=False):
+    def nearest_code(z, codebook, *, k=1, normalize=True, return_score=False):
         return torch.full((z.shape[0],), -7)
 
     module = types.ModuleType("fake")

@@ -161,7 +161,7 @@ def test_unsupported_reason_sees_the_call_and_None_takes_it(fake_op):
         assert call() == FAKE
     ((z, codebook), options) = seen[0]
     assert torch.equal(z, Z) and torch.equal(codebook, CODEBOOK)
-    assert options == {"normalize": True, "return_score": False}
+    assert options == {"k": 1, "normalize": True, "return_score": False}
 
 
 def test_strict_raises_with_the_reason_and_records_no_call(fake_op):

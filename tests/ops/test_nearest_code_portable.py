@@ -31,15 +31,25 @@ def truth(z: torch.Tensor, codebook: torch.Tensor, normalize: bool = True) -> to
     return scores if normalize else scores - codebook.square().sum(-1) / 2
 
 
-def check(z: torch.Tensor, codebook: torch.Tensor, normalize: bool = True) -> None:
-    """Codes are the float64 arg-max, the lowest on ties; scores are right to one rounding."""
-    code, score = portable.nearest_code(z, codebook, normalize=normalize, return_score=True)
-    assert code.dtype == torch.int64 and code.shape == (z.shape[0],)
-    best, expected = truth(z, codebook, normalize).max(dim=1)
-    assert torch.equal(code, expected)
-    # Without `normalize` the score is a difference; its parts set the size of a rounding.
-    size = 1.0 if normalize else float(best.abs().max() + codebook.double().square().sum(1).max())
-    torch.testing.assert_close(score.double(), best, rtol=0, atol=2 * ROUNDING * size)
+def check(z: torch.Tensor, codebook: torch.Tensor, normalize: bool = True, k: int = 1) -> None:
+    """Codes are the float64 order, the lowest first on ties; scores are right to one rounding.
+
+    Those of k = 1 always, and as many more as ``k`` says.
+    """
+    k = min(k, len(codebook))
+    ordered = truth(z, codebook, normalize).sort(dim=1, descending=True, stable=True)
+    for count in {1, k}:
+        code, score = portable.nearest_code(
+            z, codebook, k=count, normalize=normalize, return_score=True
+        )
+        shape = (z.shape[0],) if count == 1 else (z.shape[0], count)
+        assert code.dtype == torch.int64 and code.shape == score.shape == shape
+        best, expected = (part[:, :count].reshape(shape) for part in ordered)
+        assert torch.equal(code, expected)
+        # Without `normalize` the score is a difference; its parts set the size of a rounding.
+        parts = best.abs().max() + codebook.double().square().sum(1).max()
+        size = 1.0 if normalize else float(parts)
+        torch.testing.assert_close(score.double(), best, rtol=0, atol=2 * ROUNDING * size)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -57,7 +67,19 @@ def clustered(count: int, dim: int, spread: float) -> torch.Tensor:
     [(1, 1, 4), (1, 16384, 12), (300, 1, 12), (65, 16385, 31), (2100, 129, 8), (3, 63, 64)],
 )
 def test_shapes(n: int, k: int, d: int, normalize: bool):
-    check(random(n, d), random(k, d, seed=1), normalize)
+    check(random(n, d), random(k, d, seed=1), normalize, k=3)
+
+
+@given(
+    n=st.integers(1, 40), count=st.integers(1, 200), d=st.integers(2, 20), k=st.integers(1, 8),
+    repeats=st.integers(1, 4), spread=st.sampled_from([1.0, 1e-3, 1e-6, 0.0]),
+    seed=st.integers(0, 2**31),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_k_of_clusters_and_duplicates(n, count, d, k, repeats, spread, seed):
+    codebook = (random(3, d, seed=seed)[torch.arange(count) % 3]).repeat(repeats, 1)
+    codebook += spread * random(count, d, seed=seed + 1).repeat(repeats, 1)
+    check(random(n, d, seed=seed + 2), codebook, k=k)
 
 
 def test_a_codebook_of_several_blocks(monkeypatch):
@@ -66,26 +88,26 @@ def test_a_codebook_of_several_blocks(monkeypatch):
     codebook = random(1000, 12, seed=1)
     codebook[700:710] = codebook[10:20]
     z = torch.cat([random(40, 12), codebook[700:710]])
-    check(z, codebook)
-    check(z, codebook, normalize=False)
+    check(z, codebook, k=8)
+    check(z, codebook, normalize=False, k=8)
 
 
 @pytest.mark.parametrize("spread", [1e-1, 1e-3, 1e-6])
 def test_clustered_codebook(spread: float):
     codebook = clustered(1000, 12, spread)
-    check(codebook[::7] + spread * random(143, 12, seed=3), codebook)
+    check(codebook[::7] + spread * random(143, 12, seed=3), codebook, k=2)
 
 
 @pytest.mark.parametrize("gap", [1e-5, 1e-6, 1e-7])
 def test_near_ties(gap: float):
     codebook = F.normalize(random(600, 12, seed=1), dim=1)
     codebook[300:] = codebook[:300] * (1 + gap * random(300, 12, seed=2))
-    check(codebook[:300] + 1e-3 * random(300, 12, seed=3), codebook)
+    check(codebook[:300] + 1e-3 * random(300, 12, seed=3), codebook, k=2)
 
 
 def test_duplicated_rows_give_the_lowest_index():
     codebook = random(64, 12, seed=1).repeat(20, 1)
-    check(random(200, 12), codebook)
+    check(random(200, 12), codebook, k=8)
     assert portable.nearest_code(random(200, 12), codebook).max() < 64
 
 
@@ -197,8 +219,8 @@ def test_autocast_does_not_reach_it():
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_opcheck(needs_grad: bool):
     z = random(12, 20).T.requires_grad_(needs_grad)
-    torch.library.opcheck(OP, (z, random(300, 12, seed=1), True))
-    torch.library.opcheck(OP, (z.detach().half(), random(300, 12, seed=1).half(), False))
+    torch.library.opcheck(OP, (z, random(300, 12, seed=1), 1, True))
+    torch.library.opcheck(OP, (z.detach().half(), random(300, 12, seed=1).half(), 2, False))
 
 
 @pytest.mark.slow

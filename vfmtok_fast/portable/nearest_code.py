@@ -1,13 +1,15 @@
 """Portable `ops.nearest_code`: blocked, certified exact, within 64 MB of extra memory.
 
-What it computes: for every row of z [N, d], the row of codebook [K, d] with the largest score in
-float64 arithmetic, the lowest index on ties. How, for one block of codes:
+What it computes: for every row of z [N, d], the k rows of codebook [K, d] with the largest scores
+in float64 arithmetic, the lowest index on ties. How, for one block of codes:
 
 1. *Screen* in float32: scores of the codes against a few rows at a time, [codes, QUERIES], in one
    reused buffer; of these only the largest of every GROUP codes is kept.
 2. *Certify*: both sides have length at most one, so a float32 score is off by no more than
-   ``_screen_error(d)``. A group whose largest score lies further than twice that below the best
-   of its row cannot hold the answer. Every other group is *rescanned* in float64.
+   ``_screen_error(d)``. Of k groups the largest scores reach the k-th of their maxima, M, so each of
+   the k best codes has a float32 score of at least M less twice the error (their exact scores are
+   no lower than those of these k). A group whose maximum is below that holds none of them. Every
+   other group is *rescanned* in float64.
 
 The bound. With u = 2^-24: rounding ``z`` and ``e`` from float64 changes each product ``z_i e_i`` by
 a factor within (1 + u)^2; multiplying and adding d terms in float32 in any order, fused or not, by
@@ -45,13 +47,18 @@ _ROWS = 2048
 # Values of the codes that one step of the rescan gathers: 8 MB of float64.
 _GATHER_VALUES = 2**20
 
-_SCHEMA = "(Tensor z, Tensor codebook, bool normalize) -> (Tensor code, Tensor score)"
+_SCHEMA = "(Tensor z, Tensor codebook, int k, bool normalize) -> (Tensor code, Tensor score)"
 _library = torch.library.Library("vfmtok_fast", "FRAGMENT")
 _library.define("nearest_code_portable" + _SCHEMA)
 
 
 def unsupported_reason(
-    z: Tensor, codebook: Tensor, *, normalize: bool = True, return_score: bool = False
+    z: Tensor,
+    codebook: Tensor,
+    *,
+    k: int = 1,
+    normalize: bool = True,
+    return_score: bool = False,
 ) -> str | None:
     """Why this cannot take the call, or None."""
     if z.shape[1] > 4096:
@@ -60,10 +67,15 @@ def unsupported_reason(
 
 
 def nearest_code(
-    z: Tensor, codebook: Tensor, *, normalize: bool = True, return_score: bool = False
+    z: Tensor,
+    codebook: Tensor,
+    *,
+    k: int = 1,
+    normalize: bool = True,
+    return_score: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `vfmtok_fast.ops.nearest_code`; takes the calls that `unsupported_reason` lets pass."""
-    code, score = torch.ops.vfmtok_fast.nearest_code_portable(z, codebook, normalize)
+    code, score = torch.ops.vfmtok_fast.nearest_code_portable(z, codebook, k, normalize)
     return (code, score) if return_score else code
 
 
@@ -86,6 +98,7 @@ class _Codes:
     """One block of codes, padded to whole groups of consecutive codes by repeating the last one."""
 
     first: int
+    last: int
     screen: Tensor  # [GROUP * G, d'] float32, rows no longer than one
     exact: Tensor  # [G, d', GROUP] float64
     broken: Tensor  # the first code that is not finite, or _NONE
@@ -113,7 +126,7 @@ def _prepare_codes(codebook: Tensor, first: int, last: int, normalize: bool, dty
         exact = torch.cat([exact, exact.square().sum(1, keepdim=True).mul_(-0.5)], dim=1)
         screen = (exact / exact.norm(dim=1).amax().clamp_(min=_TINY)).to(dtype)
     exact = exact.view(groups, _GROUP, -1).transpose(1, 2).contiguous()
-    return _Codes(first, screen, exact, broken)
+    return _Codes(first, last, screen, exact, broken)
 
 
 def _group_maxima(queries: Tensor, codes: Tensor) -> Tensor:
@@ -139,47 +152,86 @@ def _group_maxima(queries: Tensor, codes: Tensor) -> Tensor:
     return maxima
 
 
-def _rescan(queries: Tensor, codes: _Codes, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Best float64 score and its code, the lowest on ties, of pairs of a query and a group: [P]."""
+def _rescan(queries: Tensor, codes: _Codes, group: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best float64 scores of pairs of a query and a group, and their codes: [P, k]."""
     table = codes.exact[group]
     scores = queries.new_zeros(table.shape[0], _GROUP)
     # Product by product, never by a matrix product, so that equal codes get equal bits.
     for i in range(table.shape[1]):
         scores.addcmul_(queries[:, i, None], table[:, i])
-    # `max` returns the first of several; the codes of a group ascend.
-    score, place = scores.max(dim=1)
-    return score, codes.first + group * _GROUP + place
+    if k > 1:
+        # Repeats of the last code would be found beside it.
+        place = torch.arange(_GROUP, device=group.device) + group[:, None] * _GROUP
+        scores.masked_fill_(place >= codes.last - codes.first, -torch.inf)
+    found = []
+    for i in range(k):
+        # `max` returns the first of several; the codes of a group ascend.
+        found.append(scores.max(dim=1, keepdim=True))
+        if i < k - 1:
+            scores.scatter_(1, found[-1].indices, -torch.inf)
+    score, place = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return score, codes.first + group[:, None] * _GROUP + place
+
+
+def _merge(best: Tensor, code: Tensor, row: Tensor, score: Tensor, found: Tensor) -> None:
+    """Let the candidates [P, k] of rows [P] compete with the ``best`` k so far, in place.
+
+    Both come in order, so the next of all is always one of those that stand first.
+    """
+    old_score, old_code = best.clone(), code.clone()
+    k = best.shape[1]
+    for i in range(k):
+        top = old_score[:, 0].scatter_reduce(0, row, score[:, 0], "amax")
+        # The lowest of the codes that reach the top of their row, the one so far included.
+        reached = torch.where(score[:, 0] == top[row], found[:, 0], _NONE)
+        lowest = torch.where(old_score[:, 0] == top, old_code[:, 0], _NONE)
+        lowest = lowest.scatter_reduce(0, row, reached, "amin")
+        best[:, i], code[:, i] = top, lowest
+        if i == k - 1:
+            break
+        for scores, codes, taken in (
+            (old_score, old_code, old_code[:, 0] == lowest),
+            (score, found, found[:, 0] == lowest[row]),
+        ):
+            # The winner leaves; those behind it move up.
+            taken = taken[:, None]
+            scores[:, :-1] = torch.where(taken, scores[:, 1:], scores[:, :-1])
+            codes[:, :-1] = torch.where(taken, codes[:, 1:], codes[:, :-1])
+            scores[:, -1:].masked_fill_(taken, -torch.inf)
 
 
 def _improve(
     best: Tensor, code: Tensor, exact: Tensor, screen: Tensor, live: Tensor, codes: _Codes
 ) -> None:
-    """Let one block of codes improve on the ``best`` score and ``code`` of its rows, in place."""
+    """Let one block of codes improve on the ``best`` scores and ``code`` [R, k], in place."""
+    k = best.shape[1]
     maxima = _group_maxima(screen, codes.screen)
-    limit = maxima.amax(0) - 2 * _screen_error(screen.shape[1])
+    if k == 1:
+        limit = maxima.amax(0)
+    elif k <= maxima.shape[0]:
+        limit = maxima.topk(k, dim=0).values[-1]
+    else:
+        limit = torch.full_like(maxima[0], -torch.inf)
+    limit = limit - 2 * _screen_error(screen.shape[1])
     # A row without a direction has nothing to search, and would bring every group.
     limit = torch.where(live, limit, torch.inf)
     groups, rows = (maxima >= limit).nonzero(as_tuple=True)
     step = max(1, _GATHER_VALUES // (_GROUP * exact.shape[1]))
     for row, group in zip(rows.split(step), groups.split(step), strict=True):
-        score, found = _rescan(exact[row], codes, group)
-        top = best.scatter_reduce(0, row, score, "amax")
-        # The lowest of the codes that reach the top of their row, the one so far included.
-        reached = torch.where(score == top[row], found, _NONE)
-        code.copy_(torch.where(best == top, code, _NONE).scatter_reduce(0, row, reached, "amin"))
-        best.copy_(top)
+        _merge(best, code, row, *_rescan(exact[row], codes, group, k))
 
 
-def _search(z: Tensor, codebook: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-    """All rows: some at a time against one block of codes after the other."""
+def _search(z: Tensor, codebook: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """All rows: some at a time against one block of codes after the other: [N, k]."""
     count, dim = codebook.shape
     dtype = _screen_dtype(z.device)
     size = max(_GROUP, min(_CODES, _CODE_VALUES // dim) // _GROUP * _GROUP)
     spans = [(first, min(first + size, count)) for first in range(0, count, size)]
     # One block is prepared once; several would outgrow the memory and are made anew each time.
     kept = _prepare_codes(codebook, 0, count, normalize, dtype) if len(spans) == 1 else None
-    score = z.new_empty(z.shape[0], dtype=torch.promote_types(z.dtype, torch.float32))
-    code = torch.empty(z.shape[0], dtype=torch.int64, device=z.device)
+    score = z.new_empty(z.shape[0], k, dtype=torch.promote_types(z.dtype, torch.float32))
+    code = torch.empty(z.shape[0], k, dtype=torch.int64, device=z.device)
+    lowest = torch.arange(k, device=z.device)
     for rows in (slice(i, i + _ROWS) for i in range(0, z.shape[0], _ROWS)):
         exact = z[rows].double()
         finite = _finite(exact)
@@ -189,40 +241,44 @@ def _search(z: Tensor, codebook: Tensor, normalize: bool) -> tuple[Tensor, Tenso
         length = exact.norm(dim=1)
         live = finite & (length > 0)
         screen = (exact / length.clamp(min=_TINY)[:, None]).to(dtype)
-        best = torch.full_like(length, -torch.inf)
+        best = exact.new_full((len(exact), k), -torch.inf)
         found = torch.full_like(best, _NONE, dtype=torch.int64)
-        broken = torch.full_like(found[:1], _NONE)
+        broken = torch.full_like(found[0, :1], _NONE)
         for first, last in spans:
             codes = kept or _prepare_codes(codebook, first, last, normalize, dtype)
             _improve(best, found, exact, screen, live, codes)
             broken = torch.minimum(broken, codes.broken)
         if normalize:
-            best /= length.clamp(min=_EPS)
+            best /= length.clamp(min=_EPS)[:, None]
+        finite, live = finite[:, None], live[:, None]
         defined = finite & (broken == _NONE)
         score[rows] = torch.where(defined, torch.where(live, best, 0.0), torch.nan)
+        # The first broken code, then the lowest others.
+        others = torch.cat([broken, lowest[:-1] + (lowest[:-1] >= broken)])
         code[rows] = torch.where(
-            defined, torch.where(live, found, 0), torch.where(finite, broken, 0)
+            defined, torch.where(live, found, lowest), torch.where(finite, others, lowest)
         )
-    return code, score
+    return (code[:, 0], score[:, 0]) if k == 1 else (code, score)
 
 
-def _in_eager(z: Tensor, codebook: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+def _in_eager(z: Tensor, codebook: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
     # Autocast would turn the screen's products into half precision, against the bound.
     with torch.autocast(z.device.type, enabled=False):
-        return _search(z, codebook, normalize)
+        return _search(z, codebook, k, normalize)
 
 
-def _in_fake(z: Tensor, codebook: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+def _in_fake(z: Tensor, codebook: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    shape = (z.shape[0],) if k == 1 else (z.shape[0], k)
     score = torch.promote_types(z.dtype, torch.float32)
-    return z.new_empty(z.shape[0], dtype=torch.int64), z.new_empty(z.shape[0], dtype=score)
+    return z.new_empty(shape, dtype=torch.int64), z.new_empty(shape, dtype=score)
 
 
 def _mark_discrete(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(*output)
 
 
-def _no_gradient(ctx, *grads: Tensor) -> tuple[None, None, None]:
-    return None, None, None
+def _no_gradient(ctx, *grads: Tensor) -> tuple[None, None, None, None]:
+    return None, None, None, None
 
 
 _NAME = "vfmtok_fast::nearest_code_portable"

@@ -1,4 +1,4 @@
-"""Reference of `ops.nearest_code`: score every code and take the largest."""
+"""Reference of `ops.nearest_code`: score every code and take the largest, `k` times."""
 
 from __future__ import annotations
 
@@ -8,18 +8,45 @@ from torch import Tensor
 
 
 def nearest_code(
-    z: Tensor, codebook: Tensor, *, normalize: bool = True, return_score: bool = False
+    z: Tensor,
+    codebook: Tensor,
+    *,
+    k: int = 1,
+    normalize: bool = True,
+    return_score: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `vfmtok_fast.ops.nearest_code`."""
     # Half-precision input is taken as exact; rounding the scores to it would invent ties.
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    z, codebook = z.to(dtype), codebook.to(dtype)
     if normalize:
-        z, codebook = F.normalize(z, dim=-1), F.normalize(codebook, dim=-1)
+        z, codebook = F.normalize(z.to(dtype), dim=-1), F.normalize(codebook.to(dtype), dim=-1)
         # argmin |z - e|^2 = argmax z.e when both have length one.
         scores = z @ codebook.T
     else:
-        # |z|^2 is the same for every code, so it can be left out.
+        # |z|^2 is the same for every code, so it can be left out. Far from the origin the rest is a
+        # small difference of large numbers, which float32 does not hold.
+        z, codebook = z.double(), codebook.double()
         scores = z @ codebook.T - codebook.square().sum(-1) / 2
-    score, code = scores.max(dim=-1)
+        # Infinity minus infinity need not be NaN; a code that is not finite is to win as NaN does.
+        scores.masked_fill_(~codebook.isfinite().all(-1), torch.nan)
+    score, code = _largest(scores, k)
+    score = score.to(dtype)
+    if k == 1:
+        score, code = score[:, 0], code[:, 0]
     return (code, score) if return_score else code
+
+
+def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row in descending order, [N, k]; `topk` promises no order of ties."""
+    found = []
+    for _ in range(k):
+        # The first of several, and NaN before all numbers.
+        found.append(scores.max(dim=-1, keepdim=True))
+        if len(found) < k:
+            scores = scores.scatter(1, found[-1].indices, -torch.inf)
+    score, code = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    # Where the best is NaN nothing is ordered: its code comes first, then the lowest others.
+    undefined = score[:, :1].isnan()
+    others = torch.arange(k - 1, device=code.device)
+    others = torch.cat([code[:, :1], others + (others >= code[:, :1])], dim=1)
+    return torch.where(undefined, torch.nan, score), torch.where(undefined, others, code)
