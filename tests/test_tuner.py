@@ -198,6 +198,21 @@ def test_the_command_says_so_too(capsys, monkeypatch):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("models", ["all", ["all"]])
+def test_all_models(models):
+    tokenizer, generators = run._models(models)
+    assert tokenizer == vf.VFMTokConfig()
+    assert [name for name, _ in generators] == list(run.PRESETS)
+    kinds = {call.what.split()[0] for call in calls.model_calls(tokenizer, generators)}
+    assert {"GPT-B", "GPT-3B", "64"} <= kinds
+
+
+def test_models_that_someone_holds():
+    config = GPTConfig(num_layers=1, num_heads=2, dim=16, vocab_size=8, block_size=4)
+    tokenizer, ((name, found),) = run._models(vf.GPT(config))
+    assert tokenizer is None and found == config and name == "GPT 1x16"
+
+
 def every_call() -> list[Call]:
     return calls.model_calls(vf.VFMTokConfig(), [("GPT-B", GPTConfig.preset("GPT-B"))])
 

@@ -203,7 +203,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--models",
         nargs="+",
         metavar="MODEL",
-        help=f"whose calls: of VFMTok, {', '.join(PRESETS)} (VFMTok GPT-L)",
+        help=f"whose calls: of VFMTok, {', '.join(PRESETS)}; or all (VFMTok GPT-L)",
     )
     sub.add_argument("--ops", nargs="+", metavar="OP", help="only these; all by default")
     sub.add_argument(

@@ -280,8 +280,9 @@ class Op:
             refuse = getattr(candidate.module, "unsupported_reason", None)
             reason = refuse(*args, **kwargs) if refuse is not None else None
             if reason is None:
-                if candidate.tuning is not None:
-                    kind, size = candidate.module.tuning_key(*args, **kwargs)
+                key = getattr(candidate.module, "tuning_key", None)
+                if key is not None and candidate.tuning is not None:
+                    kind, size = key(*args, **kwargs)
                     slower = candidate.tuning.faster_reference(
                         self.name, args[0].device, kind, size
                     )

@@ -81,7 +81,6 @@ WANTED_PROGRAMS = 264
 PROGRAMS_AGAIN = 528
 # Rows of one round of launches: enough to fill any chip, and scratch of 60 MB at most.
 BLOCK_ROWS = 65536
-MAX_K = 8
 # Codes of one program of _insert.
 INSERT = 64
 # Factors on the error bounds of both screens; the tests set them to 0 to see that they are needed.

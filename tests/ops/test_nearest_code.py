@@ -226,8 +226,8 @@ def test_distances_far_from_the_origin(offset):
 @pytest.mark.parametrize(
     ("k", "error", "message"),
     [
-        (0, ValueError, "k must be from 1 to 8 and at most K = 5, got 0"),
-        (6, ValueError, "k must be from 1 to 8 and at most K = 5, got 6"),
+        (0, ValueError, "k must be 1 to 8 and at most K = 5, got 0"),
+        (6, ValueError, "k must be 1 to 8 and at most K = 5, got 6"),
         (1.0, TypeError, "k must be an int, got 1.0"),
         (True, TypeError, "k must be an int, got True"),
     ],
@@ -235,7 +235,7 @@ def test_distances_far_from_the_origin(offset):
 def test_refuses_such_a_k(k, error, message):
     with pytest.raises(error, match=f"^nearest_code: {message}$"):
         nearest_code(torch.zeros(3, 12), torch.ones(5, 12), k=k)
-    with pytest.raises(ValueError, match="k must be from 1 to 8"):
+    with pytest.raises(ValueError, match="k must be 1 to 8"):
         nearest_code(torch.zeros(3, 12), torch.ones(50, 12), k=9)
 
 

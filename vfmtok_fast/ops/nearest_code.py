@@ -68,7 +68,7 @@ def nearest_code(
         raise TypeError(f"nearest_code: k must be an int, got {k!r}")
     if not 1 <= k <= min(MAX_K, codebook.shape[0]):
         raise ValueError(
-            f"nearest_code: k must be from 1 to {MAX_K} and at most K = {codebook.shape[0]}, got {k}"
+            f"nearest_code: k must be 1 to {MAX_K} and at most K = {codebook.shape[0]}, got {k}"
         )
     z, codebook = z.detach(), codebook.detach()
     # Asking torch whether a device has autocast breaks the graph of torch.compile (torch 2.11).

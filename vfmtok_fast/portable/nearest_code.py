@@ -6,10 +6,10 @@ in float64 arithmetic, the lowest index on ties. How, for one block of codes:
 1. *Screen* in float32: scores of the codes against a few rows at a time, [codes, QUERIES], in one
    reused buffer; of these only the largest of every GROUP codes is kept.
 2. *Certify*: both sides have length at most one, so a float32 score is off by no more than
-   ``_screen_error(d)``. Of k groups the largest scores reach the k-th of their maxima, M, so each of
-   the k best codes has a float32 score of at least M less twice the error (their exact scores are
-   no lower than those of these k). A group whose maximum is below that holds none of them. Every
-   other group is *rescanned* in float64.
+   ``_screen_error(d)``. Let M be the k-th largest group maximum: k codes score at least M, so each
+   of the k best codes has a float32 score of at least M less twice the error (their exact scores
+   are no lower than those of these k). A group whose maximum is below that holds none of them.
+   Every other group is *rescanned* in float64.
 
 The bound. With u = 2^-24: rounding ``z`` and ``e`` from float64 changes each product ``z_i e_i`` by
 a factor within (1 + u)^2; multiplying and adding d terms in float32 in any order, fused or not, by

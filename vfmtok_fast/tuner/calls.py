@@ -168,6 +168,8 @@ def tokenizer_calls(config: VFMTokConfig) -> list[Call]:
         calls.append(Call("nearest_code", f"{B} images", "float32", lookup))
         for dtype in ("bfloat16", "float32"):
             calls.append(Call("deformable_sample", f"{B} images", dtype, {"B": B, **shape}))
+    lookup = {"N": regions * 64, "K": K, "d": d, "k": 2}
+    calls.append(Call("nearest_code", "64 images, two codes", "float32", lookup))
     for dtype in ("bfloat16", "float32"):
         sizes = {"B": 64, **shape}
         calls.append(Call("deformable_sample", "64 images", dtype, sizes, BY_DEFORMABLE))

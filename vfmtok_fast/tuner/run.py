@@ -86,7 +86,7 @@ def tune(
 
     Args:
         models: a `VFMTok`, a `GPT`, "VFMTok" or the name of a generator such as "GPT-L"; or
-            several. None stands for the published tokenizer and GPT-L.
+            several; "all" stands for all that were published, None for the tokenizer and GPT-L.
         ops: only these; None stands for all.
         seconds: about how long to go on.
         device: which GPU; the current one by default.
@@ -125,6 +125,10 @@ def _names(ops: str | Iterable[str] | None) -> set[str]:
 def _models(models: Any) -> tuple[VFMTokConfig | None, list[tuple[str, GPTConfig]]]:
     if models is None:
         models = ("VFMTok", "GPT-L")
+    elif isinstance(models, list | tuple) and list(models) == ["all"]:
+        models = "all"
+    if models == "all":
+        models = ("VFMTok", *PRESETS)
     if isinstance(models, str | VFMTok | GPT):
         models = (models,)
     if not isinstance(models, Iterable):
