@@ -52,7 +52,7 @@ bench: $(READY) ## run the benchmarks here into build/benchmarks (no GPU: severa
 aot: $(READY) ## compile every kernel for sm_80, sm_90, sm_100 and check registers, spills, budget
 	$(BIN)python benchmarks/aot.py --check $(ARGS)
 
-report: $(READY) ## make benchmarks/REPORT.md and its plots from benchmarks/results
+report: $(READY) ## from benchmarks/results rewrite benchmarks/REPORT.md, plots and README's table
 	$(BIN)python benchmarks/report.py
 
 gpu-report: ## all that needs a GPU within SECONDS: tests, tune, benchmarks; uses $(PYTHON) as it is
