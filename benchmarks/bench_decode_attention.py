@@ -155,29 +155,6 @@ def bench_decode_attention(benchmark, shape: Shape, provider: str):
 
 
 @pytest.mark.skipif(not GPU, reason="the launch settings are a GPU's")
-@pytest.mark.parametrize("stages", [2, 3])
-@pytest.mark.parametrize(("values", "warps"), [(4096, 4), (8192, 4), (8192, 8), (16384, 8)])
-@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
-def bench_settings(benchmark, monkeypatch, shape: Shape, values: int, warps: int, stages: int):
-    """Tuning: what stands in the kernel's file should be the fastest of these."""
-    from vfmtok_fast.kernels import decode_attention as kernel
-
-    settings = {"MATRIX_VALUES": values, "MAX_KEYS": 256, "WARPS": warps, "STAGES": stages}
-    for name, value in settings.items():
-        monkeypatch.setattr(kernel, name, value)
-    q, k, v = inputs(shape)
-    harness.measure(
-        benchmark,
-        op="decode_attention_settings",
-        shape=str(shape),
-        provider=f"values={values} warps={warps} stages={stages}",
-        fn=lambda: kernel.decode_attention(q, k, v, shape.length),
-        check=lambda got: checked(shape, got),
-        work=shape.work,
-    )
-
-
-@pytest.mark.skipif(not GPU, reason="the launch settings are a GPU's")
 @pytest.mark.parametrize("splits", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("T", [1024, 2048, 4096, 8192])
 def bench_splits(benchmark, monkeypatch, T: int, splits: int):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import harness
+import peers
 import pytest
 import torch
 from harness import DEVICE, GPU
@@ -27,23 +29,28 @@ class Shape:
     levels: tuple[tuple[int, int], ...]
     H: int = 8
     P: int = 4
+    dtype: torch.dtype = DTYPE
 
     def __str__(self) -> str:
-        return f"{self.name} B={self.B}"
+        named = "" if self.dtype == DTYPE else f" {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.name} B={self.B}{named}"
 
     @property
     def problem(self) -> str:
-        """As aot_cases.py words it; the report puts predicted and measured times side by side."""
+        """The report puts times of this problem beside those that are predicted for it."""
         sizes = f"B={self.B} Q={self.Q} H={self.H} L={len(self.levels)} P={self.P} D={self.D}"
         sides = " ".join(dict.fromkeys(f"{height}x{width}" for height, width in self.levels))
-        return f"{sizes} levels {sides} {'bf16' if DTYPE == torch.bfloat16 else 'fp32'}"
+        return f"{sizes} levels {sides} {'bf16' if self.dtype == torch.bfloat16 else 'fp32'}"
 
 
 REGIONS = ((24, 24),) * 4
 PYRAMID = ((100, 134), (50, 67), (25, 34), (13, 17))
-BATCHES = (1, 8, 64, 256) if GPU else (1, 2, 8)
+# What matters most comes first: the time may end.
+BATCHES = (64, 8, 256) if GPU else (1, 2, 8)
 SHAPES = [Shape("region encoder", B, 256, 64, REGIONS) for B in BATCHES]
 SHAPES.append(Shape("detection", 2, 900, 32, PYRAMID))
+if GPU:
+    SHAPES.append(Shape("region encoder", 64, 256, 64, REGIONS, dtype=torch.float32))
 # Gradients of all inputs but the reference points, which are fixed in VFMTok.
 PASSES = ("forward", "forward and backward")
 
@@ -55,46 +62,70 @@ def inputs(shape: Shape) -> list:
     B, Q, H, L, P = shape.B, shape.Q, shape.H, len(shape.levels), shape.P
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator).to(DEVICE, DTYPE).requires_grad_()
+        return torch.randn(size, generator=generator).to(DEVICE, shape.dtype).requires_grad_()
 
     value = normal(B, sum(h * w for h, w in shape.levels), H, shape.D)
     points = torch.rand((1, Q, 1, 2), generator=generator).expand(1, Q, L, 2)
-    points = points.contiguous().to(DEVICE, DTYPE)
+    points = points.contiguous().to(DEVICE, shape.dtype)
     return [value, shape.levels, points, normal(B, Q, H, L, P, 2), normal(B, Q, H, L * P)]
+
+
+def images(shape: Shape) -> list[list]:
+    """The inputs in float64, one image at a time: at B = 256 all would be tens of gigabytes."""
+    value, levels, points, offsets, logits = inputs(shape)
+    return [
+        [value[i : i + 1].detach().double(), levels, points.double(),
+         offsets[i : i + 1].detach().double(), logits[i : i + 1].detach().double()]
+        for i in range(shape.B)
+    ]  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1)
 def truth(shape: Shape) -> tuple[Tensor, float]:
     """Float64 output, and the largest value."""
-    wide = [x.detach().double() if isinstance(x, Tensor) else x for x in inputs(shape)]
-    # One image at a time: at B = 256 all would be tens of gigabytes.
-    parts = [
-        reference(wide[0][i : i + 1], wide[1], wide[2], wide[3][i : i + 1], wide[4][i : i + 1])
-        for i in range(shape.B)
-    ]
-    return torch.cat(parts), float(wide[0].abs().max())
+    out = torch.cat([reference(*arguments) for arguments in images(shape)])
+    return out, float(inputs(shape)[0].detach().abs().max())
 
 
 @functools.lru_cache(maxsize=1)
-def locations(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """What peers take: shapes and starts as tensors, and finished locations in [0, 1]."""
-    _, levels, points, offsets, _ = inputs(shape)
+def true_gradients(shape: Shape) -> dict[str, Tensor]:
+    """Float64 gradients of value, offsets and logits, where the cotangent is one."""
+    parts = []
+    for arguments in images(shape):
+        leaves = [arguments[i].requires_grad_() for i in (0, 3, 4)]
+        parts.append(torch.autograd.grad(reference(*arguments).sum(), leaves))
+    names = ("value", "offsets", "logits")
+    every = map(torch.cat, zip(*parts, strict=True))
+    return dict(zip(names, every, strict=True))
+
+
+@functools.lru_cache(maxsize=1)
+def locations(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
+    """What peers take: value, shapes and starts as tensors, locations in [0, 1], and logits."""
+    value, levels, points, offsets, logits = (
+        x.detach().to(dtype) if isinstance(x, Tensor) else x for x in inputs(shape)
+    )
     sizes = torch.tensor(levels, device=DEVICE)
     pixels = sizes.prod(dim=1)
-    place = points[:, :, None, :, None] + offsets.detach() / sizes.flip(1)[:, None].to(DTYPE)
-    return sizes, pixels.cumsum(0) - pixels, place.requires_grad_()
+    place = points[:, :, None, :, None] + offsets / sizes.flip(1)[:, None].to(dtype)
+    starts = pixels.cumsum(0) - pixels
+    return [value.requires_grad_(), sizes, starts, place.requires_grad_(), logits.requires_grad_()]
 
 
-def deformops(shape: Shape) -> Callable[..., Tensor]:
-    """Its locations are given to it, which ours works out."""
-    from deformops.registry import msda
+PEERS = {
+    # The compiled ones know no half precision.
+    "deformops": (peers.deformops, None),
+    "MultiScaleDeformableAttention, float32": (peers.compiled_extension, torch.float32),
+    "kernels-community, float32": (peers.from_the_hub, torch.float32),
+}
 
-    sizes, starts, place = locations(shape)
 
-    def call(value, _levels, _points, _offsets, logits):
-        return msda(value, sizes, starts, place, logits, method="softmax").flatten(2, -1)
-
-    return call
+def peer(name: str, shape: Shape) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """A peer's call, and the tensors that it has gradients for; locations are given to it."""
+    make, dtype = PEERS[name]
+    arguments = locations(shape, dtype or shape.dtype)
+    call = make()
+    return lambda: call(*arguments), [arguments[i] for i in (0, 3, 4)]
 
 
 @functools.cache
@@ -102,29 +133,39 @@ def compiled() -> Callable:
     return torch.compile(reference)
 
 
-PROVIDERS: dict[str, Callable[[Shape], Callable[..., Tensor]]] = {
-    "reference": lambda shape: reference,
-    "reference compiled": lambda shape: compiled(),
-    "fast": lambda shape: ops.deformable_sample,
-    "deformops": deformops,
-}
+def ours(provider: str, shape: Shape) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    arguments = inputs(shape)
+    call = {"reference": reference, "fast": ops.deformable_sample}.get(provider)
+    if provider == "reference compiled":
+        call = compiled()
+    elif provider == "fast, atomics":
+        call = functools.partial(ops.deformable_sample, deterministic=False)
+    return lambda: call(*arguments), [arguments[i] for i in (0, 3, 4)]
+
+
+PROVIDERS = ("reference", "reference compiled", "fast", "fast, atomics", *PEERS)
 
 
 def needs(provider: str, shape: Shape) -> str | None:
     """Why a provider cannot run here, or None."""
-    if provider == "deformops":
+    if provider in PEERS:
         if not GPU:
-            return "deformops' kernels need a GPU"
+            return f"{provider} needs a GPU"
         try:
-            import deformops.registry  # noqa: F401
-        except ImportError:
-            return "deformops is not installed"
+            PEERS[provider][0]()
+        except peers.NotHere as why:
+            return str(why)
+    if provider == "fast, atomics":
+        if not GPU:
+            return "without a GPU there are no atomics"
+        if "deterministic" not in inspect.signature(ops.deformable_sample).parameters:
+            return "the op has no such form"
     if provider == "reference compiled" and not GPU and str(shape) != "region encoder B=2":
         return "compiling it takes longer than all the rest"
     if "reference" in provider and GPU:
         free, _ = torch.cuda.mem_get_info()
         samples = shape.B * shape.Q * shape.H * shape.P * len(shape.levels)
-        if 4 * samples * shape.D * DTYPE.itemsize > free:
+        if 4 * samples * shape.D * shape.dtype.itemsize > free:
             return "its samples do not fit"
     return None
 
@@ -135,30 +176,34 @@ def needs(provider: str, shape: Shape) -> str | None:
 def bench_deformable_sample(benchmark, shape: Shape, direction: str, provider: str):
     if reason := needs(provider, shape):
         pytest.skip(reason)
-    arguments = inputs(shape)
-    sample = PROVIDERS[provider](shape)
-    value, _, _, offsets, logits = arguments
-    leaves = [value, locations(shape)[2] if provider == "deformops" else offsets, logits]
-    cotangent = torch.ones(shape.B, shape.Q, shape.H * shape.D, device=DEVICE, dtype=DTYPE)
+    call, leaves = (peer if provider in PEERS else ours)(provider, shape)
+    value, _, _, offsets, logits = inputs(shape)
+    size = shape.B, shape.Q, shape.H * shape.D
+    cotangent = torch.ones(size, device=DEVICE, dtype=leaves[0].dtype)
 
-    def forward() -> Tensor:
+    def forward() -> tuple[Tensor, ...]:
         with torch.no_grad():
-            return sample(*arguments)
+            return (call(),)
 
-    def both() -> Tensor:
-        out = sample(*arguments)
-        torch.autograd.grad(out, leaves, cotangent)
-        return out
+    def both() -> tuple[Tensor, ...]:
+        out = call()
+        return out, *torch.autograd.grad(out, leaves, cotangent)
 
-    def check(out: Tensor) -> dict[str, object]:
-        exact, size = truth(shape)
-        error = float((out.detach() - exact).abs().max()) / size
+    def check(got: tuple[Tensor, ...]) -> dict[str, object]:
         # In half precision all but ours round locations, up to 100 pixels, to 8 bits.
-        eps = torch.finfo(DTYPE).eps
-        assert error <= (4 * eps if provider == "fast" and GPU else 400 * eps), error
-        return {"max_error": float(f"{error:.1e}"), "problem": shape.problem}
+        eps = torch.finfo(shape.dtype).eps
+        allowed = 4 * eps if provider.startswith("fast") and GPU else 400 * eps
+        exact, largest = truth(shape)
+        error = float((got[0].detach() - exact).abs().max()) / largest
+        assert error <= allowed, error
+        facts: dict[str, object] = {"max_error": float(f"{error:.1e}"), "problem": shape.problem}
+        if len(got) > 1:
+            facts["gradient_errors"] = errors = gradient_errors(shape, got[1:], provider in PEERS)
+            # That of an offset jumps at whole coordinates, where rounding decides the side.
+            assert max(errors["value"], errors["logits"]) <= allowed, errors
+        return facts
 
-    element = DTYPE.itemsize
+    element = shape.dtype.itemsize
     moved = element * sum(x.numel() for x in (value, offsets, logits, cotangent))
     samples = offsets.numel() // 2
     times = 1 if direction == "forward" else 3
@@ -171,70 +216,18 @@ def bench_deformable_sample(benchmark, shape: Shape, direction: str, provider: s
         check=check,
         # Backward reads the inputs and the cotangent once more and writes as much as it read.
         work=harness.Work(bytes=times * moved, flops=times * samples * 8 * shape.D),
-        enabled="deformable_sample" if provider == "fast" else None,
+        enabled="deformable_sample" if provider.startswith("fast") else None,
     )
 
 
-@pytest.mark.skipif(not GPU, reason="the launch settings are a GPU's")
-@pytest.mark.parametrize("side", [8, 13, 16, 20, 24, 32])
-@pytest.mark.parametrize("form", ["gather", "dense"])
-def bench_forms(benchmark, monkeypatch, form: str, side: int):
-    """Tuning: DENSE_PIXELS should stand where the forms cross."""
-    from vfmtok_fast.kernels import deformable_sample as kernel
-
-    monkeypatch.setattr(kernel, "DENSE_PIXELS", 0 if form == "gather" else 10**6)
-    tune(benchmark, Shape(f"{side}x{side}", 64, 256, 64, ((side, side),) * 4), form, "forms")
-
-
-SETTINGS = [("GATHER_VALUES", n) for n in (4096, 8192, 16384)]
-SETTINGS += [("SAMPLES_VALUES", n) for n in (2048, 4096, 8192)]
-SETTINGS += [("VALUE_ROWS", n) for n in (32, 64, 128)] + [("VALUE_TILES", n) for n in (1, 2, 3)]
-
-
-@pytest.mark.skipif(not GPU, reason="the launch settings are a GPU's")
-@pytest.mark.parametrize(("name", "number"), SETTINGS)
-def bench_settings(benchmark, monkeypatch, name: str, number: int):
-    """Tuning: what stands in the kernel's file should be the fastest of these."""
-    from vfmtok_fast.kernels import deformable_sample as kernel
-
-    monkeypatch.setattr(kernel, name, number)
-    tune(benchmark, Shape("region encoder", 64, 256, 64, REGIONS), f"{name}={number}", "settings")
-
-
-def tune(benchmark, shape: Shape, provider: str, what: str) -> None:
-    from vfmtok_fast.kernels import deformable_sample as kernel
-
-    arguments = inputs(shape)
-    value, levels, points, offsets, logits = (
-        x.detach() if isinstance(x, Tensor) else x for x in arguments
-    )
-    sides = [side for level in levels for side in level]
-    cotangent = torch.ones(shape.B, shape.Q, shape.H * shape.D, device=DEVICE, dtype=DTYPE)
-
-    def forward() -> Tensor:
-        return kernel.deformable_sample(value, levels, points, offsets, logits)
-
-    def backward() -> Tensor:
-        by_samples = kernel._backward_samples(cotangent, value, sides, points, offsets, logits)
-        kernel._backward_value(cotangent, sides, points, offsets, logits, by_samples[2], shape.D)
-        return forward_once
-
-    forward_once = forward()
-
-    def check(out: Tensor) -> dict[str, object]:
-        exact, size = truth(shape)
-        error = float((out - exact).abs().max()) / size
-        assert error <= 4 * torch.finfo(DTYPE).eps, error
-        return {"max_error": float(f"{error:.1e}"), "problem": shape.problem}
-
-    moved = DTYPE.itemsize * sum(x.numel() for x in (value, offsets, logits, cotangent))
-    is_backward = provider.startswith(("SAMPLES", "VALUE"))
-    harness.measure(
-        benchmark,
-        op=f"deformable_sample_{what}",
-        shape=f"{shape}, {'backward' if is_backward else 'forward'}",
-        provider=provider,
-        fn=backward if is_backward else forward,
-        check=check,
-        work=harness.Work(bytes=(1 + is_backward) * moved, flops=0),
-    )
+def gradient_errors(shape: Shape, got: tuple[Tensor, ...], of_places: bool) -> dict[str, float]:
+    """Length of the error over length of the truth, of each gradient."""
+    of_value, of_offsets, of_logits = got
+    if of_places:  # A pixel is 1 / (width, height) of a place.
+        wh = torch.tensor(shape.levels, device=DEVICE).flip(1)[:, None]
+        of_offsets = of_offsets.double() / wh
+    named = {"value": of_value, "offsets": of_offsets, "logits": of_logits}
+    return {
+        name: float(f"{float((named[name] - exact).norm() / exact.norm()):.1e}")
+        for name, exact in true_gradients(shape).items()
+    }

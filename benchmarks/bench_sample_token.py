@@ -56,10 +56,12 @@ PROVIDERS: dict[str, Callable[[], Callable]] = {
 }
 
 
-def measure(
-    benchmark, op: str, provider: str, call: Callable[..., Tensor], B: int, name: str, fast: bool
-) -> None:
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("B", BATCHES)
+def bench_sample_token(benchmark, B: int, name: str, provider: str):
     logits, image_ids = inputs(B)
+    call = PROVIDERS[provider]()
 
     def check(codes: Tensor) -> dict[str, object]:
         # Codes tied within rounding may differ: about one row in 10^5.
@@ -69,35 +71,12 @@ def measure(
 
     harness.measure(
         benchmark,
-        op=op,
+        op="sample_token",
         shape=f"B={B} {name}",
         provider=provider,
         fn=lambda: call(logits, image_ids, SETTINGS[name]),
         check=check,
         # Guidance and the sum with the noise; the noise itself is integers and logarithms.
         work=harness.Work(bytes=2 * B * V * 4 + 16 * B, flops=4 * B * V),
-        enabled="sample_token" if fast else None,
+        enabled="sample_token" if provider == "fast" else None,
     )
-
-
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("B", BATCHES)
-def bench_sample_token(benchmark, B: int, name: str, provider: str):
-    call = PROVIDERS[provider]()
-    measure(benchmark, "sample_token", provider, call, B, name, fast=provider == "fast")
-
-
-@pytest.mark.skipif(not GPU, reason="the launch settings are a GPU's")
-@pytest.mark.parametrize("B", [1, 1024])
-@pytest.mark.parametrize(
-    ("chunk", "warps"), [(2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16), (8192, 32)]
-)
-def bench_settings(benchmark, monkeypatch, chunk: int, warps: int, B: int):
-    """Tuning of the draw: what stands in the kernel's file should be the fastest of these."""
-    from vfmtok_fast.kernels import sample_token as kernel
-
-    monkeypatch.setattr(kernel, "CHUNK", chunk)
-    monkeypatch.setattr(kernel, "CODES_PER_WARP", chunk // warps)
-    provider = f"chunk={chunk} warps={warps}"
-    measure(benchmark, "sample_token_settings", provider, sample, B, "plain", fast=True)

@@ -1,9 +1,16 @@
-"""Lets the benchmarks import `harness`, and writes the results of each file that ran as a whole."""
+"""Lets the benchmarks import `harness`, and writes each record when it is made.
+
+Providers under torch.compile come last in each file, and have a time limit of their own: what takes
+longer, or does not compile, is recorded as not measured, and fails nothing.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
-from collections.abc import Generator
+import time
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,47 +19,110 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import harness
+from bounds import duration
 
 said: list[str] = []
+table: list[dict] = []
+
+
+def is_compiled(item: pytest.Item) -> bool:
+    """Whether it measures what torch.compile makes, by the name of its provider."""
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and "compiled" in str(callspec.params.get("provider", ""))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    files = list(dict.fromkeys(item.path for item in items))
+    items.sort(key=lambda item: (files.index(item.path), is_compiled(item)))
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=harness.clock))
 
 
+@contextlib.contextmanager
+def limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in what runs longer; where there are no such signals, let it run."""
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def late(signum: int, frame: object) -> None:
+        raise TimeoutError(f"it took longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    start = time.monotonic()
+    # Again and again: the first one may end in somebody's `except`.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    if time.monotonic() - start > seconds + 1:
+        raise TimeoutError(f"it took longer than {seconds:g} s")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    if not is_compiled(item):
+        return (yield)
+    try:
+        with limit(harness.COMPILED_SECONDS):
+            return (yield)
+    except AssertionError:
+        raise  # A wrong value is a failure, whoever made it.
+    except Exception as error:  # noqa: BLE001 Whatever a compiler raises costs only this record.
+        lines = str(error).strip().splitlines() or [""]
+        pytest.skip(f"{type(error).__name__}: {lines[0]:.200}")
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    name = report.nodeid.partition("::")[2]
     if report.failed:
-        harness.session.failed.append(report.nodeid.partition("::")[2])
+        harness.session.failed.append(name)
+    elif report.skipped:
+        reason = str(report.longrepr[2]).removeprefix("Skipped: ")
+        harness.session.not_measured[name] = reason
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(
     item: pytest.Item, nextitem: pytest.Item | None
 ) -> Generator[None, object, object]:
-    records, failed = harness.session.records, harness.session.failed
-    before = len(records), len(failed)
+    session = harness.session
+    before = len(session.records), len(session.failed) + len(session.not_measured)
     done = yield
-    if len(failed) > before[1]:
-        del records[before[0] :]
-    if nextitem is None or nextitem.path != item.path:
-        finish(item)
+    if len(session.failed) + len(session.not_measured) > before[1]:
+        del session.records[before[0] :]
+    table.extend(session.records[before[0] :])
+    last = nextitem is None or nextitem.path != item.path
+    option = item.config.option
+    if option.keyword or option.markexpr or "::" in "".join(item.config.args):
+        if last and session.records:
+            said.append(f"No results of {item.path.name} written: a part of it was selected.")
+    else:
+        paths = session.write(complete=last)
+        if last:
+            said.extend(f"wrote {path}" for path in paths)
+    if last:
+        said.extend(f"failed, so not in the results: {name}" for name in session.failed)
+        said.extend(f"not measured: {name}: {why}" for name, why in session.not_measured.items())
+        session.clear()
     return done
 
 
-def finish(last: pytest.Item) -> None:
-    """Write what the file of this item measured, and forget it."""
-    records, failed = harness.session.records, harness.session.failed
-    option = last.config.option
-    if not (option.keyword or option.markexpr):
-        said.extend(f"wrote {path}" for path in harness.session.write())
-    elif records:
-        said.append(f"No results of {last.path.name} written: a part of it was selected.")
-    said.extend(f"failed, so not in the results: {name}" for name in failed)
-    records.clear()
-    failed.clear()
+def pytest_benchmark_group_stats() -> list:
+    """Instead of pytest-benchmark's table, whose one unit spans from microseconds to minutes."""
+    return []
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    rows = [("op", "shape", "provider", "median", "range", "rounds", "bound")]
+    for r in table:
+        times = duration(r["median_us"]), f"{duration(r['min_us'])} to {duration(r['max_us'])}"
+        rows.append((r["op"], r["shape"], r["provider"], *times, str(r["rounds"]), r["bound"]))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows if table else ():
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        terminalreporter.write_line("  ".join(cells).rstrip())
     for line in said:
         terminalreporter.write_line(line)

@@ -12,8 +12,15 @@ def by_shape(records: list[dict]) -> dict[str, list[dict]]:
     return shapes
 
 
+# More bars of one shape cannot be told apart.
+MOST_PROVIDERS = 9
+
+
 def plot(path: Path, content: dict) -> bool:
-    """Median times as grouped bars beside the JSON file; False without matplotlib."""
+    """Median times as grouped bars beside the JSON file; False without matplotlib or sense."""
+    providers = list(dict.fromkeys(record["provider"] for record in content["records"]))
+    if len(providers) > MOST_PROVIDERS and path.stem != "generate":
+        return False
     try:
         import matplotlib
     except ImportError:
@@ -25,7 +32,6 @@ def plot(path: Path, content: dict) -> bool:
         _generation(pyplot, path, content)
         return True
     shapes = by_shape(content["records"])
-    providers = list(dict.fromkeys(record["provider"] for record in content["records"]))
     figure, axes = pyplot.subplots(figsize=(max(6, 1.4 * len(shapes)), 4), layout="constrained")
     width = 0.8 / len(providers)
     for i, provider in enumerate(providers):

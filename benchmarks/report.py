@@ -1,28 +1,37 @@
-"""REPORT.md, its plots and README.md's table from the result files alone: `make report`."""
+"""REPORT.md, its plots and README.md's table from the result files alone: `make report`.
+
+Where the environment's RESULTS names another folder than the committed one, the report goes there,
+and README.md stays as it is.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
+from bounds import duration
 from plots import by_shape, plot
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
-REPORT = HERE / "REPORT.md"
+COMMITTED = HERE / "results"
+RESULTS = Path(os.environ.get("RESULTS") or COMMITTED).resolve()
+AOT = COMMITTED / "aot"
 README = HERE.parent / "README.md"
-# What README.md shows of each device, between its two marks: op, shape, baseline and ours.
+# What README.md shows of each device, between its two marks: op, shape, and the baselines of which
+# the first that was measured counts.
 MARKS = "<!-- measured: by `make report` -->", "<!-- end -->"
+RELEASE = ("release style compiled", "release style")
 SHOWN = (
-    ("nearest_code", "N=8192 K=16384 d=12", "reference", "fast"),
-    ("nearest_code", "N=65536 K=16384 d=12", "reference", "fast"),
-    ("deformable_sample", "region encoder B=2, forward", "reference", "fast"),
-    ("deformable_sample", "region encoder B=64, forward", "reference", "fast"),
-    ("deformable_sample", "region encoder B=64, forward and backward", "reference", "fast"),
-    ("generate", "GPT-B B=2 guided, 256 codes", "release style", "fast"),
-    ("generate", "GPT-L B=1 guided, 256 codes", "release style compiled", "fast"),
-    ("generate", "GPT-L B=64 guided, 256 codes", "release style compiled", "fast"),
+    ("nearest_code", "N=8192 K=16384 d=12", ("reference",)),
+    ("nearest_code", "N=65536 K=16384 d=12", ("reference",)),
+    ("deformable_sample", "region encoder B=2, forward", ("reference",)),
+    ("deformable_sample", "region encoder B=64, forward", ("reference",)),
+    ("deformable_sample", "region encoder B=64, forward and backward", ("reference",)),
+    ("generate", "GPT-B B=2 guided, 256 codes", ("release style",)),
+    ("generate", "GPT-L B=1 guided, 256 codes", RELEASE),
+    ("generate", "GPT-L B=64 guided, 256 codes", RELEASE),
 )
 
 
@@ -31,10 +40,8 @@ def table(head: list[str], rows: list[list[object]]) -> list[str]:
     return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
 
 
-def duration(microseconds: float) -> str:
-    if microseconds >= 1e4:
-        return f"{microseconds / 1e3:.1f} ms"
-    return f"{microseconds:.1f} us"
+def commit_of(environment: dict) -> str:
+    return (environment["commit"] or "no commit") + (" + changes" * environment["changed"])
 
 
 def measured(path: Path) -> list[str]:
@@ -42,46 +49,73 @@ def measured(path: Path) -> list[str]:
     content = json.loads(path.read_text())
     environment, ceilings = content["environment"], content["ceilings"]
     versions = ", ".join(f"{name} {value}" for name, value in environment["versions"].items())
-    commit = (environment["commit"] or "no commit") + (" + changes" * environment["changed"])
+    threads = f", {environment['threads']} threads" if environment["threads"] else ""
     lines = [
         f"### {path.stem}",
         "",
-        f"{environment['device']}, {environment['threads']} threads; {versions}; {commit}; "
-        f"{environment['date']}. Ceilings measured in the same run: copy "
-        f"{ceilings['copy_gb_s']} GB/s, {ceilings['matmul_dtype']} product "
-        f"{ceilings['matmul_tflop_s']} TFLOP/s.",
+        f"{environment['device']}{threads}; {versions}; commit {commit_of(environment)}; "
+        f"{environment['date']}. Ceilings: copy {ceilings['copy_gb_s']} GB/s, "
+        f"{ceilings['matmul_dtype']} product {ceilings['matmul_tflop_s']} TFLOP/s.",
         "",
     ]
+    for note in content.get("notes", []):
+        lines += [f"**{note}**" if content.get("outdated") and "rewritten" in note else note, ""]
+    if not content.get("complete", True):
+        lines += ["The run was cut off: not all was measured.", ""]
     if failed := content.get("failed"):
         lines += [f"Failed, so not shown: {', '.join(failed)}.", ""]
-    rows = []
-    for shape, records in by_shape(content["records"]).items():
-        base = next((r["median_us"] for r in records if r["provider"] == "reference"), None)
-        for r in records:
-            rows.append(
-                [
-                    shape,
-                    r["provider"],
-                    duration(r["median_us"]),
-                    f"{duration(r['min_us'])} to {duration(r['max_us'])}",
-                    f"{base / r['median_us']:.2f}" if base else "",
-                    r["gb_s"],
-                    r["tflop_s"],
-                    f"{r['percent_of_matmul']} %",
-                    "" if r["peak_mib"] is None else r["peak_mib"],
-                    r.get("wrong_rows", ""),
-                    r["timer"],
-                ]
-            )
-    head = ["shape", "provider", "median", "range", "x reference", "GB/s", "TFLOP/s"]
-    head += ["of the product ceiling", "peak MiB", "wrong rows", "timer"]
-    lines += table(head, rows)
+    if missing := content.get("not_measured"):
+        lines += ["Not measured:", "", *(f"- {name}: {why}" for name, why in missing.items()), ""]
+    rows = [row for _, rs in by_shape(content["records"]).items() for row in record_rows(rs)]
+    shown = [i for i in range(len(COLUMNS)) if any(row[i] not in ("", None) for row in rows)]
+    head = [COLUMNS[i] for i in shown]
+    lines += table(head, [[row[i] for i in shown] for row in rows])
     if plot(path, content):
-        image = path.with_suffix(".png").relative_to(HERE).as_posix()
+        image = path.with_suffix(".png").relative_to(report_path().parent).as_posix()
         lines += ["", f"![{path.stem} on {environment['device']}]({image})"]
     if path.stem == "cache":
         lines += ["", *cost_sheet(content)]
     return [*lines, ""]
+
+
+COLUMNS = [
+    "shape", "provider", "median", "range", "x reference", "bound by", "GB/s",
+    "of the copy ceiling", "TFLOP/s", "of the product ceiling", "peak MiB", "wrong rows", "error",
+    "timer",
+]  # fmt: skip
+
+
+def record_rows(records: list[dict]) -> list[list[object]]:
+    """The lines of one shape; what a record does not hold is empty."""
+    base = next((r["median_us"] for r in records if r["provider"] == "reference"), None)
+
+    def cell(record: dict, name: str, unit: str = "") -> str:
+        value = record.get(name)
+        return "" if value is None else f"{value}{unit}"
+
+    def error(record: dict) -> str:
+        value = record.get("max_error", record.get("error"))
+        return "" if value is None else f"{value:.1e}"
+
+    return [
+        [
+            r["shape"],
+            r["provider"],
+            duration(r["median_us"]),
+            "" if r["min_us"] is None else f"{duration(r['min_us'])} to {duration(r['max_us'])}",
+            f"{base / r['median_us']:.2f}" if base else "",
+            cell(r, "bound"),
+            cell(r, "gb_s"),
+            cell(r, "percent_of_copy", " %"),
+            cell(r, "tflop_s"),
+            cell(r, "percent_of_matmul", " %"),
+            cell(r, "peak_mib"),
+            cell(r, "wrong_rows"),
+            error(r),
+            r["timer"],
+        ]
+        for r in records
+    ]
 
 
 # Views per second of one GPU to reckon with; assumed, not measured.
@@ -174,7 +208,10 @@ def measured_beside(chip: str, kernel: str, problem: str) -> str:
     op, name = kernel.split()[0].split(".")
     found = []
     for path in sorted(RESULTS.glob(f"*{chip.lower()}*/{op}*.json")):
-        for record in json.loads(path.read_text())["records"]:
+        content = json.loads(path.read_text())
+        if content.get("outdated"):
+            continue  # The kernels of these times are not those whose machine code this is.
+        for record in content["records"]:
             # Tuning runs name one kernel as their provider.
             takes_it = record["provider"] in ("fast", name.removeprefix("_"))
             takes_it &= ("backward" in record["shape"]) == ("grad" in name)
@@ -185,58 +222,97 @@ def measured_beside(chip: str, kernel: str, problem: str) -> str:
     return ", ".join(found)
 
 
-def readme_rows(device: Path) -> list[list[object]]:
-    """The lines of README.md's table that this device has results for."""
-    rows = []
-    for op, shape, baseline, ours in SHOWN:
+def best(record: dict) -> tuple[float, str]:
+    """Microseconds of the best round: what else the machine does only ever adds to it."""
+    if record["min_us"] is None:  # Only the median was kept.
+        return record["median_us"], f"{duration(record['median_us'])} (median)"
+    return record["min_us"], duration(record["min_us"])
+
+
+def readme_rows(device: Path) -> tuple[list[list[object]], list[str]]:
+    """The lines of README.md's table that this device has results for, and what to say of them."""
+    rows, notes = [], []
+    for op, shape, baselines in SHOWN:
         path = device / f"{op}.json"
         if not path.exists():
             continue
-        records = by_shape(json.loads(path.read_text())["records"]).get(shape, [])
-        # The best round of each: what else the machine does only ever adds to it.
-        times = {record["provider"]: record["min_us"] for record in records}
-        if baseline in times and ours in times:
-            before, after = times[baseline], times[ours]
-            row = [f"`{op}`", shape, f"{duration(before)} ({baseline})", duration(after)]
-            rows.append([device.name, *row, f"{before / after:.1f} x"])
-    return rows
+        content = json.loads(path.read_text())
+        records = {r["provider"]: r for r in by_shape(content["records"]).get(shape, [])}
+        baseline = next((name for name in baselines if name in records), None)
+        if baseline is None or "fast" not in records:
+            continue
+        (before, said), (after, ours) = best(records[baseline]), best(records["fast"])
+        # What enable() does today is something else; so the line says it too.
+        old = " (old kernels)" * bool(content.get("outdated"))
+        row = [f"`{op}`{old}", shape, f"{said} ({baseline})", ours, f"{before / after:.1f} x"]
+        rows.append([device.name, commit_of(content["environment"]), *row])
+        if content.get("notes"):
+            notes.append(f"- {device.name}, `{op}`: {content['notes'][0]}")
+    return rows, list(dict.fromkeys(notes))
 
 
 def write_readme(devices: list[Path]) -> None:
     """Put the table between README.md's marks."""
-    rows = [row for device in devices for row in readme_rows(device)]
-    head = ["device", "what", "shape", "baseline, best round", "enabled, best round", "faster"]
+    rows, notes = [], []
+    for device in devices:
+        found, said = readme_rows(device)
+        rows += found
+        notes += said
+    head = ["device", "commit", "what", "shape", "baseline, best round", "enabled, best round"]
     text = README.read_text(encoding="utf-8")
     before, _, rest = text.partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
     if not (rest and after):
         raise SystemExit(f"{README}: the marks {MARKS} are missing")
-    lines = "\n".join([MARKS[0], "", *table(head, rows), "", MARKS[1]])
-    README.write_text(before + lines + after, encoding="utf-8")
+    lines = [MARKS[0], "", *table([*head, "faster"], rows), "", *notes, *([""] * bool(notes))]
+    README.write_text(before + "\n".join([*lines, MARKS[1]]) + after, encoding="utf-8")
+
+
+def report_path() -> Path:
+    """Of the committed results beside them, of others among them."""
+    return HERE / "REPORT.md" if RESULTS == COMMITTED else RESULTS / "REPORT.md"
+
+
+def devices_of(results: Path) -> list[Path]:
+    """The folders of results, GPUs first."""
+    found = [path for path in results.iterdir() if path.is_dir() and path.name != "aot"]
+    return sorted(found, key=lambda path: (path.name.startswith("cpu"), path.name))
 
 
 def main() -> None:
-    lines = ["# Benchmarks", "", "Made by `make report` from `results/`; do not edit.", ""]
-    devices = [path for path in sorted(RESULTS.iterdir()) if path.is_dir() and path.name != "aot"]
+    if not RESULTS.is_dir():
+        raise SystemExit(f"{RESULTS}: not there; `make bench` measures, and writes it")
+    report, devices = report_path(), devices_of(RESULTS)
+    lines = ["# Benchmarks", "", f"Made by `make report` from `{RESULTS.name}/`; do not edit.", ""]
+    lines += [
+        "`bound by` is what keeps the device busy for at least a quarter of the time: bytes at the "
+        "rate of copying, or operations at the rate of a matrix product. `latency` stands where "
+        "neither does: the call waits for launches or for loads that depend on each other, or "
+        "issues instructions that are no floating-point operations.",
+        "",
+    ]
     for device in devices:
         lines += [f"## Measured: {device.name}", ""]
         for path in sorted(device.glob("*.json")):
             lines += measured(path)
-    if not any("cpu" not in device.name for device in devices):
-        lines += ["No GPU has been measured yet: `make gpu-report` on a machine that has one.", ""]
-    if files := sorted((RESULTS / "aot").glob("*.json")):
+    if not any(not device.name.startswith("cpu") for device in devices):
+        lines += ["No GPU has been measured here: `make gpu-report` on a machine that has one.", ""]
+    if files := sorted(AOT.glob("*.json")):
         lines += [
             "## Predicted from the machine code",
             "",
             "Not measured. Main loops only: overlapped is the busier of the ALU and the matrix "
-            "unit, in turns is their sum.",
+            "unit, in turns is their sum. Both are lower bounds: no waiting for memory is in them. "
+            "At commit 29c1965 whole calls on an H200 took two to four times what was predicted.",
             "",
         ]
         for path in files:
             lines += predicted(path)
-    REPORT.write_text("\n".join(lines).rstrip() + "\n")
-    write_readme(devices)
-    print(f"wrote {REPORT} and the table in {README}")
+    report.write_text("\n".join(lines).rstrip() + "\n")
+    print(f"wrote {report} and its plots from {RESULTS}")
+    if RESULTS == COMMITTED:
+        write_readme(devices)
+        print(f"wrote the table in {README}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmarks' harness: a failure costs its own record only; the report shows what there is."""
+"""The benchmarks' harness: a failure costs its own record only."""
 
 from __future__ import annotations
 
@@ -44,16 +44,21 @@ def bench_that_never_ends(benchmark):
 }
 
 
+SMALL = """
+timing.FLUSH_BYTES["cpu"] = 1024
+COMPILED_SECONDS = 0.5
+ceilings = lambda: {"copy_gb_s": 1, "matmul_tflop_s": 1}
+"""
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The harness with two files of its own; a copy's ceilings are small ones."""
     (tmp_path / "benchmarks").mkdir()
-    for name in ("conftest.py", "harness.py"):
+    for name in ("conftest.py", "harness.py", "bounds.py"):
         shutil.copy(BENCHMARKS / name, tmp_path / "benchmarks")
     with (tmp_path / "benchmarks" / "harness.py").open("a") as file:
-        file.write(
-            'timing.FLUSH_BYTES["cpu"] = 1024\nceilings = lambda: {"copy_gb_s": 1, "matmul_tflop_s": 1}\n'
-        )
+        file.write(SMALL)
     for name, text in FILES.items():
         (tmp_path / "benchmarks" / name).write_text(text)
     return tmp_path / "benchmarks"
@@ -63,15 +68,21 @@ def run(folder: Path, *arguments: str) -> tuple[int, str, dict[str, dict]]:
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     command += ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", str(folder)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    found = {path.stem: json.loads(path.read_text()) for path in folder.glob("results/*/*.json")}
-    return done.returncode, done.stdout, found
+    return done.returncode, done.stdout, results(folder)
+
+
+def results(folder: Path) -> dict[str, dict]:
+    found = (folder.parent / "build" / "benchmarks").glob("*/*.json")
+    return {path.stem: json.loads(path.read_text()) for path in found}
 
 
 def test_a_failure_costs_its_own_record_and_what_follows_nothing(folder: Path):
-    """Not even where the whole run dies: results of a file are written when it is through."""
+    """Not even where the whole run dies: a record is written when it is made."""
     code, _, found = run(folder)
     assert code == 9
-    (first,) = found.values()
+    first, second = found["first"], found["second"]
+    assert "complete" not in first and second["complete"] is False
+    assert [record["provider"] for record in second["records"]] == ["p"]
     assert [record["provider"] for record in first["records"]] == ["good"]
     assert first["records"][0] | {"checked": 7, "op": "first"} == first["records"][0]
     assert first["failed"] == ["bench_first[wrong]", "bench_first[late]"]
@@ -95,44 +106,66 @@ def test_a_clean_run_names_no_failure_and_needs_no_git(folder: Path, monkeypatch
     assert second["environment"]["versions"]["torch"] and second["environment"]["commit"] is None
 
 
-@pytest.fixture
-def report(tmp_path: Path, monkeypatch):
-    """The report's module, with results of its own: an H200's, predicted and measured."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    spec = importlib.util.spec_from_file_location("report_under_test", BENCHMARKS / "report.py")
+COMPILED = """
+import harness, pytest, time
+
+@pytest.mark.parametrize("provider", ["slow compiled", "broken compiled", "good compiled", "good"])
+def bench_third(benchmark, provider):
+    def fn():
+        if provider == "slow compiled":
+            time.sleep(20)
+        if provider == "broken compiled":
+            raise RuntimeError("no such backend\\nand more")
+
+    work = harness.Work(bytes=1, flops=1)
+    harness.measure(
+        benchmark, op="third", shape="s", provider=provider, fn=fn, check=lambda x: {}, work=work
+    )
+"""
+
+
+def test_compiled_providers_come_last_and_are_never_fatal(folder: Path):
+    for path in folder.glob("bench_*.py"):
+        path.unlink()
+    (folder / "bench_third.py").write_text(COMPILED)
+    code, text, found = run(folder)
+    assert code == 0, text
+    third = found["third"]
+    assert [record["provider"] for record in third["records"]] == ["good", "good compiled"]
+    assert third["not_measured"] == {
+        "bench_third[slow compiled]": "TimeoutError: it took longer than 0.5 s",
+        "bench_third[broken compiled]": "RuntimeError: no such backend",
+    }
+    assert "third" in text and " us  " in text  # The table, each time in a unit of its own.
+
+
+def test_only_the_file_that_is_named_runs(folder: Path):
+    shutil.copy(BENCHMARKS.parent / "Makefile", folder.parent)
+    command = ["make", "-n", "bench", "VENV=", "ARGS=benchmarks/bench_second.py"]
+    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("benchmarks/bench_second.py")
+    every = subprocess.run(command[:-1], cwd=folder.parent, capture_output=True, text=True)
+    assert every.stdout.strip().endswith("benchmarks")
+
+
+def bounds():
+    spec = importlib.util.spec_from_file_location("bounds_under_test", BENCHMARKS / "bounds.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
-    (tmp_path / "nvidia-h200").mkdir()
     return module
 
 
 @pytest.mark.parametrize(
-    ("kernel", "problem", "shown"),
-    [
-        ("nearest_code._screen d=12", "N=65536 K=16384 d=12", "151.0 us"),
-        ("nearest_code._screen d=8", "N=65536 K=16384 d=8", ""),
-        ("deformable_sample._gather bf16", "B=64", "99.0 us (forward)"),
-        ("deformable_sample._grad_value bf16", "B=64", "400.0 us (forward and backward)"),
-        ("deformable_sample._dense bf16", "B=64", "99.0 us (forward), 120.0 us (forward)"),
-    ],
+    ("copy", "matmul", "bound"),
+    [(58.4, 0.3, "bytes"), (30.0, 80.0, "operations"), (0.5, 8.5, "latency"), (25, 25, "bytes")],
 )
-def test_measured_times_stand_beside_the_predicted(report, kernel, problem, shown):
-    def record(provider: str, shape: str, time: float, **facts: str) -> dict[str, object]:
-        return {"provider": provider, "shape": shape, "median_us": time, **facts}
+def test_a_record_says_what_bounds_it(copy, matmul, bound):
+    assert bounds().bound(copy, matmul) == bound
 
-    nearest = [record("fast", "N=65536 K=16384 d=12", 151), record("reference", problem, 9000)]
-    regions = [
-        record("fast", "regions, forward", 99, problem="B=64"),
-        record("fast", "regions, forward and backward", 400, problem="B=64"),
-    ]
-    forms = [record("dense", "24x24, forward", 120, problem="B=64")]
-    for name, records in (
-        ("nearest_code", nearest),
-        ("deformable_sample", regions),
-        ("deformable_sample_forms", forms),
-    ):
-        path = report.RESULTS / "nvidia-h200" / f"{name}.json"
-        path.write_text(json.dumps({"records": records}))
-    assert report.measured_beside("H200", kernel, problem) == shown
-    assert report.measured_beside("B200", kernel, problem) == ""
+
+@pytest.mark.parametrize(
+    ("microseconds", "text"),
+    [(3.4, "3.40 us"), (372.75, "372.8 us"), (5972.2, "5.97 ms"), (4.4e6, "4.40 s")],
+)
+def test_durations_are_in_the_unit_that_fits(microseconds, text):
+    assert bounds().duration(microseconds) == text

@@ -1,9 +1,11 @@
-"""What the README shows of deformable attention runs as it stands, and its recipes are right."""
+"""What the README shows runs, its recipes are right, and its links lead somewhere."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +13,8 @@ from torch import Tensor
 import vfmtok_fast
 from vfmtok_fast.reference.deformable_sample import deformable_sample as reference
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
 
 
 def example() -> dict:
@@ -67,3 +70,27 @@ def test_a_layer_with_finished_locations_and_weights():
     value = got["value"]
     truth = finished(value.double(), levels, locations.double(), weights.double())
     check(out, truth, finished(value, levels, locations, weights))
+
+
+# Pages that come with the kernels they are about.
+WITH_THEIR_KERNELS = ("kernels/nearest_code/README.md", "kernels/deformable_sample/README.md")
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"kernels/{p.name}" for p in (ROOT / "kernels").glob("*.md"))]
+)
+def test_links_lead_somewhere(page: str):
+    """To a file, and where a section is named to that section."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        name, _, section = target.partition("#")
+        path = ((ROOT / page).parent / name).resolve() if name else ROOT / page
+        if path.relative_to(ROOT).as_posix() in WITH_THEIR_KERNELS:
+            continue
+        assert path.exists(), f"{page} links to {target}"
+        if section:
+            heads = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+            found = {re.sub(r"[^a-z0-9 _-]", "", h.lower()).replace(" ", "-") for h in heads}
+            assert section in found, f"{page} links to {target}"

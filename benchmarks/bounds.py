@@ -1,0 +1,34 @@
+"""What a record says of itself: which resource bounds it, and its time in readable units."""
+
+from __future__ import annotations
+
+# Percent of the time that one resource must be busy to be called the bound. A kernel that loads,
+# multiplies and stores one after the other, and overlaps nothing, keeps each busy for about a third
+# of the time; below a quarter not even that explains what it takes.
+BUSY = 25.0
+
+
+def bound(percent_of_copy: float, percent_of_matmul: float) -> str:
+    """Whether bytes, operations or latency bound a call.
+
+    Args:
+        percent_of_copy: of the time, what its bytes take at the rate of copying.
+        percent_of_matmul: of the time, what its operations take at the rate of a matrix product.
+
+    Returns:
+        "bytes" or "operations", whichever takes longer; "latency" where both take less than a
+        quarter of the time. Such a call waits, for launches or for loads that depend on each other,
+        or issues instructions that are no floating-point operations.
+    """
+    if max(percent_of_copy, percent_of_matmul) < BUSY:
+        return "latency"
+    return "bytes" if percent_of_copy >= percent_of_matmul else "operations"
+
+
+def duration(microseconds: float) -> str:
+    """Three digits or more, in the unit that needs the fewest."""
+    for limit, unit in ((1e3, "us"), (1e6, "ms")):
+        if microseconds < limit:
+            value = microseconds / limit * 1e3
+            return f"{value:.2f} {unit}" if value < 10 else f"{value:.1f} {unit}"
+    return f"{microseconds / 1e6:.2f} s"

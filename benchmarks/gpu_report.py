@@ -1,0 +1,214 @@
+"""All that needs a GPU, within a time limit: `make gpu-report SECONDS=450`.
+
+Parts run one after another, what matters most first: kernels are compiled in parallel, the tests
+run in twelve processes, settings are tuned, then each file of benchmarks runs alone, and last comes
+the report. Each part is a process group with a limit of its own, killed when that is over; one that
+fails or hangs costs the others nothing but its time. ``gpu-report.json`` in the results' folder
+says how each part ended; those that did not fit are named at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+# Modules without the folder that it is called in, where kernels/ would hide another package.
+MODULE = [sys.executable, "-P", "-m"]
+PYTEST = [*MODULE, "pytest", "-q", "-p", "no:cacheprovider"]
+BENCH = [*PYTEST, "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"]
+TESTS = ("tests/ops", "tests/models", "tests/test_samples.py", "tests/test_timing.py")
+# Twelve hold their models and their contexts in the memory of one GPU.
+TEST_PROCESSES = 12
+# The two ops that lead their field come first; then what they are for, whole images; then the parts
+# of a step; last what needs a GPU least.
+BENCHMARKS = (
+    "nearest_code",
+    "deformable_sample",
+    "generate",
+    "decode_attention",
+    "sample_token",
+    "cache",
+)
+# Seconds that are kept for the report, which reads files only.
+REPORT = 20.0
+# A part with less time than this is not begun: Python and torch alone take half of it.
+LEAST = 10.0
+GRACE = 5.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process: its name, its command, and the share of the whole time that it may take.
+
+    ``{seconds}`` in the command becomes the limit, less what it takes to begin and to end.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    share: float
+    # Runs whatever time is left.
+    always: bool = False
+
+
+@dataclass(frozen=True)
+class Ended:
+    name: str
+    how: str
+    seconds: float
+
+    @property
+    def well(self) -> bool:
+        return self.how == "done"
+
+
+def parts() -> list[Part]:
+    """What there is to do, in order."""
+    found = importlib.util.find_spec("xdist") is not None
+    several = ("-n", str(TEST_PROCESSES)) if found else ()
+    files = [Part(name, (*BENCH, f"benchmarks/bench_{name}.py"), 1.0) for name in BENCHMARKS]
+    return [
+        # Tests, tuning and benchmarks compile what is not there yet on one core each.
+        Part("compile", (sys.executable, str(HERE / "gpu_report.py"), "--compile"), 0.25),
+        Part("tests", (*PYTEST, "-m", "gpu", *several, *TESTS), 0.3),
+        Part("tune", (*MODULE, "vfmtok_fast", "tune", "--seconds", "{seconds}"), 0.2),
+        *files,
+        Part("report", (sys.executable, str(HERE / "report.py")), 1.0, always=True),
+    ]
+
+
+def run(
+    todo: Sequence[Part],
+    seconds: float,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    runner: Callable[[Sequence[str], float], str] | None = None,
+    note: Callable[[list[Ended]], None] = lambda ended: None,
+) -> list[Ended]:
+    """Run parts in order until ``seconds`` are over.
+
+    Args:
+        todo: the parts.
+        seconds: for all of them.
+        clock: seconds since some moment.
+        runner: runs a command for at most so long, and says how it ended.
+        note: is told how the parts ended, after each of them.
+
+    Returns:
+        how each part ended: "done", "exit 3", "cut off after 90 s", "did not fit".
+    """
+    runner = runner or run_process
+    start = clock()
+    ended: list[Ended] = []
+    for part in todo:
+        left = seconds - (clock() - start)
+        limit = max(left, REPORT) if part.always else min(part.share * seconds, left - REPORT)
+        began = clock()
+        if limit < LEAST:
+            how = "did not fit"
+        else:
+            print(f"== {part.name}, at most {limit:.0f} s", flush=True)
+            inner = max(1.0, limit - LEAST)
+            how = runner([word.format(seconds=f"{inner:.0f}") for word in part.command], limit)
+        ended.append(Ended(part.name, how, round(clock() - began, 1)))
+        print(f"== {part.name}: {how}, {ended[-1].seconds:.0f} s", flush=True)
+        note(ended)
+    return ended
+
+
+def run_process(command: Sequence[str], limit: float) -> str:
+    """Run a command in a process group of its own, of which nothing is left afterwards."""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        code = process.wait(limit)
+        return "done" if code == 0 else f"exit {code}"
+    except subprocess.TimeoutExpired:
+        # So that pytest still says what it has; it may hang where no signal reaches it.
+        end_group(process, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+        return f"cut off after {limit:.0f} s"
+    finally:
+        end_group(process, signal.SIGKILL)
+        process.wait()
+
+
+def end_group(process: subprocess.Popen, number: int) -> None:
+    # Its number is its leader's, and stays taken while anything in it lives.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def compile_all() -> int:
+    """Compile what the calls in `aot_calls` launch, with the defaults of this GPU, on all cores."""
+    import torch
+    from aot_calls import CALLS
+
+    from vfmtok_fast.kernels import tuning
+    from vfmtok_fast.tuner.compile import compile_in_processes, launches, spaces
+
+    major, minor = torch.cuda.get_device_capability()
+    chip = 10 * major + minor
+    jobs, alone = [], []
+    with tuning.pretend(chip):
+        for call in CALLS:
+            # Any space of its kernels will do: at its default the call launches all its defaults.
+            space = next(iter(spaces(call.op).values()), None)
+            if space is None:
+                alone.append(call)
+            else:
+                default = space.default(torch.device("cpu"))
+                jobs.append((call, space.name, default._asdict()))
+    problems = 0
+    waiting = compile_in_processes(jobs, chip)
+    try:
+        for (call, _, _), problem in waiting:
+            print(f"{call}: {problem or 'compiled'}", flush=True)
+            problems += bool(problem)
+    finally:
+        waiting.close()
+    for call in alone:
+        launches(call, chip)
+        print(f"{call}: compiled", flush=True)
+    return problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="run all that needs a GPU, within a time limit")
+    parser.add_argument("--seconds", type=float, default=450.0, help="for all of it")
+    parser.add_argument("--compile", action="store_true", help="only compile the kernels")
+    args = parser.parse_args()
+    if args.compile:
+        return 1 if compile_all() else 0
+    if args.seconds < REPORT + LEAST:
+        parser.error(f"--seconds must be at least {REPORT + LEAST:.0f}")
+
+    import harness
+
+    summary = harness.RESULTS / "gpu-report.json"
+    # Parts are told where, as harness would find another place from another folder.
+    os.environ["RESULTS"] = str(harness.RESULTS)
+
+    def note(ended: list[Ended]) -> None:
+        content = {"seconds": args.seconds, "parts": [asdict(part) for part in ended]}
+        harness.write_json(summary, content)
+
+    ended = run(parts(), args.seconds, note=note)
+    bad = [part for part in ended if not part.well]
+    print(f"== wrote {summary}")
+    for part in bad:
+        print(f"== not done: {part.name} ({part.how})")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Other implementations of deformable sampling, where they are installed; nothing is downloaded.
+
+Each takes finished locations in [0, 1], and the compiled ones finished weights too: their softmax
+is part of the call.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Images that the compiled op takes at a time; it must divide the batch.
+IMAGES_AT_A_TIME = 64
+HUB_KERNEL = "kernels-community/deformable-detr"
+
+
+class NotHere(Exception):
+    """Why a peer cannot be measured on this machine."""
+
+
+def deformops() -> Callable[..., Tensor]:
+    """``deformops`` from PyPI: Triton kernels, atomics in the backward."""
+    try:
+        from deformops.registry import msda
+    except ImportError as error:
+        raise NotHere(f"deformops cannot be imported: {error}") from error
+
+    def call(value, sizes, starts, place, logits):
+        return msda(value, sizes, starts, place, logits, method="softmax").flatten(2, -1)
+
+    return call
+
+
+def compiled_extension() -> Callable[..., Tensor]:
+    """``MultiScaleDeformableAttention``: the CUDA extension that detectors and VFMTok build."""
+    try:
+        return _autograd(importlib.import_module("MultiScaleDeformableAttention"))
+    except (ImportError, AttributeError) as error:
+        raise NotHere(f"MultiScaleDeformableAttention cannot be used: {error}") from error
+
+
+def from_the_hub() -> Callable[..., Tensor]:
+    """``kernels-community/deformable-detr`` through Hugging Face ``kernels``, if it is there."""
+    return _autograd(_cached_kernel())
+
+
+@functools.cache
+def _cached_kernel() -> ModuleType:
+    try:
+        from huggingface_hub import constants
+
+        from kernels import get_kernel
+    except ImportError as error:
+        raise NotHere(f"Hugging Face kernels cannot be imported: {error}") from error
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        return get_kernel(HUB_KERNEL, revision="main")
+    except Exception as error:
+        # It has many ways to say that a file is not there.
+        lines = str(error).splitlines() or [""]
+        why = f"{HUB_KERNEL} is not in the local cache, or cannot be loaded"
+        raise NotHere(f"{why}: {type(error).__name__}: {lines[0]:.120}") from error
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _autograd(module: ModuleType) -> Callable[..., Tensor]:
+    """The two functions of a compiled op as one that can be differentiated."""
+    forward, backward = module.ms_deform_attn_forward, module.ms_deform_attn_backward
+
+    class Sample(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value, sizes, starts, place, weights):
+            ctx.step = min(IMAGES_AT_A_TIME, len(value))
+            ctx.save_for_backward(value, sizes, starts, place, weights)
+            return forward(value, sizes, starts, place, weights, ctx.step)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor):
+            saved = ctx.saved_tensors
+            of_value, of_place, of_weights = backward(*saved, gradient.contiguous(), ctx.step)
+            return of_value, None, None, of_place, of_weights
+
+    def call(value, sizes, starts, place, logits):
+        weights = logits.softmax(-1).view(place.shape[:-1])
+        return Sample.apply(value, sizes, starts, place, weights)
+
+    return call
