@@ -171,7 +171,8 @@ def _launch(z: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
     table = _table(codes) if k == 1 else 0
     first = torch.zeros(max(table, 1), dtype=torch.int32, device=device)
     rounds = triton.cdiv(n, BLOCK_ROWS)
-    facts = torch.zeros(3 + rounds, dtype=torch.int64, device=device)
+    # Counters of 16 bytes each: another alignment would compile another variant.
+    facts = torch.zeros(4 + 2 * rounds, dtype=torch.int64, device=device)
     slots = max(splits, splits_again) * LANES.value
     best, second = (empty(block, slots, dtype=torch.float32) for _ in range(2))
     where = empty(block, slots, dtype=torch.int32)
@@ -193,7 +194,7 @@ def _launch(z: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
         )  # fmt: skip
         for i in range(rounds):
             part = slice(i * BLOCK_ROWS, min((i + 1) * BLOCK_ROWS, n))
-            rows, count = part.stop - part.start, facts[3 + i :]
+            rows, count = part.stop - part.start, facts[4 + 2 * i :]
             blocks = triton.cdiv(rows, screen.rows)
             found = best, second, where, slack
             _screen[(blocks * splits,)](

@@ -44,7 +44,8 @@ def _keep(
     return b_score, b_code
 
 
-@triton.jit
+# The last round of a call may have any number of rows.
+@triton.jit(do_not_specialize=["N"])
 def _rescan(
     z, exact, inverse, alive, facts, listed, count, best, second, where, slack, code, score,
     N, K, groups, per_split, cut,

@@ -250,7 +250,8 @@ def _query(z, row, m_row, SCALE: tl.constexpr, D: tl.constexpr, C: tl.constexpr)
     return high, low, size, once, tl.sqrt(tl.sum(left_2 * left_2, axis=1))
 
 
-@triton.jit
+# The last round of a call may have any number of rows.
+@triton.jit(do_not_specialize=["N"])
 def _screen(
     z, packed, facts, listed, count, best, second, where, slack, N, steps, per_split, bound,
     D: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr,
