@@ -10,8 +10,6 @@ import torch
 from vfmtok_fast.kernels import (
     append_code,
     decode_attention,
-    deformable_sample,
-    deformable_sample_kernels,
     few_rows,
     gate_up,
     linear_residual,
@@ -123,68 +121,6 @@ def nearest_code_cases() -> list[Case]:
             1,
         ),
     ]  # fmt: skip
-    return cases
-
-
-def deformable_sample_cases() -> list[Case]:
-    module, kernels = deformable_sample, deformable_sample_kernels
-    tile = kernels.SIDE.value**2
-    cases = []
-    for kind, B, Q, D, side in (
-        ("bf16", 64, 256, 64, 24),
-        ("bf16", 64, 256, 64, 16),
-        ("fp32", 64, 256, 64, 24),
-        ("bf16", 2, 900, 32, 100),
-    ):
-        H, L, P, half = 8, 4, 4, kind != "fp32"
-        samples, pairs = B * H * Q * L * P, B * H * Q * L * side**2
-        common = {"L": L, "P": P, "D": D, "C": D, "WIDE": P}
-        values = module.SAMPLES_VALUES // (1 if half else 2)
-        tiles = module.VALUE_TILES if half else 1
-        gather_rows, sample_rows = module.GATHER_VALUES // (D * P), values // (D * P)
-        every = (80, 90, 100)
-        value_rows = {chips: module.VALUE_ROWS // (1 if half and chips[0] < 100 else 2)
-                      for chips in ((80, 90), (100,))}  # fmt: skip
-        todo = [
-            ("_gather", {**common, "ALL": L * P, "ROWS": gather_rows}, 4, "sample",
-             gather_rows * P, samples, 0, every),
-            ("_grad_samples", {**common, "ALL": L * P, "LEVELS": L, "ROWS": sample_rows}, 4,
-             "sample", sample_rows * P, samples, 0, every),
-            *(("_grad_value", {**common, "ROWS": rows, "TILES": tiles}, 4, "pair",
-               rows * tile * tiles, pairs, 2 * D if half else 0, chips)
-              for chips, rows in value_rows.items()),
-        ]  # fmt: skip
-        if side == 16:
-            rows = module.DENSE_ROWS
-            constants = {**common, "ALL": L * P, "ROWS": rows}
-            todo = [
-                ("_dense", constants, module.DENSE_WARPS, "pair", rows * tile, pairs, 2 * D, every)
-            ]
-        for name, constants, warps, unit, turn, units, flops, chips in todo:
-            kernel = getattr(kernels, name)
-            types: dict[str, str | tuple[str, ...]] = {}
-            for argument in kernel.arg_names:
-                if argument == "words":
-                    types[argument] = ("i32",) * L
-                elif argument in ("S", "Q", "H", "POINT_ROWS", "strips"):
-                    types[argument] = "i32"
-                elif argument not in constants:
-                    types[argument] = "*fp32" if argument == "log_sum" else f"*{kind}"
-            cases.append(
-                Case(
-                    f"deformable_sample.{name} {kind} D={D} side={side}",
-                    kernel,
-                    types,
-                    constants,
-                    warps,
-                    unit=unit,
-                    units_per_warp=turn // warps,
-                    units=units,
-                    matrix_flops=flops,
-                    problem=f"B={B} Q={Q} H={H} L={L} P={P} D={D} levels {side}x{side} {kind}",
-                    chips=chips,
-                )
-            )
     return cases
 
 
@@ -411,7 +347,6 @@ def as_launched(case: Case) -> list[Case]:
 
 CASES = [
     *nearest_code_cases(),
-    *deformable_sample_cases(),
     *(
         launched
         for case in (*step_cases(), *decode_attention_cases(), *sample_token_cases())
