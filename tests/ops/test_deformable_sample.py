@@ -181,6 +181,14 @@ def test_weights_are_a_softmax_over_all_levels_and_points():
     assert torch.equal(got, torch.ones_like(got))
 
 
+def test_deterministic_is_a_bool():
+    arguments = make()
+    want = deformable_sample(*arguments)
+    assert torch.equal(deformable_sample(*arguments, deterministic=False), want)
+    with pytest.raises(TypeError, match="^deformable_sample: deterministic must be True or False"):
+        deformable_sample(*arguments, deterministic=1)
+
+
 def test_levels_may_come_as_a_tensor():
     arguments = make()
     want = deformable_sample(*arguments)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vfmtok_fast
 from vfmtok_fast import ops
@@ -21,7 +25,7 @@ from vfmtok_fast.kernels import deformable_sample as kernel
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if GPU else "cpu"
-FORWARD, BACKWARD = ("_gather", "_dense"), ("_grad_samples", "_grad_value")
+KERNELS = ("_gather", "_grad_samples", "_sort", "_grad_value", "_add_value")
 HERE = pytest.mark.skipif(not INTERPRETED, reason="runs in the child pytest")
 runs = pytest.mark.gpu if GPU else HERE
 pytestmark = pytest.mark.usefixtures("poison")
@@ -40,7 +44,7 @@ def test_in_the_interpreter(run_in_interpreter):
 
 @pytest.fixture
 def launched(record):
-    return record(kernel, *FORWARD, *BACKWARD)
+    return record(kernel, *KERNELS)
 
 
 def make(levels=ODD, B=2, Q=21, H=2, P=4, D=16, seed=0, rows=None, dtype=torch.float32, spread=2.0):
@@ -71,10 +75,11 @@ def run(function, arguments, dtype: torch.dtype) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, inputs, cotangent)]
 
 
-def check(arguments) -> list[Tensor]:
+def check(arguments, deterministic: bool = True) -> list[Tensor]:
     """Within twice the error of the reference in the same type, and one rounding."""
     dtype = arguments[0].dtype
-    got, ruler = run(kernel.deformable_sample, arguments, dtype), run(reference, arguments, dtype)
+    sample = functools.partial(kernel.deformable_sample, deterministic=deterministic)
+    got, ruler = run(sample, arguments, dtype), run(reference, arguments, dtype)
     truth = run(reference, arguments, torch.float64)
     names = "output", "value", "points", "offsets", "logits"
     for name, exact, own, ours in zip(names, truth, ruler, got, strict=True):
@@ -85,13 +90,6 @@ def check(arguments) -> list[Tensor]:
     return got
 
 
-@pytest.fixture(params=["gather", "dense"])
-def form(request, monkeypatch) -> str:
-    """Both forms of the forward pass, at any size."""
-    monkeypatch.setattr(kernel, "DENSE_PIXELS", {"gather": 0, "dense": 10**6}[request.param])
-    return request.param
-
-
 SHAPES = [
     {},
     {"B": 3, "rows": 1, "D": 24},
@@ -99,46 +97,87 @@ SHAPES = [
     {"levels": ((4, 4),), "Q": 40, "P": 1, "D": 8, "spread": 8.0},  # Most fall outside.
     {"levels": ((6, 6),) * 3, "B": 1, "P": 5, "D": 60},
     {"levels": ((1, 40), (40, 1)), "Q": 33, "P": 2, "D": 64, "H": 3},
-]
-# Rows and points that the dense form leaves to the other.
-LARGE = [
+    # Rows that are not powers of two, points in several steps, one query.
     {"levels": WIDE, "B": 1, "Q": 50, "P": 3, "D": 100},
     {"levels": ((6, 6),), "B": 1, "P": 9, "D": 128},
     {"levels": ((6, 6),), "P": 16, "D": 16},
+    {"B": 1, "Q": 1, "H": 1, "P": 1, "D": 1},
 ]
 
 
 @runs
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", HALVES)
-def test_half_precision(shape, dtype, form, launched):
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_any_type(shape, dtype, launched):
     check(make(dtype=dtype, **shape))
-    other = {"gather": "_dense", "dense": "_gather"}[form]
     assert {name: len(r.launches) for name, r in launched.items()} == {
-        f"_{form}": 1, other: 0, "_grad_samples": 1, "_grad_value": 1,
+        "_gather": 1, "_grad_samples": 1, "_sort": 1, "_grad_value": 1, "_add_value": 0,
     }  # fmt: skip
 
 
+def candidates() -> list:
+    return [
+        pytest.param(space, setting, id=f"{space.name} {' '.join(map(str, setting))}")
+        for space in kernel.SPACES
+        for setting in space.candidates()
+    ]
+
+
 @runs
-@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(("space", "setting"), candidates())
+def test_every_setting(space, setting, dtype):
+    """In lists of two chunks and more than one group, rows of two tiles, five points of a level."""
+    if (space.name.endswith("float32")) != (dtype == torch.float32) and "value" in space.name:
+        pytest.skip("a setting of other types")
+    shape = {"levels": ((33, 9), (2, 5)), "B": 1, "Q": 130, "H": 1, "P": 5, "D": 8}
+    with space.using(setting):
+        check(make(dtype=dtype, **shape), deterministic=space is not kernel.ADD)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_additions_in_no_order_where_they_are_asked_for(dtype, launched):
+    arguments = make(WIDE, Q=70, H=1, dtype=dtype)
+    check(arguments, deterministic=False)
+    assert len(launched["_add_value"].launches) == 1 and not launched["_grad_value"].launches
+    torch.use_deterministic_algorithms(True)
+    try:
+        check(arguments, deterministic=False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(launched["_add_value"].launches) == 1 == len(launched["_grad_value"].launches)
+
+
+@runs
+def test_lists_hold_every_sample_that_touches_a_strip_once(launched):
+    """In order of list and number, for any size of a chunk."""
+    arguments = make(((9, 3), (4, 4)), B=1, Q=50, H=2, P=5, spread=4.0)
+    for chunk in (16, 64, 256):
+        setting = kernel.SORT.default(torch.device("cpu"))._replace(chunk=chunk, group=4)
+        with kernel.SORT.using(setting):
+            run(kernel.deformable_sample, arguments, torch.float32)
+        lines, order, starts, words, N, *_ = launched["_sort"].launches[-1]
+        height = launched["_sort"].constants[-1]["HEIGHT"]
+        ends = 0
+        for level, (rows, _) in enumerate(arguments[1]):
+            bins = rows // height * 2 + min(rows % height, 1) + 1
+            for h in range(2):
+                line = lines[0, h, level].long()
+                of_list = torch.where(
+                    line < 0, -1, line // height * 2 + (line % height).clamp(max=1)
+                )
+                wanted = [(of_list == i).nonzero()[:, 0] for i in range(bins)]
+                begins = starts[0, h, ends : ends + bins + 1].tolist()
+                assert begins == [0, *torch.tensor([len(x) for x in wanted]).cumsum(0).tolist()]
+                assert torch.equal(order[0, h, level, : begins[-1]].long(), torch.cat(wanted))
+            ends += bins + 1
+    assert int((lines < 0).sum()) > 10
+
+
+@runs
 @pytest.mark.parametrize("dtype", HALVES)
-def test_half_precision_of_what_the_dense_form_has_no_room_for(shape, dtype, launched):
-    check(make(dtype=dtype, **shape))
-    assert len(launched["_gather"].launches) == 1 and not launched["_dense"].launches
-
-
-@runs
-@pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
-def test_float32(shape, launched):
-    check(make(**shape))
-    assert {name: len(r.launches) for name, r in launched.items()} == {
-        "_gather": 1, "_dense": 0, "_grad_samples": 1, "_grad_value": 1,
-    }  # fmt: skip
-
-
-@runs
-@pytest.mark.parametrize("dtype", HALVES)
-def test_half_precision_rounds_the_matrix_and_the_result_only(dtype, form):
+def test_half_precision_rounds_the_matrix_and_the_result_only(dtype):
     """Sharper than the reference, which rounds locations, where an error counts in pixels."""
     arguments = make(dtype=dtype, D=32)
     with torch.no_grad():
@@ -155,15 +194,13 @@ def test_half_precision_rounds_the_matrix_and_the_result_only(dtype, form):
     levels=st.lists(st.tuples(st.integers(1, 11), st.integers(1, 11)), min_size=1, max_size=3),
     B=st.integers(1, 2), Q=st.integers(1, 9), H=st.integers(1, 2), P=st.integers(1, 5),
     D=st.integers(1, 40), half=st.booleans(), spread=st.sampled_from([0.0, 1.0, 9.0]),
-    dense=st.booleans(), seed=st.integers(0, 2**32 - 1),
+    seed=st.integers(0, 2**32 - 1),
 )  # fmt: skip
 @settings(max_examples=15, deadline=None)
-def test_any_shape(levels, B, Q, H, P, D, half, spread, dense, seed):
+def test_any_shape(levels, B, Q, H, P, D, half, spread, seed):
     dtype = torch.float16 if half else torch.float32
     arguments = make(tuple(levels), B, Q, H, P, D, seed, dtype=dtype, spread=spread)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel, "DENSE_PIXELS", 10**6 if dense else 0)
-        got = run(kernel.deformable_sample, arguments, dtype)
+    got = run(kernel.deformable_sample, arguments, dtype)
     truth = run(reference, arguments, torch.float64)
     value, points, offsets, _ = (x.double() for x in arguments if isinstance(x, Tensor))
     # Coordinates are float32 numbers below 2^5 and off by 2 roundings, which moves values,
@@ -196,7 +233,7 @@ def test_gradients_at_whole_numbers_are_the_floor_sides(dtype):
 
 @runs
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
-def test_a_location_that_is_not_on_the_map_counts_nothing(bad, form):
+def test_a_location_that_is_not_on_the_map_counts_nothing(bad):
     """NaN too: no other query is touched, and the gradients stay finite."""
     arguments = make(dtype=torch.float32 if bad == 3e38 else torch.float16)
     arguments[3][1, 2, 1, 0, 1, 0] = bad
@@ -210,7 +247,7 @@ def test_a_location_that_is_not_on_the_map_counts_nothing(bad, form):
 
 
 @runs
-def test_nothing_is_read_of_another_head_or_past_the_end(form):
+def test_nothing_is_read_of_another_head_or_past_the_end():
     """Rows are loaded as wide as the next power of two; what lies there is NaN."""
     value, levels, *rest = make(B=1, Q=5, D=12, dtype=torch.float16)
     padded = value.new_full((value.numel() + 64,), float("nan"))
@@ -229,7 +266,7 @@ def test_nothing_is_read_of_another_head_or_past_the_end(form):
 
 
 @runs
-def test_extreme_logits(form):
+def test_extreme_logits():
     arguments = make(dtype=torch.float16)
     arguments[4].mul_(3000)
     check(arguments)
@@ -277,7 +314,7 @@ def test_only_what_is_needed_is_computed(launched):
         value, levels, points, offsets, logits.requires_grad_()
     ).sum().backward()
     assert len(launched["_grad_samples"].launches) == 1
-    assert not launched["_grad_value"].launches
+    assert not launched["_sort"].launches and not launched["_grad_value"].launches
     with torch.no_grad():
         kernel.deformable_sample(value, levels, points, offsets, logits)
     assert len(launched["_grad_samples"].launches) == 1
@@ -317,15 +354,6 @@ def test_a_second_derivative_is_refused():
 
 
 @runs
-def test_small_maps_take_the_dense_form_and_large_ones_do_not(launched, monkeypatch):
-    monkeypatch.setattr(kernel, "DENSE_PIXELS", 4)  # With any Triton.
-    for side, form in ((16, "_dense"), (17, "_gather")):
-        kernel.deformable_sample(*make(((side, side), (3, 3)), Q=3, D=64, dtype=torch.float16))
-        assert [name for name, r in launched.items() if r.launches] == [form]
-        launched[form].launches.clear()
-
-
-@runs
 def test_the_switch_takes_it_and_says_why_not():
     arguments = make(D=64)
     one, _, *rest = make(((1, 1),), B=1, Q=1, H=8, D=64)
@@ -345,6 +373,13 @@ def test_the_switch_takes_it_and_says_why_not():
                 ops.deformable_sample(*wrong)
 
 
+def test_a_measurement_counts_for_calls_of_its_kind():
+    arguments = make(((5, 7), (3, 2)), B=3, Q=6, H=2, P=4, D=16, dtype=torch.bfloat16)
+    want = ("bfloat16 D=16 samples=8 pixels=64", 36)
+    assert kernel.tuning_key(*arguments) == want
+    assert kernel.tuning_key(*arguments, deterministic=False) == want
+
+
 @runs
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_leaves_the_types_alone(dtype):
@@ -362,13 +397,14 @@ def test_opcheck(needs_grad):
     sides = [side for level in levels for side in level]
     value, *rest = (x.requires_grad_(needs_grad) for x in (value, *rest))
     registered = torch.ops.vfmtok_fast
-    torch.library.opcheck(registered.deformable_sample_triton, (value, sides, *rest))
+    torch.library.opcheck(registered.deformable_sample_triton, (value, sides, *rest, True))
     value, *rest = (x.detach() for x in (value, *rest))
-    grad = registered.deformable_sample_triton(value, sides, *rest)
+    grad = registered.deformable_sample_triton(value, sides, *rest, True)
     torch.library.opcheck(registered.deformable_sample_triton_samples, (grad, value, sides, *rest))
-    log_sum = registered.deformable_sample_triton_samples(grad, value, sides, *rest)[2]
+    kept = registered.deformable_sample_triton_samples(grad, value, sides, *rest)[2:]
     torch.library.opcheck(
-        registered.deformable_sample_triton_value, (grad, sides, *rest, log_sum, value.shape[3])
+        registered.deformable_sample_triton_value,
+        (grad, sides, *rest, *kept, value.shape[3], True),
     )
 
 
@@ -382,6 +418,43 @@ def test_torch_compile_takes_it_without_a_graph_break():
         assert "triton (compiled)" in vfmtok_fast.status().ops["deformable_sample"].calls
     for ours, eager in zip(got, want, strict=True):
         torch.testing.assert_close(ours, eager)
+
+
+class Devices(TorchDispatchMode):
+    """Notes on which devices the tensors are that operations take and make."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in pytree.tree_leaves((args, kwargs, out)):
+            if isinstance(x, Tensor):
+                self.seen.add(x.device.type)
+        return out
+
+
+def test_backward_makes_no_tensor_on_the_host():
+    """A captured graph cannot copy from pageable memory."""
+    with FakeTensorMode():
+        leaves = [
+            torch.empty(size, device="cuda")
+            for size in ((2, 45, 2, 16), (1, 5, 3, 2), (2, 5, 2, 3, 4, 2), (2, 5, 2, 12))
+        ]
+        ctx = SimpleNamespace(
+            saved_tensors=leaves,
+            sides=[5, 7, 3, 2, 1, 4],
+            deterministic=True,
+            needs_input_grad=(True, False, True, True, True, False),
+        )
+        with Devices() as devices:
+            grads = kernel._backward(ctx, torch.empty(2, 5, 32, device="cuda"))
+        shapes = [x.shape for x in grads if x is not None]
+        assert shapes == [x.shape for x in leaves] and devices.seen == {"cuda"}
+        with Devices() as devices:
+            leaves[0].new_tensor([5, 7])
+        assert devices.seen == {"cpu", "cuda"}  # What the test is to notice.
 
 
 def encoder_shape(B: int, dtype: torch.dtype):

@@ -19,6 +19,8 @@ def deformable_sample(
     reference_points: Tensor,
     offsets: Tensor,
     attention_logits: Tensor,
+    *,
+    deterministic: bool = True,
 ) -> Tensor:
     """Sample every level around each query's reference point and add up by softmax weights.
 
@@ -34,6 +36,10 @@ def deformable_sample(
         reference_points: [B or 1, Q, L, 2], (x, y) in [0, 1].
         offsets: [B, Q, H, L, P, 2], (x, y) in pixels of the level, P >= 1.
         attention_logits: [B, Q, H, L*P].
+        deterministic: whether the gradient of ``value`` has the same bits on every run. False lets
+            the Triton implementation add it up by atomics, in float32; it does not where
+            ``torch.use_deterministic_algorithms(True)`` holds in the backward pass. The reference
+            and the portable implementation ignore it.
         All floating, of one dtype and device.
 
     Returns:
@@ -41,7 +47,8 @@ def deformable_sample(
         its own query and head only.
 
     Raises:
-        TypeError: not floating tensors, two dtypes, or levels that are not pairs of integers.
+        TypeError: not floating tensors, two dtypes, levels that are not pairs of integers, or a
+            ``deterministic`` that is not a bool.
         ValueError: shapes that do not fit each other, two devices, no level, point or channel.
 
     Source: Deformable DETR (arXiv 2010.04159) equation 3; VFMTok section 3.1.
@@ -78,7 +85,9 @@ def deformable_sample(
             f"{name}: spatial_shapes must be {L} (height, width) pairs with {S} pixels in all, "
             f"got {spatial_shapes}"
         )
-    return _op(value, spatial_shapes, reference_points, offsets, attention_logits)
+    if not isinstance(deterministic, bool):
+        raise TypeError(f"{name}: deterministic must be True or False, got {deterministic!r}")
+    return _op(value, spatial_shapes, reference_points, offsets, attention_logits, deterministic)
 
 
 def _pairs(spatial_shapes: object) -> tuple[tuple[int, int], ...]:

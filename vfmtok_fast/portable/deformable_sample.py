@@ -26,8 +26,9 @@ def deformable_sample(
     reference_points: Tensor,
     offsets: Tensor,
     attention_logits: Tensor,
+    deterministic: bool = True,
 ) -> Tensor:
-    """See `vfmtok_fast.ops.deformable_sample`."""
+    """See `vfmtok_fast.ops.deformable_sample`; ``deterministic`` changes nothing here."""
     B, S, H, D = value.shape
     Q, L, P = offsets.shape[1], offsets.shape[3], offsets.shape[4]
     dtype = torch.promote_types(value.dtype, torch.float32)

@@ -12,8 +12,9 @@ def deformable_sample(
     reference_points: Tensor,
     offsets: Tensor,
     attention_logits: Tensor,
+    deterministic: bool = True,
 ) -> Tensor:
-    """See `vfmtok_fast.ops.deformable_sample`."""
+    """See `vfmtok_fast.ops.deformable_sample`; ``deterministic`` changes nothing here."""
     B, _, H, D = value.shape
     Q, L, P = offsets.shape[1], offsets.shape[3], offsets.shape[4]
     weights = attention_logits.softmax(dim=-1).view(B, Q, H, L, P)

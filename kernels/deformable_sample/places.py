@@ -1,0 +1,130 @@
+"""What the kernels of `deformable_sample` share: levels, queries, and where samples are."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# A location further out than any map; also stands for one that is not finite.
+FAR = tl.constexpr(-1e6)
+LARGEST_SIDE = 2**15 - 1
+
+
+def word(height: int, width: int) -> int:
+    """A level in one odd number, for which Triton never compiles another variant of a kernel."""
+    return height << 16 | width << 1 | 1
+
+
+@triton.jit
+def _size(word):
+    return word >> 16, (word & 0xFFFF) >> 1
+
+
+@triton.jit
+def _level(words, level, L: tl.constexpr):
+    """Height, width and first pixel of a level that only the loop knows."""
+    height, width, start, passed = 0, 0, 0, 0
+    for i in tl.static_range(L):
+        rows, columns = _size(words[i])
+        height = tl.where(level == i, rows, height)
+        width = tl.where(level == i, columns, width)
+        start = tl.where(level == i, passed, start)
+        passed += rows * columns
+    return height, width, start
+
+
+@triton.jit
+def _queries(Q, H, POINT_ROWS, S, L: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+    """Which image, head and queries a program of a pass over queries has.
+
+    Returns: queries [ROWS], which of them exist, their heads' numbers within the image; and in 64
+    bits the first (query, head), reference point and value of the image.
+    """
+    blocks = tl.cdiv(Q, ROWS)
+    i_head = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, h = i_head // H, (i_head % H).to(tl.int32)
+    q = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
+    point = tl.where(POINT_ROWS > 1, batch, 0) * Q * L
+    return q, q < Q, q * H + h, batch * Q * H, point, (batch * S * H + h) * D
+
+
+@triton.jit
+def _log_sum(logits, row, m_q, N: tl.constexpr, ALL: tl.constexpr):
+    """Logarithm of the softmax's denominator [ROWS]."""
+    o = tl.arange(0, ALL)
+    mask = m_q[:, None] & (o < N)[None, :]
+    logit = tl.load(logits + (row * N)[:, None] + o[None, :], mask=mask, other=float("-inf"))
+    logit = tl.where(m_q[:, None], logit.to(tl.float32), 0.0)
+    top = tl.max(logit, axis=1)
+    return top + tl.log(tl.sum(tl.exp(logit - top[:, None]), axis=1))
+
+
+@triton.jit
+def _axis(points, point, offsets, at, mask, size, XY: tl.constexpr):
+    """Places along one axis in pixels, pixel centres at whole numbers; FAR where masked."""
+    centre = tl.load(points + point * 2 + XY, mask=mask, other=0.0).to(tl.float32)
+    offset = tl.load(offsets + at * 2 + XY, mask=mask, other=0.0).to(tl.float32)
+    place = centre * size + offset - 0.5
+    # Also where it is not finite.
+    return tl.where(mask & (tl.abs(place) < 1e6), place, FAR)
+
+
+@triton.jit
+def _samples(
+    points, offsets, logits, q, row, lse, m_q, level, first, height, width,
+    L: tl.constexpr, P: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Points ``first`` and on of one level [STEP, ROWS]: numbers, which exist, x, y, attention.
+
+    Queries are the last dimension: then the samples of a query lie in the registers of a thread.
+    """
+    o = first + tl.arange(0, STEP)[:, None]
+    mask = m_q[None, :] & (o < P)
+    at = (row * (L * P))[None, :] + level * P + o
+    point = (q * L + level)[None, :]
+    x = _axis(points, point, offsets, at, mask, width, 0)
+    y = _axis(points, point, offsets, at, mask, height, 1)
+    logit = tl.load(logits + at, mask=mask, other=float("-inf")).to(tl.float32)
+    return at, mask, x, y, tl.exp(logit - lse[None, :])
+
+
+@triton.jit
+def _pair(place, size):
+    """The two pixels around a place along one axis: whole numbers inside, and their shares.
+
+    A pixel outside has the share zero and the index of the nearest inside, which its sample looks
+    at anyway or, with no pixel inside, gives no weight: so no load needs a mask.
+    """
+    below = tl.floor(place)
+    part, first = place - below, below.to(tl.int32)
+    by_first = tl.where((first >= 0) & (first < size), 1.0 - part, 0.0)
+    by_second = tl.where((first >= -1) & (first < size - 1), part, 0.0)
+    last = size - 1
+    second = tl.minimum(tl.maximum(first + 1, 0), last)
+    return tl.minimum(tl.maximum(first, 0), last), second, by_first, by_second
+
+
+@triton.jit
+def _rows(value, first, offset, D: tl.constexpr, C: tl.constexpr, WORDS: tl.constexpr):
+    """float32 [STEP, ROWS, C] of the rows ``first + offset`` [STEP, ROWS], in 32 bits each.
+
+    WORDS: of bfloat16, two at a time, each of which is the upper half of a float32.
+    """
+    if WORDS:
+        o_d = tl.arange(0, C // 2)[None, None, :]
+        p_v = value.to(tl.pointer_type(tl.int32)) + first // 2 + o_d
+        p_v = p_v + (offset // 2)[:, :, None]
+        if D == C:
+            word = tl.load(p_v)
+        else:
+            word = tl.load(p_v, mask=o_d < D // 2, other=0)
+        low = (word << 16).to(tl.float32, bitcast=True)
+        high = (word & -65536).to(tl.float32, bitcast=True)
+        return tl.reshape(tl.join(low, high), (offset.shape[0], offset.shape[1], C))
+    else:
+        o_d = tl.arange(0, C)[None, None, :]
+        p_v = value + first + o_d + offset[:, :, None]
+        if D == C:
+            return tl.load(p_v).to(tl.float32)
+        else:
+            return tl.load(p_v, mask=o_d < D, other=0.0).to(tl.float32)
