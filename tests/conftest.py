@@ -12,9 +12,11 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from vfmtok_fast import switch
 
@@ -66,6 +68,42 @@ def official_weights() -> Callable[[str], dict[str, torch.Tensor]]:
         return {key: torch.from_numpy(recipe_tensor(key, s)) for key, s in shapes.items()}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def check_law() -> Callable[..., None]:
+    """``check_law(codes, probabilities)``: codes drawn with fixed seeds follow that law.
+
+    By Pearson's chi-square. The seeds are fixed, so a run never fails by chance; a right sampler
+    would fail here with one seed in 10^5, so hardly with the one that was written down.
+    """
+    from scipy import stats
+
+    def check(codes: Tensor, probabilities: Tensor | np.ndarray, p_value: float = 1e-5) -> None:
+        probabilities = np.asarray(probabilities, dtype=np.float64)
+        assert codes.numel() > 0, "no code was drawn"
+        counts = np.bincount(codes.numpy(), minlength=len(probabilities))
+        assert len(counts) == len(probabilities), "a code that does not exist was drawn"
+        kept = probabilities > 0
+        assert counts[~kept].sum() == 0, "a code that the filters drop was drawn"
+        if kept.sum() == 1:
+            # No freedom is left: chi-square of one cell would divide by zero.
+            assert counts[kept].item() == len(codes)
+            return
+        # Sums of the two may differ by rounding, which scipy does not forgive.
+        expected = probabilities[kept] / probabilities[kept].sum() * len(codes)
+        observed = counts[kept]
+        # Pearson's approximation wants 5 a cell: rarer codes share one, with one common code so
+        # that it has them.
+        rare = expected < 5
+        if rare.any():
+            rare[np.argmin(np.where(rare, np.inf, expected))] = True
+            expected = np.append(expected[~rare], expected[rare].sum())
+            observed = np.append(observed[~rare], observed[rare].sum())
+        assert len(expected) > 1, "too few draws for this law: all cells had to be merged"
+        assert stats.chisquare(observed, expected).pvalue > p_value
+
+    return check
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ Each op has one *reference* (always there) and may have faster implementations:
 
 - ``kernels/<op>.py``, Triton, for CUDA tensors (and CPU tensors under TRITON_INTERPRET=1);
 - ``providers/<op>_<library>.py``, another package's function, for CUDA tensors: taken after Triton,
-  where that package is installed, and nothing is said of it in a warning where it is not;
+  where that package is installed and works (its ``trial`` finds out, see `providers.trial`), and
+  nothing is said of it in a warning where it is not installed;
 - ``portable/<op>.py``, plain torch, where it beats the reference without Triton.
 
 An implementation module holds a function named like the op, with the op's signature, and may hold
@@ -31,6 +32,9 @@ from dataclasses import dataclass, field
 from types import ModuleType, TracebackType
 
 import torch
+
+# Importing another package may raise these: built for another torch, or missing a library.
+LIBRARY_ERRORS = (OSError, RuntimeError, NameError, AttributeError, TypeError)
 
 
 class FallbackWarning(UserWarning):
@@ -157,9 +161,11 @@ class Implementation:
     note: str = ""
     module: ModuleType | None = field(default=None, repr=False)
     tuning: ModuleType | None = field(default=None, repr=False)
+    broken: bool = False
 
     def load(self) -> None:
-        if self.module is not None:
+        # A package whose import failed would fail again, and may take seconds to.
+        if self.module is not None or self.broken:
             return
         if not self.installed:
             self.note = f"{self.library} is not installed"
@@ -175,7 +181,27 @@ class Implementation:
                 if self.name != "portable":
                     self.note = f"this version has no {self.name} implementation of it"
             else:
-                self.note = f"its {self.name} implementation could not be imported ({error})"
+                self._could_not(error)
+        except LIBRARY_ERRORS as error:
+            if not self.library:
+                raise
+            self._could_not(error)
+
+    def _could_not(self, error: Exception) -> None:
+        self.broken = bool(self.library)
+        why = " ".join(str(error).split())
+        self.note = f"its {self.name} implementation could not be imported ({why})"
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What the package's trials found not to work, so far."""
+        trial = getattr(self.module, "trial", None)
+        return () if trial is None else tuple(f"{self.name}: {why}" for why in trial.failures())
+
+    def trouble(self, device: str) -> str | None:
+        """Why the package does not work on ``device``, or None; it is tried if it was not yet."""
+        trial = getattr(self.module, "trial", None)
+        return None if trial is None else trial.reason_on(device)
 
     def serves(self, device: str) -> bool:
         """Whether this is meant for ``device``; where it is not, passing it over is no fallback."""
@@ -240,7 +266,9 @@ class Op:
         """Say what an enabled call on ``device`` ("cuda" or "cpu") would take, and why."""
         serving = self._serving(device)
         reasons = [c.note for c in serving if c.module is None and c.note]
-        if names := [c.name for c in serving if c.module is not None]:
+        troubles = {c.name: c.trouble(device) for c in serving if c.module is not None}
+        reasons += [f"{name}: {why}" for name, why in troubles.items() if why]
+        if names := [name for name, why in troubles.items() if why is None]:
             return "; ".join([f"{', else '.join(names)}, where it can take the call", *reasons])
         reasons = reasons or [f"this version has no fast implementation of it for {device} tensors"]
         return "; ".join(["reference", *reasons])
@@ -383,6 +411,7 @@ def status() -> Status:
     for name, op in _registry.items():
         there = [c.name for c in op.candidates if c.exists]
         notes = [c.note for c in op.candidates if c.note and (c.exists or c.library)]
+        notes += [failure for c in op.candidates for failure in c.failures]
         if "triton" not in there:
             notes.append(
                 "no Triton kernel in this version yet, so enable() cannot speed it up on a GPU"

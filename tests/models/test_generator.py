@@ -106,17 +106,15 @@ def test_seed_and_image_id_change_the_image_and_default_to_the_row(model):
     assert torch.equal(model.generate(same, seed=1, image_ids=same), base[:1].expand(3, -1))
 
 
-def test_first_codes_follow_the_model(model):
+def test_first_codes_follow_the_model(check_law):
     """Many images of one class: the frequencies of code 0 against its softmax."""
-    from scipy import stats
-
     n = 4000
     short = make(block_size=1, vocab_size=6)
     codes = short.generate(torch.full((n,), 2), seed=4)[:, 0]
     logits = short(torch.zeros(1, 1, dtype=torch.int64), torch.tensor([2]))[0, 0].detach()
-    expected = logits.softmax(-1).numpy() * n
-    assert expected.min() > 5
-    assert stats.chisquare(torch.bincount(codes, minlength=6).numpy(), expected).pvalue > 1e-4
+    law = logits.double().softmax(-1)
+    assert law.min() * n > 5
+    check_law(codes, law, p_value=1e-4)
 
 
 def test_no_image_at_all(model):

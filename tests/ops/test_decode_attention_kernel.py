@@ -241,7 +241,12 @@ def test_large_scores_pick_their_value():
 @runs
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_any_strides(dtype: torch.dtype, check_error):
-    """Rows of a cache of several layers; positions outside heads; keys laid out unlike values."""
+    """Rows of a cache of several layers; positions outside heads; keys laid out unlike values.
+
+    The same bits where the layout allows the same loads. Where it allows narrower ones only,
+    float32 is summed in another order on a GPU, and the rule for rounding holds; the matrix unit
+    has one.
+    """
     q, k, v = make(B=4, D=24, dtype=dtype)
     want = attend(q[:2].clone(), k[:2].clone(), v[:2].clone(), 50)
     layers = torch.stack([v, k, v]).to(DEVICE)[:, :2]
@@ -250,8 +255,49 @@ def test_any_strides(dtype: torch.dtype, check_error):
     padded = torch.full((2, 2, 90, 40), float("nan"), dtype=dtype, device=DEVICE)
     padded[:, :, 5:75, 3:27] = v[:2].to(DEVICE)
     queries = torch.stack([q, q], -1)[:2, ..., 0].to(DEVICE)
-    got = kernel.decode_attention(queries, outside, padded[:, :, 5:75, 3:27], 50)
-    assert torch.equal(got.cpu(), want)
+    got = kernel.decode_attention(queries, outside, padded[:, :, 5:75, 3:27], 50).cpu()
+    if dtype == torch.float32 and GPU:
+        truth = reference(*(x[:2].double() for x in (q, k, v)), 50)
+        check_error(got, truth, reference(q[:2], k[:2], v[:2], 50))
+    else:
+        assert torch.equal(got, want)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled there")
+def test_no_batch_compiles_a_variant():
+    """Of caches as generation has them: else a row's bits could depend on the batch it is in.
+
+    Triton's own binder, whose result is the key of its compiled kernels; needs no GPU.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    function = kernel._decode
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(function.signature, function.params, backend)
+
+    def key(q: Tensor, k: Tensor, v: Tensor) -> str:
+        B, H, D = q.shape
+        heads, T = k.shape[1:3]
+        constants = kernel._constants(H // heads, D, q.itemsize)
+        _, found, _ = bind(
+            q.contiguous(), k, v, 7, torch.empty_like(q), None, None, H, T,
+            k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            LENGTHS=0, K_ROW=k.stride(2), V_ROW=v.stride(2), STAGES=kernel.STAGES, **constants,
+            SPLITS=kernel._splits(B * H, 2 * T * D * q.itemsize), OVERLAP=False,
+        )  # fmt: skip
+        return str(found)
+
+    for H, T, D in ((12, 256, 64), (32, 256, 100), (3, 16, 12)):
+        for dtype in (torch.float32, torch.bfloat16):
+            whole = make(8, H, H, T, D, dtype)
+            apart = [make(B, H, H, T, D, dtype) for B in (1, 2, 3, 7)]
+            parts = [[x[:B] for x in whole] for B in (1, 2, 4)]
+            assert len({key(*tensors) for tensors in (whole, *apart, *parts)}) == 1
+    # The look at it is worth something: a layout with narrower loads is another variant.
+    q, k, v = make(8, 3, 3, 16, 12)
+    assert key(q, k.transpose(1, 2).contiguous().transpose(1, 2), v) != key(q, k, v)
 
 
 @runs

@@ -8,14 +8,18 @@ by our reference: layouts, dtypes, lengths and refusals are tested, and no arith
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import re
 import sys
 import types
 import warnings
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vfmtok_fast as vf
 from vfmtok_fast import switch
@@ -90,6 +94,7 @@ def no_library(monkeypatch):
         if candidate.library:
             monkeypatch.setattr(candidate, "module", None)
             monkeypatch.setattr(candidate, "note", "")
+            monkeypatch.setattr(candidate, "broken", False)
             monkeypatch.delitem(sys.modules, candidate.path, raising=False)
             monkeypatch.setitem(sys.modules, candidate.library, None)
     monkeypatch.setattr(switch.Implementation, "serves", lambda self, device: self.name != "triton")
@@ -139,7 +144,8 @@ def test_flash_attn_gets_what_it_documents(length, H, G, D, dtype, install):
     q, k, v = make(H=H, G=G, D=D, dtype=dtype)
     with vf.enable(OP, strict=True):
         got = decode_attention(q, k, v, length)
-    assert calls == ["flash_attn"] and took() == {"flash_attn": 1}
+    # The first is the trial.
+    assert calls == ["flash_attn"] * 2 and took() == {"flash_attn": 1}
     assert got.shape == q.shape and got.dtype == dtype
     assert torch.equal(got, reference(q, k, v, length))
 
@@ -152,7 +158,7 @@ def test_xformers_gets_what_it_documents(H, G, D, dtype, install):
     k[:, :, 7:] = v[:, :, 7:] = float("nan")
     with vf.enable(OP, strict=True):
         got = decode_attention(q, k, v, 7)
-    assert calls == ["xformers"] and took() == {"xformers": 1}
+    assert calls == ["xformers"] * 2 and took() == {"xformers": 1}
     assert got.shape == q.shape and got.dtype == dtype
     assert torch.equal(got, reference(q, k, v, 7))
 
@@ -249,6 +255,156 @@ def test_a_library_that_cannot_be_imported_says_why(install):
     assert took() == {"portable": 1}
 
 
+EXTENSION = "libcudart.so.12: cannot open shared object file"
+
+
+@pytest.mark.parametrize("error", ["OSError", "ImportError", "RuntimeError", "AttributeError"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_whose_extension_cannot_be_loaded(library, error, tmp_path, monkeypatch):
+    """A package on disk whose import raises; tried once, however often the op is enabled."""
+    package = tmp_path / library
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        f"from pathlib import Path\nwith Path({str(tmp_path / 'tried')!r}).open('a') as log:\n"
+        f"    log.write('x')\nraise {error}({EXTENSION!r} + chr(10) + 'built for another torch')\n"
+    )
+    monkeypatch.delitem(sys.modules, library)
+    monkeypatch.syspath_prepend(tmp_path)
+    for n in (1, 2):
+        with vf.enable(OP, strict=True):
+            decode_attention(*make(), 7)
+            assert took() == {"portable": n}
+            (note,) = (x for x in vf.status().ops[OP].notes if x.startswith(f"its {library}"))
+    assert f"{EXTENSION} built for another torch" in note and "\n" not in note
+    assert note in switch.forecast(OP, "cuda")
+    assert (tmp_path / "tried").read_text() == "x"
+
+
+def break_it(monkeypatch, library: str, how: Callable) -> list[torch.Size]:
+    """Let the library's function be ``how``; returns what was asked of it."""
+    asked = []
+    owner, name = {
+        "flash_attn": ("flash_attn", "flash_attn_with_kvcache"),
+        "xformers": ("xformers.ops", "memory_efficient_attention"),
+    }[library]
+
+    def broken(q: Tensor, *args, **kwargs) -> Tensor:
+        asked.append(q.shape)
+        return how(q)
+
+    monkeypatch.setattr(sys.modules[owner], name, broken)
+    return asked
+
+
+def no_operator(q: Tensor) -> Tensor:
+    raise NotImplementedError(
+        "No operator found for `memory_efficient_attention_forward` with inputs:\n"
+        "     query       : shape=(1, 1, 2, 64) (torch.float16)\n"
+        "`cutlassF-pt` is not supported because:\n    xFormers wasn't build with CUDA support"
+    )
+
+
+def no_image(q: Tensor) -> Tensor:
+    raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+
+BROKEN = {
+    no_operator: r"failed \(NotImplementedError: No op.* \.\.\. xFormers wasn't build with CUDA",
+    no_image: r"failed \(RuntimeError: CUDA error: no kernel image is available",
+    lambda q: q.new_zeros(q.shape): "gave a wrong result",
+    lambda q: q.new_full(q.shape, float("nan")): "gave a wrong result",
+}
+
+
+@pytest.mark.parametrize(("how", "why"), BROKEN.items(), ids=["built", "image", "zeros", "nan"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_that_is_installed_and_does_not_work(library, how, why, install, monkeypatch):
+    """Found out before the first call is let through; said once, in every place."""
+    install(library)
+    asked = break_it(monkeypatch, library, how)
+    q, k, v = make()
+    with vf.enable(OP):
+        with pytest.warns(switch.FallbackWarning, match=f"{library}: .*{why}"):
+            got = decode_attention(q, k, v, 7)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(3):
+                decode_attention(q, k, v, 7)
+        status = vf.status().ops[OP]
+    assert len(asked) == 1, "once for this kind of call"
+    assert torch.allclose(got.float(), reference(q, k, v, 7).float(), atol=2e-3)
+    assert took() == {"portable": 4}
+    (reason,) = status.fallbacks
+    assert re.search(why, reason) and reason in status.notes and "\n" not in reason
+    assert reason in switch.forecast(OP, "cpu")
+    with vf.enable(OP, strict=True), pytest.raises(switch.FallbackError, match=why):
+        decode_attention(q, k, v, 7)
+    # Another head dim or dtype is another kernel of the library's, so another trial.
+    with vf.enable(OP):
+        decode_attention(q[..., :8], k[..., :8], v[..., :8], 7)
+    assert len(asked) == 2
+
+
+def test_what_doctor_says_of_it(install, monkeypatch):
+    """The forecast tries it, so that nobody has to call first."""
+    install(*LIBRARIES)
+    break_it(monkeypatch, "xformers", no_operator)
+    text = switch.forecast(OP, "cpu")
+    assert text.startswith(
+        "flash_attn, else portable, where it can take the call; xformers: it was"
+    )
+    assert "xFormers wasn't build with CUDA support" in text and "\n" not in text
+
+
+def test_a_trial_is_not_made_where_it_would_do_harm(install, monkeypatch):
+    """Nothing may wait while a graph is captured, and memory that ran out tells nothing."""
+    install("flash_attn")
+    q, k, v = make()
+    module = importlib.import_module(f"vfmtok_fast.providers.{OP}_flash_attn")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    assert "before this capture" in module.unsupported_reason(q, k, v, 7)
+    assert not calls
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert module.unsupported_reason(q, k, v, 7) is None and calls == ["flash_attn"]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert module.unsupported_reason(q, k, v, 7) is None
+
+    def full(q: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(module.trial, "attend", lambda q, *rest: full(q))
+    with pytest.raises(torch.OutOfMemoryError):
+        module.unsupported_reason(q.bfloat16(), k, v, 7)
+    assert not module.trial.failures()
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in (q, k, v)]
+        assert "not FakeTensor" in module.unsupported_reason(*fakes, 7)
+
+
+def test_torch_compile_neither_breaks_nor_compiles_twice(install, monkeypatch):
+    """It never takes a provider, and what a trial finds later changes nothing for it."""
+    install("xformers")
+    break_it(monkeypatch, "xformers", no_operator)
+    q, k, v = make()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(decode_attention, backend=backend, fullgraph=True)
+    with vf.enable(OP), warnings.catch_warnings():
+        warnings.simplefilter("ignore", switch.FallbackWarning)
+        want = compiled(q, k, v, 7)
+        decode_attention(q, k, v, 7)
+        assert torch.equal(compiled(q, k, v, 7), want)
+    torch._dynamo.reset()
+    assert len(graphs) == 1 and vf.status().ops[OP].calls["portable (compiled)"] == 1
+
+
 def test_on_a_cpu_they_are_not_meant(install, monkeypatch):
     monkeypatch.undo()
     install(*LIBRARIES)
@@ -286,7 +442,7 @@ def test_the_real_library(library, H, G, D, dtype, real, check_error):
             got = module.decode_attention(q.cuda(), keys, values, on_device)
             truth = reference(q.double(), k.double(), v.double(), lengths)
             check_error(got.cpu(), truth, reference(q, k, v, lengths))
-        else:
+        elif not module.trial.failures():  # Else it is installed and cannot run here.
             assert library == "xformers" and isinstance(length, Tensor)
 
 

@@ -51,23 +51,6 @@ def law(
     return probabilities
 
 
-def check_law(codes: Tensor, probabilities: np.ndarray) -> None:
-    counts = np.bincount(codes.numpy(), minlength=len(probabilities))
-    assert counts[probabilities == 0].sum() == 0, "a code that the filters drop was drawn"
-    expected = probabilities[probabilities > 0] * len(codes)
-    observed = counts[probabilities > 0]
-    if len(expected) == 1:
-        return
-    # Pearson's approximation wants 5 a cell: rarer codes share one, with one common code so that
-    # it has them.
-    rare = expected < 5
-    if rare.any():
-        rare[np.argmin(np.where(rare, np.inf, expected))] = True
-        expected = np.append(expected[~rare], expected[rare].sum())
-        observed = np.append(observed[~rare], observed[rare].sum())
-    assert stats.chisquare(observed, expected).pvalue > P_VALUE
-
-
 # Three codes tie at the threshold of top_k=3: the third, fourth and fifth largest.
 TIES = np.array([0.3, 1.2, -0.5, 0.3, 2.0, 0.3, -1.0, 0.1], np.float32)
 SETTINGS = {
@@ -88,7 +71,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_draws_follow_the_law(name, guided):
+def test_draws_follow_the_law(name, guided, check_law):
     settings = dict(SETTINGS[name])
     extra = {}
     uncond = None
@@ -105,7 +88,7 @@ def test_draws_follow_the_law(name, guided):
     check_law(codes, law(logits, uncond, **settings))
 
 
-def test_the_law_test_tells_top_k_ties_apart():
+def test_the_law_test_tells_top_k_ties_apart(check_law):
     """What a sampler that keeps 3 of the 5 tied codes would draw is far from the law."""
     wrong = np.zeros(8)
     wrong[[4, 1, 0]] = law(TIES)[[4, 1, 0]]
@@ -114,8 +97,21 @@ def test_the_law_test_tells_top_k_ties_apart():
         check_law(torch.from_numpy(codes), law(TIES, top_k=3))
 
 
+def test_the_law_test_of_one_code_is_exact(check_law):
+    """Where one code is left every draw is that one; a single other is noticed."""
+    one = np.array([0.0, 1.0, 0.0])
+    codes = torch.ones(100, dtype=torch.int64)
+    check_law(codes, one)
+    for wrong in (0, 2, 3):
+        codes[50] = wrong
+        with pytest.raises(AssertionError):
+            check_law(codes, one)
+    with pytest.raises(AssertionError):
+        check_law(codes[:0], one)
+
+
 @pytest.mark.parametrize("settings", [{}, {"top_k": 100, "top_p": 0.95}], ids=str)
-def test_a_wide_law(settings):
+def test_a_wide_law(settings, check_law):
     """Many codes, most of them rare, drawn by 100 steps of 200 images."""
     logits = np.random.default_rng(1).normal(size=257).astype(np.float32) * 1.5
     rows = torch.from_numpy(logits).expand(200, -1)

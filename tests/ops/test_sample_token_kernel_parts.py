@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 from torch import Tensor
 
 from vfmtok_fast.reference.philox import gumbel_noise, philox
@@ -117,14 +116,11 @@ def test_noise_of_the_smallest_and_largest_words(exact_gumbel):
 
 
 @runs
-def test_noise_draws_the_softmax_law():
+def test_noise_draws_the_softmax_law(check_law):
     """2^17 draws, in one program: the interpreter would take an hour for as many calls."""
     logits = torch.tensor([0.5, 1.25, -0.5, 0.5, 2.0, 0.5, -1.0, 0.0])
     _, noise = made_noise(11, torch.arange(2**17), 5, len(logits))
-    counts = torch.bincount((logits + noise).argmax(-1), minlength=len(logits))
-    expected = logits.double().softmax(-1) * 2**17
-    # The seed is fixed: a right sampler fails with one in 10^5, so hardly with this one.
-    assert stats.chisquare(counts.numpy(), expected.numpy()).pvalue > 1e-5
+    check_law((logits + noise).argmax(-1).cpu(), logits.double().softmax(-1))
 
 
 @triton.jit(do_not_specialize=["top_k"])

@@ -15,7 +15,8 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | 
     """Attend from one query position to the first ``length`` positions of a static KV cache.
 
     Softmax of ``q.k / sqrt(D)`` in float32 (float64 for float64 input). For inference: there is
-    no backward pass.
+    no backward pass. The order of sums, so the last bits, may depend on how the caches lie in
+    memory.
 
     Args:
         q: [B, H, D], the new position after rotary embedding.

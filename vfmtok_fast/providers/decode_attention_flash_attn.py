@@ -10,6 +10,8 @@ import torch
 from flash_attn import flash_attn_with_kvcache
 from torch import Tensor
 
+from .trial import Trial
+
 
 def unsupported_reason(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor
@@ -30,7 +32,7 @@ def unsupported_reason(
         return "torch.compile cannot trace it"
     if torch.cuda.get_device_capability(q.device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or later"
-    return None
+    return trial.reason(q, k_cache)
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor) -> Tensor:
@@ -41,3 +43,6 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | 
         q[:, None], k_cache.transpose(1, 2), v_cache.transpose(1, 2), cache_seqlens=length
     )
     return mixed[:, 0]
+
+
+trial = Trial(decode_attention)

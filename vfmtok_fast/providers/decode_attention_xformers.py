@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from xformers.ops import memory_efficient_attention
 
+from .trial import Trial
+
 
 def unsupported_reason(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor
@@ -30,7 +32,7 @@ def unsupported_reason(
         return "torch.compile cannot trace it"
     if torch.cuda.get_device_capability(q.device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or later"
-    return None
+    return trial.reason(q, k_cache)
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor) -> Tensor:
@@ -43,3 +45,6 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | 
     shape = (B, length, heads, H // heads, D)
     k, v = (x[:, :, :, None].expand(shape) for x in (k, v))
     return memory_efficient_attention(q.view(B, 1, heads, H // heads, D), k, v).reshape(B, H, D)
+
+
+trial = Trial(decode_attention)

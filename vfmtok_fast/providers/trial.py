@@ -1,0 +1,80 @@
+"""Whether a library's attention works here, found out by calling it once for each kind of call.
+
+That a package is installed and can be imported says little: its kernels may have been built for
+another torch, for other GPUs, or not at all, and that it tells when they are called, not before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Device, dtype, head dim, and whether queries share heads: by these the libraries choose kernels.
+Kind = tuple[torch.device, torch.dtype, int, bool]
+# What packages raise that were built for something else, or whose interface is another by now.
+ERRORS = (
+    *(ImportError, OSError, RuntimeError, NameError),
+    *(AttributeError, TypeError, ValueError, AssertionError),
+)
+
+
+class Trial:
+    """What is known of ``attend``, a provider's `decode_attention`, by kind of call."""
+
+    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor, int], Tensor]):
+        self.attend = attend
+        self._found: dict[Kind, str | None] = {}
+
+    def reason(self, q: Tensor, k_cache: Tensor) -> str | None:
+        """Why calls like this one cannot work, or None. After the first one a look-up."""
+        if type(q) not in (Tensor, torch.nn.Parameter):
+            return f"it takes plain tensors, not {type(q).__name__}"
+        kind = (q.device, q.dtype, q.shape[2], q.shape[1] != k_cache.shape[1])
+        if kind in self._found:
+            return self._found[kind]
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            return "it was not tried before this capture (make one such call ahead of it)"
+        return self._look(kind)
+
+    def reason_on(self, device: str) -> str | None:
+        """Why it cannot work on ``device``, or None; tried with heads of 64, as GPT-L's."""
+        index = None
+        if device == "cuda":
+            if not torch.cuda.is_available():
+                return None
+            index = torch.cuda.current_device()
+        kind = (torch.device(device, index), torch.float16, 64, False)
+        return self._found[kind] if kind in self._found else self._look(kind)
+
+    def failures(self) -> tuple[str, ...]:
+        """What was found not to work, for `vfmtok_fast.status()`; tries nothing."""
+        return tuple(dict.fromkeys(reason for reason in self._found.values() if reason))
+
+    def _look(self, kind: Kind) -> str | None:
+        reason = self._found[kind] = self._try(kind)
+        return reason
+
+    def _try(self, kind: Kind) -> str | None:
+        """Let it attend to one live position, whose value is then the answer, in every bit."""
+        device, dtype, D, shared = kind
+        G = 1 if shared else 2
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            keys = torch.ones(1, G, 2, D, dtype=dtype, device=device)
+            values = torch.arange(G * 2 * D, device=device).view(1, G, 2, D).remainder(13).to(dtype)
+            want = values[:, :, 0].expand(1, 2, D)
+            try:
+                right = torch.equal(self.attend(keys.new_ones(1, 2, D), keys, values, 1), want)
+            except torch.OutOfMemoryError:
+                raise  # Says nothing about the library.
+            except ERRORS as error:
+                return f"it was tried on {device} and failed ({one_line(error)})"
+        return None if right else f"it was tried on {device} and gave a wrong result"
+
+
+def one_line(error: Exception) -> str:
+    """Type, first and last line of an error: what failed, and in long ones the last cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ... ".join(dict.fromkeys([*lines[:1], *lines[-1:]]))
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
