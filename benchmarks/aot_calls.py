@@ -28,6 +28,7 @@ def deformable_sample_calls() -> list[Call]:
             ("regions", "bfloat16", REGIONS),
             ("regions", "float32", REGIONS),
             ("detection", "bfloat16", DETECTION),
+            ("regions, atomics", "bfloat16", {**REGIONS, "deterministic": False}),
         )
     ]
 
