@@ -105,7 +105,6 @@ def pytest_runtest_protocol(
             said.extend(f"wrote {path}" for path in paths)
     if last:
         said.extend(f"failed, so not in the results: {name}" for name in session.failed)
-        said.extend(f"not measured: {name}: {why}" for name, why in session.not_measured.items())
         session.clear()
     return done
 

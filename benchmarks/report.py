@@ -64,8 +64,13 @@ def measured(path: Path) -> list[str]:
         lines += ["The run was cut off: not all was measured.", ""]
     if failed := content.get("failed"):
         lines += [f"Failed, so not shown: {', '.join(failed)}.", ""]
-    if missing := content.get("not_measured"):
-        lines += ["Not measured:", "", *(f"- {name}: {why}" for name, why in missing.items()), ""]
+    reasons: dict[str, list[str]] = {}
+    for name, why in content.get("not_measured", {}).items():
+        reasons.setdefault(why, []).append(name)
+    if reasons:
+        lines += ["Not measured:", ""]
+        lines += [f"- {why}: {', '.join(f'`{n}`' for n in ns)}" for why, ns in reasons.items()]
+        lines.append("")
     rows = [row for _, rs in by_shape(content["records"]).items() for row in record_rows(rs)]
     shown = [i for i in range(len(COLUMNS)) if any(row[i] not in ("", None) for row in rows)]
     head = [COLUMNS[i] for i in shown]
@@ -81,7 +86,7 @@ def measured(path: Path) -> list[str]:
 COLUMNS = [
     "shape", "provider", "median", "range", "x reference", "bound by", "GB/s",
     "of the copy ceiling", "TFLOP/s", "of the product ceiling", "peak MiB", "wrong rows", "error",
-    "timer",
+    "error of the gradients", "timer",
 ]  # fmt: skip
 
 
@@ -96,6 +101,10 @@ def record_rows(records: list[dict]) -> list[list[object]]:
     def error(record: dict) -> str:
         value = record.get("max_error", record.get("error"))
         return "" if value is None else f"{value:.1e}"
+
+    def gradients(record: dict) -> str:
+        errors = record.get("gradient_errors", {})
+        return ", ".join(f"{name} {value:.1e}" for name, value in errors.items())
 
     return [
         [
@@ -112,6 +121,7 @@ def record_rows(records: list[dict]) -> list[list[object]]:
             cell(r, "peak_mib"),
             cell(r, "wrong_rows"),
             error(r),
+            gradients(r),
             r["timer"],
         ]
         for r in records

@@ -169,3 +169,14 @@ def test_a_record_says_what_bounds_it(copy, matmul, bound):
 )
 def test_durations_are_in_the_unit_that_fits(microseconds, text):
     assert bounds().duration(microseconds) == text
+
+
+def test_every_file_of_benchmarks_can_be_read(tmp_path: Path):
+    """No benchmark names what is no longer there when it is collected."""
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "--collect-only", str(BENCHMARKS)]
+    command += ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"]
+    command += ["-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+    for path in BENCHMARKS.glob("bench_*.py"):
+        assert f"{path.name}::" in done.stdout

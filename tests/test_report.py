@@ -104,7 +104,7 @@ def test_one_op_says_its_bound_what_is_missing_and_leaves_out_empty_columns(repo
     text = "\n".join(report.measured(device / "x.json"))
     assert "| shape | provider | median | range | bound by | GB/s | of the copy ceiling |" in text
     assert "| s | fast | 5.00 ms | 5.00 ms to 5.00 ms | bytes | 2150.0 | 50.0 % | wall |" in text
-    assert "peak MiB" not in text and "- bench_x[peer]: peer is not installed" in text
+    assert "peak MiB" not in text and "- peer is not installed: `bench_x[peer]`" in text
     assert "commit abc1234" in text and "cut off" in text and "bench_x[a]" in text
 
 
