@@ -139,7 +139,7 @@ def needs(provider: str, case: Case) -> str | None:
         try:
             import flash_kmeans.assign_euclid_triton  # noqa: F401
         except ImportError:
-            return "flash-kmeans is not installed"
+            return "flash-kmeans is not installed (pip install flash-kmeans)"
     if provider != "fast" and GPU:
         free, _ = torch.cuda.mem_get_info()
         if 2.2 * 4 * case.n * K > free and provider != "flash-kmeans":
