@@ -52,8 +52,9 @@ ceilings = lambda: {"copy_gb_s": 1, "matmul_tflop_s": 1}
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch) -> Path:
     """The harness with two files of its own; a copy's ceilings are small ones."""
+    monkeypatch.delenv("RESULTS", raising=False)
     (tmp_path / "benchmarks").mkdir()
     for name in ("conftest.py", "harness.py", "bounds.py"):
         shutil.copy(BENCHMARKS / name, tmp_path / "benchmarks")
@@ -137,6 +138,30 @@ def test_compiled_providers_come_last_and_are_never_fatal(folder: Path):
         "bench_third[broken compiled]": "RuntimeError: no such backend",
     }
     assert "third" in text and " us  " in text  # The table, each time in a unit of its own.
+
+
+RATIO = """
+import harness, pytest, time
+
+@pytest.mark.parametrize("provider", ["fast", "reference"])
+def bench_fourth(benchmark, provider):
+    harness.measure(
+        benchmark, op="fourth", shape="s", provider=provider, fn=lambda: None,
+        check=lambda x: {}, work=harness.Work(1, 1), slow=True,
+        times=[0.03 if provider == "reference" else 0.02],
+    )
+"""
+
+
+def test_the_table_says_how_much_faster_than_the_reference(folder: Path):
+    for path in folder.glob("bench_*.py"):
+        path.unlink()
+    (folder / "bench_fourth.py").write_text(RATIO)
+    code, text, _ = run(folder)
+    assert code == 0, text
+    fast, reference = (line.split() for line in text.splitlines() if line.startswith("fourth"))
+    assert fast[2:5] == ["fast", "20.0", "ms"] and fast[-2] == "1.50"
+    assert reference[2] == "reference" and reference[-2] == "1.00"
 
 
 def test_only_the_file_that_is_named_runs(folder: Path):

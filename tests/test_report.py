@@ -35,6 +35,7 @@ def write(folder: Path, op: str, records: list[dict], commit: str = "abc1234", *
 @pytest.fixture
 def report(tmp_path: Path, monkeypatch):
     """The report's module, with results of its own."""
+    monkeypatch.delenv("RESULTS", raising=False)
     monkeypatch.syspath_prepend(BENCHMARKS)
     spec = importlib.util.spec_from_file_location("report_under_test", BENCHMARKS / "report.py")
     module = importlib.util.module_from_spec(spec)
