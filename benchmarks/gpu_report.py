@@ -215,6 +215,8 @@ def main() -> int:
 
     import harness
 
+    if not harness.GPU:
+        parser.error("there is no CUDA device here; `make bench` and `make test` need none")
     summary = harness.RESULTS / "gpu-report.json"
     # Parts are told where, as harness would find another place from another folder.
     os.environ["RESULTS"] = str(harness.RESULTS)

@@ -53,7 +53,11 @@ def compiled_extension() -> Callable[..., Tensor]:
 
 def from_the_hub() -> Callable[..., Tensor]:
     """``kernels-community/deformable-detr`` through Hugging Face ``kernels``, if it is there."""
-    return _autograd(_cached_kernel())
+    module = _cached_kernel()
+    try:
+        return _autograd(module)
+    except AttributeError as error:
+        raise NotHere(f"{HUB_KERNEL} cannot be used: {error}") from error
 
 
 @functools.cache

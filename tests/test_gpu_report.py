@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -124,14 +125,24 @@ def test_benchmarks_share_what_is_left_by_their_weights(gpu_report):
 
 
 STOPPED = """
-import pathlib, sys
-import gpu_report
+import sys
+import gpu_report, harness
 
 part = (sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(300)")
 gpu_report.parts = lambda: [gpu_report.Part("long", part)]
+harness.GPU = True
 sys.argv = ["gpu_report.py"]
 gpu_report.main()
 """
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is about machines without a GPU")
+def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "gpu_report.py")]
+    environment = {**os.environ, "RESULTS": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "no CUDA device" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_who_stops_it_stops_the_part_that_is_running(tmp_path):
