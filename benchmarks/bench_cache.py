@@ -26,10 +26,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import costs
 import harness
 import numpy as np
 import pytest
-import report
 import torch
 from PIL import Image
 
@@ -220,4 +220,4 @@ if __name__ == "__main__":
     results = harness.RESULTS / harness.device_name() / "cache.json"
     if not results.exists():
         sys.exit(f"{results}: not there; run make bench ARGS=benchmarks/bench_cache.py first")
-    print("\n".join(report.cost_sheet(json.loads(results.read_text()))))
+    print("\n".join(costs.cost_sheet(json.loads(results.read_text()))))

@@ -1,4 +1,4 @@
-"""What a record says of itself: which resource bounds it, and its time in readable units."""
+"""What is shown of records: which resource bounds them, times in readable units, tables."""
 
 from __future__ import annotations
 
@@ -32,3 +32,9 @@ def duration(microseconds: float) -> str:
             value = microseconds / limit * 1e3
             return f"{value:.2f} {unit}" if value < 10 else f"{value:.1f} {unit}"
     return f"{microseconds / 1e6:.2f} s"
+
+
+def table(head: list[str], rows: list[list[object]]) -> list[str]:
+    """Lines of Markdown."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]

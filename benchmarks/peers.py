@@ -1,7 +1,7 @@
 """Other implementations of deformable sampling, where they are installed; nothing is downloaded.
 
-Each takes finished locations in [0, 1], and the compiled ones finished weights too: their softmax
-is part of the call.
+They take finished locations in [0, 1], and the compiled ones finished
+weights too: their softmax is part of the call. What is not here says how it is got.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ from torch import Tensor
 # Images that the compiled op takes at a time; it must divide the batch.
 IMAGES_AT_A_TIME = 64
 HUB_KERNEL = "kernels-community/deformable-detr"
+# How each is got, by a person who wants it measured.
+GET_DEFORMOPS = "pip install deformops"
+GET_EXTENSION = "build models/ops of Deformable DETR with nvcc, against this torch"
+GET_KERNELS = "pip install kernels"
+GET_HUB_KERNEL = f"python -c 'import kernels; kernels.get_kernel(\"{HUB_KERNEL}\")' fetches it"
 
 
 class NotHere(Exception):
@@ -29,7 +34,7 @@ def deformops() -> Callable[..., Tensor]:
     try:
         from deformops.registry import msda
     except ImportError as error:
-        raise NotHere(f"deformops cannot be imported: {error}") from error
+        raise NotHere(f"deformops cannot be imported: {error} ({GET_DEFORMOPS})") from error
 
     def call(value, sizes, starts, place, logits):
         return msda(value, sizes, starts, place, logits, method="softmax").flatten(2, -1)
@@ -42,12 +47,17 @@ def compiled_extension() -> Callable[..., Tensor]:
     try:
         return _autograd(importlib.import_module("MultiScaleDeformableAttention"))
     except (ImportError, AttributeError) as error:
-        raise NotHere(f"MultiScaleDeformableAttention cannot be used: {error}") from error
+        why = f"MultiScaleDeformableAttention cannot be used: {error} ({GET_EXTENSION})"
+        raise NotHere(why) from error
 
 
 def from_the_hub() -> Callable[..., Tensor]:
     """``kernels-community/deformable-detr`` through Hugging Face ``kernels``, if it is there."""
-    return _autograd(_cached_kernel())
+    module = _cached_kernel()
+    try:
+        return _autograd(module)
+    except AttributeError as error:
+        raise NotHere(f"{HUB_KERNEL} cannot be used: {error}") from error
 
 
 @functools.cache
@@ -57,14 +67,15 @@ def _cached_kernel() -> ModuleType:
 
         from kernels import get_kernel
     except ImportError as error:
-        raise NotHere(f"Hugging Face kernels cannot be imported: {error}") from error
+        why = f"Hugging Face kernels cannot be imported: {error} ({GET_KERNELS})"
+        raise NotHere(why) from error
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         return get_kernel(HUB_KERNEL, revision="main")
     except Exception as error:
         # It has many ways to say that a file is not there.
         lines = str(error).splitlines() or [""]
-        why = f"{HUB_KERNEL} is not in the local cache, or cannot be loaded"
+        why = f"{HUB_KERNEL} is not in the local cache ({GET_HUB_KERNEL}), or cannot be loaded"
         raise NotHere(f"{why}: {type(error).__name__}: {lines[0]:.120}") from error
     finally:
         constants.HF_HUB_OFFLINE = before

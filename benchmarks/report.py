@@ -7,11 +7,11 @@ and README.md stays as it is.
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 
-from bounds import duration
+from bounds import duration, table
+from costs import cost_sheet
 from plots import by_shape, plot
 
 HERE = Path(__file__).resolve().parent
@@ -33,11 +33,6 @@ SHOWN = (
     ("generate", "GPT-L B=1 guided, 256 codes", RELEASE),
     ("generate", "GPT-L B=64 guided, 256 codes", RELEASE),
 )
-
-
-def table(head: list[str], rows: list[list[object]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
 
 
 def commit_of(environment: dict) -> str:
@@ -64,8 +59,13 @@ def measured(path: Path) -> list[str]:
         lines += ["The run was cut off: not all was measured.", ""]
     if failed := content.get("failed"):
         lines += [f"Failed, so not shown: {', '.join(failed)}.", ""]
-    if missing := content.get("not_measured"):
-        lines += ["Not measured:", "", *(f"- {name}: {why}" for name, why in missing.items()), ""]
+    reasons: dict[str, list[str]] = {}
+    for name, why in content.get("not_measured", {}).items():
+        reasons.setdefault(why, []).append(name)
+    if reasons:
+        lines += ["Not measured:", ""]
+        lines += [f"- {why}: {', '.join(f'`{n}`' for n in ns)}" for why, ns in reasons.items()]
+        lines.append("")
     rows = [row for _, rs in by_shape(content["records"]).items() for row in record_rows(rs)]
     shown = [i for i in range(len(COLUMNS)) if any(row[i] not in ("", None) for row in rows)]
     head = [COLUMNS[i] for i in shown]
@@ -81,7 +81,7 @@ def measured(path: Path) -> list[str]:
 COLUMNS = [
     "shape", "provider", "median", "range", "x reference", "bound by", "GB/s",
     "of the copy ceiling", "TFLOP/s", "of the product ceiling", "peak MiB", "wrong rows", "error",
-    "timer",
+    "error of the gradients", "timer",
 ]  # fmt: skip
 
 
@@ -96,6 +96,10 @@ def record_rows(records: list[dict]) -> list[list[object]]:
     def error(record: dict) -> str:
         value = record.get("max_error", record.get("error"))
         return "" if value is None else f"{value:.1e}"
+
+    def gradients(record: dict) -> str:
+        errors = record.get("gradient_errors", {})
+        return ", ".join(f"{name} {value:.1e}" for name, value in errors.items())
 
     return [
         [
@@ -112,59 +116,10 @@ def record_rows(records: list[dict]) -> list[list[object]]:
             cell(r, "peak_mib"),
             cell(r, "wrong_rows"),
             error(r),
+            gradients(r),
             r["timer"],
         ]
         for r in records
-    ]
-
-
-# Views per second of one GPU to reckon with; assumed, not measured.
-GPU_RATES = (400, 1000, 2000)
-GPUS = 8
-# Bytes of a view's tokens, and of a picture's index, label and status.
-VIEW_BYTES, PICTURE_BYTES = 512, 13
-DATA_SETS = {"ImageNet-1k": 1_281_167, "100 M images": 10**8, "1 B images": 10**9}
-VIEW_SETS = {"center": 1, "ten-crop": 10}
-
-
-def cost_sheet(content: dict) -> list[str]:
-    """Time, disk and machines for whole data sets, from the rates of a cache.json."""
-    found: dict[str, tuple[int, float]] = {}
-    for record in content["records"]:
-        if record["provider"] == "pipeline":
-            name, workers = record["shape"].split(" workers=")
-            # With all cores at work, which is how a cache is made.
-            found[name] = max(found.get(name, (0, 0.0)), (int(workers), record["images_s"]))
-    rates = {name: rate / workers for name, (workers, rate) in found.items()}
-    rows, machines, cores = [], [], []
-    for name, pictures in DATA_SETS.items():
-        for declared, views in VIEW_SETS.items():
-            disk = pictures * (VIEW_BYTES * views + PICTURE_BYTES) / 1e9
-            core_hours = pictures / rates[declared] / 3600
-            hours = [pictures * views / rate / 3600 for rate in GPU_RATES]
-            cells = [f"{disk:,.1f} GB", f"{core_hours:,.1f}", *(f"{hour:,.1f}" for hour in hours)]
-            rows.append([name, views, *cells])
-            needed = [[math.ceil(h / GPUS / 24 / days) for days in (1, 7)] for h in hours]
-            machines.append([name, views, *(f"{day:,} / {week:,}" for day, week in needed)])
-    for declared, views in VIEW_SETS.items():
-        cores.append([declared, *(math.ceil(r / (rates[declared] * views)) for r in GPU_RATES)])
-    at = [f"{rate} views/s" for rate in GPU_RATES]
-    head = ["data set", "views", "tokens on disk", "core hours", *(f"GPU hours, {a}" for a in at)]
-    return [
-        "#### What whole data sets cost",
-        "",
-        "Computed, not measured: the pictures per second and core above, with all cores at work, "
-        "times cores; the views per second of a GPU are assumed.",
-        "",
-        *table(head, rows),
-        "",
-        f"Machines of {GPUS} such GPUs that are done in a day / in a week:",
-        "",
-        *table(["data set", "views", *at], machines),
-        "",
-        "Cores that keep one GPU busy:",
-        "",
-        *table(["views", *at], cores),
     ]
 
 
@@ -251,21 +206,20 @@ def readme_rows(device: Path) -> tuple[list[list[object]], list[str]]:
     return rows, list(dict.fromkeys(notes))
 
 
-def write_readme(devices: list[Path]) -> None:
-    """Put the table between README.md's marks."""
+def with_table(text: str, devices: list[Path]) -> str:
+    """README.md's text with the table between its marks."""
     rows, notes = [], []
     for device in devices:
         found, said = readme_rows(device)
         rows += found
         notes += said
     head = ["device", "commit", "what", "shape", "baseline, best round", "enabled, best round"]
-    text = README.read_text(encoding="utf-8")
     before, _, rest = text.partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
     if not (rest and after):
         raise SystemExit(f"{README}: the marks {MARKS} are missing")
     lines = [MARKS[0], "", *table([*head, "faster"], rows), "", *notes, *([""] * bool(notes))]
-    README.write_text(before + "\n".join([*lines, MARKS[1]]) + after, encoding="utf-8")
+    return before + "\n".join([*lines, MARKS[1]]) + after
 
 
 def report_path() -> Path:
@@ -279,10 +233,8 @@ def devices_of(results: Path) -> list[Path]:
     return sorted(found, key=lambda path: (path.name.startswith("cpu"), path.name))
 
 
-def main() -> None:
-    if not RESULTS.is_dir():
-        raise SystemExit(f"{RESULTS}: not there; `make bench` measures, and writes it")
-    report, devices = report_path(), devices_of(RESULTS)
+def whole_report(devices: list[Path]) -> str:
+    """The text of the report; each op's plot is drawn on the way."""
     lines = ["# Benchmarks", "", f"Made by `make report` from `{RESULTS.name}/`; do not edit.", ""]
     lines += [
         "`bound by` is what keeps the device busy for at least a quarter of the time: bytes at the "
@@ -308,11 +260,21 @@ def main() -> None:
         ]
         for path in files:
             lines += predicted(path)
-    report.write_text("\n".join(lines).rstrip() + "\n")
-    print(f"wrote {report} and its plots from {RESULTS}")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    if not RESULTS.is_dir():
+        raise SystemExit(f"{RESULTS}: not there; `make bench` measures, and writes it")
+    report, devices = report_path(), devices_of(RESULTS)
+    files = [report, f"the plots in {RESULTS}"]
     if RESULTS == COMMITTED:
-        write_readme(devices)
-        print(f"wrote the table in {README}")
+        files.append(f"the table in {README}")
+    # Said before: a clone's own files may be among them.
+    print("writes", *files, sep="\n  ")
+    report.write_text(whole_report(devices), encoding="utf-8")
+    if RESULTS == COMMITTED:
+        README.write_text(with_table(README.read_text(encoding="utf-8"), devices), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ run over threads) is added in another order. Half precision is summed as the mat
 Neither depends on the batch, unless that changes in how many shares the keys are split.
 
 Bytes: 2 B G length D of the cache, 2 B H D besides. Floor on an H200 at 4.3 TB/s, GPT-L, 64 images
-guided, bfloat16, length 128: 67 MB, 16 us. README.md has the arithmetic behind every number here.
+guided, bfloat16, length 128: 67 MB, 16 us. decode_attention.md has what was measured.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ MAX_KEYS = 128
 # Queries of one program; where more look at a head, their largest factor up to this.
 MAX_ROWS = 32
 # Bytes of a head's keys and values from which on they are split, and of each share at least: one
-# program streams 73 GB/s, splitting costs 3 us, both predicted (README.md, "When keys are split").
+# program streams 73 GB/s, splitting costs 3 us, both predicted (decode_attention.md, "When keys are
+# split").
 SPLIT_FROM = 512 * 1024
 SPLIT_BYTES = 64 * 1024
 MAX_SPLITS = 16
@@ -237,7 +238,8 @@ def _decode(
             p_acc = p_part + i_split * (R * (C + 2)) + 2 * R + o_row[:, None] * C + o_dim[None, :]
             tl.store(p_acc, acc, mask=m_row[:, None] & (o_dim >= 0)[None, :])
             # Release: one thread counts for all, so all must have stored. Acquire: who counts last
-            # sees what the others stored before they counted. README.md, "The last to arrive".
+            # sees what the others stored before they counted. decode_attention.md, "The last to
+            # arrive".
             tl.debug_barrier()
             before = tl.atomic_add(arrived + i_pair, 1, sem="acq_rel", scope="gpu")
             if before == used - 1:

@@ -4,11 +4,11 @@ What it computes: y[r, n] = sum over k of x[r, k] * w[n, k] for x [B, K] and w [
 one weight or two that share x, with the RMSNorm of x folded in: a row's scale 1 / rms(x[r]) leaves
 the sum and is multiplied in at the end, the norm's weight is multiplied into x on the way.
 
-Reading w is what this costs: 2 N K bytes in half precision, 1.5 us for GPT-L's qkv at an H200's
-4.3 TB/s. What may not be lost is latency, so a program has few rows of w (16) and all its loads
-under way at once: SLICES warps each take every SLICES-th piece of K through their own matrix
-product, pieces come by asynchronous copies STAGES deep, and the warps' sums meet once, at the end,
-in one order: the same bits on every run, whatever the other rows hold.
+The floor is reading w: 2 N K bytes in half precision, 1.5 us for GPT-L's qkv at an H200's 4.3 TB/s
+(5.3 us measured; decode_step.md says why). What may not be lost is latency, so a program has few
+rows of w (16) and all its loads under way at once: SLICES warps each take every SLICES-th piece of
+K through their own matrix product, pieces come by asynchronous copies STAGES deep, and the warps'
+sums meet once, at the end, in one order: the same bits on every run, whatever the other rows hold.
 
 A weight may be int8 with a float32 scale for each row [N]. Its values are exact in every type of x,
 and the scale leaves the sum as the norm's does, so only half of the bytes is read and nothing is

@@ -1,8 +1,8 @@
 """Triton `ops.gate_up`: RMSNorm, both products and SwiGLU's gate in one launch.
 
 out[r, n] = silu(g) * u with g and u = sum over k of RMSNorm(x)[r, k] * w[n, k] for the weights of
-gate and up. Bytes: both weights', 4 F C in half precision; `few_rows` has the loop and README.md
-the predicted times. Above `few_rows.MAX_ROWS` rows cuBLAS makes the products.
+gate and up. Bytes: both weights', 4 F C in half precision; `few_rows` has the loop,
+decode_step.md what was measured. Above `few_rows.MAX_ROWS` rows cuBLAS makes the products.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Triton `ops.linear_residual`: a product of a few rows, added to the residual in float32.
 
 out[r, n] = residual[r, n] + sum over k of x[r, k] * weight[n, k]. Bytes: the weight's, 2 N K in
-half precision; `few_rows` has the loop and README.md the predicted times. Above `few_rows.MAX_ROWS`
+half precision; `few_rows` has the loop, decode_step.md what was measured. Above `few_rows.MAX_ROWS`
 rows cuBLAS does both.
 """
 

@@ -1,7 +1,7 @@
 """Triton `ops.norm_linear`: RMSNorm and the product with the head in one launch, float32 out.
 
 out[r, n] = sum over k of RMSNorm(x)[r, k] * weight[n, k]. Bytes: the weight's, 2 V C in half
-precision, 33.6 MB for GPT-L; `few_rows` has the loop and README.md the predicted times. Above
+precision, 33.6 MB for GPT-L; `few_rows` has the loop, decode_step.md what was measured. Above
 `few_rows.MAX_ROWS` rows cuBLAS makes the product.
 """
 

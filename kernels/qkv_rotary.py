@@ -3,7 +3,7 @@
 q, k, v = RMSNorm(x) @ qkv_weight.T; pairs (2 i, 2 i + 1) of q and k are rotated by the table's row
 ``position``; k and v go into the cache [B, H, T, D]. A program has 16 pairs, both halves of each in
 its registers: the even rows of the weight are one product, the odd ones the other. Bytes: the
-weight's, 6 C^2 in half precision; `few_rows` has the loop and README.md the predicted times. Above
+weight's, 6 C^2 in half precision; `few_rows` has the loop, decode_step.md what was measured. Above
 `few_rows.MAX_ROWS` rows cuBLAS makes the product.
 """
 

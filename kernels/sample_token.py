@@ -12,7 +12,7 @@ Bytes: V logits per row, twice that with guidance, read once; after the filters 
 in the first-level cache. B = 64, V = 16,384, float32, guided: 8.4 MB, 2 us at an H200's 4.3 TB/s.
 The floor is the noise: 91 instructions per code, all V on one multiprocessor, 6.7 us (predicted),
 which is why a row is shared where there are fewer rows than multiprocessors.
-README.md has the error of the noise, the searches and what was rejected.
+sample_token.md has the measured times, the error of the noise, the searches and what was rejected.
 """
 
 from __future__ import annotations

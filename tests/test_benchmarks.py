@@ -52,8 +52,9 @@ ceilings = lambda: {"copy_gb_s": 1, "matmul_tflop_s": 1}
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch) -> Path:
     """The harness with two files of its own; a copy's ceilings are small ones."""
+    monkeypatch.delenv("RESULTS", raising=False)
     (tmp_path / "benchmarks").mkdir()
     for name in ("conftest.py", "harness.py", "bounds.py"):
         shutil.copy(BENCHMARKS / name, tmp_path / "benchmarks")
@@ -139,6 +140,30 @@ def test_compiled_providers_come_last_and_are_never_fatal(folder: Path):
     assert "third" in text and " us  " in text  # The table, each time in a unit of its own.
 
 
+RATIO = """
+import harness, pytest, time
+
+@pytest.mark.parametrize("provider", ["fast", "reference"])
+def bench_fourth(benchmark, provider):
+    harness.measure(
+        benchmark, op="fourth", shape="s", provider=provider, fn=lambda: None,
+        check=lambda x: {}, work=harness.Work(1, 1), slow=True,
+        times=[0.03 if provider == "reference" else 0.02],
+    )
+"""
+
+
+def test_the_table_says_how_much_faster_than_the_reference(folder: Path):
+    for path in folder.glob("bench_*.py"):
+        path.unlink()
+    (folder / "bench_fourth.py").write_text(RATIO)
+    code, text, _ = run(folder)
+    assert code == 0, text
+    fast, reference = (line.split() for line in text.splitlines() if line.startswith("fourth"))
+    assert fast[2:5] == ["fast", "20.0", "ms"] and fast[-2] == "1.50"
+    assert reference[2] == "reference" and reference[-2] == "1.00"
+
+
 def test_only_the_file_that_is_named_runs(folder: Path):
     shutil.copy(BENCHMARKS.parent / "Makefile", folder.parent)
     command = ["make", "-n", "bench", "VENV=", "ARGS=benchmarks/bench_second.py"]
@@ -169,3 +194,14 @@ def test_a_record_says_what_bounds_it(copy, matmul, bound):
 )
 def test_durations_are_in_the_unit_that_fits(microseconds, text):
     assert bounds().duration(microseconds) == text
+
+
+def test_every_file_of_benchmarks_can_be_read(tmp_path: Path):
+    """No benchmark names what is no longer there when it is collected."""
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "--collect-only", str(BENCHMARKS)]
+    command += ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"]
+    command += ["-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+    for path in BENCHMARKS.glob("bench_*.py"):
+        assert f"{path.name}::" in done.stdout

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -85,9 +87,73 @@ def test_the_parts_and_their_order(gpu_report):
     names = [part.name for part in parts]
     assert names[:3] == ["compile", "tests", "tune"] and names[-1] == "report"
     assert names[3:5] == ["nearest_code", "deformable_sample"]
+    # All there are, but for the one that a GPU has no part in.
     on_disk = {path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py")}
-    assert set(names[3:-1]) == on_disk
-    assert all((BENCHMARKS.parent / test).exists() for test in gpu_report.TESTS)
+    assert set(names[3:-1]) == on_disk - {"cache"}
+
+
+def test_every_test_that_needs_a_gpu_is_among_the_parts(gpu_report):
+    root = BENCHMARKS.parent
+    mark = "pytest.mark." + "gpu"
+    marked = [path for path in (root / "tests").rglob("test_*.py") if mark in path.read_text()]
+    places = [root / place for place in gpu_report.TESTS]
+    assert all(place.exists() for place in places) and len(marked) > 10
+    missing = [path for path in marked if not any(path.is_relative_to(p) for p in places)]
+    assert not missing
+
+
+def test_benchmarks_share_what_is_left_by_their_weights(gpu_report):
+    """A long file costs those behind it nothing; what a short one leaves over is theirs."""
+    machine = Machine({"tests": 20, "long": 1e9, "short": 10, "last": 1e9, "report": 5})
+    todo = [
+        gpu_report.Part("tests", ("tests",), 0.5),
+        gpu_report.Part("long", ("long",), weight=3),
+        gpu_report.Part("short", ("short",), weight=1),
+        gpu_report.Part("last", ("last",), weight=2),
+        gpu_report.Part("report", ("report",), always=True),
+    ]
+    ended = gpu_report.run(todo, 160, clock=machine.clock, runner=machine.run)
+    kept = gpu_report.REPORT
+    assert machine.limits == {
+        "tests": (80,),
+        "long": ((140 - kept) * 3 / 6,),
+        "short": ((80 - kept) * 1 / 3,),
+        "last": (70 - kept,),
+        "report": (kept,),
+    }
+    assert [part.how.partition(" ")[0] for part in ended] == ["done", "cut", "done", "cut", "done"]
+
+
+STOPPED = """
+import sys
+import gpu_report, harness
+
+part = (sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(300)")
+gpu_report.parts = lambda: [gpu_report.Part("long", part)]
+harness.GPU = True
+sys.argv = ["gpu_report.py"]
+gpu_report.main()
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is about machines without a GPU")
+def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "gpu_report.py")]
+    environment = {**os.environ, "RESULTS": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "no CUDA device" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_stops_it_stops_the_part_that_is_running(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS), "RESULTS": str(tmp_path)}
+    command = [sys.executable, "-P", "-c", STOPPED]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        lines = iter(process.stdout.readline, "")
+        number = next(int(line) for line in lines if line.strip().isdigit())
+        process.terminate()
+        assert process.wait(60) == 128 + 15
+    wait_for_its_end(number)
 
 
 COMPILE = """
@@ -135,14 +201,17 @@ def test_nothing_of_a_part_is_left_behind(gpu_report, tmp_path, monkeypatch):
         "time.sleep(300)\n"
     )
     assert gpu_report.run_process([sys.executable, "-c", code], 5) == "cut off after 5 s"
-    pid = int(noted.read_text())
+    wait_for_its_end(int(noted.read_text()))
+
+
+def wait_for_its_end(pid: int) -> None:
     for _ in range(50):
         status = Path(f"/proc/{pid}/status")
         # Whoever inherited it may not have taken note of its end.
         if not status.exists() or "State:\tZ" in status.read_text():
             return
         time.sleep(0.1)
-    os.kill(pid, 9)
+    os.kill(pid, signal.SIGKILL)
     pytest.fail("a child went on")
 
 

@@ -34,16 +34,15 @@ def write(folder: Path, op: str, records: list[dict], commit: str = "abc1234", *
 
 @pytest.fixture
 def report(tmp_path: Path, monkeypatch):
-    """The report's module, with results and a README of its own."""
+    """The report's module, with results of its own."""
+    monkeypatch.delenv("RESULTS", raising=False)
     monkeypatch.syspath_prepend(BENCHMARKS)
     spec = importlib.util.spec_from_file_location("report_under_test", BENCHMARKS / "report.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(module, "README", tmp_path / "README.md")
     monkeypatch.setattr(module, "plot", lambda path, content: False)
     (tmp_path / "results" / "nvidia-h200").mkdir(parents=True)
-    (tmp_path / "README.md").write_text(README)
     return module
 
 
@@ -83,8 +82,7 @@ def test_readme_has_gpus_first_and_says_what_is_old(report):
     images = "GPT-L B=1 guided, 256 codes"
     whole = [record("release style", images, 4e6), record("fast", images, 2e5, min_us=None)]
     write(report.RESULTS / "cpu-2-cores", "generate", whole, commit="def5678")
-    report.write_readme(report.devices_of(report.RESULTS))
-    lines = report.README.read_text().splitlines()
+    lines = report.with_table(README, report.devices_of(report.RESULTS)).splitlines()
     assert lines[0] == "# Title" and lines[-1] == "rest"
     rows = [line for line in lines if line.startswith(("| nvidia", "| cpu"))]
     assert rows == [
@@ -104,7 +102,7 @@ def test_one_op_says_its_bound_what_is_missing_and_leaves_out_empty_columns(repo
     text = "\n".join(report.measured(device / "x.json"))
     assert "| shape | provider | median | range | bound by | GB/s | of the copy ceiling |" in text
     assert "| s | fast | 5.00 ms | 5.00 ms to 5.00 ms | bytes | 2150.0 | 50.0 % | wall |" in text
-    assert "peak MiB" not in text and "- bench_x[peer]: peer is not installed" in text
+    assert "peak MiB" not in text and "- peer is not installed: `bench_x[peer]`" in text
     assert "commit abc1234" in text and "cut off" in text and "bench_x[a]" in text
 
 
@@ -115,10 +113,23 @@ def test_of_other_results_the_report_lies_among_them_and_the_repository_stays(tm
     before = [path.read_bytes() for path in files]
     environment = {**os.environ, "RESULTS": str(tmp_path)}
     command = [sys.executable, str(BENCHMARKS / "report.py")]
-    subprocess.run(command, env=environment, check=True, cwd=tmp_path)
+    said = subprocess.run(command, env=environment, check=True, cwd=tmp_path, capture_output=True)
+    assert str(tmp_path / "REPORT.md") in said.stdout.decode()
+    assert "README" not in said.stdout.decode()
     text = (tmp_path / "REPORT.md").read_text()
     assert "## Measured: nvidia-x" in text and "![x on nvidia-x](nvidia-x/x.png)" in text
     assert [path.read_bytes() for path in files] == before
+
+
+def test_what_is_committed_is_what_make_report_makes(report, monkeypatch):
+    """No number was typed, and none is left of records that are gone."""
+    monkeypatch.setattr(report, "RESULTS", report.COMMITTED)
+    monkeypatch.setattr(report, "plot", lambda path, content: path.with_suffix(".png").exists())
+    devices = report.devices_of(report.COMMITTED)
+    text = (BENCHMARKS / "REPORT.md").read_text(encoding="utf-8")
+    assert report.whole_report(devices) == text, "run `make report`"
+    text = report.README.read_text(encoding="utf-8")
+    assert report.with_table(text, devices) == text, "run `make report`"
 
 
 def test_the_committed_records_are_of_one_device_and_commit_a_file():

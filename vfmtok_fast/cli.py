@@ -194,7 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--greedy", action="store_true", help="take the likeliest code each time")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument(
-        "--int8", action="store_true", help="round the generator's weights to 8 bits, for speed"
+        "--int8", action="store_true", help="round the generator's weights to 8 bits: less memory"
     )
     _tokenizer_options(sub, untrained=sorted({*TOKENIZERS} & {*GPTS}))
 

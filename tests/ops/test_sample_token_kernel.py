@@ -40,7 +40,7 @@ SETTINGS = [
     {"top_k": 50, "top_p": 0.8, "temperature": 1.3},
 ]
 FILTERS = [{"top_k": 7}, {"top_p": 0.5}, {"top_k": 9, "top_p": 0.7}]
-# The mass before a code is uncertain by this part of the whole; kernels/README.md, "Filters".
+# The mass before a code is uncertain by this part of the whole; kernels/sample_token.md, "Filters".
 MASS = 9 * 2.0**-20
 
 

@@ -32,9 +32,10 @@ HERE = pytest.mark.skipif(not INTERPRETED, reason="runs in the child pytest")
 runs = pytest.mark.gpu if GPU else HERE
 pytestmark = pytest.mark.usefixtures("poison")
 SEEDS = (0, 1, 2**31, 2**32 + 5, 2**63 + 11, 2**64 - 1)
-# Largest error of the noise over all u there are, in units of max(1, |noise|); kernels/README.md.
+# Largest error of the noise over all u there are, in units of max(1, |noise|):
+# kernels/sample_token.md, "Noise".
 NOISE_ERROR = 3.5 * 2.0**-24
-# The mass before a code is uncertain by this part of the whole; kernels/README.md, "Filters".
+# The mass before a code is uncertain by this part of the whole; kernels/sample_token.md, "Filters".
 MASS_ERROR = 9 * 2.0**-20
 
 

@@ -185,13 +185,13 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
 
     @torch.no_grad()
     def quantize_weights(self) -> GPT:
-        """Round the weights of all linear layers to int8, in place, for faster decoding.
+        """Round the weights of all linear layers to int8, in place, to save memory.
 
         Every row (output channel) gets a float32 scale, its largest magnitude / 127; embeddings and
         norms stay as they are, and so does the dtype that is computed in. A step then reads about
-        half of the bytes of a bfloat16 model. Codes change: README.md says by how much. It is for
-        inference, cannot be undone, and is not saved: load the weights and call it again. Calling
-        it a second time does nothing.
+        half of the bytes of a bfloat16 model; kernels/decode_step.md says where that saves time,
+        and how much codes change. It is for inference, cannot be undone, and is not saved: load the
+        weights and call it again. Calling it a second time does nothing.
 
         Returns:
             The model itself.
