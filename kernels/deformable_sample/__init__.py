@@ -249,8 +249,7 @@ def _sorted(
     side, height = SIDE.value, setting.height
     # As `_last_bin` counts them, and where the last ends.
     bins = [rows // height * 2 + min(rows % height, 1) + 2 for rows, _ in levels]
-    number = torch.int16 if Q * P < 2**15 else torch.int32
-    order = torch.empty(B, H, L, Q * P, dtype=number, device=device)
+    order = torch.empty(B, H, L, Q * P, dtype=torch.int32, device=device)
     starts = torch.empty(B, H, sum(bins), dtype=torch.int32, device=device)
     grad_value = torch.empty(B, S, H, dim, dtype=grad.dtype, device=device)
     words = tuple(word(*level) for level in levels)
