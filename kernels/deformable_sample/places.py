@@ -64,7 +64,8 @@ def _axis(points, point, offsets, at, mask, size, XY: tl.constexpr):
     """Places along one axis in pixels, pixel centres at whole numbers; FAR where masked."""
     centre = tl.load(points + point * 2 + XY, mask=mask, other=0.0).to(tl.float32)
     offset = tl.load(offsets + at * 2 + XY, mask=mask, other=0.0).to(tl.float32)
-    place = centre * size + offset - 0.5
+    # The small numbers first, then one multiply-add: one rounding of a number as large as the map.
+    place = centre * size + (offset - 0.5)
     # Also where it is not finite.
     return tl.where(mask & (tl.abs(place) < 1e6), place, FAR)
 
@@ -108,23 +109,28 @@ def _pair(place, size):
 def _rows(value, first, offset, D: tl.constexpr, C: tl.constexpr, WORDS: tl.constexpr):
     """float32 [STEP, ROWS, C] of the rows ``first + offset`` [STEP, ROWS], in 32 bits each.
 
-    WORDS: of bfloat16, two at a time, each of which is the upper half of a float32.
+    WORDS: of bfloat16, two at a time, each of which is the upper half of a float32. Loaded as a
+    matrix, so that threads lie along C, then along queries, whatever the compiler's version.
     """
+    flat = tl.reshape(offset, (offset.numel,))[:, None]
+    # The largest power of two in D, which Triton before 3.8 does not see through the reshape.
+    even: tl.constexpr = D & -D
     if WORDS:
-        o_d = tl.arange(0, C // 2)[None, None, :]
+        o_d = tl.arange(0, C // 2)[None, :]
         p_v = value.to(tl.pointer_type(tl.int32)) + first // 2 + o_d
-        p_v = p_v + (offset // 2)[:, :, None]
+        p_v += tl.multiple_of(flat // 2, (1, even // 2))
         if D == C:
             word = tl.load(p_v)
         else:
             word = tl.load(p_v, mask=o_d < D // 2, other=0)
         low = (word << 16).to(tl.float32, bitcast=True)
         high = (word & -65536).to(tl.float32, bitcast=True)
-        return tl.reshape(tl.join(low, high), (offset.shape[0], offset.shape[1], C))
+        v = tl.join(low, high)
     else:
-        o_d = tl.arange(0, C)[None, None, :]
-        p_v = value + first + o_d + offset[:, :, None]
+        o_d = tl.arange(0, C)[None, :]
+        p_v = value + first + o_d + tl.multiple_of(flat, (1, even))
         if D == C:
-            return tl.load(p_v).to(tl.float32)
+            v = tl.load(p_v).to(tl.float32)
         else:
-            return tl.load(p_v, mask=o_d < D, other=0.0).to(tl.float32)
+            v = tl.load(p_v, mask=o_d < D, other=0.0).to(tl.float32)
+    return tl.reshape(v, (offset.shape[0], offset.shape[1], C))
