@@ -199,10 +199,13 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
             grad, ctx.sides, points, offsets, logits, log_sum, value.shape[3]
         )
     if ctx.needs_input_grad[2]:
-        # A point moves all samples of its level, by its size in pixels.
-        size = offsets.new_tensor(_levels(ctx.sides)).flip(1)
-        by_points = (by_offsets.sum(dim=(2, 4), dtype=torch.float32) * size).to(points.dtype)
-        by_points = by_points.sum_to_size(points.shape)
+        # A point moves all samples of its level, by its size in pixels: numbers, for a tensor of
+        # them would be copied from the host, which no captured graph can hold.
+        by_points = by_offsets.sum(dim=(2, 4), dtype=torch.float32)
+        for level, (height, width) in enumerate(_levels(ctx.sides)):
+            by_points[:, :, level, 0].mul_(width)
+            by_points[:, :, level, 1].mul_(height)
+        by_points = by_points.to(points.dtype).sum_to_size(points.shape)
     return by_value, None, by_points, by_offsets, by_logits
 
 
