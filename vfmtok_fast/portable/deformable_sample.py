@@ -35,7 +35,8 @@ def deformable_sample(
     integer = torch.int32 if B * S * H < 2**31 else torch.int64
 
     def per_level(numbers: Iterable[int], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(list(numbers), dtype=dtype, device=value.device)[:, None]
+        # Filled on the device, for a captured graph cannot copy numbers from the host.
+        return torch.cat([value.new_full((1, 1), number, dtype=dtype) for number in numbers])
 
     def axis(xy: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sizes = per_level((shape[1 - xy] for shape in spatial_shapes), dtype)

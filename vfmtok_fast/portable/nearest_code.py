@@ -63,6 +63,9 @@ def unsupported_reason(
     """Why this cannot take the call, or None."""
     if z.shape[1] > 4096:
         return f"vectors of dimension {z.shape[1]} do not fit its 64 MB (4096 at most)"
+    compiling = torch.compiler.is_compiling()
+    if z.is_cuda and not compiling and torch.cuda.is_current_stream_capturing():
+        return "it reads from the device how much to rescan, which a captured graph cannot"
     return None
 
 

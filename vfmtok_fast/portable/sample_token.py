@@ -69,7 +69,10 @@ def gumbel_noise(seed: int, image_ids: Tensor, step: int | Tensor, vocab_size: i
     """The reference's noise of (seed, image id, step, code): float32 [B, V], the same bits."""
     device = image_ids.device
     code = torch.arange(vocab_size, device=device)[None]
-    step = torch.as_tensor(step, dtype=torch.int64, device=device).reshape(1, 1) & _LOW
+    if isinstance(step, Tensor):
+        step = step.to(device, torch.int64).reshape(1, 1) & _LOW
+    else:  # Filled on the device, for a captured graph cannot copy numbers from the host.
+        step = torch.full((1, 1), step & _LOW, dtype=torch.int64, device=device)
     ids = image_ids.to(torch.int64)[:, None]
     noise = torch.empty(ids.shape[0], vocab_size, device=device)
     rows = max(1, _BLOCK_VALUES // vocab_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,7 +27,8 @@ def deformable_sample(
         # On a CPU grid_sample counts 16-bit strides in 16 bits for half precision, and reads
         # elsewhere if a view's are larger (torch 2.14).
         image = image.contiguous()
-        size = offsets.new_tensor((width, height))
+        # Filled on the device, for a captured graph cannot copy numbers from the host.
+        size = torch.cat([offsets.new_full((1,), side) for side in (width, height)])
         location = reference_points[:, :, None, level, None] + offsets[:, :, :, level] / size
         # [0, 1] to grid_sample's [-1, 1]; [B, Q, H, P, 2] to [B*H, Q, P, 2].
         grid = (2 * location - 1).transpose(1, 2).flatten(0, 1)

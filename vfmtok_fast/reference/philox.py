@@ -55,7 +55,10 @@ def gumbel_noise(seed: int, image_ids: Tensor, step: int | Tensor, vocab_size: i
     """
     device = image_ids.device
     code = torch.arange(vocab_size, device=device)
-    step = torch.as_tensor(step, dtype=torch.int64, device=device).reshape(1, 1)
+    if isinstance(step, Tensor):
+        step = step.to(device, torch.int64).reshape(1, 1)
+    else:  # Filled on the device, for a captured graph cannot copy numbers from the host.
+        step = torch.full((1, 1), step, dtype=torch.int64, device=device)
     ids = image_ids.to(torch.int64)[:, None]
     word = philox(seed, code[None], step & _LOW, ids & _LOW, (ids >> 32) & _LOW)
     # float32 has no room for word + 1/2 above 2^23, where the half no longer matters.

@@ -144,7 +144,9 @@ class RegionEncoder(nn.Module):
             x = layer(x, self.position, *sources)
         attention, query = self.layers[-1].cross_attention, x + self.position
         offsets = attention.offsets(query).unflatten(-1, (*attention.shape, 2))
-        size = offsets.new_tensor([(w, h) for h, w in self.spatial_shapes])[:, None]
+        # Filled on the device, for a captured graph cannot copy numbers from the host.
+        sides = [offsets.new_full((1,), side) for h, w in self.spatial_shapes for side in (w, h)]
+        size = torch.cat(sides).view(-1, 1, 2)
         weights = attention.weights(query).unflatten(-1, (attention.shape[0], -1)).softmax(-1)
         reference = self.reference_points[:, :, None, :, None]
         return reference + offsets / size, weights.unflatten(-1, attention.shape[1:])

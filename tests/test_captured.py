@@ -1,0 +1,451 @@
+"""What may be captured in a CUDA graph neither waits for the device nor copies pageable memory.
+
+All ops in every implementation, the tokenizer, training steps of both models and decoding steps are
+looked at, without a GPU. Tensors are torch's meta tensors, which have shapes and no values, and say
+that they are on a GPU. A dispatch mode sees every operation on them, those of the backward pass and
+of our kernels' launchers included. (torch's own fake tensors on "cuda" have no backward pass where
+there is no GPU.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import vfmtok_fast as vf
+from vfmtok_fast import GPT, BackboneConfig, GPTConfig, VFMTok, VFMTokConfig, ops, switch
+from vfmtok_fast.generator import Sampling
+from vfmtok_fast.generator.engine import Engine
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs kernels"
+)
+HERE = Path(__file__).resolve()
+ROOT = HERE.parents[1]
+GPU, META = torch.device("cuda", 0), torch.device("meta")
+# The host reads their results or a state, beyond those that torch has tagged as such.
+WAITS = {"multinomial", "_unique2", "unique_dim", "unique_consecutive", "histc", "randperm"}
+TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# They copy a number that lies on the host as a tensor, which others take as an argument.
+COPIES_NUMBERS = {"where", "index", "index_put", "index_put_", "copy_", "_to_copy"}
+
+
+class WouldBreakCapture(AssertionError):
+    """An operation that fails while a CUDA graph is captured."""
+
+
+class OnGpu(Tensor):
+    """A meta tensor that says it is on a GPU, but to torch's own rules for meta tensors."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    honest = False
+    device = property(lambda self: META if OnGpu.honest else GPU)
+    is_cuda = property(lambda self: not OnGpu.honest)
+    is_meta = property(lambda self: OnGpu.honest)
+
+    # Of a meta tensor these do not even make a tensor of the data.
+    def new_tensor(self, data: object, **options: object) -> Tensor:
+        raise WouldBreakCapture(f"new_tensor: it copies {data} from pageable memory, at {blame()}")
+
+    def __getitem__(self, index: object) -> Tensor:
+        refuse_lists(index)
+        return super().__getitem__(index)
+
+    def __setitem__(self, index: object, value: object) -> None:
+        refuse_lists(index)
+        super().__setitem__(index, value)
+
+
+def _refusing(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``make``, torch.tensor or torch.as_tensor, which ask for a driver before they dispatch."""
+
+    def made(data: object, *args: object, device: object = None, **options: object) -> Tensor:
+        if isinstance(data, OnGpu) and make.__name__ == "as_tensor":
+            return data.to(**options)
+        if device is not None and torch.device(device).type == "cuda":
+            raise WouldBreakCapture(
+                f"{make.__name__}: it copies {data} from pageable memory, at {blame()}"
+            )
+        return make(data, *args, device=device, **options)
+
+    return made
+
+
+def refuse_lists(index: object) -> None:
+    """A list as an index becomes a tensor, which is copied."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(part, list) for part in parts):
+        raise WouldBreakCapture(f"index {index}: it copies from pageable memory, at {blame()}")
+
+
+def on_gpu(tensor: Tensor) -> Tensor:
+    """``tensor`` without its values."""
+    tensor = tensor if tensor.device == META else torch.empty_like(tensor, device=META)
+    return Tensor._make_subclass(OnGpu, tensor, tensor.requires_grad)
+
+
+class Watch(TorchDispatchMode):
+    """Raises `WouldBreakCapture`, which names the line of ours that is to blame."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name = func._schema.name.split("::")[1]
+        self.seen.add(name)
+        if func.namespace == "vfmtok_fast":
+            # What runs on a device: the launcher, not the rule for the shape of its result.
+            with self:
+                keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+                return func.redispatch(keys, *args, **kwargs)
+        if why := objection(func, name, args, kwargs):
+            raise WouldBreakCapture(f"{func}: {why}, at {blame()}")
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
+            kwargs["device"] = META
+        kwargs.pop("pin_memory", None)
+        OnGpu.honest = True
+        try:
+            return tree_map(_marked, func(*args, **kwargs))
+        finally:
+            OnGpu.honest = False
+
+
+def _marked(value: object) -> object:
+    fresh = type(value) is Tensor and value.device == META
+    return Tensor._make_subclass(OnGpu, value) if fresh else value
+
+
+def objection(func, name: str, args: tuple, kwargs: dict) -> str | None:
+    """Why ``func`` cannot be captured, or None."""
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    to = kwargs.get("device")
+    to = None if to is None else torch.device(to).type
+    # From where C++ moves a tensor to the device of another, it knows that as "meta".
+    there = to in ("cuda", "meta") or any(x.device.type == "cuda" for x in tensors)
+    if not there:
+        return None
+    if name in WAITS or (name != "index" and TAGS & {*func.tags}):
+        return "the host must wait for its result"
+    if to == "cpu" and tensors:
+        return "it copies to the host"
+    if name in ("index", "index_put", "index_put_"):
+        marks = (torch.bool, torch.uint8)
+        if any(isinstance(x, Tensor) and x.dtype in marks for x in args[1]):
+            return "the host must wait for the number of marked elements"
+    if name.endswith("_like") or name.startswith("new_"):
+        return None  # Of their tensor only the shape counts.
+    for x in tensors:
+        if x.device.type == "cpu" and (x.ndim > 0 or name in COPIES_NUMBERS):
+            return f"it copies {tuple(x.shape)} from pageable memory of the host"
+    return None
+
+
+def blame() -> str:
+    """The innermost line of this repository, other than of the look itself."""
+    for frame in reversed(traceback.extract_stack()):
+        path = Path(frame.filename).resolve()
+        ours = ROOT in path.parents and ".venv" not in path.parts
+        if ours and (path != HERE or frame.name.startswith("test_")):
+            return f"{path.relative_to(ROOT)}:{frame.lineno} ({frame.line})"
+    return "no line of this repository"
+
+
+@contextlib.contextmanager
+def capturing(launched: Callable[[str], object] = lambda name: None) -> Iterator[Watch]:
+    """Run what is inside as if a graph were captured on a GPU of compute capability 9.0.
+
+    Make its tensors with `on_gpu` or `moved`, before or inside. Triton kernels do not run;
+    ``launched`` is told their names.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        for name in ("tensor", "as_tensor"):
+            patch.setattr(torch, name, _refusing(getattr(torch, name)))
+        with contextlib.suppress(ImportError):
+            from triton.runtime.jit import JITFunction
+
+            def run(self: JITFunction, *args: object, **options: object) -> None:
+                launched(self.__name__)
+
+            patch.setattr(JITFunction, "run", run)
+        with Watch() as watch:
+            yield watch
+
+
+def moved(module: nn.Module) -> nn.Module:
+    """The module with its parameters and buffers `on_gpu`."""
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
+            if parameter is not None:
+                part._parameters[name] = on_gpu(parameter.data).requires_grad_(
+                    parameter.requires_grad
+                )
+        for name, buffer in list(part._buffers.items()):
+            if buffer is not None:
+                part._buffers[name] = on_gpu(buffer)
+    return module
+
+
+def floats(*shape: int, dtype: torch.dtype = torch.float32, learns: bool = False) -> Tensor:
+    return on_gpu(torch.empty(*shape, dtype=dtype, device=META)).requires_grad_(learns)
+
+
+def integers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return on_gpu(torch.empty(*shape, dtype=dtype, device=META))
+
+
+def marked() -> Tensor:
+    return integers(3, dtype=torch.bool)
+
+
+BREAKS = {
+    "new_tensor": lambda x: x.new_tensor([1.0, 2.0]),
+    "tensor": lambda x: torch.tensor([1.0], device=x.device),
+    "as_tensor": lambda x: torch.as_tensor(3, device=x.device),
+    "to the device": lambda x: torch.zeros(3).to(x.device),
+    "a number to the device": lambda x: torch.tensor(3.0).to(x.device),
+    "copy_": lambda x: x.copy_(torch.zeros(3)),
+    "cpu": lambda x: x.cpu(),
+    "item": lambda x: x[0].item(),
+    "float": lambda x: float(x.sum()),
+    "bool": lambda x: bool(x.isnan().any()),
+    "if": lambda x: 1 if x.sum() > 0 else 0,
+    "tolist": lambda x: x.tolist(),
+    "equal": torch.equal,
+    "nonzero": lambda x: x.nonzero(),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "mask as an index": lambda x: x[x > 0],
+    "assignment by a mask": lambda x: x.__setitem__(marked(), 1.0),
+    "list as an index": lambda x: x[[0, 2]],
+    "assignment by a list": lambda x: x.__setitem__([0, 2], 1.0),
+    "index on the host": lambda x: x[torch.tensor([0, 2])],
+    "unique": torch.unique,
+    "multinomial": lambda x: x.multinomial(1),
+    "repeat_interleave": lambda x: torch.repeat_interleave(integers(3)),
+    "where with a number on the host": lambda x: torch.where(x > 0, x, torch.tensor(0.0)),
+    "backward pass": lambda x: CopiesBackward.apply(x.requires_grad_()).sum().backward(),
+}
+
+
+class CopiesBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad * torch.ones(3).to(grad.device)
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_the_look_finds(name):
+    x = floats(3)
+    with capturing(), pytest.raises(WouldBreakCapture, match=r"test_captured\.py:\d+"):
+        BREAKS[name](x) if name != "equal" else torch.equal(x, x)
+
+
+def test_the_look_lets_pass():
+    """What needs no copy: numbers as arguments, fills, device tensors everywhere."""
+    x = floats(3, learns=True)
+    with capturing() as watch:
+        at = torch.arange(3, device=x.device)
+        y = torch.where(x > 0, x[at], 0.0) * torch.tensor(2.0) + x.new_full((3,), 3)
+        y = y / torch.full((), 3.0, device=x.device) + torch.rand(3, device=x.device)
+        y.masked_fill(y > 1, float("nan")).index_select(0, at).sum().backward()
+        torch.zeros(3)[torch.tensor([0, 2])].tolist()  # All on the host.
+    assert x.grad.shape == (3,) and "where" in watch.seen
+
+
+def deformable(dtype: torch.dtype) -> None:
+    levels = ((3, 2), (2, 3))
+    arguments = [
+        floats(2, 12, 2, 8, dtype=dtype, learns=True),
+        floats(1, 5, 2, 2, dtype=dtype, learns=True),
+        floats(2, 5, 2, 2, 3, 2, dtype=dtype, learns=True),
+        floats(2, 5, 2, 6, dtype=dtype, learns=True),
+    ]
+    ops.deformable_sample(arguments[0], levels, *arguments[1:]).sum().backward()
+    assert all(x.grad.shape == x.shape for x in arguments)
+
+
+def nearest(dtype: torch.dtype) -> None:
+    ops.nearest_code(floats(40, 12, dtype=dtype), floats(100, 12, dtype=dtype), return_score=True)
+
+
+def attention(dtype: torch.dtype) -> None:
+    for T in (16, 2**14):  # The second is split over programs.
+        q, cache = floats(2, 4, 16, dtype=dtype), floats(2, 2, T, 16, dtype=dtype)
+        for length in (3, integers(1), integers(2)):
+            ops.decode_attention(q, cache, cache, length)
+
+
+def sampling(dtype: torch.dtype) -> None:
+    logits, ids = floats(3, 64, dtype=dtype), integers(3)
+    for step in (5, integers(1)):
+        for options in ({}, {"top_k": 5, "top_p": 0.9, "temperature": 0.7}, {"greedy": True}):
+            ops.sample_token(logits, ids, step, **options)
+        ops.sample_token(logits, ids, step, uncond_logits=logits, cfg_scale=1.5)
+
+
+def appending(dtype: torch.dtype) -> None:
+    embedding, codes = floats(10, 8, dtype=dtype), integers(3, 5)
+    for position in (2, integers(1), integers(2)):
+        ops.append_code(integers(3), codes, position, embedding, floats(6, 8, dtype=dtype))
+
+
+@torch.no_grad()
+def linear(dtype: torch.dtype) -> None:
+    """The four ops of linear layers: few rows and many, full and int8 weights."""
+    for rows in (2, 40):
+        for int8 in (False, True):
+            kind = torch.int8 if int8 else dtype
+            weight, x = integers(96, 32, dtype=kind), floats(rows, 32, dtype=dtype)
+            norm, scale = floats(32, dtype=dtype), floats(96) if int8 else None
+            ops.linear_residual(x, weight, floats(rows, 96, dtype=dtype), scale=scale)
+            ops.norm_linear(x, norm, weight, scale=scale)
+            ops.gate_up(x, norm, weight, weight, gate_scale=scale, up_scale=scale)
+            keys, rotary = floats(rows, 2, 6, 16, dtype=dtype), floats(6, 8, 2)
+            for position in (3, integers(1)):
+                ops.qkv_rotary(x, norm, weight, rotary, keys, keys, position, scale=scale)
+
+
+CALLS = {
+    "deformable_sample": deformable, "nearest_code": nearest, "decode_attention": attention,
+    "sample_token": sampling, "append_code": appending, "linear_residual": linear,
+    "norm_linear": linear, "gate_up": linear, "qkv_rotary": linear,
+}  # fmt: skip
+# Of the portable ones, those that a capture leaves to the reference, in part at least.
+LEFT = {"nearest_code", "decode_attention"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("implementation", ["reference", "portable", "triton"])
+def test_ops(implementation, name, dtype, monkeypatch):
+    """Forward, and backward where there is one."""
+    launched: list[str] = []
+    if implementation == "triton":
+        pytest.importorskip("triton")
+    else:
+        monkeypatch.setattr(
+            switch.Implementation, "serves", lambda self, device: self.name == "portable"
+        )
+    enabled = () if implementation == "reference" else name
+    with vf.enable(enabled, strict=implementation == "triton"), warnings.catch_warnings():
+        if name in LEFT:
+            warnings.simplefilter("ignore", switch.FallbackWarning)
+        else:
+            warnings.simplefilter("error", switch.FallbackWarning)
+        with capturing(launched.append):
+            CALLS[name](dtype)
+        took = set(vf.status().ops[name].calls)
+    there = switch._registry[name].candidates[-1].module is not None
+    if implementation == "portable" and (not there or name == "nearest_code"):
+        assert took == {"reference"}
+    elif name in LEFT and implementation == "portable":
+        assert took == {"portable", "reference"}
+    else:
+        assert took == {implementation}
+    assert bool(launched) == (implementation == "triton")
+
+
+def test_all_ops_are_looked_at():
+    assert set(CALLS) == set(switch._registry)
+
+
+def tokenizer(dtype: torch.dtype, **changes: object) -> VFMTok:
+    config = {
+        "image_size": 112, "dim": 64, "encoder_depth": 2, "decoder_depth": 2, "num_heads": 4,
+        "decoder_mlp_dim": 96, "codebook_size": 100, "pixel_channels": 32,
+        "pixel_channel_mult": (1, 1, 1, 1, 2), "decoder_dropout": 0.1,
+        "backbone": BackboneConfig(dim=32, depth=4, num_heads=2, levels=(0, 1, 2, 3)),
+    }  # fmt: skip
+    return moved(VFMTok(VFMTokConfig(**(config | changes))).to(dtype))
+
+
+policies = pytest.mark.parametrize("enabled", [(), None], ids=["reference", "enabled"])
+types = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@policies
+@types
+def test_tokenizer(enabled, dtype):
+    """encode, encode_regions, sampling_points, decode, decode_to_uint8."""
+    model, images = tokenizer(dtype).eval(), floats(2, 3, 112, 112, dtype=dtype)
+    codes = integers(2, 256, dtype=torch.uint16)
+    with vf.enable(enabled, strict=True), capturing():
+        assert model.encode(images).shape == (2, 256)
+        assert model.encode_regions(images)[0].shape == (2, 256, 12)
+        assert model.sampling_points(images)[0].shape == (2, 256, 4, 4, 4, 2)
+        assert model.decode(codes).shape == (2, 3, 112, 112)
+        assert model.decode_to_uint8(codes, size=64).shape == (2, 64, 64, 3)
+
+
+@policies
+@types
+@pytest.mark.parametrize("weight", [0.0, 0.1], ids=["", "entropy"])
+def test_training_of_the_tokenizer(enabled, dtype, weight):
+    model = tokenizer(dtype, entropy_weight=weight).train()
+    images = floats(2, 3, 112, 112, dtype=dtype)
+    with vf.enable(enabled, strict=True), capturing():
+        out = model(images)
+        loss = F.mse_loss(out.reconstruction, images)
+        loss = loss + 1 - F.cosine_similarity(out.semantic, out.features, dim=-1).mean()
+        (loss + out.codebook_loss + out.commit_loss + out.entropy_loss).backward()
+    learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert all(p.grad.shape == p.shape for p in learning.values())
+
+
+def generator(dtype: torch.dtype, quantized: bool = False) -> GPT:
+    config = GPTConfig(
+        num_layers=2, num_heads=4, dim=64, vocab_size=32, block_size=16, num_classes=5,
+        ffn_multiple_of=32,
+    )  # fmt: skip
+    model = GPT(config).to(dtype)
+    return moved(model.quantize_weights() if quantized else model)
+
+
+@policies
+@types
+def test_training_of_the_generator(enabled, dtype):
+    model = generator(dtype).train()
+    codes, classes = integers(2, 16, dtype=torch.uint16), integers(2)
+    with vf.enable(enabled, strict=True), capturing():
+        logits = model(codes, classes)
+        F.cross_entropy(logits.flatten(0, 1), codes.long().flatten()).backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters())
+
+
+@policies
+@types
+@pytest.mark.parametrize("quantized", [False, True], ids=["", "int8"])
+@pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
+@torch.no_grad()
+def test_a_decoding_step(enabled, dtype, quantized, guided):
+    """All between two codes, with the position on the host and on the device."""
+    model = generator(dtype, quantized)
+    settings = Sampling(cfg_scale=1.5 if guided else 1.0, top_k=7, top_p=0.9)
+    with vf.enable(enabled, strict=True), capturing():
+        engine = Engine(model, 3, guided, ())
+        engine.advance(model, engine.cache, settings, guided, 0)
+        engine.advance(model, engine.cache, settings, guided, engine.at)
+        half = engine.cache.first_rows(3)
+        engine.advance(model, half, settings, False, engine.at)
+        logits = model.step(engine.x, engine.cache, 4)
+    assert logits.shape == (6 if guided else 3, 32) and logits.is_cuda
