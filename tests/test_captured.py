@@ -27,6 +27,7 @@ import vfmtok_fast as vf
 from vfmtok_fast import GPT, BackboneConfig, GPTConfig, VFMTok, VFMTokConfig, ops, switch
 from vfmtok_fast.generator import Sampling
 from vfmtok_fast.generator.engine import Engine
+from vfmtok_fast.kernels import tuning
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs kernels"
@@ -184,7 +185,7 @@ def capturing(launched: Callable[[str], object] = lambda name: None) -> Iterator
                 launched(self.__name__)
 
             patch.setattr(JITFunction, "run", run)
-        with Watch() as watch:
+        with tuning.pretend(90), Watch() as watch:
             yield watch
 
 

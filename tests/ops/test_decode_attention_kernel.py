@@ -267,29 +267,17 @@ def test_any_strides(dtype: torch.dtype, check_error):
 def test_no_batch_compiles_a_variant():
     """Of caches as generation has them: else a row's bits could depend on the batch it is in.
 
-    Triton's own binder, whose result is the key of its compiled kernels; needs no GPU.
+    What real launches compile; needs no GPU.
     """
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-    from triton.runtime.jit import create_function_from_signature
+    from vfmtok_fast.kernels.compiling import compile_only
 
-    function = kernel._decode
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-    bind = create_function_from_signature(function.signature, function.params, backend)
+    def key(*tensors: Tensor) -> str:
+        with compile_only(90) as launches:
+            kernel.decode_attention(*tensors, 7)
+        assert [launch.kernel for launch in launches] == ["_decode"]
+        return launches[0].compiled.hash
 
-    def key(q: Tensor, k: Tensor, v: Tensor) -> str:
-        B, H, D = q.shape
-        heads, T = k.shape[1:3]
-        constants = kernel._constants(H // heads, D, q.itemsize)
-        _, found, _ = bind(
-            q.contiguous(), k, v, 7, torch.empty_like(q), None, None, H, T,
-            k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            LENGTHS=0, K_ROW=k.stride(2), V_ROW=v.stride(2), STAGES=kernel.STAGES, **constants,
-            SPLITS=kernel._splits(B * H, 2 * T * D * q.itemsize), OVERLAP=False,
-        )  # fmt: skip
-        return str(found)
-
-    for H, T, D in ((12, 256, 64), (32, 256, 100), (3, 16, 12)):
+    for H, T, D in ((12, 256, 64), (3, 16, 12)):
         for dtype in (torch.float32, torch.bfloat16):
             whole = make(8, H, H, T, D, dtype)
             apart = [make(B, H, H, T, D, dtype) for B in (1, 2, 3, 7)]
