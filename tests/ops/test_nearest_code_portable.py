@@ -111,10 +111,78 @@ def test_duplicated_rows_give_the_lowest_index():
     assert portable.nearest_code(random(200, 12), codebook).max() < 64
 
 
+@pytest.fixture
+def searched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pairs of a row and a group each step of a call scores in float64."""
+    counts, rescan = [], portable._rescan
+
+    def counted(queries, codes, group, k):
+        counts.append(len(group))
+        return rescan(queries, codes, group, k)
+
+    monkeypatch.setattr(portable, "_rescan", counted)
+    return counts
+
+
+@pytest.mark.parametrize("distinct", [1, 5, 64])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_dead_codes_are_not_searched_one_by_one(distinct: int, normalize: bool, searched):
+    """Most of a codebook repeats few codes: their first k are searched, in order of index."""
+    z, codebook = random(100, 12), random(distinct, 12, seed=1)
+    codebook = codebook[torch.arange(3000).mul_(7919) % distinct]
+    for k in (1, 2, 8):
+        searched.clear()
+        code = portable.nearest_code(z, codebook, k=k, normalize=normalize)
+        assert sum(searched) <= 100 * -(-distinct * k // 32)
+        ordered = truth(z, codebook, normalize).sort(dim=1, descending=True, stable=True)
+        assert torch.equal(code.reshape(100, k), ordered.indices[:, :k])
+
+
+def test_dead_codes_of_several_blocks_and_broken_ones(monkeypatch):
+    monkeypatch.setattr(portable, "_CODES", 128)
+    monkeypatch.setattr(portable, "_ROWS", 16)
+    codebook = random(3, 12, seed=1)[torch.arange(1000) % 3]
+    codebook[500] = random(12, seed=2)
+    check(random(40, 12), codebook, k=8)
+    codebook[[300, 700]] = float("nan")
+    code, score = portable.nearest_code(random(40, 12), codebook, k=3, return_score=True)
+    assert code.tolist() == [[300, 0, 1]] * 40 and bool(score.isnan().all())
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.03])
+def test_64_clusters_need_no_more_rescans_than_one(spread: float, searched):
+    counts = []
+    for codebook in (random(16384, 12, seed=1), None):
+        if codebook is None:
+            codebook = random(64, 12, seed=3)[torch.arange(16384) % 64]
+            codebook += spread * random(16384, 12, seed=4)
+        searched.clear()
+        check(codebook[::200] + spread * random(82, 12, seed=5), codebook, k=2)
+        counts.append(sum(searched))
+    assert counts[1] <= 1.1 * counts[0]
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e4, 1e6])
+def test_far_from_the_origin_no_more_is_searched(offset: float, searched):
+    """The screen looks from amid the codes; what counts are the scores from the origin."""
+    z, codebook = random(200, 12).double() + offset, random(2000, 12, seed=1).double() + offset
+    for k in (1, 3):
+        searched.clear()
+        code = portable.nearest_code(z, codebook, k=k, normalize=False).view(200, k)
+        assert sum(searched) <= 200 * (k + 1)
+        # Of scores as large as offset squared, float64 holds so much.
+        near = torch.cdist(z - offset, codebook - offset).square() / 2
+        slack = 2.0**-52 * 12 * (offset + 5) ** 2 * 14
+        best = near.sort(dim=1).values[:, :k]
+        assert bool((near.gather(1, code) <= best + 2 * slack).all())
+        if offset < 1e6:
+            assert torch.equal(code, near.argsort(dim=1)[:, :k])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_dtypes_are_exact_with_respect_to_the_input(dtype: torch.dtype, normalize: bool):
-    check(random(200, 12).to(dtype), random(500, 12, seed=1).to(dtype), normalize)
+    check(random(200, 12).to(dtype), random(500, 12, seed=1).to(dtype), normalize, k=4)
 
 
 def test_non_contiguous_input():
@@ -151,14 +219,16 @@ def test_empty():
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_broken_query_gets_code_0_and_disturbs_no_other(value: float, normalize: bool):
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_broken_query_gets_the_first_codes_and_disturbs_no_other(value, normalize: bool, k: int):
     z, codebook = random(100, 12), random(500, 12, seed=1)
-    expected = truth(z, codebook, normalize).max(1).indices
+    ordered = truth(z, codebook, normalize).sort(dim=1, descending=True, stable=True)
+    expected = ordered.indices[:, :k]
     z[::9, 3] = value
-    expected[::9] = 0
-    code, score = portable.nearest_code(z, codebook, normalize=normalize, return_score=True)
-    assert torch.equal(code, expected)
-    assert torch.equal(score.isnan(), ~z.isfinite().all(1))
+    expected[::9] = torch.arange(k)
+    code, score = portable.nearest_code(z, codebook, k=k, normalize=normalize, return_score=True)
+    assert torch.equal(code.view(100, k), expected)
+    assert torch.equal(score.view(100, k).isnan(), ~z.isfinite().all(1, keepdim=True).expand(-1, k))
 
 
 def test_a_zero_query_gets_code_0_and_score_0():
@@ -166,6 +236,8 @@ def test_a_zero_query_gets_code_0_and_score_0():
     z[7] = 0
     code, score = portable.nearest_code(z, random(500, 12, seed=1), return_score=True)
     assert (code[7], score[7]) == (0, 0)
+    code, score = portable.nearest_code(z, random(500, 12, seed=1), k=3, return_score=True)
+    assert code[7].tolist() == [0, 1, 2] and score[7].tolist() == [0, 0, 0]
     # Without `normalize` zero is a point like any other: the shortest code is nearest.
     check(z, random(500, 12, seed=1), normalize=False)
 
@@ -173,7 +245,7 @@ def test_a_zero_query_gets_code_0_and_score_0():
 def test_zero_codes_are_codes_like_any_other():
     codebook = random(10, 12, seed=1)
     codebook[4] = 0
-    check(torch.cat([random(50, 12), -codebook.sum(0, keepdim=True)]), codebook)
+    check(torch.cat([random(50, 12), -codebook.sum(0, keepdim=True)]), codebook, k=5)
 
 
 @pytest.mark.parametrize("where", [0, 3, 499])
@@ -185,15 +257,22 @@ def test_a_broken_code_shows(where: int):
     for search in (portable.nearest_code, ops.nearest_code):
         code, score = search(z, codebook, return_score=True)
         assert bool((code == where).all()) and bool(score.isnan().all())
+        code, score = search(z, codebook, k=3, return_score=True)
+        others = [i for i in (0, 1, 2) if i != where][:2]
+        assert code.tolist() == [[where, *others]] * 20 and bool(score.isnan().all())
 
 
-def test_a_bound_that_is_too_small_is_seen(monkeypatch):
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_bound_that_is_too_small_is_seen(k: int, monkeypatch):
     """The other tests are worth something: without the certificate they fail."""
     monkeypatch.setattr(portable, "_screen_error", lambda dim: 0.0)
-    codebook = F.normalize(random(4000, 12, seed=1), dim=1)
-    codebook[2000:] = codebook[:2000] * (1 + 1e-7 * random(2000, 12, seed=2))
-    with pytest.raises(AssertionError):
-        check(codebook[:500], codebook)
+    codebook = F.normalize(random(6000, 12, seed=1), dim=1)
+    for copy in (slice(2000, 4000), slice(4000, 6000)):
+        codebook[copy] = codebook[:2000] * (1 + 1e-7 * random(2000, 12, seed=copy.start))
+    z = codebook[:500]
+    ordered = truth(z, codebook).sort(dim=1, descending=True, stable=True).indices
+    code = portable.nearest_code(z, codebook, k=k).view(500, k)
+    assert bool((code[:, -1] != ordered[:, k - 1]).any())
 
 
 def test_reduced_float32_products_do_not_reach_the_screen():
@@ -223,11 +302,21 @@ def test_opcheck(needs_grad: bool):
     torch.library.opcheck(OP, (z.detach().half(), random(300, 12, seed=1).half(), 2, False))
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_shapes_without_values(k: int):
+    z, codebook = (torch.empty(n, 12, dtype=torch.float16, device="meta") for n in (7, 30))
+    code, score = portable.nearest_code(z, codebook, k=k, return_score=True)
+    assert code.shape == score.shape == ((7,) if k == 1 else (7, k))
+    assert code.dtype == torch.int64 and score.dtype == torch.float32
+
+
 @pytest.mark.slow
-def test_torch_compile_takes_it_without_a_graph_break():
+@pytest.mark.parametrize("k", [1, 2])
+def test_torch_compile_takes_it_without_a_graph_break(k: int):
     z, codebook = random(50, 12), random(300, 12, seed=1)
-    compiled = torch.compile(lambda z, e: ops.nearest_code(z * 2, e) + 1, fullgraph=True)
-    expected = truth(z, codebook).max(1).indices + 1
+    compiled = torch.compile(lambda z, e: ops.nearest_code(z * 2, e, k=k) + 1, fullgraph=True)
+    expected = truth(z, codebook).topk(k).indices + 1
+    expected = expected[:, 0] if k == 1 else expected
     with vfmtok_fast.enable("nearest_code", strict=True):
         assert torch.equal(compiled(z, codebook), expected)
         assert "portable (compiled)" in vfmtok_fast.status().ops["nearest_code"].calls

@@ -11,6 +11,13 @@ in float64 arithmetic, the lowest index on ties. How, for one block of codes:
    are no lower than those of these k). A group whose maximum is below that holds none of them.
    Every other group is *rescanned* in float64.
 
+Distances (``normalize=False``) are screened from a point amid the codes. In exact arithmetic that
+changes no order, a difference of float64 numbers is rounded once, and what float32 then loses is
+as small as the codes' spread. Far from the origin it would otherwise be all of it.
+
+A codebook of dead codes, equal rows by the hundred, would bring most groups to the rescan. Where a
+row has `_MANY` candidates on average, all but the first k of equal codes are left out.
+
 The bound. With u = 2^-24: rounding ``z`` and ``e`` from float64 changes each product ``z_i e_i`` by
 a factor within (1 + u)^2; multiplying and adding d terms in float32 in any order, fused or not, by
 a factor within (1 + u)^d (Higham, Accuracy and Stability, section 3.1). So the score is off by at
@@ -21,7 +28,7 @@ underflow are below 2^-126 and vanish in the last of the four.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +51,10 @@ _QUERIES = 512
 _SCORES = 2**20
 # Rows per superblock, the unit of the rescan: its group maxima are 4 MB.
 _ROWS = 2048
+# Candidates of a row for each of its k codes from which on repeats of codes are looked for.
+_MANY = 8
+# Codes of which the mean is taken.
+_SAMPLE = 1024
 # Values of the codes that one step of the rescan gathers: 8 MB of float64.
 _GATHER_VALUES = 2**20
 
@@ -98,13 +109,14 @@ def _screen_dtype(device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Codes:
-    """One block of codes, padded to whole groups of consecutive codes by repeating the last one."""
+    """One block of codes in whole groups, the last one filled up by repeats of the last code."""
 
-    first: int
-    last: int
+    index: Tensor  # [GROUP * G] numbers of the codes, ascending
+    count: int  # of them, without the repeats at the end
     screen: Tensor  # [GROUP * G, d'] float32, rows no longer than one
     exact: Tensor  # [G, d', GROUP] float64
-    broken: Tensor  # the first code that is not finite, or _NONE
+    broken: int  # the first code that is not finite, or _NONE
+    compact: bool = False  # whether repeats among the codes have been looked for
 
 
 def _finite(rows: Tensor) -> Tensor:
@@ -112,24 +124,55 @@ def _finite(rows: Tensor) -> Tensor:
     return rows.abs().amax(1) < torch.inf
 
 
-def _prepare_codes(codebook: Tensor, first: int, last: int, normalize: bool, dtype) -> _Codes:
-    rows = codebook[first:last]
-    groups = -(-rows.shape[0] // _GROUP)
-    index = torch.arange(groups * _GROUP, device=rows.device).clamp_(max=rows.shape[0] - 1)
-    exact = rows.index_select(0, index).double()
-    finite = _finite(exact)
-    broken = torch.where(finite, _NONE, index + first).amin()
-    # It decides for all queries in `_search`; here it must only do no harm.
-    exact.nan_to_num_(0.0, 0.0, 0.0)
-    if normalize:
-        exact /= exact.norm(dim=1, keepdim=True).clamp_(min=_EPS)
+def _prepare_codes(codebook: Tensor, index: Tensor, centre: Tensor | None, dtype) -> _Codes:
+    """The codes ``index``. Distances (``centre`` is not None) are screened from there."""
+    count = len(index)
+    index = torch.cat([index, index[-1:].expand(-count % _GROUP)])
+    exact = codebook.index_select(0, index).double()
+    length, broken = exact.norm(dim=1, keepdim=True), _NONE
+    # A code that is not finite decides for all queries in `_search`; here it must do no harm.
+    if not bool(length.sum().isfinite()):
+        wrong = ~_finite(exact)
+        broken = int(torch.where(wrong, index, _NONE).amin())
+        exact.nan_to_num_(0.0, 0.0, 0.0)
+        length = exact.norm(dim=1, keepdim=True)
+    if centre is None:
+        exact /= length.clamp_(min=_EPS)
         screen = exact.to(dtype)
     else:
         # The score z.e - |e|^2 / 2 is the product of (z, 1) and (e, -|e|^2 / 2).
-        exact = torch.cat([exact, exact.square().sum(1, keepdim=True).mul_(-0.5)], dim=1)
-        screen = (exact / exact.norm(dim=1).amax().clamp_(min=_TINY)).to(dtype)
-    exact = exact.view(groups, _GROUP, -1).transpose(1, 2).contiguous()
-    return _Codes(first, last, screen, exact, broken)
+        screen = _with_square(exact - centre)
+        screen = (screen / screen.norm(dim=1).amax().clamp_(min=_TINY)).to(dtype)
+        exact = _with_square(exact)
+    exact = exact.view(-1, _GROUP, exact.shape[1]).transpose(1, 2).contiguous()
+    return _Codes(index, count, screen, exact, broken)
+
+
+def _with_square(codes: Tensor) -> Tensor:
+    return torch.cat([codes, codes.square().sum(1, keepdim=True).mul_(-0.5)], dim=1)
+
+
+def _without_repeats(codebook: Tensor, codes: _Codes, centre: Tensor | None, k: int) -> _Codes:
+    """``codes``, of equal ones the first ``k`` only, or as they are if that leaves out few."""
+    index = codes.index[: codes.count]
+    rows = codebook.index_select(0, index).double().nan_to_num_(0.0, 0.0, 0.0)
+    # Equal rows get equal sums, bit for bit; where others do too, repeats may be missed.
+    key = rows.new_zeros(len(rows))
+    weight = torch.rand(rows.shape[1], generator=torch.Generator().manual_seed(0)).tolist()
+    for column, factor in zip(rows.unbind(1), weight, strict=True):
+        key.add_(column, alpha=factor)
+    order = key.argsort(stable=True)
+    rows = rows[order]
+    repeat = torch.zeros_like(order, dtype=torch.bool)
+    # Of a run of equal rows, those that equal the k-th before them.
+    repeat[k:] = (rows[k:] == rows[:-k]).all(1)
+    first = index[order[~repeat].sort().values]
+    if len(first) > 0.75 * len(index):
+        return replace(codes, compact=True)
+    return replace(
+        _prepare_codes(codebook, first, centre, codes.screen.dtype),
+        broken=codes.broken, compact=True,
+    )  # fmt: skip
 
 
 def _group_maxima(queries: Tensor, codes: Tensor) -> Tensor:
@@ -165,15 +208,14 @@ def _rescan(queries: Tensor, codes: _Codes, group: Tensor, k: int) -> tuple[Tens
     if k > 1:
         # Repeats of the last code would be found beside it.
         place = torch.arange(_GROUP, device=group.device) + group[:, None] * _GROUP
-        scores.masked_fill_(place >= codes.last - codes.first, -torch.inf)
-    found = []
-    for i in range(k):
+        scores.masked_fill_(place >= codes.count, -torch.inf)
+    found = [scores.max(dim=1, keepdim=True)]
+    while len(found) < k:
         # `max` returns the first of several; the codes of a group ascend.
+        scores.scatter_(1, found[-1].indices, -torch.inf)
         found.append(scores.max(dim=1, keepdim=True))
-        if i < k - 1:
-            scores.scatter_(1, found[-1].indices, -torch.inf)
     score, place = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-    return score, codes.first + group[:, None] * _GROUP + place
+    return score, codes.index[group[:, None] * _GROUP + place]
 
 
 def _merge(best: Tensor, code: Tensor, row: Tensor, score: Tensor, found: Tensor) -> None:
@@ -203,25 +245,17 @@ def _merge(best: Tensor, code: Tensor, row: Tensor, score: Tensor, found: Tensor
             scores[:, -1:].masked_fill_(taken, -torch.inf)
 
 
-def _improve(
-    best: Tensor, code: Tensor, exact: Tensor, screen: Tensor, live: Tensor, codes: _Codes
-) -> None:
-    """Let one block of codes improve on the ``best`` scores and ``code`` [R, k], in place."""
-    k = best.shape[1]
+def _candidates(screen: Tensor, live: Tensor, codes: _Codes, k: int) -> Tensor:
+    """Which groups [G, R] may hold one of the k best codes of a row."""
     maxima = _group_maxima(screen, codes.screen)
-    if k == 1:
-        limit = maxima.amax(0)
-    elif k <= maxima.shape[0]:
-        limit = maxima.topk(k, dim=0).values[-1]
-    else:
-        limit = torch.full_like(maxima[0], -torch.inf)
+    limit, below = maxima.amax(0), maxima
+    for _ in range(k - 1):
+        # The next lower maximum: no higher than the k-th largest, where several are equal.
+        below = below.masked_fill(below >= limit, -torch.inf)
+        limit = below.amax(0)
     limit = limit - 2 * _screen_error(screen.shape[1])
     # A row without a direction has nothing to search, and would bring every group.
-    limit = torch.where(live, limit, torch.inf)
-    groups, rows = (maxima >= limit).nonzero(as_tuple=True)
-    step = max(1, _GATHER_VALUES // (_GROUP * exact.shape[1]))
-    for row, group in zip(rows.split(step), groups.split(step), strict=True):
-        _merge(best, code, row, *_rescan(exact[row], codes, group, k))
+    return maxima >= torch.where(live, limit, torch.inf)
 
 
 def _search(z: Tensor, codebook: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -229,39 +263,62 @@ def _search(z: Tensor, codebook: Tensor, k: int, normalize: bool) -> tuple[Tenso
     count, dim = codebook.shape
     dtype = _screen_dtype(z.device)
     size = max(_GROUP, min(_CODES, _CODE_VALUES // dim) // _GROUP * _GROUP)
-    spans = [(first, min(first + size, count)) for first in range(0, count, size)]
+    blocks = torch.arange(count, device=z.device).split(size)
+    centre = None if normalize else _centre(codebook)
     # One block is prepared once; several would outgrow the memory and are made anew each time.
-    kept = _prepare_codes(codebook, 0, count, normalize, dtype) if len(spans) == 1 else None
+    kept = _prepare_codes(codebook, blocks[0], centre, dtype) if len(blocks) == 1 else None
     score = z.new_empty(z.shape[0], k, dtype=torch.promote_types(z.dtype, torch.float32))
     code = torch.empty(z.shape[0], k, dtype=torch.int64, device=z.device)
     lowest = torch.arange(k, device=z.device)
+    step = max(1, _GATHER_VALUES // (_GROUP * (dim + (not normalize))))
     for rows in (slice(i, i + _ROWS) for i in range(0, z.shape[0], _ROWS)):
         exact = z[rows].double()
         finite = _finite(exact)
         exact.nan_to_num_(0.0, 0.0, 0.0)
-        if not normalize:
-            exact = torch.cat([exact, torch.ones_like(exact[:, :1])], dim=1)
         length = exact.norm(dim=1)
-        live = finite & (length > 0)
-        screen = (exact / length.clamp(min=_TINY)[:, None]).to(dtype)
+        live, screen = finite, exact
+        if normalize:
+            live = finite & (length > 0)
+        else:
+            one = torch.ones_like(exact[:, :1])
+            exact, screen = (torch.cat([x, one], dim=1) for x in (exact, exact - centre))
+        screen = (screen / screen.norm(dim=1).clamp(min=_TINY)[:, None]).to(dtype)
         best = exact.new_full((len(exact), k), -torch.inf)
         found = torch.full_like(best, _NONE, dtype=torch.int64)
-        broken = torch.full_like(found[0, :1], _NONE)
-        for first, last in spans:
-            codes = kept or _prepare_codes(codebook, first, last, normalize, dtype)
-            _improve(best, found, exact, screen, live, codes)
-            broken = torch.minimum(broken, codes.broken)
+        broken = _NONE
+        for block in blocks:
+            codes = kept or _prepare_codes(codebook, block, centre, dtype)
+            broken = min(broken, codes.broken)
+            groups, of = _candidates(screen, live, codes, k).nonzero(as_tuple=True)
+            if len(of) > _MANY * k * len(exact) and not codes.compact:
+                # Most of them hold the same codes, if there are dead ones.
+                codes = _without_repeats(codebook, codes, centre, k)
+                kept = kept and codes
+                groups, of = _candidates(screen, live, codes, k).nonzero(as_tuple=True)
+            # Every step lets its candidates improve on the best so far.
+            for row, group in zip(of.split(step), groups.split(step), strict=True):
+                _merge(best, found, row, *_rescan(exact[row], codes, group, k))
         if normalize:
             best /= length.clamp(min=_EPS)[:, None]
         finite, live = finite[:, None], live[:, None]
         defined = finite & (broken == _NONE)
         score[rows] = torch.where(defined, torch.where(live, best, 0.0), torch.nan)
         # The first broken code, then the lowest others.
-        others = torch.cat([broken, lowest[:-1] + (lowest[:-1] >= broken)])
+        others = (
+            lowest
+            if broken == _NONE
+            else torch.cat([lowest.new_full((1,), broken), lowest[:-1] + (lowest[:-1] >= broken)])
+        )
         code[rows] = torch.where(
             defined, torch.where(live, found, lowest), torch.where(finite, others, lowest)
         )
     return (code[:, 0], score[:, 0]) if k == 1 else (code, score)
+
+
+def _centre(codebook: Tensor) -> Tensor:
+    """A point amid the codes [d] in float64, and finite; any will do, near ones screen sharper."""
+    rows = codebook[:: -(-len(codebook) // _SAMPLE)].double()
+    return rows.nan_to_num_(0.0, 0.0, 0.0).mean(0).nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _in_eager(z: Tensor, codebook: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
