@@ -2,6 +2,7 @@
 
 from .append_code import append_code
 from .decode_attention import decode_attention
+from .decode_step import decode_step
 from .deformable_sample import deformable_sample
 from .gate_up import gate_up
 from .linear_residual import linear_residual

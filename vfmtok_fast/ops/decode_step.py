@@ -1,0 +1,155 @@
+"""One step of generation: a code becomes the logits of the next."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kv_cache import KVCache
+from ..reference import decode_step as reference
+from ..switch import Op
+from .checks import check_eps, check_on, check_position, check_range, check_shape, check_tensor
+
+_op = Op("decode_step", reference.decode_step)
+
+
+class Weight(NamedTuple):
+    """Of a linear layer, [N, K]; int8 stands for ``scale[:, None] * weight``, scale [N] float32."""
+
+    weight: Tensor
+    scale: Tensor | None = None
+
+
+class BlockWeights(NamedTuple):
+    """One transformer block: x += attention(norm(x)); x += SwiGLU(norm(x)).
+
+    ``qkv`` has the rows of all heads' queries, then keys, then values.
+    """
+
+    attention_norm: Tensor  # [C], of an RMSNorm, as ffn_norm
+    qkv: Weight  # [3 H D, C]
+    out: Weight  # [C, H D]
+    ffn_norm: Tensor  # [C]
+    gate: Weight  # [F, C]
+    up: Weight  # [F, C]
+    down: Weight  # [C, F]
+
+
+class StepWeights(NamedTuple):
+    """All that a step reads but the embedding."""
+
+    blocks: tuple[BlockWeights, ...]
+    norm: Tensor  # [C], before the head
+    head: Weight  # [V, C]
+    rotary: Tensor  # [T, D / 2, 2] float32, cosine and sine of every position
+    eps: float = 1e-5  # of all norms
+
+
+def decode_step(
+    code: Tensor,
+    embedding: Tensor,
+    weights: StepWeights,
+    cache: KVCache,
+    position: int | Tensor,
+    length: int | Tensor | None = None,
+) -> Tensor:
+    """Logits of the code after ``code``, whose keys and values go into the cache, in place.
+
+    RMSNorm and rotation in float32. Attention is `ops.decode_attention`, whose implementation is a
+    choice of its own. For inference: there is no backward pass.
+
+    Args:
+        code: [B] int64, a row of ``embedding`` for each image; R = B, or 2 B with guidance, whose
+            rows of the cache are [conditional; unconditional] and start from the same codes.
+        embedding: [N, C], of codes, or of classes in the first step.
+        weights: of all blocks and the head, of the embedding's dtype or int8 with scales.
+        cache: a layer for each block, R rows; position ``position`` of all is overwritten.
+        position: in 0..T - 1: an int, or an integer tensor of one element that stays on its device
+            (its value is not checked, which would need a synchronisation).
+        length: ``position + 1``, of the same kind, for who has it: on a GPU it is a launch.
+
+    Returns:
+        float32 [R, V] (float64 of float64).
+
+    Raises:
+        TypeError: not floating tensors, two dtypes, autocast, a position that is no integer.
+        ValueError: shapes that do not fit each other, two devices, a position or code outside.
+
+    Source: LlamaGen (arXiv 2406.06525), autoregressive/models/gpt.py.
+    """
+    if length is None:
+        length = position + 1
+    _check(code, embedding, weights, cache, position, length)
+    return _op(code, embedding, weights, cache, position, length)
+
+
+def _check(
+    code: Tensor, embedding: Tensor, weights: StepWeights, cache: KVCache,
+    position: int | Tensor, length: int | Tensor,
+) -> None:  # fmt: skip
+    name = "decode_step"
+    check_tensor(name, "embedding", embedding, "[N, C]", 2)
+    if not isinstance(code, Tensor) or code.dtype != torch.int64 or code.ndim != 1:
+        got = (
+            f"{code.dtype} {list(code.shape)}" if isinstance(code, Tensor) else type(code).__name__
+        )
+        raise TypeError(f"{name}: code must be an int64 tensor [B], got {got}")
+    check_on(name, "code", code, "embedding", embedding)
+    if code.device.type == "cpu":  # Elsewhere it would have to be waited for.
+        check_range(name, "code", code, 0, embedding.shape[0])
+    if torch.is_autocast_enabled(embedding.device.type):
+        raise TypeError(
+            f"{name}: it must not be under autocast, which would change dtypes op by op; convert "
+            "the model instead, as with gpt.bfloat16()"
+        )
+    if len(cache) != len(weights.blocks) or not weights.blocks:
+        raise ValueError(
+            f"{name}: the cache must have a layer for each block, got {len(cache)} for "
+            f"{len(weights.blocks)}"
+        )
+    (R, H, T, D), B, C = cache.layers[0].keys.shape, len(code), embedding.shape[1]
+    if R != B and R != 2 * B:
+        raise ValueError(f"{name}: the cache must have {B} or {2 * B} rows, got {R}")
+    for i, (block, layer) in enumerate(zip(weights.blocks, cache, strict=True)):
+        for part in ("keys", "values"):
+            _check_part(
+                f"{part} of layer {i}", Weight(getattr(layer, part)), (R, H, T, D), embedding
+            )
+        F = block.gate.weight.shape[0]
+        for part, shape in (("attention_norm", (C,)), ("ffn_norm", (C,))):
+            _check_part(f"{part} of block {i}", Weight(getattr(block, part)), shape, embedding)
+        matrices = {"qkv": (3 * H * D, C), "out": (C, H * D), "gate": (F, C), "up": (F, C)}
+        for part, shape in {**matrices, "down": (C, F)}.items():
+            _check_part(f"{part} of block {i}", getattr(block, part), shape, embedding)
+    _check_part("norm", Weight(weights.norm), (C,), embedding)
+    _check_part("head", weights.head, (weights.head.weight.shape[0], C), embedding)
+    rotary = weights.rotary
+    check_shape(name, "rotary", rotary, (rotary.shape[0], D // 2, 2))
+    check_on(name, "rotary", rotary, "embedding", embedding)
+    last = min(T, rotary.shape[0])
+    check_position(name, "position", position, 0, last, (1,), embedding=embedding)
+    check_position(name, "length", length, 1, last + 1, (1,), embedding=embedding)
+    check_eps(name, weights.eps)
+
+
+def _check_part(what: str, layer: Weight, shape: tuple[int, ...], like: Tensor) -> None:
+    """Require a weight of that shape, of the dtype of ``like``, or a matrix of int8 with scales."""
+    weight, scale = layer
+    if tuple(weight.shape) != shape:
+        raise ValueError(f"decode_step: {what} must have shape {shape}, got {tuple(weight.shape)}")
+    if weight.dtype != (like.dtype if scale is None or len(shape) == 1 else torch.int8):
+        raise TypeError(
+            f"decode_step: {what} must be {like.dtype}, as embedding is, or int8 with a scale, "
+            f"got {weight.dtype} with{'out' if scale is None else ''} a scale"
+        )
+    check_on("decode_step", what, weight, "embedding", like)
+    if scale is None:
+        return
+    if tuple(scale.shape) != shape[:1] or scale.dtype != torch.float32:
+        raise ValueError(
+            f"decode_step: the scale of {what} must be float32 of shape {shape[:1]}, "
+            f"got {scale.dtype} {tuple(scale.shape)}"
+        )
+    check_on("decode_step", f"the scale of {what}", scale, "embedding", like)

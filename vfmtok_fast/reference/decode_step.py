@@ -1,0 +1,67 @@
+"""Reference of `ops.decode_step`: embed a code, go through all blocks, and predict the next."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dequantized import dequantized
+from .rms_norm import rms_norm
+from .rotary import rotate
+
+if TYPE_CHECKING:
+    from ..kv_cache import KVCache, LayerCache
+    from ..ops.decode_step import BlockWeights, StepWeights, Weight
+
+
+def decode_step(
+    code: Tensor,
+    embedding: Tensor,
+    weights: StepWeights,
+    cache: KVCache,
+    position: int | Tensor,
+    length: int | Tensor,
+) -> Tensor:
+    """See `vfmtok_fast.ops.decode_step`."""
+    rows = cache.layers[0].keys.shape[0]
+    x = F.embedding(code, embedding).repeat(rows // max(len(code), 1), 1)
+    for block, layer in zip(weights.blocks, cache, strict=True):
+        x = x + attention(x, block, layer, weights, position, length)
+        x = x + feed_forward(x, block, weights.eps)
+    logits = linear(rms_norm(x, weights.norm, weights.eps), weights.head)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def linear(x: Tensor, layer: Weight) -> Tensor:
+    return F.linear(x, dequantized(layer.weight, layer.scale, x.dtype))
+
+
+def attention(
+    x: Tensor, block: BlockWeights, layer: LayerCache, weights: StepWeights,
+    position: int | Tensor, length: int | Tensor,
+) -> Tensor:  # fmt: skip
+    # The op, whose implementation is a choice of its own.
+    from ..ops.decode_attention import decode_attention
+
+    H, D = layer.keys.shape[1], layer.keys.shape[3]
+    qkv = linear(rms_norm(x, block.attention_norm, weights.eps), block.qkv)
+    q, k, v = qkv.unflatten(-1, (3, H, D)).unbind(1)
+    at = torch.as_tensor(position, device=x.device).reshape(1).long()
+    table = weights.rotary.index_select(0, at)
+    append(layer, at, rotate(k, table), v)
+    mixed = decode_attention(rotate(q, table), layer.keys, layer.values, length)
+    return linear(mixed.flatten(1), block.out)
+
+
+def append(layer: LayerCache, at: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Write keys and values [R, H, D] of position ``at`` [1] into the cache."""
+    layer.keys.index_copy_(2, at, keys[:, :, None])
+    layer.values.index_copy_(2, at, values[:, :, None])
+
+
+def feed_forward(x: Tensor, block: BlockWeights, eps: float) -> Tensor:
+    x = rms_norm(x, block.ffn_norm, eps)
+    return linear(F.silu(linear(x, block.gate)) * linear(x, block.up), block.down)
