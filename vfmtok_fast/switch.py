@@ -61,7 +61,7 @@ _registry: dict[str, Op] = {}
 _calls: Counter[tuple[str, str]] = Counter()
 _fallbacks: Counter[tuple[str, str]] = Counter()
 _slower: Counter[tuple[str, str]] = Counter()
-_paths: Counter[tuple[str, str]] = Counter()
+_generation = 0
 _lock = threading.RLock()
 
 
@@ -140,10 +140,15 @@ def policy() -> Policy:
     return _active
 
 
-def record_path(what: str, took: str) -> None:
-    """Note which of its ways a method that looks at the policy took, for `status`."""
-    with _lock:
-        _paths[what, took] += 1
+def generation() -> int:
+    """A number that changes with what graphs bake in besides the policy: settings of kernels."""
+    return _generation
+
+
+def new_generation() -> None:
+    """Say that settings of kernels have changed, so that graphs are captured anew."""
+    global _generation
+    _generation += 1
 
 
 def _activate() -> None:
@@ -368,7 +373,6 @@ class OpStatus:
 class Status:
     """A snapshot of the policy and of the record of calls; print it to read it.
 
-    ``paths`` counts batches of `GPT.generate` by the way they took, the engine or the reference.
     ``tables`` names the measurements that kernels take their settings from, per GPU, and those that
     were found and do not count, with the reason.
     """
@@ -376,7 +380,6 @@ class Status:
     enabled: bool
     strict: bool
     ops: dict[str, OpStatus]
-    paths: dict[str, dict[str, int]]
     tables: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -393,9 +396,6 @@ class Status:
             lines += [f"    {note}" for note in op.notes]
             lines += [f"    fell back {n}x: {reason}" for reason, n in op.fallbacks.items()]
             lines += [f"    took its reference {n}x: {why}" for why, n in op.slower.items()]
-        for name, taken in self.paths.items():
-            counts = ", ".join(f"{count} {took}" for took, count in sorted(taken.items()))
-            lines.append(f"  {name}: {counts}")
         lines += [f"  {table}" for table in self.tables]
         return "\n".join(lines)
 
@@ -404,9 +404,6 @@ def status() -> Status:
     """Return what is enabled, what each op has, took and could not take, and why."""
     with _lock:
         policy, calls, fallbacks, slower = _active, dict(_calls), dict(_fallbacks), dict(_slower)
-        paths: dict[str, dict[str, int]] = {}
-        for (what, took), count in _paths.items():
-            paths.setdefault(what, {})[took] = count
     ops = {}
     for name, op in _registry.items():
         there = [c.name for c in op.candidates if c.exists]
@@ -424,7 +421,7 @@ def status() -> Status:
             fallbacks={reason: n for (op_name, reason), n in fallbacks.items() if op_name == name},
             slower={reason: n for (op_name, reason), n in slower.items() if op_name == name},
         )
-    return Status(bool(policy.ops), policy.strict, ops, paths, tables())
+    return Status(bool(policy.ops), policy.strict, ops, tables())
 
 
 def tables() -> tuple[str, ...]:
@@ -465,4 +462,3 @@ def reset_records() -> None:
         _calls.clear()
         _fallbacks.clear()
         _slower.clear()
-        _paths.clear()

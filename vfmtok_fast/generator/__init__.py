@@ -1,8 +1,8 @@
 """The autoregressive generator."""
 
 from .config import PRESETS, GPTConfig
-from .generate import Sampling
-from .kv_cache import KVCache
+from .decoder import Decoder
+from .sampling import Sampling
 from .transformer import GPT
 
-__all__ = ["GPT", "PRESETS", "GPTConfig", "KVCache", "Sampling"]
+__all__ = ["GPT", "PRESETS", "Decoder", "GPTConfig", "Sampling"]

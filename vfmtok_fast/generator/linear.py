@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.decode_step import Weight
 from ..reference.dequantized import dequantized
 
 # Largest magnitude of a quantised weight; -128 is left out, for symmetry.
@@ -22,6 +23,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, dequantized(self.weight, self.scale, x.dtype))
+
+    def weights(self) -> Weight:
+        """As `ops.decode_step` takes it."""
+        return Weight(self.weight, self.scale)
 
     @torch.no_grad()
     def quantize(self) -> None:

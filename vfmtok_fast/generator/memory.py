@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +18,14 @@ SHARE = 0.8
 LOGIT_COPIES = 12
 
 
-def bytes_per_image(model: GPT, guided: bool) -> int:
+def bytes_per_image(model: GPT, guided: bool, kv_dtype: torch.dtype | None = None) -> int:
     """Bytes that one image takes while it is generated: keys, values and its rows of logits."""
     config, rows = model.config, 2 if guided else 1
-    cache = 2 * config.num_layers * config.dim * config.block_size
-    return rows * (cache * model.dtype.itemsize + 4 * LOGIT_COPIES * config.vocab_size)
+    cache = 2 * config.num_layers * config.block_size
+    each = config.dim * (kv_dtype or model.dtype).itemsize
+    if kv_dtype == torch.int8:
+        each += 4 * config.num_heads  # A scale for each head and position.
+    return rows * (cache * each + 4 * LOGIT_COPIES * config.vocab_size)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -37,8 +42,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def images_that_fit(
-    model: GPT, count: int, guided: bool, batch_size: int | None, memory: int | None
-) -> int:
+    model: GPT, count: int, guided: bool, batch_size: int | None, memory: int | None,
+    kv_dtype: torch.dtype | None = None,
+) -> int:  # fmt: skip
     """Images of a batch: ``batch_size``, or as many of ``count`` as ``memory`` bytes hold.
 
     Batches are of nearly equal size. None for ``memory`` is most of what is free.
@@ -47,8 +53,9 @@ def images_that_fit(
         MemoryError: ``batch_size`` images, or a single one, do not fit.
     """
     if memory is None:
-        memory = int(SHARE * free_bytes(model.device))
-    each = bytes_per_image(model, guided)
+        # The kept decoder is used again, or makes room.
+        memory = int(SHARE * (free_bytes(model.device) + model.kept.nbytes))
+    each = bytes_per_image(model, guided, kv_dtype)
     most = memory // each
     wanted = min(batch_size or 1, max(count, 1))
     if most < wanted:
@@ -63,11 +70,17 @@ def images_that_fit(
     return -(-count // batches) if count else 1
 
 
-def out_of_memory(images: int) -> MemoryError:
-    """What to tell where the estimate was wrong, or another process took the memory meanwhile."""
-    if images == 1:
-        return MemoryError("generate: out of memory with a single image; free some memory")
-    return MemoryError(
-        f"generate: out of memory with {images} images at a time; "
-        f"GPT.stream(batch_size={images // 2}) takes half as much"
-    )
+@contextlib.contextmanager
+def told_if_out_of_memory(images: int) -> Iterator[None]:
+    """MemoryError, where the estimate was wrong or another process took the memory meanwhile."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if images == 1:
+            advice = "out of memory with a single image; free some memory"
+        else:
+            advice = (
+                f"out of memory with {images} images at a time; "
+                f"GPT.stream(batch_size={images // 2}) takes half as much"
+            )
+        raise MemoryError(f"generate: {advice}") from error

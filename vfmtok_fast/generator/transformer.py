@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from ..hub import HubModel, config_from_mapping
-from ..ops import unchecked
-from ..ops.checks import (
-    check_class_ids,
-    check_codes,
-    check_device,
-    check_position,
-    check_same,
-    check_shape,
-    check_tensor,
-)
+from ..ops.checks import check_class_ids, check_codes, check_device
 from ..reference.rms_norm import rms_norm
 from ..reference.rotary import rotate
 from .config import GPTConfig
-from .generate import generate, stream
-from .kv_cache import KVCache
+from .decoder import Decoder, Kept, Progress
+from .generate import batches
 from .linear import Linear
+from .sampling import Sampling
 
 
 class RMSNorm(nn.Module):
@@ -102,28 +95,13 @@ class Block(nn.Module):
         x = x + self.attention(self.attention_norm(x), rotary)
         return x + self.ffn(self.ffn_norm(x))
 
-    def step(
-        self, x: Tensor, rotary: Tensor, keys: Tensor, values: Tensor, at: int | Tensor,
-        length: int | Tensor,
-    ) -> Tensor:  # fmt: skip
-        """The same for position ``at`` alone, x [B, C], with a cache [B, H, T, D] of the others.
-
-        ``length`` is ``at + 1``, which on a GPU is a launch of its own and the same for all layers.
-
-        Without dropout. Each line is an op, so that `enable` reaches all of a decoding step; none
-        checks its arguments, as `GPT.step` has.
-        """
-        attention, ffn, eps = self.attention, self.ffn, self.ffn_norm.eps
-        qkv, out, gate, up, down = attention.qkv, attention.out, ffn.gate, ffn.up, ffn.down
-        norm = self.attention_norm.weight
-        q = unchecked.qkv_rotary(
-            x, norm, qkv.weight, rotary, keys, values, at, scale=qkv.scale, eps=eps
-        )
-        mixed = unchecked.decode_attention(q, keys, values, length).flatten(1)
-        x = unchecked.linear_residual(mixed, out.weight, x, scale=out.scale)
-        norm, scales = self.ffn_norm.weight, {"gate_scale": gate.scale, "up_scale": up.scale}
-        hidden = unchecked.gate_up(x, norm, gate.weight, up.weight, **scales, eps=eps)
-        return unchecked.linear_residual(hidden, down.weight, x, scale=down.scale)
+    def step_weights(self) -> ops.BlockWeights:
+        """What `ops.decode_step` reads of this."""
+        attention, ffn = self.attention, self.ffn
+        return ops.BlockWeights(
+            self.attention_norm.weight, attention.qkv.weights(), attention.out.weights(),
+            self.ffn_norm.weight, ffn.gate.weights(), ffn.up.weights(), ffn.down.weights(),
+        )  # fmt: skip
 
 
 class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
@@ -159,9 +137,7 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
                 nn.init.normal_(module.weight, std=0.02)
         # As the release starts: all codes equally likely.
         nn.init.zeros_(self.head.weight)
-
-    generate = generate
-    stream = stream
+        self.kept = Kept()
 
     def _apply(self, fn, recurse: bool = True) -> GPT:
         # .to(bfloat16) must not round the angles: the release keeps them in float32.
@@ -269,40 +245,112 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         logits = self.head(self.norm(x))
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def step(
-        self, x: Tensor, cache: KVCache, at: int | Tensor, length: int | Tensor | None = None
+    def step_weights(self) -> ops.StepWeights:
+        """All weights but the embeddings, as `ops.decode_step` reads them."""
+        blocks = tuple(block.step_weights() for block in self.blocks)
+        return ops.StepWeights(
+            blocks, self.norm.weight, self.head.weights(), self.rotary, self.config.norm_eps
+        )
+
+    def decoder(
+        self, batch: int, *, guided: bool = False, kv_dtype: torch.dtype | None = None
+    ) -> Decoder:
+        """A `Decoder` of ``batch`` images, for who wants its memory and life in hand."""
+        return Decoder(self, batch, guided=guided, kv_dtype=kv_dtype)
+
+    def generate(
+        self,
+        class_ids: Tensor,
+        cfg_scale: float = 1.0,
+        cfg_interval: int = -1,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        greedy: bool = False,
+        seed: int = 0,
+        image_ids: Tensor | None = None,
+        *,
+        kv_dtype: torch.dtype | None = None,
+        progress: Progress | None = None,
     ) -> Tensor:
-        """Embedded position ``at`` [B, C] to its logits [B, K]; goes into the cache as well.
+        """Generate the codes of one image per class id.
+
+        The codes of an image are a function of (weights, class id, image id, seed, sampling
+        settings): not of the batch, the order or the number of processes, up to logits tied within
+        rounding. Dropout is off, whatever mode the model is in.
+
+        The model keeps the `Decoder` of its last call, buffers and CUDA graphs included.
 
         Args:
-            x: of the model's dtype and device.
-            cache: a `KVCache` of this model's config, with B rows.
-            at: in 0..block_size - 1, an int or a tensor of one element (whose value is not read).
-            length: ``at + 1``, of the same kind, for who has it: on a GPU it is a launch.
+            class_ids: [B] integers in [0, num_classes).
+            cfg_scale: classifier-free guidance, ``uncond + cfg_scale * (cond - uncond)``; 1 is
+                none, 0 is unconditional.
+            cfg_interval: n > -1 guides the first code and decode steps 0..n, that is codes 0..n+1,
+                and leaves the rest to the conditional logits; -1 guides all.
+            temperature: divides the logits (at least 1e-5).
+            top_k: keep the k largest logits, and ties; 0 keeps all.
+            top_p: then keep the nucleus of this probability; 1 keeps all.
+            greedy: take the arg-max instead of sampling.
+            seed: in [0, 2^64).
+            image_ids: [B] integers that name the images' noise; None is 0..B-1.
+            kv_dtype: of keys and values, see `Decoder`.
+            progress: told (codes done, codes in all) after every position; may raise to stop.
+
+        Returns:
+            int64 [B, block_size], on the model's device.
 
         Raises:
-            TypeError, ValueError: wrong shape, dtype, device, position or cache; autocast is on.
-                Checked here once for all layers, whose ops do not look again.
+            TypeError, ValueError: wrong shape, dtype, device or range.
+            MemoryError: not even one image fits into memory. A batch that does not is split.
+
+        Source: LlamaGen (arXiv 2406.06525), autoregressive/models/generate.py.
         """
-        if cache.config != self.config:
-            raise ValueError("GPT: the cache must be of this model's config, got one of another")
-        keys = cache.keys[0]
-        check_tensor("GPT", "x", x, "[B, C]", 2)
-        if torch.is_autocast_enabled(x.device.type):
-            raise TypeError(
-                "GPT: generation must not be under autocast, which would change its dtypes op by "
-                "op; convert the model instead, as with gpt.bfloat16()"
-            )
-        check_shape("GPT", "x", x, (keys.shape[0], self.config.dim))
-        check_same("GPT", x=x, weight=self.norm.weight, cache=keys)
-        check_position("GPT", "at", at, 0, keys.shape[2], (1,), x=x)
-        if length is None:
-            length = at + 1
-        check_position("GPT", "length", length, 1, keys.shape[2] + 1, (1,), x=x)
-        for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
-            x = block.step(x, self.rotary, keys, values, at, length)
-        norm, head = self.norm, self.head
-        return unchecked.norm_linear(x, norm.weight, head.weight, scale=head.scale, eps=norm.eps)
+        sampling = Sampling(cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, seed)
+        made = batches(self, class_ids, image_ids, sampling, progress=progress, kv_dtype=kv_dtype)
+        parts = [codes for _, codes in made]
+        empty = torch.empty(0, self.config.block_size, dtype=torch.int64, device=self.device)
+        return torch.cat(parts or [empty])
+
+    def stream(
+        self,
+        class_ids: Tensor,
+        *,
+        batch_size: int | None = None,
+        image_ids: Tensor | None = None,
+        memory: int | None = None,
+        kv_dtype: torch.dtype | None = None,
+        progress: Progress | None = None,
+        **sampling,
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """`generate` in batches, each handed out as soon as it is finished.
+
+        On a GPU the codes may still be in the making when they are handed out, as any result of
+        torch.
+
+        Args:
+            class_ids, image_ids, kv_dtype, progress: as in `generate`.
+            batch_size: images at a time; None is as many as fit into memory.
+            memory: bytes that keys, values and logits may take; None is most of what is free now.
+            sampling: cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, seed.
+
+        Returns:
+            An iterator of (which images, their codes int64 [n, block_size]), in order.
+
+        Raises:
+            TypeError, ValueError: as `generate`, at once.
+            MemoryError: ``batch_size`` images do not fit; the line says how many would.
+        """
+        if batch_size is not None:
+            if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+                raise TypeError(
+                    f"stream: batch_size must be an int, got {type(batch_size).__name__}"
+                )
+            if batch_size < 1:
+                raise ValueError(f"stream: batch_size must be at least 1, got {batch_size}")
+        return batches(
+            self, class_ids, image_ids, Sampling(**sampling), batch_size=batch_size, memory=memory,
+            progress=progress, kv_dtype=kv_dtype,
+        )  # fmt: skip
 
     @classmethod
     def from_official(

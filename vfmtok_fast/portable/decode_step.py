@@ -1,4 +1,4 @@
-"""Linear layers of a decoding step on a CPU, which cost one read of the weight.
+"""Portable `ops.decode_step`: all of a step costs one read of the weights, so that is to be fast.
 
 Measured on two cores (AMD EPYC, torch 2.14.1, float32, weights not in cache; GB/s of weights), on
 one day, and on another when the machine read memory at half that rate:
@@ -20,9 +20,18 @@ days disagree: by these rates `mm` loses 2 ms a step of GPT-B on the first, and 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..ops.decode_attention import decode_attention
+from ..reference.decode_step import append
+
+if TYPE_CHECKING:
+    from ..kv_cache import KVCache, LayerCache
+    from ..ops.decode_step import BlockWeights, StepWeights
 
 # Rows of an int8 weight that are widened at once.
 _BLOCK = 256
@@ -31,16 +40,51 @@ _BLOCK = 256
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def unsupported_reason(x: Tensor, *rest: object, **options: object) -> str | None:
-    """Why the ops made of `linear` cannot take a call, or None."""
-    if torch.is_autocast_enabled(x.device.type):
-        return "it computes in the dtype of its input, which autocast would change"
-    return None
+def decode_step(
+    code: Tensor,
+    embedding: Tensor,
+    weights: StepWeights,
+    cache: KVCache,
+    position: int | Tensor,
+    length: int | Tensor,
+) -> Tensor:
+    """See `vfmtok_fast.ops.decode_step`."""
+    rows = cache.layers[0].keys.shape[0]
+    x = embedding.index_select(0, code)
+    if rows > len(code):
+        x = x.repeat(rows // len(code), 1)
+    at = torch.as_tensor(position, device=x.device).reshape(1).long()
+    # Complex numbers: q and k rotate together, and pairs are never taken apart.
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    table = torch.view_as_complex(weights.rotary.index_select(0, at).to(wide))
+    for block, layer in zip(weights.blocks, cache, strict=True):
+        q = queries(rms_norm(x, block.attention_norm, weights.eps), block, layer, table, at)
+        mixed = decode_attention(q, layer.keys, layer.values, length)
+        x.add_(product(mixed.flatten(1), *block.out))
+        x.add_(product(hidden(rms_norm(x, block.ffn_norm, weights.eps), block), *block.down))
+    logits = product(rms_norm(x, weights.norm, weights.eps), *weights.head).contiguous()
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """`product`, contiguous."""
-    return product(x, weight, scale).contiguous()
+def queries(x: Tensor, block: BlockWeights, layer: LayerCache, table: Tensor, at: Tensor) -> Tensor:
+    """Rotated queries [R, H, D]; keys and values go into the cache."""
+    R, H, _, D = layer.keys.shape
+    qkv = product(x, *block.qkv).contiguous()
+    v = qkv[:, 2 * H * D :].view(R, H, D)
+    qk = qkv[:, : 2 * H * D]
+    qk = qk if qk.dtype == torch.float64 else qk.float()
+    # In place: the product is this function's own.
+    torch.view_as_complex(qk.view(R, 2 * H, D // 2, 2)).mul_(table)
+    q, k = qk.to(x.dtype).view(R, 2, H, D).unbind(1)
+    append(layer, at, k, v)
+    return q
+
+
+def hidden(x: Tensor, block: BlockWeights) -> Tensor:
+    """SwiGLU's gated products [R, F]."""
+    gate = F.silu(product(x, *block.gate), inplace=True)
+    # Both may lie the other way round; the product of the two sets that right.
+    return torch.mul(gate, product(x, *block.up), out=gate.new_empty(gate.shape))
 
 
 def product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -1,0 +1,290 @@
+"""What generates: buffers, KV cache and CUDA graphs for a number of images of one model.
+
+`Decoder` has the only loop over positions. A step is `ops.decode_step`, a draw and two small
+copies; on a GPU, with these ops enabled, it is captured once and replayed. `GPT.generate` and
+`GPT.stream` keep the last decoder of their model, see `Kept`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import ops, switch
+from ..kv_cache import KVCache
+from ..ops.checks import check_class_ids, check_integers
+from .memory import told_if_out_of_memory
+from .sampling import Sampling
+
+if TYPE_CHECKING:
+    from .transformer import GPT
+
+# Told (codes done, codes in all) after every position of a batch; may raise to stop.
+Progress = Callable[[int, int], None]
+# While all of these are enabled, a step on a GPU is captured and replayed.
+STEP_OPS = frozenset(["decode_step", "decode_attention", "sample_token"])
+# Of torch's captures only one may be under way.
+_capture = threading.Lock()
+
+
+class Decoder:
+    """Generates up to ``batch`` images at a time; make one with `GPT.decoder`.
+
+    It owns its buffers, which go when it goes, and no weights: a step reads the model's parameters
+    where they are, so a change in place counts at once. One call at a time; on a GPU, on the stream
+    that was current when it was made.
+
+    Args:
+        model: a `GPT`, which must outlive this.
+        batch: images at a time.
+        guided: whether classifier-free guidance can be asked for, which takes twice the memory.
+        kv_dtype: of keys and values; None is the model's, ``torch.int8`` takes half of the bytes of
+            half precision and changes the law of the samples a little.
+
+    Raises:
+        TypeError, ValueError: a batch below 1, or another kv_dtype.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        batch: int,
+        *,
+        guided: bool = False,
+        kv_dtype: torch.dtype | None = None,
+    ):
+        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+            raise ValueError(f"decoder: batch must be an int of at least 1, got {batch!r}")
+        if kv_dtype not in (None, model.dtype, torch.int8):
+            raise ValueError(
+                f"decoder: kv_dtype must be None, {model.dtype} or torch.int8, got {kv_dtype}"
+            )
+        self.batch, self.guided, self.kv_dtype = batch, guided, kv_dtype
+        self._model = weakref.ref(model)
+        self._made_for = _made_for(model)
+        self._busy = threading.Lock()
+        config, device = model.config, model.device
+
+        def new(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        with told_if_out_of_memory(batch):
+            self.cache = KVCache.empty(
+                config.num_layers, batch * (2 if guided else 1), config.num_heads,
+                config.block_size, config.head_dim, dtype=kv_dtype or model.dtype, device=device,
+            )  # fmt: skip
+            self.image_ids, self.codes = new(batch), new(batch, config.block_size)
+            # The last code of each image; the position of the next, and the length up to it.
+            self.code, self.at = new(batch), new(2)
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+
+    def generate(
+        self,
+        class_ids: Tensor,
+        *,
+        image_ids: Tensor | None = None,
+        progress: Progress | None = None,
+        **sampling,
+    ) -> Tensor:
+        """Codes of one image per class id, the same as `GPT.generate` makes.
+
+        Args:
+            class_ids: [B] integers, B at most ``batch``; fewer take as long as all.
+            image_ids, progress: as in `GPT.generate`.
+            sampling: cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, seed.
+
+        Returns:
+            int64 [B, block_size].
+
+        Raises:
+            TypeError, ValueError: as `GPT.generate`; more images than ``batch``; guidance without
+                ``guided``; another stream, dtype or device than this was made for.
+            RuntimeError: another call has not ended, or the model is gone.
+        """
+        model, settings = self._model(), Sampling(**sampling)
+        if model is None:
+            raise RuntimeError("decoder: its model is gone; keep the model as long as the decoder")
+        class_ids, image_ids = check_images(model, class_ids, image_ids, settings)
+        B = len(class_ids)
+        if B > self.batch:
+            raise ValueError(f"decoder: at most {self.batch} images at a time, got {B}")
+        if settings.guided(0) and not self.guided:
+            raise ValueError("decoder: guidance needs a decoder made with guided=True")
+        if _made_for(model)[:3] != self._made_for[:3]:
+            raise ValueError("decoder: the model or the current stream is another; make a new one")
+
+        def tell(step: int) -> None:
+            if progress is not None:
+                progress(B * (step + 1), B * model.config.block_size)
+
+        return self.run(class_ids, image_ids, settings, tell)
+
+    @torch.no_grad()
+    def run(
+        self, class_ids: Tensor, image_ids: Tensor, sampling: Sampling, tell: Callable[[int], None]
+    ) -> Tensor:
+        """`generate` for arguments that were checked; ``tell`` hears of each position."""
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError("decoder: another call of it has not ended; make one for each")
+        try:
+            with told_if_out_of_memory(self.batch):
+                return self._run(class_ids, image_ids, sampling, tell)
+        finally:
+            self._busy.release()
+
+    def _run(
+        self, class_ids: Tensor, image_ids: Tensor, sampling: Sampling, tell: Callable[[int], None]
+    ) -> Tensor:
+        model, B = self._model(), len(class_ids)
+        config, weights = model.config, model.step_weights()
+        if _made_for(model) != self._made_for:  # Weights were replaced: a graph has the old ones.
+            self.end()
+            self._made_for = _made_for(model)
+        self.image_ids[:B].copy_(image_ids)
+        # Rows beyond the images compute along, of a class that exists.
+        classes = class_ids.new_zeros(self.batch)
+        classes[:B] = class_ids
+        if sampling.guided(0):  # Rows [conditional; unconditional].
+            classes = torch.cat([classes, torch.full_like(classes, config.num_classes)])
+        replayed = model.device.type == "cuda" and switch.policy().ops >= STEP_OPS
+        for step in range(config.block_size):
+            cache = self._rows(sampling.guided(step))
+            if step == 0:
+                self._advance(weights, cache, sampling, classes, model.class_embedding.weight, 0)
+                torch.arange(1, 3, out=self.at)
+            elif replayed:
+                self._replay(weights, cache, sampling, model.token_embedding.weight)
+            else:
+                code = self.code
+                self._advance(weights, cache, sampling, code, model.token_embedding.weight, step)
+            tell(step)
+        return self.codes[:B].clone()
+
+    def _rows(self, guided: bool) -> KVCache:
+        return self.cache if guided == self.guided else self.cache.first_rows(self.batch)
+
+    def _advance(
+        self, weights: ops.StepWeights, cache: KVCache, sampling: Sampling, code: Tensor,
+        embedding: Tensor, at: int | Tensor,
+    ) -> None:  # fmt: skip
+        """One step: ``code`` gives the code of position ``at``, an int or ``self.at``.
+
+        With a tensor no value is read on the host, so this can be captured.
+        """
+        position, length = at.split(1) if isinstance(at, Tensor) else (at, at + 1)
+        logits = ops.decode_step(code, embedding, weights, cache, position, length)
+        self.code.copy_(sampling.draw(logits, self.image_ids, position))
+        if isinstance(at, Tensor):
+            self.codes.index_copy_(1, position, self.code[:, None])
+            at.add_(1)
+        else:
+            # Not codes[:, at], of which torch.compile makes a variant for every position.
+            self.codes.select(1, at).copy_(self.code)
+
+    def _replay(
+        self, weights: ops.StepWeights, cache: KVCache, sampling: Sampling, embedding: Tensor
+    ) -> None:
+        """One step on a GPU: eagerly the first time, which warms up, then captured and replayed.
+
+        Settings are baked into a graph, and so is what the switch takes; a change captures anew.
+        """
+        key = (sampling, switch.policy(), switch.generation(), len(cache.layers[0].keys))
+        if key in self.graphs:
+            self.graphs[key].replay()
+            return
+        # Graphs of other settings would pile up: two are alive, guided and not.
+        self.graphs = {old: graph for old, graph in self.graphs.items() if old[:3] == key[:3]}
+        step = (weights, cache, sampling, self.code, embedding, self.at)
+        # A stream of this device: torch's own for captures is that of the first device to capture.
+        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            self._advance(*step)
+        here.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Records; runs nothing, so the step above counts once. Other threads may go on meanwhile.
+        with _capture, torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            self._advance(*step)
+        self.graphs[key] = graph
+
+    def end(self) -> None:
+        """Drop the graphs, after they have ended: they may still be running."""
+        if self.graphs:
+            torch.cuda.synchronize()
+            self.graphs = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, which are nearly all that this owns."""
+        return sum(part.nbytes for layer in self.cache for part in layer if part is not None)
+
+
+def check_images(
+    model: GPT, class_ids: Tensor, image_ids: Tensor | None, sampling: Sampling
+) -> tuple[Tensor, Tensor]:
+    """Check what is to be generated; class ids and image ids int64 [B] on the model's device."""
+    check_class_ids("generate", class_ids, model.config.num_classes)
+    sampling.check()
+    if image_ids is None:
+        image_ids = torch.arange(len(class_ids))
+    else:
+        check_integers("generate", "image_ids", image_ids, tuple(class_ids.shape))
+    return class_ids.long().to(model.device), image_ids.long().to(model.device)
+
+
+def _made_for(model: GPT) -> tuple:
+    """Dtype, device, stream and the weights' addresses, which a graph holds."""
+    device = model.device
+    # Of another stream's call nobody knows here whether it has ended.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    addresses = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+    return model.dtype, device, stream, addresses
+
+
+class Kept:
+    """The last decoder of a model, for its next call. A copy of the model has none yet."""
+
+    def __init__(self):
+        # Of one element at most. A list, whose append and pop threads can share without a lock.
+        self._held: list[Decoder] = []
+
+    @contextlib.contextmanager
+    def decoder(
+        self, model: GPT, batch: int, guided: bool, kv_dtype: torch.dtype | None
+    ) -> Iterator[Decoder]:
+        """The kept one if it fits, else a new one; kept afterwards, also after an error."""
+        decoder = self._take()
+        if decoder is None or not (
+            (decoder.batch, decoder.guided, decoder.kv_dtype) == (batch, guided, kv_dtype)
+            and decoder._made_for == _made_for(model)
+        ):
+            if decoder is not None:
+                decoder.end()
+            del decoder  # Its memory first.
+            decoder = Decoder(model, batch, guided=guided, kv_dtype=kv_dtype)
+        try:
+            yield decoder
+        finally:
+            other = self._take()  # Of a second thread, or of a call from ``progress``.
+            self._held.append(decoder)
+            if other is not None:
+                other.end()
+
+    def _take(self) -> Decoder | None:
+        try:
+            return self._held.pop()
+        except IndexError:
+            return None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(decoder.nbytes for decoder in tuple(self._held))
+
+    def __reduce__(self) -> tuple:
+        return Kept, ()

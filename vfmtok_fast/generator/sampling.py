@@ -1,0 +1,42 @@
+"""How the codes of an image are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .. import ops
+from ..ops.sample_token import check_sampling
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of a draw; `GPT.generate` says what they mean."""
+
+    cfg_scale: float = 1.0
+    cfg_interval: int = -1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    greedy: bool = False
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise one line for a setting outside its range."""
+        settings = {k: v for k, v in vars(self).items() if k not in ("cfg_interval", "greedy")}
+        check_sampling("generate", **settings)
+        interval = self.cfg_interval
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < -1:
+            raise ValueError(f"generate: cfg_interval must be an integer from -1, got {interval!r}")
+
+    def guided(self, step: int) -> bool:
+        """Whether code ``step`` is guided; step s is the release's decode step s - 1."""
+        return self.cfg_scale != 1.0 and (self.cfg_interval == -1 or step - 1 <= self.cfg_interval)
+
+    def draw(self, logits: Tensor, image_ids: Tensor, step: int | Tensor) -> Tensor:
+        """One code [B] per image; with twice as many rows of logits the rest is unconditional."""
+        B = len(image_ids)
+        settings = {k: v for k, v in vars(self).items() if k != "cfg_interval"}
+        uncond = logits[B:] if len(logits) > B else None
+        return ops.sample_token(logits[:B], image_ids, step, uncond_logits=uncond, **settings)
