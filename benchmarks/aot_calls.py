@@ -34,33 +34,22 @@ def deformable_sample_calls() -> list[Call]:
 
 
 def step_calls() -> list[Call]:
-    """The layers of a decoding step; those of many rows are the kernels beside cuBLAS."""
+    """A step of one layer: few rows, more, and those whose products are cuBLAS's."""
     calls = []
-    for preset, dtype, rows, int8 in (
-        ("GPT-L", "bfloat16", 2, False),
-        ("GPT-3B", "bfloat16", 2, False),
-        ("GPT-L", "bfloat16", 32, False),
-        ("GPT-L", "float32", 2, False),
-        ("GPT-3B", "bfloat16", 2, True),
-        ("GPT-L", "bfloat16", 32, True),
-        ("GPT-B", "bfloat16", 33, False),
+    for preset, dtype, B, options in (
+        ("GPT-L", "bfloat16", 1, {}),
+        ("GPT-3B", "bfloat16", 1, {}),
+        ("GPT-L", "float32", 1, {}),
+        ("GPT-L", "bfloat16", 1, {"int8": True}),
+        ("GPT-L", "bfloat16", 16, {}),
+        ("GPT-L", "bfloat16", 16, {"int8": True}),
+        ("GPT-B", "bfloat16", 64, {}),
     ):
         model = GPTConfig.preset(preset)
-        C, F, V, H = model.dim, model.ffn_dim, model.vocab_size, model.num_heads
-        what = f"{preset} rows={rows}{' int8' * int8}"
-        many = rows > 32
-        sizes = [
-            ("qkv_rotary", {"K": C, "H": H, "T": 256}),
-            ("gate_up", {"K": C, "N": F}),
-            # Of many rows these launch nothing that the others do not.
-            *([] if many else [("linear_residual", {"K": F, "N": C})]),
-            *([] if many else [("norm_linear", {"K": C, "N": V})]),
-        ]
-        for op, shape in sizes:
-            calls.append(Call(op, what, dtype, {"rows": rows, **shape, "int8": int8}))
-    for dtype, C in (("bfloat16", 1024), ("float32", 3200)):
-        sizes = {"B": 1, "T": 256, "V": 16384, "C": C}
-        calls.append(Call("append_code", f"C={C}", dtype, sizes))
+        what = " ".join([preset, f"rows={2 * B}", *options])
+        sizes = {"C": model.dim, "H": model.num_heads, "F": model.ffn_dim, "V": model.vocab_size}
+        sizes |= {"B": B, "rows": 2 * B, "layers": 1, "T": 256, "position": 128, **options}
+        calls.append(Call("decode_step", what, dtype, sizes))
     return calls
 
 
@@ -125,17 +114,6 @@ class Loop:
     rolled: Callable[[dict], bool] = lambda constants: True
 
 
-def _weights(pair: bool, units: Callable[[dict], float]) -> Loop:
-    each = 2 if pair else 1
-    return Loop(
-        "weight",
-        lambda c: each * 16 * 4 * c["DEPTH"],
-        units,
-        lambda c: 2 * c["P"],
-        lambda c: c["K"] >= 32 * c["DEPTH"],
-    )
-
-
 LOOPS = {
     "_screen": Loop(
         "score",
@@ -144,10 +122,6 @@ LOOPS = {
         lambda s: s["N"] * s["K"],
         lambda c: 2 * c["C"] * (3 if c["AGAIN"] else 1),
     ),
-    "_qkv_rotary": _weights(True, lambda s: 3 * s["K"] ** 2),
-    "_gate_up": _weights(True, lambda s: 2 * s["K"] * s["N"]),
-    "_linear_residual": _weights(False, lambda s: s["K"] * s["N"]),
-    "_norm_linear": _weights(False, lambda s: s["K"] * s["N"]),
     "_decode": Loop(
         "key",
         lambda c: c["TILE"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from release_style import ReleaseStyle
 from torch import Tensor, nn
 
 import vfmtok_fast
-from vfmtok_fast import GPT, GPTConfig, ops
-from vfmtok_fast.generator import engine
+from vfmtok_fast import GPT, GPTConfig, ops, switch
+from vfmtok_fast.generator import Decoder, Sampling
 
 DTYPE = torch.bfloat16 if GPU else torch.float32
 SCALE = 1.5
@@ -27,10 +28,10 @@ OURS = ("fast", "fast, kernels apart")
 if GPU:
     CASES = [
         ("GPT-L", 1, 256, (*OURS, "fast, int8")),
-        ("GPT-L", 64, 256, ("fast",)),
         ("GPT-B", 1, 256, OURS),
         *(("GPT-L", B, 256, ("release style", "release style compiled")) for B in (1, 64)),
-        *(("GPT-L", B, 256, ("fast",)) for B in (4, 16, 128, 256, 512)),
+        *(("GPT-L", B, 256, ("fast", "fast, int8 cache")) for B in (256, 64)),
+        *(("GPT-L", B, 256, ("fast",)) for B in (4, 16, 128, 512)),
         ("GPT-L", 16, 256, ("fast, int8",)),
         *((name, 1, 256, OURS) for name in ("GPT-XL", "GPT-XXL")),
         ("GPT-3B", 1, 256, (*OURS, "fast, int8")),
@@ -69,47 +70,45 @@ def model_int8(preset: str) -> GPT:
     return copy.deepcopy(model(preset)).quantize_weights()
 
 
-class FirstCodes(Exception):
-    """Ends `generate` early."""
+@functools.lru_cache(maxsize=1)
+def decoder(preset: str, images: int, int8: bool, kv_dtype: torch.dtype | None) -> Decoder:
+    gpt = (model_int8 if int8 else model)(preset)
+    return gpt.decoder(images, guided=True, kv_dtype=kv_dtype)
 
 
-def first_codes(gpt: GPT, class_ids: Tensor, count: int, **options) -> Tensor:
-    """The first ``count`` codes: `generate` as it is, stopped from outside."""
-    if count == gpt.config.block_size:
-        return gpt.generate(class_ids, cfg_scale=SCALE, **options)
-    codes: list[Tensor] = []
-    draw = ops.sample_token
+class Enough(Exception):
+    """Ends a generation early."""
 
-    def counted(*args, **kwargs) -> Tensor:
-        codes.append(draw(*args, **kwargs))
-        if len(codes) == count:
-            raise FirstCodes
-        return codes[-1]
 
-    ops.sample_token = counted
-    try:
-        gpt.generate(class_ids, cfg_scale=SCALE, **options)
-    except FirstCodes:
-        pass
-    finally:
-        ops.sample_token = draw
-    return torch.stack(codes, dim=1)
+def first_codes(
+    preset: str, class_ids: Tensor, count: int, int8: bool = False,
+    kv_dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """The first ``count`` codes: a generation as it is, stopped from outside."""
+    made = decoder(preset, len(class_ids), int8, kv_dtype)
+
+    def stop(done: int, total: int) -> None:
+        if done == count * len(class_ids) < total:
+            raise Enough
+
+    with contextlib.suppress(Enough):
+        made.generate(class_ids, cfg_scale=SCALE, progress=stop)
+    return made.codes[:, :count].clone()
 
 
 def fast(
-    preset: str, class_ids: Tensor, count: int, apart: bool = False, int8: bool = False
-) -> Tensor:
-    gpt = (model_int8 if int8 else model)(preset)
+    preset: str, class_ids: Tensor, count: int, apart: bool = False, int8: bool = False,
+    kv_dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     with vfmtok_fast.enable():
-        if not GPU:
-            return first_codes(gpt, class_ids, count)
-        from vfmtok_fast.kernels import launch
+        if GPU:
+            from vfmtok_fast.kernels import launch
 
-        overlap = False if apart else None
-        if launch.OVERLAP != overlap:
-            launch.OVERLAP = overlap
-            engine.forget()  # Its graphs are of the other setting.
-        return first_codes(gpt, class_ids, count)
+            overlap = False if apart else None
+            if launch.OVERLAP != overlap:
+                launch.OVERLAP = overlap
+                switch.new_generation()  # The graphs are of the other setting.
+        return first_codes(preset, class_ids, count, int8, kv_dtype)
 
 
 @functools.lru_cache(maxsize=1)
@@ -122,14 +121,28 @@ def released(preset: str, class_ids: Tensor, count: int, compiled: bool = False)
     return style.generate(class_ids, SCALE, count)
 
 
+@torch.no_grad()
+def uncached(preset: str, class_ids: Tensor, count: int) -> Tensor:
+    """Every position anew at every step."""
+    gpt, sampling, ids = model(preset), Sampling(cfg_scale=SCALE), torch.arange(len(class_ids))
+    classes = torch.cat([class_ids, torch.full_like(class_ids, gpt.config.num_classes)])
+    codes = class_ids.new_empty(len(class_ids), 0)
+    for step in range(count):
+        logits = gpt.predict(gpt.embed(classes, codes.repeat(2, 1)))[:, -1]
+        code = sampling.draw(logits, ids.to(DEVICE), step)
+        codes = torch.cat([codes, code[:, None]], dim=1)
+    return codes
+
+
 PROVIDERS: dict[str, Callable[[str, Tensor, int], Tensor]] = {
-    "uncached reference": lambda preset, *rest: first_codes(model(preset), *rest, use_cache=False),
+    "uncached reference": uncached,
     "release style": released,
     "release style compiled": functools.partial(released, compiled=True),
-    "reference": lambda preset, *rest: first_codes(model(preset), *rest),
+    "reference": first_codes,
     "fast": fast,
     "fast, kernels apart": functools.partial(fast, apart=True),
     "fast, int8": functools.partial(fast, int8=True),
+    "fast, int8 cache": functools.partial(fast, kv_dtype=torch.int8),
 }
 
 
@@ -180,91 +193,65 @@ def bench_generate(benchmark, preset: str, B: int, count: int, provider: str):
     )
 
 
-def step_ops(gpt: GPT, rows: int, length: int) -> dict[str, Callable[[], object]]:
-    """The ops of one decoding step, each for all layers, on the model's own weights."""
-    config = gpt.config
+def step_ops(gpt: GPT, rows: int, position: int) -> dict[str, Callable[[], object]]:
+    """The ops of a position, with the model's own weights; attention for all layers."""
+    config, half = gpt.config, rows // 2
     draw = torch.Generator(device=DEVICE).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw, device=DEVICE).to(DTYPE)
 
-    x, hidden, logits = (normal(rows, n) for n in (config.dim, config.ffn_dim, config.vocab_size))
-    q = normal(rows, config.num_heads, config.head_dim)
-    caches = [
-        [normal(rows, config.num_heads, config.block_size, config.head_dim) for _ in range(2)]
-        for _ in gpt.blocks
-    ]
-    layers = list(zip(gpt.blocks, caches, strict=True))
-    half = rows // 2
+    logits, q = normal(rows, config.vocab_size), normal(rows, config.num_heads, config.head_dim)
+    cache = gpt.decoder(half, guided=True).cache
+    for layer in cache:
+        for part in layer[:2]:
+            part.normal_(generator=draw)
     ids = torch.arange(half, device=DEVICE)
-    codes = torch.zeros(half, config.block_size, dtype=torch.int64, device=DEVICE)
+    weights, embedding = gpt.step_weights(), gpt.token_embedding.weight
     return {
-        "qkv_rotary": lambda: [
-            ops.qkv_rotary(
-                x, b.attention_norm.weight, b.attention.qkv.weight, gpt.rotary, *c, length
-            )
-            for b, c in layers
+        "decode_step": lambda: ops.decode_step(ids, embedding, weights, cache, position),
+        "decode_attention": lambda: [
+            ops.decode_attention(q, layer.keys, layer.values, position + 1) for layer in cache
         ],
-        "decode_attention": lambda: [ops.decode_attention(q, *c, length + 1) for _, c in layers],
-        "linear_residual (out)": lambda: [
-            ops.linear_residual(x, b.attention.out.weight, x) for b, _ in layers
-        ],
-        "gate_up": lambda: [
-            ops.gate_up(x, b.ffn_norm.weight, b.ffn.gate.weight, b.ffn.up.weight) for b, _ in layers
-        ],
-        "linear_residual (down)": lambda: [
-            ops.linear_residual(hidden, b.ffn.down.weight, x) for b, _ in layers
-        ],
-        "norm_linear": lambda: ops.norm_linear(x, gpt.norm.weight, gpt.head.weight),
         "sample_token": lambda: ops.sample_token(
-            logits[:half].float(), ids, length, uncond_logits=logits[half:].float(), cfg_scale=SCALE
+            logits[:half].float(), ids, position, uncond_logits=logits[half:].float(),
+            cfg_scale=SCALE,
         ),
-        "append_code": lambda: ops.append_code(ids, codes, length, gpt.token_embedding.weight, x),
-    }
-
-
-STEP = (
-    "qkv_rotary", "decode_attention", "linear_residual (out)", "gate_up", "linear_residual (down)",
-    "norm_linear", "sample_token", "append_code",
-)  # fmt: skip
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("provider", ["reference", "fast"])
-@pytest.mark.parametrize("part", STEP)
+@pytest.mark.parametrize("part", ["decode_step", "decode_attention", "sample_token"])
 def bench_step(benchmark, part: str, provider: str):
     """Where the time of a step goes: GPT-B at half its length, guided; 2 images, a GPU's 1."""
-    rows, length = (2 if GPU else 4), 128
+    rows, position = (2 if GPU else 4), 128
     gpt = model("GPT-B")
-    run = step_ops(gpt, rows, length)[part]
     handle = vfmtok_fast.enable() if provider == "fast" else None
     try:
         with torch.no_grad():
             harness.measure(
                 benchmark,
                 op="generate_step",
-                shape=f"GPT-B {rows} rows, position {length}: {part}, all layers",
+                shape=f"GPT-B {rows} rows, position {position}: {part}",
                 provider=provider,
-                fn=run,
+                fn=step_ops(gpt, rows, position)[part],
                 check=lambda out: {},
-                work=part_work(gpt, part, rows, length),
+                work=part_work(gpt, part, rows, position),
             )
     finally:
         if handle:
             handle.close()
 
 
-def part_work(gpt: GPT, part: str, rows: int, length: int) -> harness.Work:
+def part_work(gpt: GPT, part: str, rows: int, position: int) -> harness.Work:
     config = gpt.config
-    dim, ffn, layers = config.dim, config.ffn_dim, config.num_layers
+    layer = 4 * config.dim**2 + 3 * config.dim * config.ffn_dim
+    weights = config.num_layers * layer + config.dim * config.vocab_size
+    live = config.num_layers * rows * 2 * config.dim * position
     numbers = {
-        "qkv_rotary": layers * 3 * dim * dim,
-        "decode_attention": layers * rows * 2 * dim * length,
-        "linear_residual (out)": layers * dim * dim,
-        "gate_up": layers * 2 * dim * ffn,
-        "linear_residual (down)": layers * dim * ffn,
-        "norm_linear": dim * config.vocab_size,
+        "decode_step": weights + live,
+        "decode_attention": live,
         "sample_token": rows * config.vocab_size,
-        "append_code": 2 * rows * dim,
     }[part]
-    each = 1 if part in ("decode_attention", "sample_token", "append_code") else rows
-    return harness.Work(bytes=DTYPE.itemsize * numbers, flops=2 * each * numbers)
+    flops = 2 * rows * weights + 2 * live if part == "decode_step" else 2 * numbers
+    return harness.Work(bytes=DTYPE.itemsize * numbers, flops=flops)

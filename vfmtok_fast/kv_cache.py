@@ -21,6 +21,13 @@ class LayerCache(NamedTuple):
     key_scale: Tensor | None = None
     value_scale: Tensor | None = None
 
+    @property
+    def scales(self) -> dict[str, Tensor]:
+        """As keywords of `ops.decode_attention`."""
+        if self.key_scale is None:
+            return {}
+        return {"k_scale": self.key_scale, "v_scale": self.value_scale}
+
     def first_rows(self, rows: int) -> LayerCache:
         return LayerCache(*(None if part is None else part[:rows] for part in self))
 

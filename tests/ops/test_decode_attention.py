@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vfmtok_fast.ops import decode_attention
+from vfmtok_fast.reference.decode_step import in_8_bits
 
 GARBAGE = (float("nan"), float("inf"), float("-inf"), 1e30)
 
@@ -111,6 +112,37 @@ def test_length_in_every_form_and_garbage_beyond_it(data, B, G, group, T, D, gar
     for length in (lengths[0], torch.tensor(lengths[:1], dtype=integer), torch.tensor(lengths[0])):
         got = decode_attention(q, spoil(k, same), spoil(v, same), length)
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("H", "G"), [(4, 4), (6, 2)])
+def test_caches_of_8_bits_stand_for_numbers_times_scales(H, G, dtype):
+    q, k, v = make(H=H, G=G)
+    (k, k_scale), (v, v_scale) = in_8_bits(k), in_8_bits(v)
+    full = [(x.double() * by[..., None]) for x, by in ((k, k_scale), (v, v_scale))]
+    q = q.to(dtype)
+    k_scale[:, :, 7:], v_scale[:, :, 7:] = float("nan"), float("nan")
+    for length, lengths in ((7, [7] * 3), (torch.tensor([7, 1, 3]), [7, 1, 3])):
+        got = decode_attention(q, k, v, length, k_scale=k_scale, v_scale=v_scale)
+        assert got.dtype == dtype
+        # Keys and values are rounded to q's type once more.
+        allowed = bound(q, *full) + 2 * bound(q.to(dtype), *full) / 3
+        assert float((got - oracle(q, *full, lengths)).abs().max()) <= allowed
+
+
+def test_8_bits_need_both_caches_and_both_scales():
+    q, k, v = make()
+    (k8, k_scale), (v8, v_scale) = in_8_bits(k), in_8_bits(v)
+    for caches, scales, error, message in (
+        ((k8, v8), (None, None), TypeError, "k_cache must be floating point, got torch.int8"),
+        ((k8, v8), (k_scale, None), TypeError, "with scales v_scale must be torch.float32 of 3"),
+        ((k8, v), (k_scale, v_scale), TypeError, "with scales v_cache must be torch.int8 of 4"),
+        ((k8, v8), (k_scale, v_scale[:, :, :5]), ValueError, r"v_scale must have shape \(3, 4, 9"),
+    ):
+        with pytest.raises(error, match=f"^decode_attention: {message}"):
+            decode_attention(q, *caches, 3, k_scale=scales[0], v_scale=scales[1])
+    # The call that every test here has to make.
+    decode_attention(q, k8, v8, 3, k_scale=k_scale, v_scale=v_scale)
 
 
 def test_one_position_gives_its_value():

@@ -14,6 +14,7 @@ from torch import Tensor
 import vfmtok_fast
 from vfmtok_fast import ops
 from vfmtok_fast.reference.decode_attention import decode_attention as reference
+from vfmtok_fast.reference.decode_step import in_8_bits
 
 pytest.importorskip("triton")
 from vfmtok_fast.kernels import decode_attention as kernel
@@ -31,7 +32,7 @@ VALUES = {2: 8192, 4: 4096}
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
 GARBAGE = (float("nan"), float("inf"), float("-inf"), 1e30)
 # Positions of launch arguments.
-PARTS, ARRIVED = 5, 6
+PARTS, ARRIVED = 7, 8
 
 
 @pytest.mark.slow
@@ -135,6 +136,27 @@ def test_lengths_of_any_form(integer: torch.dtype, check, launches):
     one = [check(q, k, v, length) for length in (torch.tensor([37]), torch.tensor(37), 37)]
     assert torch.equal(one[0], one[1]) and torch.equal(one[0], one[2])
     assert [constants["LENGTHS"] for constants in launches.constants] == [2, 2, 2, 1, 1, 0]
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("H", "G", "D"), [(2, 2, 64), (6, 2, 100), (3, 1, 12)])
+def test_caches_of_8_bits(H: int, G: int, D: int, dtype: torch.dtype, check_error, split):
+    """Dead positions hold NaN as scales; the truth has the caches in full."""
+    q, k, v = make(H=H, G=G, D=D)
+    (k, k_scale), (v, v_scale) = in_8_bits(k), in_8_bits(v)
+    q = q.to(dtype)
+    for length in (1, 17, 70):
+        spoilt = [x.clone().to(DEVICE) for x in (k, v, k_scale, v_scale)]
+        for scale in spoilt[2:]:
+            scale[:, :, length:] = float("nan")
+        keys, values, k_by, v_by = spoilt
+        got = kernel.decode_attention(
+            q.to(DEVICE), keys, values, length, k_scale=k_by, v_scale=v_by
+        ).cpu()
+        full = [(x.double() * by[..., None]) for x, by in ((k, k_scale), (v, v_scale))]
+        ruler = reference(q, k, v, length, k_scale=k_scale, v_scale=v_scale)
+        check_error(got, reference(q.double(), *full, length), ruler)
 
 
 @runs
@@ -340,7 +362,10 @@ def test_the_switch_takes_it_and_says_why_not():
 def test_opcheck(length: int | Tensor):
     q, k, v = (x.to(DEVICE) for x in make(T=20, D=24))
     lengths, number = (length.to(DEVICE), 0) if isinstance(length, Tensor) else (None, length)
-    torch.library.opcheck(torch.ops.vfmtok_fast.decode_attention_triton, (q, k, v, lengths, number))
+    op = torch.ops.vfmtok_fast.decode_attention_triton
+    torch.library.opcheck(op, (q, k, v, None, None, lengths, number))
+    (k, k_scale), (v, v_scale) = in_8_bits(k), in_8_bits(v)
+    torch.library.opcheck(op, (q, k, v, k_scale, v_scale, lengths, number))
 
 
 @runs

@@ -113,10 +113,9 @@ def _check(
     if R != B and R != 2 * B:
         raise ValueError(f"{name}: the cache must have {B} or {2 * B} rows, got {R}")
     for i, (block, layer) in enumerate(zip(weights.blocks, cache, strict=True)):
-        for part in ("keys", "values"):
-            _check_part(
-                f"{part} of layer {i}", Weight(getattr(layer, part)), (R, H, T, D), embedding
-            )
+        parts = {"keys": (layer.keys, layer.key_scale), "values": (layer.values, layer.value_scale)}
+        for part, (tensor, scale) in parts.items():
+            _check_part(f"{part} of layer {i}", Weight(tensor, scale), (R, H, T, D), embedding)
         F = block.gate.weight.shape[0]
         for part, shape in (("attention_norm", (C,)), ("ffn_norm", (C,))):
             _check_part(f"{part} of block {i}", Weight(getattr(block, part)), shape, embedding)
@@ -135,11 +134,11 @@ def _check(
 
 
 def _check_part(what: str, layer: Weight, shape: tuple[int, ...], like: Tensor) -> None:
-    """Require a weight of that shape, of the dtype of ``like``, or a matrix of int8 with scales."""
+    """Require that shape, and the dtype of ``like`` or int8 with scales."""
     weight, scale = layer
     if tuple(weight.shape) != shape:
         raise ValueError(f"decode_step: {what} must have shape {shape}, got {tuple(weight.shape)}")
-    if weight.dtype != (like.dtype if scale is None or len(shape) == 1 else torch.int8):
+    if weight.dtype != (like.dtype if scale is None else torch.int8):
         raise TypeError(
             f"decode_step: {what} must be {like.dtype}, as embedding is, or int8 with a scale, "
             f"got {weight.dtype} with{'out' if scale is None else ''} a scale"
@@ -147,9 +146,10 @@ def _check_part(what: str, layer: Weight, shape: tuple[int, ...], like: Tensor) 
     check_on("decode_step", what, weight, "embedding", like)
     if scale is None:
         return
-    if tuple(scale.shape) != shape[:1] or scale.dtype != torch.float32:
+    # Of a matrix for each row, of a cache for each position.
+    if tuple(scale.shape) != shape[:-1] or scale.dtype != torch.float32:
         raise ValueError(
-            f"decode_step: the scale of {what} must be float32 of shape {shape[:1]}, "
+            f"decode_step: the scale of {what} must be float32 of shape {shape[:-1]}, "
             f"got {scale.dtype} {tuple(scale.shape)}"
         )
     check_on("decode_step", f"the scale of {what}", scale, "embedding", like)

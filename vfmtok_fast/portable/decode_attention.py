@@ -15,12 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..reference.dequantized import dequantized
+
 # Heads of all rows from which on a CPU takes matrix products.
 _PRODUCTS = 192
 
 
 def unsupported_reason(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    length: int | Tensor,
+    **scales: Tensor | None,
 ) -> str | None:
     """Why this cannot take the call, or None."""
     if q.device.type != "cpu" and isinstance(length, Tensor):
@@ -30,18 +36,37 @@ def unsupported_reason(
     return None
 
 
-def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor) -> Tensor:
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    length: int | Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
     """See `vfmtok_fast.ops.decode_attention`; takes what `unsupported_reason` lets pass."""
-    if isinstance(length, Tensor):
-        lengths = length.flatten().tolist()
-        if len(lengths) > 1:
-            rows = zip(q.split(1), k_cache.split(1), v_cache.split(1), lengths, strict=True)
-            return torch.cat([decode_attention(*row) for row in rows])
-        (length,) = lengths or [1]
-    B, H, D = q.shape
-    G = k_cache.shape[1]
+    cache = (k_cache, v_cache) if k_scale is None else (k_cache, v_cache, k_scale, v_scale)
+    if not isinstance(length, Tensor):
+        return _attend(q, *cache, length=length)
+    lengths = length.flatten().tolist() or [1]
+    if len(lengths) == 1:
+        return _attend(q, *cache, length=lengths[0])
+    rows = zip(*(tensor.split(1) for tensor in (q, *cache)), lengths, strict=True)
+    return torch.cat([_attend(*row, length=live) for *row, live in rows])
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    *, length: int,
+) -> Tensor:  # fmt: skip
+    k, v = k[:, :, :length], v[:, :, :length]
+    if k_scale is not None:
+        k = dequantized(k, k_scale[:, :, :length], q.dtype)
+        v = dequantized(v, v_scale[:, :, :length], q.dtype)
+    (B, H, D), G = q.shape, k.shape[1]
     # Queries that share a head's keys take the place of positions.
-    q, k, v = q.reshape(B, G, H // G, D), k_cache[:, :, :length], v_cache[:, :, :length]
+    q = q.reshape(B, G, H // G, D)
     if q.device.type == "cpu" and q.dtype == torch.float32 and B * G >= _PRODUCTS:
         mixed = (q @ k.transpose(2, 3)).mul_(D**-0.5).softmax(dim=-1) @ v
     else:

@@ -59,7 +59,7 @@ def decode_step(
     table = torch.view_as_complex(weights.rotary.index_select(0, at).to(wide))
     for block, layer in zip(weights.blocks, cache, strict=True):
         q = queries(rms_norm(x, block.attention_norm, weights.eps), block, layer, table, at)
-        mixed = decode_attention(q, layer.keys, layer.values, length)
+        mixed = decode_attention(q, layer.keys, layer.values, length, **layer.scales)
         x.add_(product(mixed.flatten(1), *block.out))
         x.add_(product(hidden(rms_norm(x, block.ffn_norm, weights.eps), block), *block.down))
     logits = product(rms_norm(x, weights.norm, weights.eps), *weights.head).contiguous()

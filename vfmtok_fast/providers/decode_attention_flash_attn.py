@@ -14,9 +14,11 @@ from .trial import Trial
 
 
 def unsupported_reason(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor, **scales: Tensor | None
 ) -> str | None:
     """Why this cannot take the call, or None."""
+    if scales:
+        return "it takes no caches of 8 bits"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, not {q.dtype}"
     # It pads other dims itself, which copies both caches in every call.

@@ -7,9 +7,21 @@ import math
 import torch
 from torch import Tensor
 
+from .dequantized import dequantized
 
-def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor) -> Tensor:
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    length: int | Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
     """See `vfmtok_fast.ops.decode_attention`."""
+    k_cache = dequantized(k_cache, k_scale, q.dtype)
+    v_cache = dequantized(v_cache, v_scale, q.dtype)
     B, H, D = q.shape
     heads, capacity = k_cache.shape[1], k_cache.shape[2]
     if isinstance(length, int):

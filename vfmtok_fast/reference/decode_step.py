@@ -52,14 +52,27 @@ def attention(
     at = torch.as_tensor(position, device=x.device).reshape(1).long()
     table = weights.rotary.index_select(0, at)
     append(layer, at, rotate(k, table), v)
-    mixed = decode_attention(rotate(q, table), layer.keys, layer.values, length)
+    mixed = decode_attention(rotate(q, table), layer.keys, layer.values, length, **layer.scales)
     return linear(mixed.flatten(1), block.out)
 
 
 def append(layer: LayerCache, at: Tensor, keys: Tensor, values: Tensor) -> None:
     """Write keys and values [R, H, D] of position ``at`` [1] into the cache."""
-    layer.keys.index_copy_(2, at, keys[:, :, None])
-    layer.values.index_copy_(2, at, values[:, :, None])
+    parts = ((layer.keys, layer.key_scale, keys), (layer.values, layer.value_scale, values))
+    for cache, scales, new in parts:
+        if scales is not None:
+            new, scale = in_8_bits(new)
+            scales.index_copy_(2, at, scale[:, :, None])
+        cache.index_copy_(2, at, new[:, :, None])
+
+
+def in_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [..., D] and float32 scales [...]: the largest magnitude of each row / 127."""
+    wide = x.float()
+    scale = wide.abs().amax(-1) / 127
+    # A row of zeros has any scale but zero.
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (wide / scale[..., None]).round().to(torch.int8), scale
 
 
 def feed_forward(x: Tensor, block: BlockWeights, eps: float) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ..generator import GPTConfig
+from ..kv_cache import KVCache
+from ..ops import BlockWeights, StepWeights, Weight
 from ..tokenizer import VFMTokConfig
 
 # Gradients of values, offsets and logits; the model's reference points are fixed.
@@ -98,51 +100,43 @@ def _sample_token(new: New, device, *, B: int, V: int, guided: bool = True, **se
     return (new(B, V), torch.arange(B, device=device), step), settings
 
 
-def _weight(new: New, N: int, K: int, int8: bool) -> tuple[Tensor, Tensor | None]:
-    if int8:
-        return new(N, K, dtype=torch.int8), new(N, dtype=torch.float32)
-    return new(N, K), None
+def _decode_step(
+    new: New, device, *, B: int, rows: int, layers: int, C: int, H: int, F: int, V: int, T: int,
+    position: int, int8: bool = False, int8_cache: bool = False,
+):  # fmt: skip
+    """``rows``: of the cache, B or with guidance 2 B."""
+    D = C // H
 
+    def weight(N: int, K: int) -> Weight:
+        if int8:
+            return Weight(new(N, K, dtype=torch.int8), new(N, dtype=torch.float32))
+        return Weight(new(N, K))
 
-def _linear_residual(new: New, device, *, rows: int, K: int, N: int, int8: bool = False):
-    weight, scale = _weight(new, N, K, int8)
-    return (new(rows, K), weight, new(rows, N)), {"scale": scale}
-
-
-def _norm_linear(new: New, device, *, rows: int, K: int, N: int, int8: bool = False):
-    weight, scale = _weight(new, N, K, int8)
-    return (new(rows, K), new(K), weight), {"scale": scale}
-
-
-def _gate_up(new: New, device, *, rows: int, K: int, N: int, int8: bool = False):
-    (gate, gate_scale), (up, up_scale) = _weight(new, N, K, int8), _weight(new, N, K, int8)
-    return (new(rows, K), new(K), gate, up), {"gate_scale": gate_scale, "up_scale": up_scale}
-
-
-def _qkv_rotary(new: New, device, *, rows: int, K: int, H: int, T: int, int8: bool = False):
-    D = K // H
-    weight, scale = _weight(new, 3 * K, K, int8)
+    blocks = tuple(
+        BlockWeights(
+            new(C), weight(3 * C, C), weight(C, C), new(C), weight(F, C), weight(F, C), weight(C, F)
+        )
+        for _ in range(layers)
+    )
     rotary = new(T, D // 2, 2, dtype=torch.float32)
-    at = torch.full((1,), T // 2, device=device, dtype=torch.int64)
-    caches = new(rows, H, T, D), new(rows, H, T, D)
-    return (new(rows, K), new(K), weight, rotary, *caches, at), {"scale": scale}
-
-
-def _append_code(new: New, device, *, B: int, T: int, V: int, C: int):
-    codes = torch.zeros(B, T, dtype=torch.int64, device=device)
-    position = torch.zeros(2, dtype=torch.int64, device=device)
-    return (codes[:, 0].contiguous(), codes, position, new(V, C), new(2 * B, C)), {}
+    dtype = torch.int8 if int8_cache else blocks[0].attention_norm.dtype
+    cache = KVCache.empty(layers, rows, H, T, D, dtype=dtype, device=device)
+    for layer in cache:
+        for part in layer:
+            if part is not None:
+                part.copy_(new(*part.shape, dtype=part.dtype))
+    at = torch.full((2,), position, device=device, dtype=torch.int64)
+    at[1:] += 1
+    code = torch.zeros(B, device=device, dtype=torch.int64)
+    weights = StepWeights(blocks, new(C), weight(V, C), rotary)
+    return (code, new(1, C), weights, cache, at[:1], at[1:]), {}
 
 
 _MAKERS = {
-    "append_code": _append_code,
     "decode_attention": _decode_attention,
+    "decode_step": _decode_step,
     "deformable_sample": _deformable_sample,
-    "gate_up": _gate_up,
-    "linear_residual": _linear_residual,
     "nearest_code": _nearest_code,
-    "norm_linear": _norm_linear,
-    "qkv_rotary": _qkv_rotary,
     "sample_token": _sample_token,
 }
 
@@ -177,15 +171,10 @@ def tokenizer_calls(config: VFMTokConfig) -> list[Call]:
 
 
 def generator_calls(name: str, config: GPTConfig, dtype: str = "bfloat16") -> list[Call]:
-    """A guided step of one image; attention and draw also of 64."""
-    C, H, F, V = config.dim, config.num_heads, config.ffn_dim, config.vocab_size
+    """A guided step of one image and of 64, of one layer: all are alike."""
+    C, H, V = config.dim, config.num_heads, config.vocab_size
     T, D = config.block_size, config.head_dim
-    layer = [
-        ("gate_up", {"rows": 2, "K": C, "N": F}),
-        ("linear_residual", {"rows": 2, "K": F, "N": C}),
-        ("norm_linear", {"rows": 2, "K": C, "N": V}),
-        ("qkv_rotary", {"rows": 2, "K": C, "H": H, "T": T}),
-    ]
+    step = {"layers": 1, "C": C, "H": H, "F": config.ffn_dim, "V": V, "T": T, "position": T // 2}
     calls = []
     for B in (64, 1):
         sizes = {"B": 2 * B, "H": H, "G": H, "T": T, "D": D, "length": T // 2}
@@ -193,4 +182,7 @@ def generator_calls(name: str, config: GPTConfig, dtype: str = "bfloat16") -> li
         for what, filters in (("", {}), (" top-k 100", {"top_k": 100}), (" top-p", {"top_p": 0.9})):
             sizes = {"B": B, "V": V, "cfg_scale": 1.5, **filters}
             calls.append(Call("sample_token", f"{B} guided{what}", "float32", sizes))
-    return [*calls, *(Call(op, f"{name} 1 guided", dtype, sizes) for op, sizes in layer)]
+    for B in (1, 16, 64):
+        sizes = {"B": B, "rows": 2 * B, **step}
+        calls.append(Call("decode_step", f"{name} {B} guided", dtype, sizes))
+    return calls

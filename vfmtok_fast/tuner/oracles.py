@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .. import switch
+from ..kv_cache import KVCache, LayerCache
 from .calls import Call
 
 # Rows that are compared: images, queries or rows of logits.
@@ -34,6 +36,8 @@ def oracle(call: Call, args: Sequence[Any], kwargs: dict[str, Any]) -> Check:
             want = reference(*args, **kwargs)
         # One code of a batch may be tied within rounding.
         return lambda got: _say(int((got[0] != want).sum()), 1, "codes differ from the reference's")
+    if call.op == "decode_step":
+        return _step(reference, args)
     return _continuous(call, reference, args, kwargs)
 
 
@@ -51,6 +55,35 @@ def _search(args: Sequence[Any], kwargs: dict[str, Any]) -> Check:
         codes = got[0][:rows].view(rows, k)
         lost = (best - scores.gather(1, codes)) > TIE
         return _say(int(lost.sum()), 0, "codes are not the nearest")
+
+    return check
+
+
+def _step(reference: Callable, args: Sequence[Any]) -> Check:
+    """The logits of a step whose weights and cache are too many to be compared themselves."""
+    code, embedding, weights, cache, position, length = args
+
+    def logits(dtype: torch.dtype | None) -> Tensor:
+        def same(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                wide = dtype is not None and value.dtype == embedding.dtype
+                return value.to(dtype) if wide else value.clone()
+            return value
+
+        own = tree_map(same, weights)
+        layers = KVCache(tuple(LayerCache(*map(same, layer)) for layer in cache))
+        with torch.no_grad():
+            return reference(code, same(embedding), own, layers, position, length)
+
+    truth, ruler = logits(torch.float64), logits(None)
+    own = float((ruler.double() - truth).abs().max())
+    rounding = torch.finfo(embedding.dtype).eps * float(truth.abs().max())
+
+    def check(got: Sequence[Tensor]) -> str:
+        error = float((got[0].double() - truth).abs().max())
+        if error <= 4 * own + 2 * rounding:
+            return ""
+        return f"it is off by {error:.2e}, the reference by {own:.2e}"
 
     return check
 
