@@ -1,9 +1,9 @@
-"""What `GPT.quantize_weights` costs in quality: `python benchmarks/int8_quality.py`.
+"""What 8 bits cost in quality: `python benchmarks/int8_quality.py`.
 
 Teacher forcing over held-out codes, each position's law under the model as it is, rounded to
-bfloat16, and with int8 weights: cross-entropy per code, Kullback-Leibler divergence from the full
-model, and how often the likeliest code is the same. With a generator and a cache of tokens of the
-pictures it was trained on (or, better, was not):
+bfloat16, with int8 weights, and with an int8 cache of keys and values: cross-entropy per code,
+Kullback-Leibler divergence from the full model, and how often the likeliest code is the same. With
+a generator and a cache of tokens of the pictures it was trained on (or, better, was not):
 
     python benchmarks/int8_quality.py --gpt gpt-l/ --tokens tokens/ --limit 1000
 
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vfmtok_fast import GPT, GPTConfig
+from vfmtok_fast import GPT, GPTConfig, ops
 
 SMALL = GPTConfig(
     num_layers=4, num_heads=4, dim=128, vocab_size=256, block_size=64, num_classes=8,
@@ -77,28 +77,44 @@ def from_folders(options: argparse.Namespace) -> tuple[GPT, Tensor, Tensor]:
     return GPT.from_pretrained(options.gpt), codes, classes
 
 
+def logits(model: GPT, codes: Tensor, classes: Tensor, kv_dtype: torch.dtype | None) -> Tensor:
+    """Of every position in float64; with ``kv_dtype`` step by step, as generation has them."""
+    if kv_dtype is None:
+        return model(codes, classes).double()
+    cache, weights = model.decoder(len(codes), kv_dtype=kv_dtype).cache, model.step_weights()
+    made = [ops.decode_step(classes, model.class_embedding.weight, weights, cache, 0)]
+    for at in range(1, codes.shape[1]):
+        code = codes[:, at - 1].contiguous()
+        made.append(ops.decode_step(code, model.token_embedding.weight, weights, cache, at))
+    return torch.stack(made, dim=1).double()
+
+
 @torch.no_grad()
 def compare(model: GPT, codes: Tensor, classes: Tensor, device: torch.device) -> None:
+    rounded = copy.deepcopy(model).bfloat16()
+    small = copy.deepcopy(model).quantize_weights()
     versions = {
-        "float32": model,
-        "bfloat16": copy.deepcopy(model).bfloat16(),
-        "int8": copy.deepcopy(model).quantize_weights(),
-        "int8, bfloat16": copy.deepcopy(model).quantize_weights().bfloat16(),
+        "float32": (model, None),
+        "bfloat16": (rounded, None),
+        "int8 weights": (small, None),
+        "int8 weights, bfloat16": (copy.deepcopy(small).bfloat16(), None),
+        "int8 cache": (model, torch.int8),
+        "int8 cache, bfloat16": (rounded, torch.int8),
     }
     totals = {name: torch.zeros(3, dtype=torch.float64) for name in versions}
-    for version in versions.values():
+    for version, _ in versions.values():
         version.to(device)
     for part, labels in zip(codes.split(16), classes.split(16), strict=True):
         part, labels = part.to(device), labels.to(device)
-        laws = {n: v(part, labels).double().log_softmax(-1) for n, v in versions.items()}
-        full = laws["float32"]
-        for name, law in laws.items():
+        full = logits(model, part, labels, None).log_softmax(-1)
+        for name, version in versions.items():
+            law = logits(version[0], part, labels, version[1]).log_softmax(-1)
             loss = -law.gather(-1, part[..., None]).sum()
             divergence = (full.exp() * (full - law)).sum()
             same = (law.argmax(-1) == full.argmax(-1)).sum()
             totals[name] += torch.stack([loss, divergence, same]).cpu()
     print(f"\n{len(codes)} images of {codes.shape[1]} codes\n")
-    print("| weights | nats per code | KL from float32 | same likeliest code |\n|---|---|---|---|")
+    print("| model | nats per code | KL from float32 | same likeliest code |\n|---|---|---|---|")
     for name, total in totals.items():
         loss, divergence, same = (total / codes.numel()).tolist()
         print(f"| {name} | {loss:.5f} | {divergence:.2e} | {100 * same:.2f} % |")
