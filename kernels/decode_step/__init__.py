@@ -1,0 +1,302 @@
+"""Triton `ops.decode_step`: an embedding, five launches for each layer, and the head.
+
+What a step costs is reading the weights, once for all rows. Kernels differ by how many there are:
+
+    1 to 4     `vector`: products and sums in float32, without the matrix unit
+    5 to 64    `matrix`: the matrix unit, x normalised by a small kernel beforehand
+    more       cuBLAS, with small kernels between its products, see `many`
+
+The bits of a row are a function of that choice and of nothing else about the other rows. Attention
+is `ops.decode_attention`, whose implementation is a choice of its own. README.md has the floor,
+what was measured, and what was tried.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from ..launch import on, overlap
+from ..registered import registered
+from ..tuning import Space
+from . import matrix, vector
+from .epilogue import ADDED, GATED, LOGITS, QKV
+from .many import _append, _embed, _gate, _rms_norm
+from .matrix import _matrix
+from .vector import _vector
+
+if TYPE_CHECKING:
+    from ...kv_cache import KVCache
+    from ...ops.decode_step import StepWeights
+
+# Outputs and warps of a program. Measured in prototypes on an H200 (bfloat16, 2 rows): 2 rows of
+# weights and 2 warps for GPT-L's qkv and gate and up, 4 warps for longer rows, 8 rows for the head.
+_VECTOR = {"tile": (1, 2, 4, 8), "warps": (2, 4, 8)}
+QKV_ROWS = Space("decode_step.qkv", _VECTOR, {80: {"tile": 1, "warps": 2}}, bits=("warps",))
+OUT_ROWS = Space("decode_step.out", _VECTOR, {80: {"tile": 2, "warps": 4}}, bits=("warps",))
+GATE_ROWS = Space("decode_step.gate_up", _VECTOR, {80: {"tile": 1, "warps": 2}}, bits=("warps",))
+DOWN_ROWS = Space("decode_step.down", _VECTOR, {80: {"tile": 2, "warps": 4}}, bits=("warps",))
+HEAD_ROWS = Space("decode_step.head", _VECTOR, {80: {"tile": 8, "warps": 4}}, bits=("warps",))
+# Outputs of a program, pieces of K side by side (1: four warps on one piece), bytes of a row of
+# weights to a piece, and pieces on their way. Not by the number of rows: an image must not depend
+# on the batch that it is in.
+MATRIX = Space(
+    "decode_step.matrix",
+    {"tile": (16, 32, 64), "slices": (1, 4), "piece": (128, 256), "stages": (2, 3, 4)},
+    {80: {"tile": 16, "slices": 4, "piece": 128, "stages": 4}},
+    bits=("slices", "piece"),
+    # One warp's own tile beside three others', or one of all four warps.
+    valid=lambda s: (s.tile == 64) == (s.slices == 1),
+)
+SPACES = QKV_ROWS, OUT_ROWS, GATE_ROWS, DOWN_ROWS, HEAD_ROWS, MATRIX
+BLOCK = 1024
+
+
+def unsupported_reason(
+    code: Tensor, embedding: Tensor, weights: StepWeights, cache: KVCache, *rest: object
+) -> str | None:
+    """Why this cannot take the call, or None."""
+    if embedding.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it takes float32, float16 and bfloat16, not {embedding.dtype}"
+    if weights.rotary.dtype != torch.float32 or not weights.rotary.is_contiguous():
+        return f"it takes a contiguous float32 rotary table, not {weights.rotary.dtype}"
+    parts = [code, embedding, weights.norm, *weights.head]
+    for block in weights.blocks:
+        parts += [block.attention_norm, block.ffn_norm]
+        parts += [*block.qkv, *block.out, *block.gate, *block.up, *block.down]
+    for layer in cache:
+        parts += layer
+    if not all(part is None or part.is_contiguous() for part in parts):
+        return "it takes contiguous weights and caches"
+    if embedding.shape[1] > 2**15:
+        return f"it takes up to 32768 channels, not {embedding.shape[1]}"
+    return None
+
+
+def tuning_key(
+    code: Tensor, embedding: Tensor, weights: StepWeights, cache: KVCache, *rest: object
+) -> tuple[str, int]:
+    """What a measurement of the whole counts for: see `tuning`."""
+    kind = f"{str(embedding.dtype)[6:]} {str(weights.head.weight.dtype)[6:]}"
+    return f"{kind} C={embedding.shape[1]}", cache.layers[0].keys.shape[0]
+
+
+def decode_step(
+    code: Tensor,
+    embedding: Tensor,
+    weights: StepWeights,
+    cache: KVCache,
+    position: int | Tensor,
+    length: int | Tensor,
+) -> Tensor:
+    """See `vfmtok_fast.ops.decode_step`; takes what `unsupported_reason` lets pass."""
+    from ...ops.decode_attention import decode_attention
+
+    at, number = (position, 0) if isinstance(position, Tensor) else (None, position)
+    x = _embedded(code, embedding, cache.layers[0].keys.shape[0])
+    for block, layer in zip(weights.blocks, cache, strict=True):
+        norm, eps = block.attention_norm, weights.eps
+        q = _queries(x, norm, *block.qkv, weights.rotary, *layer, at, number, eps)
+        mixed = decode_attention(q, layer.keys, layer.values, length, **layer.scales)
+        _add(x, mixed.flatten(1), *block.out, True)
+        hidden = _hidden(x, block.ffn_norm, *block.gate, *block.up, eps)
+        _add(x, hidden, *block.down, False)
+    return _logits(x, weights.norm, *weights.head, weights.eps)
+
+
+def _kind(x: Tensor, weight: Tensor) -> str:
+    return f"{str(x.dtype)[6:]} {str(weight.dtype)[6:]} K={x.shape[1]}"
+
+
+def _product(
+    kind: int, space: Space, x: Tensor, norm: Tensor | None, parts: tuple[Tensor | None, ...],
+    out: Tensor, N: int, eps: float = 0.0, cache: tuple = (None,) * 4, shape: tuple = (1, 2, 2),
+) -> None:  # fmt: skip
+    """One launch for the up to 64 rows of x: ``parts`` are weight, scale, and the second ones.
+
+    ``cache``: rotary table, position, keys and values; ``shape``: their H, T and D.
+    """
+    (rows, K), device = x.shape, x.device
+    first, scale_a, second, scale_b = parts
+    rotary, position, keys, values = cache
+    H, T, D = shape
+    what = {"H": H, "T": T, "D": D, "ON_DEVICE": isinstance(position, Tensor), **overlap(device)}
+    position = 0 if position is None else position
+    with on(device):
+        if rows <= vector.MAX_ROWS:
+            tile, warps = space.at(device, _kind(x, first), 1)
+            _vector[(triton.cdiv(N, tile),)](
+                x, norm, first, second, scale_a, scale_b, out, rotary, position, keys, values,
+                rows, N, eps, KIND=kind, K=K, P=triton.next_power_of_2(rows), TILE=tile,
+                CHUNK=min(vector.CHUNK, triton.next_power_of_2(K)), **what, num_warps=warps,
+            )  # fmt: skip
+            return
+        tile, slices, piece, stages = MATRIX.at(device, _kind(x, first), 1)
+        padded = max(8, triton.next_power_of_2(rows))
+        depth = _depth(tile, slices, piece, stages, padded, kind < ADDED, x, first)
+        _matrix[(triton.cdiv(N, tile),)](
+            x, first, second, scale_a, scale_b, out, rotary, position, keys, values, rows, N,
+            KIND=kind, K=K, P=padded, TILE=tile, DEPTH=depth, SLICES=slices, STAGES=stages, **what,
+            num_warps=4,
+        )  # fmt: skip
+
+
+def _depth(
+    tile: int, slices: int, piece: int, stages: int, padded: int, pair: bool, x: Tensor, w: Tensor
+) -> int:
+    """Columns of a piece: as chosen, or as many as keep what is on its way within shared memory."""
+    depth = max(16, piece // w.itemsize)
+    column = (2 if pair else 1) * tile * w.itemsize + padded * x.itemsize
+    # What the smallest chips give a program: 99 KiB.
+    while depth > 16 and (stages - 1) * slices * depth * column > 96 * 1024:
+        depth //= 2
+    return depth
+
+
+def _normalised(x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    out = torch.empty_like(x)
+    with on(x.device):
+        _rms_norm[(x.shape[0],)](
+            x, norm, out, eps, K=x.shape[1], WIDTH=triton.next_power_of_2(x.shape[1]),
+            **overlap(x.device), num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def _in_full(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """An int8 weight in full, rounded once, for cuBLAS; any other as it is."""
+    if scale is None:
+        return weight
+    return torch.mul(weight, scale[:, None], out=weight.new_empty(weight.shape, dtype=dtype))
+
+
+def _ready(x: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
+    """x and the norm that is left to the product: few rows are normalised there."""
+    if x.shape[0] <= vector.MAX_ROWS:
+        return x, norm
+    return _normalised(x, norm, eps), None
+
+
+@registered(
+    "decode_step_embed(Tensor code, Tensor embedding, int rows) -> Tensor",
+    lambda code, embedding, rows: embedding.new_empty(rows, embedding.shape[1]),
+)
+def _embedded(code: Tensor, embedding: Tensor, rows: int) -> Tensor:
+    C = embedding.shape[1]
+    x = torch.empty(rows, C, dtype=embedding.dtype, device=embedding.device)
+    if rows and C:
+        with on(x.device):
+            _embed[(rows,)](
+                code, embedding, x, len(code), C=C, WIDTH=triton.next_power_of_2(C),
+                **overlap(x.device), num_warps=4,
+            )  # fmt: skip
+    return x
+
+
+@registered(
+    "decode_step_queries(Tensor x, Tensor norm, Tensor weight, Tensor? scale, Tensor rotary, "
+    "Tensor(a!) keys, Tensor(b!) values, Tensor(c!)? key_scale, Tensor(d!)? value_scale, "
+    "Tensor? at, SymInt number, float eps) -> Tensor",
+    lambda x, norm, weight, scale, rotary, keys, *rest: x.new_empty(
+        x.shape[0], keys.shape[1], keys.shape[3]
+    ),
+)
+def _queries(
+    x: Tensor, norm: Tensor, weight: Tensor, scale: Tensor | None, rotary: Tensor, keys: Tensor,
+    values: Tensor, key_scale: Tensor | None, value_scale: Tensor | None, at: Tensor | None,
+    number: int, eps: float,
+) -> Tensor:  # fmt: skip
+    (rows, _), (_, H, T, D) = x.shape, keys.shape
+    position = number if at is None else at
+    out = torch.empty(rows, H, D, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    x, norm = _ready(x, norm, eps)
+    if rows <= matrix.MAX_ROWS and key_scale is None:
+        cache, parts = (rotary, position, keys, values), (weight, scale, weight, scale)
+        _product(QKV, QKV_ROWS, x, norm, parts, out, 3 * H * D // 2, eps, cache, (H, T, D))
+        return out
+    # A scale is of a whole head, which no program of the product has.
+    if rows <= matrix.MAX_ROWS:
+        qkv = torch.empty(rows, 3 * H * D, dtype=x.dtype, device=x.device)
+        parts = (weight, scale, weight, scale)
+        _product(LOGITS, QKV_ROWS, x, norm, parts, qkv, 3 * H * D, eps)
+    else:
+        qkv = F.linear(x, _in_full(weight, scale, x.dtype))
+    half = triton.next_power_of_2(D // 2)
+    heads = max(1, min(triton.next_power_of_2(H), 256 // half))
+    with on(x.device):
+        _append[(rows, triton.cdiv(H, heads))](
+            qkv, rotary, position, out, keys, values, key_scale, value_scale, H=H, T=T, D=D,
+            ON_DEVICE=at is not None, HEADS=heads, HALF=half, **overlap(x.device), num_warps=2,
+        )  # fmt: skip
+    return out
+
+
+@registered(
+    "decode_step_add(Tensor(a!) x, Tensor y, Tensor weight, Tensor? scale, bool attention) -> ()"
+)
+def _add(x: Tensor, y: Tensor, weight: Tensor, scale: Tensor | None, attention: bool) -> None:
+    """x += y @ weight.T, of attention or of the feed-forward layer."""
+    if x.numel() == 0:
+        return
+    if x.shape[0] > matrix.MAX_ROWS:
+        torch.addmm(x, y, _in_full(weight, scale, x.dtype).T, out=x)
+        return
+    space, parts = OUT_ROWS if attention else DOWN_ROWS, (weight, scale, weight, scale)
+    _product(ADDED, space, y, None, parts, x, weight.shape[0])
+
+
+@registered(
+    "decode_step_hidden(Tensor x, Tensor norm, Tensor gate, Tensor? gate_scale, Tensor up, "
+    "Tensor? up_scale, float eps) -> Tensor",
+    lambda x, norm, gate, *rest: x.new_empty(x.shape[0], gate.shape[0]),
+)
+def _hidden(
+    x: Tensor, norm: Tensor, gate: Tensor, gate_scale: Tensor | None, up: Tensor,
+    up_scale: Tensor | None, eps: float,
+) -> Tensor:  # fmt: skip
+    """silu(gate) * up of RMSNorm(x)."""
+    out = torch.empty(x.shape[0], gate.shape[0], dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    if (gate_scale is None) != (up_scale is None):
+        # One of the two in 8 bits: as no model has them.
+        gate, up = _in_full(gate, gate_scale, x.dtype), _in_full(up, up_scale, x.dtype)
+        gate_scale = up_scale = None
+    x, norm = _ready(x, norm, eps)
+    if x.shape[0] <= matrix.MAX_ROWS:
+        parts = (gate, gate_scale, up, up_scale)
+        _product(GATED, GATE_ROWS, x, norm, parts, out, gate.shape[0], eps)
+        return out
+    products = [
+        F.linear(x, _in_full(*part, x.dtype)) for part in ((gate, gate_scale), (up, up_scale))
+    ]
+    with on(x.device):
+        _gate[(triton.cdiv(out.numel(), BLOCK),)](
+            *products, out, out.numel(), BLOCK=BLOCK, num_warps=4
+        )
+    return out
+
+
+@registered(
+    "decode_step_logits(Tensor x, Tensor norm, Tensor weight, Tensor? scale, float eps) -> Tensor",
+    lambda x, norm, weight, *rest: x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32),
+)
+def _logits(x: Tensor, norm: Tensor, weight: Tensor, scale: Tensor | None, eps: float) -> Tensor:
+    rows, N = x.shape[0], weight.shape[0]
+    out = torch.empty(rows, N, dtype=torch.float32, device=x.device)
+    if out.numel() == 0:
+        return out
+    x, norm = _ready(x, norm, eps)
+    if rows <= matrix.MAX_ROWS:
+        _product(LOGITS, HEAD_ROWS, x, norm, (weight, scale, weight, scale), out, N, eps)
+        return out
+    weight = _in_full(weight, scale, x.dtype)
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+    return torch.mm(x, weight.T).float()

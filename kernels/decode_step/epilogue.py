@@ -1,0 +1,83 @@
+"""What a step does with the sums of a linear layer, whichever kernel made them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# What becomes of the sums. Each output of the first two is made of two rows of weights.
+QKV, GATED, ADDED, LOGITS = 0, 1, 2, 3
+
+
+@triton.jit
+def _pairs(KIND: tl.constexpr):
+    return KIND < 2
+
+
+@triton.jit
+def _position(position, ON_DEVICE: tl.constexpr):
+    if ON_DEVICE:
+        return tl.load(position).to(tl.int64)
+    return position.to(tl.int64)
+
+
+@triton.jit
+def _row_of(o_n, KIND: tl.constexpr):
+    """Rows of the weights ``w_a`` and ``w_b`` that make outputs ``o_n``: their first, their second.
+
+    Of q, k and v an output is a pair of neighbours, both of them in one weight.
+    """
+    row = o_n.to(tl.int64)
+    if KIND == 0:
+        return 2 * row, 2 * row + 1
+    return row, row
+
+
+@triton.jit
+def _finish(
+    a, b, o_n, m_n, o_r, rows, N, out, rotary, position, k_cache, v_cache,
+    KIND: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ON_DEVICE: tl.constexpr,
+):  # fmt: skip
+    """Put sums ``a`` and ``b`` [outputs, rows] of outputs ``o_n``, rows ``o_r`` where they belong."""
+    kind = out.dtype.element_ty
+    m_r = o_r < rows
+    row = o_r.to(tl.int64)[None, :]
+    mask = m_n[:, None] & m_r[None, :]
+    if KIND == 0:
+        at = _position(position, ON_DEVICE)
+        half: tl.constexpr = D // 2
+        width: tl.constexpr = H * half
+        part = o_n // width
+        head = (o_n % width) // half
+        pair = o_n % half
+        p_table = rotary + (at * half + pair) * 2
+        turns = m_n & (part < 2)
+        cos = tl.load(p_table, mask=turns, other=1.0)[:, None]
+        sin = tl.load(p_table + 1, mask=turns, other=0.0)[:, None]
+        first = a * cos - b * sin
+        second = b * cos + a * sin
+        p_q = out + row * (2 * width) + 2 * (o_n % width)[:, None]
+        m_q = mask & (part == 0)[:, None]
+        tl.store(p_q, first.to(kind), mask=m_q)
+        tl.store(p_q + 1, second.to(kind), mask=m_q)
+        place = ((row * H + head[:, None]) * T + at) * D + 2 * pair[:, None]
+        m_k = mask & (part == 1)[:, None]
+        tl.store(k_cache + place, first.to(kind), mask=m_k)
+        tl.store(k_cache + place + 1, second.to(kind), mask=m_k)
+        m_v = mask & (part == 2)[:, None]
+        tl.store(v_cache + place, a.to(kind), mask=m_v)
+        tl.store(v_cache + place + 1, b.to(kind), mask=m_v)
+    else:
+        p_out = out + row * N + o_n[:, None]
+        if KIND == 1:
+            a = _gated(a, b)
+        elif KIND == 2:
+            # In place: nobody else has these elements.
+            a += tl.load(p_out, mask=mask, other=0.0).to(tl.float32)
+        tl.store(p_out, a.to(kind), mask=mask)
+
+
+@triton.jit
+def _gated(gate, up):
+    """SwiGLU."""
+    return gate / (1.0 + tl.exp(-gate)) * up

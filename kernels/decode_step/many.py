@@ -1,0 +1,100 @@
+"""What stands between cuBLAS's products where a step has many rows, and what begins a step."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..launch import _let_next_begin, _wait_for_last
+from .epilogue import _gated, _position
+
+
+@triton.jit(do_not_specialize=["B"])
+def _embed(code, embedding, x, B, C: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr):
+    """One row of x: the embedding of its image's code."""
+    if OVERLAP:
+        _wait_for_last()
+        _let_next_begin()
+    row = tl.program_id(0).to(tl.int64)
+    o_c = tl.arange(0, WIDTH)
+    m_c = o_c < C
+    which = tl.load(code + row % B)
+    tl.store(x + row * C + o_c, tl.load(embedding + which * C + o_c, mask=m_c), mask=m_c)
+
+
+@triton.jit
+def _rms_norm(x, norm, out, eps, K: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr):
+    """One row of x / rms(x) * norm, rounded once."""
+    row = tl.program_id(0).to(tl.int64)
+    o_k = tl.arange(0, WIDTH)
+    m_k = o_k < K
+    gain = tl.load(norm + o_k, mask=m_k, other=0.0).to(tl.float32)
+    if OVERLAP:
+        _wait_for_last()
+        _let_next_begin()
+    value = tl.load(x + row * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value, axis=0) / K + eps)
+    tl.store(out + row * K + o_k, (value * gain).to(out.dtype.element_ty), mask=m_k)
+
+
+@triton.jit
+def _put(even, odd, cache, scales, place, m, D: tl.constexpr, HALF: tl.constexpr):
+    """Heads [HEADS, HALF] of one position into a cache, of 8 bits where it has ``scales``."""
+    o_pair = tl.arange(0, HALF)
+    mask = m[:, None] & (o_pair < D // 2)[None, :]
+    p = cache + place[:, None] * D + 2 * o_pair[None, :]
+    if scales is not None:
+        largest = tl.maximum(tl.max(tl.abs(even), axis=1), tl.max(tl.abs(odd), axis=1))
+        # A row of zeros has any scale but zero.
+        scale = tl.where(largest > 0, largest / 127.0, 1.0)
+        tl.store(scales + place, scale, mask=m)
+        # Adding 1.5 * 2^23 leaves no bits behind the point: to the nearest, ties to even.
+        even = (even / scale[:, None] + 12582912.0) - 12582912.0
+        odd = (odd / scale[:, None] + 12582912.0) - 12582912.0
+    tl.store(p, even.to(cache.dtype.element_ty), mask=mask)
+    tl.store(p + 1, odd.to(cache.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["position"])
+def _append(
+    qkv, rotary, position, out, k_cache, v_cache, k_scale, v_scale,
+    H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ON_DEVICE: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Rotate and append products [rows, 3 H D] that are there already: HEADS heads of a row."""
+    if OVERLAP:
+        _wait_for_last()
+        _let_next_begin()
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    o_pair = tl.arange(0, HALF)
+    m_h, m_pair = head < H, o_pair < D // 2
+    mask = m_h[:, None] & m_pair[None, :]
+    at = _position(position, ON_DEVICE)
+    p_table = rotary + (at * (D // 2) + o_pair) * 2
+    cos = tl.load(p_table, mask=m_pair, other=1.0)[None, :]
+    sin = tl.load(p_table + 1, mask=m_pair, other=0.0)[None, :]
+    p = qkv + row * (3 * H * D) + head[:, None] * D + 2 * o_pair[None, :]
+    place = (row * H + head) * T + at
+    for part in tl.static_range(3):
+        even = tl.load(p + part * H * D, mask=mask, other=0.0).to(tl.float32)
+        odd = tl.load(p + part * H * D + 1, mask=mask, other=0.0).to(tl.float32)
+        if part == 2:
+            _put(even, odd, v_cache, v_scale, place, m_h, D, HALF)
+        else:
+            first = even * cos - odd * sin
+            second = odd * cos + even * sin
+            if part == 1:
+                _put(first, second, k_cache, k_scale, place, m_h, D, HALF)
+            else:
+                _put(first, second, out, None, row * H + head, m_h, D, HALF)
+
+
+@triton.jit
+def _gate(gate, up, out, count, BLOCK: tl.constexpr):
+    """SwiGLU's gate alone."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = o < count
+    g = tl.load(gate + o, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up + o, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + o, _gated(g, u).to(out.dtype.element_ty), mask=mask)

@@ -1,0 +1,101 @@
+"""Linear layers of 5 to 64 rows on the matrix unit, x normalised beforehand.
+
+A program has TILE outputs, and goes through K in pieces: SLICES of them side by side, each in a
+warp of its own, whose sums meet once at the end; or, with one slice, all warps on one piece. Both
+weights and x come by asynchronous copies and lie along K, as the matrix unit reads them: nothing is
+transposed, and what is copied 16 bytes at a time into swizzled rows is read without conflicts.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..launch import _let_next_begin, _wait_for_last
+from .epilogue import _finish, _pairs, _row_of
+
+MAX_ROWS = 64
+# Bytes of weights that a program brings into L2 before it waits for the kernel ahead: those that an
+# H200 holds at once ask for 17 MB at most, which takes longer than the wait, and fits into L2.
+FETCH = tl.constexpr(65536)
+
+
+@triton.jit
+def _fetch(pointers):
+    """Bring cache lines into L2, without waiting for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _fetch_rows(w, row, m_n, K: tl.constexpr, TILE: tl.constexpr, BYTES: tl.constexpr):
+    """The first BYTES of TILE rows of w [N, K], a line of 128 bytes at a time."""
+    line: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth
+    width: tl.constexpr = 8 * line
+    for k in range(0, min(K, BYTES // TILE * line // 128), width):
+        o = k + line * tl.arange(0, 8)
+        # Past the end of a row, its last element once more.
+        at = row[:, None] * K + tl.minimum(o, K - 1)[None, :]
+        _fetch(w + tl.where(m_n[:, None], at, 0))
+
+
+@triton.jit
+def _pieces(p, k, o_k, m, K: tl.constexpr):
+    """[SLICES, rows, DEPTH] of a matrix of rows of length K; with one slice [rows, DEPTH]."""
+    return tl.load(p + k, mask=m & (k + o_k < K), other=0)
+
+
+@triton.jit(do_not_specialize=["rows", "position"])
+def _matrix(
+    x, w_a, w_b, scale_a, scale_b, out, rotary, position, k_cache, v_cache, rows, N,
+    KIND: tl.constexpr, K: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    SLICES: tl.constexpr, STAGES: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    ON_DEVICE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Outputs [P, TILE] of x [rows, K]; see `_finish`."""
+    o_n = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    m_n = o_n < N
+    o_r = tl.arange(0, P)
+    first, second = _row_of(o_n, KIND)
+    if SLICES > 1:
+        o_k = (tl.arange(0, SLICES) * DEPTH)[:, None, None] + tl.arange(0, DEPTH)[None, None, :]
+        p_a = w_a + first[None, :, None] * K + o_k
+        p_b = w_b + second[None, :, None] * K + o_k
+        p_x = x + o_r.to(tl.int64)[None, :, None] * K + o_k
+        m_w, m_x = m_n[None, :, None], (o_r < rows)[None, :, None]
+        a = tl.zeros((SLICES, TILE, P), tl.float32)
+    else:
+        o_k = tl.arange(0, DEPTH)[None, :]
+        p_a = w_a + first[:, None] * K + o_k
+        p_b = w_b + second[:, None] * K + o_k
+        p_x = x + o_r.to(tl.int64)[:, None] * K + o_k
+        m_w, m_x = m_n[:, None], (o_r < rows)[:, None]
+        a = tl.zeros((TILE, P), tl.float32)
+    b = a
+    if OVERLAP:
+        each: tl.constexpr = FETCH // 2 if _pairs(KIND) else FETCH
+        _fetch_rows(w_a, first, m_n, K, TILE, each)
+        if _pairs(KIND):
+            _fetch_rows(w_b, second, m_n, K, TILE, each)
+        _wait_for_last()
+        _let_next_begin()
+    for k in tl.range(0, K, SLICES * DEPTH, num_stages=STAGES):
+        value = _pieces(p_x, k, o_k, m_x, K)
+        value = tl.permute(value, (0, 2, 1)) if SLICES > 1 else tl.trans(value)
+        w = _pieces(p_a, k, o_k, m_w, K).to(value.dtype)
+        a = tl.dot(w, value, a, input_precision="ieee")
+        if _pairs(KIND):
+            w = _pieces(p_b, k, o_k, m_w, K).to(value.dtype)
+            b = tl.dot(w, value, b, input_precision="ieee")
+    if SLICES > 1:
+        a = tl.sum(a, axis=0)
+        b = tl.sum(b, axis=0)
+    if scale_a is not None:
+        a *= tl.load(scale_a + first, mask=m_n, other=0.0)[:, None]
+        b *= tl.load(scale_b + second, mask=m_n, other=0.0)[:, None]
+    _finish(
+        a, b, o_n, m_n, o_r, rows, N, out, rotary, position, k_cache, v_cache,
+        KIND, H, T, D, ON_DEVICE,
+    )  # fmt: skip
