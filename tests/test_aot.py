@@ -149,6 +149,8 @@ WAITING = """
     [
         ("CCTL.E.PF2 [R2]", "CCTL.E.PF2 [R2]", None),
         ("CCTL.E.PF2 [R2]", "LDG.E R4, desc[UR4][R2.64]", "LDG.E R4"),
+        ("CCTL.E.PF2 [R2]", "LDG.E.EF.128 R4, desc[UR4][R2.64]", None),
+        ("CCTL.E.PF2 [R2]", "LDG.E.128 R4, desc[UR4][R2.64]", "LDG.E.128"),
         ("CCTL.E.PF2 [R2]", "@P1 LDGSTS.E [R1], desc[UR4][R2.64]", "LDGSTS.E"),
         ("CCTL.E.PF2 [R2]", "STG.E desc[UR4][R2.64], R4", "STG.E"),
         ("CCTL.E.PF2 [R2]", "LDS R4, [R1]", "LDS R4"),
@@ -176,9 +178,9 @@ def test_every_kernel_of_a_step_is_looked_at_for_that(compiled):
     for chip, overlaps in (("a100", False), ("h200", True), ("b200", True)):
         kernels = json.loads((out / f"{chip}.json").read_text())["kernels"]
         seen = {name.split()[0] for name, row in kernels.items() if "early_accesses" in row}
-        same_name = ("qkv_rotary", "linear_residual", "gate_up", "norm_linear", "append_code")
-        step = {f"{op}._{op}" for op in (*same_name, "sample_token")}
-        step |= {"decode_attention._decode", "sample_token._best_share"}
+        step = {f"decode_step.{kernel}" for kernel in ("_embed", "_vector", "_matrix", "_append")}
+        step |= {"decode_step._rms_norm", "decode_attention._decode"}
+        step |= {"sample_token._sample_token", "sample_token._best_share"}
         assert seen == (step if overlaps else set())
 
 

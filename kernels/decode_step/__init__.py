@@ -129,10 +129,12 @@ def _product(
     with on(device):
         if rows <= vector.MAX_ROWS:
             tile, warps = space.at(device, _kind(x, first), 1)
+            chunk = min(vector.CHUNK, triton.next_power_of_2(K))
+            tile, warps = _in_registers(tile, warps, (2 if kind < ADDED else 1) * chunk, first)
             _vector[(triton.cdiv(N, tile),)](
                 x, norm, first, second, scale_a, scale_b, out, rotary, position, keys, values,
                 rows, N, eps, KIND=kind, K=K, P=triton.next_power_of_2(rows), TILE=tile,
-                CHUNK=min(vector.CHUNK, triton.next_power_of_2(K)), **what, num_warps=warps,
+                CHUNK=chunk, **what, num_warps=warps,
             )  # fmt: skip
             return
         tile, slices, piece, stages = MATRIX.at(device, _kind(x, first), 1)
@@ -143,6 +145,13 @@ def _product(
             KIND=kind, K=K, P=padded, TILE=tile, DEPTH=depth, SLICES=slices, STAGES=stages, **what,
             num_warps=4,
         )  # fmt: skip
+
+
+def _in_registers(tile: int, warps: int, columns: int, weight: Tensor) -> tuple[int, int]:
+    """As chosen, or as few outputs, then as many warps, as leave a thread 256 bytes of weights."""
+    while tile * columns * weight.itemsize > 256 * 32 * warps:
+        tile, warps = (tile // 2, warps) if tile > 1 else (tile, 2 * warps)
+    return tile, warps
 
 
 def _depth(

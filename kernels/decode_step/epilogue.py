@@ -38,7 +38,7 @@ def _finish(
     a, b, o_n, m_n, o_r, rows, N, out, rotary, position, k_cache, v_cache,
     KIND: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ON_DEVICE: tl.constexpr,
 ):  # fmt: skip
-    """Put sums ``a`` and ``b`` [outputs, rows] of outputs ``o_n``, rows ``o_r`` where they belong."""
+    """Put the sums ``a`` and ``b`` [outputs, rows] of ``o_n`` and ``o_r`` where they belong."""
     kind = out.dtype.element_ty
     m_r = o_r < rows
     row = o_r.to(tl.int64)[None, :]

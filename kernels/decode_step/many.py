@@ -28,10 +28,10 @@ def _rms_norm(x, norm, out, eps, K: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: 
     row = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, WIDTH)
     m_k = o_k < K
-    gain = tl.load(norm + o_k, mask=m_k, other=0.0).to(tl.float32)
     if OVERLAP:
         _wait_for_last()
         _let_next_begin()
+    gain = tl.load(norm + o_k, mask=m_k, other=0.0).to(tl.float32)
     value = tl.load(x + row * K + o_k, mask=m_k, other=0.0).to(tl.float32)
     value *= tl.rsqrt(tl.sum(value * value, axis=0) / K + eps)
     tl.store(out + row * K + o_k, (value * gain).to(out.dtype.element_ty), mask=m_k)

@@ -1,9 +1,10 @@
 """Linear layers of 1 to 4 rows, without the matrix unit: latency is all that counts.
 
-A program has TILE rows of the weights (twice that where an output is made of two) with all their K
-columns in registers, up to CHUNK of them; it asks for them before it waits for the kernel ahead,
-and for x after that. Products and sums are in float32. Many small programs with few registers wait
-for memory together, and those of the next kernel find room beside them.
+A program has the rows of weights of TILE outputs (two rows for each pair of q, k and v, and for a
+gated output), up to CHUNK columns of them in registers at a time. It asks for the first before it
+waits for the kernel ahead, and for x after that. Products and sums are in float32. Many small
+programs with few registers wait for memory together, and those of the next kernel find room beside
+them.
 
 The sums of a row are added up in the same order whatever other rows there are.
 """
@@ -33,32 +34,29 @@ def _vector(
     m_n = o_n < N
     o_r = tl.arange(0, P)
     o_k = tl.arange(0, CHUNK)
-    rows_each: tl.constexpr = 2 * TILE if _pairs(KIND) else TILE
-    # Pairs alternate, so that a sum of two stands in neighbouring elements.
+    first, second = _row_of(o_n, KIND)
+    p_a = w_a + first[:, None] * K + o_k[None, :]
+    p_b = w_b + second[:, None] * K + o_k[None, :]
+    mask = m_n[:, None] & (o_k < K)[None, :]
+    # Weights are read once; they need not push activations out of the L2 cache. Nothing writes
+    # them, so they need not wait for the kernel ahead either.
+    a = tl.load(p_a, mask=mask, other=0, eviction_policy="evict_first")
+    b = a
     if _pairs(KIND):
-        o_w = tl.program_id(0) * TILE + tl.arange(0, rows_each) // 2
-        first, second = _row_of(o_w, KIND)
-        odd = tl.arange(0, rows_each) % 2 == 1
-        p_w = tl.where(odd, w_b + second * K, w_a + first * K)
-    else:
-        o_w = o_n
-        p_w = w_a + o_w.to(tl.int64) * K
-    m_w = (o_w < N)[:, None]
-    p_w = p_w[:, None] + o_k[None, :]
-    # Weights are read once; they need not push activations out of the L2 cache.
-    w = tl.load(p_w, mask=m_w & (o_k < K)[None, :], other=0, eviction_policy="evict_first")
+        b = tl.load(p_b, mask=mask, other=0, eviction_policy="evict_first")
     if OVERLAP:
         _wait_for_last()
         _let_next_begin()
-    total = tl.zeros((rows_each, P), tl.float32)
+    sum_a = tl.zeros((TILE, P), tl.float32)
+    sum_b = tl.zeros((TILE, P), tl.float32)
     squares = tl.zeros((P,), tl.float32)
     for start in tl.static_range(0, K, CHUNK):
         m_k = start + o_k < K
         if start > 0:
-            w = tl.load(
-                p_w + start, mask=m_w & m_k[None, :], other=0, eviction_policy="evict_first"
-            )
-        wide = w.to(tl.float32)
+            mask = m_n[:, None] & m_k[None, :]
+            a = tl.load(p_a + start, mask=mask, other=0, eviction_policy="evict_first")
+            if _pairs(KIND):
+                b = tl.load(p_b + start, mask=mask, other=0, eviction_policy="evict_first")
         if norm is not None:
             gain = tl.load(norm + start + o_k, mask=m_k, other=0.0).to(tl.float32)
         for r in tl.static_range(P):
@@ -67,22 +65,20 @@ def _vector(
             if norm is not None:
                 squares += tl.where(o_r == r, tl.sum(value * value, axis=0), 0.0)
                 value *= gain
-            part = tl.sum(wide * value[None, :], axis=1)
-            total += tl.where((o_r == r)[None, :], part[:, None], 0.0)
+            part = tl.sum(a.to(tl.float32) * value[None, :], axis=1)
+            sum_a += tl.where((o_r == r)[None, :], part[:, None], 0.0)
+            if _pairs(KIND):
+                part = tl.sum(b.to(tl.float32) * value[None, :], axis=1)
+                sum_b += tl.where((o_r == r)[None, :], part[:, None], 0.0)
     if norm is not None:
-        total *= tl.rsqrt(squares / K + eps)[None, :]
-    if _pairs(KIND):
-        a, b = tl.split(tl.trans(tl.reshape(total, (TILE, 2, P)), 0, 2, 1))
-        if scale_a is not None:
-            first, second = _row_of(o_n, KIND)
-            a *= tl.load(scale_a + first, mask=m_n, other=0.0)[:, None]
-            b *= tl.load(scale_b + second, mask=m_n, other=0.0)[:, None]
-    else:
-        a = total
-        b = total
-        if scale_a is not None:
-            a *= tl.load(scale_a + o_n, mask=m_n, other=0.0)[:, None]
+        scale = tl.rsqrt(squares / K + eps)[None, :]
+        sum_a *= scale
+        sum_b *= scale
+    if scale_a is not None:
+        sum_a *= tl.load(scale_a + first, mask=m_n, other=0.0)[:, None]
+        if _pairs(KIND):
+            sum_b *= tl.load(scale_b + second, mask=m_n, other=0.0)[:, None]
     _finish(
-        a, b, o_n, m_n, o_r, rows, N, out, rotary, position, k_cache, v_cache,
+        sum_a, sum_b, o_n, m_n, o_r, rows, N, out, rotary, position, k_cache, v_cache,
         KIND, H, T, D, ON_DEVICE,
     )  # fmt: skip
