@@ -68,9 +68,9 @@ def gamma(roundings: int) -> float:
 
 @pytest.fixture(scope="session")
 def float32_bounds() -> Callable[..., list[Tensor]]:
-    """``float32_bounds(op, wide, roundings, position)``: how far float32 may be off, by element.
+    """``float32_bounds(part, wide, roundings, position)``: how far float32 may be off, by element.
 
-    For the ops of a decoding step's linear layers, of all that they write. An argument instead of a
+    For the linear layers of a decoding step, of all that they write. An argument instead of a
     comparison: a library's sum may be more exact than a plain one, by its order or by luck.
 
     A computed sum of products is the exact sum of x_k w_k (1 + e_k), |e_k| <= gamma(n), if no
@@ -79,21 +79,21 @@ def float32_bounds() -> Callable[..., list[Tensor]]:
     and that of int8 weights, count along. What follows the sums has few roundings of its own.
 
     Args:
-        wide: the arguments up to the caches in float64, weights in full.
+        part: "queries", "add", "hidden" or "logits".
+        wide: x, the norm's weight, weights in full, and what else the part reads, in float64.
         roundings: n of the kernel, those of RMSNorm included.
     """
 
-    def bounds(op: str, wide: list[Tensor], roundings: int, position: int = 3) -> list[Tensor]:
-        if op == "linear_residual":
+    def bounds(part: str, wide: list[Tensor], roundings: int, position: int = 3) -> list[Tensor]:
+        if part == "add":
             x, weight, residual = wide
             return [gamma(roundings + 1) * (x.abs() @ weight.abs().T + residual.abs())]
-        x, norm, *weights = wide
+        x, norm, first, *rest = wide
         x = x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm
-        first, *rest = weights if op != "qkv_rotary" else weights[:1]
         total, off = x @ first.T, gamma(roundings) * (x.abs() @ first.abs().T)
-        if op == "norm_linear":
+        if part == "logits":
             return [off]
-        if op == "gate_up":
+        if part == "hidden":
             up, off_up = x @ rest[0].T, gamma(roundings) * (x.abs() @ rest[0].abs().T)
             gate, off_gate = F.silu(total), SLOPE * off
             # The exponential's argument is rounded twice, so its value is off by 2 |g|; the rest,
@@ -101,7 +101,7 @@ def float32_bounds() -> Callable[..., list[Tensor]]:
             own = (2 * total.abs() + 8) * U
             most = (gate.abs() + off_gate) * (up.abs() + off_up)
             return [most * (1 + own) - gate.abs() * up.abs()]
-        table = weights[1][position].double()
+        table = rest[0][position].double()
         cos, sin = table.abs().unbind(-1)
         rows, half = x.shape[0], table.shape[0]
         even, odd = total.view(rows, 3, -1, half, 2).abs().unbind(-1)

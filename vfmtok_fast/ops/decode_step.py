@@ -47,6 +47,7 @@ class StepWeights(NamedTuple):
     eps: float = 1e-5  # of all norms
 
 
+@torch.no_grad()
 def decode_step(
     code: Tensor,
     embedding: Tensor,
