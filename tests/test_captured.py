@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,9 +26,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import vfmtok_fast as vf
 from vfmtok_fast import GPT, BackboneConfig, GPTConfig, VFMTok, VFMTokConfig, ops, switch
-from vfmtok_fast.generator import Sampling
-from vfmtok_fast.generator.engine import Engine
+from vfmtok_fast.generator import Decoder, Sampling
 from vfmtok_fast.kernels import tuning
+from vfmtok_fast.kv_cache import KVCache, LayerCache
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs kernels"
@@ -175,6 +176,7 @@ def capturing(launched: Callable[[str], object] = lambda name: None) -> Iterator
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         for name in ("tensor", "as_tensor"):
             patch.setattr(torch, name, _refusing(getattr(torch, name)))
@@ -304,32 +306,35 @@ def sampling(dtype: torch.dtype) -> None:
         ops.sample_token(logits, ids, step, uncond_logits=logits, cfg_scale=1.5)
 
 
-def appending(dtype: torch.dtype) -> None:
-    embedding, codes = floats(10, 8, dtype=dtype), integers(3, 5)
-    for position in (2, integers(1), integers(2)):
-        ops.append_code(integers(3), codes, position, embedding, floats(6, 8, dtype=dtype))
-
-
 @torch.no_grad()
-def linear(dtype: torch.dtype) -> None:
-    """The four ops of linear layers: few rows and many, full and int8 weights."""
-    for rows in (2, 40):
+def step(dtype: torch.dtype) -> None:
+    """Few rows, more, and many; full and int8 weights and caches."""
+    table = floats(10, 32, dtype=dtype)
+    for rows in (2, 8, 80):
         for int8 in (False, True):
-            kind = torch.int8 if int8 else dtype
-            weight, x = integers(96, 32, dtype=kind), floats(rows, 32, dtype=dtype)
-            norm, scale = floats(32, dtype=dtype), floats(96) if int8 else None
-            ops.linear_residual(x, weight, floats(rows, 96, dtype=dtype), scale=scale)
-            ops.norm_linear(x, norm, weight, scale=scale)
-            ops.gate_up(x, norm, weight, weight, gate_scale=scale, up_scale=scale)
-            keys, rotary = floats(rows, 2, 6, 16, dtype=dtype), floats(6, 8, 2)
-            for position in (3, integers(1)):
-                ops.qkv_rotary(x, norm, weight, rotary, keys, keys, position, scale=scale)
+
+            def weight(N: int, K: int, int8: bool = int8) -> ops.Weight:
+                if int8:
+                    return ops.Weight(integers(N, K, dtype=torch.int8), floats(N))
+                return ops.Weight(floats(N, K, dtype=dtype))
+
+            norm, shape = floats(32, dtype=dtype), (rows, 2, 6, 16)
+            block = ops.BlockWeights(
+                norm, weight(96, 32), weight(32, 32), norm, weight(40, 32), weight(40, 32),
+                weight(32, 40),
+            )  # fmt: skip
+            weights = ops.StepWeights((block,), norm, weight(50, 32), floats(6, 8, 2))
+            layer = LayerCache(floats(*shape, dtype=dtype), floats(*shape, dtype=dtype))
+            if int8:
+                small = (integers(*shape, dtype=torch.int8) for _ in range(2))
+                layer = LayerCache(*small, floats(*shape[:3]), floats(*shape[:3]))
+            for at in (3, integers(1)):
+                ops.decode_step(integers(rows // 2), table, weights, KVCache((layer,)), at)
 
 
 CALLS = {
     "deformable_sample": deformable, "nearest_code": nearest, "decode_attention": attention,
-    "sample_token": sampling, "append_code": appending, "linear_residual": linear,
-    "norm_linear": linear, "gate_up": linear, "qkv_rotary": linear,
+    "sample_token": sampling, "decode_step": step,
 }  # fmt: skip
 # Of the portable ones, those that a capture leaves to the reference, in part at least.
 LEFT = {"nearest_code", "decode_attention"}
@@ -443,10 +448,10 @@ def test_a_decoding_step(enabled, dtype, quantized, guided):
     model = generator(dtype, quantized)
     settings = Sampling(cfg_scale=1.5 if guided else 1.0, top_k=7, top_p=0.9)
     with vf.enable(enabled, strict=True), capturing():
-        engine = Engine(model, 3, guided, ())
-        engine.advance(model, engine.cache, settings, guided, 0)
-        engine.advance(model, engine.cache, settings, guided, engine.at)
-        half = engine.cache.first_rows(3)
-        engine.advance(model, half, settings, False, engine.at)
-        logits = model.step(engine.x, engine.cache, 4)
-    assert logits.shape == (6 if guided else 3, 32) and logits.is_cuda
+        decoder, weights = Decoder(model, 3, guided=guided), model.step_weights()
+        rows = (integers(6 if guided else 3), model.class_embedding.weight)
+        decoder._advance(weights, decoder.cache, settings, *rows, 0)
+        rest = (decoder.code, model.token_embedding.weight, decoder.at)
+        decoder._advance(weights, decoder.cache, settings, *rest)
+        decoder._advance(weights, decoder.cache.first_rows(3), settings, *rest)
+    assert decoder.codes.is_cuda

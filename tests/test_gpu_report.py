@@ -162,10 +162,11 @@ import torch, aot_calls, gpu_report
 from vfmtok_fast.tuner.calls import Call
 
 torch.cuda.get_device_capability = lambda: (9, 0)
-head = {"rows": 2, "K": 128, "N": 256, "int8": False}
+draw = {"B": 1, "V": 64, "greedy": True}
+attention = {"B": 1, "H": 1, "G": 1, "T": 16, "D": 16, "length": 5}
 aot_calls.CALLS[:] = [
-    Call("norm_linear", "small", "bfloat16", head),
-    Call("append_code", "small", "bfloat16", {"B": 1, "T": 16, "V": 64, "C": 128}),
+    Call("sample_token", "small", "bfloat16", draw),
+    Call("decode_attention", "small", "bfloat16", attention),
 ]
 sys.exit(gpu_report.compile_all())
 """
@@ -180,7 +181,7 @@ def test_kernels_are_compiled_in_other_processes_into_tritons_cache(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(": compiled") == 2
     made = {path.stem for path in tmp_path.rglob("*.cubin")}
-    assert made == {"_norm_linear", "_append_code"}
+    assert made == {"_sample_token", "_decode"}
 
 
 def test_a_failure_is_told_from_success(gpu_report):

@@ -84,34 +84,44 @@ def test_the_second_call_compiles_nothing(fake_op):
     assert took("nearest_code") == {"portable (compiled)": 1, "portable": 1}
 
 
-def a_step(x: torch.Tensor, at: int | torch.Tensor) -> list[torch.Tensor]:
-    """The matrix products of a decoding step, and what it writes to."""
-    rows, norm, weight = x.view(4, 16)[:2], x[:16] + 2, x.repeat(12).view(48, 16)
-    keys, values = torch.zeros(2, 2, 2, 3, 8)
-    rotary = x[:24].view(3, 4, 2)
-    q = ops.qkv_rotary(rows, norm, weight, rotary, keys, values, at)
-    hidden = ops.gate_up(rows, norm, weight, weight.flip(0))
-    out = ops.linear_residual(q.flatten(1), weight[:16], rows)
-    codes, following = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(4, 16)
-    ops.append_code(torch.arange(2), codes, 1, weight, following)
-    return [q, keys, values, hidden, out, ops.norm_linear(out, norm, weight), codes, following]
+def small_gpt() -> vf.GPT:
+    config = vf.GPTConfig(
+        num_layers=2, num_heads=2, dim=16, vocab_size=11, block_size=4, num_classes=3,
+        ffn_multiple_of=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = vf.GPT(config)
+    torch.nn.init.normal_(model.head.weight)
+    return model
 
 
 @pytest.mark.parametrize("at", [1, torch.tensor([1])], ids=["int", "tensor"])
-def test_a_step_compiles_with_its_portable_products(at):
-    names = ("qkv_rotary", "gate_up", "linear_residual", "norm_linear", "append_code")
-    x = torch.linspace(-1, 1, 64).sin()
+def test_a_step_compiles_as_the_portable_one(at):
+    model = small_gpt()
+    weights, table = model.step_weights(), model.token_embedding.weight
+
+    def step(code, cache):
+        return ops.decode_step(code, table, weights, cache, at) + 1
+
+    code, caches = torch.arange(2), [model.decoder(2).cache for _ in range(2)]
+    for cache in caches:
+        for layer in cache:
+            layer.keys.fill_(0.5), layer.values.fill_(0.5)
+    names = ["decode_step", "decode_attention"] if isinstance(at, int) else ["decode_step"]
     with vf.enable(names, strict=True):
-        want = a_step(x, at)
-        got = torch.compile(a_step, backend="eager", fullgraph=True)(x, at)
-    for mine, theirs in zip(got, want, strict=True):
-        assert torch.equal(mine, theirs)
-    assert all(took(op)["portable (compiled)"] == 1 for op in names)
+        want = step(code, caches[0])
+        got = torch.compile(step, backend="eager", fullgraph=True)(code, caches[1])
+    torch.testing.assert_close(got, want)
+    for mine, theirs in zip(*caches, strict=True):
+        assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
+    assert took("decode_step") == {"portable": 1, "portable (compiled)": 1}
 
 
 def test_every_op_compiles_without_a_graph_break():
     ids = torch.arange(2)
     shapes = ((2, 2),)
+    model = small_gpt()
+    weights, table, keys = model.step_weights(), model.token_embedding.weight, model.decoder(2)
 
     def everything(x):
         cache = x.view(2, 2, 4, 4)
@@ -124,7 +134,8 @@ def test_every_op_compiles_without_a_graph_break():
         c = ops.sample_token(
             logits, ids, 3, uncond_logits=-logits, cfg_scale=1.5, top_k=5, top_p=0.9
         )
-        return a, b, c, ops.nearest_code(x.view(16, 4), x.view(16, 4)[:5]), *a_step(x, 1)
+        d = ops.decode_step(ids, table, weights, keys.cache, 0)
+        return a, b, c, d, ops.nearest_code(x.view(16, 4), x.view(16, 4)[:5])
 
     x = torch.linspace(-1, 1, 64).sin()
     want = everything(x)

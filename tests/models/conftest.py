@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vfmtok_fast import GPT, BackboneConfig, VFMTokConfig
+from vfmtok_fast.generator import Sampling
 
 
 def _guided_logits(
@@ -28,6 +29,30 @@ def _guided_logits(
 def guided_logits() -> Callable[..., Tensor]:
     """``guided_logits(gpt, codes, classes, scale, interval)``, an oracle without `generate`."""
     return _guided_logits
+
+
+@torch.no_grad()
+def _uncached(model: GPT, classes: Tensor, image_ids: Tensor | None = None, **settings) -> Tensor:
+    sampling, B = Sampling(**settings), len(classes)
+    ids = torch.arange(B) if image_ids is None else image_ids
+    codes = torch.empty(B, 0, dtype=torch.int64)
+    for step in range(model.config.block_size):
+        rows, before = classes, codes
+        if sampling.guided(step):
+            rows = torch.cat([classes, torch.full_like(classes, model.config.num_classes)])
+            before = codes.repeat(2, 1)
+        logits = model.predict(model.embed(rows, before))[:, -1]
+        codes = torch.cat([codes, sampling.draw(logits, ids, step)[:, None]], dim=1)
+    return codes
+
+
+@pytest.fixture(scope="session")
+def uncached() -> Callable[..., Tensor]:
+    """``uncached(gpt, classes, **settings)``: generation that computes all positions every time.
+
+    The oracle of the cache and of the loop; the model is to be in eval mode.
+    """
+    return _uncached
 
 
 @pytest.fixture(scope="session")

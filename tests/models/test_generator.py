@@ -42,7 +42,7 @@ CLASSES = torch.tensor([4, 0, 2, 2, 1, 3, 0])
 
 
 @pytest.mark.parametrize("head_dim", [4, 24, 60, 100])
-def test_cached_equals_uncached(head_dim):
+def test_cached_equals_uncached(head_dim, uncached):
     model = make(num_heads=2, dim=2 * head_dim, block_size=9)
     classes = CLASSES[:3]
     for settings in (
@@ -54,7 +54,7 @@ def test_cached_equals_uncached(head_dim):
         {"seed": 3, "cfg_scale": 0.0, "top_p": 0.9, "temperature": 0.8},
     ):
         cached = model.generate(classes, **settings)
-        assert torch.equal(cached, model.generate(classes, **settings, use_cache=False)), settings
+        assert torch.equal(cached, uncached(model, classes, **settings)), settings
         assert len(cached.unique()) > 8
 
 

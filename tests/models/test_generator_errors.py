@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 import vfmtok_fast
 from vfmtok_fast import GPT, GPTConfig
-from vfmtok_fast.generator.kv_cache import KVCache
 
 CONFIG = GPTConfig(
     num_layers=1, num_heads=2, dim=8, vocab_size=11, block_size=4, num_classes=3, ffn_multiple_of=8
@@ -79,43 +77,14 @@ def test_generate_refuses(model, settings, error, message):
         model.generate(**({"class_ids": CLASSES} | settings))
 
 
-def cache(rows: int = 2, dtype: torch.dtype = torch.float32, **changes: int) -> KVCache:
-    return KVCache(dataclasses.replace(CONFIG, **changes), rows, torch.device("cpu"), dtype)
-
-
-X = torch.zeros(2, 8)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ((X, cache(num_heads=1), 0), ValueError, "the cache must be of this model's config, got"),
-        ((X, cache(block_size=9), 0), ValueError, "the cache must be of this model's config, got"),
-        ((X, cache(3), 0), ValueError, r"x must have shape \(3, 8\), got \(2, 8\)"),
-        ((X[:, :4], cache(), 0), ValueError, r"x must have shape \(2, 8\), got \(2, 4\)"),
-        ((X.tolist(), cache(), 0), TypeError, "x must be a torch.Tensor, got list"),
-        ((X.half(), cache(), 0), TypeError, "weight must be torch.float16, as x is, got"),
-        ((X, cache(dtype=torch.half), 0), TypeError, "cache must be torch.float32, as x is, got"),
-        ((X, cache(), 4), ValueError, "at must be in 0..3, got 4"),
-        ((X, cache(), -1), ValueError, "at must be in 0..3, got -1"),
-        ((X, cache(), 1.0), TypeError, "at must be an int or a tensor, got float"),
-        ((X, cache(), torch.tensor([0, 1])), ValueError, "at must have 1 elements, got shape"),
-    ],
-)
-@pytest.mark.parametrize("fast", [False, True])
-def test_a_step_refuses(model, arguments, error, message, fast):
-    with (
-        vfmtok_fast.enable() if fast else contextlib.nullcontext(),
-        refuses(error, f"GPT: {message}"),
-    ):
-        model.step(*arguments)
-
-
 @pytest.mark.parametrize("fast", [False, True])
 def test_generation_is_refused_under_autocast(model, fast):
     """It would run, with other codes for other batch sizes."""
     with vfmtok_fast.enable() if fast else contextlib.nullcontext():
-        with torch.autocast("cpu", torch.bfloat16), refuses(TypeError, "GPT: generation must not"):
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            refuses(TypeError, "decode_step: it must not be under autocast"),
+        ):
             model.generate(CLASSES)
         assert model.generate(CLASSES).shape == (2, 4)
 

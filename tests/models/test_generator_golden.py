@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import vfmtok_fast
-from vfmtok_fast import GPT, GPTConfig
-from vfmtok_fast.generator import KVCache
+from vfmtok_fast import GPT, GPTConfig, ops
 
 # All that a decoding step calls.
-STEP = ("qkv_rotary", "decode_attention", "linear_residual", "gate_up", "norm_linear")
+STEP = ("decode_step", "decode_attention")
 
 
 WAYS = ["reference", "portable", pytest.param("triton", marks=pytest.mark.gpu)]
@@ -73,10 +72,13 @@ class Golden:
         vfmtok_fast.switch.reset_records()
         with self.on(way) as device, torch.no_grad(), enabled(way):
             codes = self.want["tokens"].to(device).long()
-            cache = KVCache(config, len(codes), device, torch.float32)
-            inputs = [model.class_embedding(self.classes.to(device))]
-            inputs += model.token_embedding(codes[:, :-1]).unbind(1)
-            logits = [model.step(x, cache, at) for at, x in enumerate(inputs)]
+            cache, weights = model.decoder(len(codes)).cache, model.step_weights()
+            classes, table = self.classes.to(device), model.token_embedding.weight
+            logits = [ops.decode_step(classes, model.class_embedding.weight, weights, cache, 0)]
+            logits += [
+                ops.decode_step(codes[:, at - 1].contiguous(), table, weights, cache, at)
+                for at in range(1, config.block_size)
+            ]
         logits = torch.stack(logits, dim=1).cpu()
         rounding = torch.finfo(torch.float32).eps * float(self.truth.abs().max())
         worst = (logits - self.truth).abs().amax((0, 2))

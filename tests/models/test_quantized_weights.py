@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import vfmtok_fast
-from vfmtok_fast import GPT, GPTConfig
-from vfmtok_fast.generator import engine
-from vfmtok_fast.generator.kv_cache import KVCache
+from vfmtok_fast import GPT, GPTConfig, ops
+from vfmtok_fast.generator.decoder import STEP_OPS
 from vfmtok_fast.generator.linear import Linear
 
 CONFIG = GPTConfig(
@@ -163,38 +162,37 @@ def test_steps_are_teacher_forcing(dtype, enabled):
     model = make().quantize_weights().to(dtype)
     truth = copy.deepcopy(model).double()
     codes = torch.randint(0, 512, (3, 16), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad(), vfmtok_fast.enable(engine.STEP_OPS if enabled else (), strict=True):
+    with torch.no_grad(), vfmtok_fast.enable(STEP_OPS if enabled else (), strict=True):
         want, ruler = truth(codes, CLASSES[:3]), model(codes, CLASSES[:3])
-        cache = KVCache(CONFIG, 3, model.device, model.dtype)
-        x = model.class_embedding(CLASSES[:3])
-        steps = []
-        for at in range(16):
-            steps.append(model.step(x, cache, at))
-            x = model.token_embedding(codes[:, at])
+        cache, weights = model.decoder(3).cache, model.step_weights()
+        steps = [ops.decode_step(CLASSES[:3], model.class_embedding.weight, weights, cache, 0)]
+        for at in range(1, 16):
+            code, table = codes[:, at - 1].contiguous(), model.token_embedding.weight
+            steps.append(ops.decode_step(code, table, weights, cache, at))
     got = torch.stack(steps, dim=1)
     error, allowed = ((logits.double() - want).norm() for logits in (got, ruler))
     assert error <= 2 * allowed + torch.finfo(dtype).eps * want.norm()
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_the_engine_makes_the_references_codes(model, settings):
+def test_enabled_ops_make_the_references_codes(model, settings):
     for B in (1, 3, 64):
         want = model.generate(CLASSES[:B], **settings)
-        with vfmtok_fast.enable(engine.STEP_OPS, strict=True):
+        with vfmtok_fast.enable(STEP_OPS, strict=True):
             assert torch.equal(model.generate(CLASSES[:B], **settings), want), B
     assert torch.equal(model.generate(CLASSES[:3], **settings), want[:3])
-    assert vfmtok_fast.status().paths["generate"]["engine"] == 3
 
 
-def test_the_engine_notices_that_weights_were_quantized():
+def test_a_decoder_notices_that_weights_were_quantized():
     """Its graphs hold addresses; here it is the values that must be new."""
     model = make()
-    with vfmtok_fast.enable(engine.STEP_OPS, strict=True):
-        before = model.generate(CLASSES, seed=1)
-        key = engine._key(model, 64, False)
+    decoder = model.decoder(64)
+    with vfmtok_fast.enable(STEP_OPS, strict=True):
+        before = decoder.generate(CLASSES, seed=1)
+        assert torch.equal(model.generate(CLASSES, seed=1), before)
         model.quantize_weights()
-        assert engine._key(model, 64, False) != key
         after = model.generate(CLASSES, seed=1)
+        assert torch.equal(decoder.generate(CLASSES, seed=1), after)
     assert torch.equal(after, model.generate(CLASSES, seed=1))
     assert not torch.equal(after, before)
 
@@ -213,14 +211,14 @@ def test_full_and_rounded_weights_are_not_loaded_into_each_other(strict, assign)
 
 
 def test_steps_outside_no_grad():
-    """`GPT.step` is public, and norms and embeddings are parameters."""
+    """Norms and embeddings are parameters."""
     model = make().quantize_weights()
-    x = model.class_embedding(CLASSES[:3])
     logits = []
-    for policy in ((), engine.STEP_OPS):
+    for policy in ((), STEP_OPS):
         with vfmtok_fast.enable(policy, strict=True):
-            cache = KVCache(CONFIG, 3, model.device, model.dtype)
-            logits.append(model.step(x.detach(), cache, 0))
+            step = model.class_embedding.weight, model.step_weights(), model.decoder(3).cache
+            logits.append(ops.decode_step(CLASSES[:3], *step, 0))
+    assert not logits[0].requires_grad
     torch.testing.assert_close(*logits)
 
 

@@ -317,8 +317,7 @@ def moved(arguments, to: Callable[[Tensor], Tensor]):
 def test_a_whole_step(B, rows, dtype, options, check_error):
     """Through the op, whose seam takes these kernels for all of it and for attention."""
     given = make(B, rows, dtype, **options)
-    widened = moved(given, lambda t: t.double() if t.dtype == dtype and t.ndim > 1 else t)
-    widened = (given[0], *moved(given, lambda t: t.double() if t.is_floating_point() else t)[1:])
+    widened = moved(given, lambda t: t.double() if t.is_floating_point() else t)
     code, embedding, weights, cache = widened
     # Scales and the table stay float32 in every type.
     weights = weights._replace(rotary=given[2].rotary)
@@ -340,6 +339,9 @@ def test_a_whole_step(B, rows, dtype, options, check_error):
         # Through two layers the bound of one is lost; what is asked is a thousandth of half's.
         error = float((got.cpu() - truth).abs().max())
         assert error <= 1e-5 * float(truth.abs().max())
+    elif "int8_cache" in options:
+        # A value next to a tie is rounded the other way, by 1 / 127 of the largest of its head.
+        assert float((got.cpu() - truth).abs().max()) <= float(truth.abs().max()) / 127
     else:
         check_error(got.cpu(), truth, ruler)
     for layer, own in zip(there[3], ruler_cache, strict=True):

@@ -17,12 +17,13 @@ pytestmark = pytest.mark.skipif(
 )
 LEVELS = ((4, 4), (3, 3))
 DEFORMABLE = {"B": 1, "Q": 4, "H": 1, "D": 8, "P": 2, "levels": LEVELS}
+STEP = {"layers": 1, "C": 16, "H": 2, "F": 24, "V": 20, "T": 6, "position": 3}
 CALLS = (
     Call("decode_attention", "", "float32", {"B": 1, "H": 1, "G": 1, "T": 6, "D": 4, "length": 5}),
     Call("sample_token", "", "float32", {"B": 1, "V": 40, "cfg_scale": 1.5}),
     Call("nearest_code", "", "float32", {"N": 5, "K": 40, "d": 4}),
     Call("deformable_sample", "", "float32", DEFORMABLE, BY_DEFORMABLE),
-    Call("linear_residual", "", "float32", {"rows": 2, "K": 40, "N": 8}),
+    *(Call("decode_step", "", "float32", {"B": B, "rows": 2 * B, **STEP}) for B in (1, 3)),
 )
 
 

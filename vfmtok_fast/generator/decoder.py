@@ -68,6 +68,8 @@ class Decoder:
         self.batch, self.guided, self.kv_dtype = batch, guided, kv_dtype
         self._model = weakref.ref(model)
         self._made_for = _made_for(model)
+        # Of the weights that graphs were captured with.
+        self._addresses: tuple[int, ...] | None = None
         self._busy = threading.Lock()
         config, device = model.config, model.device
 
@@ -116,7 +118,7 @@ class Decoder:
             raise ValueError(f"decoder: at most {self.batch} images at a time, got {B}")
         if settings.guided(0) and not self.guided:
             raise ValueError("decoder: guidance needs a decoder made with guided=True")
-        if _made_for(model)[:3] != self._made_for[:3]:
+        if _made_for(model) != self._made_for:
             raise ValueError("decoder: the model or the current stream is another; make a new one")
 
         def tell(step: int) -> None:
@@ -143,9 +145,9 @@ class Decoder:
     ) -> Tensor:
         model, B = self._model(), len(class_ids)
         config, weights = model.config, model.step_weights()
-        if _made_for(model) != self._made_for:  # Weights were replaced: a graph has the old ones.
+        if (addresses := _addresses(model)) != self._addresses:
             self.end()
-            self._made_for = _made_for(model)
+            self._addresses = addresses
         self.image_ids[:B].copy_(image_ids)
         # Rows beyond the images compute along, of a class that exists.
         classes = class_ids.new_zeros(self.batch)
@@ -239,12 +241,16 @@ def check_images(
 
 
 def _made_for(model: GPT) -> tuple:
-    """Dtype, device, stream and the weights' addresses, which a graph holds."""
+    """What buffers depend on: dtype, device, stream."""
     device = model.device
     # Of another stream's call nobody knows here whether it has ended.
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-    addresses = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
-    return model.dtype, device, stream, addresses
+    return model.dtype, device, stream
+
+
+def _addresses(model: GPT) -> tuple[int, ...]:
+    """What graphs depend on besides: where the weights are."""
+    return tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
 
 
 class Kept:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.decode_attention import decode_attention
-from ..reference.decode_step import append
+from ..reference.decode_step import append, row_of
 
 if TYPE_CHECKING:
     from ..kv_cache import KVCache, LayerCache
@@ -53,12 +53,14 @@ def decode_step(
     x = embedding.index_select(0, code)
     if rows > len(code):
         x = x.repeat(rows // len(code), 1)
-    at = torch.as_tensor(position, device=x.device).reshape(1).long()
-    # Complex numbers: q and k rotate together, and pairs are never taken apart.
+    # Complex numbers: q and k rotate together, and pairs are never taken apart. A copy, for they
+    # must lie at even places.
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    table = torch.view_as_complex(weights.rotary.index_select(0, at).to(wide))
+    table = row_of(weights.rotary, position).to(wide, copy=True)
+    table = torch.view_as_complex(table.contiguous())
     for block, layer in zip(weights.blocks, cache, strict=True):
-        q = queries(rms_norm(x, block.attention_norm, weights.eps), block, layer, table, at)
+        y = rms_norm(x, block.attention_norm, weights.eps)
+        q = queries(y, block, layer, table, position)
         mixed = decode_attention(q, layer.keys, layer.values, length, **layer.scales)
         x.add_(product(mixed.flatten(1), *block.out))
         x.add_(product(hidden(rms_norm(x, block.ffn_norm, weights.eps), block), *block.down))
@@ -66,7 +68,9 @@ def decode_step(
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def queries(x: Tensor, block: BlockWeights, layer: LayerCache, table: Tensor, at: Tensor) -> Tensor:
+def queries(
+    x: Tensor, block: BlockWeights, layer: LayerCache, table: Tensor, position: int | Tensor
+) -> Tensor:
     """Rotated queries [R, H, D]; keys and values go into the cache."""
     R, H, _, D = layer.keys.shape
     qkv = product(x, *block.qkv).contiguous()
@@ -76,7 +80,7 @@ def queries(x: Tensor, block: BlockWeights, layer: LayerCache, table: Tensor, at
     # In place: the product is this function's own.
     torch.view_as_complex(qk.view(R, 2 * H, D // 2, 2)).mul_(table)
     q, k = qk.to(x.dtype).view(R, 2, H, D).unbind(1)
-    append(layer, at, k, v)
+    append(layer, position, k, v)
     return q
 
 

@@ -49,21 +49,34 @@ def attention(
     H, D = layer.keys.shape[1], layer.keys.shape[3]
     qkv = linear(rms_norm(x, block.attention_norm, weights.eps), block.qkv)
     q, k, v = qkv.unflatten(-1, (3, H, D)).unbind(1)
-    at = torch.as_tensor(position, device=x.device).reshape(1).long()
-    table = weights.rotary.index_select(0, at)
-    append(layer, at, rotate(k, table), v)
+    table = row_of(weights.rotary, position)
+    append(layer, position, rotate(k, table), v)
     mixed = decode_attention(rotate(q, table), layer.keys, layer.values, length, **layer.scales)
     return linear(mixed.flatten(1), block.out)
 
 
-def append(layer: LayerCache, at: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Write keys and values [R, H, D] of position ``at`` [1] into the cache."""
+def row_of(table: Tensor, position: int | Tensor) -> Tensor:
+    """The row of one position [1, ...]; no value of a tensor is read."""
+    if isinstance(position, int):
+        return table[position : position + 1]
+    return table.index_select(0, position.reshape(1).long())
+
+
+def append(layer: LayerCache, position: int | Tensor, keys: Tensor, values: Tensor) -> None:
+    """Write keys and values [R, H, D] of one position into the cache."""
     parts = ((layer.keys, layer.key_scale, keys), (layer.values, layer.value_scale, values))
     for cache, scales, new in parts:
         if scales is not None:
             new, scale = in_8_bits(new)
-            scales.index_copy_(2, at, scale[:, :, None])
-        cache.index_copy_(2, at, new[:, :, None])
+            _put(scales, position, scale)
+        _put(cache, position, new)
+
+
+def _put(cache: Tensor, position: int | Tensor, new: Tensor) -> None:
+    if isinstance(position, int):
+        cache[:, :, position] = new
+    else:
+        cache.index_copy_(2, position.reshape(1).long(), new[:, :, None])
 
 
 def in_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:

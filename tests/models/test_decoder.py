@@ -1,19 +1,22 @@
-"""The engine: equal codes, one set of buffers, no weights of its own, batches that fit."""
+"""The decoder: equal codes, one set of buffers, no weights of its own, batches that fit."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
+import pickle
 import weakref
 
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import vfmtok_fast
 from vfmtok_fast import GPT, GPTConfig
-from vfmtok_fast.generator import Sampling, engine, memory
+from vfmtok_fast.generator import Decoder, Sampling, memory
+from vfmtok_fast.generator.decoder import STEP_OPS, Kept
+from vfmtok_fast.kv_cache import KVCache
 
 CONFIG = GPTConfig(
     num_layers=2, num_heads=4, dim=64, vocab_size=512, block_size=16, num_classes=10,
@@ -44,33 +47,99 @@ def model() -> GPT:
 
 
 def fast(model: GPT, classes: torch.Tensor, **settings) -> torch.Tensor:
-    before = vfmtok_fast.status().paths.get("generate", {}).get("engine", 0)
-    with vfmtok_fast.enable(engine.STEP_OPS, strict=True):
-        codes = model.generate(classes, **settings)
-    assert vfmtok_fast.status().paths["generate"]["engine"] > before
-    return codes
+    with vfmtok_fast.enable(STEP_OPS, strict=True):
+        return model.generate(classes, **settings)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_codes_are_the_references(model, settings):
+def test_codes_are_those_of_all_positions_every_time(model, settings, uncached):
     for B in (1, 2, 3, 7):
-        want = model.generate(CLASSES[:B], **settings)
+        want = uncached(model, CLASSES[:B], **settings)
+        assert torch.equal(model.generate(CLASSES[:B], **settings), want), B
         assert torch.equal(fast(model, CLASSES[:B], **settings), want), B
         assert torch.equal(fast(model, CLASSES[:B], **settings), want), "the same seed repeats"
-    assert vfmtok_fast.status().paths["generate"] == {"reference": 4, "engine": 8}
-    assert "generate: 8 engine, 4 reference" in str(vfmtok_fast.status())
 
 
-def test_the_engine_needs_every_op_of_a_step(model):
-    for missing in engine.STEP_OPS:
-        with vfmtok_fast.enable(engine.STEP_OPS - {missing}):
-            model.generate(CLASSES[:1])
-    assert vfmtok_fast.status().paths["generate"] == {"reference": len(engine.STEP_OPS)}
-    with vfmtok_fast.enable():
-        model.generate(CLASSES[:1], use_cache=False)
-        assert "engine" not in vfmtok_fast.status().paths["generate"]
-        model.generate(CLASSES[:1])
-    assert vfmtok_fast.status().paths["generate"]["engine"] == 1
+def test_each_op_of_a_step_is_a_choice_of_its_own(model):
+    want = model.generate(CLASSES[:2], seed=1)
+    for op in STEP_OPS:
+        vfmtok_fast.switch.reset_records()
+        with vfmtok_fast.enable(op, strict=True):
+            assert torch.equal(model.generate(CLASSES[:2], seed=1), want)
+        took = {name: set(vfmtok_fast.status().ops[name].calls) for name in STEP_OPS}
+        assert took == {name: {"portable" if name == op else "reference"} for name in STEP_OPS}
+
+
+def test_a_decoder_of_ones_own(model):
+    decoder = model.decoder(3, guided=True)
+    for settings in SETTINGS:
+        for B in (3, 1, 0):
+            want = model.generate(CLASSES[:B], **settings)
+            assert torch.equal(decoder.generate(CLASSES[:B], **settings), want)
+        ids = torch.tensor([5, 2**40])
+        want = model.generate(CLASSES[:2], image_ids=ids, **settings)
+        assert torch.equal(decoder.generate(CLASSES[:2], image_ids=ids, **settings), want)
+    told = []
+    decoder.generate(CLASSES[:2], progress=lambda *done: told.append(done))
+    assert told == [(2 * i, 32) for i in range(1, 17)]
+    assert decoder.nbytes == 6 * 2 * CONFIG.num_layers * CONFIG.dim * CONFIG.block_size * 4
+    small = model.decoder(3, guided=True, kv_dtype=torch.int8)
+    scales = 6 * 2 * CONFIG.num_layers * CONFIG.num_heads * CONFIG.block_size * 4
+    assert small.nbytes == decoder.nbytes // 4 + scales
+
+
+def test_what_a_decoder_refuses(model):
+    decoder = model.decoder(2)
+    for settings, error, message in (
+        ({"class_ids": CLASSES[:3]}, ValueError, "decoder: at most 2 images at a time, got 3"),
+        ({"cfg_scale": 2.0}, ValueError, "decoder: guidance needs a decoder made with guided=True"),
+        ({"top_p": 2.0}, ValueError, r"generate: top_p must be in \(0, 1\], got 2.0"),
+        ({"class_ids": CLASSES[:2] + 50}, ValueError, r"generate: class_ids must be in \[0, 10\)"),
+    ):
+        with pytest.raises(error, match=f"^{message}"):
+            decoder.generate(**({"class_ids": CLASSES[:2]} | settings))
+    for batch in (0, -1, True, 2.0):
+        with pytest.raises(ValueError, match="^decoder: batch must be an int of at least 1, got"):
+            model.decoder(batch)
+    with pytest.raises(ValueError, match="^decoder: kv_dtype must be None, torch.float32 or torch"):
+        model.decoder(1, kv_dtype=torch.float16)
+    assert decoder.generate(CLASSES[:2]).shape == (2, 16)
+
+
+def test_a_decoder_takes_one_call_at_a_time(model):
+    decoder = model.decoder(2)
+
+    def again(done: int, total: int) -> None:
+        decoder.generate(CLASSES[:2])
+
+    with pytest.raises(RuntimeError, match="^decoder: another call of it has not ended"):
+        decoder.generate(CLASSES[:2], progress=again)
+    assert torch.equal(decoder.generate(CLASSES[:2], seed=1), model.generate(CLASSES[:2], seed=1))
+
+
+def test_a_decoder_follows_its_model():
+    model = make()
+    decoder = model.decoder(2)
+    model.head.weight = nn.Parameter(model.head.weight.detach().flip(0).clone())
+    assert torch.equal(decoder.generate(CLASSES[:2], seed=1), model.generate(CLASSES[:2], seed=1))
+    model.double()
+    with pytest.raises(ValueError, match="^decoder: the model or the current stream is another"):
+        decoder.generate(CLASSES[:2])
+    model.float()
+    assert torch.equal(decoder.generate(CLASSES[:2], seed=1), model.generate(CLASSES[:2], seed=1))
+    del model
+    gc.collect()
+    with pytest.raises(RuntimeError, match="^decoder: its model is gone"):
+        decoder.generate(CLASSES[:2])
+
+
+def test_a_copy_of_a_model_has_no_decoder_yet():
+    model = make()
+    want = fast(model, CLASSES[:2], seed=1)
+    assert model.kept.nbytes > 0
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other.kept) is Kept and other.kept.nbytes == 0
+        assert torch.equal(fast(other, CLASSES[:2], seed=1), want)
 
 
 @pytest.mark.parametrize("settings", SETTINGS[:4], ids=str)
@@ -160,36 +229,25 @@ def test_a_call_within_a_call_and_after_one_that_was_stopped(model):
     assert torch.equal(fast(model, CLASSES[:2], seed=1), want)
 
 
-@pytest.mark.parametrize("guided", [False, True])
-def test_a_step_reads_nothing_on_the_host(guided):
-    """Fake tensors have no values: `.item()` or a branch on one would raise, as below."""
-    sampling = Sampling(cfg_scale=1.5 if guided else 1.0, top_k=5, top_p=0.9, seed=7)
-    with FakeTensorMode(allow_non_fake_inputs=False), torch.no_grad():
-        model = make()
-        made = engine.Engine(model, 3, guided, ())
-        made.advance(model, made.cache, sampling, guided, made.at)
-        assert made.codes.shape == (3, CONFIG.block_size)
-        with pytest.raises(DataDependentOutputException):
-            made.at[0].item()
-
-
 @pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[2]], ids=str)
 def test_steps_with_positions_on_the_device_make_the_same_codes(model, settings):
-    """What a graph replays: the engine's step with a tensor for the position, here eagerly."""
-    sampling = Sampling(**settings)
+    """What a graph replays: the decoder's step with a tensor for the position, here eagerly."""
     want = model.generate(CLASSES[:2], **settings)
-    with torch.no_grad():
-        made = engine.Engine(model, 2, sampling.guided(0), ())
-        made._replay = lambda *args: made.advance(*args, made.at)
+    sampling = Sampling(**settings)
+    made = model.decoder(2, guided=sampling.guided(0))
+    weights, advance = model.step_weights(), made._advance
 
-        class OnCuda(torch.Tensor):
-            is_cuda = True
+    def on_device(weights, cache, sampling, code, embedding, at) -> None:
+        if at == 0:
+            advance(weights, cache, sampling, code, embedding, 0)
+            torch.arange(1, 3, out=made.at)
+        else:
+            advance(weights, cache, sampling, code, embedding, made.at)
 
-        got = made.run(
-            model, CLASSES[:2].as_subclass(OnCuda), torch.arange(2), sampling, lambda step: None
-        )
-    assert torch.equal(got.as_subclass(torch.Tensor), want)
+    made._advance = on_device
+    assert torch.equal(made.generate(CLASSES[:2], **settings), want)
     assert made.at.tolist() == [CONFIG.block_size, CONFIG.block_size + 1]
+    assert len(weights.blocks) == CONFIG.num_layers
 
 
 def test_batches_are_handed_out_as_they_finish(model):
@@ -215,7 +273,8 @@ def test_a_batch_that_does_not_fit_is_split_evenly(model, monkeypatch):
     batches = list(model.stream(CLASSES[:7], cfg_scale=2.0, memory=3 * each + each // 2))
     assert [images for images, _ in batches] == [slice(0, 3), slice(3, 6), slice(6, 7)]
     assert torch.equal(torch.cat([codes for _, codes in batches]), want)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 4 * each / memory.SHARE + 1)
+    room = 4 * each / memory.SHARE + 1
+    monkeypatch.setattr(memory, "free_bytes", lambda device: room - model.kept.nbytes)
     assert [i for i, _ in model.stream(CLASSES[:7], cfg_scale=2.0)] == [slice(0, 4), slice(4, 7)]
     with pytest.raises(MemoryError, match=r"^generate: 6 images at a time .*; at most 4 fit$"):
         model.stream(CLASSES[:7], batch_size=6, cfg_scale=2.0)
@@ -223,11 +282,16 @@ def test_a_batch_that_does_not_fit_is_split_evenly(model, monkeypatch):
         model.stream(CLASSES[:7], memory=10)
 
 
-def test_out_of_memory_says_what_to_take_instead(model, monkeypatch):
-    def full(*args):
+@pytest.mark.parametrize("where", ["_run", "cache"])
+def test_out_of_memory_says_what_to_take_instead(where, monkeypatch):
+    def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.\nA long text")
 
-    monkeypatch.setattr(engine, "run", full)
+    model = make()
+    if where == "_run":
+        monkeypatch.setattr(Decoder, "_run", full)
+    else:
+        monkeypatch.setattr(KVCache, "empty", full)
     for count, advice in ((8, r"GPT.stream\(batch_size=4\)"), (1, "a single image")):
         with (
             vfmtok_fast.enable(),
@@ -235,6 +299,17 @@ def test_out_of_memory_says_what_to_take_instead(model, monkeypatch):
         ):
             model.generate(CLASSES[:count])
         assert "\n" not in str(caught.value)
+
+
+def test_what_is_kept_counts_as_free(monkeypatch):
+    """Else the second of two equal calls would find less room than the first."""
+    model = make()
+    each = memory.bytes_per_image(model, False)
+    list(model.stream(CLASSES[:8]))
+    kept = model.kept.nbytes
+    assert kept == 8 * (each - 4 * memory.LOGIT_COPIES * CONFIG.vocab_size)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 8 * each / memory.SHARE + 1 - kept)
+    assert [images for images, _ in model.stream(CLASSES[:8])] == [slice(0, 8)]
 
 
 def test_free_memory_is_a_number_of_this_machine():
