@@ -275,11 +275,14 @@ def variant_name(call: Call, name: str, values: dict[str, object]) -> str:
 def budget_of(row: dict) -> dict[str, float]:
     loop = row.get("main_loop", {})
     alu = {key: value for key, value in loop.items() if key.startswith(("alu_per", "issued_per"))}
-    matrix = {"matrix_at_least": 1} if loop.get("matrix_us") else {}
+    matrix = {"matrix_at_least": 1} if row.get("matrix_in_kernel") else {}
+    # Known ones: a register or two that the assembler gave up to have more warps resident.
+    spills = {"spill_bytes": row["spill_bytes"]} if row["spill_bytes"] else {}
     return {
         "registers": row["registers"],
         "shared_bytes": row["shared_bytes"],
         "warps_at_least": row["occupancy"]["warps"],
+        **spills,
         **alu,
         **matrix,
     }
@@ -306,7 +309,8 @@ def check(name: str, chip: str, row: dict, budget: dict, part: str = "kernels") 
         wrong.append(f"{chip} {name}: {warps} warps are resident, the budget is {least}")
     if early := row.get("early_accesses"):
         wrong.append(f"{chip} {name}: before it waits: {'; '.join(early)}")
-    if row["spill_bytes"] and budget["triton"] == triton.__version__:
+    new = row["spill_bytes"] and "spill_bytes" not in allowed
+    if new and budget["triton"] == triton.__version__:
         wrong.append(f"{chip} {name}: spills {row['spill_bytes']} bytes")
     return wrong
 

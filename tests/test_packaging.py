@@ -141,7 +141,12 @@ def test_wheel_holds_the_package_and_nothing_else(source: Path, elsewhere: Path)
         metadata = archive.read(info["METADATA"]).decode()
         entry_points = archive.read(info["entry_points.txt"]).decode()
     expected = modules_in(source / "vfmtok_fast", "vfmtok_fast")
+    tables = {
+        f"vfmtok_fast/kernels/tuned/{p.name}" for p in (source / "kernels/tuned").glob("*.json")
+    }
+    assert "vfmtok_fast/kernels/tuned/nvidia-h200.json" in tables
     # A folder of modules without an __init__.py would be missing from the wheel.
+    expected |= tables
     assert names == expected | modules_in(source / "kernels", "vfmtok_fast/kernels")
     assert f"\nVersion: {vfmtok_fast.__version__}\n" in metadata
     assert "\nRequires-Dist: triton" not in metadata

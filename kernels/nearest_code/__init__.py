@@ -52,8 +52,9 @@ AGAIN = Space(
     "nearest_code.screen_again",
     {"tile": (64, 128), "sub": (8, 16, 32), "rows": (64, 128), "warps": (4, 8), "stages": (2, 3)},
     {80: {"tile": 64, "sub": 16, "rows": 64, "warps": 4, "stages": 2}},
-    # Eight warps share 64 rows in another layout, which would copy every score.
-    valid=lambda s: s.rows == 16 * s.warps,
+    # Eight warps share 64 rows in another layout, which would copy every score; tiles of 128 codes
+    # fit into registers with few columns of them at a time only.
+    valid=lambda s: s.rows == 16 * s.warps and (s.tile == 64 or s.sub == 8),
 )
 RESCAN = Space(
     "nearest_code.rescan",
@@ -180,6 +181,8 @@ def _launch(z: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
     listed = empty(block, dtype=torch.int64)
     # Three-way maxima, and those of two float16 in one register, are there from sm_90 on.
     asm = tuning.capability(device) >= 90 and os.environ.get("TRITON_INTERPRET") != "1"
+    # Before sm_90 the assembler would spill half of the maxima to have seven warps a scheduler.
+    limit = {} if asm else {"maxnreg": 96}
     row = {"D": d, "C": columns}
     last = {**row, "GROUP": group, "TAKE": k, "PLACES": triton.next_power_of_2(k)}
     with on(device):
@@ -201,7 +204,7 @@ def _launch(z: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
                 z[part], packed, facts, listed, count, *found, rows, spans,
                 triton.cdiv(spans, splits), BOUND, **row, ROWS=screen.rows, TILE=screen.tile,
                 SUB=group, SPLITS=splits, WIDE=wide, AGAIN=False, ASM=asm, STAGES=screen.stages,
-                num_warps=screen.warps,
+                num_warps=screen.warps, **limit,
             )  # fmt: skip
             _rescan[(triton.cdiv(rows, rescan.rows),)](
                 z[part], exact, inverse, alive, facts, listed, count, *found, code[part],

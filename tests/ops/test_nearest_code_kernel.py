@@ -118,9 +118,9 @@ def test_shapes(n: int, k: int, d: int, launched, scores):
 @runs
 @pytest.mark.parametrize("space", kernel.SPACES, ids=lambda space: space.name)
 def test_no_setting_changes_a_bit(space):
-    """Every value of every setting, one at a time; the answer is certified whatever they are."""
-    z, codebook = near_ties(1e-5, n=20)
-    codebook = torch.cat([codebook, codebook[:30]])
+    """The ends of every setting, one at a time; the answer is certified whatever they are."""
+    z, codebook = near_ties(1e-5, n=12)
+    codebook = torch.cat([codebook, codebook[:20]])
     with kernel.SCREEN.using(kernel.SCREEN.defaults[90]):
         expected = search(z, codebook)
         assert torch.equal(expected[0], truth(z, codebook).max(1).indices)
@@ -128,7 +128,7 @@ def test_no_setting_changes_a_bit(space):
         for name, values in space.choices.items():
             if name in ("stages", "warps"):  # The interpreter knows neither.
                 continue
-            for value in values:
+            for value in {values[0], values[-1]}:
                 near = [s for s in space.candidates() if getattr(s, name) == value]
                 setting = max(
                     near,
@@ -144,7 +144,7 @@ def test_no_setting_changes_a_bit(space):
 @runs
 @pytest.mark.parametrize("k", [2, 3, 8])
 def test_several_codes(k: int, scores):
-    check(random(12, 12), random(300, 12, seed=1), k)
+    check(random(8, 12), random(200, 12, seed=1), k)
     check(random(5, 8), random(k, 8, seed=1), k)
 
 
@@ -160,11 +160,11 @@ def test_several_codes_where_they_tie_or_nearly(monkeypatch):
 
 
 @runs
-@pytest.mark.parametrize("spread", [1e-1, 1e-3, 1e-6])
+@pytest.mark.parametrize("spread", [1e-1, 1e-6])
 def test_clustered_codebook(spread: float):
     centres = random(4, 12, seed=1)
-    codebook = centres[torch.arange(300) % 4] + spread * random(300, 12, seed=2)
-    check(codebook[::15] + spread * random(20, 12, seed=3), codebook)
+    codebook = centres[torch.arange(200) % 4] + spread * random(200, 12, seed=2)
+    check(codebook[::15] + spread * random(14, 12, seed=3), codebook)
 
 
 @runs
