@@ -14,7 +14,7 @@ from . import tuning
 
 # Whether a kernel of a decoding step may begin while the one before it ends (programmatic dependent
 # launch): it asks for its weights, then waits. None: where the chip can, from sm_90 on; False:
-# nowhere, after which `engine.forget` drops the graphs that were made before. decode_step.md says
+# nowhere; then `switch.new_generation` has graphs captured anew. decode_step/README.md says
 # why this is safe, and `make aot` looks for it in the machine code.
 OVERLAP: bool | None = None
 

@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import vfmtok_fast as vf
 from vfmtok_fast import GPT, BackboneConfig, GPTConfig, VFMTok, VFMTokConfig, ops, switch
+from vfmtok_fast.decoding import BlockWeights, KVCache, LayerCache, StepWeights, Weight
 from vfmtok_fast.generator import Decoder, Sampling
 from vfmtok_fast.kernels import tuning
-from vfmtok_fast.kv_cache import KVCache, LayerCache
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs kernels"
@@ -313,17 +313,17 @@ def step(dtype: torch.dtype) -> None:
     for rows in (2, 8, 80):
         for int8 in (False, True):
 
-            def weight(N: int, K: int, int8: bool = int8) -> ops.Weight:
+            def weight(N: int, K: int, int8: bool = int8) -> Weight:
                 if int8:
-                    return ops.Weight(integers(N, K, dtype=torch.int8), floats(N))
-                return ops.Weight(floats(N, K, dtype=dtype))
+                    return Weight(integers(N, K, dtype=torch.int8), floats(N))
+                return Weight(floats(N, K, dtype=dtype))
 
             norm, shape = floats(32, dtype=dtype), (rows, 2, 6, 16)
-            block = ops.BlockWeights(
+            block = BlockWeights(
                 norm, weight(96, 32), weight(32, 32), norm, weight(40, 32), weight(40, 32),
                 weight(32, 40),
             )  # fmt: skip
-            weights = ops.StepWeights((block,), norm, weight(50, 32), floats(6, 8, 2))
+            weights = StepWeights((block,), norm, weight(50, 32), floats(6, 8, 2))
             layer = LayerCache(floats(*shape, dtype=dtype), floats(*shape, dtype=dtype))
             if int8:
                 small = (integers(*shape, dtype=torch.int8) for _ in range(2))

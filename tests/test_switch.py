@@ -18,8 +18,7 @@ import vfmtok_fast as vf
 from vfmtok_fast import ops, switch
 from vfmtok_fast.switch import FallbackError, FallbackWarning
 
-# Not the types of weights.
-NAMES = {name for name in ops.__all__ if name.islower()}
+NAMES = set(ops.__all__)
 Z, CODEBOOK = torch.eye(3), torch.eye(3).flip(0)
 NEAREST = [2, 1, 0]
 FAKE = -7  # What `fake_op` gives.

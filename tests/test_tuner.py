@@ -222,7 +222,8 @@ def test_calls_are_what_their_op_takes(call):
     """Small ones of each kind run; the op's own validation looks at them."""
     small = {"B": 2, "N": 40, "K": 96, "Q": 6, "rows": 2, "V": 64, "T": 4, "H": 2, "G": 2}
     sizes = {name: small.get(name, size) for name, size in call.sizes.items()}
-    sizes |= {"length": 2} if "length" in sizes else {}
+    sizes |= {name: 2 for name in ("length", "position") if name in sizes}
+    sizes |= {"C": 16, "F": 24} if "F" in sizes else {}
     if "levels" in sizes:
         sizes["levels"] = ((3, 3),) * 2
     small_call = Call(call.op, call.what, "float32", sizes, call.backward)

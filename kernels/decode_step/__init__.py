@@ -13,13 +13,14 @@ what was measured, and what was tried.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from ...decoding import KVCache, StepWeights
 from ..launch import on, overlap
 from ..registered import registered
 from ..tuning import Space
@@ -28,10 +29,6 @@ from .epilogue import ADDED, GATED, LOGITS, QKV
 from .many import _append, _embed, _gate, _rms_norm
 from .matrix import _matrix
 from .vector import _vector
-
-if TYPE_CHECKING:
-    from ...kv_cache import KVCache
-    from ...ops.decode_step import StepWeights
 
 # Outputs and warps of a program. Measured in prototypes on an H200 (bfloat16, 2 rows): 2 rows of
 # weights and 2 warps for GPT-L's qkv and gate and up, 4 warps for longer rows, 8 rows for the head.
@@ -92,16 +89,15 @@ def decode_step(
     cache: KVCache,
     position: int | Tensor,
     length: int | Tensor,
+    attend: Callable[..., Tensor],
 ) -> Tensor:
     """See `vfmtok_fast.ops.decode_step`; takes what `unsupported_reason` lets pass."""
-    from ...ops.decode_attention import decode_attention
-
     at, number = (position, 0) if isinstance(position, Tensor) else (None, position)
     x = _embedded(code, embedding, cache.layers[0].keys.shape[0])
     for block, layer in zip(weights.blocks, cache, strict=True):
         norm, eps = block.attention_norm, weights.eps
         q = _queries(x, norm, *block.qkv, weights.rotary, *layer, at, number, eps)
-        mixed = decode_attention(q, layer.keys, layer.values, length, **layer.scales)
+        mixed = attend(q, layer.keys, layer.values, length, **layer.scales)
         _add(x, mixed.flatten(1), *block.out, True)
         hidden = _hidden(x, block.ffn_norm, *block.gate, *block.up, eps)
         _add(x, hidden, *block.down, False)

@@ -14,9 +14,9 @@ from torch import nn
 
 import vfmtok_fast
 from vfmtok_fast import GPT, GPTConfig
+from vfmtok_fast.decoding import KVCache
 from vfmtok_fast.generator import Decoder, Sampling, memory
 from vfmtok_fast.generator.decoder import STEP_OPS, Kept
-from vfmtok_fast.kv_cache import KVCache
 
 CONFIG = GPTConfig(
     num_layers=2, num_heads=4, dim=64, vocab_size=512, block_size=16, num_classes=10,

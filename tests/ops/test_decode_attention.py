@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vfmtok_fast.decoding import in_8_bits
 from vfmtok_fast.ops import decode_attention
-from vfmtok_fast.reference.decode_step import in_8_bits
 
 GARBAGE = (float("nan"), float("inf"), float("-inf"), 1e30)
 

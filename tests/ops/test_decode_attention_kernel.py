@@ -13,8 +13,8 @@ from torch import Tensor
 
 import vfmtok_fast
 from vfmtok_fast import ops
+from vfmtok_fast.decoding import in_8_bits
 from vfmtok_fast.reference.decode_attention import decode_attention as reference
-from vfmtok_fast.reference.decode_step import in_8_bits
 
 pytest.importorskip("triton")
 from vfmtok_fast.kernels import decode_attention as kernel

@@ -14,8 +14,7 @@ from torch.utils._pytree import tree_map
 
 import vfmtok_fast
 from vfmtok_fast import ops
-from vfmtok_fast.kv_cache import KVCache, LayerCache
-from vfmtok_fast.ops import BlockWeights, StepWeights, Weight
+from vfmtok_fast.decoding import BlockWeights, KVCache, LayerCache, StepWeights, Weight
 from vfmtok_fast.portable import decode_step as portable
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

@@ -15,11 +15,17 @@ from torch import Tensor
 
 import vfmtok_fast
 from vfmtok_fast import ops
-from vfmtok_fast.kv_cache import KVCache, LayerCache
-from vfmtok_fast.ops import BlockWeights, StepWeights, Weight
+from vfmtok_fast.decoding import (
+    BlockWeights,
+    KVCache,
+    LayerCache,
+    StepWeights,
+    Weight,
+    in_8_bits,
+    in_full,
+)
+from vfmtok_fast.reference.decode_attention import decode_attention as attention
 from vfmtok_fast.reference.decode_step import decode_step as reference
-from vfmtok_fast.reference.decode_step import in_8_bits
-from vfmtok_fast.reference.dequantized import dequantized
 from vfmtok_fast.reference.rms_norm import rms_norm
 from vfmtok_fast.reference.rotary import rotate
 
@@ -74,7 +80,7 @@ def inputs(
 
 
 def oracle(part: str, x: Tensor, norm: Tensor, weights: list[Weight], last: Tensor) -> list[Tensor]:
-    full = [dequantized(*weight, x.dtype) for weight in weights]
+    full = [in_full(*weight, x.dtype) for weight in weights]
     if part == "add":
         return [last + F.linear(x, full[0])]
     x = rms_norm(x, norm, EPS)
@@ -128,7 +134,7 @@ def check(check_error, check_bound, float32_bounds) -> Callable[..., None]:
         wide = [
             x.double(),
             norm.double(),
-            [Weight(dequantized(*w, torch.float64)) for w in weights],
+            [Weight(in_full(*w, torch.float64)) for w in weights],
         ]
         wide[2] = [Weight(w.weight.double()) for w in wide[2]]
         truth = oracle(part, *wide, last if part == "queries" else last.double())
@@ -180,7 +186,7 @@ def test_any_shape(part, rows, K, N, half, int8, seed, check_error, check_bound,
         x, norm = x.half(), norm.half()
         weights = weights if int8 else [Weight(w.weight.half()) for w in weights]
         last = last if part == "queries" else last.half()
-    wide = [Weight(dequantized(*w, torch.float64).double()) for w in weights]
+    wide = [Weight(in_full(*w, torch.float64).double()) for w in weights]
     exact_last = last if part == "queries" else last.double()
     truth = oracle(part, x.double(), norm.double(), wide, exact_last)
     ruler = oracle(part, x, norm, weights, last)
@@ -328,9 +334,9 @@ def test_a_whole_step(B, rows, dtype, options, check_error):
             for layer in cache
         )
     )
-    truth = reference(code.cpu(), embedding.cpu(), weights, cache, 3, 4)
+    truth = reference(code.cpu(), embedding.cpu(), weights, cache, 3, 4, attention)
     ruler_cache = moved(given, lambda t: t)[3]
-    ruler = reference(*given[:3], ruler_cache, 3, 4)
+    ruler = reference(*given[:3], ruler_cache, 3, 4, attention)
     there = moved(given, lambda t: t.to(DEVICE))
     with vfmtok_fast.enable(["decode_step", "decode_attention"], strict=True):
         got = ops.decode_step(*there, 3)
@@ -366,7 +372,7 @@ def _scales_in_float32(part):
 def test_the_same_bits_on_every_run(rows):
     given = make(rows, rows, HALVES[0])
     first, *others = (
-        kernel.decode_step(*moved(given, lambda t: t.to(DEVICE)), 3, 4) for _ in range(4)
+        kernel.decode_step(*moved(given, lambda t: t.to(DEVICE)), 3, 4, attention) for _ in range(4)
     )
     assert all(torch.equal(first, other) for other in others)
 
@@ -374,7 +380,7 @@ def test_the_same_bits_on_every_run(rows):
 @runs
 def test_no_images():
     given = moved(make(0, 0, torch.float32), lambda t: t.to(DEVICE))
-    assert kernel.decode_step(*given, 3, 4).shape == (0, 30)
+    assert kernel.decode_step(*given, 3, 4, attention).shape == (0, 30)
 
 
 @runs

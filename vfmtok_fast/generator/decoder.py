@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, switch
-from ..kv_cache import KVCache
+from ..decoding import KVCache, StepWeights
 from ..ops.checks import check_class_ids, check_integers
 from .memory import told_if_out_of_memory
 from .sampling import Sampling
@@ -172,7 +172,7 @@ class Decoder:
         return self.cache if guided == self.guided else self.cache.first_rows(self.batch)
 
     def _advance(
-        self, weights: ops.StepWeights, cache: KVCache, sampling: Sampling, code: Tensor,
+        self, weights: StepWeights, cache: KVCache, sampling: Sampling, code: Tensor,
         embedding: Tensor, at: int | Tensor,
     ) -> None:  # fmt: skip
         """One step: ``code`` gives the code of position ``at``, an int or ``self.at``.
@@ -190,7 +190,7 @@ class Decoder:
             self.codes.select(1, at).copy_(self.code)
 
     def _replay(
-        self, weights: ops.StepWeights, cache: KVCache, sampling: Sampling, embedding: Tensor
+        self, weights: StepWeights, cache: KVCache, sampling: Sampling, embedding: Tensor
     ) -> None:
         """One step on a GPU: eagerly the first time, which warms up, then captured and replayed.
 

@@ -6,11 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.decode_step import Weight
-from ..reference.dequantized import dequantized
-
-# Largest magnitude of a quantised weight; -128 is left out, for symmetry.
-LARGEST = 127
+from ..decoding import Weight, in_8_bits, in_full
 
 
 class Linear(nn.Linear):
@@ -22,7 +18,7 @@ class Linear(nn.Linear):
         self.register_buffer("scale", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, dequantized(self.weight, self.scale, x.dtype))
+        return F.linear(x, in_full(self.weight, self.scale, x.dtype))
 
     def weights(self) -> Weight:
         """As `ops.decode_step` takes it."""
@@ -36,13 +32,8 @@ class Linear(nn.Linear):
         """
         if self.scale is not None:
             return
-        weight = self.weight.float()
-        largest = weight.abs().amax(dim=1)
-        # A row of zeros has any scale.
-        scale = torch.where(largest > 0, largest / LARGEST, 1.0)
-        # A value may exceed 127 by rounding alone, of the quotient.
-        rounded = (weight / scale[:, None]).round_().clamp_(-LARGEST, LARGEST)
-        self.weight = nn.Parameter(rounded.to(torch.int8), requires_grad=False)
+        weight, scale = in_8_bits(self.weight)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale = scale
 
     def _apply(self, fn, recurse: bool = True) -> Linear:

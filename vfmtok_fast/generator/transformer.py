@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
+from ..decoding import BlockWeights, StepWeights
 from ..hub import HubModel, config_from_mapping
 from ..ops.checks import check_class_ids, check_codes, check_device
 from ..reference.rms_norm import rms_norm
@@ -95,10 +95,10 @@ class Block(nn.Module):
         x = x + self.attention(self.attention_norm(x), rotary)
         return x + self.ffn(self.ffn_norm(x))
 
-    def step_weights(self) -> ops.BlockWeights:
+    def step_weights(self) -> BlockWeights:
         """What `ops.decode_step` reads of this."""
         attention, ffn = self.attention, self.ffn
-        return ops.BlockWeights(
+        return BlockWeights(
             self.attention_norm.weight, attention.qkv.weights(), attention.out.weights(),
             self.ffn_norm.weight, ffn.gate.weights(), ffn.up.weights(), ffn.down.weights(),
         )  # fmt: skip
@@ -165,9 +165,9 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
 
         Every row (output channel) gets a float32 scale, its largest magnitude / 127; embeddings and
         norms stay as they are, and so does the dtype that is computed in. A step then reads about
-        half of the bytes of a bfloat16 model; kernels/decode_step.md says where that saves time,
-        and how much codes change. It is for inference, cannot be undone, and is not saved: load the
-        weights and call it again. Calling it a second time does nothing.
+        half of the bytes of a bfloat16 model; kernels/decode_step/README.md says where that saves
+        time, and how much codes change. It is for inference, cannot be undone, and is not saved:
+        load the weights and call it again. Calling it a second time does nothing.
 
         Returns:
             The model itself.
@@ -245,10 +245,10 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         logits = self.head(self.norm(x))
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def step_weights(self) -> ops.StepWeights:
+    def step_weights(self) -> StepWeights:
         """All weights but the embeddings, as `ops.decode_step` reads them."""
         blocks = tuple(block.step_weights() for block in self.blocks)
-        return ops.StepWeights(
+        return StepWeights(
             blocks, self.norm.weight, self.head.weights(), self.rotary, self.config.norm_eps
         )
 

@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..kv_cache import KVCache
+from ..decoding import KVCache, StepWeights, Weight
 from ..reference import decode_step as reference
 from ..switch import Op
 from .checks import check_eps, check_on, check_position, check_range, check_shape, check_tensor
+from .decode_attention import decode_attention
 
 _op = Op("decode_step", reference.decode_step)
-
-
-class Weight(NamedTuple):
-    """Of a linear layer, [N, K]; int8 stands for ``scale[:, None] * weight``, scale [N] float32."""
-
-    weight: Tensor
-    scale: Tensor | None = None
-
-
-class BlockWeights(NamedTuple):
-    """One transformer block: x += attention(norm(x)); x += SwiGLU(norm(x)).
-
-    ``qkv`` has the rows of all heads' queries, then keys, then values.
-    """
-
-    attention_norm: Tensor  # [C], of an RMSNorm, as ffn_norm
-    qkv: Weight  # [3 H D, C]
-    out: Weight  # [C, H D]
-    ffn_norm: Tensor  # [C]
-    gate: Weight  # [F, C]
-    up: Weight  # [F, C]
-    down: Weight  # [C, F]
-
-
-class StepWeights(NamedTuple):
-    """All that a step reads but the embedding."""
-
-    blocks: tuple[BlockWeights, ...]
-    norm: Tensor  # [C], before the head
-    head: Weight  # [V, C]
-    rotary: Tensor  # [T, D / 2, 2] float32, cosine and sine of every position
-    eps: float = 1e-5  # of all norms
 
 
 @torch.no_grad()
@@ -55,6 +24,8 @@ def decode_step(
     cache: KVCache,
     position: int | Tensor,
     length: int | Tensor | None = None,
+    *,
+    attend: Callable[..., Tensor] = decode_attention,
 ) -> Tensor:
     """Logits of the code after ``code``, whose keys and values go into the cache, in place.
 
@@ -70,6 +41,7 @@ def decode_step(
         position: in 0..T - 1: an int, or an integer tensor of one element that stays on its device
             (its value is not checked, which would need a synchronisation).
         length: ``position + 1``, of the same kind, for who has it: on a GPU it is a launch.
+        attend: what is called as `ops.decode_attention`, which it is unless you have another.
 
     Returns:
         float32 [R, V] (float64 of float64).
@@ -83,7 +55,7 @@ def decode_step(
     if length is None:
         length = position + 1
     _check(code, embedding, weights, cache, position, length)
-    return _op(code, embedding, weights, cache, position, length)
+    return _op(code, embedding, weights, cache, position, length, attend)
 
 
 def _check(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference.dequantized import dequantized
+from ..decoding import in_full
 
 # Heads of all rows from which on a CPU takes matrix products.
 _PRODUCTS = 192
@@ -62,8 +62,8 @@ def _attend(
 ) -> Tensor:  # fmt: skip
     k, v = k[:, :, :length], v[:, :, :length]
     if k_scale is not None:
-        k = dequantized(k, k_scale[:, :, :length], q.dtype)
-        v = dequantized(v, v_scale[:, :, :length], q.dtype)
+        k = in_full(k, k_scale[:, :, :length], q.dtype)
+        v = in_full(v, v_scale[:, :, :length], q.dtype)
     (B, H, D), G = q.shape, k.shape[1]
     # Queries that share a head's keys take the place of positions.
     q = q.reshape(B, G, H // G, D)

@@ -20,18 +20,13 @@ days disagree: by these rates `mm` loses 2 ms a step of GPT-B on the first, and 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.decode_attention import decode_attention
-from ..reference.decode_step import append, row_of
-
-if TYPE_CHECKING:
-    from ..kv_cache import KVCache, LayerCache
-    from ..ops.decode_step import BlockWeights, StepWeights
+from ..decoding import BlockWeights, KVCache, LayerCache, StepWeights, row_of
 
 # Rows of an int8 weight that are widened at once.
 _BLOCK = 256
@@ -47,8 +42,9 @@ def decode_step(
     cache: KVCache,
     position: int | Tensor,
     length: int | Tensor,
+    attend: Callable[..., Tensor],
 ) -> Tensor:
-    """See `vfmtok_fast.ops.decode_step`."""
+    """See `vfmtok_fast.ops.decode_step`; ``attend`` is `ops.decode_attention`."""
     rows = cache.layers[0].keys.shape[0]
     x = embedding.index_select(0, code)
     if rows > len(code):
@@ -61,7 +57,7 @@ def decode_step(
     for block, layer in zip(weights.blocks, cache, strict=True):
         y = rms_norm(x, block.attention_norm, weights.eps)
         q = queries(y, block, layer, table, position)
-        mixed = decode_attention(q, layer.keys, layer.values, length, **layer.scales)
+        mixed = attend(q, layer.keys, layer.values, length, **layer.scales)
         x.add_(product(mixed.flatten(1), *block.out))
         x.add_(product(hidden(rms_norm(x, block.ffn_norm, weights.eps), block), *block.down))
     logits = product(rms_norm(x, weights.norm, weights.eps), *weights.head).contiguous()
@@ -80,7 +76,7 @@ def queries(
     # In place: the product is this function's own.
     torch.view_as_complex(qk.view(R, 2 * H, D // 2, 2)).mul_(table)
     q, k = qk.to(x.dtype).view(R, 2, H, D).unbind(1)
-    append(layer, position, k, v)
+    layer.append(position, k, v)
     return q
 
 

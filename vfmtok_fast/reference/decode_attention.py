@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .dequantized import dequantized
+from ..decoding import in_full
 
 
 def decode_attention(
@@ -20,8 +20,8 @@ def decode_attention(
     v_scale: Tensor | None = None,
 ) -> Tensor:
     """See `vfmtok_fast.ops.decode_attention`."""
-    k_cache = dequantized(k_cache, k_scale, q.dtype)
-    v_cache = dequantized(v_cache, v_scale, q.dtype)
+    k_cache = in_full(k_cache, k_scale, q.dtype)
+    v_cache = in_full(v_cache, v_scale, q.dtype)
     B, H, D = q.shape
     heads, capacity = k_cache.shape[1], k_cache.shape[2]
     if isinstance(length, int):

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..decoding import BlockWeights, KVCache, StepWeights, Weight
 from ..generator import GPTConfig
-from ..kv_cache import KVCache
-from ..ops import BlockWeights, StepWeights, Weight
+from ..ops import decode_attention
 from ..tokenizer import VFMTokConfig
 
 # Gradients of values, offsets and logits; the model's reference points are fixed.
@@ -129,7 +129,7 @@ def _decode_step(
     at[1:] += 1
     code = torch.zeros(B, device=device, dtype=torch.int64)
     weights = StepWeights(blocks, new(C), weight(V, C), rotary)
-    return (code, new(1, C), weights, cache, at[:1], at[1:]), {}
+    return (code, new(1, C), weights, cache, at[:1], at[1:]), {"attend": decode_attention}
 
 
 _MAKERS = {

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .. import switch
-from ..kv_cache import KVCache, LayerCache
+from ..decoding import KVCache, LayerCache
 from .calls import Call
 
 # Rows that are compared: images, queries or rows of logits.
@@ -73,7 +73,8 @@ def _step(reference: Callable, args: Sequence[Any]) -> Check:
         own = tree_map(same, weights)
         layers = KVCache(tuple(LayerCache(*map(same, layer)) for layer in cache))
         with torch.no_grad():
-            return reference(code, same(embedding), own, layers, position, length)
+            given = (code, same(embedding), own, layers, position, length)
+            return reference(*given, switch.reference("decode_attention"))
 
     truth, ruler = logits(torch.float64), logits(None)
     own = float((ruler.double() - truth).abs().max())

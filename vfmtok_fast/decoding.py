@@ -1,0 +1,141 @@
+"""What a decoding step reads and writes: weights, and the static cache of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def in_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [..., D] and float32 scales [...]: the largest magnitude of each row / 127."""
+    wide = x.float()
+    scale = wide.abs().amax(-1) / 127
+    # A row of zeros has any scale but zero.
+    scale = torch.where(scale > 0, scale, 1.0)
+    # A value may exceed 127 by rounding alone, of the quotient.
+    return (wide / scale[..., None]).round().clamp_(-127, 127).to(torch.int8), scale
+
+
+def in_full(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``x`` [..., K] itself; or of int8, times ``scale`` [...] of its rows, in ``dtype``."""
+    if scale is None:
+        return x
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    return (x.to(exact) * scale.to(exact)[..., None]).to(dtype)
+
+
+def row_of(table: Tensor, position: int | Tensor) -> Tensor:
+    """The row of one position [1, ...]; no value of a tensor is read."""
+    if isinstance(position, int):
+        return table[position : position + 1]
+    return table.index_select(0, position.reshape(1).long())
+
+
+class Weight(NamedTuple):
+    """Of a linear layer, [N, K]; int8 stands for ``scale[:, None] * weight``, scale [N] float32."""
+
+    weight: Tensor
+    scale: Tensor | None = None
+
+
+class BlockWeights(NamedTuple):
+    """One transformer block: x += attention(norm(x)); x += SwiGLU(norm(x)).
+
+    ``qkv`` has the rows of all heads' queries, then keys, then values.
+    """
+
+    attention_norm: Tensor  # [C], of an RMSNorm, as ffn_norm
+    qkv: Weight  # [3 H D, C]
+    out: Weight  # [C, H D]
+    ffn_norm: Tensor  # [C]
+    gate: Weight  # [F, C]
+    up: Weight  # [F, C]
+    down: Weight  # [C, F]
+
+
+class StepWeights(NamedTuple):
+    """All that a step reads but the embedding."""
+
+    blocks: tuple[BlockWeights, ...]
+    norm: Tensor  # [C], before the head
+    head: Weight  # [V, C]
+    rotary: Tensor  # [T, D / 2, 2] float32, cosine and sine of every position
+    eps: float = 1e-5  # of all norms
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer [R, H, T, D].
+
+    With scales [R, H, T] float32 both are int8, and stand for ``scale[..., None] * value``.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
+
+    @property
+    def scales(self) -> dict[str, Tensor]:
+        """As keywords of `ops.decode_attention`."""
+        if self.key_scale is None:
+            return {}
+        return {"k_scale": self.key_scale, "v_scale": self.value_scale}
+
+    def append(self, position: int | Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write keys and values [R, H, D] of one position; no value of a tensor is read."""
+        parts = ((self.keys, self.key_scale, keys), (self.values, self.value_scale, values))
+        for cache, scales, new in parts:
+            if scales is not None:
+                new, scale = in_8_bits(new)
+                _put(scales, position, scale)
+            _put(cache, position, new)
+
+    def first_rows(self, rows: int) -> LayerCache:
+        return LayerCache(*(None if part is None else part[:rows] for part in self))
+
+
+def _put(cache: Tensor, position: int | Tensor, new: Tensor) -> None:
+    if isinstance(position, int):
+        cache[:, :, position] = new
+    else:
+        cache.index_copy_(2, position.reshape(1).long(), new[:, :, None])
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all layers, filled position by position; of a size fixed when made."""
+
+    layers: tuple[LayerCache, ...]
+
+    @classmethod
+    def empty(
+        cls, layers: int, rows: int, heads: int, length: int, head_dim: int, *,
+        dtype: torch.dtype, device: torch.device,
+    ) -> KVCache:  # fmt: skip
+        """Of ``rows`` sequences of at most ``length`` positions; int8 comes with scales."""
+        shape = (rows, heads, length, head_dim)
+
+        def new(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        def layer() -> LayerCache:
+            scales = (None, None)
+            if dtype == torch.int8:
+                scales = tuple(new(*shape[:3], dtype=torch.float32) for _ in range(2))
+            return LayerCache(new(*shape, dtype=dtype), new(*shape, dtype=dtype), *scales)
+
+        return cls(tuple(layer() for _ in range(layers)))
+
+    def first_rows(self, rows: int) -> KVCache:
+        """The first ``rows`` sequences, a view of the same memory."""
+        return KVCache(tuple(layer.first_rows(rows) for layer in self.layers))
+
+    def __iter__(self) -> Iterator[LayerCache]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
