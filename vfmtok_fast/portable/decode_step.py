@@ -13,9 +13,8 @@ one day, and on another when the machine read memory at half that rate:
 
 `F.linear` is MKL's for float32, and slow at all sizes on that processor. oneDNN is what it takes
 for half precision. All read the weight as it lies in memory; nothing is packed or copied: oneDNN's
-packed weights gave 17 where it gave 11 and `mm` 17, for a second copy of them. For K = 2048 the two
-days disagree: by these rates `mm` loses 2 ms a step of GPT-B on the first, and gains 2 on the other
-(measured), which needs it more.
+packed weights gave 17 where it gave 11 and `mm` 17, for a second copy of them. For K = 2048 the
+first two days disagree; on a third oneDNN read 19 where `mm` read 13, so it has those.
 """
 
 from __future__ import annotations
@@ -97,7 +96,7 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
         return _int8_linear(x, weight, scale)
     if x.dtype != torch.float32 or x.device.type != "cpu" or rows == 0 or K == 0:
         return F.linear(x, weight)
-    if 2 <= rows <= 5 and K <= 2048:
+    if 2 <= rows <= 5 and K < 2048:
         # Contiguous, or the product takes another, slow way.
         return torch.mm(weight, x.contiguous().T).T
     if _ONEDNN:
