@@ -54,8 +54,9 @@ BLOCK = 1024
 
 
 def unsupported_reason(
-    code: Tensor, embedding: Tensor, weights: StepWeights, cache: KVCache, *rest: object
-) -> str | None:
+    code: Tensor, embedding: Tensor, weights: StepWeights, cache: KVCache, *rest: object,
+    **options: object,
+) -> str | None:  # fmt: skip
     """Why this cannot take the call, or None."""
     if embedding.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes float32, float16 and bfloat16, not {embedding.dtype}"
@@ -75,8 +76,9 @@ def unsupported_reason(
 
 
 def tuning_key(
-    code: Tensor, embedding: Tensor, weights: StepWeights, cache: KVCache, *rest: object
-) -> tuple[str, int]:
+    code: Tensor, embedding: Tensor, weights: StepWeights, cache: KVCache, *rest: object,
+    **options: object,
+) -> tuple[str, int]:  # fmt: skip
     """What a measurement of the whole counts for: see `tuning`."""
     kind = f"{str(embedding.dtype)[6:]} {str(weights.head.weight.dtype)[6:]}"
     return f"{kind} C={embedding.shape[1]}", cache.layers[0].keys.shape[0]

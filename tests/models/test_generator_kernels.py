@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
@@ -13,7 +14,7 @@ from vfmtok_fast import GPT, GPTConfig, switch
 from vfmtok_fast.generator.decoder import STEP_OPS
 
 pytest.importorskip("triton")
-from vfmtok_fast.kernels import launch
+from vfmtok_fast.kernels import decode_step, launch
 
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -21,6 +22,8 @@ DEVICE = "cuda" if GPU else "cpu"
 HERE = pytest.mark.skipif(not INTERPRETED, reason="runs in the child pytest")
 runs = pytest.mark.gpu if GPU else HERE
 CLASSES = torch.arange(64) % 10
+# For the interpreter.
+SMALL = {"block_size": 9, "num_layers": 1, "dim": 32, "num_heads": 2, "vocab_size": 96}
 SETTINGS = (
     {"seed": 1},
     {"seed": 2, "cfg_scale": 2.0, "cfg_interval": 4, "top_k": 40},
@@ -48,9 +51,19 @@ def make(**changes: int) -> GPT:
     return model
 
 
+@pytest.fixture(autouse=True)
+def large_programs():
+    """The interpreter runs one program after the other: few of them."""
+    with contextlib.ExitStack() as stack:
+        for space in decode_step.SPACES if not GPU else ():
+            if "tile" in space.choices and "slices" not in space.choices:
+                stack.enter_context(space.using(space.setting({"tile": 8, "warps": 4})))
+        yield
+
+
 @pytest.fixture(scope="module")
 def model() -> GPT:
-    return make() if GPU else make(block_size=9, num_layers=1)
+    return make() if GPU else make(**SMALL)
 
 
 def fast(model: GPT, classes: torch.Tensor, **settings) -> torch.Tensor:
@@ -80,7 +93,7 @@ def test_codes_are_the_references(model, settings):
 @runs
 @pytest.mark.parametrize("settings", SETTINGS[:2], ids=str)
 def test_codes_of_int8_weights_are_the_references(settings):
-    model = (make() if GPU else make(block_size=9, num_layers=1)).quantize_weights()
+    model = (make() if GPU else make(**SMALL)).quantize_weights()
     for B in (1, 3, 34) if GPU else (2,):
         want = model.generate(CLASSES[:B], **settings)
         assert torch.equal(fast(model, CLASSES[:B], **settings), want), B
