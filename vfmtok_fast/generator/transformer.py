@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..decoding import BlockWeights, StepWeights
@@ -61,12 +62,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
         """x [B, T, C], all positions at once; rotary [T, D / 2, 2]."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        # One table row for all heads.
-        q, k = rotate(q, rotary[:, None]), rotate(k, rotary[:, None])
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-        return self.dropout(self.out(mixed.flatten(2)))
+        q, k, v = rearrange(self.qkv(x), "b t (part h d) -> part b h t d", part=3, h=self.num_heads)
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.dropout(self.out(rearrange(mixed, "b h t d -> b t (h d)")))
 
 
 class FeedForward(nn.Module):

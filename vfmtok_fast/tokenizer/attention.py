@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -24,9 +25,9 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, C]."""
         q, k, v = (
-            project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            rearrange(project(x), "b t (h d) -> b h t d", h=self.num_heads)
             for project in (self.q, self.k, self.v)
         )
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return self.out(rearrange(mixed, "b h t d -> b t (h d)"))

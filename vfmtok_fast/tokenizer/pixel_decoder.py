@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from .config import VFMTokConfig
@@ -41,9 +42,12 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (project(h).flatten(2).transpose(1, 2) for project in (self.q, self.k, self.v))
-        mixed = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-        return x + self.out(mixed.transpose(1, 2).reshape(x.shape))
+        # One head over all pixels.
+        q, k, v = (
+            rearrange(project(h), "b c y x -> b 1 (y x) c") for project in (self.q, self.k, self.v)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(rearrange(mixed, "b 1 (y x) c -> b c y x", y=x.shape[2]))
 
 
 class Level(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 
@@ -24,10 +25,10 @@ def resize_positions(table: Tensor, grid: int, *, antialias: bool = False) -> Te
     side = math.isqrt(table.shape[1])
     if side == grid:
         return table
-    image = table.transpose(1, 2).unflatten(2, (side, side))
+    image = rearrange(table, "1 (y x) c -> 1 c y x", y=side)
     if antialias:
         image = F.interpolate(image, size=(grid, grid), mode="bicubic", antialias=True)
     else:
         image = F.interpolate(image, scale_factor=(grid + 0.1) / side, mode="bicubic")
     assert image.shape[-1] == grid
-    return image.flatten(2).transpose(1, 2)
+    return rearrange(image, "1 c y x -> 1 (y x) c")

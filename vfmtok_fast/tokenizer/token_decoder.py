@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from .attention import CausalSelfAttention
@@ -64,7 +65,7 @@ class TokenDecoder(nn.Module):
         """Regions to the pixel decoder's input [B, dim, 21, 21]."""
         position = resize_positions(self.position[:, 1:], self.pixel_grid)
         patches = self._run(regions, self.pixel_mask + position, self.pixel_norm)
-        return patches.transpose(1, 2).unflatten(2, (self.pixel_grid, self.pixel_grid))
+        return rearrange(patches, "b (y x) c -> b c y x", y=self.pixel_grid)
 
     def features(self, regions: Tensor) -> Tensor:
         """Regions to predicted features of the foundation model [B, 576, backbone_dim]."""
