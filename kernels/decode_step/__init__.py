@@ -156,10 +156,14 @@ def _depth(
     tile: int, slices: int, piece: int, stages: int, padded: int, pair: bool, x: Tensor, w: Tensor
 ) -> int:
     """Columns of a piece: as chosen, or as many as keep what is on its way within shared memory."""
-    depth = max(16, piece // w.itemsize)
-    column = (2 if pair else 1) * tile * w.itemsize + padded * x.itemsize
-    # What the smallest chips give a program: 99 KiB.
-    while depth > 16 and (stages - 1) * slices * depth * column > 96 * 1024:
+    depth, both = max(16, piece // w.itemsize), 2 if pair else 1
+    column = both * tile * w.itemsize + padded * x.itemsize
+    if x.dtype == torch.float32 and w.dtype == torch.int8:
+        # Without the matrix unit, what was widened goes through shared memory once more.
+        column = both * tile * (w.itemsize + x.itemsize) + 2 * padded * x.itemsize
+    # What the smallest chips give a program is 99 KiB; the slices' sums go through it at the end.
+    room = 96 * 1024 - (both * slices * tile * padded * 4 if slices > 1 else 0)
+    while depth > 16 and (stages - 1) * slices * depth * column > room:
         depth //= 2
     return depth
 
