@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import triton
 
+MOST = 2**63
 SHIPPED = Path(__file__).resolve().parent / "tuned"
 FORMAT = 1
 
@@ -66,7 +67,7 @@ def slug(card: str) -> str:
 
 
 def user_folder() -> Path:
-    """Where `tune` writes."""
+    """Where `tune` writes; RuntimeError where this user has no home."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "vfmtok_fast" / "tuned"
 
@@ -84,8 +85,10 @@ def versions() -> dict[str, str]:
 
 def load_tables(card: str) -> tuple[Table, ...]:
     """All tables of ``card``, the user's first, with those that do not count."""
-    name = f"{slug(card)}.json"
-    found = (_load(user_folder() / name, own=True), _load(SHIPPED / name, own=False))
+    name, own = f"{slug(card)}.json", None
+    with contextlib.suppress(RuntimeError):  # In a container a user may have no home.
+        own = _load(user_folder() / name, own=True)
+    found = (own, _load(SHIPPED / name, own=False))
     return tuple(table for table in found if table is not None)
 
 
@@ -94,7 +97,7 @@ def _load(path: Path, own: bool) -> Table | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return Table(path, problem=f"it cannot be read ({error}); `vfmtok-fast tune` makes it anew")
     if why := _defect(content):
         return Table(path, problem=f"it is damaged ({why}); `vfmtok-fast tune` makes it anew")
@@ -147,7 +150,7 @@ def _defect(content: Any) -> str:
             return f"no list {part!r}"
         for row in rows:
             good = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in keys[:2])
-            good = good and type(row.get("size")) is int and row["size"] > 0
+            good = good and type(row.get("size")) is int and 0 < row["size"] < MOST
             good = good and all(_is_time(row.get(name)) for name in _NUMBERS[part])
             if not good or (part == "settings" and not isinstance(row.get("take"), dict)):
                 return f"a row of {part!r} is {row!r:.80}"
@@ -155,7 +158,8 @@ def _defect(content: Any) -> str:
 
 
 def _is_time(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0
+    # A whole number may be too large for a float.
+    return type(value) in (int, float) and 0 < value < MOST and math.isfinite(value)
 
 
 def empty(card: str, made: str, source: str) -> dict[str, Any]:
@@ -193,7 +197,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 def _readable(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return None if _defect(content) else content
 

@@ -131,7 +131,9 @@ class Space:
     def setting(self, values: dict[str, Any]) -> Any:
         """``values`` as a named tuple; ValueError where it is none of this space."""
         good = set(values) == set(self.choices)
-        if not good or any(values[name] not in self.choices[name] for name in values):
+        # 8.0 is equal to 8, and no number of warps.
+        known = {name: [(type(v), v) for v in choices] for name, choices in self.choices.items()}
+        if not good or any((type(v), v) not in known[name] for name, v in values.items()):
             raise ValueError(f"{self.name}: {values} is not one of {self.choices}")
         setting = self.Setting(**values)
         if not self.valid(setting):
@@ -196,6 +198,20 @@ def faster_reference(op: str, device: torch.device, kind: str, size: int) -> str
 
 # What torch.compiler.assume_constant_result does: files are read here.
 faster_reference._dynamo_marked_constant = True
+
+
+def has_faster_reference(op: str, device: torch.device) -> bool:
+    """Whether any table of ``device`` says that of any call of ``op``."""
+    return any(
+        row["us"] > row["reference_us"]
+        for table in tables(device)
+        for (name, _), rows in table.ops.items()
+        if name == op
+        for row in rows
+    )
+
+
+has_faster_reference._dynamo_marked_constant = True
 
 
 @functools.cache

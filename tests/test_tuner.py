@@ -17,6 +17,8 @@ from vfmtok_fast.tuner import calls, compile, oracles, run
 from vfmtok_fast.tuner.calls import Call
 
 pytest.importorskip("triton")
+from triton.runtime.errors import OutOfResources
+
 from vfmtok_fast.kernels import tuning
 
 CPU = torch.device("cpu")
@@ -47,7 +49,7 @@ class FakeKernel(types.SimpleNamespace):
         setting = self.space.at(q.device, *self.tuning_key(q, k_cache, v_cache, length))
         self.took.append(setting)
         if setting in self.broken:
-            raise RuntimeError("out of resource: shared memory")
+            raise OutOfResources(200000, 101376, "shared memory")
         out = reference(q, k_cache, v_cache, length)
         return out * 1.001 if setting in self.wrong else out
 
@@ -131,6 +133,31 @@ def test_where_the_default_is_wrong_nothing_is_chosen(fake, tuner):
     assert not outcome.settings and "off by" in outcome.failed[0]
 
 
+def test_where_the_default_does_not_launch_the_run_goes_on(fake, tuner):
+    def compiler(jobs):
+        # From here on: what a call asks is seen from a launch that only compiles.
+        fake.broken = {fake.space.default(CPU)} if jobs[0][0] == CALL else set()
+        yield from ((job, "") for job in jobs)
+
+    tuner.compiler = compiler
+    outcome = tuner.run([CALL], 10)
+    assert not outcome.settings and not outcome.ops and "out of resource" in outcome.failed[0]
+    fake.broken = set()
+    assert tuner.run([SECOND], 10).settings
+
+
+def test_of_calls_that_a_table_cannot_tell_apart_the_first_decides(fake, tuner):
+    other = Call("decode_attention", "less important", "float32", {**CALL.sizes, "B": 7})
+    outcome = tuner.run([CALL, other], 10)
+    assert len(outcome.ops) == 1
+
+
+def test_graphs_of_old_settings_are_captured_anew(fake, tuner):
+    before = switch.generation()
+    tuner.run([CALL], 10)
+    assert switch.generation() > before
+
+
 def test_what_was_not_reached_in_time_is_named(fake, tuner):
     tuner.clock = lambda: 100.0 if tuner.path.exists() else 0.0
     outcome = tuner.run([CALL, SECOND], 10)
@@ -183,10 +210,11 @@ def test_a_reference_that_does_not_fit_claims_nothing(fake, tuner):
         ({"models": 3}, "models must be"),
         ({"ops": "conv"}, "unknown op"),
         ({"seconds": 0}, "seconds must be positive"),
+        ({"device": "gpu0"}, "device must be a GPU such as cuda:0, got 'gpu0'"),
     ],
 )
 def test_wrong_arguments_are_said_in_one_line(arguments, said, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "device" in arguments)
     with pytest.raises((ValueError, TypeError), match=said) as error:
         vf.tune(**arguments)
     assert "\n" not in str(error.value) and str(error.value).startswith("tune: ")
@@ -245,6 +273,9 @@ def test_calls_are_what_their_op_takes(call):
 def test_processes_compile_what_launches_need_and_say_what_fails(tmp_path, monkeypatch):
     """Real compilers, one of which is given a job that cannot be done."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    # Others may print to what the answers come by.
+    (tmp_path / "sitecustomize.py").write_text("print('hello')")
+    monkeypatch.syspath_prepend(tmp_path)
     call = next(c for c in every_call() if c.op == "decode_attention")
     good = {"values": 4096, "stages": 2, "warps": 4}
     jobs = [(call, "decode_attention.matrix", good),

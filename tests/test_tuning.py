@@ -78,7 +78,9 @@ def test_candidates_are_all_that_can_exist(space):
     assert set(space.candidates()) == {(16, 4), (16, 8), (32, 4)}
 
 
-@pytest.mark.parametrize("values", [{"rows": 64}, {"rows": 48, "warps": 4}, {**TAKE, "x": 1}])
+@pytest.mark.parametrize(
+    "values", [{"rows": 64}, {"rows": 48, "warps": 4}, {**TAKE, "x": 1}, {"rows": 64.0, "warps": 8}]
+)
 def test_what_is_no_setting_is_refused(space, values):
     with pytest.raises(ValueError, match="op.kernel"):
         space.setting(values)
@@ -133,7 +135,16 @@ def test_a_table_of_other_versions_does_not_count_and_says_so(space, card, versi
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '{"format": 2}', '{"format": 1, "settings": [], "ops": []}', "\x00"],
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"format": 2}',
+        '{"format": 1, "settings": [], "ops": []}',
+        "\x00",
+        "[" * 100_000,
+    ],
 )
 def test_a_damaged_table_is_passed_over_and_says_so(space, card, text):
     card.parent.mkdir(parents=True)
@@ -147,11 +158,21 @@ def test_a_damaged_table_is_passed_over_and_says_so(space, card, text):
 @pytest.mark.parametrize(
     "change",
     [{"size": 0}, {"size": "big"}, {"us": float("nan")}, {"us": "fast"}, {"take": None},
-     {"kind": 3}, {"default_us": -1.0}, {"size": True}],
+     {"kind": 3}, {"default_us": -1.0}, {"size": True}, {"us": 10**400}, {"size": 10**400}],
 )  # fmt: skip
 def test_a_damaged_row_makes_the_table_damaged(card, change):
     write(card, [row() | change])
     assert "damaged" in tuning.describe(CUDA)[0]
+
+
+def test_a_user_without_a_home_has_no_table(space, card, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(tables.Path, "home", homeless)
+    tuning.forget_tables()
+    assert space.at(CUDA, "float32", 1) == (16, 4)
 
 
 def test_saving_keeps_other_rows_and_replaces_its_own(card):
@@ -272,6 +293,26 @@ class TestAnEnabledOp:
         with vf.enable("nearest_code"):
             assert function(self.Z, self.CODEBOOK).tolist() == [2, 1, 0]
         assert vf.status().ops["nearest_code"].slower
+
+    @pytest.mark.parametrize("measured", [False, True])
+    def test_is_traced_once_for_all_sizes_where_no_table_prefers_the_reference(
+        self, card, measured
+    ):
+        if measured:
+            write(card, ops=[op_row(5.0, 9.0)])
+        torch._dynamo.reset()
+        graphs = []
+
+        def noting(graph, inputs):
+            graphs.append(graph)
+            return graph
+
+        function = torch.compile(self.codes_tensor, backend=noting, fullgraph=True)
+        with vf.enable("nearest_code"):
+            for n in (3, 5, 9, 17):
+                assert function(torch.ones(n, 3), self.CODEBOOK).shape == (n,)
+        # The first size, then any.
+        assert len(graphs) <= 2
 
     @staticmethod
     def codes_tensor(z, codebook):

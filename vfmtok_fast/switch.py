@@ -313,12 +313,12 @@ class Op:
             refuse = getattr(candidate.module, "unsupported_reason", None)
             reason = refuse(*args, **kwargs) if refuse is not None else None
             if reason is None:
-                key = getattr(candidate.module, "tuning_key", None)
-                if key is not None and candidate.tuning is not None:
-                    kind, size = key(*args, **kwargs)
-                    slower = candidate.tuning.faster_reference(
-                        self.name, args[0].device, kind, size
-                    )
+                tuning = candidate.tuning
+                # Asked first, so that where no table says so, which is nearly everywhere,
+                # torch.compile need not know sizes as numbers.
+                if tuning is not None and tuning.has_faster_reference(self.name, args[0].device):
+                    kind, size = candidate.module.tuning_key(*args, **kwargs)
+                    slower = tuning.faster_reference(self.name, args[0].device, kind, int(size))
                     if slower is not None:
                         return self.reference, "reference", tuple(reasons), slower
                 return getattr(candidate.module, self.name), candidate.name, tuple(reasons), None

@@ -185,6 +185,45 @@ def test_dtypes_are_exact_with_respect_to_the_input(dtype: torch.dtype, normaliz
     check(random(200, 12).to(dtype), random(500, 12, seed=1).to(dtype), normalize, k=4)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_float64_arguments_stay_as_they_are(normalize: bool):
+    """What is not finite is cleared in copies; and it still shows."""
+    z, codebook = random(3, 4).double(), random(8, 4, seed=1).double()
+    z[1, 2], codebook[5, 0] = float("nan"), float("inf")
+    before = z.clone(), codebook.clone()
+    code, score = portable.nearest_code(z, codebook, normalize=normalize, return_score=True)
+    assert code.tolist() == [5, 0, 5] and bool(score.isnan().all())
+    for now, then in zip((z, codebook), before, strict=True):
+        assert torch.equal(now.nan_to_num(), then.nan_to_num())
+    x = random(3, 4).double().requires_grad_()
+    y = x * 2
+    loss = y.square().sum()
+    portable.nearest_code(y, random(8, 4).double(), normalize=normalize)
+    loss.backward()
+    wide = random(1, 4).double().expand(3, 4)
+    assert portable.nearest_code(wide, wide, normalize=normalize).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("size", [1e160, 1e-200])
+def test_float64_distances_that_overflow_give_codes_that_exist(size: float):
+    z, codebook = random(5, 4).double(), random(50, 4, seed=1).double()
+    code = portable.nearest_code(size * z, size * codebook, k=2, normalize=False)
+    assert 0 <= int(code.min()) and int(code.max()) < 50
+    spoilt = codebook.clone()
+    spoilt[7] = 1e200
+    want = portable.nearest_code(z, torch.cat([codebook[:7], codebook[8:]]), normalize=False)
+    got = portable.nearest_code(z, spoilt, normalize=False)
+    assert torch.equal(got, want + (want >= 7))
+
+
+def test_repeats_that_alternate_with_others_of_the_same_sum():
+    """Their order among equal keys is that of the codebook, so neighbours need not be equal."""
+    codebook = torch.tensor([[1e20, 1.0], [1e20, 2.0]]).repeat(2000, 1)
+    for k in (1, 2, 3, 8):
+        code = portable.nearest_code(torch.tensor([[0.0, 1.0]]), codebook, k=k)
+        assert code.flatten().tolist() == [1 + 2 * i for i in range(k)]
+
+
 def test_non_contiguous_input():
     check(random(12, 200).T, random(500, 24, seed=1)[:, ::2])
 

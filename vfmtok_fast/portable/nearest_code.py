@@ -164,8 +164,11 @@ def _without_repeats(codebook: Tensor, codes: _Codes, centre: Tensor | None, k: 
     order = key.argsort(stable=True)
     rows = rows[order]
     repeat = torch.zeros_like(order, dtype=torch.bool)
-    # Of a run of equal rows, those that equal the k-th before them.
-    repeat[k:] = (rows[k:] == rows[:-k]).all(1)
+    # Those that equal each of the k before them, for other rows may have the same key.
+    if len(rows) > k:
+        repeat[k:] = True
+        for before in range(1, k + 1):
+            repeat[k:] &= (rows[k:] == rows[k - before : len(rows) - before]).all(1)
     first = index[order[~repeat].sort().values]
     if len(first) > 0.75 * len(index):
         return replace(codes, compact=True)
@@ -254,8 +257,9 @@ def _candidates(screen: Tensor, live: Tensor, codes: _Codes, k: int) -> Tensor:
         below = below.masked_fill(below >= limit, -torch.inf)
         limit = below.amax(0)
     limit = limit - 2 * _screen_error(screen.shape[1])
-    # A row without a direction has nothing to search, and would bring every group.
-    return maxima >= torch.where(live, limit, torch.inf)
+    # A row without a direction has nothing to search, and would bring every group. Where numbers
+    # overflowed, a comparison with NaN holds for none, and every group is looked at.
+    return ~(maxima < torch.where(live, limit, torch.inf))
 
 
 def _search(z: Tensor, codebook: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -272,7 +276,8 @@ def _search(z: Tensor, codebook: Tensor, k: int, normalize: bool) -> tuple[Tenso
     lowest = torch.arange(k, device=z.device)
     step = max(1, _GATHER_VALUES // (_GROUP * (dim + (not normalize))))
     for rows in (slice(i, i + _ROWS) for i in range(0, z.shape[0], _ROWS)):
-        exact = z[rows].double()
+        # A copy: what is not finite is cleared in it.
+        exact = z[rows].to(torch.float64, copy=True)
         finite = _finite(exact)
         exact.nan_to_num_(0.0, 0.0, 0.0)
         length = exact.norm(dim=1)
@@ -298,6 +303,9 @@ def _search(z: Tensor, codebook: Tensor, k: int, normalize: bool) -> tuple[Tenso
             # Every step lets its candidates improve on the best so far.
             for row, group in zip(of.split(step), groups.split(step), strict=True):
                 _merge(best, found, row, *_rescan(exact[row], codes, group, k))
+        # Scores of float64 that overflow are no scores.
+        lost = found == _NONE
+        best, found = best.masked_fill(lost, torch.nan), torch.where(lost, lowest, found)
         if normalize:
             best /= length.clamp(min=_EPS)[:, None]
         finite, live = finite[:, None], live[:, None]
@@ -317,7 +325,7 @@ def _search(z: Tensor, codebook: Tensor, k: int, normalize: bool) -> tuple[Tenso
 
 def _centre(codebook: Tensor) -> Tensor:
     """A point amid the codes [d] in float64, and finite; any will do, near ones screen sharper."""
-    rows = codebook[:: -(-len(codebook) // _SAMPLE)].double()
+    rows = codebook[:: -(-len(codebook) // _SAMPLE)].to(torch.float64, copy=True)
     return rows.nan_to_num_(0.0, 0.0, 0.0).mean(0).nan_to_num_(0.0, 0.0, 0.0)
 
 

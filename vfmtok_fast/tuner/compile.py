@@ -22,6 +22,8 @@ import torch
 from .. import switch
 from .calls import Call
 
+# What a compiler process's answers begin with.
+ANSWER = "vfmtok_fast compiled: "
 # A call, the name of a space, and values of it.
 Job = tuple[Call, str, dict[str, Any]]
 
@@ -86,7 +88,10 @@ def compile_in_processes(
     def follow(process: subprocess.Popen, indices: list[int]) -> None:
         for index in indices:
             line = process.stdout.readline()
-            done.put((index, json.loads(line) if line else "its compiler process ended"))
+            while line and not line.startswith(ANSWER):
+                line = process.stdout.readline()
+            answer = line.removeprefix(ANSWER)
+            done.put((index, json.loads(answer) if line else "its compiler process ended"))
 
     workers = []
     for first in range(count):
@@ -116,12 +121,12 @@ def compile_in_processes(
 
 def compile_call(call: Call, name: str, values: dict[str, Any], chip: int) -> str:
     """Compile one job here; what went wrong, "" if nothing."""
-    from triton.compiler.errors import CompilationError
+    from triton.errors import TritonError
 
     space = spaces(call.op)[name]
     try:
         with space.using(space.setting(values)):
             launches(call, chip)
-    except (RuntimeError, ValueError, CompilationError) as error:
+    except (RuntimeError, ValueError, TritonError) as error:
         return f"{type(error).__name__}: {error}"[:300]
     return ""

@@ -104,7 +104,10 @@ def tune(
         raise ValueError(f"tune: seconds must be positive, got {seconds}")
     if not torch.cuda.is_available():
         raise ValueError("tune: it measures an NVIDIA GPU, and torch finds none here")
-    device = torch.device(device or "cuda")
+    try:
+        device = torch.device(device or "cuda")
+    except RuntimeError as error:
+        raise ValueError(f"tune: device must be a GPU such as cuda:0, got {device!r}") from error
     if device.type != "cuda":
         raise ValueError(f"tune: device must be a GPU such as cuda:0, got {device}")
     if device.index is None:
@@ -167,9 +170,13 @@ class Tuner:
         compiler: Callable[[Sequence[Job]], Iterator[tuple[Job, str]]] | None = None,
         path: Path | None = None,
     ):
+        from triton.errors import TritonError
+
         from ..kernels import tables, tuning
 
         self.tables, self.tuning = tables, tuning
+        # What a setting may end in that asks for too much of a chip, or is none to a compiler.
+        self.failures = (RuntimeError, torch.OutOfMemoryError, TritonError)
         self.device, self.clock = device, clock
         self.timer = timer or self._time
         self.compiler = compiler or self._compile
@@ -237,6 +244,7 @@ class Tuner:
         def run() -> list[Tensor]:
             return call.run(fast, args, kwargs)
 
+        failed = False
         with contextlib.ExitStack() as chosen:
             for name, (kind, size) in asked.items():
                 space = spaces(call.op)[name]
@@ -244,14 +252,19 @@ class Tuner:
                     settings = [space.setting(values) for values in compiled.get((call, name), [])]
                     row = self._best(space, settings, run, oracle, outcome)
                     if row is None:
+                        failed |= not self._runs(run)
                         continue
                     outcome.settings.append({"space": name, "kind": kind, "size": size, **row})
                     self.best[name, kind, size] = space.setting(row["take"])
                 chosen.enter_context(space.using(self.best[name, kind, size]))
             key = getattr(switch.kernel(call.op), "tuning_key", None)
-            if key is None or call.backward:
+            if key is None or call.backward or failed:
                 return
             kind, size = key(*args, **kwargs)
+            # Of several calls that a table cannot tell apart, the first is the most important.
+            row = {"op": call.op, "kind": kind, "size": size}
+            if any(row.items() <= other.items() for other in outcome.ops):
+                return
             reference = switch.reference(call.op)
             try:
                 us, reference_us = self.timer(
@@ -259,8 +272,14 @@ class Tuner:
                 )
             except torch.OutOfMemoryError:
                 return  # The reference does not fit: nothing to compare with.
-            row = {"op": call.op, "kind": kind, "size": size}
             outcome.ops.append({**row, "us": _us(us), "reference_us": _us(reference_us)})
+
+    def _runs(self, run: Callable[[], object]) -> bool:
+        try:
+            run()
+        except self.failures:  # It is in the outcome already, as a setting that failed.
+            return False
+        return True
 
     def _best(
         self,
@@ -277,7 +296,7 @@ class Tuner:
             with space.using(setting):
                 try:
                     wrong = oracle(run())
-                except (RuntimeError, torch.OutOfMemoryError) as error:
+                except self.failures as error:
                     wrong = f"{type(error).__name__}: {error}"
             if wrong:
                 outcome.failed.append(f"{space.name} {setting._asdict()}: {wrong:.200}")
@@ -313,6 +332,7 @@ class Tuner:
         content |= {"settings": outcome.settings, "ops": outcome.ops}
         self.tables.save(self.path, content)
         self.tuning.forget_tables()
+        switch.new_generation()
 
     def _time(self, functions: Sequence[Callable[[], object]], rounds: int) -> list[float]:
         every, _ = timing.time_in_turns(functions, self.device, rounds)
