@@ -142,6 +142,22 @@ def test_a_copy_of_a_model_has_no_decoder_yet():
         assert torch.equal(fast(other, CLASSES[:2], seed=1), want)
 
 
+@pytest.mark.parametrize("first", [False, True], ids=["plain first", "inference mode first"])
+@pytest.mark.parametrize("policy", [(), STEP_OPS], ids=["", "enabled"])
+def test_calls_in_and_outside_inference_mode(policy, first):
+    """Its tensors cannot be written to outside of it, and the buffers outlive a call."""
+    # Of a size of its own: what a thread keeps from other tests would hide what is kept here.
+    model = make(vocab_size=501 + first)
+    with vfmtok_fast.enable(policy, strict=True):
+        with torch.inference_mode(first):
+            held = model.decoder(2, guided=True)
+        for mode in (first, not first, first):
+            with torch.inference_mode(mode):
+                codes = model.generate(CLASSES[:2], seed=1, cfg_scale=2.0)
+                assert torch.equal(held.generate(CLASSES[:2], seed=1, cfg_scale=2.0), codes)
+    assert torch.equal(make(vocab_size=501 + first).generate(CLASSES[:2], 2.0, seed=1), codes)
+
+
 @pytest.mark.parametrize("settings", SETTINGS[:4], ids=str)
 def test_an_image_is_the_same_in_batches_of_1_3_and_64(model, settings):
     """Products round differently with the rows; a tie that this decides would show here."""

@@ -76,7 +76,8 @@ class Decoder:
         def new(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
-        with told_if_out_of_memory(batch):
+        # Tensors of inference mode could not be written to outside of it, where the next call may be.
+        with told_if_out_of_memory(batch), torch.inference_mode(False):
             self.cache = KVCache.empty(
                 config.num_layers, batch * (2 if guided else 1), config.num_heads,
                 config.block_size, config.head_dim, dtype=kv_dtype or model.dtype, device=device,
