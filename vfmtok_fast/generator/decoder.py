@@ -135,8 +135,11 @@ class Decoder:
         """`generate` for arguments that were checked; ``tell`` hears of each position."""
         if not self._busy.acquire(blocking=False):
             raise RuntimeError("decoder: another call of it has not ended; make one for each")
+        device = self.code.device
+        # Streams and captures are the current device's, which may be another one.
+        there = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         try:
-            with told_if_out_of_memory(self.batch):
+            with there, told_if_out_of_memory(self.batch):
                 return self._run(class_ids, image_ids, sampling, tell)
         finally:
             self._busy.release()
@@ -219,7 +222,7 @@ class Decoder:
     def end(self) -> None:
         """Drop the graphs, after they have ended: they may still be running."""
         if self.graphs:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.code.device)
             self.graphs = {}
 
     @property
