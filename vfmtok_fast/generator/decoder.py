@@ -76,7 +76,7 @@ class Decoder:
         def new(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
-        # Tensors of inference mode could not be written to outside of it, where the next call may be.
+        # Tensors of inference mode cannot be written to outside of it, where the next call may be.
         with told_if_out_of_memory(batch), torch.inference_mode(False):
             self.cache = KVCache.empty(
                 config.num_layers, batch * (2 if guided else 1), config.num_heads,
