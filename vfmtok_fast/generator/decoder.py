@@ -61,10 +61,7 @@ class Decoder:
     ):
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise ValueError(f"decoder: batch must be an int of at least 1, got {batch!r}")
-        if kv_dtype not in (None, model.dtype, torch.int8):
-            raise ValueError(
-                f"decoder: kv_dtype must be None, {model.dtype} or torch.int8, got {kv_dtype}"
-            )
+        check_kv_dtype("decoder", model, kv_dtype)
         self.batch, self.guided, self.kv_dtype = batch, guided, kv_dtype
         self._model = weakref.ref(model)
         self._made_for = _made_for(model)
@@ -242,6 +239,13 @@ def check_images(
     else:
         check_integers("generate", "image_ids", image_ids, tuple(class_ids.shape))
     return class_ids.long().to(model.device), image_ids.long().to(model.device)
+
+
+def check_kv_dtype(who: str, model: GPT, kv_dtype: torch.dtype | None) -> None:
+    if kv_dtype not in (None, model.dtype, torch.int8):
+        raise ValueError(
+            f"{who}: kv_dtype must be None, {model.dtype} or torch.int8, got {kv_dtype}"
+        )
 
 
 def _made_for(model: GPT) -> tuple:
