@@ -250,12 +250,15 @@ def test_each_weight_has_a_scale_of_its_own(part):
 @given(
     B=st.integers(1, 4), guided=st.booleans(), H=st.integers(1, 3), half=st.integers(1, 6),
     ffn=st.integers(1, 30), V=st.integers(1, 30), position=st.integers(0, 3), int8=st.booleans(),
-    seed=st.integers(0, 2**31),
+    dtype=st.sampled_from(DTYPES[:2]), seed=st.integers(0, 2**31),
 )  # fmt: skip
-@settings(max_examples=30, deadline=None)
-def test_any_shape(B, guided, H, half, ffn, V, position, int8, seed):
-    arguments = make(B, 2 * B if guided else B, H, 2 * half, 5, ffn, V, 1, int8=int8, seed=seed)
-    check([*arguments[:4], position])
+@settings(max_examples=40, deadline=None)
+def test_any_shape(B, guided, H, half, ffn, V, position, int8, dtype, seed):
+    """Of two channels a sum may nearly vanish, whose rounding the next norm magnifies."""
+    arguments = make(
+        B, 2 * B if guided else B, H, 2 * half, 5, ffn, V, 1, dtype, int8=int8, seed=seed
+    )
+    check([*arguments[:4], position], slack=1e3)
 
 
 @pytest.mark.parametrize(
