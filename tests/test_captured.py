@@ -455,3 +455,27 @@ def test_a_decoding_step(enabled, dtype, quantized, guided):
         decoder._advance(weights, decoder.cache, settings, *rest)
         decoder._advance(weights, decoder.cache.first_rows(3), settings, *rest)
     assert decoder.codes.is_cuda
+
+
+@torch.no_grad()
+def test_steps_are_captured_on_the_device_of_the_model():
+    """A graph's streams are of the current device, which may be another one."""
+    model, inside, steps = generator(torch.float32), [], []
+
+    @contextlib.contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        inside.append(torch.device(device))
+        yield
+        inside.pop()
+
+    with vf.enable(strict=True), capturing(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device", current)
+        decoder = model.decoder(2)
+        decoder._replay = lambda *step: steps.append(list(inside))
+        decoder.generate(integers(2), image_ids=integers(2))
+        ended = []
+        patch.setattr(torch.cuda, "synchronize", ended.append)
+        decoder.graphs = {(): None}
+        decoder.end()
+    assert steps == [[GPU]] * (model.config.block_size - 1)
+    assert ended == [GPU] and not inside and not decoder.graphs

@@ -241,11 +241,19 @@ def test_models_that_someone_holds():
     assert tokenizer is None and found == config and name == "GPT 1x16"
 
 
+STEP = {"layers": 1, "C": 16, "H": 2, "F": 24, "V": 64, "T": 4, "position": 2}
+# Of what no model's list holds.
+SMALLER = [
+    Call("decode_step", what, "float32", {"B": 2, "rows": 4, **STEP, what.replace(" ", "_"): True})
+    for what in ("int8", "int8 cache")
+]
+
+
 def every_call() -> list[Call]:
     return calls.model_calls(vf.VFMTokConfig(), [("GPT-B", GPTConfig.preset("GPT-B"))])
 
 
-@pytest.mark.parametrize("call", every_call(), ids=str)
+@pytest.mark.parametrize("call", [*every_call(), *SMALLER], ids=str)
 def test_calls_are_what_their_op_takes(call):
     """Small ones of each kind run; the op's own validation looks at them."""
     small = {"B": 2, "N": 40, "K": 96, "Q": 6, "rows": 2, "V": 64, "T": 4, "H": 2, "G": 2}

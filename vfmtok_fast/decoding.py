@@ -100,7 +100,8 @@ class LayerCache(NamedTuple):
 
 def _put(cache: Tensor, position: int | Tensor, new: Tensor) -> None:
     if isinstance(position, int):
-        cache[:, :, position] = new
+        # Not cache[:, :, position], of which torch.compile makes a variant for every position.
+        cache.select(2, position).copy_(new)
     else:
         cache.index_copy_(2, position.reshape(1).long(), new[:, :, None])
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
 import pickle
+import threading
 import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +121,114 @@ def test_a_decoder_takes_one_call_at_a_time(model):
     assert torch.equal(decoder.generate(CLASSES[:2], seed=1), model.generate(CLASSES[:2], seed=1))
 
 
+def test_a_decoder_takes_one_thread_at_a_time_and_recovers(model):
+    decoder, inside, told = model.decoder(2), threading.Event(), threading.Event()
+    want, codes = model.generate(CLASSES[:2], seed=1), []
+
+    def wait(done: int, total: int) -> None:
+        inside.set()
+        assert told.wait(60)
+
+    def run() -> None:
+        codes.append(decoder.generate(CLASSES[:2], seed=1, progress=wait))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert inside.wait(60)
+        with pytest.raises(RuntimeError, match="^decoder: another call of it has not ended"):
+            decoder.generate(CLASSES[:2], seed=2)
+    finally:
+        told.set()
+        thread.join()
+    assert torch.equal(codes[0], want)
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        decoder.generate(CLASSES[:2], seed=2, progress=stop)
+    assert torch.equal(decoder.generate(CLASSES[:2], seed=1), want)
+
+
+def test_threads_share_a_model(model):
+    """Each has a decoder while it runs; one is kept."""
+    want = [model.generate(CLASSES[:2], seed=seed) for seed in range(4)]
+    kept, codes = model.kept.nbytes, {}
+    together = threading.Barrier(4)
+
+    def run(seed: int) -> None:
+        def meet(done: int, total: int) -> None:
+            if done == 2:
+                together.wait(60)
+
+        codes[seed] = model.generate(CLASSES[:2], seed=seed, progress=meet)
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(codes[seed], want[seed]) for seed in range(4))
+    assert model.kept.nbytes == kept
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[tuple]:
+    """What decoders were made for, while the test runs."""
+    made: list[tuple] = []
+    init = Decoder.__init__
+
+    def noted(self, model, batch, **options) -> None:
+        made.append((batch, options["guided"], options["kv_dtype"]))
+        init(self, model, batch, **options)
+
+    monkeypatch.setattr(Decoder, "__init__", noted)
+    return made
+
+
+def test_one_decoder_is_kept_for_calls_that_it_fits(made):
+    model = make()
+    last = []
+    for batch, settings, new in (
+        (3, {}, True),
+        (3, {"seed": 5, "top_k": 7}, False),
+        (3, {"cfg_scale": 2.0}, True),
+        (3, {"cfg_scale": 3.0, "cfg_interval": 2}, False),
+        (2, {"cfg_scale": 2.0}, True),
+        (2, {"cfg_scale": 2.0, "kv_dtype": torch.int8}, True),
+        (2, {"cfg_scale": 2.0, "kv_dtype": torch.int8, "greedy": True}, False),
+        (2, {}, True),
+    ):
+        before = len(made)
+        model.generate(CLASSES[:batch], **settings)
+        assert len(made) - before == new, (batch, settings)
+        (held,) = model.kept._held
+        assert (held in last) is not new
+        last = [held]
+        assert model.kept.nbytes == held.nbytes
+    # A smaller batch at the end fills the buffers of the others in part.
+    made.clear()
+    assert len(list(model.stream(CLASSES[:7], batch_size=3))) == 3
+    assert made == [(3, False, None)]
+    # Of a call that was stopped it is kept as well, and only one of a call within a call.
+    with pytest.raises(KeyError):
+        model.generate(CLASSES[:3], progress=lambda done, total: {}[done])
+    model.generate(CLASSES[:3], progress=lambda done, total: model.generate(CLASSES[:3]))
+    assert len(model.kept._held) == 1
+    model.double()
+    made.clear()
+    model.generate(CLASSES[:3])
+    assert made == [(3, False, None)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_an_int8_cache_makes_the_same_codes_enabled_or_not(model, settings):
+    for B in (1, 3, 64):
+        want = model.generate(CLASSES[:B], **settings, kv_dtype=torch.int8)
+        assert torch.equal(fast(model, CLASSES[:B], **settings, kv_dtype=torch.int8), want), B
+
+
 def test_a_decoder_follows_its_model():
     model = make()
     decoder = model.decoder(2)
@@ -140,6 +252,22 @@ def test_a_copy_of_a_model_has_no_decoder_yet():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(other.kept) is Kept and other.kept.nbytes == 0
         assert torch.equal(fast(other, CLASSES[:2], seed=1), want)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["plain first", "inference mode first"])
+@pytest.mark.parametrize("policy", [(), STEP_OPS], ids=["", "enabled"])
+def test_calls_in_and_outside_inference_mode(policy, first):
+    """Its tensors cannot be written to outside of it, and the buffers outlive a call."""
+    # Of a size of its own: what a thread keeps from other tests would hide what is kept here.
+    model = make(vocab_size=501 + first)
+    with vfmtok_fast.enable(policy, strict=True):
+        with torch.inference_mode(first):
+            held = model.decoder(2, guided=True)
+        for mode in (first, not first, first):
+            with torch.inference_mode(mode):
+                codes = model.generate(CLASSES[:2], seed=1, cfg_scale=2.0)
+                assert torch.equal(held.generate(CLASSES[:2], seed=1, cfg_scale=2.0), codes)
+    assert torch.equal(make(vocab_size=501 + first).generate(CLASSES[:2], 2.0, seed=1), codes)
 
 
 @pytest.mark.parametrize("settings", SETTINGS[:4], ids=str)
@@ -229,12 +357,13 @@ def test_a_call_within_a_call_and_after_one_that_was_stopped(model):
     assert torch.equal(fast(model, CLASSES[:2], seed=1), want)
 
 
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=str)
 @pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[2]], ids=str)
-def test_steps_with_positions_on_the_device_make_the_same_codes(model, settings):
+def test_steps_with_positions_on_the_device_make_the_same_codes(model, settings, kv_dtype):
     """What a graph replays: the decoder's step with a tensor for the position, here eagerly."""
-    want = model.generate(CLASSES[:2], **settings)
+    want = model.generate(CLASSES[:2], **settings, kv_dtype=kv_dtype)
     sampling = Sampling(**settings)
-    made = model.decoder(2, guided=sampling.guided(0))
+    made = model.decoder(2, guided=sampling.guided(0), kv_dtype=kv_dtype)
     weights, advance = model.step_weights(), made._advance
 
     def on_device(weights, cache, sampling, code, embedding, at) -> None:
@@ -248,6 +377,111 @@ def test_steps_with_positions_on_the_device_make_the_same_codes(model, settings)
     assert torch.equal(made.generate(CLASSES[:2], **settings), want)
     assert made.at.tolist() == [CONFIG.block_size, CONFIG.block_size + 1]
     assert len(weights.blocks) == CONFIG.num_layers
+
+
+class Graph:
+    """A stand-in for a CUDA graph: what is called while it is captured runs when it is replayed."""
+
+    made = 0
+
+    def __init__(self):
+        Graph.made += 1
+        self.steps: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        for step in self.steps:
+            step()
+
+
+@pytest.fixture
+def replaying(monkeypatch) -> Callable[[Decoder], Decoder]:
+    """``replaying(decoder)`` takes the way of a GPU from the second step on, on the CPU."""
+    recording: list[Graph] = []
+
+    @contextlib.contextmanager
+    def record(graph: Graph, **options):
+        recording.append(graph)
+        yield
+        recording.pop()
+
+    def stream(*args) -> SimpleNamespace:
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    Graph.made = 0
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda side: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+    def take(decoder: Decoder) -> Decoder:
+        advance = decoder._advance
+
+        def advanced(weights, cache, sampling, code, embedding, at) -> None:
+            if recording:
+                step = (weights, cache, sampling, code, embedding, at)
+                recording[-1].steps.append(lambda: advance(*step))
+            elif isinstance(at, int) and at > 0:
+                decoder._replay(weights, cache, sampling, embedding)
+            else:
+                advance(weights, cache, sampling, code, embedding, at)
+
+        decoder._advance = advanced
+        return decoder
+
+    return take
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_graphs_make_the_same_codes_and_are_captured_once(model, settings, replaying):
+    decoder = replaying(model.decoder(3, guided=True))
+    # With an interval, one for the guided steps and one for the rest.
+    kinds = len({Sampling(**settings).guided(step) for step in range(1, CONFIG.block_size)})
+    for B in (3, 2, 3):
+        want = model.generate(CLASSES[:B], **settings)
+        assert torch.equal(decoder.generate(CLASSES[:B], **settings), want), B
+        assert Graph.made == len(decoder.graphs) == kinds
+    # Other images and classes come through the same graphs.
+    ids, classes = torch.tensor([7, 2**40]), CLASSES[4:6]
+    want = model.generate(classes, image_ids=ids, **settings)
+    assert torch.equal(decoder.generate(classes, image_ids=ids, **settings), want)
+    assert Graph.made == kinds
+
+
+def test_graphs_follow_what_is_baked_into_them(replaying):
+    model = make()
+    decoder = replaying(model.decoder(2, guided=True))
+
+    def captures(**settings) -> int:
+        before = Graph.made
+        got = decoder.generate(CLASSES[:2], **settings)
+        assert torch.equal(got, model.generate(CLASSES[:2], **settings))
+        assert len(decoder.graphs) <= 2
+        return Graph.made - before
+
+    guided = {"seed": 1, "cfg_scale": 2.0, "cfg_interval": 4}
+    assert captures(**guided) == 2 and captures(**guided) == 0
+    assert captures(**{**guided, "seed": 2}) == 2  # The settings of a draw
+    assert captures(seed=2) == 1 and captures(seed=2) == 0
+    with vfmtok_fast.enable(STEP_OPS):  # what the switch takes
+        assert captures(seed=2) == 1 and captures(seed=2) == 0
+        vfmtok_fast.switch.new_generation()  # settings of kernels
+        assert captures(seed=2) == 1 and captures(seed=2) == 0
+    assert captures(seed=2) == 1
+    with torch.no_grad():
+        model.head.weight.mul_(-1)  # Not values of weights, which are read where they are,
+    assert captures(seed=2) == 0
+    model.head.weight = nn.Parameter(model.head.weight.detach().flip(0).clone())  # but where.
+    assert captures(seed=2) == 1
+    model.quantize_weights()
+    assert captures(seed=2) == 1 and captures(seed=2) == 0
+    # And an end after an error leaves none that is half done.
+    with pytest.raises(KeyError):
+        decoder.generate(CLASSES[:2], seed=2, progress=lambda done, total: {}[done])
+    assert captures(seed=2) == 0
+    decoder.end()
+    assert not decoder.graphs and captures(seed=2) == 1
 
 
 def test_batches_are_handed_out_as_they_finish(model):

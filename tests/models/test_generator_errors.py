@@ -70,11 +70,28 @@ def refuses(error: type[Exception], message: str):
         ),
         ({"image_ids": torch.arange(2.0)}, TypeError, "image_ids must hold integers, got torch.fl"),
         ({"image_ids": [0, 1]}, TypeError, "image_ids must be a torch.Tensor, got list"),
+        (
+            {"cfg_interval": -2},
+            ValueError,
+            "cfg_interval must be an integer from -1, got -2",
+        ),
+        (
+            {"kv_dtype": torch.float16},
+            ValueError,
+            "kv_dtype must be None, torch.float32 or torch.int8, got torch.float16",
+        ),
+        (
+            {"kv_dtype": "int8"},
+            ValueError,
+            "kv_dtype must be None, torch.float32 or torch.int8, got int8",
+        ),
     ],
 )
 def test_generate_refuses(model, settings, error, message):
-    with refuses(error, f"generate: {message}"):
-        model.generate(**({"class_ids": CLASSES} | settings))
+    """`stream` at once, before the first batch is asked for."""
+    for generate in (model.generate, model.stream):
+        with refuses(error, f"generate: {message}"):
+            generate(**({"class_ids": CLASSES} | settings))
 
 
 @pytest.mark.parametrize("fast", [False, True])

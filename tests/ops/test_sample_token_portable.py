@@ -87,3 +87,13 @@ def test_a_wrong_key_schedule_is_seen(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(portable, "_KEY_STEPS", (0x9E3779B9, 0xBB67AE84))
     with pytest.raises(AssertionError):
         test_noise_has_the_reference_bits(1, 7)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_calls_in_and_outside_inference_mode(first: bool):
+    """The workspace is kept from one to the other; of a size that no other test has."""
+    logits = random(2, 1237 + first)
+    want = reference.sample_token(logits, IDS[:2], 3)
+    for mode in (first, not first, first):
+        with torch.inference_mode(mode), vfmtok_fast.enable("sample_token", strict=True):
+            assert torch.equal(ops.sample_token(logits, IDS[:2], 3), want)

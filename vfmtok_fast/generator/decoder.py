@@ -61,10 +61,7 @@ class Decoder:
     ):
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise ValueError(f"decoder: batch must be an int of at least 1, got {batch!r}")
-        if kv_dtype not in (None, model.dtype, torch.int8):
-            raise ValueError(
-                f"decoder: kv_dtype must be None, {model.dtype} or torch.int8, got {kv_dtype}"
-            )
+        check_kv_dtype("decoder", model, kv_dtype)
         self.batch, self.guided, self.kv_dtype = batch, guided, kv_dtype
         self._model = weakref.ref(model)
         self._made_for = _made_for(model)
@@ -76,7 +73,8 @@ class Decoder:
         def new(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
-        with told_if_out_of_memory(batch):
+        # Tensors of inference mode cannot be written to outside of it, where the next call may be.
+        with told_if_out_of_memory(batch), torch.inference_mode(False):
             self.cache = KVCache.empty(
                 config.num_layers, batch * (2 if guided else 1), config.num_heads,
                 config.block_size, config.head_dim, dtype=kv_dtype or model.dtype, device=device,
@@ -134,8 +132,11 @@ class Decoder:
         """`generate` for arguments that were checked; ``tell`` hears of each position."""
         if not self._busy.acquire(blocking=False):
             raise RuntimeError("decoder: another call of it has not ended; make one for each")
+        device = self.code.device
+        # Streams and captures are the current device's, which may be another one.
+        there = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         try:
-            with told_if_out_of_memory(self.batch):
+            with there, told_if_out_of_memory(self.batch):
                 return self._run(class_ids, image_ids, sampling, tell)
         finally:
             self._busy.release()
@@ -218,7 +219,7 @@ class Decoder:
     def end(self) -> None:
         """Drop the graphs, after they have ended: they may still be running."""
         if self.graphs:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.code.device)
             self.graphs = {}
 
     @property
@@ -238,6 +239,13 @@ def check_images(
     else:
         check_integers("generate", "image_ids", image_ids, tuple(class_ids.shape))
     return class_ids.long().to(model.device), image_ids.long().to(model.device)
+
+
+def check_kv_dtype(who: str, model: GPT, kv_dtype: torch.dtype | None) -> None:
+    if kv_dtype not in (None, model.dtype, torch.int8):
+        raise ValueError(
+            f"{who}: kv_dtype must be None, {model.dtype} or torch.int8, got {kv_dtype}"
+        )
 
 
 def _made_for(model: GPT) -> tuple:

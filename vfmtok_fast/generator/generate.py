@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .decoder import Progress, check_images
+from .decoder import Progress, check_images, check_kv_dtype
 from .memory import images_that_fit
 from .sampling import Sampling
 
@@ -23,6 +23,7 @@ def batches(
 ) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
     """Check everything now, and return the iterator of finished batches and their codes."""
     class_ids, image_ids = check_images(model, class_ids, image_ids, sampling)
+    check_kv_dtype("generate", model, kv_dtype)
     count, guided = len(class_ids), sampling.guided(0)
     size = images_that_fit(model, count, guided, batch_size, memory, kv_dtype)
     length = model.config.block_size

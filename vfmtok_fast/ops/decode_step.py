@@ -82,10 +82,17 @@ def _check(
             f"{name}: the cache must have a layer for each block, got {len(cache)} for "
             f"{len(weights.blocks)}"
         )
-    (R, H, T, D), B, C = cache.layers[0].keys.shape, len(code), embedding.shape[1]
+    keys, B, C = cache.layers[0].keys, len(code), embedding.shape[1]
+    if keys.ndim != 4 or keys.shape[3] % 2:
+        raise ValueError(
+            f"{name}: keys of layer 0 must have shape [R, H, T, D], D even, got {tuple(keys.shape)}"
+        )
+    R, H, T, D = keys.shape
     if R != B and R != 2 * B:
         raise ValueError(f"{name}: the cache must have {B} or {2 * B} rows, got {R}")
     for i, (block, layer) in enumerate(zip(weights.blocks, cache, strict=True)):
+        if (layer.key_scale is None) != (layer.value_scale is None):
+            raise TypeError(f"{name}: keys and values of layer {i} must both have scales, or none")
         parts = {"keys": (layer.keys, layer.key_scale), "values": (layer.values, layer.value_scale)}
         for part, (tensor, scale) in parts.items():
             _check_part(f"{part} of layer {i}", Weight(tensor, scale), (R, H, T, D), embedding)
@@ -98,6 +105,7 @@ def _check(
     _check_part("norm", Weight(weights.norm), (C,), embedding)
     _check_part("head", weights.head, (weights.head.weight.shape[0], C), embedding)
     rotary = weights.rotary
+    check_tensor(name, "rotary", rotary, "[T, D / 2, 2]", 3)
     check_shape(name, "rotary", rotary, (rotary.shape[0], D // 2, 2))
     check_on(name, "rotary", rotary, "embedding", embedding)
     last = min(T, rotary.shape[0])

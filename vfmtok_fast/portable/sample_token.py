@@ -119,5 +119,8 @@ def _workspace(like: Tensor) -> tuple[Tensor, ...]:
         return torch.empty(6, *like.shape, dtype=torch.int64, device=like.device).unbind()
     kept = getattr(_kept, "tensor", None)
     if kept is None or kept.shape[1:] != like.shape or kept.device != like.device:
-        kept = _kept.tensor = torch.empty(6, *like.shape, dtype=torch.int64, device=like.device)
+        # A tensor of inference mode could not be written to by a call outside of it.
+        with torch.inference_mode(False):
+            kept = torch.empty(6, *like.shape, dtype=torch.int64, device=like.device)
+        _kept.tensor = kept
     return kept.unbind()

@@ -71,7 +71,15 @@ def _step(reference: Callable, args: Sequence[Any]) -> Check:
             return value
 
         own = tree_map(same, weights)
-        layers = KVCache(tuple(LayerCache(*map(same, layer)) for layer in cache))
+        # Scales are float32 whatever is computed in: a step writes them so.
+        layers = KVCache(
+            tuple(
+                LayerCache(
+                    *map(same, layer[:2]), *(s if s is None else s.clone() for s in layer[2:])
+                )
+                for layer in cache
+            )
+        )
         with torch.no_grad():
             given = (code, same(embedding), own, layers, position, length)
             return reference(*given, switch.reference("decode_attention"))
