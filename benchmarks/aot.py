@@ -127,8 +127,11 @@ def early_accesses(code: str) -> list[str]:
     return wrong
 
 
-def loops(code: str) -> list[Counter[str]]:
-    """Instructions by name of every backward branch's span."""
+def loops(code: str, forever: bool = True) -> list[Counter[str]]:
+    """Instructions by name of every backward branch's span.
+
+    ``forever``: also of the branch to itself that stands behind a kernel's end.
+    """
     labels: dict[str, int] = {}
     names: list[str] = []
     spans = []
@@ -143,6 +146,8 @@ def loops(code: str) -> list[Counter[str]]:
             target = re.search(r"`\((\.L\w+)\)", instruction[2])
             if name == "BRA" and target and target[1] in labels:
                 spans.append((labels[target[1]], len(names)))
+    if not forever:
+        spans = [(first, last) for first, last in spans if last - first > 1]
     return [Counter(names[first:last]) for first, last in spans]
 
 
@@ -226,7 +231,17 @@ def report(call: Call, launch: Launch, chip: Chip) -> dict[str, object]:
     if loop is not None and loop.rolled(constants):
         warps = launch.compiled.metadata.num_warps
         row["main_loop"] = predict(call, loop, constants, warps, chip, main_loop(code))
+    elif not loops(code, forever=False):
+        row["straight"] = straight(launch, chip, code)
     return row
+
+
+def straight(launch: Launch, chip: Chip, code: str) -> dict[str, float]:
+    """What a kernel without a loop issues, and how long that takes if no warp ever waits."""
+    issued = sum(name != "NOP" for name, _ in instructions(code))
+    warps = launch.programs * launch.compiled.metadata.num_warps
+    us = warps * issued / (4 * chip.multiprocessors * chip.ghz * 1e3)
+    return {"instructions": issued, "issue_us": round(us, 2)}
 
 
 def variants(chip: Chip) -> dict[str, dict[str, object]]:
@@ -356,6 +371,8 @@ def main() -> None:
 def show(chip: Chip, name: str, row: dict) -> None:
     loop = row.get("main_loop")
     time = f"  predicted {loop['predicted_us_overlapped']} us" if loop else ""
+    if plain := row.get("straight"):
+        time = f"  issues for {plain['issue_us']} us"
     print(
         f"{chip.name} {name}: {row['registers']} registers, {row['spill_bytes']} spilled, "
         f"{row['shared_bytes']} B shared, {row['occupancy']['warps']} warps{time}"

@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import _let_next_begin, _wait_for_last, on, overlap
+from .registered import registered
 from .tuning import Space
 
 # Keys times padded head dim of a tile; as much again of values. ``stages`` - 1 tiles are on their
@@ -316,9 +317,7 @@ def decode_attention(
 ) -> Tensor:
     """See `vfmtok_fast.ops.decode_attention`; takes what `unsupported_reason` lets pass."""
     lengths, length = (length, 0) if isinstance(length, Tensor) else (None, length)
-    return torch.ops.vfmtok_fast.decode_attention_triton(
-        q, k_cache, v_cache, k_scale, v_scale, lengths, length
-    )
+    return _attend(q, k_cache, v_cache, k_scale, v_scale, lengths, length)
 
 
 def _splits(programs: int, size: int) -> int:
@@ -355,7 +354,12 @@ def _constants(group: int, D: int, itemsize: int, values: int) -> dict[str, int]
     return {"R": R, "ROWS": ROWS, "SHARING": group // R, "D": D, "C": C, "TILE": tile}
 
 
-def _launch(
+@registered(
+    "decode_attention_triton(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scale, "
+    "Tensor? v_scale, Tensor? lengths, SymInt length) -> Tensor",
+    lambda q, *rest: q.new_empty(q.shape),
+)
+def _attend(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None,
     lengths: Tensor | None, length: int,
 ) -> Tensor:  # fmt: skip
@@ -386,17 +390,3 @@ def _launch(
             STAGES=stages, **constants, **overlap(device), num_warps=warps,
         )  # fmt: skip
     return out
-
-
-def _fake(q: Tensor, *rest: object) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-_NAME = "vfmtok_fast::decode_attention_triton"
-_library = torch.library.Library("vfmtok_fast", "FRAGMENT")
-_library.define(
-    "decode_attention_triton(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scale, "
-    "Tensor? v_scale, Tensor? lengths, SymInt length) -> Tensor"
-)
-_library.impl("decode_attention_triton", _launch, "CompositeExplicitAutograd")
-torch.library.register_fake(_NAME, _fake, lib=_library)

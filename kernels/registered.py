@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-# Ops live as long as the library that defined them.
-_library = torch.library.Library("vfmtok_fast", "FRAGMENT")
+# Ops live as long as the library that defined them; also for `torch.library.register_autograd`.
+library = torch.library.Library("vfmtok_fast", "FRAGMENT")
 
 
 def registered(
@@ -24,10 +24,10 @@ def registered(
     name = schema.partition("(")[0]
 
     def register(launch: Callable[..., Any]) -> Callable[..., Any]:
-        _library.define(schema)
-        _library.impl(name, launch, "CompositeExplicitAutograd")
+        library.define(schema)
+        library.impl(name, launch, "CompositeExplicitAutograd")
         torch.library.register_fake(
-            f"vfmtok_fast::{name}", fake or (lambda *args: None), lib=_library
+            f"vfmtok_fast::{name}", fake or (lambda *args: None), lib=library
         )
         return getattr(torch.ops.vfmtok_fast, name)
 

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import _let_next_begin, _wait_for_last, on, overlap
+from .registered import library, registered
 from .tuning import Space
 
 # Codes of one turn of the draw, 8 in each thread, and programs of one row at most. The codes that
@@ -350,7 +351,7 @@ def sample_token(
     at, number = (step, 0) if isinstance(step, Tensor) else (None, step)
     # torch passes integers as signed ones of 64 bits.
     seed = seed - 2**64 if seed >= 2**63 else seed
-    return torch.ops.vfmtok_fast.sample_token_triton(
+    return _draw(
         logits, uncond_logits, image_ids, at, number, seed,
         cfg_scale, temperature, top_k, top_p, bool(greedy),
     )  # fmt: skip
@@ -383,7 +384,13 @@ def _rows(logits: Tensor | None) -> Tensor | None:
     return logits if logits is None or logits.stride(1) == 1 else logits.contiguous()
 
 
-def _launch(
+@registered(
+    "sample_token_triton(Tensor logits, Tensor? uncond, Tensor image_ids, Tensor? at, SymInt step, "
+    "SymInt seed, float cfg_scale, float temperature, SymInt top_k, float top_p, bool greedy) "
+    "-> Tensor",
+    lambda logits, *rest: logits.new_empty(logits.shape[0], dtype=torch.int64),
+)
+def _draw(
     logits: Tensor, uncond: Tensor | None, image_ids: Tensor, at: Tensor | None, step: int,
     seed: int, cfg_scale: float, temperature: float, top_k: int, top_p: float, greedy: bool,
 ) -> Tensor:  # fmt: skip
@@ -421,10 +428,6 @@ def _launch(
     return out
 
 
-def _fake(logits: Tensor, uncond: Tensor | None, image_ids: Tensor, *settings) -> Tensor:
-    return logits.new_empty(logits.shape[0], dtype=torch.int64)
-
-
 def _mark_discrete(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.mark_non_differentiable(output)
 
@@ -433,13 +436,6 @@ def _no_gradient(ctx, grad: Tensor) -> tuple[None, ...]:
     return (None,) * 11
 
 
-_NAME = "vfmtok_fast::sample_token_triton"
-_library = torch.library.Library("vfmtok_fast", "FRAGMENT")
-_library.define(
-    "sample_token_triton(Tensor logits, Tensor? uncond, Tensor image_ids, Tensor? at, SymInt step, "
-    "SymInt seed, float cfg_scale, float temperature, SymInt top_k, float top_p, bool greedy) "
-    "-> Tensor"
+torch.library.register_autograd(
+    _draw.default, _no_gradient, setup_context=_mark_discrete, lib=library
 )
-_library.impl("sample_token_triton", _launch, "CompositeExplicitAutograd")
-torch.library.register_fake(_NAME, _fake, lib=_library)
-torch.library.register_autograd(_NAME, _no_gradient, setup_context=_mark_discrete, lib=_library)

@@ -90,6 +90,7 @@ def forget_tables() -> None:
     """Read the tables again at the next launch: one has been written."""
     _card_tables.cache_clear()
     _faster.cache_clear()
+    _has_faster.cache_clear()
     for space in Space.made:
         space.forget()
 
@@ -202,6 +203,14 @@ faster_reference._dynamo_marked_constant = True
 
 def has_faster_reference(op: str, device: torch.device) -> bool:
     """Whether any table of ``device`` says that of any call of ``op``."""
+    return _has_faster(op, device, _pretended)
+
+
+has_faster_reference._dynamo_marked_constant = True
+
+
+@functools.cache
+def _has_faster(op: str, device: torch.device, chip: int | None) -> bool:
     return any(
         row["us"] > row["reference_us"]
         for table in tables(device)
@@ -209,9 +218,6 @@ def has_faster_reference(op: str, device: torch.device) -> bool:
         if name == op
         for row in rows
     )
-
-
-has_faster_reference._dynamo_marked_constant = True
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Triton `ops.decode_step`: an embedding, five launches for each layer, and the head.
+"""Triton `ops.decode_step`: an embedding, five to seven launches for each layer, and the head.
 
 What a step costs is reading the weights, once for all rows. Kernels differ by how many there are:
 
@@ -80,7 +80,7 @@ def tuning_key(
     **options: object,
 ) -> tuple[str, int]:  # fmt: skip
     """What a measurement of the whole counts for: see `tuning`."""
-    kind = f"{str(embedding.dtype)[6:]} {str(weights.head.weight.dtype)[6:]}"
+    kind = _types(embedding, weights.head.weight)
     return f"{kind} C={embedding.shape[1]}", cache.layers[0].keys.shape[0]
 
 
@@ -106,8 +106,8 @@ def decode_step(
     return _logits(x, weights.norm, *weights.head, weights.eps)
 
 
-def _kind(x: Tensor, weight: Tensor) -> str:
-    return f"{str(x.dtype)[6:]} {str(weight.dtype)[6:]} K={x.shape[1]}"
+def _types(x: Tensor, weight: Tensor) -> str:
+    return f"{str(x.dtype)[6:]} {str(weight.dtype)[6:]}"
 
 
 def _product(
@@ -126,7 +126,7 @@ def _product(
     position = 0 if position is None else position
     with on(device):
         if rows <= vector.MAX_ROWS:
-            tile, warps = space.at(device, _kind(x, first), 1)
+            tile, warps = space.at(device, _types(x, first), K)
             chunk = min(vector.CHUNK, triton.next_power_of_2(K))
             tile, warps = _in_registers(tile, warps, (2 if kind < ADDED else 1) * chunk, first)
             _vector[(triton.cdiv(N, tile),)](
@@ -135,7 +135,8 @@ def _product(
                 CHUNK=chunk, **what, num_warps=warps,
             )  # fmt: skip
             return
-        tile, slices, piece, stages = MATRIX.at(device, _kind(x, first), 1)
+        # One setting is measured for all layers of a step; the nearest K counts.
+        tile, slices, piece, stages = MATRIX.at(device, _types(x, first), K)
         padded = max(8, triton.next_power_of_2(rows))
         depth = _depth(tile, slices, piece, stages, padded, kind < ADDED, x, first)
         _matrix[(triton.cdiv(N, tile),)](

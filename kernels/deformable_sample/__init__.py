@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from ..launch import on
+from ..registered import library, registered
 from ..tuning import Space
 from .backward import SIDE, _add_value, _grad_samples, _grad_value, _sort
 from .forward import _gather
@@ -350,7 +351,6 @@ def _like_value(
     return grad.new_empty(offsets.shape[0], pixels, offsets.shape[2], dim)
 
 
-_library = torch.library.Library("vfmtok_fast", "FRAGMENT")
 for _name, _schema, _launch, _fake in (
     ("", "(Tensor value, int[] sides, Tensor points, Tensor offsets, Tensor logits, "
      "bool deterministic) -> Tensor", _forward, _like_queries),
@@ -360,16 +360,12 @@ for _name, _schema, _launch, _fake in (
      "Tensor log_sum, Tensor lines, int dim, bool deterministic) -> Tensor",
      _backward_value, _like_value),
 ):  # fmt: skip
-    _library.define(f"deformable_sample_triton{_name}{_schema}")
-    _library.impl(f"deformable_sample_triton{_name}", _launch, "CompositeExplicitAutograd")
-    torch.library.register_fake(
-        f"vfmtok_fast::deformable_sample_triton{_name}", _fake, lib=_library
-    )
+    registered(f"deformable_sample_triton{_name}{_schema}", _fake)(_launch)
 torch.library.register_autograd(
-    "vfmtok_fast::deformable_sample_triton", _backward, setup_context=_setup, lib=_library
+    "vfmtok_fast::deformable_sample_triton", _backward, setup_context=_setup, lib=library
 )
 # Left out, torch would take their derivatives for zero.
 for _name in ("_samples", "_value"):
     torch.library.register_autograd(
-        f"vfmtok_fast::deformable_sample_triton{_name}", _no_second_derivative, lib=_library
+        f"vfmtok_fast::deformable_sample_triton{_name}", _no_second_derivative, lib=library
     )

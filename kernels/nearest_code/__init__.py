@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .. import tuning
 from ..launch import on
+from ..registered import library, registered
 from ..tuning import Space
 from .rescan import _rescan
 from .screen import LANES, _insert, _prepare, _screen
@@ -115,7 +116,7 @@ def nearest_code(
     z: Tensor, codebook: Tensor, *, k: int = 1, normalize: bool = True, return_score: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `vfmtok_fast.ops.nearest_code`; takes the calls that `unsupported_reason` lets pass."""
-    code, score = torch.ops.vfmtok_fast.nearest_code_triton(z, codebook, k)
+    code, score = _search(z, codebook, k)
     return (code, score) if return_score else code
 
 
@@ -137,7 +138,15 @@ def _table(codes: int) -> int:
     return 4 * triton.next_power_of_2(codes)
 
 
-def _launch(z: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _fake(z: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    shape = (z.shape[0],) if k == 1 else (z.shape[0], k)
+    return z.new_empty(shape, dtype=torch.int64), z.new_empty(shape, dtype=torch.float32)
+
+
+@registered(
+    "nearest_code_triton(Tensor z, Tensor codebook, int k) -> (Tensor code, Tensor score)", _fake
+)
+def _search(z: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
     (n, d), codes, device = z.shape, codebook.shape[0], z.device
     shape = (n,) if k == 1 else (n, k)
     code = torch.empty(shape, dtype=torch.int64, device=device)
@@ -229,11 +238,6 @@ def _launch(z: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return code, score
 
 
-def _fake(z: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    shape = (z.shape[0],) if k == 1 else (z.shape[0], k)
-    return z.new_empty(shape, dtype=torch.int64), z.new_empty(shape, dtype=torch.float32)
-
-
 def _mark_discrete(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(*output)
 
@@ -242,11 +246,6 @@ def _no_gradient(ctx, *grads: Tensor) -> tuple[None, None, None]:
     return None, None, None
 
 
-_NAME = "vfmtok_fast::nearest_code_triton"
-_library = torch.library.Library("vfmtok_fast", "FRAGMENT")
-_library.define(
-    "nearest_code_triton(Tensor z, Tensor codebook, int k) -> (Tensor code, Tensor score)"
+torch.library.register_autograd(
+    _search.default, _no_gradient, setup_context=_mark_discrete, lib=library
 )
-_library.impl("nearest_code_triton", _launch, "CompositeExplicitAutograd")
-torch.library.register_fake(_NAME, _fake, lib=_library)
-torch.library.register_autograd(_NAME, _no_gradient, setup_context=_mark_discrete, lib=_library)

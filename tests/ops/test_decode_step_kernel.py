@@ -342,7 +342,8 @@ def test_a_whole_step(B, rows, dtype, options, check_error):
         got = ops.decode_step(*there, 3)
     assert vfmtok_fast.status().ops["decode_step"].calls["triton"] == 1
     if dtype == torch.float32:
-        # Through two layers the bound of one is lost; what is asked is a thousandth of half's.
+        # Each part has its bound above, and none is carried through two layers: what is asked is a
+        # hundredth of a float16 rounding.
         error = float((got.cpu() - truth).abs().max())
         assert error <= 1e-5 * float(truth.abs().max())
     elif "int8_cache" in options:
@@ -430,13 +431,13 @@ def test_compiles_without_graph_breaks():
 @pytest.mark.parametrize("part", PARTS)
 def test_the_bound_tells_float32_from_less(part, check_bound, float32_bounds):
     """Products of TF32 operands, ten bits, break it: it is not so wide that it means nothing."""
-    x, norm, weights, last = inputs(part, 3, 64, 40, torch.float32)
+    x, norm, weights, last = inputs(part, 3, 200, 40, torch.float32)
     wide = [x.double(), norm.double(), [Weight(w.weight.double()) for w in weights]]
     exact_last = last if part == "queries" else last.double()
     truth = oracle(part, *wide, exact_last)
     full = [w.weight for w in wide[2]]
     given = [wide[0], *full, exact_last] if part == "add" else [*wide[:2], *full, exact_last]
-    bounds = float32_bounds(part, given, roundings(part, 64, False))
+    bounds = float32_bounds(part, given, roundings(part, 200, False))
     cut = [Weight((w.weight.view(torch.int32) & ~0x1FFF).view(torch.float32)) for w in weights]
     with contextlib.suppress(AssertionError):
         for one, exact, bound in zip(oracle(part, x, norm, cut, last), truth, bounds, strict=True):
