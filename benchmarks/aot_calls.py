@@ -40,9 +40,8 @@ def step_calls() -> list[Call]:
         ("GPT-L", "bfloat16", 1, {}),
         ("GPT-3B", "bfloat16", 1, {}),
         ("GPT-L", "float32", 1, {}),
-        ("GPT-L", "bfloat16", 1, {"int8": True}),
         ("GPT-L", "bfloat16", 16, {}),
-        ("GPT-L", "bfloat16", 16, {"int8": True}),
+        ("GPT-L", "bfloat16", 16, {"int8_cache": True}),
         ("GPT-B", "bfloat16", 64, {}),
     ):
         model = GPTConfig.preset(preset)

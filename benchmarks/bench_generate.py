@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable
 
@@ -27,14 +26,13 @@ OURS = ("fast", "fast, kernels apart")
 # converted to.
 if GPU:
     CASES = [
-        ("GPT-L", 1, 256, (*OURS, "fast, int8")),
+        ("GPT-L", 1, 256, OURS),
         ("GPT-B", 1, 256, OURS),
         *(("GPT-L", B, 256, ("release style", "release style compiled")) for B in (1, 64)),
         *(("GPT-L", B, 256, ("fast", "fast, int8 cache")) for B in (256, 64)),
         *(("GPT-L", B, 256, ("fast",)) for B in (4, 16, 128, 512)),
-        ("GPT-L", 16, 256, ("fast, int8",)),
         *((name, 1, 256, OURS) for name in ("GPT-XL", "GPT-XXL")),
-        ("GPT-3B", 1, 256, (*OURS, "fast, int8")),
+        ("GPT-3B", 1, 256, OURS),
         ("GPT-L", 1, 1, ("reference", *OURS)),
         ("GPT-L", 1, 256, ("reference",)),
     ]
@@ -43,7 +41,7 @@ else:
         ("GPT-B", 2, 256, ("release style", "fast")),
         ("GPT-B", 1, 16, ("uncached reference", "release style", "reference", "fast")),
         ("GPT-B", 8, 16, ("release style", "reference", "fast")),
-        ("GPT-B bfloat16", 2, 16, ("reference", "fast", "fast, int8")),
+        ("GPT-B bfloat16", 2, 16, ("reference", "fast")),
     ]
 RUNS = [(preset, B, count, who) for preset, B, count, every in CASES for who in every]
 # What the reference generated, for the fast ways to be compared with.
@@ -66,14 +64,8 @@ def model(preset: str) -> GPT:
 
 
 @functools.lru_cache(maxsize=1)
-def model_int8(preset: str) -> GPT:
-    return copy.deepcopy(model(preset)).quantize_weights()
-
-
-@functools.lru_cache(maxsize=1)
-def decoder(preset: str, images: int, int8: bool, kv_dtype: torch.dtype | None) -> Decoder:
-    gpt = (model_int8 if int8 else model)(preset)
-    return gpt.decoder(images, guided=True, kv_dtype=kv_dtype)
+def decoder(preset: str, images: int, kv_dtype: torch.dtype | None) -> Decoder:
+    return model(preset).decoder(images, guided=True, kv_dtype=kv_dtype)
 
 
 class Enough(Exception):
@@ -81,11 +73,10 @@ class Enough(Exception):
 
 
 def first_codes(
-    preset: str, class_ids: Tensor, count: int, int8: bool = False,
-    kv_dtype: torch.dtype | None = None,
-) -> Tensor:  # fmt: skip
+    preset: str, class_ids: Tensor, count: int, kv_dtype: torch.dtype | None = None
+) -> Tensor:
     """The first ``count`` codes: a generation as it is, stopped from outside."""
-    made = decoder(preset, len(class_ids), int8, kv_dtype)
+    made = decoder(preset, len(class_ids), kv_dtype)
 
     def stop(done: int, total: int) -> None:
         if done == count * len(class_ids) < total:
@@ -97,7 +88,7 @@ def first_codes(
 
 
 def fast(
-    preset: str, class_ids: Tensor, count: int, apart: bool = False, int8: bool = False,
+    preset: str, class_ids: Tensor, count: int, apart: bool = False,
     kv_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     with vfmtok_fast.enable():
@@ -108,7 +99,7 @@ def fast(
             if launch.OVERLAP != overlap:
                 launch.OVERLAP = overlap
                 switch.new_generation()  # The graphs are of the other setting.
-        return first_codes(preset, class_ids, count, int8, kv_dtype)
+        return first_codes(preset, class_ids, count, kv_dtype)
 
 
 @functools.lru_cache(maxsize=1)
@@ -141,19 +132,18 @@ PROVIDERS: dict[str, Callable[[str, Tensor, int], Tensor]] = {
     "reference": first_codes,
     "fast": fast,
     "fast, kernels apart": functools.partial(fast, apart=True),
-    "fast, int8": functools.partial(fast, int8=True),
     "fast, int8 cache": functools.partial(fast, kv_dtype=torch.int8),
 }
 
 
-def step_work(gpt: GPT, rows: int, count: int, int8: bool) -> harness.Work:
+def step_work(gpt: GPT, rows: int, count: int, int8_cache: bool) -> harness.Work:
     """Weights once a step, and the live keys and values."""
     config, size = gpt.config, gpt.dtype.itemsize
     layer = 4 * config.dim**2 + 3 * config.dim * config.ffn_dim
     weights = config.num_layers * layer + config.dim * config.vocab_size
     live = rows * config.num_layers * 2 * config.dim * count * (count + 1) // 2
     return harness.Work(
-        bytes=count * weights * (1 if int8 else size) + size * live,
+        bytes=size * count * weights + (1 if int8_cache else size) * live,
         flops=2 * count * rows * weights + 2 * live,
     )
 

@@ -1,7 +1,7 @@
-"""What 8 bits cost in quality: `python benchmarks/int8_quality.py`.
+"""What a cache of keys and values in 8 bits costs in quality: `python benchmarks/int8_quality.py`.
 
 Teacher forcing over held-out codes, each position's law under the model as it is, rounded to
-bfloat16, with int8 weights, and with an int8 cache of keys and values: cross-entropy per code,
+bfloat16, and with an int8 cache of keys and values: cross-entropy per code,
 Kullback-Leibler divergence from the full model, and how often the likeliest code is the same. With
 a generator and a cache of tokens of the pictures it was trained on (or, better, was not):
 
@@ -92,12 +92,9 @@ def logits(model: GPT, codes: Tensor, classes: Tensor, kv_dtype: torch.dtype | N
 @torch.no_grad()
 def compare(model: GPT, codes: Tensor, classes: Tensor, device: torch.device) -> None:
     rounded = copy.deepcopy(model).bfloat16()
-    small = copy.deepcopy(model).quantize_weights()
     versions = {
         "float32": (model, None),
         "bfloat16": (rounded, None),
-        "int8 weights": (small, None),
-        "int8 weights, bfloat16": (copy.deepcopy(small).bfloat16(), None),
         "int8 cache": (model, torch.int8),
         "int8 cache, bfloat16": (rounded, torch.int8),
     }

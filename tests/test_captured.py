@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import vfmtok_fast as vf
 from vfmtok_fast import GPT, BackboneConfig, GPTConfig, VFMTok, VFMTokConfig, ops, switch
-from vfmtok_fast.decoding import BlockWeights, KVCache, LayerCache, StepWeights, Weight
+from vfmtok_fast.decoding import BlockWeights, KVCache, LayerCache, StepWeights
 from vfmtok_fast.generator import Decoder, Sampling
 from vfmtok_fast.kernels import tuning
 
@@ -308,26 +308,17 @@ def sampling(dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def step(dtype: torch.dtype) -> None:
-    """Few rows, more, and many; full and int8 weights and caches."""
-    table = floats(10, 32, dtype=dtype)
+    """Few rows, more, and many; full and int8 caches."""
+    table, norm = floats(10, 32, dtype=dtype), floats(32, dtype=dtype)
+    shapes = ((96, 32), (32, 32), (40, 32), (40, 32), (32, 40), (50, 32))
+    qkv, out, gate, up, down, head = (floats(*shape, dtype=dtype) for shape in shapes)
+    block = BlockWeights(norm, qkv, out, norm, gate, up, down)
+    weights = StepWeights((block,), norm, head, floats(6, 8, 2))
     for rows in (2, 8, 80):
-        for int8 in (False, True):
-
-            def weight(N: int, K: int, int8: bool = int8) -> Weight:
-                if int8:
-                    return Weight(integers(N, K, dtype=torch.int8), floats(N))
-                return Weight(floats(N, K, dtype=dtype))
-
-            norm, shape = floats(32, dtype=dtype), (rows, 2, 6, 16)
-            block = BlockWeights(
-                norm, weight(96, 32), weight(32, 32), norm, weight(40, 32), weight(40, 32),
-                weight(32, 40),
-            )  # fmt: skip
-            weights = StepWeights((block,), norm, weight(50, 32), floats(6, 8, 2))
-            layer = LayerCache(floats(*shape, dtype=dtype), floats(*shape, dtype=dtype))
-            if int8:
-                small = (integers(*shape, dtype=torch.int8) for _ in range(2))
-                layer = LayerCache(*small, floats(*shape[:3]), floats(*shape[:3]))
+        shape = (rows, 2, 6, 16)
+        full = LayerCache(floats(*shape, dtype=dtype), floats(*shape, dtype=dtype))
+        small = (integers(*shape, dtype=torch.int8) for _ in range(2))
+        for layer in (full, LayerCache(*small, floats(*shape[:3]), floats(*shape[:3]))):
             for at in (3, integers(1)):
                 ops.decode_step(integers(rows // 2), table, weights, KVCache((layer,)), at)
 
@@ -418,13 +409,13 @@ def test_training_of_the_tokenizer(enabled, dtype, weight):
     assert all(p.grad.shape == p.shape for p in learning.values())
 
 
-def generator(dtype: torch.dtype, quantized: bool = False) -> GPT:
+def generator(dtype: torch.dtype) -> GPT:
     config = GPTConfig(
         num_layers=2, num_heads=4, dim=64, vocab_size=32, block_size=16, num_classes=5,
         ffn_multiple_of=32,
     )  # fmt: skip
     model = GPT(config).to(dtype)
-    return moved(model.quantize_weights() if quantized else model)
+    return moved(model)
 
 
 @policies
@@ -440,12 +431,11 @@ def test_training_of_the_generator(enabled, dtype):
 
 @policies
 @types
-@pytest.mark.parametrize("quantized", [False, True], ids=["", "int8"])
 @pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
 @torch.no_grad()
-def test_a_decoding_step(enabled, dtype, quantized, guided):
+def test_a_decoding_step(enabled, dtype, guided):
     """All between two codes, with the position on the host and on the device."""
-    model = generator(dtype, quantized)
+    model = generator(dtype)
     settings = Sampling(cfg_scale=1.5 if guided else 1.0, top_k=7, top_p=0.9)
     with vf.enable(enabled, strict=True), capturing():
         decoder, weights = Decoder(model, 3, guided=guided), model.step_weights()

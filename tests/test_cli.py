@@ -295,9 +295,8 @@ def test_reconstruct(run, photos: Path, tmp_path: Path) -> None:
     refusal(run("reconstruct", tmp_path / "nowhere", out, *SMALL))
 
 
-@pytest.mark.parametrize("int8", [[], ["--int8"]], ids=str)
-def test_sample_writes_a_grid_and_adms_npz(run, tmp_path: Path, int8: list[str]) -> None:
-    common = ["--num", 3, "--classes", 4, 1, "--size", 64, "--top-k", 50, *int8, *SMALL]
+def test_sample_writes_a_grid_and_adms_npz(run, tmp_path: Path) -> None:
+    common = ["--num", 3, "--classes", 4, 1, "--size", 64, "--top-k", 50, *SMALL]
     assert run("sample", tmp_path / "a", "--batch-size", 2, *common)[0] == 0
     with np.load(tmp_path / "a/samples.npz") as file:
         assert file.files == ["arr_0", "arr_1"]
@@ -307,8 +306,11 @@ def test_sample_writes_a_grid_and_adms_npz(run, tmp_path: Path, int8: list[str])
     with Image.open(tmp_path / "a/samples.png") as grid:
         assert np.array_equal(np.asarray(grid)[:64, :64], pictures[0])
 
-    gpt = untrained_gpt("small")
-    codes = (gpt.quantize_weights() if int8 else gpt).generate(torch.tensor([4, 1, 4]), top_k=50)
+    assert run("sample", tmp_path / "b", "--kv-int8", *common)[0] == 0
+    with np.load(tmp_path / "b/samples.npz") as file:
+        assert (file["arr_0"] != pictures).any()
+
+    codes = untrained_gpt("small").generate(torch.tensor([4, 1, 4]), top_k=50)
     expected = untrained_tokenizer("small").decode_to_uint8(codes, 64).numpy()
     assert np.abs(expected.astype(int) - pictures.astype(int)).max() <= 1
 

@@ -181,7 +181,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--classes", type=int, nargs="+", metavar="ID", help="class ids, in turn; all by default"
     )
     sub.add_argument(
-        "--batch-size", type=int, default=16, help="images generated at a time (%(default)s)"
+        "--batch-size", type=int, help="images generated at a time; by default what is fastest"
+    )
+    sub.add_argument(
+        "--kv-int8", action="store_true", help="keep keys and values in 8 bits: half the memory"
     )
     sub.add_argument("--size", type=int, default=256, help="pixels a side (%(default)s)")
     sub.add_argument("--cfg-scale", type=float, default=1.0, help="guidance; 1 is none")
@@ -193,9 +196,6 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--greedy", action="store_true", help="take the likeliest code each time")
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument(
-        "--int8", action="store_true", help="round the generator's weights to 8 bits: less memory"
-    )
     _tokenizer_options(sub, untrained=sorted({*TOKENIZERS} & {*GPTS}))
 
     sub = command("tune", "measure the kernels' settings on this GPU, and keep the fastest")

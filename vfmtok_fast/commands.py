@@ -322,7 +322,7 @@ def _photos(path: Path, limit: int) -> list[Path]:
 
 
 def sample(options: argparse.Namespace) -> int:
-    if options.num < 1 or options.batch_size < 1 or options.size < 1:
+    if min(options.num, options.batch_size or 1, options.size) < 1:
         raise ValueError("--num, --batch-size and --size must be at least 1")
     rank, world_size = _place_among_processes(options)
     gpt, tokenizer = _gpt(options), _tokenizer(options)
@@ -339,8 +339,11 @@ def sample(options: argparse.Namespace) -> int:
     # All that can be wrong is found before the long work, and before anything is written.
     check_class_ids("--classes", classes, gpt.config.num_classes)
     Sampling(**settings).check()
+    kv_dtype = torch.int8 if options.kv_int8 else None
     class_ids = classes[torch.arange(options.num) % len(classes)]
-    job = samples.Job(gpt, tokenizer, Path(options.out), class_ids, options.size, settings)
+    job = samples.Job(
+        gpt, tokenizer, Path(options.out), class_ids, options.size, settings, kv_dtype
+    )
     samples.prepare(job)
     mine = samples.pending(job)[rank::world_size]
     count = sum(len(job.rows(number)) for number in mine)
@@ -441,8 +444,6 @@ def _gpt(options: argparse.Namespace) -> GPT:
         )
     else:
         gpt = GPT.from_pretrained(options.gpt)
-    if options.int8:  # Of the full weights, before --dtype rounds them.
-        gpt.quantize_weights()
     return _place(gpt, options)
 
 

@@ -35,13 +35,6 @@ def row_of(table: Tensor, position: int | Tensor) -> Tensor:
     return table.index_select(0, position.reshape(1).long())
 
 
-class Weight(NamedTuple):
-    """Of a linear layer, [N, K]; int8 stands for ``scale[:, None] * weight``, scale [N] float32."""
-
-    weight: Tensor
-    scale: Tensor | None = None
-
-
 class BlockWeights(NamedTuple):
     """One transformer block: x += attention(norm(x)); x += SwiGLU(norm(x)).
 
@@ -49,12 +42,12 @@ class BlockWeights(NamedTuple):
     """
 
     attention_norm: Tensor  # [C], of an RMSNorm, as ffn_norm
-    qkv: Weight  # [3 H D, C]
-    out: Weight  # [C, H D]
+    qkv: Tensor  # [3 H D, C]
+    out: Tensor  # [C, H D]
     ffn_norm: Tensor  # [C]
-    gate: Weight  # [F, C]
-    up: Weight  # [F, C]
-    down: Weight  # [C, F]
+    gate: Tensor  # [F, C]
+    up: Tensor  # [F, C]
+    down: Tensor  # [C, F]
 
 
 class StepWeights(NamedTuple):
@@ -62,7 +55,7 @@ class StepWeights(NamedTuple):
 
     blocks: tuple[BlockWeights, ...]
     norm: Tensor  # [C], before the head
-    head: Weight  # [V, C]
+    head: Tensor  # [V, C]
     rotary: Tensor  # [T, D / 2, 2] float32, cosine and sine of every position
     eps: float = 1e-5  # of all norms
 

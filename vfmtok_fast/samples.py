@@ -25,7 +25,8 @@ import torch
 
 from .cache import atomic
 from .cache.manifest import differences, weights_checksum
-from .generator import GPT
+from .generator import GPT, Sampling
+from .generator.memory import fastest_batch
 from .tokenizer import VFMTok
 
 SHARD = 64
@@ -43,6 +44,7 @@ class Job:
         class_ids: int64 [N].
         size: side of a picture, in pixels.
         sampling: settings of `GPT.generate`.
+        kv_dtype: of keys and values, see `GPT.generate`.
     """
 
     gpt: GPT
@@ -51,6 +53,7 @@ class Job:
     class_ids: torch.Tensor
     size: int
     sampling: dict[str, Any]
+    kv_dtype: torch.dtype | None = None
 
     @property
     def shards(self) -> int:
@@ -78,7 +81,7 @@ def prepare(job: Job) -> None:
         "dtype": str(job.gpt.dtype).removeprefix("torch."),
         "gpt_sha256": weights_checksum(job.gpt.state_dict()),
         "tokenizer_sha256": weights_checksum(job.tokenizer.state_dict()),
-        **({"weights": "int8"} if job.gpt.quantized else {}),
+        **({} if job.kv_dtype is None else {"kv_dtype": str(job.kv_dtype)[6:]}),
         **job.sampling,
     }
     path = job.out / SETTINGS
@@ -114,7 +117,7 @@ def pending(job: Job) -> list[int]:
 
 
 def make_shards(
-    job: Job, numbers: list[int], batch_size: int, advance: Callable[[int], None]
+    job: Job, numbers: list[int], batch_size: int | None, advance: Callable[[int], None]
 ) -> None:
     """Generate, decode and commit shards, the same bytes whoever does it.
 
@@ -124,10 +127,12 @@ def make_shards(
     Args:
         job: prepared.
         numbers: which shards; their codes are generated together if the batch size allows.
-        batch_size: images generated at a time; as many as fit if that is less.
+        batch_size: images generated at a time; None is what is fastest and fits.
         advance: told how many pictures were finished; may raise to stop.
     """
-    together = max(1, batch_size // SHARD)
+    guided, count = Sampling(**job.sampling).guided(0), len(job.class_ids)
+    at_once = fastest_batch(job.gpt, count, guided, batch_size, None, job.kv_dtype)
+    together = max(1, at_once // SHARD)
     device = job.gpt.device
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     with ThreadPoolExecutor(1, thread_name_prefix="vfmtok-decode") as thread:
@@ -136,8 +141,9 @@ def make_shards(
             some = numbers[first : first + together]
             ids = torch.cat([job.rows(number) for number in some])
             batches = job.gpt.stream(
-                job.class_ids[ids], batch_size=batch_size, image_ids=ids, **job.sampling
-            )
+                job.class_ids[ids], batch_size=batch_size, image_ids=ids, kv_dtype=job.kv_dtype,
+                **job.sampling,
+            )  # fmt: skip
             codes = torch.cat([part for _, part in batches])
             shards = list(zip(some, codes.split(SHARD), strict=True))
             if stream is None:

@@ -62,10 +62,9 @@ def unsupported_reason(
         return f"it takes float32, float16 and bfloat16, not {embedding.dtype}"
     if weights.rotary.dtype != torch.float32 or not weights.rotary.is_contiguous():
         return f"it takes a contiguous float32 rotary table, not {weights.rotary.dtype}"
-    parts = [code, embedding, weights.norm, *weights.head]
+    parts = [code, embedding, weights.norm, weights.head]
     for block in weights.blocks:
-        parts += [block.attention_norm, block.ffn_norm]
-        parts += [*block.qkv, *block.out, *block.gate, *block.up, *block.down]
+        parts += block
     for layer in cache:
         parts += layer
     if not all(part is None or part.is_contiguous() for part in parts):
@@ -80,8 +79,7 @@ def tuning_key(
     **options: object,
 ) -> tuple[str, int]:  # fmt: skip
     """What a measurement of the whole counts for: see `tuning`."""
-    kind = _types(embedding, weights.head.weight)
-    return f"{kind} C={embedding.shape[1]}", cache.layers[0].keys.shape[0]
+    return f"{_kind(embedding)} C={embedding.shape[1]}", cache.layers[0].keys.shape[0]
 
 
 def decode_step(
@@ -98,70 +96,66 @@ def decode_step(
     x = _embedded(code, embedding, cache.layers[0].keys.shape[0])
     for block, layer in zip(weights.blocks, cache, strict=True):
         norm, eps = block.attention_norm, weights.eps
-        q = _queries(x, norm, *block.qkv, weights.rotary, *layer, at, number, eps)
+        q = _queries(x, norm, block.qkv, weights.rotary, *layer, at, number, eps)
         mixed = attend(q, layer.keys, layer.values, length, **layer.scales)
-        _add(x, mixed.flatten(1), *block.out, True)
-        hidden = _hidden(x, block.ffn_norm, *block.gate, *block.up, eps)
-        _add(x, hidden, *block.down, False)
-    return _logits(x, weights.norm, *weights.head, weights.eps)
+        _add(x, mixed.flatten(1), block.out, True)
+        hidden = _hidden(x, block.ffn_norm, block.gate, block.up, eps)
+        _add(x, hidden, block.down, False)
+    return _logits(x, weights.norm, weights.head, weights.eps)
 
 
-def _types(x: Tensor, weight: Tensor) -> str:
-    return f"{str(x.dtype)[6:]} {str(weight.dtype)[6:]}"
+def _kind(x: Tensor) -> str:
+    return str(x.dtype)[6:]
 
 
 def _product(
-    kind: int, space: Space, x: Tensor, norm: Tensor | None, parts: tuple[Tensor | None, ...],
+    kind: int, space: Space, x: Tensor, norm: Tensor | None, first: Tensor, second: Tensor,
     out: Tensor, N: int, eps: float = 0.0, cache: tuple = (None,) * 4, shape: tuple = (1, 2, 2),
 ) -> None:  # fmt: skip
-    """One launch for the up to 64 rows of x: ``parts`` are weight, scale, and the second ones.
+    """One launch for the up to 64 rows of x: ``first`` and ``second`` are weights, or one twice.
 
     ``cache``: rotary table, position, keys and values; ``shape``: their H, T and D.
     """
     (rows, K), device = x.shape, x.device
-    first, scale_a, second, scale_b = parts
     rotary, position, keys, values = cache
     H, T, D = shape
     what = {"H": H, "T": T, "D": D, "ON_DEVICE": isinstance(position, Tensor), **overlap(device)}
     position = 0 if position is None else position
     with on(device):
         if rows <= vector.MAX_ROWS:
-            tile, warps = space.at(device, _types(x, first), K)
+            tile, warps = space.at(device, _kind(x), K)
             chunk = min(vector.CHUNK, triton.next_power_of_2(K))
-            tile, warps = _in_registers(tile, warps, (2 if kind < ADDED else 1) * chunk, first)
+            tile, warps = _in_registers(tile, warps, (2 if kind < ADDED else 1) * chunk, x)
             _vector[(triton.cdiv(N, tile),)](
-                x, norm, first, second, scale_a, scale_b, out, rotary, position, keys, values,
+                x, norm, first, second, out, rotary, position, keys, values,
                 rows, N, eps, KIND=kind, K=K, P=triton.next_power_of_2(rows), TILE=tile,
                 CHUNK=chunk, **what, num_warps=warps,
             )  # fmt: skip
             return
         # One setting is measured for all layers of a step; the nearest K counts.
-        tile, slices, piece, stages = MATRIX.at(device, _types(x, first), K)
+        tile, slices, piece, stages = MATRIX.at(device, _kind(x), K)
         padded = max(8, triton.next_power_of_2(rows))
-        depth = _depth(tile, slices, piece, stages, padded, kind < ADDED, x, first)
+        depth = _depth(tile, slices, piece, stages, padded, kind < ADDED, x)
         _matrix[(triton.cdiv(N, tile),)](
-            x, first, second, scale_a, scale_b, out, rotary, position, keys, values, rows, N,
+            x, first, second, out, rotary, position, keys, values, rows, N,
             KIND=kind, K=K, P=padded, TILE=tile, DEPTH=depth, SLICES=slices, STAGES=stages, **what,
             num_warps=4,
         )  # fmt: skip
 
 
-def _in_registers(tile: int, warps: int, columns: int, weight: Tensor) -> tuple[int, int]:
+def _in_registers(tile: int, warps: int, columns: int, x: Tensor) -> tuple[int, int]:
     """As chosen, or as few outputs, then as many warps, as leave a thread 256 bytes of weights."""
-    while tile * columns * weight.itemsize > 256 * 32 * warps:
+    while tile * columns * x.itemsize > 256 * 32 * warps:
         tile, warps = (tile // 2, warps) if tile > 1 else (tile, 2 * warps)
     return tile, warps
 
 
 def _depth(
-    tile: int, slices: int, piece: int, stages: int, padded: int, pair: bool, x: Tensor, w: Tensor
+    tile: int, slices: int, piece: int, stages: int, padded: int, pair: bool, x: Tensor
 ) -> int:
     """Columns of a piece: as chosen, or as many as keep what is on its way within shared memory."""
-    depth, both = max(16, piece // w.itemsize), 2 if pair else 1
-    column = both * tile * w.itemsize + padded * x.itemsize
-    if x.dtype == torch.float32 and w.dtype == torch.int8:
-        # Without the matrix unit, what was widened goes through shared memory once more.
-        column = both * tile * (w.itemsize + x.itemsize) + 2 * padded * x.itemsize
+    depth, both = max(16, piece // x.itemsize), 2 if pair else 1
+    column = (both * tile + padded) * x.itemsize
     # What the smallest chips give a program is 99 KiB; the slices' sums go through it at the end.
     room = 96 * 1024 - (both * slices * tile * padded * 4 if slices > 1 else 0)
     while depth > 16 and (stages - 1) * slices * depth * column > room:
@@ -177,13 +171,6 @@ def _normalised(x: Tensor, norm: Tensor, eps: float) -> Tensor:
             **overlap(x.device), num_warps=4,
         )  # fmt: skip
     return out
-
-
-def _in_full(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """An int8 weight in full, rounded once, for cuBLAS; any other as it is."""
-    if scale is None:
-        return weight
-    return torch.mul(weight, scale[:, None], out=weight.new_empty(weight.shape, dtype=dtype))
 
 
 def _ready(x: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
@@ -210,16 +197,16 @@ def _embedded(code: Tensor, embedding: Tensor, rows: int) -> Tensor:
 
 
 @registered(
-    "decode_step_queries(Tensor x, Tensor norm, Tensor weight, Tensor? scale, Tensor rotary, "
+    "decode_step_queries(Tensor x, Tensor norm, Tensor weight, Tensor rotary, "
     "Tensor(a!) keys, Tensor(b!) values, Tensor(c!)? key_scale, Tensor(d!)? value_scale, "
     "Tensor? at, SymInt number, float eps) -> Tensor",
-    lambda x, norm, weight, scale, rotary, keys, *rest: x.new_empty(
+    lambda x, norm, weight, rotary, keys, *rest: x.new_empty(
         x.shape[0], keys.shape[1], keys.shape[3]
     ),
 )
 def _queries(
-    x: Tensor, norm: Tensor, weight: Tensor, scale: Tensor | None, rotary: Tensor, keys: Tensor,
-    values: Tensor, key_scale: Tensor | None, value_scale: Tensor | None, at: Tensor | None,
+    x: Tensor, norm: Tensor, weight: Tensor, rotary: Tensor, keys: Tensor, values: Tensor,
+    key_scale: Tensor | None, value_scale: Tensor | None, at: Tensor | None,
     number: int, eps: float,
 ) -> Tensor:  # fmt: skip
     (rows, _), (_, H, T, D) = x.shape, keys.shape
@@ -229,16 +216,15 @@ def _queries(
         return out
     x, norm = _ready(x, norm, eps)
     if rows <= matrix.MAX_ROWS and key_scale is None:
-        cache, parts = (rotary, position, keys, values), (weight, scale, weight, scale)
-        _product(QKV, QKV_ROWS, x, norm, parts, out, 3 * H * D // 2, eps, cache, (H, T, D))
+        cache, pairs = (rotary, position, keys, values), 3 * H * D // 2
+        _product(QKV, QKV_ROWS, x, norm, weight, weight, out, pairs, eps, cache, (H, T, D))
         return out
     # A scale is of a whole head, which no program of the product has.
     if rows <= matrix.MAX_ROWS:
         qkv = torch.empty(rows, 3 * H * D, dtype=x.dtype, device=x.device)
-        parts = (weight, scale, weight, scale)
-        _product(LOGITS, QKV_ROWS, x, norm, parts, qkv, 3 * H * D, eps)
+        _product(LOGITS, QKV_ROWS, x, norm, weight, weight, qkv, 3 * H * D, eps)
     else:
-        qkv = F.linear(x, _in_full(weight, scale, x.dtype))
+        qkv = F.linear(x, weight)
     half = triton.next_power_of_2(D // 2)
     heads = max(1, min(triton.next_power_of_2(H), 256 // half))
     with on(x.device):
@@ -249,45 +235,32 @@ def _queries(
     return out
 
 
-@registered(
-    "decode_step_add(Tensor(a!) x, Tensor y, Tensor weight, Tensor? scale, bool attention) -> ()"
-)
-def _add(x: Tensor, y: Tensor, weight: Tensor, scale: Tensor | None, attention: bool) -> None:
+@registered("decode_step_add(Tensor(a!) x, Tensor y, Tensor weight, bool attention) -> ()")
+def _add(x: Tensor, y: Tensor, weight: Tensor, attention: bool) -> None:
     """x += y @ weight.T, of attention or of the feed-forward layer."""
     if x.numel() == 0:
         return
     if x.shape[0] > matrix.MAX_ROWS:
-        torch.addmm(x, y, _in_full(weight, scale, x.dtype).T, out=x)
+        torch.addmm(x, y, weight.T, out=x)
         return
-    space, parts = OUT_ROWS if attention else DOWN_ROWS, (weight, scale, weight, scale)
-    _product(ADDED, space, y, None, parts, x, weight.shape[0])
+    space = OUT_ROWS if attention else DOWN_ROWS
+    _product(ADDED, space, y, None, weight, weight, x, weight.shape[0])
 
 
 @registered(
-    "decode_step_hidden(Tensor x, Tensor norm, Tensor gate, Tensor? gate_scale, Tensor up, "
-    "Tensor? up_scale, float eps) -> Tensor",
+    "decode_step_hidden(Tensor x, Tensor norm, Tensor gate, Tensor up, float eps) -> Tensor",
     lambda x, norm, gate, *rest: x.new_empty(x.shape[0], gate.shape[0]),
 )
-def _hidden(
-    x: Tensor, norm: Tensor, gate: Tensor, gate_scale: Tensor | None, up: Tensor,
-    up_scale: Tensor | None, eps: float,
-) -> Tensor:  # fmt: skip
+def _hidden(x: Tensor, norm: Tensor, gate: Tensor, up: Tensor, eps: float) -> Tensor:
     """silu(gate) * up of RMSNorm(x)."""
     out = torch.empty(x.shape[0], gate.shape[0], dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    if (gate_scale is None) != (up_scale is None):
-        # One of the two in 8 bits: as no model has them.
-        gate, up = _in_full(gate, gate_scale, x.dtype), _in_full(up, up_scale, x.dtype)
-        gate_scale = up_scale = None
     x, norm = _ready(x, norm, eps)
     if x.shape[0] <= matrix.MAX_ROWS:
-        parts = (gate, gate_scale, up, up_scale)
-        _product(GATED, GATE_ROWS, x, norm, parts, out, gate.shape[0], eps)
+        _product(GATED, GATE_ROWS, x, norm, gate, up, out, gate.shape[0], eps)
         return out
-    products = [
-        F.linear(x, _in_full(*part, x.dtype)) for part in ((gate, gate_scale), (up, up_scale))
-    ]
+    products = F.linear(x, gate), F.linear(x, up)
     with on(x.device):
         _gate[(triton.cdiv(out.numel(), BLOCK),)](
             *products, out, out.numel(), BLOCK=BLOCK, num_warps=4
@@ -296,19 +269,18 @@ def _hidden(
 
 
 @registered(
-    "decode_step_logits(Tensor x, Tensor norm, Tensor weight, Tensor? scale, float eps) -> Tensor",
+    "decode_step_logits(Tensor x, Tensor norm, Tensor weight, float eps) -> Tensor",
     lambda x, norm, weight, *rest: x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32),
 )
-def _logits(x: Tensor, norm: Tensor, weight: Tensor, scale: Tensor | None, eps: float) -> Tensor:
+def _logits(x: Tensor, norm: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows, N = x.shape[0], weight.shape[0]
     out = torch.empty(rows, N, dtype=torch.float32, device=x.device)
     if out.numel() == 0:
         return out
     x, norm = _ready(x, norm, eps)
     if rows <= matrix.MAX_ROWS:
-        _product(LOGITS, HEAD_ROWS, x, norm, (weight, scale, weight, scale), out, N, eps)
+        _product(LOGITS, HEAD_ROWS, x, norm, weight, weight, out, N, eps)
         return out
-    weight = _in_full(weight, scale, x.dtype)
     if x.is_cuda and x.dtype != torch.float32:
         return torch.mm(x, weight.T, out_dtype=torch.float32)
     return torch.mm(x, weight.T).float()

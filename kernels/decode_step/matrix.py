@@ -49,7 +49,7 @@ def _pieces(p, k, o_k, m, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "position"])
 def _matrix(
-    x, w_a, w_b, scale_a, scale_b, out, rotary, position, k_cache, v_cache, rows, N,
+    x, w_a, w_b, out, rotary, position, k_cache, v_cache, rows, N,
     KIND: tl.constexpr, K: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
     SLICES: tl.constexpr, STAGES: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
     ON_DEVICE: tl.constexpr, OVERLAP: tl.constexpr,
@@ -84,17 +84,14 @@ def _matrix(
     for k in tl.range(0, K, SLICES * DEPTH, num_stages=STAGES):
         value = _pieces(p_x, k, o_k, m_x, K)
         value = tl.permute(value, (0, 2, 1)) if SLICES > 1 else tl.trans(value)
-        w = _pieces(p_a, k, o_k, m_w, K).to(value.dtype)
+        w = _pieces(p_a, k, o_k, m_w, K)
         a = tl.dot(w, value, a, input_precision="ieee")
         if _pairs(KIND):
-            w = _pieces(p_b, k, o_k, m_w, K).to(value.dtype)
+            w = _pieces(p_b, k, o_k, m_w, K)
             b = tl.dot(w, value, b, input_precision="ieee")
     if SLICES > 1:
         a = tl.sum(a, axis=0)
         b = tl.sum(b, axis=0)
-    if scale_a is not None:
-        a *= tl.load(scale_a + first, mask=m_n, other=0.0)[:, None]
-        b *= tl.load(scale_b + second, mask=m_n, other=0.0)[:, None]
     _finish(
         a, b, o_n, m_n, o_r, rows, N, out, rotary, position, k_cache, v_cache,
         KIND, H, T, D, ON_DEVICE,

@@ -24,7 +24,7 @@ CHUNK = 4096
 
 @triton.jit(do_not_specialize=["rows", "position"])
 def _vector(
-    x, norm, w_a, w_b, scale_a, scale_b, out, rotary, position, k_cache, v_cache, rows, N, eps,
+    x, norm, w_a, w_b, out, rotary, position, k_cache, v_cache, rows, N, eps,
     KIND: tl.constexpr, K: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ON_DEVICE: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -74,10 +74,6 @@ def _vector(
         scale = tl.rsqrt(squares / K + eps)[None, :]
         sum_a *= scale
         sum_b *= scale
-    if scale_a is not None:
-        sum_a *= tl.load(scale_a + first, mask=m_n, other=0.0)[:, None]
-        if _pairs(KIND):
-            sum_b *= tl.load(scale_b + second, mask=m_n, other=0.0)[:, None]
     _finish(
         sum_a, sum_b, o_n, m_n, o_r, rows, N, out, rotary, position, k_cache, v_cache,
         KIND, H, T, D, ON_DEVICE,

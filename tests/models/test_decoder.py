@@ -474,8 +474,6 @@ def test_graphs_follow_what_is_baked_into_them(replaying):
     assert captures(seed=2) == 0
     model.head.weight = nn.Parameter(model.head.weight.detach().flip(0).clone())  # but where.
     assert captures(seed=2) == 1
-    model.quantize_weights()
-    assert captures(seed=2) == 1 and captures(seed=2) == 0
     # And an end after an error leaves none that is half done.
     with pytest.raises(KeyError):
         decoder.generate(CLASSES[:2], seed=2, progress=lambda done, total: {}[done])
@@ -514,6 +512,21 @@ def test_a_batch_that_does_not_fit_is_split_evenly(model, monkeypatch):
         model.stream(CLASSES[:7], batch_size=6, cfg_scale=2.0)
     with pytest.raises(MemoryError, match="^generate: 1 images at a time .*; free some memory"):
         model.stream(CLASSES[:7], memory=10)
+
+
+def test_a_batch_is_no_larger_than_gains_something(model, monkeypatch):
+    monkeypatch.setitem(memory.ENOUGH, "cpu", 3)
+    want = model.generate(CLASSES[:7])
+    assert [images for images, _ in model.stream(CLASSES[:7])] == [
+        slice(0, 3),
+        slice(3, 6),
+        slice(6, 7),
+    ]
+    assert torch.equal(torch.cat([codes for _, codes in model.stream(CLASSES[:7])]), want)
+    # Who names a batch gets it, and a kind of device that nobody measured has no such limit.
+    assert [i for i, _ in model.stream(CLASSES[:7], batch_size=6)] == [slice(0, 6), slice(6, 7)]
+    monkeypatch.delitem(memory.ENOUGH, "cpu")
+    assert [images for images, _ in model.stream(CLASSES[:7])] == [slice(0, 7)]
 
 
 @pytest.mark.parametrize("where", ["_run", "cache"])

@@ -75,8 +75,8 @@ def float32_bounds() -> Callable[..., list[Tensor]]:
 
     A computed sum of products is the exact sum of x_k w_k (1 + e_k), |e_k| <= gamma(n), if no
     product passes more than n roundings, in whatever order (Higham, section 3.1). So it is off by
-    at most gamma(n) sum |x_k w_k|. Roundings of factors that all products share, as RMSNorm's scale
-    and that of int8 weights, count along. What follows the sums has few roundings of its own.
+    at most gamma(n) sum |x_k w_k|. Roundings of factors that all products share, as RMSNorm's
+    scale, count along. What follows the sums has few roundings of its own.
 
     Args:
         part: "queries", "add", "hidden" or "logits".

@@ -11,20 +11,18 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from step_arguments import copied, make
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import vfmtok_fast
 from vfmtok_fast import ops
-from vfmtok_fast.decoding import BlockWeights, KVCache, LayerCache, StepWeights, Weight
+from vfmtok_fast.decoding import KVCache, LayerCache, StepWeights, in_8_bits
 from vfmtok_fast.ops import decode_attention
-from vfmtok_fast.portable import decode_step as portable
 from vfmtok_fast.reference import decode_step as reference
 
 HALVES = [torch.float16, torch.bfloat16]
 DTYPES = [torch.float64, torch.float32, *HALVES]
-EPS = 1e-5
-# Layers whose length is a multiple of 32, as torch's kernel for int8 wants it.
 WORDS = {"H": 4, "D": 16, "ffn": 96, "V": 40}
 
 
@@ -33,67 +31,8 @@ def chosen(taking, clean_switch):
     yield from taking("decode_step")
 
 
-def in_8_bits(full: Tensor) -> tuple[Tensor, Tensor]:
-    # There may be no values to find the largest of.
-    scale = F.pad(full.abs(), (0, 1), value=1e-9).amax(-1) / 127
-    return (full / scale[..., None]).round().to(torch.int8), scale.float()
-
-
-def make(
-    B=2, rows=None, H=2, D=8, T=6, ffn=20, V=11, layers=2, dtype=torch.float32, int8=False,
-    int8_cache=False, seed=0,
-):  # fmt: skip
-    """Arguments of the op, by default R = B; NaN everywhere in the caches from position 3 on."""
-    draw = torch.Generator().manual_seed(seed)
-    rows = B if rows is None else rows
-    C = H * D
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=draw, dtype=torch.float64)
-
-    def weight(N: int, K: int) -> Weight:
-        full = normal(N, K) / max(K, 1) ** 0.5
-        return Weight(*in_8_bits(full)) if int8 else Weight(full.to(dtype))
-
-    def norm() -> Tensor:
-        return (1 + 0.2 * normal(C)).to(dtype)
-
-    blocks = tuple(
-        BlockWeights(
-            norm(), weight(3 * C, C), weight(C, C), norm(), weight(ffn, C), weight(ffn, C),
-            weight(C, ffn),
-        )
-        for _ in range(layers)
-    )  # fmt: skip
-    cached = []
-    for _ in range(layers):
-        parts = [normal(rows, H, T, D) for _ in range(2)]
-        if int8_cache:
-            (k, k_scale), (v, v_scale) = (in_8_bits(part) for part in parts)
-            k_scale[:, :, 3:], v_scale[:, :, 3:] = float("nan"), float("nan")
-            cached.append(LayerCache(k, v, k_scale, v_scale))
-        else:
-            for part in parts:
-                part[:, :, 3:] = float("nan")
-            cached.append(LayerCache(*(part.to(dtype) for part in parts)))
-    angle = normal(T, D // 2)
-    rotary = torch.stack([angle.cos(), angle.sin()], dim=-1).float()
-    weights = StepWeights(blocks, norm(), weight(V, C), rotary, EPS)
-    code = torch.randint(0, 7, (B,), generator=draw)
-    return [code, normal(7, C).to(dtype), weights, KVCache(tuple(cached)), 3]
-
-
-def copied(arguments: list) -> list:
-    """The same arguments, with a cache of their own."""
-    layers = (LayerCache(*(t if t is None else t.clone() for t in layer)) for layer in arguments[3])
-    return [*arguments[:3], KVCache(tuple(layers)), *arguments[4:]]
-
-
 def oracle(code, embedding, weights, cache, position) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Logits in float64, and the keys and values of the new position in each layer."""
-
-    def full(layer: Weight) -> Tensor:
-        return layer.weight.double() * (1 if layer.scale is None else layer.scale.double()[:, None])
 
     def normalised(x: Tensor, weight: Tensor) -> Tensor:
         return x / (x.square().mean(1, keepdim=True) + weights.eps).sqrt() * weight.double()
@@ -103,7 +42,7 @@ def oracle(code, embedding, weights, cache, position) -> tuple[Tensor, list[tupl
     turn = torch.complex(*weights.rotary[position].double().unbind(-1))
     written = []
     for block, layer in zip(weights.blocks, cache, strict=True):
-        qkv = normalised(x, block.attention_norm) @ full(block.qkv).T
+        qkv = normalised(x, block.attention_norm) @ block.qkv.double().T
         q, k, v = qkv.view(rows, 3, H, D).unbind(1)
         q, k = (
             torch.view_as_real(torch.complex(a[..., ::2], a[..., 1::2]) * turn).flatten(-2)
@@ -119,10 +58,14 @@ def oracle(code, embedding, weights, cache, position) -> tuple[Tensor, list[tupl
         keys, values = (torch.cat([o[:, :, :position], n[:, :, None]], 2)
                         for o, n in zip(old, (k, v), strict=True))  # fmt: skip
         share = (torch.einsum("rhd,rhtd->rht", q, keys) / D**0.5).softmax(-1)
-        x = x + torch.einsum("rht,rhtd->rhd", share, values).flatten(1) @ full(block.out).T
+        x = x + torch.einsum("rht,rhtd->rhd", share, values).flatten(1) @ block.out.double().T
         y = normalised(x, block.ffn_norm)
-        x = x + (F.silu(y @ full(block.gate).T) * (y @ full(block.up).T)) @ full(block.down).T
-    return normalised(x, weights.norm) @ full(weights.head).T, written
+        x = (
+            x
+            + (F.silu(y @ block.gate.double().T) * (y @ block.up.double().T))
+            @ block.down.double().T
+        )
+    return normalised(x, weights.norm) @ weights.head.double().T, written
 
 
 def check(arguments: list, slack: float = 1.0) -> Tensor:
@@ -154,30 +97,27 @@ def check(arguments: list, slack: float = 1.0) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
 @pytest.mark.parametrize(
     ("B", "rows"),
     [(1, 1), (1, 2), (2, 2), (3, 3), (2, 4), (5, 5), (3, 6), (7, 7), (4, 8), (20, 40)],
 )
-def test_against_plain_mathematics(B, rows, int8, dtype):
-    check(make(B=B, rows=rows, dtype=dtype, int8=int8))
+def test_against_plain_mathematics(B, rows, dtype):
+    check(make(B=B, rows=rows, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
 @pytest.mark.parametrize("sizes", [WORDS, {"ffn": 2050}, {"ffn": 0}], ids=str)
 @pytest.mark.parametrize("rows", [1, 4, 6])
-def test_sizes_that_take_other_ways(rows, sizes, int8, dtype):
-    """Products of int8 words, of long rows, and of none."""
-    check(make(B=rows, dtype=dtype, int8=int8, **sizes))
+def test_sizes_that_take_other_ways(rows, sizes, dtype):
+    """Products of whole vectors, of long rows, and of none."""
+    check(make(B=rows, dtype=dtype, **sizes))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
 @pytest.mark.parametrize("sizes", [{}, WORDS, {"H": 1, "D": 38, "ffn": 37}], ids=str)
 @pytest.mark.parametrize("rows", [1, 4, 7, 33])
-def test_rounds_no_worse_than_the_reference(rows, sizes, int8, dtype, implementation, check_error):
-    arguments = make(B=rows, dtype=dtype, int8=int8, **sizes)
+def test_rounds_no_worse_than_the_reference(rows, sizes, dtype, implementation, check_error):
+    arguments = make(B=rows, dtype=dtype, **sizes)
     want, _ = oracle(*arguments)
     ruler = reference.decode_step(*copied(arguments), arguments[4] + 1, decode_attention)
     got = ops.decode_step(*copied(arguments))
@@ -234,30 +174,15 @@ def test_eps_counts(dtype):
         assert not part[:, :, 3].any()
 
 
-@pytest.mark.parametrize("part", ["qkv", "out", "gate", "up", "down", "head"])
-def test_each_weight_has_a_scale_of_its_own(part):
-    """Only one is int8: the others do not ask whether they are."""
-    code, embedding, full, cache, position = make(layers=1)
-    _, _, small, _, _ = make(layers=1, int8=True)
-    if part == "head":
-        weights = full._replace(head=small.head)
-    else:
-        block = full.blocks[0]._replace(**{part: getattr(small.blocks[0], part)})
-        weights = full._replace(blocks=(block,))
-    check([code, embedding, weights, cache, position])
-
-
 @given(
     B=st.integers(1, 4), guided=st.booleans(), H=st.integers(1, 3), half=st.integers(1, 6),
-    ffn=st.integers(1, 30), V=st.integers(1, 30), position=st.integers(0, 3), int8=st.booleans(),
+    ffn=st.integers(1, 30), V=st.integers(1, 30), position=st.integers(0, 3),
     dtype=st.sampled_from(DTYPES[:2]), seed=st.integers(0, 2**31),
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
-def test_any_shape(B, guided, H, half, ffn, V, position, int8, dtype, seed):
+def test_any_shape(B, guided, H, half, ffn, V, position, dtype, seed):
     """Of two channels a sum may nearly vanish, whose rounding the next norm magnifies."""
-    arguments = make(
-        B, 2 * B if guided else B, H, 2 * half, 5, ffn, V, 1, dtype, int8=int8, seed=seed
-    )
+    arguments = make(B, 2 * B if guided else B, H, 2 * half, 5, ffn, V, 1, dtype, seed=seed)
     check([*arguments[:4], position], slack=1e3)
 
 
@@ -330,7 +255,7 @@ def test_guided_rows_start_from_the_same_codes():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"int8": True, **WORDS}, {"int8_cache": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, WORDS, {"int8_cache": True}], ids=str)
 def test_no_images(options, dtype):
     arguments = make(B=0, dtype=dtype, **options)
     for position in (3, torch.tensor([3])):
@@ -340,10 +265,9 @@ def test_no_images(options, dtype):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 7])
-@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
-def test_it_needs_no_gradient_and_leaves_none(rows, int8):
+def test_it_needs_no_gradient_and_leaves_none(rows):
     """Weights are parameters, which need gradients as they come."""
-    arguments = make(B=rows, int8=int8)
+    arguments = make(B=rows)
     want = ops.decode_step(*copied(arguments))
 
     def learning(part):
@@ -368,57 +292,10 @@ def test_strided_weights():
         return wide[:, ::2]
 
     weights = tree_map(spread, arguments[2])
-    assert not weights.head.weight.is_contiguous()
+    assert not weights.head.is_contiguous()
     want = ops.decode_step(*copied(arguments))
     got = ops.decode_step(*arguments[:2], weights, *copied(arguments)[3:])
     torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", ["part of rows", "every other value", "transposed"])
-def test_strided_weights_of_8_bits(layout, dtype):
-    """torch's own kernel reads them as if they lay in one piece."""
-    arguments = make(dtype=dtype, int8=True, **WORDS)
-
-    def spread(part):
-        if not isinstance(part, Tensor) or part.dtype != torch.int8:
-            return part
-        rows, K = part.shape
-        if layout == "transposed":
-            return part.T.contiguous().T
-        wide = torch.full((rows, 2 * K), 99, dtype=torch.int8)
-        kept = wide[:, :K] if layout == "part of rows" else wide[:, ::2]
-        return kept.copy_(part)
-
-    weights = tree_map(spread, arguments[2])
-    assert not weights.head.weight.is_contiguous()
-    check([*arguments[:2], weights, *arguments[3:]])
-
-
-def test_float16_int8_weights_do_not_overflow_where_the_product_does_not():
-    """127 * 500 * 64 would, without the scale."""
-    x, weight = torch.full((2, 64), 500.0).half(), torch.full((4, 64), 127, dtype=torch.int8)
-    want = torch.full((2, 4), 64 * 500 * 0.127).half()
-    layer = Weight(weight, torch.full((4,), 1e-3))
-    for got in (portable.product(x, *layer), reference.linear(x, layer)):
-        assert torch.allclose(got, want, rtol=2e-3)
-
-
-def test_bfloat16_int8_weights_take_torchs_kernel_only_where_it_is_right(monkeypatch):
-    """It reads past the end of rows whose length is no multiple of 32."""
-    took = []
-    pack = torch._weight_int8pack_mm
-    monkeypatch.setattr(
-        torch, "_weight_int8pack_mm", lambda *a: took.append(a[0].shape[1]) or pack(*a)
-    )
-    for K in (32, 40, 64):
-        weight, scale = in_8_bits(torch.randn(6, K))
-        x = torch.randn(2, K).bfloat16()
-        got = portable.product(x, weight, scale)
-        want = x.double() @ (weight.double() * scale.double()[:, None]).T
-        assert float((got.double() - want).abs().max()) <= 2.0**-7 * float(want.abs().max())
-        portable.product(x.float(), weight, scale)
-    assert took == [32, 64]
 
 
 @pytest.mark.slow
@@ -447,7 +324,7 @@ def test_positions_compile_no_variants(int8_cache):
     assert counter.frame_count <= 2
 
 
-def changed(**changes: Callable) -> list:
+def with_changes(**changes: Callable) -> list:
     """Arguments with some of them replaced by a function of what they were."""
     names = ("code", "embedding", "weights", "cache", "position")
     arguments = dict(zip(names, make(), strict=True))
@@ -461,7 +338,6 @@ def with_block(weights: StepWeights, **parts) -> StepWeights:
     return weights._replace(blocks=(blocks[0], blocks[1]._replace(**parts)))
 
 
-W8 = torch.ones(16, 20, dtype=torch.int8)
 K8, S8 = torch.ones(2, 2, 6, 8, dtype=torch.int8), torch.ones(2, 2, 6)
 
 
@@ -545,8 +421,7 @@ def every_layer(cache: KVCache, change: Callable[[Tensor], Tensor]) -> KVCache:
         (
             {"cache": lambda c: with_layer(c, key_scale=S8, value_scale=S8)},
             TypeError,
-            "keys of layer 1 must be torch.float32, as embedding is, or int8 with a scale, got "
-            "torch.float32 with a scale",
+            "keys of layer 1 must be int8, as it has a scale, got torch.float32",
         ),
         (
             {"cache": lambda c: KVCache((c.layers[0], LayerCache(K8, K8, S8, S8[:, :1])))},
@@ -566,68 +441,40 @@ def every_layer(cache: KVCache, change: Callable[[Tensor], Tensor]) -> KVCache:
         (
             {"cache": lambda c: with_layer(c, keys=c.layers[1].keys.to(torch.int8))},
             TypeError,
-            "keys of layer 1 must be torch.float32, as embedding is, or int8 with a scale, got",
+            "keys of layer 1 must be torch.float32, as embedding is, got",
         ),
         (
-            {"weights": lambda w: with_block(w, up=Weight(w.blocks[1].up.weight[:5]))},
+            {"weights": lambda w: with_block(w, up=w.blocks[1].up[:5])},
             ValueError,
             r"up of block 1 must have shape \(20, 16\), got \(5, 16\)",
         ),
         (
-            {"weights": lambda w: with_block(w, out=Weight(w.blocks[1].out.weight.half()))},
+            {"weights": lambda w: with_block(w, out=w.blocks[1].out.half())},
             TypeError,
-            "out of block 1 must be torch.float32, as embedding is, or int8 with a scale, got",
+            "out of block 1 must be torch.float32, as embedding is, got",
         ),
         (
-            {"weights": lambda w: with_block(w, down=Weight(W8, torch.ones(3)))},
-            ValueError,
-            r"the scale of down of block 1 must be float32 of shape \(16,\), got torch.float32",
-        ),
-        (
-            {"weights": lambda w: with_block(w, down=Weight(W8))},
+            {"weights": lambda w: with_block(w, down=w.blocks[1].down.to(torch.int8))},
             TypeError,
-            "down of block 1 must be torch.float32, as embedding is, or int8 with a scale, got "
-            "torch.int8 without a scale",
+            "down of block 1 must be torch.float32, as embedding is, got torch.int8 without",
         ),
         (
-            {"weights": lambda w: with_block(w, down=Weight(W8.float(), torch.ones(16)))},
-            TypeError,
-            "down of block 1 must be torch.float32, as embedding is, or int8 with a scale, got "
-            "torch.float32 with a scale",
-        ),
-        (
-            {"weights": lambda w: with_block(w, down=Weight(W8.to(torch.uint8), torch.ones(16)))},
-            TypeError,
-            "down of block 1 must be torch.float32, as embedding is, or int8 with a scale, got "
-            "torch.uint8 with a scale",
-        ),
-        (
-            {"weights": lambda w: with_block(w, down=Weight(W8, torch.ones(16).half()))},
-            ValueError,
-            r"the scale of down of block 1 must be float32 of shape \(16,\), got torch.float16",
-        ),
-        (
-            {"weights": lambda w: with_block(w, down=Weight(W8, torch.ones(16).to("meta")))},
-            ValueError,
-            "the scale of down of block 1 must be on cpu, as embedding is, got meta",
-        ),
-        (
-            {"weights": lambda w: with_block(w, down=Weight(W8.to("meta"), torch.ones(16)))},
+            {"weights": lambda w: with_block(w, down=w.blocks[1].down.to("meta"))},
             ValueError,
             "down of block 1 must be on cpu, as embedding is, got meta",
         ),
         (
-            {"weights": lambda w: with_block(w, gate=Weight(w.blocks[1].gate.weight[0]))},
+            {"weights": lambda w: with_block(w, gate=w.blocks[1].gate[0])},
             ValueError,
             r"gate of block 1 must have shape \(16, 16\), got \(16,\)",
         ),
         (
-            {"weights": lambda w: with_block(w, qkv=Weight(w.blocks[1].qkv.weight[:9]))},
+            {"weights": lambda w: with_block(w, qkv=w.blocks[1].qkv[:9])},
             ValueError,
             r"qkv of block 1 must have shape \(48, 16\), got \(9, 16\)",
         ),
         (
-            {"weights": lambda w: with_block(w, out=Weight(w.blocks[1].out.weight[:, :7]))},
+            {"weights": lambda w: with_block(w, out=w.blocks[1].out[:, :7])},
             ValueError,
             r"out of block 1 must have shape \(16, 16\), got \(16, 7\)",
         ),
@@ -639,7 +486,7 @@ def every_layer(cache: KVCache, change: Callable[[Tensor], Tensor]) -> KVCache:
         (
             {"weights": lambda w: with_block(w, attention_norm=w.norm.double())},
             TypeError,
-            "attention_norm of block 1 must be torch.float32, as embedding is, or int8",
+            "attention_norm of block 1 must be torch.float32, as embedding is, got",
         ),
         (
             {"weights": lambda w: w._replace(norm=w.norm[:7])},
@@ -652,7 +499,7 @@ def every_layer(cache: KVCache, change: Callable[[Tensor], Tensor]) -> KVCache:
             "norm must be on cpu, as embedding is, got meta",
         ),
         (
-            {"weights": lambda w: w._replace(head=Weight(w.head.weight[:, :7]))},
+            {"weights": lambda w: w._replace(head=w.head[:, :7])},
             ValueError,
             r"head must have shape \(11, 16\), got \(11, 7\)",
         ),
@@ -713,7 +560,7 @@ def every_layer(cache: KVCache, change: Callable[[Tensor], Tensor]) -> KVCache:
     ],
 )
 def test_refuses_in_one_line(changes, error, message):
-    arguments = changed(**changes)
+    arguments = with_changes(**changes)
     with pytest.raises(error, match=f"^decode_step: {message}") as caught:
         ops.decode_step(*arguments)
     assert "\n" not in str(caught.value)

@@ -11,19 +11,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from step_arguments import changed, copied, make
 from torch import Tensor
 
 import vfmtok_fast
 from vfmtok_fast import ops
-from vfmtok_fast.decoding import (
-    BlockWeights,
-    KVCache,
-    LayerCache,
-    StepWeights,
-    Weight,
-    in_8_bits,
-    in_full,
-)
+from vfmtok_fast.decoding import KVCache, LayerCache
 from vfmtok_fast.reference.decode_attention import decode_attention as attention
 from vfmtok_fast.reference.decode_step import decode_step as reference
 from vfmtok_fast.reference.rms_norm import rms_norm
@@ -42,6 +35,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 # The interpreter's bfloat16 products are wrong.
 HALVES = [torch.float16, torch.bfloat16] if GPU else [torch.float16]
 H, T, D, EPS = 3, 5, 4, 1e-5
+SIZES = {"H": H, "T": T, "D": D, "V": 30}
 PARTS = ("queries", "add", "hidden", "logits")
 # The ends of all three forms.
 ROWS = (1, 2, 4, 5, 16, 64, 65)
@@ -60,18 +54,21 @@ def several_chunks(monkeypatch):
         monkeypatch.setattr(kernel.vector, "CHUNK", 64)
 
 
+def moved(tensor: Tensor) -> Tensor:
+    return tensor.to(DEVICE)
+
+
 def inputs(
-    part: str, rows: int, K: int, N: int, dtype: torch.dtype, int8: bool = False, seed: int = 0
-) -> tuple[Tensor, Tensor, list[Weight], Tensor]:
+    part: str, rows: int, K: int, N: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
     """x, the norm's weight, the weights, and the residual or the rotary table."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw)
 
-    def weight(N: int) -> Weight:
-        full = normal(N, K) / K**0.5
-        return Weight(*in_8_bits(full)) if int8 else Weight(full.to(dtype))
+    def weight(N: int) -> Tensor:
+        return (normal(N, K) / K**0.5).to(dtype)
 
     outputs = {"queries": 3 * H * D, "add": N, "hidden": N, "logits": N}[part]
     weights = [weight(outputs) for _ in range(2 if part == "hidden" else 1)]
@@ -79,24 +76,23 @@ def inputs(
     return normal(rows, K).to(dtype), 1 + 0.2 * normal(K).to(dtype), weights, last
 
 
-def oracle(part: str, x: Tensor, norm: Tensor, weights: list[Weight], last: Tensor) -> list[Tensor]:
-    full = [in_full(*weight, x.dtype) for weight in weights]
+def oracle(part: str, x: Tensor, norm: Tensor, weights: list[Tensor], last: Tensor) -> list[Tensor]:
     if part == "add":
-        return [last + F.linear(x, full[0])]
+        return [last + F.linear(x, weights[0])]
     x = rms_norm(x, norm, EPS)
     if part == "logits":
-        y = F.linear(x, full[0])
+        y = F.linear(x, weights[0])
         return [y if y.dtype == torch.float64 else y.float()]
     if part == "hidden":
-        return [F.silu(F.linear(x, full[0])) * F.linear(x, full[1])]
-    q, k, v = F.linear(x, full[0]).unflatten(-1, (3, H, D)).unbind(1)
+        return [F.silu(F.linear(x, weights[0])) * F.linear(x, weights[1])]
+    q, k, v = F.linear(x, weights[0]).unflatten(-1, (3, H, D)).unbind(1)
     return [rotate(q, last[3]), rotate(k, last[3]), v]
 
 
-def call(part: str, x: Tensor, norm: Tensor, weights: list[Weight], last: Tensor) -> list[Tensor]:
+def call(part: str, x: Tensor, norm: Tensor, weights: list[Tensor], last: Tensor) -> list[Tensor]:
     """What the kernel gives, on the CPU; of the cache only the new position is written."""
     x, norm, last = (t.to(DEVICE) for t in (x, norm, last))
-    flat = [None if t is None else t.to(DEVICE) for weight in weights for t in weight]
+    flat = [weight.to(DEVICE) for weight in weights]
     if part == "add":
         kernel._add(last, x, *flat, True)
         out = [last]
@@ -114,9 +110,9 @@ def call(part: str, x: Tensor, norm: Tensor, weights: list[Weight], last: Tensor
     return [t.cpu() for t in out]
 
 
-def roundings(part: str, K: int, int8: bool) -> int:
+def roundings(part: str, K: int) -> int:
     """The most that a product passes in float32 before what follows the sums, in any order."""
-    total = K + 1 + int8
+    total = K + 1
     if part == "add":
         return total
     # Gain times x, times 1 / rms, and x once more where it is normalised beforehand. Of that: half
@@ -131,20 +127,13 @@ def check(check_error, check_bound, float32_bounds) -> Callable[..., None]:
 
     def run(part: str, rows: int, K: int, N: int, dtype: torch.dtype, **options) -> None:
         x, norm, weights, last = inputs(part, rows, K, N, dtype, **options)
-        wide = [
-            x.double(),
-            norm.double(),
-            [Weight(in_full(*w, torch.float64)) for w in weights],
-        ]
-        wide[2] = [Weight(w.weight.double()) for w in wide[2]]
+        wide = [x.double(), norm.double(), [w.double() for w in weights]]
         truth = oracle(part, *wide, last if part == "queries" else last.double())
         got = call(part, x, norm, weights, last.clone())
         if dtype == torch.float32:
-            full = [w.weight for w in wide[2]]
-            given = [wide[0], *full, last.double()] if part == "add" else [*wide[:2], *full]
+            given = [wide[0], *wide[2], last.double()] if part == "add" else [*wide[:2], *wide[2]]
             given += [last] if part == "queries" else []
-            n = roundings(part, K, weights[0].scale is not None)
-            bounds = float32_bounds(part, given, n)
+            bounds = float32_bounds(part, given, roundings(part, K))
             for one, exact, bound in zip(got, truth, bounds, strict=True):
                 check_bound(one, exact, bound)
         else:
@@ -167,26 +156,18 @@ def test_every_form(part, rows, dtype, check, record):
 
 
 @runs
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize("rows", [2, 5, 65])
-@pytest.mark.parametrize("part", PARTS)
-def test_int8_weights(part, rows, dtype, check):
-    check(part, rows, 200, 24, dtype, int8=True)
-
-
-@runs
 @given(
     part=st.sampled_from(PARTS), rows=st.integers(1, 9), K=st.integers(1, 150),
-    N=st.integers(1, 50), half=st.booleans(), int8=st.booleans(), seed=st.integers(0, 2**31),
+    N=st.integers(1, 50), half=st.booleans(), seed=st.integers(0, 2**31),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
-def test_any_shape(part, rows, K, N, half, int8, seed, check_error, check_bound, float32_bounds):
-    x, norm, weights, last = inputs(part, rows, K, N, torch.float32, int8, seed)
+def test_any_shape(part, rows, K, N, half, seed, check_error, check_bound, float32_bounds):
+    x, norm, weights, last = inputs(part, rows, K, N, torch.float32, seed)
     if half:
         x, norm = x.half(), norm.half()
-        weights = weights if int8 else [Weight(w.weight.half()) for w in weights]
+        weights = [w.half() for w in weights]
         last = last if part == "queries" else last.half()
-    wide = [Weight(in_full(*w, torch.float64).double()) for w in weights]
+    wide = [w.double() for w in weights]
     exact_last = last if part == "queries" else last.double()
     truth = oracle(part, x.double(), norm.double(), wide, exact_last)
     ruler = oracle(part, x, norm, weights, last)
@@ -220,7 +201,7 @@ def test_the_norm_leaves_float16_no_overflow(part, size, rows):
     """x times the norm's weight would be infinite, or lose its digits."""
     x, norm, weights, last = inputs(part, rows, 64, 16, torch.float16)
     given = [x.clamp(-1, 1) * size, norm * 8, weights, last]
-    wide = [Weight(w.weight.double()) for w in weights]
+    wide = [w.double() for w in weights]
     truth = oracle(part, given[0].double(), given[1].double(), wide, last)
     for one, exact in zip(call(part, *given), truth, strict=True):
         assert bool(one.isfinite().all())
@@ -256,7 +237,7 @@ def test_position_on_the_host_or_the_device(position, rows):
     at, number = (position.to(DEVICE), 0) if isinstance(position, Tensor) else (None, position)
     caches = [torch.full((rows + 2, H, T, D), 7.0, device=DEVICE) for _ in range(2)]
     q = kernel._queries(
-        *(t.to(DEVICE) for t in (x, norm)), weight.weight.to(DEVICE), None, table.to(DEVICE),
+        *(t.to(DEVICE) for t in (x, norm)), weight.to(DEVICE), table.to(DEVICE),
         *(cache[:rows] for cache in caches), None, None, at, number, EPS,
     )  # fmt: skip
     rolled = table.roll(3 - int(position), 0)
@@ -267,79 +248,27 @@ def test_position_on_the_host_or_the_device(position, rows):
         assert int((cache != 7).sum()) == rows * H * D
 
 
-def make(B: int, rows: int, dtype: torch.dtype, int8=False, int8_cache=False, layers=2):
-    """Arguments of the op at position 3 of 5; dead positions hold NaN."""
-    draw = torch.Generator().manual_seed(0)
-    C, FF, V = H * D, 20, 30
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=draw)
-
-    def weight(N: int, K: int) -> Weight:
-        full = normal(N, K) / K**0.5
-        return Weight(*in_8_bits(full)) if int8 else Weight(full.to(dtype))
-
-    def norm() -> Tensor:
-        return (1 + 0.2 * normal(C)).to(dtype)
-
-    blocks = tuple(
-        BlockWeights(
-            norm(), weight(3 * C, C), weight(C, C), norm(), weight(FF, C), weight(FF, C),
-            weight(C, FF),
-        )
-        for _ in range(layers)
-    )  # fmt: skip
-    cached = []
-    for _ in range(layers):
-        parts = [normal(rows, H, T, D) for _ in range(2)]
-        if int8_cache:
-            (k, k_scale), (v, v_scale) = (in_8_bits(part) for part in parts)
-            for scale in (k_scale, v_scale):
-                scale[:, :, 3:] = float("nan")
-            cached.append(LayerCache(k, v, k_scale, v_scale))
-        else:
-            for part in parts:
-                part[:, :, 3:] = float("nan")
-            cached.append(LayerCache(*(part.to(dtype) for part in parts)))
-    weights = StepWeights(blocks, norm(), weight(V, C), normal(T, D // 2, 2))
-    code = torch.randint(0, 7, (B,), generator=draw)
-    return code, normal(7, C).to(dtype), weights, KVCache(tuple(cached))
-
-
-def moved(arguments, to: Callable[[Tensor], Tensor]):
-    """The arguments with every tensor changed by ``to``, a copy."""
-    from torch.utils._pytree import tree_map
-
-    code, embedding, weights, cache = arguments
-    change = lambda t: to(t).clone() if isinstance(t, Tensor) else t  # noqa: E731
-    layers = tuple(LayerCache(*map(change, layer)) for layer in cache)
-    return code.clone().to(DEVICE), change(embedding), tree_map(change, weights), KVCache(layers)
-
-
 @runs
-@pytest.mark.parametrize("options", [{}, {"int8": True}, {"int8_cache": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"int8_cache": True}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize(("B", "rows"), [(1, 2), (3, 3), (4, 8), (70, 70)])
 def test_a_whole_step(B, rows, dtype, options, check_error):
     """Through the op, whose seam takes these kernels for all of it and for attention."""
-    given = make(B, rows, dtype, **options)
-    widened = moved(given, lambda t: t.double() if t.is_floating_point() else t)
-    code, embedding, weights, cache = widened
+    given = make(B, rows, dtype=dtype, **SIZES, **options)
+    wide = changed(given, lambda t: t.double() if t.dtype == dtype else t)
     # Scales and the table stay float32 in every type.
-    weights = weights._replace(rotary=given[2].rotary)
-    weights = StepWeights(*(_scales_in_float32(part) for part in weights))
-    cache = KVCache(
-        tuple(
-            LayerCache(*layer[:2], *(None if s is None else s.float() for s in layer[2:]))
-            for layer in cache
-        )
+    wide[2] = wide[2]._replace(rotary=given[2].rotary)
+    layers = (
+        LayerCache(*layer[:2], *(None if s is None else s.float() for s in layer[2:]))
+        for layer in wide[3]
     )
-    truth = reference(code.cpu(), embedding.cpu(), weights, cache, 3, 4, attention)
-    ruler_cache = moved(given, lambda t: t)[3]
-    ruler = reference(*given[:3], ruler_cache, 3, 4, attention)
-    there = moved(given, lambda t: t.to(DEVICE))
+    wide[3] = KVCache(tuple(layers))
+    truth = reference(*wide, 4, attention)
+    own = copied(given)
+    ruler = reference(*own, 4, attention)
+    there = changed(given, moved)
     with vfmtok_fast.enable(["decode_step", "decode_attention"], strict=True):
-        got = ops.decode_step(*there, 3)
+        got = ops.decode_step(*there)
     assert vfmtok_fast.status().ops["decode_step"].calls["triton"] == 1
     if dtype == torch.float32:
         # Each part has its bound above, and none is carried through two layers: what is asked is a
@@ -351,8 +280,8 @@ def test_a_whole_step(B, rows, dtype, options, check_error):
         assert float((got.cpu() - truth).abs().max()) <= float(truth.abs().max()) / 127
     else:
         check_error(got.cpu(), truth, ruler)
-    for layer, own in zip(there[3], ruler_cache, strict=True):
-        for part, want in zip(layer, own, strict=True):
+    for layer, other in zip(there[3], own[3], strict=True):
+        for part, want in zip(layer, other, strict=True):
             if part is not None:
                 # Within what its type can hold; of int8 a tie may be rounded the other way.
                 off = (part[:, :, 3].cpu().double() - want[:, :, 3].double()).abs().max()
@@ -360,69 +289,55 @@ def test_a_whole_step(B, rows, dtype, options, check_error):
                 assert float(off) <= step * max(1.0, float(want[:, :, 3].abs().max()))
 
 
-def _scales_in_float32(part):
-    if isinstance(part, Weight):
-        return Weight(part.weight, None if part.scale is None else part.scale.float())
-    if isinstance(part, BlockWeights):
-        return BlockWeights(*(_scales_in_float32(one) for one in part))
-    return tuple(map(_scales_in_float32, part)) if type(part) is tuple else part
-
-
 @runs
 @pytest.mark.parametrize("rows", [2, 6])
 def test_the_same_bits_on_every_run(rows):
-    given = make(rows, rows, HALVES[0])
-    first, *others = (
-        kernel.decode_step(*moved(given, lambda t: t.to(DEVICE)), 3, 4, attention) for _ in range(4)
-    )
+    given = make(rows, dtype=HALVES[0], **SIZES)
+    first, *others = (kernel.decode_step(*changed(given, moved), 4, attention) for _ in range(4))
     assert all(torch.equal(first, other) for other in others)
 
 
 @runs
 def test_no_images():
-    given = moved(make(0, 0, torch.float32), lambda t: t.to(DEVICE))
-    assert kernel.decode_step(*given, 3, 4, attention).shape == (0, 30)
+    given = changed(make(0, **SIZES), moved)
+    assert kernel.decode_step(*given, 4, attention).shape == (0, 30)
 
 
 @runs
 def test_what_it_cannot_take():
-    given = moved(make(2, 2, torch.float32), lambda t: t.to(DEVICE))
+    given = changed(make(2, **SIZES), moved)
     reason = kernel.unsupported_reason
-    assert reason(*given, 3, 4) is None
-    assert "not torch.float64" in reason(given[0], given[1].double(), *given[2:], 3, 4)
-    strided = given[2]._replace(head=Weight(given[2].head.weight.T.contiguous().T))
-    assert "contiguous" in reason(*given[:2], strided, given[3], 3, 4)
+    assert reason(*given, 4) is None
+    assert "not torch.float64" in reason(given[0], given[1].double(), *given[2:], 4)
+    strided = given[2]._replace(head=given[2].head.T.contiguous().T)
+    assert "contiguous" in reason(*given[:2], strided, *given[3:], 4)
     half = given[2]._replace(rotary=given[2].rotary.half())
-    assert "float32 rotary" in reason(*given[:2], half, given[3], 3, 4)
+    assert "float32 rotary" in reason(*given[:2], half, *given[3:], 4)
 
 
 @runs
-@pytest.mark.parametrize("options", [{}, {"int8": True, "int8_cache": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"int8_cache": True}], ids=str)
 def test_torch_knows_the_ops(options):
-    code, embedding, weights, cache = moved(
-        make(2, 2, torch.float32, **options), lambda t: t.to(DEVICE)
-    )
+    code, embedding, weights, cache, _ = changed(make(2, **SIZES, **options), moved)
     block, layer, x = weights.blocks[0], cache.layers[0], embedding[:2].clone()
     at, check = torch.tensor([3], device=DEVICE), torch.library.opcheck
     check(kernel._embedded, (code, embedding, 2))
-    check(
-        kernel._queries, (x, block.attention_norm, *block.qkv, weights.rotary, *layer, at, 0, EPS)
-    )
-    check(kernel._add, (x, x.clone(), *block.out, True))
-    check(kernel._hidden, (x, block.ffn_norm, *block.gate, *block.up, EPS))
-    check(kernel._logits, (x, weights.norm, *weights.head, EPS))
+    check(kernel._queries, (x, block.attention_norm, block.qkv, weights.rotary, *layer, at, 0, EPS))
+    check(kernel._add, (x, x.clone(), block.out, True))
+    check(kernel._hidden, (x, block.ffn_norm, block.gate, block.up, EPS))
+    check(kernel._logits, (x, weights.norm, weights.head, EPS))
 
 
 @runs
 def test_compiles_without_graph_breaks():
-    given = make(1, 2, torch.float32)
+    given = make(1, 2, **SIZES)
     at = torch.tensor([3], device=DEVICE)
-    eager = moved(given, lambda t: t.to(DEVICE))
+    eager = changed(given, moved)
     with vfmtok_fast.enable(["decode_step", "decode_attention"], strict=True):
-        want = ops.decode_step(*eager, at)
+        want = ops.decode_step(*eager[:4], at)
         compiled = torch.compile(ops.decode_step, backend="aot_eager", fullgraph=True)
-        traced = moved(given, lambda t: t.to(DEVICE))
-        assert torch.equal(compiled(*traced, at), want)
+        traced = changed(given, moved)
+        assert torch.equal(compiled(*traced[:4], at), want)
     for layer, other in zip(eager[3], traced[3], strict=True):
         assert torch.equal(layer.keys[:, :, 3], other.keys[:, :, 3])
 
@@ -432,13 +347,12 @@ def test_compiles_without_graph_breaks():
 def test_the_bound_tells_float32_from_less(part, check_bound, float32_bounds):
     """Products of TF32 operands, ten bits, break it: it is not so wide that it means nothing."""
     x, norm, weights, last = inputs(part, 3, 200, 40, torch.float32)
-    wide = [x.double(), norm.double(), [Weight(w.weight.double()) for w in weights]]
+    wide = [x.double(), norm.double(), [w.double() for w in weights]]
     exact_last = last if part == "queries" else last.double()
     truth = oracle(part, *wide, exact_last)
-    full = [w.weight for w in wide[2]]
-    given = [wide[0], *full, exact_last] if part == "add" else [*wide[:2], *full, exact_last]
-    bounds = float32_bounds(part, given, roundings(part, 200, False))
-    cut = [Weight((w.weight.view(torch.int32) & ~0x1FFF).view(torch.float32)) for w in weights]
+    given = [wide[0], *wide[2], exact_last] if part == "add" else [*wide[:2], *wide[2], exact_last]
+    bounds = float32_bounds(part, given, roundings(part, 200))
+    cut = [(w.view(torch.int32) & ~0x1FFF).view(torch.float32) for w in weights]
     with contextlib.suppress(AssertionError):
         for one, exact, bound in zip(oracle(part, x, norm, cut, last), truth, bounds, strict=True):
             check_bound(one, exact, bound)
@@ -453,7 +367,7 @@ def test_a_graph_replays_the_same_bits(rows, overlap, monkeypatch):
     if overlap and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("programmatic dependent launch needs sm_90")
     monkeypatch.setattr(launch, "OVERLAP", False)
-    given = moved(make(rows, rows, torch.bfloat16, layers=4), lambda t: t.to(DEVICE))
+    given = changed(make(rows, dtype=torch.bfloat16, layers=4, **SIZES), moved)[:4]
     at = torch.tensor([3], device=DEVICE)
     with vfmtok_fast.enable(["decode_step", "decode_attention"], strict=True):
         want = ops.decode_step(*given, at).clone()

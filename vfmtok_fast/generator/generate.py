@@ -1,4 +1,4 @@
-"""Many images, as many at a time as fit: what `GPT.generate` and `GPT.stream` share."""
+"""Many images in batches: what `GPT.generate` and `GPT.stream` share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .decoder import Progress, check_images, check_kv_dtype
-from .memory import images_that_fit
+from .memory import fastest_batch
 from .sampling import Sampling
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def batches(
     class_ids, image_ids = check_images(model, class_ids, image_ids, sampling)
     check_kv_dtype("generate", model, kv_dtype)
     count, guided = len(class_ids), sampling.guided(0)
-    size = images_that_fit(model, count, guided, batch_size, memory, kv_dtype)
+    size = fastest_batch(model, count, guided, batch_size, memory, kv_dtype)
     length = model.config.block_size
 
     def finished() -> Iterator[tuple[slice, Tensor]]:

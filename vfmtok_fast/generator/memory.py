@@ -1,4 +1,4 @@
-"""How many images fit into memory at once."""
+"""How many images are generated at once."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 SHARE = 0.8
 # Logits in float32, and what sampling makes of them: noise, sorted values and their order.
 LOGIT_COPIES = 12
+# Images at a time beyond which more gain nothing, and only come later. Measured on two cores, GPT-B
+# guided: 0.18, 0.49, 0.73, 0.86, 0.86 images/s of 2, 8, 32, 64 and 128. On an H200 the part of a
+# GPT-L step that all images share is 4 % of it for 512 of them (predicted).
+ENOUGH = {"cpu": 64, "cuda": 512}
 
 
 def bytes_per_image(model: GPT, guided: bool, kv_dtype: torch.dtype | None = None) -> int:
@@ -41,13 +45,14 @@ def free_bytes(device: torch.device) -> int:
     return 1024 * int(fields["MemAvailable"].split()[0])
 
 
-def images_that_fit(
+def fastest_batch(
     model: GPT, count: int, guided: bool, batch_size: int | None, memory: int | None,
     kv_dtype: torch.dtype | None = None,
 ) -> int:  # fmt: skip
-    """Images of a batch: ``batch_size``, or as many of ``count`` as ``memory`` bytes hold.
+    """Images of a batch: ``batch_size``, or as many of ``count`` as fit and gain something.
 
-    Batches are of nearly equal size. None for ``memory`` is most of what is free.
+    Batches are of nearly equal size. ``memory`` is how many bytes one may take; None is most of
+    what is free.
 
     Raises:
         MemoryError: ``batch_size`` images, or a single one, do not fit.
@@ -66,7 +71,7 @@ def images_that_fit(
         )
     if batch_size is not None:
         return batch_size
-    batches = -(-count // most)
+    batches = -(-count // min(most, ENOUGH.get(model.device.type, most)))
     return -(-count // batches) if count else 1
 
 

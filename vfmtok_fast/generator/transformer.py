@@ -19,7 +19,6 @@ from ..reference.rotary import rotate
 from .config import GPTConfig
 from .decoder import Decoder, Kept, Progress
 from .generate import batches
-from .linear import Linear
 from .sampling import Sampling
 
 
@@ -56,8 +55,8 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.num_heads = config.num_heads
-        self.qkv = Linear(config.dim, 3 * config.dim)
-        self.out = Linear(config.dim, config.dim)
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.out = nn.Linear(config.dim, config.dim, bias=False)
         self.dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
@@ -73,9 +72,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.gate = Linear(config.dim, config.ffn_dim)
-        self.up = Linear(config.dim, config.ffn_dim)
-        self.down = Linear(config.ffn_dim, config.dim)
+        self.gate = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.up = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
         self.dropout = nn.Dropout(config.ffn_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,8 +97,8 @@ class Block(nn.Module):
         """What `ops.decode_step` reads of this."""
         attention, ffn = self.attention, self.ffn
         return BlockWeights(
-            self.attention_norm.weight, attention.qkv.weights(), attention.out.weights(),
-            self.ffn_norm.weight, ffn.gate.weights(), ffn.up.weights(), ffn.down.weights(),
+            self.attention_norm.weight, attention.qkv.weight, attention.out.weight,
+            self.ffn_norm.weight, ffn.gate.weight, ffn.up.weight, ffn.down.weight,
         )  # fmt: skip
 
 
@@ -129,7 +128,7 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         self.dropout = nn.Dropout(config.token_dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = Linear(config.dim, config.vocab_size)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.register_buffer("rotary", rotary_table(config), persistent=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -150,52 +149,7 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in; weights may be of 8 bits, see `quantize_weights`."""
-        return self.norm.weight.dtype
-
-    @property
-    def quantized(self) -> bool:
-        """Whether `quantize_weights` was called."""
-        return self.head.scale is not None
-
-    @torch.no_grad()
-    def quantize_weights(self) -> GPT:
-        """Round the weights of all linear layers to int8, in place, to save memory.
-
-        Every row (output channel) gets a float32 scale, its largest magnitude / 127; embeddings and
-        norms stay as they are, and so does the dtype that is computed in. A step then reads about
-        half of the bytes of a bfloat16 model; kernels/decode_step/README.md says where that saves
-        time, and how much codes change. It is for inference, cannot be undone, and is not saved:
-        load the weights and call it again. Calling it a second time does nothing.
-
-        Returns:
-            The model itself.
-
-        Raises:
-            ValueError: weights that hold NaN, infinity or what is beyond float32, or that have no
-                values (on the meta device); the model is then left as it is.
-        """
-        layers = {name: m for name, m in self.named_modules() if isinstance(m, Linear)}
-        if self.device.type == "meta":
-            raise ValueError("quantize_weights: the weights are on meta and have no values yet")
-        if wrong := [n for n, m in layers.items() if not bool(m.weight.float().isfinite().all())]:
-            raise ValueError(f"quantize_weights: NaN or infinity in the weights of {wrong}")
-        for layer in layers.values():
-            layer.quantize()
-        return self
-
-    def save_pretrained(self, save_directory: str | Path, **options) -> str | None:
-        """See `HubModel.save_pretrained`.
-
-        Raises:
-            ValueError: after `quantize_weights`, whose result is not saved.
-        """
-        if self.quantized:
-            raise ValueError(
-                "save_pretrained: the weights are int8, which is not saved; save the model before "
-                "quantize_weights, and call that again after loading"
-            )
-        return super().save_pretrained(save_directory, **options)
+        return self.head.weight.dtype
 
     def forward(self, codes: Tensor, class_ids: Tensor) -> Tensor:
         """Teacher forcing: logits of every code from the class and the codes before it.
@@ -248,7 +202,7 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         """All weights but the embeddings, as `ops.decode_step` reads them."""
         blocks = tuple(block.step_weights() for block in self.blocks)
         return StepWeights(
-            blocks, self.norm.weight, self.head.weights(), self.rotary, self.config.norm_eps
+            blocks, self.norm.weight, self.head.weight, self.rotary, self.config.norm_eps
         )
 
     def decoder(
@@ -278,7 +232,8 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         settings): not of the batch, the order or the number of processes, up to logits tied within
         rounding. Dropout is off, whatever mode the model is in.
 
-        The model keeps the `Decoder` of its last call, buffers and CUDA graphs included.
+        Batches are split where they do not fit or larger ones gain nothing. The model keeps the
+        `Decoder` of its last call, buffers and CUDA graphs included.
 
         Args:
             class_ids: [B] integers in [0, num_classes).
@@ -300,7 +255,7 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
 
         Raises:
             TypeError, ValueError: wrong shape, dtype, device or range.
-            MemoryError: not even one image fits into memory. A batch that does not is split.
+            MemoryError: not even one image fits into memory.
 
         Source: LlamaGen (arXiv 2406.06525), autoregressive/models/generate.py.
         """
@@ -328,7 +283,7 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
 
         Args:
             class_ids, image_ids, kv_dtype, progress: as in `generate`.
-            batch_size: images at a time; None is as many as fit into memory.
+            batch_size: images at a time; None is as many as gain something and fit.
             memory: bytes that keys, values and logits may take; None is most of what is free now.
             sampling: cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, seed.
 

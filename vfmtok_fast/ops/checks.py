@@ -47,28 +47,6 @@ def check_same(op: str, **tensors: Tensor) -> None:
             )
 
 
-def check_weights(op: str, x: Tensor, **weights: tuple[object, object, str]) -> None:
-    """Require of each ``name=(weight, scale, shape)`` a matrix like x, or int8 with its scales.
-
-    ``shape`` is how an error words what the weight's shape should be.
-    """
-    for name, (weight, scale, shape) in weights.items():
-        if not isinstance(weight, Tensor) or weight.dtype != torch.int8:
-            check_tensor(op, name, weight, shape, 2)
-            check_same(op, x=x, **{name: weight})
-            if scale is not None:
-                raise TypeError(f"{op}: only an int8 {name} has a scale, it is {weight.dtype}")
-            continue
-        if weight.ndim != 2:
-            raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(weight.shape)}")
-        if not isinstance(scale, Tensor) or scale.dtype != torch.float32:
-            kind = scale.dtype if isinstance(scale, Tensor) else type(scale).__name__
-            raise TypeError(f"{op}: an int8 {name} must have a float32 scale, got {kind}")
-        check_shape(op, f"the scale of {name}", scale, (weight.shape[0],))
-        check_on(op, name, weight, "x", x)
-        check_on(op, f"the scale of {name}", scale, "x", x)
-
-
 def check_shape(op: str, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
     """Require exactly ``shape``."""
     if tuple(value.shape) != shape:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..decoding import KVCache, StepWeights, Weight
+from ..decoding import KVCache, StepWeights
 from ..reference import decode_step as reference
 from ..switch import Op
 from .checks import check_eps, check_on, check_position, check_range, check_shape, check_tensor
@@ -36,8 +36,9 @@ def decode_step(
         code: [B] int64, a row of ``embedding`` for each image; R = B, or 2 B with guidance, whose
             rows of the cache are [conditional; unconditional] and start from the same codes.
         embedding: [N, C], of codes, or of classes in the first step.
-        weights: of all blocks and the head, of the embedding's dtype or int8 with scales.
-        cache: a layer for each block, R rows; position ``position`` of all is overwritten.
+        weights: of all blocks and the head, of the embedding's dtype.
+        cache: a layer for each block, R rows, of that dtype or int8; position ``position`` of all
+            is overwritten.
         position: in 0..T - 1: an int, or an integer tensor of one element that stays on its device
             (its value is not checked, which would need a synchronisation).
         length: ``position + 1``, of the same kind, for who has it: on a GPU it is a launch.
@@ -95,15 +96,16 @@ def _check(
             raise TypeError(f"{name}: keys and values of layer {i} must both have scales, or none")
         parts = {"keys": (layer.keys, layer.key_scale), "values": (layer.values, layer.value_scale)}
         for part, (tensor, scale) in parts.items():
-            _check_part(f"{part} of layer {i}", Weight(tensor, scale), (R, H, T, D), embedding)
-        F = block.gate.weight.shape[0]
-        for part, shape in (("attention_norm", (C,)), ("ffn_norm", (C,))):
-            _check_part(f"{part} of block {i}", Weight(getattr(block, part)), shape, embedding)
-        matrices = {"qkv": (3 * H * D, C), "out": (C, H * D), "gate": (F, C), "up": (F, C)}
-        for part, shape in {**matrices, "down": (C, F)}.items():
+            _check_part(f"{part} of layer {i}", tensor, (R, H, T, D), embedding, scale)
+        F = block.gate.shape[0]
+        shapes = {
+            "attention_norm": (C,), "qkv": (3 * H * D, C), "out": (C, H * D),
+            "ffn_norm": (C,), "gate": (F, C), "up": (F, C), "down": (C, F),
+        }  # fmt: skip
+        for part, shape in shapes.items():
             _check_part(f"{part} of block {i}", getattr(block, part), shape, embedding)
-    _check_part("norm", Weight(weights.norm), (C,), embedding)
-    _check_part("head", weights.head, (weights.head.weight.shape[0], C), embedding)
+    _check_part("norm", weights.norm, (C,), embedding)
+    _check_part("head", weights.head, (weights.head.shape[0], C), embedding)
     rotary = weights.rotary
     check_tensor(name, "rotary", rotary, "[T, D / 2, 2]", 3)
     check_shape(name, "rotary", rotary, (rotary.shape[0], D // 2, 2))
@@ -114,20 +116,19 @@ def _check(
     check_eps(name, weights.eps)
 
 
-def _check_part(what: str, layer: Weight, shape: tuple[int, ...], like: Tensor) -> None:
-    """Require that shape, and the dtype of ``like`` or int8 with scales."""
-    weight, scale = layer
-    if tuple(weight.shape) != shape:
-        raise ValueError(f"decode_step: {what} must have shape {shape}, got {tuple(weight.shape)}")
-    if weight.dtype != (like.dtype if scale is None else torch.int8):
-        raise TypeError(
-            f"decode_step: {what} must be {like.dtype}, as embedding is, or int8 with a scale, "
-            f"got {weight.dtype} with{'out' if scale is None else ''} a scale"
-        )
-    check_on("decode_step", what, weight, "embedding", like)
+def _check_part(
+    what: str, part: Tensor, shape: tuple[int, ...], like: Tensor, scale: Tensor | None = None
+) -> None:
+    """Require that shape, and the dtype of ``like``; or int8 of a cache that has scales."""
+    if tuple(part.shape) != shape:
+        raise ValueError(f"decode_step: {what} must have shape {shape}, got {tuple(part.shape)}")
+    if part.dtype != (like.dtype if scale is None else torch.int8):
+        wanted = f"{like.dtype}, as embedding is" if scale is None else "int8, as it has a scale"
+        alone = " without a scale" if part.dtype == torch.int8 else ""
+        raise TypeError(f"decode_step: {what} must be {wanted}, got {part.dtype}{alone}")
+    check_on("decode_step", what, part, "embedding", like)
     if scale is None:
         return
-    # Of a matrix for each row, of a cache for each position.
     if tuple(scale.shape) != shape[:-1] or scale.dtype != torch.float32:
         raise ValueError(
             f"decode_step: the scale of {what} must be float32 of shape {shape[:-1]}, "

@@ -27,8 +27,6 @@ from torch import Tensor
 
 from ..decoding import BlockWeights, KVCache, LayerCache, StepWeights, row_of
 
-# Rows of an int8 weight that are widened at once.
-_BLOCK = 256
 # What torch.compile makes of a linear layer; there is no public name for it. Asked once, for a
 # trace cannot ask.
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -57,9 +55,9 @@ def decode_step(
         y = rms_norm(x, block.attention_norm, weights.eps)
         q = queries(y, block, layer, table, position)
         mixed = attend(q, layer.keys, layer.values, length, **layer.scales)
-        x.add_(product(mixed.flatten(1), *block.out))
-        x.add_(product(hidden(rms_norm(x, block.ffn_norm, weights.eps), block), *block.down))
-    logits = product(rms_norm(x, weights.norm, weights.eps), *weights.head).contiguous()
+        x.add_(product(mixed.flatten(1), block.out))
+        x.add_(product(hidden(rms_norm(x, block.ffn_norm, weights.eps), block), block.down))
+    logits = product(rms_norm(x, weights.norm, weights.eps), weights.head).contiguous()
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -68,7 +66,7 @@ def queries(
 ) -> Tensor:
     """Rotated queries [R, H, D]; keys and values go into the cache."""
     R, H, _, D = layer.keys.shape
-    qkv = product(x, *block.qkv).contiguous()
+    qkv = product(x, block.qkv).contiguous()
     v = qkv[:, 2 * H * D :].view(R, H, D)
     qk = qkv[:, : 2 * H * D]
     qk = qk if qk.dtype == torch.float64 else qk.float()
@@ -81,19 +79,14 @@ def queries(
 
 def hidden(x: Tensor, block: BlockWeights) -> Tensor:
     """SwiGLU's gated products [R, F]."""
-    gate = F.silu(product(x, *block.gate), inplace=True)
+    gate = F.silu(product(x, block.gate), inplace=True)
     # Both may lie the other way round; the product of the two sets that right.
-    return torch.mul(gate, product(x, *block.up), out=gate.new_empty(gate.shape))
+    return torch.mul(gate, product(x, block.up), out=gate.new_empty(gate.shape))
 
 
-def product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """``x @ weight.T`` for x [B, K] and weight [N, K]: [B, N] of any strides; no gradients.
-
-    With ``scale`` [N] the weight is int8, and stands for ``scale[:, None] * weight``.
-    """
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` for x [B, K] and weight [N, K]: [B, N] of any strides; no gradients."""
     rows, K = x.shape
-    if scale is not None:
-        return _int8_linear(x, weight, scale)
     if x.dtype != torch.float32 or x.device.type != "cpu" or rows == 0 or K == 0:
         return F.linear(x, weight)
     if 2 <= rows <= 5 and K < 2048:
@@ -102,24 +95,6 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     if _ONEDNN:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return F.linear(x, weight)
-
-
-def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    (rows, K), N = x.shape, weight.shape[0]
-    kernel = x.dtype == torch.bfloat16 and x.device.type == "cpu" and weight.is_contiguous()
-    if kernel and hasattr(torch, "_weight_int8pack_mm") and rows and N and K and K % 32 == 0:
-        # What torchao's weight-only layers take; there is no public name for it. It reads past the
-        # end of rows of other lengths (seen: a crash), and its scales are bfloat16, so ours follow.
-        ones = torch.ones(N, dtype=x.dtype)
-        return torch._weight_int8pack_mm(x.contiguous(), weight, ones).mul_(scale)
-    # In blocks that stay in the cache: all of it at once would be written to memory, and read back.
-    # The scale comes first, or float16 might overflow.
-    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    blocks = [
-        F.linear(x, (part.to(exact) * by.to(exact)[:, None]).to(x.dtype))
-        for part, by in zip(weight.split(_BLOCK), scale.split(_BLOCK), strict=True)
-    ]
-    return torch.cat(blocks, dim=1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

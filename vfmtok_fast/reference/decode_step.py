@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..decoding import BlockWeights, KVCache, LayerCache, StepWeights, Weight, in_full, row_of
+from ..decoding import BlockWeights, KVCache, LayerCache, StepWeights, row_of
 from .rms_norm import rms_norm
 from .rotary import rotate
 
@@ -28,12 +28,8 @@ def decode_step(
     for block, layer in zip(weights.blocks, cache, strict=True):
         x = x + attention(x, block, layer, weights, position, length, attend)
         x = x + feed_forward(x, block, weights.eps)
-    logits = linear(rms_norm(x, weights.norm, weights.eps), weights.head)
+    logits = F.linear(rms_norm(x, weights.norm, weights.eps), weights.head)
     return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def linear(x: Tensor, layer: Weight) -> Tensor:
-    return F.linear(x, in_full(*layer, x.dtype))
 
 
 def attention(
@@ -41,14 +37,14 @@ def attention(
     position: int | Tensor, length: int | Tensor, attend: Callable[..., Tensor],
 ) -> Tensor:  # fmt: skip
     H, D = layer.keys.shape[1], layer.keys.shape[3]
-    qkv = linear(rms_norm(x, block.attention_norm, weights.eps), block.qkv)
+    qkv = F.linear(rms_norm(x, block.attention_norm, weights.eps), block.qkv)
     q, k, v = qkv.unflatten(-1, (3, H, D)).unbind(1)
     table = row_of(weights.rotary, position)
     layer.append(position, rotate(k, table), v)
     mixed = attend(rotate(q, table), layer.keys, layer.values, length, **layer.scales)
-    return linear(mixed.flatten(1), block.out)
+    return F.linear(mixed.flatten(1), block.out)
 
 
 def feed_forward(x: Tensor, block: BlockWeights, eps: float) -> Tensor:
     x = rms_norm(x, block.ffn_norm, eps)
-    return linear(F.silu(linear(x, block.gate)) * linear(x, block.up), block.down)
+    return F.linear(F.silu(F.linear(x, block.gate)) * F.linear(x, block.up), block.down)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..decoding import BlockWeights, KVCache, StepWeights, Weight
+from ..decoding import BlockWeights, KVCache, StepWeights
 from ..generator import GPTConfig
 from ..ops import decode_attention
 from ..tokenizer import VFMTokConfig
@@ -102,20 +102,13 @@ def _sample_token(new: New, device, *, B: int, V: int, guided: bool = True, **se
 
 def _decode_step(
     new: New, device, *, B: int, rows: int, layers: int, C: int, H: int, F: int, V: int, T: int,
-    position: int, int8: bool = False, int8_cache: bool = False,
+    position: int, int8_cache: bool = False,
 ):  # fmt: skip
     """``rows``: of the cache, B or with guidance 2 B."""
     D = C // H
 
-    def weight(N: int, K: int) -> Weight:
-        if int8:
-            return Weight(new(N, K, dtype=torch.int8), new(N, dtype=torch.float32))
-        return Weight(new(N, K))
-
     blocks = tuple(
-        BlockWeights(
-            new(C), weight(3 * C, C), weight(C, C), new(C), weight(F, C), weight(F, C), weight(C, F)
-        )
+        BlockWeights(new(C), new(3 * C, C), new(C, C), new(C), new(F, C), new(F, C), new(C, F))
         for _ in range(layers)
     )
     rotary = new(T, D // 2, 2, dtype=torch.float32)
@@ -128,7 +121,7 @@ def _decode_step(
     at = torch.full((2,), position, device=device, dtype=torch.int64)
     at[1:] += 1
     code = torch.zeros(B, device=device, dtype=torch.int64)
-    weights = StepWeights(blocks, new(C), weight(V, C), rotary)
+    weights = StepWeights(blocks, new(C), new(V, C), rotary)
     return (code, new(1, C), weights, cache, at[:1], at[1:]), {"attend": decode_attention}
 
 

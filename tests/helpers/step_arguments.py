@@ -1,0 +1,72 @@
+"""Arguments of `ops.decode_step`, for the tests of all its implementations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from vfmtok_fast.decoding import BlockWeights, KVCache, LayerCache, StepWeights, in_8_bits
+
+EPS = 1e-5
+
+
+def make(
+    B=2, rows=None, H=2, D=8, T=6, ffn=20, V=11, layers=2, dtype=torch.float32, int8_cache=False,
+    seed=0,
+) -> list:  # fmt: skip
+    """For position 3, by default R = B; NaN everywhere in the caches from there on."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = B if rows is None else rows
+    C = H * D
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float64)
+
+    def weight(N: int, K: int) -> Tensor:
+        return (normal(N, K) / max(K, 1) ** 0.5).to(dtype)
+
+    def norm() -> Tensor:
+        return (1 + 0.2 * normal(C)).to(dtype)
+
+    blocks = tuple(
+        BlockWeights(
+            norm(), weight(3 * C, C), weight(C, C), norm(), weight(ffn, C), weight(ffn, C),
+            weight(C, ffn),
+        )
+        for _ in range(layers)
+    )  # fmt: skip
+    cached = []
+    for _ in range(layers):
+        parts = [normal(rows, H, T, D) for _ in range(2)]
+        if int8_cache:
+            (k, k_scale), (v, v_scale) = (in_8_bits(part) for part in parts)
+            k_scale[:, :, 3:], v_scale[:, :, 3:] = float("nan"), float("nan")
+            cached.append(LayerCache(k, v, k_scale, v_scale))
+        else:
+            for part in parts:
+                part[:, :, 3:] = float("nan")
+            cached.append(LayerCache(*(part.to(dtype) for part in parts)))
+    angle = normal(T, D // 2)
+    rotary = torch.stack([angle.cos(), angle.sin()], dim=-1).float()
+    weights = StepWeights(blocks, norm(), weight(V, C), rotary, EPS)
+    code = torch.randint(0, 7, (B,), generator=draw)
+    return [code, normal(7, C).to(dtype), weights, KVCache(tuple(cached)), 3]
+
+
+def changed(arguments: list, to: Callable[[Tensor], Tensor]) -> list:
+    """Copies of the arguments, of every tensor what ``to`` makes of it."""
+
+    def change(value: object) -> object:
+        return to(value).clone() if isinstance(value, Tensor) else value
+
+    code, embedding, weights, cache, *rest = arguments
+    layers = tuple(LayerCache(*map(change, layer)) for layer in cache)
+    return [*tree_map(change, [code, embedding, weights]), KVCache(layers), *rest]
+
+
+def copied(arguments: list) -> list:
+    """The same arguments, with a cache of their own."""
+    return [*arguments[:3], *changed(arguments, lambda t: t)[3:]]
