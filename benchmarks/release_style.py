@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vfmtok_fast import GPT
-from vfmtok_fast.reference.rms_norm import rms_norm
-from vfmtok_fast.reference.rotary import rotate
+from vfmtok_fast.functional import rms_norm, rotate
 
 
 class Cache(nn.Module):

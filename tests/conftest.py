@@ -108,7 +108,7 @@ def check_law() -> Callable[..., None]:
 
 @pytest.fixture
 def fake_op(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A portable nearest_code that answers -7, and no other fast implementation of any op."""
+    """A CPU nearest_code that answers -7, and no other fast implementation of any op."""
 
     def nearest_code(z, codebook, *, k=1, normalize=True, return_score=False):
         return torch.full((z.shape[0],), -7)
@@ -117,7 +117,7 @@ def fake_op(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module.nearest_code = nearest_code
     for op in switch._registry.values():
         for candidate in op.candidates:
-            there = op.name == "nearest_code" and candidate.name == "portable"
+            there = op.name == "nearest_code" and candidate.name == "cpu"
             monkeypatch.setattr(candidate, "load", lambda: None)
             monkeypatch.setattr(candidate, "module", module if there else None)
             monkeypatch.setattr(candidate, "note", "")

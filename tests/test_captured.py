@@ -327,13 +327,13 @@ CALLS = {
     "deformable_sample": deformable, "nearest_code": nearest, "decode_attention": attention,
     "sample_token": sampling, "decode_step": step,
 }  # fmt: skip
-# Of the portable ones, those that a capture leaves to the reference, in part at least.
+# Of the CPU ones, those that a capture leaves to the reference, in part at least.
 LEFT = {"nearest_code", "decode_attention"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("implementation", ["reference", "portable", "triton"])
+@pytest.mark.parametrize("implementation", ["reference", "cpu", "triton"])
 def test_ops(implementation, name, dtype, monkeypatch):
     """Forward, and backward where there is one."""
     launched: list[str] = []
@@ -341,7 +341,7 @@ def test_ops(implementation, name, dtype, monkeypatch):
         pytest.importorskip("triton")
     else:
         monkeypatch.setattr(
-            switch.Implementation, "serves", lambda self, device: self.name == "portable"
+            switch.Implementation, "serves", lambda self, device: self.name == "cpu"
         )
     enabled = () if implementation == "reference" else name
     with vf.enable(enabled, strict=implementation == "triton"), warnings.catch_warnings():
@@ -353,10 +353,10 @@ def test_ops(implementation, name, dtype, monkeypatch):
             CALLS[name](dtype)
         took = set(vf.status().ops[name].calls)
     there = switch._registry[name].candidates[-1].module is not None
-    if implementation == "portable" and (not there or name == "nearest_code"):
+    if implementation == "cpu" and (not there or name == "nearest_code"):
         assert took == {"reference"}
-    elif name in LEFT and implementation == "portable":
-        assert took == {"portable", "reference"}
+    elif name in LEFT and implementation == "cpu":
+        assert took == {"cpu", "reference"}
     else:
         assert took == {implementation}
     assert bool(launched) == (implementation == "triton")

@@ -47,7 +47,7 @@ def test_enable_acts_at_once_and_disable_undoes_it(fake_op):
     assert vf.status().enabled and vf.status().ops["nearest_code"].enabled
     vf.disable()
     assert call() == NEAREST[0]
-    assert took() == {"portable": 1, "reference": 1}
+    assert took() == {"cpu": 1, "reference": 1}
 
 
 def test_with_block_ends_the_policy(fake_op):
@@ -136,14 +136,14 @@ def test_a_fallback_warns_once_per_op_and_reason_where_it_was_called(fake_op):
         ops.sample_token(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64), 0)
     assert [type(w.message) for w in caught] == [FallbackWarning] * len(caught)
     assert [str(w.message) for w in caught] == [
-        "nearest_code fell back to reference: portable: 3 codes",
-        "nearest_code fell back to reference: portable: a Monday",
+        "nearest_code fell back to reference: cpu: 3 codes",
+        "nearest_code fell back to reference: cpu: a Monday",
         "sample_token fell back to reference: "
         "this version has no fast implementation of it for cpu tensors",
     ]
     assert {w.filename for w in caught} == {__file__}
     fallbacks = vf.status().ops["nearest_code"].fallbacks
-    assert fallbacks == {"portable: 3 codes": 3, "portable: a Monday": 1}
+    assert fallbacks == {"cpu: 3 codes": 3, "cpu: a Monday": 1}
     assert took() == {"reference": 4}
 
 
@@ -169,7 +169,7 @@ def test_unsupported_reason_sees_the_call_and_None_takes_it(fake_op):
 def test_strict_raises_with_the_reason_and_records_no_call(fake_op):
     fake_op.unsupported_reason = lambda *args, **kwargs: "K must be even"
     with vf.enable(strict=True):
-        with pytest.raises(FallbackError, match="nearest_code: portable: K must be even .*strict"):
+        with pytest.raises(FallbackError, match="nearest_code: cpu: K must be even .*strict"):
             call()
         with pytest.raises(FallbackError, match="sample_token: this version has no fast"):
             ops.sample_token(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64), 0)
@@ -209,11 +209,11 @@ def test_the_triton_kernel_comes_first_and_its_refusal_is_told(fake_op, monkeypa
     with vf.enable(strict=True):
         assert call() == 2 * FAKE
         kernel.unsupported_reason = lambda *args, **kwargs: "d is odd"
-        with pytest.raises(FallbackError, match="triton: d is odd .*fallback to portable"):
+        with pytest.raises(FallbackError, match="triton: d is odd .*fallback to cpu"):
             call()
-    with vf.enable(), pytest.warns(FallbackWarning, match="fell back to portable: triton: d is od"):
+    with vf.enable(), pytest.warns(FallbackWarning, match="fell back to cpu: triton: d is od"):
         assert call() == FAKE
-    assert took() == {"portable": 2, "triton": 1}
+    assert took() == {"cpu": 2, "triton": 1}
 
 
 def test_status_reads_as_text(fake_op):
@@ -225,8 +225,8 @@ def test_status_reads_as_text(fake_op):
         text = str(vf.status())
     lines = text.splitlines()
     assert lines[0] == "vfmtok_fast enabled"
-    assert re.search(r"\n  nearest_code: on; has reference, .*portable; calls: 2 reference\n", text)
-    assert "    fell back 2x: portable: too few codes" in lines
+    assert re.search(r"\n  nearest_code: on; has reference, .*cpu; calls: 2 reference\n", text)
+    assert "    fell back 2x: cpu: too few codes" in lines
     assert any(line.startswith("  sample_token: off; has reference") for line in lines)
     with vf.enable(strict=True):
         assert str(vf.status()).startswith("vfmtok_fast enabled, strict\n")
@@ -268,7 +268,7 @@ def test_threads_never_see_a_broken_policy(fake_op):
         thread.join()
     assert not wrong
     assert sum(took().values()) == (workers - 1) * rounds
-    assert set(took()) <= {"portable", "reference"}
+    assert set(took()) <= {"cpu", "reference"}
     assert not vf.status().enabled and call() == NEAREST[0]
 
 

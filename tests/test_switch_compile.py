@@ -46,7 +46,7 @@ def test_flipping_the_policy_is_right_and_compiles_once_each(fake_op):
         with vf.enable(ops="nearest_code"):
             assert function(Z, CODEBOOK).tolist() == [FAKE] * 3
     assert len(graphs) == 2
-    assert took() == {"reference (compiled)": 1, "portable (compiled)": 1}
+    assert took() == {"reference (compiled)": 1, "cpu (compiled)": 1}
 
 
 def test_an_op_left_out_stays_on_its_reference(fake_op):
@@ -60,9 +60,9 @@ def test_an_op_left_out_stays_on_its_reference(fake_op):
 def test_a_fallback_is_warned_of_and_recorded(fake_op):
     fake_op.unsupported_reason = lambda z, *args, **kwargs: f"{z.shape[1]} is odd"
     function, _ = compiled(fullgraph=True)
-    with vf.enable(), pytest.warns(FallbackWarning, match="portable: 3 is odd"):
+    with vf.enable(), pytest.warns(FallbackWarning, match="cpu: 3 is odd"):
         assert function(Z, CODEBOOK).tolist() == NEAREST
-    assert vf.status().ops["nearest_code"].fallbacks == {"portable: 3 is odd": 1}
+    assert vf.status().ops["nearest_code"].fallbacks == {"cpu: 3 is odd": 1}
 
 
 def test_strict_reaches_code_that_was_compiled_before(fake_op):
@@ -70,7 +70,7 @@ def test_strict_reaches_code_that_was_compiled_before(fake_op):
     function, _ = compiled()
     with vf.enable(), pytest.warns(FallbackWarning):
         function(Z, CODEBOOK)
-    with vf.enable(strict=True), pytest.raises(FallbackError, match="portable: never"):
+    with vf.enable(strict=True), pytest.raises(FallbackError, match="cpu: never"):
         function(Z, CODEBOOK)
 
 
@@ -81,7 +81,7 @@ def test_the_second_call_compiles_nothing(fake_op):
         ops.nearest_code(Z, CODEBOOK)
         function(Z, CODEBOOK)
     assert len(graphs) == 1
-    assert took("nearest_code") == {"portable (compiled)": 1, "portable": 1}
+    assert took("nearest_code") == {"cpu (compiled)": 1, "cpu": 1}
 
 
 def small_gpt() -> vf.GPT:
@@ -96,7 +96,7 @@ def small_gpt() -> vf.GPT:
 
 
 @pytest.mark.parametrize("at", [1, torch.tensor([1])], ids=["int", "tensor"])
-def test_a_step_compiles_as_the_portable_one(at):
+def test_a_step_compiles_as_the_cpu_one(at):
     model = small_gpt()
     weights, table = model.step_weights(), model.token_embedding.weight
 
@@ -114,7 +114,7 @@ def test_a_step_compiles_as_the_portable_one(at):
     assert torch.equal(got, want)
     for mine, theirs in zip(*caches, strict=True):
         assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
-    assert took("decode_step") == {"portable": 1, "portable (compiled)": 1}
+    assert took("decode_step") == {"cpu": 1, "cpu (compiled)": 1}
 
 
 def test_every_op_compiles_without_a_graph_break():

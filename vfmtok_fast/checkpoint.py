@@ -12,16 +12,16 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .hub import check_tensors, first_line, read_safetensors
+from .errors import first_line
+from .functional import resize_positions
+from .hub import check_tensors, read_safetensors
 
-if TYPE_CHECKING:
-    from .generator import GPT
-    from .tokenizer import VFMTok
+Model = TypeVar("Model", bound=nn.Module)
 
 OFFICIAL_REPO = "yexiguafu/VFMTok"
 OFFICIAL_FILES = {
@@ -109,9 +109,9 @@ def official_name(ours: str, names: tuple[tuple[str, str], ...]) -> str:
 
 
 def load_tokenizer(
-    model: VFMTok, tokenizer: str | Path | Mapping, backbone: str | Path | Mapping | None = None
-) -> VFMTok:
-    """Fill ``model`` from the authors' tokenizer and the backbone's own file.
+    model: Model, tokenizer: str | Path | Mapping, backbone: str | Path | Mapping | None = None
+) -> Model:
+    """Fill a `VFMTok` from the authors' tokenizer and the backbone's own file.
 
     Args:
         model: as built from the config; it is returned, in eval mode.
@@ -148,8 +148,8 @@ def load_tokenizer(
     return model.eval()
 
 
-def load_gpt(model: GPT, checkpoint: str | Path | Mapping) -> GPT:
-    """Fill ``model`` from one of the authors' GPT files; raises as `load_tokenizer` does.
+def load_gpt(model: Model, checkpoint: str | Path | Mapping) -> Model:
+    """Fill a `GPT` from one of the authors' GPT files; raises as `load_tokenizer` does.
 
     Args:
         model: as built from the config; it is returned, in eval mode.
@@ -247,7 +247,7 @@ def _translate(
     return {ours: theirs[key] for key, ours in keys.items()}
 
 
-def _backbone_state(model: VFMTok, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _backbone_state(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Backbone tensors in DINOv2's or timm's naming to those of ``model.backbone.vit``."""
     config, vit = model.config.backbone, model.backbone.vit
     own = vit.state_dict()
@@ -265,8 +265,6 @@ def _backbone_state(model: VFMTok, tensors: dict[str, Tensor]) -> dict[str, Tens
                     f"backbone does not fit {config.timm_name} ({first_line(error)})"
                 ) from error
         return _translate(tensors, own, {key: key for key in own}, (), "backbone")
-
-    from .tokenizer.positions import resize_positions
 
     keys = {{"reg_token": "register_tokens"}.get(key, key): key for key in own}
     positions = (1, 1 + config.pretrain_grid**2, config.dim)
@@ -303,7 +301,7 @@ def fetch_official(name: str, flag: str) -> Path:
         ) from error
 
 
-def _fetch_backbone(model: VFMTok) -> dict[str, Tensor]:
+def _fetch_backbone(model: nn.Module) -> dict[str, Tensor]:
     config = model.config.backbone
     if config.timm_name is not None:
         import timm

@@ -30,8 +30,8 @@ from .cache.sources import open_source
 from .cache.sources.folder import walk
 from .cache.store import Place, place
 from .cache.views import parse_views
+from .checks import check_class_ids
 from .generator import GPT, Sampling
-from .ops.checks import check_class_ids
 from .tokenizer import VFMTok
 from .visualize import reconstruction_grid
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -13,6 +12,8 @@ from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from .errors import first_line
 
 Config = TypeVar("Config")
 
@@ -76,43 +77,6 @@ class HubModel(PyTorchModelHubMixin):
         return model.to(map_location).eval()
 
 
-def config_from_mapping(kind: type[Config], values: Mapping) -> Config:
-    """Build a config dataclass.
-
-    Raises:
-        ValueError: fields that it does not have, all named.
-    """
-    known = {field.name for field in fields(kind)}
-    if unknown := sorted(str(name) for name in values if name not in known):
-        raise ValueError(
-            f"{kind.__name__}: unknown field {', '.join(unknown)}; "
-            f"it has {', '.join(sorted(known))}"
-        )
-    return kind(**values)
-
-
-def check_positive(config: object, names: Iterable[str]) -> None:
-    """Require that the named fields of a config hold integers of at least 1."""
-    for name in names:
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(
-                f"{type(config).__name__}: {name} must be an integer of at least 1, got {value!r}"
-            )
-
-
-def check_numbers(config: object, limits: Mapping[str, tuple[float, float]]) -> None:
-    """Require that the named fields of a config hold numbers from a lowest to below a highest."""
-    for name, (low, high) in limits.items():
-        value = getattr(config, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not low <= value < high:
-            raise ValueError(
-                f"{type(config).__name__}: {name} must be a number in [{low}, {high}), "
-                f"got {value!r}"
-            )
-
-
 def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:
     """Read a ``.safetensors`` file; ``what`` is how errors name it."""
     try:
@@ -165,12 +129,6 @@ def check_tensors(
         problems.append(f"NaN or infinity in {', '.join(not_finite)}")
     if problems:
         raise ValueError(f"{what} does not fit the model: {'; '.join(problems)}")
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _find(cls: type, source: str, name: str, download: Mapping) -> Path:

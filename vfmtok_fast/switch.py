@@ -6,7 +6,7 @@ Each op has one *reference* (always there) and may have faster implementations:
 - ``providers/<op>_<library>.py``, another package's function, for CUDA tensors: taken after Triton,
   where that package is installed and works (its ``trial`` finds out, see `providers.trial`), and
   nothing is said of it in a warning where it is not installed;
-- ``portable/<op>.py``, plain torch, where it beats the reference without Triton.
+- ``cpu/<op>.py``, plain torch, where it beats the reference without Triton.
 
 An implementation module holds a function named like the op, with the op's signature, and may hold
 ``unsupported_reason`` with that same signature, which returns None or why it cannot take the call.
@@ -182,8 +182,8 @@ class Implementation:
                 self.tuning = importlib.import_module(f"{self.path.rpartition('.')[0]}.tuning")
         except ImportError as error:
             if error.name in (self.path, self.path.rpartition(".")[0]):
-                # A missing portable implementation means that the reference needs none.
-                if self.name != "portable":
+                # A missing CPU implementation means that the reference needs none.
+                if self.name != "cpu":
                     self.note = f"this version has no {self.name} implementation of it"
             else:
                 self._could_not(error)
@@ -210,7 +210,7 @@ class Implementation:
 
     def serves(self, device: str) -> bool:
         """Whether this is meant for ``device``; where it is not, passing it over is no fallback."""
-        if self.name == "portable":
+        if self.name == "cpu":
             return True
         if self.library:
             return device == "cuda"
@@ -247,7 +247,7 @@ class Op:
                 Implementation(library, f"vfmtok_fast.providers.{name}_{library}", library)
                 for library in libraries
             ),
-            Implementation("portable", f"vfmtok_fast.portable.{name}"),
+            Implementation("cpu", f"vfmtok_fast.cpu.{name}"),
         )
         # Those that are meant for a device, by its type: to look at the environment and ask each at
         # every call would show on a CPU.

@@ -25,7 +25,7 @@ from vfmtok_fast.checkpoint import (
     official_name,
     read_tensors,
 )
-from vfmtok_fast.tokenizer.positions import resize_positions
+from vfmtok_fast.functional import resize_positions
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 GPT_CONFIG = GPTConfig(

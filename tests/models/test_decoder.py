@@ -71,7 +71,7 @@ def test_each_op_of_a_step_is_a_choice_of_its_own(model):
         with vfmtok_fast.enable(op, strict=True):
             assert torch.equal(model.generate(CLASSES[:2], seed=1), want)
         took = {name: set(vfmtok_fast.status().ops[name].calls) for name in STEP_OPS}
-        assert took == {name: {"portable" if name == op else "reference"} for name in STEP_OPS}
+        assert took == {name: {"cpu" if name == op else "reference"} for name in STEP_OPS}
 
 
 def test_a_decoder_of_ones_own(model):

@@ -16,11 +16,11 @@ from vfmtok_fast import GPT, GPTConfig, ops
 STEP = ("decode_step", "decode_attention")
 
 
-WAYS = ["reference", "portable", pytest.param("triton", marks=pytest.mark.gpu)]
+WAYS = ["reference", "cpu", pytest.param("triton", marks=pytest.mark.gpu)]
 
 
 def enabled(way: str) -> contextlib.AbstractContextManager:
-    """What ``way`` asks for, and no other: portable on a CPU, Triton on a GPU."""
+    """What ``way`` asks for, and no other: cpu on a CPU, Triton on a GPU."""
     if way == "reference":
         return contextlib.nullcontext()
     return vfmtok_fast.enable((*STEP, "sample_token"), strict=True)

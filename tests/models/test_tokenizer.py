@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from vfmtok_fast import BackboneConfig, VFMTok, VFMTokConfig, ops
-from vfmtok_fast.tokenizer.positions import resize_positions
+from vfmtok_fast.functional import resize_positions
 from vfmtok_fast.tokenizer.quantizer import entropy_loss
 
 BACKBONE = BackboneConfig(dim=32, depth=4, num_heads=2, levels=(0, 1, 2, 3))

@@ -47,7 +47,7 @@ FLOAT32 = torch.finfo(torch.float32).eps
 DEEPEST = 8 * 1000**0.5 * FLOAT32
 # What `enable` takes on a CPU: the kernels where Triton's interpreter runs them.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-FAST = "triton" if INTERPRETED else "portable"
+FAST = "triton" if INTERPRETED else "cpu"
 # What the golden files keep of each tensor (golden README).
 THINNED: dict[str, Callable[[Tensor], Tensor]] = {
     **{f"level{i}": lambda x: x[:, ::48, ::4] for i in range(4)},

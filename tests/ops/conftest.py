@@ -16,7 +16,7 @@ from torch import Tensor
 import vfmtok_fast
 
 
-@pytest.fixture(scope="module", params=["reference", "portable"])
+@pytest.fixture(scope="module", params=["reference", "cpu"])
 def implementation(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -26,11 +26,11 @@ def taking(implementation: str) -> Callable[[str], Iterator[None]]:
     """``yield from taking("op")``: calls of that op take ``implementation``, and only that."""
 
     def take(op: str) -> Iterator[None]:
-        if implementation == "portable":
+        if implementation == "cpu":
             vfmtok_fast.enable(op, strict=True)
         yield
         # A fixture of a wider scope than `clean_switch` would be undone before the test begins.
-        assert (op in vfmtok_fast.switch.policy().ops) == (implementation == "portable")
+        assert (op in vfmtok_fast.switch.policy().ops) == (implementation == "cpu")
         took = set(vfmtok_fast.status().ops[op].calls)
         assert took <= {implementation, f"{implementation} (compiled)"}
 
@@ -184,7 +184,7 @@ def check_rounding() -> Callable[..., None]:
     ``took`` is the implementation that must have been taken.
     """
 
-    def check(op: Callable, *tensors: Tensor, took: str = "portable", **kwargs) -> None:
+    def check(op: Callable, *tensors: Tensor, took: str = "cpu", **kwargs) -> None:
         truth = op(*(tensor.double() for tensor in tensors), **kwargs)
         ruler = op(*tensors, **kwargs)
         before = vfmtok_fast.status().ops[op.__name__].calls.get(took, 0)

@@ -1,4 +1,4 @@
-"""decode_attention, reference and portable, against full attention in float64."""
+"""decode_attention, reference and the CPU one, against full attention in float64."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ def test_refusals(library, change, reason, install):
         decode_attention(*arguments, 7)
     with vf.enable(OP), pytest.warns(switch.FallbackWarning, match=f"{library}: .*{reason}"):
         decode_attention(*arguments, 7)
-    assert not calls and took() == {"portable": 1}
+    assert not calls and took() == {"cpu": 1}
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -225,7 +225,7 @@ def test_the_order_and_what_is_said(install):
             assert set(vf.status().ops[OP].notes) >= missing
             assert not {*LIBRARIES} & {*vf.status().ops[OP].implementations}
         assert switch.forecast(OP, "cuda") == (
-            "portable, where it can take the call; flash_attn is not installed; "
+            "cpu, where it can take the call; flash_attn is not installed; "
             "xformers is not installed"
         )
         install("xformers")
@@ -235,12 +235,12 @@ def test_the_order_and_what_is_said(install):
         with vf.enable(OP, strict=True):
             decode_attention(q, k, v, 7)
             status = vf.status()
-    assert took() == {"portable": 1, "xformers": 1, "flash_attn": 1}
+    assert took() == {"cpu": 1, "xformers": 1, "flash_attn": 1}
     assert not missing & set(status.ops[OP].notes) and not status.ops[OP].fallbacks
     names = [name for name in status.ops[OP].implementations if name != "triton"]
-    assert names == ["reference", "flash_attn", "xformers", "portable"]
+    assert names == ["reference", "flash_attn", "xformers", "cpu"]
     assert switch.forecast(OP, "cuda") == (
-        "flash_attn, else xformers, else portable, where it can take the call"
+        "flash_attn, else xformers, else cpu, where it can take the call"
     )
 
 
@@ -252,7 +252,7 @@ def test_a_library_that_cannot_be_imported_says_why(install):
         decode_attention(*make(), 7)
         (note,) = (n for n in vf.status().ops[OP].notes if n.startswith("its flash_attn"))
     assert "could not be imported (cannot import name 'flash_attn_with_kvcache'" in note
-    assert took() == {"portable": 1}
+    assert took() == {"cpu": 1}
 
 
 EXTENSION = "libcudart.so.12: cannot open shared object file"
@@ -273,7 +273,7 @@ def test_a_library_whose_extension_cannot_be_loaded(library, error, tmp_path, mo
     for n in (1, 2):
         with vf.enable(OP, strict=True):
             decode_attention(*make(), 7)
-            assert took() == {"portable": n}
+            assert took() == {"cpu": n}
             (note,) = (x for x in vf.status().ops[OP].notes if x.startswith(f"its {library}"))
     assert f"{EXTENSION} built for another torch" in note and "\n" not in note
     assert note in switch.forecast(OP, "cuda")
@@ -333,7 +333,7 @@ def test_a_library_that_is_installed_and_does_not_work(library, how, why, instal
         status = vf.status().ops[OP]
     assert len(asked) == 1, "once for this kind of call"
     assert torch.allclose(got.float(), reference(q, k, v, 7).float(), atol=2e-3)
-    assert took() == {"portable": 4}
+    assert took() == {"cpu": 4}
     (reason,) = status.fallbacks
     assert re.search(why, reason) and reason in status.notes and "\n" not in reason
     assert reason in switch.forecast(OP, "cpu")
@@ -350,9 +350,7 @@ def test_what_doctor_says_of_it(install, monkeypatch):
     install(*LIBRARIES)
     break_it(monkeypatch, "xformers", no_operator)
     text = switch.forecast(OP, "cpu")
-    assert text.startswith(
-        "flash_attn, else portable, where it can take the call; xformers: it was"
-    )
+    assert text.startswith("flash_attn, else cpu, where it can take the call; xformers: it was")
     assert "xFormers wasn't build with CUDA support" in text and "\n" not in text
 
 
@@ -402,7 +400,7 @@ def test_torch_compile_neither_breaks_nor_compiles_twice(install, monkeypatch):
         decode_attention(q, k, v, 7)
         assert torch.equal(compiled(q, k, v, 7), want)
     torch._dynamo.reset()
-    assert len(graphs) == 1 and vf.status().ops[OP].calls["portable (compiled)"] == 1
+    assert len(graphs) == 1 and vf.status().ops[OP].calls["cpu (compiled)"] == 1
 
 
 def test_on_a_cpu_they_are_not_meant(install, monkeypatch):
@@ -410,7 +408,7 @@ def test_on_a_cpu_they_are_not_meant(install, monkeypatch):
     install(*LIBRARIES)
     with vf.enable(OP, strict=True):
         decode_attention(*make(), 7)
-    assert took() == {"portable": 1} and not calls
+    assert took() == {"cpu": 1} and not calls
 
 
 @pytest.fixture
@@ -447,14 +445,14 @@ def test_the_real_library(library, H, G, D, dtype, real, check_error):
 
 
 @pytest.mark.gpu
-def test_portable_on_a_gpu_takes_an_int_length_only(check_error, monkeypatch):
+def test_the_cpu_one_on_a_gpu_takes_an_int_length_only(check_error, monkeypatch):
     monkeypatch.undo()
-    from vfmtok_fast.portable import decode_attention as portable
+    from vfmtok_fast.cpu import decode_attention as cpu
 
     q, k, v = make(D=100)
     k[:, :, 7:] = v[:, :, 7:] = float("nan")
     arguments = [x.cuda() for x in (q, k, v)]
-    assert portable.unsupported_reason(*arguments, torch.tensor([7]).cuda()) is not None
-    assert portable.unsupported_reason(*arguments, 7) is None
+    assert cpu.unsupported_reason(*arguments, torch.tensor([7]).cuda()) is not None
+    assert cpu.unsupported_reason(*arguments, 7) is None
     truth = reference(q.double(), k.double(), v.double(), 7)
-    check_error(portable.decode_attention(*arguments, 7).cpu(), truth, reference(q, k, v, 7))
+    check_error(cpu.decode_attention(*arguments, 7).cpu(), truth, reference(q, k, v, 7))

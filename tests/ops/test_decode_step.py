@@ -1,4 +1,4 @@
-"""decode_step, the reference and the portable one: against plain mathematics in float64."""
+"""decode_step, the reference and the CPU one: against plain mathematics in float64."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_rounds_no_worse_than_the_reference(rows, sizes, dtype, implementation, 
     ruler = reference.decode_step(*copied(arguments), arguments[4] + 1, decode_attention)
     got = ops.decode_step(*copied(arguments))
     check_error(got, want, ruler)
-    assert implementation == "portable" or torch.equal(got, ruler)
+    assert implementation == "cpu" or torch.equal(got, ruler)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -304,7 +304,7 @@ def test_torch_compile_takes_it_without_a_graph_break(implementation):
     want = ops.decode_step(*copied(arguments)[:4], torch.tensor([3]))
     torch._dynamo.reset()
     compiled = torch.compile(ops.decode_step, backend="aot_eager", fullgraph=True)
-    with vfmtok_fast.enable("decode_step" if implementation == "portable" else ()):
+    with vfmtok_fast.enable("decode_step" if implementation == "cpu" else ()):
         got = compiled(*copied(arguments)[:4], torch.tensor([3]))
     torch.testing.assert_close(got, want)
 

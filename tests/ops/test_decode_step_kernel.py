@@ -17,10 +17,9 @@ from torch import Tensor
 import vfmtok_fast
 from vfmtok_fast import ops
 from vfmtok_fast.decoding import KVCache, LayerCache
+from vfmtok_fast.functional import rms_norm, rotate
 from vfmtok_fast.reference.decode_attention import decode_attention as attention
 from vfmtok_fast.reference.decode_step import decode_step as reference
-from vfmtok_fast.reference.rms_norm import rms_norm
-from vfmtok_fast.reference.rotary import rotate
 
 pytest.importorskip("triton")
 from vfmtok_fast.kernels import decode_step as kernel

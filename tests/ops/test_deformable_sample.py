@@ -1,6 +1,6 @@
 """deformable_sample against a slow oracle: one sample, one pixel at a time, in float64.
 
-Every test runs on the reference and on the portable implementation; the Triton kernels have a file
+Every test runs on the reference and on the CPU implementation; the Triton kernels have a file
 of their own.
 """
 

@@ -411,11 +411,11 @@ def test_torch_compile_takes_it_without_a_graph_break():
 
 @pytest.mark.gpu
 def test_a_million_rows():
-    """Against the portable search, which is exact too and tested on its own."""
-    from vfmtok_fast.portable.nearest_code import nearest_code as portable
+    """Against the CPU search, which is exact too and tested on its own."""
+    from vfmtok_fast.cpu.nearest_code import nearest_code as cpu
 
     z, codebook = random(10**6, 12).cuda(), random(16384, 12, seed=1).cuda()
-    assert torch.equal(kernel.nearest_code(z, codebook), portable(z, codebook))
+    assert torch.equal(kernel.nearest_code(z, codebook), cpu(z, codebook))
 
 
 @runs
@@ -431,7 +431,7 @@ def test_rows_in_rounds(launched, monkeypatch):
 @pytest.mark.parametrize("kind", ["clusters 0.1", "clusters 0.03", "half duplicated", "one code"])
 def test_no_distribution_is_wrong(kind: str):
     """At full size; that none is slow is measured by benchmarks/bench_nearest_code.py."""
-    from vfmtok_fast.portable.nearest_code import nearest_code as portable
+    from vfmtok_fast.cpu.nearest_code import nearest_code as cpu
 
     z, codebook = random(65536, 12).cuda(), random(16384, 12, seed=1).cuda()
     if kind.startswith("clusters"):
@@ -442,7 +442,7 @@ def test_no_distribution_is_wrong(kind: str):
         codebook[8192:] = codebook[:8192]
     else:
         codebook[:] = codebook[0]
-    assert torch.equal(kernel.nearest_code(z, codebook), portable(z, codebook))
+    assert torch.equal(kernel.nearest_code(z, codebook), cpu(z, codebook))
 
 
 @pytest.mark.gpu

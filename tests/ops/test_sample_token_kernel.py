@@ -11,8 +11,8 @@ from torch import Tensor
 
 import vfmtok_fast
 from vfmtok_fast import ops
+from vfmtok_fast.functional import filter_logits
 from vfmtok_fast.reference.philox import philox
-from vfmtok_fast.reference.sample_token import filter_logits
 from vfmtok_fast.reference.sample_token import sample_token as reference
 
 pytest.importorskip("triton")

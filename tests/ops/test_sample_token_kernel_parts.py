@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vfmtok_fast.functional import filter_logits
 from vfmtok_fast.reference.philox import gumbel_noise, philox
-from vfmtok_fast.reference.sample_token import filter_logits
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import switch
+from ..errors import first_line
 from ..images import quiet_pillow
 from . import manifest
 from .build import Summary, exit_on_sigterm
@@ -138,7 +139,7 @@ def _connected(ray: Any) -> Iterator[None]:
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ActorsLost(f"cache: cannot connect to Ray: {_first_line(error)}") from error
+        raise ActorsLost(f"cache: cannot connect to Ray: {first_line(error)}") from error
     try:
         yield
     finally:
@@ -296,12 +297,12 @@ class _Crew:
         if number is not None and self.lost[number] >= MOST_LOST_ON_A_SHARD:
             raise ActorsLost(
                 f"{self.plan.job.out}: {self.lost[number]} Ray actors died in shard {number}; see "
-                f"Ray's logs, then run again (finished shards are kept): {_first_line(error)}"
+                f"Ray's logs, then run again (finished shards are kept): {first_line(error)}"
             ) from error
         if self.lost[None] > 2 * self.plan.room.actors + 2:
             raise ActorsLost(
                 f"{self.plan.job.out}: {self.lost[None]} Ray actors in turn died as they started; "
-                f"see Ray's logs, then run again (finished shards are kept): {_first_line(error)}"
+                f"see Ray's logs, then run again (finished shards are kept): {first_line(error)}"
             ) from error
 
     def _check_patience(self, heard: float) -> None:
@@ -312,7 +313,3 @@ class _Crew:
                 f"{room.cores} CPU cores and {room.gpus} GPUs; see `ray status`, then run again "
                 "(finished shards are kept)"
             )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

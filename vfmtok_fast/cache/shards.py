@@ -21,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from ..errors import one_line
 from .atomic import remove_file, write_atomic
 from .manifest import BAD_TOKEN, Manifest
 from .store import Place, open_tensors
@@ -126,7 +127,7 @@ def read_header(path: Place) -> Header:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: this shard is missing") from error
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: damaged or not a shard ({_line(error)})") from error
+        raise ValueError(f"{path}: damaged or not a shard ({one_line(error)})") from error
 
 
 def read_shard(path: Place) -> tuple[Header, Shard]:
@@ -140,7 +141,7 @@ def read_shard(path: Place) -> tuple[Header, Shard]:
         with open_tensors(path) as file:
             arrays = {name: file.get_tensor(name) for name in _DTYPES}
     except (SafetensorError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: damaged or not a shard ({_line(error)})") from error
+        raise ValueError(f"{path}: damaged or not a shard ({one_line(error)})") from error
     return header, Shard(header.number, **arrays)
 
 
@@ -152,7 +153,7 @@ def parse_shard(data: bytes, path: Place) -> tuple[Header, Shard]:
         arrays = load(data)
         return header, Shard(header.number, **{name: arrays[name] for name in _DTYPES})
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: damaged or not a shard ({_line(error)})") from error
+        raise ValueError(f"{path}: damaged or not a shard ({one_line(error)})") from error
 
 
 def read_quarantine(out: Place, number: int) -> tuple[list[dict[str, Any]], str]:
@@ -169,7 +170,7 @@ def read_quarantine(out: Place, number: int) -> tuple[list[dict[str, Any]], str]
     try:
         entries = [json.loads(line) for line in data.splitlines()]
     except ValueError as error:
-        raise ValueError(f"{path}: damaged ({_line(error)})") from error
+        raise ValueError(f"{path}: damaged ({one_line(error)})") from error
     return entries, hashlib.sha256(data).hexdigest()
 
 
@@ -227,7 +228,3 @@ def _sha256(array: np.ndarray) -> str:
 
 def _json(values: Any) -> bytes:
     return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

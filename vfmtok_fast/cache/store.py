@@ -23,6 +23,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from safetensors import safe_open
 
+from ..errors import one_line
+
 # Requests under way at a time where one answer does not wait for another.
 REQUESTS = 16
 # First bytes of a shard to fetch: its header takes 700 or so, and a round trip costs more.
@@ -37,8 +39,8 @@ class StoreError(OSError):
     """A store did not do what was asked: not reachable, no permission, no such bucket, ..."""
 
     def __init__(self, url: str, error: Exception) -> None:
-        super().__init__(f"{url}: {_line(error)}")
-        self.errno, self.reason = getattr(error, "errno", None), _line(error)
+        super().__init__(f"{url}: {one_line(error)}")
+        self.errno, self.reason = getattr(error, "errno", None), one_line(error)
         self._made_of = url, error
 
     def __reduce__(self) -> tuple:
@@ -225,12 +227,8 @@ def _files(url: str) -> tuple[Any, str]:
         files = fsspec.filesystem(protocol, use_listings_cache=False)
     except ImportError as error:
         raise ValueError(
-            f"{url}: {_line(error)}; pip install 'vfmtok-fast[cloud]' brings S3 and GCS"
+            f"{url}: {one_line(error)}; pip install 'vfmtok-fast[cloud]' brings S3 and GCS"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{url}: {_line(error)}") from error
+        raise ValueError(f"{url}: {one_line(error)}") from error
     return files, files._strip_protocol(url)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..hub import check_numbers, check_positive
+from ..configs import check_numbers, check_positive
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import ops, switch
+from ..checks import check_class_ids
 from ..decoding import KVCache, StepWeights
-from ..ops.checks import check_class_ids, check_integers
+from ..ops.checks import check_integers
 from .memory import told_if_out_of_memory
 from .sampling import Sampling
 

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..checkpoint import load_gpt
+from ..checks import check_class_ids, check_codes, check_device
+from ..configs import config_from_mapping
 from ..decoding import BlockWeights, StepWeights
-from ..hub import HubModel, config_from_mapping
-from ..ops.checks import check_class_ids, check_codes, check_device
-from ..reference.rms_norm import rms_norm
-from ..reference.rotary import rotate
+from ..functional import rms_norm, rotate
+from ..hub import HubModel
 from .config import GPTConfig
 from .decoder import Decoder, Kept, Progress
 from .generate import batches
@@ -311,6 +312,4 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         cls, checkpoint: str | Path | Mapping, config: GPTConfig | Mapping | str
     ) -> GPT:
         """Load a generator of the authors' release; see `vfmtok_fast.checkpoint.load_gpt`."""
-        from ..checkpoint import load_gpt
-
         return load_gpt(cls(config), checkpoint)

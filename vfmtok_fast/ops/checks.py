@@ -1,4 +1,4 @@
-"""Checks that ops and models share: each raises one line: who, what was expected, what came."""
+"""Checks of what ops take: each raises one line that says who, what was expected, what came."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Resampling may overshoot [-1, 1] a little, which is clamped. Further out is another scale:
-# ImageNet-normalised pixels reach 2.6, 8-bit values 255.
-LARGEST_PIXEL = 1.5
 INTEGER = (
     *(torch.int64, torch.int32, torch.int16, torch.int8),
     *(torch.uint32, torch.uint16, torch.uint8),
@@ -117,7 +114,7 @@ def check_range(op: str, name: str, value: Tensor, low: int, high: int) -> None:
     """
     if value.dtype not in INTEGER:
         raise TypeError(f"{op}: {name} must hold integers, got {value.dtype}")
-    if not _readable(value):
+    if not readable(value):
         return
     # torch has no comparisons of the wider unsigned types, uint16 of the token cache among them.
     smallest, largest = (int(edge) for edge in torch.aminmax(value.long()))
@@ -126,52 +123,7 @@ def check_range(op: str, name: str, value: Tensor, low: int, high: int) -> None:
         raise ValueError(f"{op}: {name} must be in [{low}, {high}), got {wrong}")
 
 
-def check_device(op: str, name: str, value: Tensor, device: torch.device) -> None:
-    """Require the model's device."""
-    if value.device != device:
-        raise ValueError(f"{op}: {name} must be on the model's device {device}, got {value.device}")
-
-
-def check_images(op: str, images: object, size: int, device: torch.device) -> None:
-    """Require floating images [B, 3, size, size] in [-1, 1], give or take `LARGEST_PIXEL`."""
-    check_tensor(op, "images", images, f"[B, 3, {size}, {size}]", 4)
-    if tuple(images.shape[1:]) != (3, size, size):
-        raise ValueError(
-            f"{op}: images must have shape [B, 3, {size}, {size}], got {tuple(images.shape)}"
-        )
-    check_device(op, "images", images, device)
-    if not _readable(images):
-        return
-    largest = float(images.detach().abs().amax())
-    if math.isnan(largest):
-        raise ValueError(f"{op}: images must be in [-1, 1], got NaN")
-    if largest > LARGEST_PIXEL:
-        raise ValueError(
-            f"{op}: images must be in [-1, 1], got a magnitude of {largest:.4g}; "
-            "8-bit pictures go through vfmtok_fast.images.to_float"
-        )
-
-
-def check_codes(op: str, codes: object, count: int, vocab: int, device: torch.device) -> None:
-    """Require integer codes [B, count] in [0, vocab)."""
-    if not isinstance(codes, Tensor):
-        raise TypeError(f"{op}: codes must be a torch.Tensor, got {type(codes).__name__}")
-    if codes.ndim != 2 or codes.shape[1] != count:
-        raise ValueError(f"{op}: codes must have shape [B, {count}], got {tuple(codes.shape)}")
-    check_device(op, "codes", codes, device)
-    check_range(op, "codes", codes, 0, vocab)
-
-
-def check_class_ids(op: str, class_ids: object, num_classes: int) -> None:
-    """Require integer class ids [B] in [0, num_classes)."""
-    if not isinstance(class_ids, Tensor):
-        raise TypeError(f"{op}: class_ids must be a torch.Tensor, got {type(class_ids).__name__}")
-    if class_ids.ndim != 1:
-        raise ValueError(f"{op}: class_ids must have shape [B], got {tuple(class_ids.shape)}")
-    check_range(op, "class_ids", class_ids, 0, num_classes)
-
-
-def _readable(value: Tensor) -> bool:
+def readable(value: Tensor) -> bool:
     """Whether the values can be looked at now: not while compiling or capturing a CUDA graph."""
     if torch.compiler.is_compiling() or value.numel() == 0:
         return False

@@ -39,7 +39,7 @@ def deformable_sample(
         deterministic: whether the gradient of ``value`` has the same bits on every run. False lets
             the Triton implementation add it up by atomics, in float32; it does not where
             ``torch.use_deterministic_algorithms(True)`` holds in the backward pass. The reference
-            and the portable implementation ignore it.
+            and the CPU implementation ignore it.
         All floating, of one dtype and device.
 
     Returns:

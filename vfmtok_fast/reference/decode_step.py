@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..decoding import BlockWeights, KVCache, LayerCache, StepWeights, row_of
-from .rms_norm import rms_norm
-from .rotary import rotate
+from ..functional import rms_norm, rotate
 
 
 def decode_step(

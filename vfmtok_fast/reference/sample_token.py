@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..functional import filter_logits
 from .philox import gumbel_noise
 
 
@@ -31,23 +32,3 @@ def sample_token(
         return logits.argmax(dim=-1)
     logits = filter_logits(logits / max(temperature, 1e-5), top_k, top_p)
     return (logits + gumbel_noise(seed, image_ids, step, logits.shape[-1])).argmax(dim=-1)
-
-
-def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Set logits [B, V] outside the ``top_k`` largest, then outside the ``top_p`` nucleus, to -inf.
-
-    Ties at the top-k threshold are all kept. The nucleus ends with the first code that takes the
-    cumulative probability past ``top_p``; among equal logits the lower code counts first.
-    """
-    if 0 < top_k < logits.shape[-1]:
-        threshold = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, float("-inf"))
-    if top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        probability = ordered.softmax(dim=-1)
-        # The mass before a code decides, so that the code which crosses top_p is kept.
-        before = probability.cumsum(dim=-1).roll(1, dims=-1)
-        before[:, 0] = 0
-        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before > top_p)
-        logits = logits.masked_fill(dropped, float("-inf"))
-    return logits

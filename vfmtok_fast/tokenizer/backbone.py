@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..hub import first_line
+from ..errors import first_line
 from .config import DINOV2_L_LEVELS, BackboneConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..hub import check_numbers, check_positive, config_from_mapping
+from ..configs import check_numbers, check_positive, config_from_mapping
 
 # The default depths of DINOv2-L; another backbone reads the same fractions of its own depth.
 DINOV2_L_LEVELS = (5, 11, 17, 23)

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..hub import HubModel, config_from_mapping
-from ..ops.checks import check_codes, check_images
+from ..checkpoint import load_tokenizer
+from ..checks import check_codes, check_images
+from ..configs import config_from_mapping
+from ..hub import HubModel
 from .backbone import Backbone
 from .config import VFMTokConfig
 from .pixel_decoder import PixelDecoder
@@ -176,6 +178,4 @@ class VFMTok(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         config: VFMTokConfig | Mapping | None = None,
     ) -> VFMTok:
         """Load the authors' files; see `vfmtok_fast.checkpoint.load_tokenizer`."""
-        from ..checkpoint import load_tokenizer
-
         return load_tokenizer(cls(config), tokenizer, backbone)

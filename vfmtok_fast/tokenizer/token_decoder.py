@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..functional import resize_positions
 from .attention import CausalSelfAttention
 from .config import VFMTokConfig
-from .positions import resize_positions
 
 # Tokens that follow the patches; DINOv2's number of registers, whatever backbone is read.
 NUM_REGISTERS = 4

@@ -1,4 +1,4 @@
-"""Portable `ops.sample_token`: the reference's codes, with a noise made in fewer passes.
+"""`ops.sample_token` on a CPU: the reference's codes, with a noise made in fewer passes.
 
 What it computes: guidance, temperature, top-k, top-p and Gumbel-max of logits [B, V], as the
 reference does and with the same bits. Nearly all time of the reference goes into Philox, ten
@@ -16,6 +16,8 @@ import threading
 
 import torch
 from torch import Tensor
+
+from ..functional import filter_logits
 
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -47,22 +49,8 @@ def sample_token(
         logits = uncond_logits + cfg_scale * (logits - uncond_logits)
     if greedy:
         return logits.argmax(dim=-1)
-    logits = _filter(logits / max(temperature, 1e-5), top_k, top_p)
+    logits = filter_logits(logits / max(temperature, 1e-5), top_k, top_p)
     return (logits + gumbel_noise(seed, image_ids, step, logits.shape[-1])).argmax(dim=-1)
-
-
-def _filter(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """The filters of the reference, in its order of operations, so that no rounding differs."""
-    if 0 < top_k < logits.shape[-1]:
-        threshold = logits.topk(top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
-        logits = logits.masked_fill(logits < threshold, float("-inf"))
-    if top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        before = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
-        before[:, 0] = 0
-        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before > top_p)
-        logits = logits.masked_fill(dropped, float("-inf"))
-    return logits
 
 
 def gumbel_noise(seed: int, image_ids: Tensor, step: int | Tensor, vocab_size: int) -> Tensor:

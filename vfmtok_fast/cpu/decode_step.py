@@ -1,4 +1,4 @@
-"""Portable `ops.decode_step`: all of a step costs one read of the weights, so that is to be fast.
+"""`ops.decode_step` on a CPU: all of a step costs one read of the weights, so that is to be fast.
 
 Measured on two cores (AMD EPYC, torch 2.14.1, float32, weights not in cache; GB/s of weights), on
 one day, and on another when the machine read memory at half that rate:

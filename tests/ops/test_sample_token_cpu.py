@@ -1,4 +1,4 @@
-"""portable sample_token: the reference's codes and noise, bit for bit, when it is enabled."""
+"""sample_token on a CPU: the reference's codes and noise, bit for bit, when it is enabled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 import vfmtok_fast
 from vfmtok_fast import ops
-from vfmtok_fast.portable import sample_token as portable
+from vfmtok_fast.cpu import sample_token as cpu
 from vfmtok_fast.reference import philox
 from vfmtok_fast.reference import sample_token as reference
 
@@ -37,14 +37,14 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def test_noise_has_the_reference_bits(seed: int, V: int):
     for step in (0, 255, 2**32 - 1):
         expected = philox.gumbel_noise(seed, IDS, step, V)
-        assert torch.equal(portable.gumbel_noise(seed, IDS, step, V), expected)
+        assert torch.equal(cpu.gumbel_noise(seed, IDS, step, V), expected)
 
 
 def test_noise_takes_ids_and_steps_in_every_form():
     expected = philox.gumbel_noise(3, IDS[:3], 9, 50)
     for ids in (IDS[:3], IDS[:3].int(), IDS[:3].to(torch.uint8)):
         for step in (9, torch.tensor(9), torch.tensor([9], dtype=torch.int32)):
-            assert torch.equal(portable.gumbel_noise(3, ids, step, 50), expected)
+            assert torch.equal(cpu.gumbel_noise(3, ids, step, 50), expected)
 
 
 @pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
@@ -59,32 +59,32 @@ def test_codes_are_the_reference_codes(settings: dict, guided: bool):
         expected = reference.sample_token(logits, ids, step, seed=11, **settings)
         with vfmtok_fast.enable("sample_token", strict=True):
             assert torch.equal(ops.sample_token(logits, ids, step, seed=11, **settings), expected)
-    assert vfmtok_fast.status().ops["sample_token"].calls == {"portable": 8}
+    assert vfmtok_fast.status().ops["sample_token"].calls == {"cpu": 8}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype):
     logits, ids = random(4, 3000).to(dtype), torch.arange(4)
     expected = reference.sample_token(logits, ids, 2, top_k=50, seed=5)
-    assert torch.equal(portable.sample_token(logits, ids, 2, top_k=50, seed=5), expected)
+    assert torch.equal(cpu.sample_token(logits, ids, 2, top_k=50, seed=5), expected)
 
 
 def test_inputs_are_left_as_they_were():
     logits, uncond, ids = random(3, 500), random(3, 500, seed=1), torch.arange(3)
     before = logits.clone(), uncond.clone(), ids.clone()
-    portable.sample_token(logits, ids, 1, uncond_logits=uncond, cfg_scale=2.0, top_k=9, top_p=0.5)
+    cpu.sample_token(logits, ids, 1, uncond_logits=uncond, cfg_scale=2.0, top_k=9, top_p=0.5)
     for now, then in zip((logits, uncond, ids), before, strict=True):
         assert torch.equal(now, then)
 
 
 def test_an_empty_batch():
-    codes = portable.sample_token(random(0, 10), torch.arange(0), 0)
+    codes = cpu.sample_token(random(0, 10), torch.arange(0), 0)
     assert codes.shape == (0,) and codes.dtype == torch.int64
 
 
 def test_a_wrong_key_schedule_is_seen(monkeypatch: pytest.MonkeyPatch):
     """The tests of the bits are worth something: one wrong constant fails them."""
-    monkeypatch.setattr(portable, "_KEY_STEPS", (0x9E3779B9, 0xBB67AE84))
+    monkeypatch.setattr(cpu, "_KEY_STEPS", (0x9E3779B9, 0xBB67AE84))
     with pytest.raises(AssertionError):
         test_noise_has_the_reference_bits(1, 7)
 

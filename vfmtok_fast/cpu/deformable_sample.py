@@ -1,4 +1,4 @@
-"""Portable `ops.deformable_sample`: all levels at once, as bags of weighted rows.
+"""`ops.deformable_sample` on a CPU: all levels at once, as bags of weighted rows.
 
 What it computes: a sample is a weighted sum of four pixels, and an output the weighted sum of its
 L*P samples; so an output is one weighted sum of 4*L*P rows of ``value`` seen as a table

@@ -1,4 +1,4 @@
-"""The portable search: exact against float64 on every kind of input, and small in memory."""
+"""The CPU search: exact against float64 on every kind of input, and small in memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import vfmtok_fast
 from vfmtok_fast import ops
-from vfmtok_fast.portable import nearest_code as portable
+from vfmtok_fast.cpu import nearest_code as cpu
 
-OP = torch.ops.vfmtok_fast.nearest_code_portable
+OP = torch.ops.vfmtok_fast.nearest_code_cpu
 ROUNDING = 2.0**-24
 
 
@@ -39,9 +39,7 @@ def check(z: torch.Tensor, codebook: torch.Tensor, normalize: bool = True, k: in
     k = min(k, len(codebook))
     ordered = truth(z, codebook, normalize).sort(dim=1, descending=True, stable=True)
     for count in {1, k}:
-        code, score = portable.nearest_code(
-            z, codebook, k=count, normalize=normalize, return_score=True
-        )
+        code, score = cpu.nearest_code(z, codebook, k=count, normalize=normalize, return_score=True)
         shape = (z.shape[0],) if count == 1 else (z.shape[0], count)
         assert code.dtype == torch.int64 and code.shape == score.shape == shape
         best, expected = (part[:, :count].reshape(shape) for part in ordered)
@@ -83,8 +81,8 @@ def test_k_of_clusters_and_duplicates(n, count, d, k, repeats, spread, seed):
 
 
 def test_a_codebook_of_several_blocks(monkeypatch):
-    monkeypatch.setattr(portable, "_CODES", 128)
-    monkeypatch.setattr(portable, "_ROWS", 16)
+    monkeypatch.setattr(cpu, "_CODES", 128)
+    monkeypatch.setattr(cpu, "_ROWS", 16)
     codebook = random(1000, 12, seed=1)
     codebook[700:710] = codebook[10:20]
     z = torch.cat([random(40, 12), codebook[700:710]])
@@ -108,19 +106,19 @@ def test_near_ties(gap: float):
 def test_duplicated_rows_give_the_lowest_index():
     codebook = random(64, 12, seed=1).repeat(20, 1)
     check(random(200, 12), codebook, k=8)
-    assert portable.nearest_code(random(200, 12), codebook).max() < 64
+    assert cpu.nearest_code(random(200, 12), codebook).max() < 64
 
 
 @pytest.fixture
 def searched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many pairs of a row and a group each step of a call scores in float64."""
-    counts, rescan = [], portable._rescan
+    counts, rescan = [], cpu._rescan
 
     def counted(queries, codes, group, k):
         counts.append(len(group))
         return rescan(queries, codes, group, k)
 
-    monkeypatch.setattr(portable, "_rescan", counted)
+    monkeypatch.setattr(cpu, "_rescan", counted)
     return counts
 
 
@@ -132,20 +130,20 @@ def test_dead_codes_are_not_searched_one_by_one(distinct: int, normalize: bool, 
     codebook = codebook[torch.arange(3000).mul_(7919) % distinct]
     for k in (1, 2, 8):
         searched.clear()
-        code = portable.nearest_code(z, codebook, k=k, normalize=normalize)
+        code = cpu.nearest_code(z, codebook, k=k, normalize=normalize)
         assert sum(searched) <= 100 * -(-distinct * k // 32)
         ordered = truth(z, codebook, normalize).sort(dim=1, descending=True, stable=True)
         assert torch.equal(code.reshape(100, k), ordered.indices[:, :k])
 
 
 def test_dead_codes_of_several_blocks_and_broken_ones(monkeypatch):
-    monkeypatch.setattr(portable, "_CODES", 128)
-    monkeypatch.setattr(portable, "_ROWS", 16)
+    monkeypatch.setattr(cpu, "_CODES", 128)
+    monkeypatch.setattr(cpu, "_ROWS", 16)
     codebook = random(3, 12, seed=1)[torch.arange(1000) % 3]
     codebook[500] = random(12, seed=2)
     check(random(40, 12), codebook, k=8)
     codebook[[300, 700]] = float("nan")
-    code, score = portable.nearest_code(random(40, 12), codebook, k=3, return_score=True)
+    code, score = cpu.nearest_code(random(40, 12), codebook, k=3, return_score=True)
     assert code.tolist() == [[300, 0, 1]] * 40 and bool(score.isnan().all())
 
 
@@ -168,7 +166,7 @@ def test_far_from_the_origin_no_more_is_searched(offset: float, searched):
     z, codebook = random(200, 12).double() + offset, random(2000, 12, seed=1).double() + offset
     for k in (1, 3):
         searched.clear()
-        code = portable.nearest_code(z, codebook, k=k, normalize=False).view(200, k)
+        code = cpu.nearest_code(z, codebook, k=k, normalize=False).view(200, k)
         assert sum(searched) <= 200 * (k + 1)
         # Of scores as large as offset squared, float64 holds so much.
         near = torch.cdist(z - offset, codebook - offset).square() / 2
@@ -191,28 +189,28 @@ def test_float64_arguments_stay_as_they_are(normalize: bool):
     z, codebook = random(3, 4).double(), random(8, 4, seed=1).double()
     z[1, 2], codebook[5, 0] = float("nan"), float("inf")
     before = z.clone(), codebook.clone()
-    code, score = portable.nearest_code(z, codebook, normalize=normalize, return_score=True)
+    code, score = cpu.nearest_code(z, codebook, normalize=normalize, return_score=True)
     assert code.tolist() == [5, 0, 5] and bool(score.isnan().all())
     for now, then in zip((z, codebook), before, strict=True):
         assert torch.equal(now.nan_to_num(), then.nan_to_num())
     x = random(3, 4).double().requires_grad_()
     y = x * 2
     loss = y.square().sum()
-    portable.nearest_code(y, random(8, 4).double(), normalize=normalize)
+    cpu.nearest_code(y, random(8, 4).double(), normalize=normalize)
     loss.backward()
     wide = random(1, 4).double().expand(3, 4)
-    assert portable.nearest_code(wide, wide, normalize=normalize).tolist() == [0, 0, 0]
+    assert cpu.nearest_code(wide, wide, normalize=normalize).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("size", [1e160, 1e-200])
 def test_float64_distances_that_overflow_give_codes_that_exist(size: float):
     z, codebook = random(5, 4).double(), random(50, 4, seed=1).double()
-    code = portable.nearest_code(size * z, size * codebook, k=2, normalize=False)
+    code = cpu.nearest_code(size * z, size * codebook, k=2, normalize=False)
     assert 0 <= int(code.min()) and int(code.max()) < 50
     spoilt = codebook.clone()
     spoilt[7] = 1e200
-    want = portable.nearest_code(z, torch.cat([codebook[:7], codebook[8:]]), normalize=False)
-    got = portable.nearest_code(z, spoilt, normalize=False)
+    want = cpu.nearest_code(z, torch.cat([codebook[:7], codebook[8:]]), normalize=False)
+    got = cpu.nearest_code(z, spoilt, normalize=False)
     assert torch.equal(got, want + (want >= 7))
 
 
@@ -220,7 +218,7 @@ def test_repeats_that_alternate_with_others_of_the_same_sum():
     """Their order among equal keys is that of the codebook, so neighbours need not be equal."""
     codebook = torch.tensor([[1e20, 1.0], [1e20, 2.0]]).repeat(2000, 1)
     for k in (1, 2, 3, 8):
-        code = portable.nearest_code(torch.tensor([[0.0, 1.0]]), codebook, k=k)
+        code = cpu.nearest_code(torch.tensor([[0.0, 1.0]]), codebook, k=k)
         assert code.flatten().tolist() == [1 + 2 * i for i in range(k)]
 
 
@@ -242,7 +240,7 @@ def test_coarse_values_tie_often(n: int, k: int, d: int, seed: int, levels: int,
     draw = torch.Generator().manual_seed(seed)
     z = torch.randint(-levels, levels + 1, (n, d), generator=draw).float()
     codebook = torch.randint(-levels, levels + 1, (k, d), generator=draw).float()
-    code = portable.nearest_code(z, codebook, normalize=normalize)
+    code = cpu.nearest_code(z, codebook, normalize=normalize)
     assert code.shape == (n,)
     if n:
         scores = truth(z, codebook, normalize)
@@ -252,7 +250,7 @@ def test_coarse_values_tie_often(n: int, k: int, d: int, seed: int, levels: int,
 
 
 def test_empty():
-    code, score = portable.nearest_code(random(0, 12), random(5, 12), return_score=True)
+    code, score = cpu.nearest_code(random(0, 12), random(5, 12), return_score=True)
     assert code.shape == score.shape == (0,) and code.dtype == torch.int64
 
 
@@ -265,7 +263,7 @@ def test_a_broken_query_gets_the_first_codes_and_disturbs_no_other(value, normal
     expected = ordered.indices[:, :k]
     z[::9, 3] = value
     expected[::9] = torch.arange(k)
-    code, score = portable.nearest_code(z, codebook, k=k, normalize=normalize, return_score=True)
+    code, score = cpu.nearest_code(z, codebook, k=k, normalize=normalize, return_score=True)
     assert torch.equal(code.view(100, k), expected)
     assert torch.equal(score.view(100, k).isnan(), ~z.isfinite().all(1, keepdim=True).expand(-1, k))
 
@@ -273,9 +271,9 @@ def test_a_broken_query_gets_the_first_codes_and_disturbs_no_other(value, normal
 def test_a_zero_query_gets_code_0_and_score_0():
     z = random(50, 12)
     z[7] = 0
-    code, score = portable.nearest_code(z, random(500, 12, seed=1), return_score=True)
+    code, score = cpu.nearest_code(z, random(500, 12, seed=1), return_score=True)
     assert (code[7], score[7]) == (0, 0)
-    code, score = portable.nearest_code(z, random(500, 12, seed=1), k=3, return_score=True)
+    code, score = cpu.nearest_code(z, random(500, 12, seed=1), k=3, return_score=True)
     assert code[7].tolist() == [0, 1, 2] and score[7].tolist() == [0, 0, 0]
     # Without `normalize` zero is a point like any other: the shortest code is nearest.
     check(z, random(500, 12, seed=1), normalize=False)
@@ -293,7 +291,7 @@ def test_a_broken_code_shows(where: int):
     codebook = random(500, 12, seed=1)
     codebook[where:, 5] = float("nan")
     z = random(20, 12)
-    for search in (portable.nearest_code, ops.nearest_code):
+    for search in (cpu.nearest_code, ops.nearest_code):
         code, score = search(z, codebook, return_score=True)
         assert bool((code == where).all()) and bool(score.isnan().all())
         code, score = search(z, codebook, k=3, return_score=True)
@@ -304,13 +302,13 @@ def test_a_broken_code_shows(where: int):
 @pytest.mark.parametrize("k", [1, 2])
 def test_a_bound_that_is_too_small_is_seen(k: int, monkeypatch):
     """The other tests are worth something: without the certificate they fail."""
-    monkeypatch.setattr(portable, "_screen_error", lambda dim: 0.0)
+    monkeypatch.setattr(cpu, "_screen_error", lambda dim: 0.0)
     codebook = F.normalize(random(6000, 12, seed=1), dim=1)
     for copy in (slice(2000, 4000), slice(4000, 6000)):
         codebook[copy] = codebook[:2000] * (1 + 1e-7 * random(2000, 12, seed=copy.start))
     z = codebook[:500]
     ordered = truth(z, codebook).sort(dim=1, descending=True, stable=True).indices
-    code = portable.nearest_code(z, codebook, k=k).view(500, k)
+    code = cpu.nearest_code(z, codebook, k=k).view(500, k)
     assert bool((code[:, -1] != ordered[:, k - 1]).any())
 
 
@@ -319,7 +317,7 @@ def test_reduced_float32_products_do_not_reach_the_screen():
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     try:
-        assert portable._screen_dtype(torch.device("cpu")) == torch.float64
+        assert cpu._screen_dtype(torch.device("cpu")) == torch.float64
         test_near_ties(1e-6)
     finally:
         setting.fp32_precision = before
@@ -329,7 +327,7 @@ def test_autocast_does_not_reach_it():
     z, codebook = random(300, 12), random(3000, 12, seed=1)
     expected = truth(z, codebook).max(1).indices
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(portable.nearest_code(z, codebook), expected)
+        assert torch.equal(cpu.nearest_code(z, codebook), expected)
         # The seam keeps it from the reference too, which has no certificate but no near ties here.
         assert torch.equal(ops.nearest_code(z, codebook), expected)
 
@@ -344,7 +342,7 @@ def test_opcheck(needs_grad: bool):
 @pytest.mark.parametrize("k", [1, 3])
 def test_shapes_without_values(k: int):
     z, codebook = (torch.empty(n, 12, dtype=torch.float16, device="meta") for n in (7, 30))
-    code, score = portable.nearest_code(z, codebook, k=k, return_score=True)
+    code, score = cpu.nearest_code(z, codebook, k=k, return_score=True)
     assert code.shape == score.shape == ((7,) if k == 1 else (7, k))
     assert code.dtype == torch.int64 and score.dtype == torch.float32
 
@@ -358,13 +356,13 @@ def test_torch_compile_takes_it_without_a_graph_break(k: int):
     expected = expected[:, 0] if k == 1 else expected
     with vfmtok_fast.enable("nearest_code", strict=True):
         assert torch.equal(compiled(z, codebook), expected)
-        assert "portable (compiled)" in vfmtok_fast.status().ops["nearest_code"].calls
+        assert "cpu (compiled)" in vfmtok_fast.status().ops["nearest_code"].calls
     assert torch.equal(compiled(z, codebook), expected)
 
 
 MEMORY = """
 import sys, torch
-from vfmtok_fast.portable.nearest_code import nearest_code
+from vfmtok_fast.cpu.nearest_code import nearest_code
 
 def peak():
     line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -1,4 +1,4 @@
-"""Portable `ops.nearest_code`: blocked, certified exact, within 64 MB of extra memory.
+"""`ops.nearest_code` on a CPU: blocked, certified exact, within 64 MB of extra memory.
 
 What it computes: for every row of z [N, d], the k rows of codebook [K, d] with the largest scores
 in float64 arithmetic, the lowest index on ties. How, for one block of codes:
@@ -60,7 +60,7 @@ _GATHER_VALUES = 2**20
 
 _SCHEMA = "(Tensor z, Tensor codebook, int k, bool normalize) -> (Tensor code, Tensor score)"
 _library = torch.library.Library("vfmtok_fast", "FRAGMENT")
-_library.define("nearest_code_portable" + _SCHEMA)
+_library.define("nearest_code_cpu" + _SCHEMA)
 
 
 def unsupported_reason(
@@ -89,7 +89,7 @@ def nearest_code(
     return_score: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `vfmtok_fast.ops.nearest_code`; takes the calls that `unsupported_reason` lets pass."""
-    code, score = torch.ops.vfmtok_fast.nearest_code_portable(z, codebook, k, normalize)
+    code, score = torch.ops.vfmtok_fast.nearest_code_cpu(z, codebook, k, normalize)
     return (code, score) if return_score else code
 
 
@@ -349,7 +349,7 @@ def _no_gradient(ctx, *grads: Tensor) -> tuple[None, None, None, None]:
     return None, None, None, None
 
 
-_NAME = "vfmtok_fast::nearest_code_portable"
-_library.impl("nearest_code_portable", _in_eager, "CompositeExplicitAutograd")
+_NAME = "vfmtok_fast::nearest_code_cpu"
+_library.impl("nearest_code_cpu", _in_eager, "CompositeExplicitAutograd")
 torch.library.register_fake(_NAME, _in_fake, lib=_library)
 torch.library.register_autograd(_NAME, _no_gradient, setup_context=_mark_discrete, lib=_library)

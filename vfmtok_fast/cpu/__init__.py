@@ -1,0 +1,1 @@
+"""Plain torch, one module per op that gains from one without Triton; used on any device."""

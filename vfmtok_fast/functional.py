@@ -1,0 +1,73 @@
+"""Mathematics that the models and the oracles of several ops share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension: float32 up to the product, then x's dtype."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return wide.to(x.dtype) * weight
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotary position embedding: interleaved pairs of x [..., D] turned by table [..., D / 2, 2].
+
+    The table holds cosines and sines; both broadcast.
+    """
+    cos, sin = table.unbind(-1)
+    wide = x if x.dtype == torch.float64 else x.float()
+    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
+
+
+def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Set logits [B, V] outside the ``top_k`` largest, then outside the ``top_p`` nucleus, to -inf.
+
+    Ties at the top-k threshold are all kept. The nucleus ends with the first code that takes the
+    cumulative probability past ``top_p``; among equal logits the lower code counts first.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        threshold = logits.topk(top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+        logits = logits.masked_fill(logits < threshold, float("-inf"))
+    if top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        # The mass before a code decides, so that the code which crosses top_p is kept.
+        before = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
+        before[:, 0] = 0
+        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before > top_p)
+        logits = logits.masked_fill(dropped, float("-inf"))
+    return logits
+
+
+def resize_positions(table: Tensor, grid: int, *, antialias: bool = False) -> Tensor:
+    """Resize a square position table by bicubic interpolation, align_corners off.
+
+    Args:
+        table: [1, side * side, C].
+        grid: the new side.
+        antialias: False scales by (grid + 0.1) / side, which moves the coordinates a little, as
+            DINOv2's class and the release's token decoder do. True resizes to ``grid`` with
+            antialiasing, as DINOv2's published models with registers do.
+
+    Returns:
+        [1, grid * grid, C].
+    """
+    side = math.isqrt(table.shape[1])
+    if side == grid:
+        return table
+    image = rearrange(table, "1 (y x) c -> 1 c y x", y=side)
+    if antialias:
+        image = F.interpolate(image, size=(grid, grid), mode="bicubic", antialias=True)
+    else:
+        image = F.interpolate(image, scale_factor=(grid + 0.1) / side, mode="bicubic")
+    assert image.shape[-1] == grid
+    return rearrange(image, "1 c y x -> 1 (y x) c")
