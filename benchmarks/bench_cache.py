@@ -34,7 +34,8 @@ import torch
 from PIL import Image
 
 from vfmtok_fast import cache
-from vfmtok_fast.cache import encode, views
+from vfmtok_fast.cache.format import views
+from vfmtok_fast.cache.make import encode
 from vfmtok_fast.images import decode_image
 
 PHOTOS, SIZE, BATCH = 256, 336, 32

@@ -12,7 +12,7 @@ import torch
 
 from . import commands
 from .cache import TooManyBadImages, known_views
-from .cache.export import FORMATS
+from .cache.read.export import FORMATS
 from .cache.sources import KINDS
 from .checkpoint import OFFICIAL_FILES, OFFICIAL_REPO
 from .generator.config import PRESETS

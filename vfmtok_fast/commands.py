@@ -23,13 +23,11 @@ from tqdm import tqdm
 
 from . import cache as token_cache
 from . import checkpoint, images, samples, switch, tuner, untrained
-from .cache.atomic import atomic_file, make_folder
-from .cache.index import count_unlabelled
-from .cache.job import INDEX
+from .cache.format.index import INDEX, count_unlabelled
+from .cache.format.views import parse_views
 from .cache.sources import open_source
 from .cache.sources.folder import walk
-from .cache.store import Place, place
-from .cache.views import parse_views
+from .cache.store import LocalPlace, Place, place
 from .checks import check_class_ids
 from .generator import GPT, Sampling
 from .tokenizer import VFMTok
@@ -461,6 +459,7 @@ def _place(model: torch.nn.Module, options: argparse.Namespace) -> torch.nn.Modu
 
 
 def _write_png(path: Path, picture: np.ndarray) -> None:
-    make_folder(path.parent)
-    with atomic_file(path) as file:
+    path = LocalPlace(path)
+    path.parent.make_folder()
+    with path.writing() as file:
         Image.fromarray(picture).save(file, format="PNG")

@@ -23,8 +23,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from .cache import atomic
-from .cache.manifest import differences, weights_checksum
+from .cache.format.manifest import differences, weights_checksum
+from .cache.store import LocalPlace, atomic
 from .generator import GPT, Sampling
 from .generator.memory import fastest_batch
 from .tokenizer import VFMTok
@@ -97,11 +97,11 @@ def prepare(job: Job) -> None:
             )
     elif job.out.exists() and (not job.out.is_dir() or _holds_something(job.out)):
         raise FileExistsError(f"{job.out} is there and not a folder of samples; choose another")
-    atomic.make_folder(job.out / "shards")
-    atomic.sweep(job.out)
-    atomic.sweep(job.out / "shards")
+    for folder in (LocalPlace(job.out), LocalPlace(job.out / "shards")):
+        folder.make_folder()
+        folder.sweep()
     if not path.exists():
-        atomic.write_atomic(path, (json.dumps(described, indent=1) + "\n").encode())
+        LocalPlace(path).put((json.dumps(described, indent=1) + "\n").encode())
 
 
 def _holds_something(out: Path) -> bool:

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from vfmtok_fast import cache
+from vfmtok_fast.cache.store import LocalPlace
 
 SIDE, TOKENS, CODEBOOK = 16, 4, 1000
 
@@ -205,6 +206,12 @@ def tokenizer() -> FakeTokenizer:
 def fake():
     """This module, for tests that need its classes and functions."""
     return sys.modules[__name__]
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> LocalPlace:
+    """A path that the cache's inner functions take too."""
+    return LocalPlace(tmp_path)
 
 
 @pytest.fixture

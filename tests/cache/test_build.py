@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from vfmtok_fast import cache
-from vfmtok_fast.cache import index
-from vfmtok_fast.cache.encode import encode_rows
+from vfmtok_fast.cache.format import index
+from vfmtok_fast.cache.make.encode import encode_rows
 from vfmtok_fast.cache.sources.folder import FolderSource
 from vfmtok_fast.images import center_crop, decode_image, to_float
 
@@ -240,7 +240,7 @@ def test_decoding_ahead_is_bounded(tree, out, tokenizer, monkeypatch):
     rows = index.read_rows(out / "index.parquet", 0)
     decoded, ahead = [], []
     monkeypatch.setattr(
-        "vfmtok_fast.cache.encode.decode_image",
+        "vfmtok_fast.cache.make.encode.decode_image",
         lambda data: decoded.append(1) or decode_image(data),
     )
     encode = tokenizer.encode

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vfmtok_fast import cache
-from vfmtok_fast.cache import shards
+from vfmtok_fast.cache.format import shards
 
 SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2, "views": ("center", "center-flip")}
 

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from vfmtok_fast import cache, cli
-from vfmtok_fast.cache import atomic, changes, index, parts, shards
+from vfmtok_fast.cache.format import index, shards
+from vfmtok_fast.cache.make import changes, parts
 from vfmtok_fast.cache.sources import open_source
+from vfmtok_fast.cache.store import atomic
 
 # The module; the package has a function of that name.
-PREPARE = sys.modules["vfmtok_fast.cache.prepare"]
+PREPARE = sys.modules["vfmtok_fast.cache.make.prepare"]
 SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2}
 
 
@@ -169,7 +171,7 @@ def test_many_processes_extend_as_one(tree, out, tokenizer, fake, monkeypatch):
 
     monkeypatch.setattr(PREPARE, "_await", await_first)
     # Rank 0 is not there to do its shards.
-    monkeypatch.setattr(sys.modules["vfmtok_fast.cache.progress"], "SLOW_SHARD", 0.1)
+    monkeypatch.setattr(sys.modules["vfmtok_fast.cache.make.progress"], "SLOW_SHARD", 0.1)
     extended = {"extend": True, "rank": 1, "world_size": 2}
     assert cache.build(tree, out, tokenizer, **extended, **SMALL).images == 12
     assert len(waited) == 1
@@ -287,7 +289,7 @@ def test_parts_of_another_input_are_not_gone_on_with(tmp_path, out, tokenizer, f
             yield from job
             raise Stop
 
-        atomic.make_folder(out)
+        out.make_folder()
         with pytest.raises(Stop):
             parts.write_in_parts(out / "index.parquet", entries, 4, origin, False, source.root)
 

@@ -8,14 +8,14 @@ import tracemalloc
 import pytest
 
 from vfmtok_fast.cache import CacheWriteError, ImagesChanged
-from vfmtok_fast.cache.changes import check_unchanged
-from vfmtok_fast.cache.index import (
+from vfmtok_fast.cache.format.index import (
     index_checksum,
     is_index,
     read_all,
     read_rows,
     write_index,
 )
+from vfmtok_fast.cache.make.changes import check_unchanged
 from vfmtok_fast.cache.sources import Entry
 from vfmtok_fast.cache.sources.base import NO_CLASS, NO_SIZE, NOT_UTF8
 from vfmtok_fast.cache.sources.folder import FolderSource, walk

@@ -15,7 +15,7 @@ import pytest
 
 import vfmtok_fast
 from vfmtok_fast import cache
-from vfmtok_fast.cache import atomic
+from vfmtok_fast.cache.store import atomic
 
 SMALL = {"batch_size": 3, "shard_size": 2, "workers": 2}
 
@@ -186,10 +186,19 @@ def gone_pid():
 
 
 def test_sweep_takes_what_the_dead_left_and_nothing_else(tmp_path, gone_pid):
-    host, day = socket.gethostname(), atomic.FOREIGN_TMP_SECONDS
-    swept = [f"a.tmp-{host}-{gone_pid}", "old.tmp-elsewhere-1", f"old.tmp-{host}-{os.getpid()}"]
+    host, day = atomic._machine(), atomic.FOREIGN_TMP_SECONDS
+    swept = [
+        f"a.tmp-{host}-{gone_pid}",
+        f"a.tmp-{host}-{gone_pid}-0123abcd",
+        "old.tmp-elsewhere-1",
+        f"old.tmp-{host}-{os.getpid()}",
+    ]
     kept = [
         f"b.tmp-{host}-{os.getpid()}",
+        f"b.tmp-{host}-{os.getpid()}-0123abcd",
+        # Of an older version, or of another PID namespace of this host.
+        f"b.tmp-{socket.gethostname()}-{gone_pid}",
+        f"b.tmp-{socket.gethostname()}.1-{gone_pid}-0123abcd",
         "c.tmp-elsewhere-1",
         "tokens-00000.safetensors",
         "old.tmp-nopid",
@@ -210,7 +219,7 @@ def test_a_run_sweeps_the_cache(tree, out, tokenizer, fake, gone_pid):
     cache.build(tree, out, tokenizer, **SMALL)
     before = fake.read_tree(out)
     for folder in (out, out / "shards", out / "quarantine"):
-        (folder / f"x.tmp-{socket.gethostname()}-{gone_pid}").write_bytes(b"half")
+        (folder / f"x.tmp-{atomic._machine()}-{gone_pid}").write_bytes(b"half")
     assert cache.status(out).writing == 3
     cache.build(tree, out, tokenizer, **SMALL)
     assert fake.read_tree(out) == before
@@ -290,8 +299,31 @@ def test_read_only_folder(as_nobody, tokenizer, fake):
 
 def test_a_failed_write_keeps_what_was_there(tmp_path):
     path = tmp_path / "file"
-    atomic.write_atomic(path, b"old")
-    with pytest.raises(ZeroDivisionError), atomic.atomic_file(path) as file:
+    path.put(b"old")
+    with pytest.raises(ZeroDivisionError), path.writing() as file:
         file.write(b"new")
         raise ZeroDivisionError
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_threads_write_under_names_of_their_own(tmp_path):
+    """Of one process, whose id they share."""
+    path = tmp_path / "file"
+    with path.writing() as one, path.writing() as other:
+        one.write(b"one")
+        other.write(b"other")
+        assert len(list(tmp_path.iterdir())) == 2
+    assert path.read_bytes() == b"one"  # which ended last
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_living_writer_of_another_pid_namespace_is_left_alone(tmp_path, monkeypatch):
+    """Containers of one host name count their processes each from 1."""
+    here = atomic._machine()
+    with (tmp_path / "file").writing() as file:
+        file.write(b"half")
+        monkeypatch.setattr(atomic, "_machine", lambda: here + "1")
+        monkeypatch.setattr(atomic, "_alive", lambda pid: False)
+        assert tmp_path.sweep() == 0
+        monkeypatch.undo()
+    assert (tmp_path / "file").read_bytes() == b"half"

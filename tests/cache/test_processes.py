@@ -12,7 +12,7 @@ import pytest
 
 import vfmtok_fast
 from vfmtok_fast import cache
-from vfmtok_fast.cache import shards
+from vfmtok_fast.cache.format import shards
 
 SMALL = {"batch_size": 3, "shard_size": 2, "workers": 1}
 
@@ -101,7 +101,7 @@ def test_what_others_did_meanwhile_is_not_done_again(tree, tmp_path, out, tokeni
 
 def test_a_rank_waits_for_what_another_is_at_work_on(tree, out, tokenizer, monkeypatch, fake):
     job = cache.prepare(tree, out, fake.FakeTokenizer(), **SMALL)
-    state = sys.modules["vfmtok_fast.cache.progress"].State
+    state = sys.modules["vfmtok_fast.cache.make.progress"].State
     waited = []
 
     def wait_for(self, numbers):
@@ -124,8 +124,8 @@ def test_a_rank_alone_does_the_shards_of_the_others(tree, tmp_path, out, tokeniz
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "write_shard", noted)
-        patch.setattr(sys.modules["vfmtok_fast.cache.prepare"], "INDEX_PATIENCE", 0.3)
-        patch.setattr(sys.modules["vfmtok_fast.cache.progress"], "LEAST_PATIENCE", 0.1)
+        patch.setattr(sys.modules["vfmtok_fast.cache.make.prepare"], "INDEX_PATIENCE", 0.3)
+        patch.setattr(sys.modules["vfmtok_fast.cache.make.progress"], "LEAST_PATIENCE", 0.1)
         summary = cache.build(tree, out, tokenizer, rank=1, world_size=3, **SMALL)
     assert summary.encoded == 11 and written == [1, 4, 3, 2, 0, 5]
     assert cache.verify(out, tokenizer, tree).ok
@@ -160,13 +160,13 @@ def test_shares_that_will_not_do(tree, out, tokenizer, arguments, text):
 
 def test_other_ranks_leave_the_index_to_the_first(tree, out, tokenizer, monkeypatch, fake):
     indexed = []
-    write = sys.modules["vfmtok_fast.cache.parts"].write_in_parts
+    write = sys.modules["vfmtok_fast.cache.make.parts"].write_in_parts
 
     def counted(*arguments):
         indexed.append(threading.current_thread().name)
         return write(*arguments)
 
-    monkeypatch.setattr("vfmtok_fast.cache.parts.write_in_parts", counted)
+    monkeypatch.setattr("vfmtok_fast.cache.make.parts.write_in_parts", counted)
     late = threading.Thread(
         target=lambda: cache.prepare(tree, out, tokenizer, rank=1, **SMALL), name="late"
     )
@@ -179,14 +179,14 @@ def test_other_ranks_leave_the_index_to_the_first(tree, out, tokenizer, monkeypa
 @pytest.mark.parametrize("view", ["center", "center-flip"])
 def test_another_manifest_at_the_same_time(tree, out, tokenizer, monkeypatch, view):
     """Another process begins and ends its indexing during ours; harmless, if it does the same."""
-    write = sys.modules["vfmtok_fast.cache.parts"].write_in_parts
+    write = sys.modules["vfmtok_fast.cache.make.parts"].write_in_parts
 
     def meanwhile(*arguments):
         monkeypatch.undo()
         cache.prepare(tree, out, tokenizer, views=(view,), **SMALL)
         return write(*arguments)
 
-    monkeypatch.setattr("vfmtok_fast.cache.parts.write_in_parts", meanwhile)
+    monkeypatch.setattr("vfmtok_fast.cache.make.parts.write_in_parts", meanwhile)
     if view == "center":
         cache.prepare(tree, out, tokenizer, **SMALL)
         return

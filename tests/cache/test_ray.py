@@ -11,7 +11,7 @@ import time
 import pytest
 
 from vfmtok_fast import cache, cli, switch
-from vfmtok_fast.cache import on_ray
+from vfmtok_fast.cache.make import on_ray
 
 SMALL = {"batch_size": 3, "shard_size": 4, "views": ("center", "ten-crop-6")}
 

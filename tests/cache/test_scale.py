@@ -24,10 +24,12 @@ spec.loader.exec_module(fake)
 import numpy as np, torch
 from pathlib import Path
 from vfmtok_fast import cache
-from vfmtok_fast.cache import encode, index, parts
+from vfmtok_fast.cache.format import index
+from vfmtok_fast.cache.make import encode, parts
 from vfmtok_fast.cache.sources import Entry
+from vfmtok_fast.cache.store import place
 torch.set_num_threads(1)
-out = Path(sys.argv[2])
+out = place(sys.argv[2])
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

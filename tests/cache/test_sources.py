@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vfmtok_fast import cache
-from vfmtok_fast.cache import index, shards
+from vfmtok_fast.cache.format import index, shards
 from vfmtok_fast.cache.sources import BadImage, Entry, open_source
 from vfmtok_fast.cache.sources.lmdb import NotPlain, plain_pickle
 from vfmtok_fast.cache.sources.tar import members

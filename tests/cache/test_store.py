@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 import vfmtok_fast
 from vfmtok_fast import cache, cli
-from vfmtok_fast.cache import shards
-from vfmtok_fast.cache.store import StoreError, UrlPath, place
+from vfmtok_fast.cache.format import shards
+from vfmtok_fast.cache.store import StoreError, UrlPlace, place
 
 SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2}
 _count = itertools.count()
@@ -229,8 +229,8 @@ def test_export_and_repair(tmp_path, out, url, tree, tokenizer, fake):
     path = shards.shard_path(place(url), 1)
     damaged = bytearray(path.read_bytes())
     damaged[-20] ^= 1
-    path.write_bytes(bytes(damaged))
-    (path.parent / "tokens-00099.safetensors").write_bytes(b"")
+    path.put(bytes(damaged))
+    (path.parent / "tokens-00099.safetensors").put(b"")
     assert [p.partition(": ")[2] for p in cache.verify(url).problems] == [
         "tokens does not fit its checksum; mend it with vfmtok-fast repair",
         "does not belong to this cache",
@@ -248,7 +248,7 @@ def test_shards_that_are_cut_short_are_made_again(tree, url, tokenizer):
     before, path = read_store(url), shards.shard_path(place(url), 2)
     data = path.read_bytes()
     for end in (0, 5, 9, 300, len(data) - 1):
-        path.write_bytes(data[:end])
+        path.put(data[:end])
         assert cache.status(url).damaged == (2,)
         with pytest.raises(ValueError, match="tokens-00002.safetensors: damaged or not a shard"):
             cache.TokenCache(url)
@@ -260,7 +260,7 @@ def test_what_is_refused(tree, url, tokenizer):
     cache.build(tree, url, tokenizer, **SMALL)
     with pytest.raises(cache.FingerprintMismatch, match=r"batch_size \(there 3, here 5\)"):
         cache.build(tree, url, tokenizer, **{**SMALL, "batch_size": 5})
-    (place(url + "-other") / "note.txt").write_bytes(b"x")
+    (place(url + "-other") / "note.txt").put(b"x")
     with pytest.raises(FileExistsError, match=r"holds something else \('note.txt'\)"):
         cache.build(tree, url + "-other", tokenizer, **SMALL)
     with pytest.raises(FileNotFoundError, match="no token cache here"):
@@ -301,5 +301,5 @@ def test_commands(tree, url, capsys, tmp_path):
 
 
 def test_paths():
-    path = UrlPath("s3://bucket/a/b")
+    path = UrlPlace("s3://bucket/a/b")
     assert (path.name, str(path.parent), str(path / "c")) == ("b", "s3://bucket/a", f"{path}/c")

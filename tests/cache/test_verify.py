@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +12,8 @@ import torch
 from PIL import Image
 
 from vfmtok_fast import cache
-from vfmtok_fast.cache import shards
+from vfmtok_fast.cache.format import shards
+from vfmtok_fast.cache.store import atomic
 from vfmtok_fast.images import center_crop, decode_image
 
 SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2}
@@ -296,12 +296,8 @@ def test_status_while_indexing(out):
 
 def test_complete_is_written_last(tree, out, tokenizer, monkeypatch):
     order = []
-    atomic_file = sys.modules["vfmtok_fast.cache.atomic"].atomic_file
-    for module in ("atomic", "index"):
-        monkeypatch.setattr(
-            f"vfmtok_fast.cache.{module}.atomic_file",
-            lambda path: order.append(path.name) or atomic_file(path),
-        )
+    write = atomic.atomic_file
+    monkeypatch.setattr(atomic, "atomic_file", lambda path: order.append(path.name) or write(path))
     cache.build(tree, out, tokenizer, **SMALL)
     assert order[:2] == ["index.parquet", "manifest.json"] and order[-1] == "COMPLETE.json"
     assert len(order) == 6

@@ -4,28 +4,31 @@
 >>> summary = cache.build("photos", "tokens", tokenizer, views=("center", "center-flip"))
 >>> tokens, label = cache.TokenCache("tokens", view="center")[0]
 
-The format is that of DESIGN.md section 6.
+In rooms, each of which uses only those before it: `store` (disks and object stores), `format` (what
+lies there), `sources` (where pictures come from), `make`, `read` and `check`.
 """
 
-from .atomic import CacheWriteError
-from .build import Summary, build
-from .changes import ImagesChanged
-from .dataset import TokenCacheDataset
-from .encode import TokenError
-from .export import export
-from .job import Job, encode_shard, encode_shards, finish, pending
-from .manifest import FingerprintMismatch, Manifest, read_manifest
-from .on_ray import ActorsLost, build_on_ray
-from .prepare import prepare
-from .progress import Progress, TooManyBadImages
-from .reader import TokenCache, read_tokens
-from .repair import repair
-from .status import Status, failures, status
-from .verify import Report, verify
-from .views import known_views
+from .check.repair import repair
+from .check.status import Status, failures, status
+from .check.verify import Report, verify
+from .format.manifest import FingerprintMismatch, Manifest, read_manifest
+from .format.views import known_views
+from .make.build import Summary, build
+from .make.changes import ImagesChanged
+from .make.encode import TokenError
+from .make.job import Job, encode_shard, encode_shards, finish, pending
+from .make.on_ray import ActorsLost, build_on_ray
+from .make.prepare import prepare
+from .make.progress import Progress, TooManyBadImages
+from .make.spec import CacheSpec
+from .read.dataset import TokenCacheDataset
+from .read.export import export
+from .read.reader import TokenCache, read_tokens
+from .store import CacheWriteError
 
 __all__ = [
     "ActorsLost",
+    "CacheSpec",
     "CacheWriteError",
     "FingerprintMismatch",
     "ImagesChanged",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-from ..shards import BAD, GONE
+from ..format.entry import NO_CLASS, Entry
+from ..format.shards import BAD, GONE
 
-NO_CLASS = -1
 # Sizes that are no sizes. Such an entry keeps its place in the index.
 NO_SIZE = -1  # could not be examined: a link to nowhere, a link to itself
 NOT_UTF8 = -2  # its path cannot be written in the index; invalid bytes are shown as \xNN
@@ -37,24 +37,6 @@ class BadImage(Exception):
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
         self.status = status
-
-
-class Entry(NamedTuple):
-    """One picture of an input.
-
-    `path` is unique and relative ("n01440764/n01440764_10026.JPEG", "train-0001.tar/000017.jpg");
-    `size` is in bytes, or one of the negative numbers above; `label` is the class's number, or -1.
-    Where pictures lie inside larger files, `file` is that file's name relative to the input and
-    `offset` the place in it: of a tar the data's first byte, of Parquet the row, of LMDB the key.
-    `sha256` is the hash of the picture's bytes, or empty.
-    """
-
-    path: str
-    size: int
-    label: int
-    file: str = ""
-    offset: int = 0
-    sha256: bytes = b""
 
 
 class Source(Protocol):

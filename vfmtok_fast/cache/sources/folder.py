@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..shards import BAD, GONE
+from ..format.shards import BAD, GONE
 from .base import NO_CLASS, NO_SIZE, NOT_UTF8, BadImage, Entry, check_bytes, check_known
 
 EXTENSIONS = frozenset(

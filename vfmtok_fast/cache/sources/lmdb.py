@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..shards import BAD, GONE
+from ..format.shards import BAD, GONE
 from .base import (
     BAD_LABEL,
     DAMAGED,

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..shards import BAD, GONE
+from ..format.shards import BAD, GONE
 from .base import (
     BAD_LABEL,
     NO_CLASS,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ..shards import GONE
+from ..format.shards import GONE
 from .base import (
     NOT_A_FILE,
     UNSAFE,

@@ -22,11 +22,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .atomic import atomic_file
-from .sources import Entry
-from .sources.base import NO_CLASS
-from .store import Place, open_binary
+from ..store import Place
+from .entry import NO_CLASS, Entry
 
+INDEX = "index.parquet"
 _MARK = {b"vfmtok_fast": b"token cache index 1"}
 _ORIGIN = b"vfmtok_fast.origin"
 _FIELDS = [
@@ -130,7 +129,7 @@ def write_index(
     entries = iter(entries)
     digest = _new_digest(origin.metadata())
     count, highest = 0, -1
-    with atomic_file(path) as file, pq.ParquetWriter(file, schema) as writer:
+    with path.writing() as file, pq.ParquetWriter(file, schema) as writer:
         while chunk := list(islice(entries, shard_size)):
             columns = [list(column) for column in zip(*chunk, strict=True)]
             if not placed:
@@ -150,7 +149,7 @@ def write_index(
 def is_index(path: Place) -> bool:
     """Whether a file is an index that this module wrote."""
     try:
-        with open_binary(path) as file:
+        with path.open_bytes() as file:
             found = pq.read_schema(file).metadata or {}
         return found.get(b"vfmtok_fast") == _MARK[b"vfmtok_fast"]
     except (OSError, pa.ArrowInvalid):
@@ -222,7 +221,7 @@ def read_hashed(path: Place) -> bool:
 @contextlib.contextmanager
 def _opened(path: Place) -> Iterator[pq.ParquetFile]:
     try:
-        with open_binary(path) as data, pq.ParquetFile(data) as file:
+        with path.open_bytes() as data, pq.ParquetFile(data) as file:
             if (file.schema_arrow.metadata or {}).get(b"vfmtok_fast") != _MARK[b"vfmtok_fast"]:
                 raise ValueError(f"{path}: not an index of a token cache")
             yield file

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..images import decode_image
+from ...images import decode_image
+from ..format.index import Rows
+from ..format.manifest import BAD_TOKEN, Manifest, Tokenizer
+from ..format.shards import BAD
+from ..format.views import Plan, make_bases, parse_views, plan_views
+from ..sources import BadImage, Entry, Source
 from .batch import Batch, as_index
-from .index import Rows
-from .manifest import BAD_TOKEN, Manifest, Tokenizer
-from .shards import BAD
-from .sources import BadImage, Entry, Source
-from .views import Plan, make_bases, parse_views, plan_views
 
 # Called after each batch with the shard's number, how many pictures of it are finished by that
 # batch, and how many of those are bad.

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from ..images import quiet_pillow
-from . import index, shards
-from .atomic import atomic_file, make_folder
-from .encode import encode_rows, evaluating
-from .job import COMPLETE, INDEX, completion
-from .manifest import (
+from ...images import quiet_pillow
+from ..format import index, shards
+from ..format.complete import COMPLETE, completion
+from ..format.index import INDEX
+from ..format.manifest import (
     FingerprintMismatch,
     Manifest,
     Tokenizer,
@@ -23,9 +22,10 @@ from .manifest import (
     differences,
     read_manifest,
 )
+from ..make.encode import encode_rows, evaluating
+from ..sources import Source, open_source
+from ..store import Place, place
 from .sheet import contact_sheet
-from .sources import Source, open_source
-from .store import Place, names, place
 
 MEND = "mend it with vfmtok-fast repair"
 
@@ -148,7 +148,7 @@ def _check_files(out: Place, found: Manifest, report: Report) -> list[int]:
     elif len(sound) == found.shards:
         _check_completion(out, found, report)
     known = {shards.shard_path(out, number).name for number in range(found.shards)}
-    for name in sorted(set(names(out / "shards")) - known):
+    for name in sorted(set((out / "shards").names()) - known):
         if name.endswith(".safetensors"):
             report.problems.append(f"{out / 'shards' / name}: does not belong to this cache")
     return sound
@@ -239,6 +239,6 @@ def _check_sample(
 
 def _write_sheet(path: Place, sheet: np.ndarray | None) -> None:
     if sheet is not None:
-        make_folder(path.parent)
-        with atomic_file(path) as file:
+        path.parent.make_folder()
+        with path.writing() as file:
             Image.fromarray(sheet).save(file, format="PNG")

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from . import atomic, shards
-from .job import COMPLETE
-from .manifest import Manifest, read_manifest
-from .store import UrlPath, open_tensors, place, spread
+from ..format import shards
+from ..format.complete import COMPLETE
+from ..format.manifest import Manifest, read_manifest
+from ..store import LocalPlace, Place, place
 
 
 class TokenCache:
@@ -64,10 +64,10 @@ class TokenCache:
         self._files: dict[int, Any] = {}
         self._partial, self._digests = partial, {}
         self._mirror = None
-        if isinstance(self.out, UrlPath):
-            self._mirror = _default_mirror(self.out) if mirror is None else Path(mirror)
+        if self.out.remote:
+            self._mirror = _default_mirror(self.out) if mirror is None else LocalPlace(mirror)
         numbers = range(self.manifest.shards)
-        for number, found in zip(numbers, spread(self.out, self._look, numbers), strict=True):
+        for number, found in zip(numbers, self.out.spread(self._look, numbers), strict=True):
             if found is not None:
                 self._digests[number], good_rows, good_labels = found
                 rows.append(good_rows)
@@ -110,11 +110,11 @@ class TokenCache:
             raise
         if problem := shards.header_problem(header, number, self.manifest):
             raise ValueError(f"{path}: {problem}")
-        with open_tensors(path) as file:
+        with path.tensors() as file:
             good = file.get_tensor("status") == shards.OK
             return header.digest(), file.get_tensor("index")[good], file.get_tensor("label")[good]
 
-    def _copy(self, number: int) -> Path:
+    def _copy(self, number: int) -> Place:
         """The local copy of a shard; fetched and checked to the last byte, if it is not there."""
         path = shards.shard_path(self.out, number)
         name = f"{number:05d}-{self._digests[number][:16]}.safetensors"
@@ -123,8 +123,8 @@ class TokenCache:
             data = path.read_bytes()
             if wrong := shards.problems(*shards.parse_shard(data, path), self.manifest):
                 raise ValueError(f"{path}: {wrong[0]}; mend it with vfmtok-fast repair")
-            atomic.make_folder(self._mirror)
-            atomic.write_atomic(copy, data)
+            self._mirror.make_folder()
+            copy.put(data)
         return copy
 
     def _tokens(self, number: int) -> Any:
@@ -135,9 +135,9 @@ class TokenCache:
         return self._files[number]
 
 
-def _default_mirror(out: UrlPath) -> Path:
+def _default_mirror(out: Place) -> LocalPlace:
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "vfmtok_fast" / hashlib.sha256(out.url.encode()).hexdigest()[:16]
+    return LocalPlace(root) / "vfmtok_fast" / hashlib.sha256(str(out).encode()).hexdigest()[:16]
 
 
 def read_tokens(out: str | os.PathLike, view: str = "center") -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
-from .sources import BadImage, Entry, Source
+from ..sources import BadImage, Entry, Source
 
 
 def hashed_entries(source: Source, entries: Iterable[Entry], workers: int) -> Iterator[Entry]:

@@ -1,29 +1,28 @@
-"""Where a cache lies: a local folder, or a URL of an object store that fsspec reaches.
+"""A cache in an object store.
 
 A store has no rename, so nothing is written under another name first: an object is put under its
 own name, in one piece, and that put is the commit. On S3, GCS and their like a put shows whole or
 not at all. Where it does not, a torn object is noticed and put again: a shard's header, which comes
 first, says how long the shard is; `manifest.json` is put after the index, whose checksum it holds,
 and a shard after its quarantine list, whose checksum it holds; `COMPLETE.json` comes last and holds
-a checksum of all headers. So a cache has the same files on a disk and in a store, and may be copied
-from one to the other with any tool.
+a checksum of all headers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import struct
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
-from safetensors import safe_open
 
-from ..errors import one_line
+from ...errors import one_line
+from .errors import CacheWriteError, StoreError
 
 # Requests under way at a time where one answer does not wait for another.
 REQUESTS = 16
@@ -35,21 +34,9 @@ MAX_HEADER = 1 << 20
 _DTYPES = {"U8": np.uint8, "U16": np.uint16, "I32": np.int32, "I64": np.int64}
 
 
-class StoreError(OSError):
-    """A store did not do what was asked: not reachable, no permission, no such bucket, ..."""
-
-    def __init__(self, url: str, error: Exception) -> None:
-        super().__init__(f"{url}: {one_line(error)}")
-        self.errno, self.reason = getattr(error, "errno", None), one_line(error)
-        self._made_of = url, error
-
-    def __reduce__(self) -> tuple:
-        return type(self), self._made_of
-
-
 @dataclass(frozen=True)
-class UrlPath:
-    """An object or folder in a store, with those methods of `pathlib.Path` that a cache needs.
+class UrlPlace:
+    """An object or folder in a store; see `Place`.
 
     Args:
         url: with protocol, without a slash at the end. Keys, regions and endpoints are those of
@@ -57,55 +44,103 @@ class UrlPath:
     """
 
     url: str
+    remote: ClassVar[bool] = True
+
+    @classmethod
+    def known(cls, url: str) -> UrlPlace:
+        """A place whose protocol can be read; ValueError for others."""
+        _files(url)
+        return cls(url)
 
     def __str__(self) -> str:
         return self.url
 
-    def __truediv__(self, name: str) -> UrlPath:
-        return UrlPath(f"{self.url}/{name}")
+    def __truediv__(self, name: str) -> UrlPlace:
+        return UrlPlace(f"{self.url}/{name}")
 
     @property
     def name(self) -> str:
         return self.url.rpartition("/")[2]
 
     @property
-    def parent(self) -> UrlPath:
-        return UrlPath(self.url.rpartition("/")[0])
+    def parent(self) -> UrlPlace:
+        return UrlPlace(self.url.rpartition("/")[0])
 
     def exists(self) -> bool:
         return self._ask(lambda files, key: files.exists(key))
+
+    occupied = exists
+
+    def is_dir(self) -> bool:
+        return False
+
+    is_file = is_dir
 
     def size(self) -> int:
         """Bytes of an object; FileNotFoundError where there is none."""
         return int(self._ask(lambda files, key: files.info(key)["size"]))
 
     def read_bytes(self, start: int | None = None, end: int | None = None) -> bytes:
-        """An object's bytes, or some of them; FileNotFoundError where there is none."""
+        """An object's bytes, or some of them."""
         return self._ask(lambda files, key: files.cat_file(key, start=start, end=end))
 
-    def open(self) -> BinaryIO:
-        """Open an object for reading; what is asked for is fetched."""
+    def open_bytes(self) -> BinaryIO:
         return self._ask(lambda files, key: files.open(key, "rb"))
 
     def names(self) -> list[str]:
-        """Names of what lies directly below; none where there is nothing."""
         try:
             found = self._ask(lambda files, key: files.ls(key, detail=False))
         except FileNotFoundError:
             return []
         return [path.rstrip("/").rpartition("/")[2] for path in found]
 
-    def write_bytes(self, data: bytes) -> None:
-        """Put an object in one piece."""
-        self._ask(lambda files, key: files.pipe_file(key, data), writes=True)
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[BinaryIO]:
+        """A local file that is put into the store only when the block ends well."""
+        try:
+            with tempfile.NamedTemporaryFile(prefix="vfmtok-") as file:
+                yield file
+                file.flush()
+                self._ask(lambda files, key: files.put_file(file.name, key), writes=True)
+        except OSError as error:
+            raise CacheWriteError(self, error) from error
 
-    def upload(self, path: str) -> None:
-        """Put a local file as an object."""
-        self._ask(lambda files, key: files.put_file(path, key), writes=True)
+    def put(self, data: bytes) -> None:
+        try:
+            self._ask(lambda files, key: files.pipe_file(key, data), writes=True)
+        except OSError as error:
+            raise CacheWriteError(self, error) from error
+
+    def take_over(self, source: UrlPlace) -> None:
+        try:
+            data = source.read_bytes()
+        except FileNotFoundError:
+            return  # another process has done it
+        self.put(data)
+        source.remove()
 
     def remove(self) -> None:
-        """Remove an object; FileNotFoundError where there is none."""
-        self._ask(lambda files, key: files.rm_file(key))
+        try:
+            self._ask(lambda files, key: files.rm_file(key))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise CacheWriteError(self, error) from error
+
+    def make_folder(self) -> None:
+        """A store has no folders."""
+
+    remove_folder = make_folder
+
+    def sweep(self) -> int:
+        return 0  # there are no such files
+
+    def tensors(self) -> Any:
+        return _RangedTensors(self)
+
+    def spread(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        with ThreadPoolExecutor(REQUESTS, thread_name_prefix="vfmtok-store") as pool:
+            yield from pool.map(function, items)
 
     def _ask(self, question: Callable[[Any, str], Any], writes: bool = False) -> Any:
         files, key = _files(self.url)
@@ -120,70 +155,10 @@ class UrlPath:
             raise StoreError(self.url, error) from error
 
 
-Place = Path | UrlPath
-
-
-def place(out: str | os.PathLike | UrlPath) -> Place:
-    """A local path, or for a URL with a protocol (s3://, gs://, memory://, ...) a UrlPath.
-
-    Raises:
-        ValueError: the protocol is unknown, or what reads it is not installed.
-    """
-    if isinstance(out, UrlPath):
-        return out
-    protocol, mark, rest = os.fspath(out).partition("://")
-    if not mark:
-        return Path(out)
-    if protocol in ("file", "local"):
-        return Path("/" + rest.lstrip("/"))
-    found = UrlPath(os.fspath(out).rstrip("/"))
-    _files(found.url)
-    return found
-
-
-def absolute(out: str | os.PathLike | UrlPath) -> Place:
-    """As `place`, a local path from the root on."""
-    found = place(out)
-    return found if isinstance(found, UrlPath) else found.absolute()
-
-
-def names(folder: Place) -> list[str]:
-    """Names of what lies in a folder; none where it is missing."""
-    if isinstance(folder, UrlPath):
-        return folder.names()
-    return os.listdir(folder) if folder.is_dir() else []
-
-
-def open_binary(path: Place) -> BinaryIO:
-    """Open a file or an object for reading."""
-    return path.open() if isinstance(path, UrlPath) else open(path, "rb")
-
-
-def spread(out: Place, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """`map`, in order; of a store with many requests under way."""
-    if not isinstance(out, UrlPath):
-        yield from map(function, items)
-        return
-    with ThreadPoolExecutor(REQUESTS, thread_name_prefix="vfmtok-store") as pool:
-        yield from pool.map(function, items)
-
-
-def open_tensors(path: Place) -> Any:
-    """A safetensors file as a context manager with `metadata`, `keys` and `get_tensor`.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        safetensors.SafetensorError, ValueError, OSError: it is cut short or not such a file.
-    """
-    if isinstance(path, UrlPath):
-        return _RangedTensors(path)
-    return safe_open(path, framework="numpy")
-
-
 class _RangedTensors:
     """A safetensors object of which only what is asked for is fetched."""
 
-    def __init__(self, path: UrlPath) -> None:
+    def __init__(self, path: UrlPlace) -> None:
         self.path = path
         size, head = path.size(), path.read_bytes(0, HEAD)
         (length,) = struct.unpack("<Q", head[:8]) if len(head) >= 8 else (MAX_HEADER + 1,)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from ..images import quiet_pillow
-from .atomic import remove_file
-from .encode import decode
-from .index import read_rows
-from .job import COMPLETE, INDEX, Job, encode_shards, finish
-from .manifest import Tokenizer, read_manifest
-from .prepare import prepare
-from .shards import read_quarantine, shard_path
-from .sources import BadImage
-from .store import names
+from ...images import quiet_pillow
+from ..format.complete import COMPLETE
+from ..format.index import INDEX, read_rows
+from ..format.manifest import Tokenizer, read_manifest
+from ..format.shards import read_quarantine, shard_path
+from ..format.views import parse_views, plan_views
+from ..make.encode import decode
+from ..make.job import Job, encode_shards, finish
+from ..make.prepare import prepare
+from ..make.spec import CacheSpec
+from ..sources import BadImage
 from .verify import shard_problems
-from .views import parse_views, plan_views
 
 
 def repair(
@@ -49,17 +49,11 @@ def repair(
     """
     found = read_manifest(out)
     with quiet_pillow():
-        job = prepare(
-            images,
-            out,
-            tokenizer,
-            input_kind=input_kind,
-            views=found.views,
-            seed=found.seed,
-            batch_size=found.batch_size,
-            shard_size=found.shard_size,
-            workers=workers,
-        )
+        spec = CacheSpec(
+            input_kind=input_kind, views=found.views, seed=found.seed, batch_size=found.batch_size,
+            shard_size=found.shard_size, workers=workers,
+        )  # fmt: skip
+        job = prepare(images, out, tokenizer, spec)
         damaged = _damaged(job, tell)
         encode_shards(job, damaged)
         finish(job)
@@ -88,11 +82,11 @@ def _damaged(job: Job, tell: Callable[[str], None]) -> list[int]:
             tell(f"{path}: {problem}")
         if problems:
             # All at once and first: if this run dies, the next one still knows what to make.
-            remove_file(job.out / COMPLETE)
-            remove_file(path)
+            (job.out / COMPLETE).remove()
+            path.remove()
             numbers.append(number)
     known = {shard_path(job.out, number).name for number in range(job.manifest.shards)}
-    for name in sorted(set(names(job.out / "shards")) - known):
+    for name in sorted(set((job.out / "shards").names()) - known):
         if name.endswith(".safetensors"):
             tell(f"{job.out / 'shards' / name}: does not belong to this cache, and is left alone")
     return numbers

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -19,12 +18,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from . import index, shards
-from .atomic import CacheWriteError, atomic_file, make_folder, sync_folder
-from .job import COMPLETE, INDEX
-from .manifest import Manifest, read_manifest
-from .store import Place, UrlPath, place
-from .views import parse_views
+from ..format import index, shards
+from ..format.complete import COMPLETE
+from ..format.index import INDEX
+from ..format.manifest import Manifest, read_manifest
+from ..format.views import parse_views
+from ..store import CacheWriteError, Place, place
+from ..store.atomic import sync_folder, temporary_name
 
 # Names that LlamaGen's loader looks for with its defaults (dataset imagenet, image size 256).
 LLAMAGEN_CODES, LLAMAGEN_LABELS = "imagenet256_codes", "imagenet256_labels"
@@ -66,14 +66,13 @@ def export(
         raise ValueError(f"{out}: has the views {', '.join(found.views)}, not {lacking[0]!r}")
     if not (out / COMPLETE).exists():
         raise ValueError(f"{out}: not complete; finish it with vfmtok-fast cache")
-    remote = isinstance(target, UrlPath)
-    if remote and format == "llamagen":
+    if target.remote and format == "llamagen":
         raise ValueError(
             f"{target}: llamagen is two files to a picture; write it to a local folder, and pack it"
         )
-    if target.exists() or (not remote and target.is_symlink()):
+    if target.occupied():
         raise FileExistsError(f"{target}: is there already; choose another name")
-    make_folder(target.parent)
+    target.parent.make_folder()
     places = [found.views.index(name) for name in names]
     return FORMATS[format](target, _parts(out, found, places), names)
 
@@ -93,7 +92,7 @@ def _parts(out: Place, found: Manifest, places: list[int]) -> Iterator[_Part]:
 
 
 def _llamagen(target: Path, parts: Iterator[_Part], views: list[str]) -> int:
-    temporary = target.with_name(f"{target.name}.tmp-{socket.gethostname()}-{os.getpid()}")
+    temporary = temporary_name(target)
     count = 0
     try:
         codes, labels = temporary / LLAMAGEN_CODES, temporary / LLAMAGEN_LABELS
@@ -115,7 +114,7 @@ def _llamagen(target: Path, parts: Iterator[_Part], views: list[str]) -> int:
 
 def _rar(target: Place, parts: Iterator[_Part], views: list[str]) -> int:
     count = 0
-    with atomic_file(target) as file:
+    with target.writing() as file:
         for tokens, labels, _, _ in parts:
             for row, label in zip(tokens, labels, strict=True):
                 for view in row:
@@ -127,7 +126,7 @@ def _rar(target: Place, parts: Iterator[_Part], views: list[str]) -> int:
 
 def _parquet(target: Place, parts: Iterator[_Part], views: list[str]) -> int:
     count = 0
-    with atomic_file(target) as file, contextlib.ExitStack() as stack:
+    with target.writing() as file, contextlib.ExitStack() as stack:
         writer = None
         for tokens, labels, indices, paths in parts:
             pictures, width, length = tokens.shape

@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 
-from . import index
-from .atomic import remove_file, replace_file
+from ..format import index
+from ..format.complete import COMPLETE
+from ..format.index import INDEX
+from ..format.manifest import NAME, Manifest, read_manifest
+from ..sources import Entry, Source
+from ..sources.folder import label_of
+from ..store import Place
 from .hashes import hashed_entries
-from .job import COMPLETE, INDEX
-from .manifest import NAME, Manifest, read_manifest
-from .sources import Entry, Source
-from .sources.folder import label_of
-from .store import Place, UrlPath
 
 NEXT_INDEX, NEXT_MANIFEST = "index-next.parquet", "manifest-next.json"
 
@@ -160,7 +160,7 @@ def extend(source: Source, out: Place, found: Manifest, workers: int) -> Manifes
         new = hashed_entries(source, new, workers)
     later = replace(origin, files=source.files(), runs=(*origin.runs, found.images))
     old = chain.from_iterable(rows.entries() for rows in index.read_all(path))
-    remove_file(out / COMPLETE)
+    (out / COMPLETE).remove()
     written = index.write_index(out / NEXT_INDEX, chain(old, new), found.shard_size, later, hashed)
     count, checksum, highest = written
     if classes is None:
@@ -186,15 +186,15 @@ def install(out: Place) -> None:
     except FileNotFoundError:
         return  # another process was faster
     except ValueError:
-        if not isinstance(out, UrlPath):
+        if not out.remote:
             raise
-        remove_file(out / NEXT_MANIFEST)  # torn: what it was to bring is not there yet
+        (out / NEXT_MANIFEST).remove()  # torn: what it was to bring is not there yet
         return
     if (out / NEXT_INDEX).exists():
-        replace_file(out / NEXT_INDEX, out / INDEX)
+        (out / INDEX).take_over(out / NEXT_INDEX)
     if index.index_checksum(out / INDEX) != (coming.images, coming.index_sha256):
         raise ValueError(f"{out / NEXT_MANIFEST}: does not fit the index; cache into a new folder")
-    replace_file(out / NEXT_MANIFEST, out / NAME)
+    (out / NAME).take_over(out / NEXT_MANIFEST)
 
 
 def _new_pictures(

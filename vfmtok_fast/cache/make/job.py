@@ -12,7 +12,6 @@ it is whole.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -20,13 +19,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import atomic, index, manifest, shards
+from ..format import index, manifest, shards
+from ..format.complete import COMPLETE, completion
+from ..format.index import INDEX
+from ..sources import Source
+from ..store import Place
 from .encode import Advance, Encoded, Waits, encode_parts
-from .sources import Source
-from .store import Place, spread
-
-INDEX = "index.parquet"
-COMPLETE = "COMPLETE.json"
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def pending(job: Job) -> list[int]:
         FingerprintMismatch: a shard of another tokenizer lies in the folder.
     """
     numbers = range(job.manifest.shards)
-    missing = spread(job.out, lambda number: is_missing(job, number), numbers)
+    missing = job.out.spread(lambda number: is_missing(job, number), numbers)
     return [number for number, gone in zip(numbers, missing, strict=True) if gone]
 
 
@@ -111,7 +109,7 @@ def _parts(job: Job, numbers: Iterable[int]) -> Iterator[tuple[int, index.Rows]]
     for number in numbers:
         rows = index.read_rows(job.out / INDEX, number)
         # A cache with a shard to come is not complete, whatever an earlier run said.
-        atomic.remove_file(job.out / COMPLETE)
+        (job.out / COMPLETE).remove()
         yield number, rows
 
 
@@ -154,21 +152,5 @@ def finish(job: Job) -> int:
     data = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
     path = job.out / COMPLETE
     if not path.exists() or path.read_bytes() != data:
-        atomic.write_atomic(path, data)
+        path.put(data)
     return content["bad"]
-
-
-def completion(out: Place, found: manifest.Manifest) -> dict[str, str | int]:
-    """What COMPLETE.json must say, from the headers of all shards; raises like `read_header`."""
-    digest, bad = hashlib.sha256(), 0
-    paths = (shards.shard_path(out, number) for number in range(found.shards))
-    for header in spread(out, shards.read_header, paths):
-        digest.update(header.digest().encode())
-        bad += header.bad
-    return {
-        "fingerprint": found.fingerprint,
-        "images": found.images,
-        "bad": bad,
-        "shards": found.shards,
-        "headers_sha256": digest.hexdigest(),
-    }

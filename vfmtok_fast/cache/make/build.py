@@ -1,4 +1,4 @@
-"""Building a cache: the run of one process around the functions of `vfmtok_fast.cache.job`.
+"""Building a cache: the run of one process around the functions of `vfmtok_fast.cache.make.job`.
 
 Processes share the work without talking to each other: each does its own shards, then whatever is
 missing still. Work may be done twice when one is slow or dies; nothing is done wrong, because a
@@ -11,16 +11,18 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from ..images import quiet_pillow
+from ...images import quiet_pillow
+from ..format.manifest import Tokenizer
+from ..store import Place
 from .job import Job, encode_shards, finish, pending
-from .manifest import Tokenizer
-from .prepare import check_count, prepare
+from .prepare import prepare
 from .progress import Progress, State, reporting
-from .store import Place
+from .spec import CacheSpec, check_count
 
 
 @dataclass(frozen=True)
@@ -55,20 +57,14 @@ def build(
     images: str | os.PathLike,
     out: str | os.PathLike,
     tokenizer: Tokenizer,
+    spec: CacheSpec | None = None,
     *,
-    input_kind: str | None = None,
-    views: Iterable[str] = ("center",),
-    seed: int = 0,
-    batch_size: int = 16,
-    shard_size: int = 8192,
     max_bad: int | None = None,
-    workers: int | None = None,
-    extend: bool = False,
-    hashed: bool = False,
     rank: int = 0,
     world_size: int = 1,
     shard_range: tuple[int, int | None] | None = None,
     progress: bool | Callable[[Progress], None] = False,
+    **settings: Any,
 ) -> Summary:
     """Encode every picture of an input into a token cache, or go on with one that was interrupted.
 
@@ -81,24 +77,15 @@ def build(
             `vfmtok_fast.cache.sources.open_source`).
         out: the cache; a new or empty folder, or a cache made with the same settings. May be a URL
             that fsspec knows (s3://bucket/tokens).
-        tokenizer: see `vfmtok_fast.cache.manifest.Tokenizer`.
-        input_kind: what `images` is, where that is not plain from its name.
-        views: names of views, see `vfmtok_fast.cache.views`.
-        seed: of the random crops.
-        batch_size: views per call of `encode`, always padded to this.
-        shard_size: pictures per shard.
+        tokenizer: see `vfmtok_fast.cache.format.manifest.Tokenizer`.
+        spec: the settings; or give its fields by name, as in ``views=("center", "center-flip")``.
         max_bad: give up when more pictures than this have to be quarantined; None: never.
-        workers: threads that read and decode; None: one per CPU that this process may use, at
-            most 8.
-        extend: add pictures that came since the cache was made; they are refused otherwise. Rows
-            and labels stay: new pictures and new classes come behind the old ones.
-        hashed: note each picture's SHA-256 in the index, so that a change that keeps its size is
-            noticed when it is read; indexing then reads every picture.
         rank, world_size: which of how many processes this is; each takes its share of the shards,
             then what the others have not done. They may differ from run to run.
         shard_range: (A, B): only the shards A to B - 1, for batch systems; B None: to the end.
         progress: True for a bar on stderr (none where that is no terminal), or a function that is
             called after each batch.
+        settings: fields of `CacheSpec`, which take the place of those in ``spec``.
 
     Returns:
         Counts, and the exit code that fits them.
@@ -119,20 +106,7 @@ def build(
     if rank >= world_size:
         raise ValueError(f"cache: rank must be below world_size, got {rank} of {world_size}")
     with quiet_pillow(), exit_on_sigterm():
-        job = prepare(
-            images,
-            out,
-            tokenizer,
-            input_kind=input_kind,
-            views=views,
-            seed=seed,
-            batch_size=batch_size,
-            shard_size=shard_size,
-            workers=workers,
-            extend=extend,
-            hashed=hashed,
-            rank=rank,
-        )
+        job = prepare(images, out, tokenizer, CacheSpec.of(spec, settings), rank=rank)
         numbers = _numbers(job, shard_range)
         state = State(job, max_bad)
         with reporting(progress, job.manifest.images, state.progress().done) as report:

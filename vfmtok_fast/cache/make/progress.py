@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from . import shards
+from ..format import shards
 from .encode import Waits
 from .job import Job, is_missing
-from .store import names
 
 # Seconds in which another process may finish a shard, where this one has not made any to compare;
 # and the least.
@@ -95,7 +94,7 @@ class State:
 
     def refresh(self) -> None:
         """Look which shards have come; the header of each is read once."""
-        for name in set(names(self.job.out / "shards")) - self._seen:
+        for name in set((self.job.out / "shards").names()) - self._seen:
             number = shards.shard_number(name)
             if number is None or number >= self.job.manifest.shards:
                 continue

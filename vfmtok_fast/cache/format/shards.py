@@ -21,10 +21,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from ..errors import one_line
-from .atomic import remove_file, write_atomic
+from ...errors import one_line
+from ..store import Place
 from .manifest import BAD_TOKEN, Manifest
-from .store import Place, open_tensors
 
 META_KEY = "vfmtok_fast"
 
@@ -104,11 +103,11 @@ def write_shard(out: Place, fingerprint: str, shard: Shard) -> None:
         fingerprint, shard.number, len(shard.status), int((shard.status != OK).sum()), checksums
     )
     if lines:
-        write_atomic(quarantine_path(out, shard.number), lines)
+        quarantine_path(out, shard.number).put(lines)
     else:
-        remove_file(quarantine_path(out, shard.number))  # of a run that died before its commit
+        quarantine_path(out, shard.number).remove()  # of a run that died before its commit
     data = save(arrays, metadata={META_KEY: _json(vars(header)).decode()})
-    write_atomic(shard_path(out, shard.number), data)
+    shard_path(out, shard.number).put(data)
 
 
 def read_header(path: Place) -> Header:
@@ -119,7 +118,7 @@ def read_header(path: Place) -> Header:
         ValueError: it is damaged or not a shard.
     """
     try:
-        with open_tensors(path) as file:
+        with path.tensors() as file:
             content = json.loads((file.metadata() or {})[META_KEY])
             if set(file.keys()) != set(_DTYPES):
                 raise ValueError(f"holds {sorted(file.keys())}")
@@ -138,7 +137,7 @@ def read_shard(path: Place) -> tuple[Header, Shard]:
     """
     header = read_header(path)
     try:
-        with open_tensors(path) as file:
+        with path.tensors() as file:
             arrays = {name: file.get_tensor(name) for name in _DTYPES}
     except (SafetensorError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{path}: damaged or not a shard ({one_line(error)})") from error

@@ -12,20 +12,21 @@ import contextlib
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .. import switch
-from ..errors import first_line
-from ..images import quiet_pillow
-from . import manifest
+from ... import switch
+from ...errors import first_line
+from ...images import quiet_pillow
+from ..format import manifest
+from ..store import absolute
 from .build import Summary, exit_on_sigterm
 from .encode import Waits
 from .job import Job, encode_shards, finish
-from .prepare import MAX_DEFAULT_WORKERS, check_count, prepare
+from .prepare import MAX_DEFAULT_WORKERS, prepare
 from .progress import Progress, State, reporting
-from .store import absolute
+from .spec import CacheSpec, check_count
 
 # A shard that has taken this many actors with it is the cause, not the victim.
 MOST_LOST_ON_A_SHARD = 5
@@ -41,19 +42,13 @@ def build_on_ray(
     images: str | os.PathLike,
     out: str | os.PathLike,
     tokenizer: manifest.Tokenizer,
+    spec: CacheSpec | None = None,
     *,
-    input_kind: str | None = None,
-    views: Iterable[str] = ("center",),
-    seed: int = 0,
-    batch_size: int = 16,
-    shard_size: int = 8192,
     max_bad: int | None = None,
-    workers: int | None = None,
-    extend: bool = False,
-    hashed: bool = False,
     actors: int | None = None,
     device: str | None = None,
     progress: bool | Callable[[Progress], None] = False,
+    **settings: Any,
 ) -> Summary:
     """Build a token cache with actors on a Ray cluster; the same bytes as `build` makes.
 
@@ -64,10 +59,8 @@ def build_on_ray(
     Args:
         images, out: as `build`; both must be there under this name on every node.
         tokenizer: in CPU memory; it is sent to the actors, so nodes need no file of it.
-        input_kind, views, seed, batch_size, shard_size, extend, hashed, progress: as `build`;
-            progress and bad pictures are counted by whole shards.
-        max_bad: as `build`.
-        workers: threads of each actor that read and decode; None: as many as it has cores.
+        spec, max_bad, progress, settings: as `build`; progress and bad pictures are counted by
+            whole shards, and ``workers`` are threads of each actor, by default one per core.
         actors: how many; None: one per GPU, or where there are none, one per 8 cores or node.
         device: "cuda" or "cpu"; None: "cuda" if the cluster has GPUs.
 
@@ -76,27 +69,15 @@ def build_on_ray(
         ActorsLost: actors cannot be started, or die again and again; finished shards are kept.
     """
     started = time.monotonic()
-    for name, value in (("actors", actors), ("workers", workers)):
-        if value is not None:
-            check_count(name, value, 1)
+    spec = CacheSpec.of(spec, settings)
+    if actors is not None:
+        check_count("actors", actors, 1)
     if max_bad is not None:
         check_count("max_bad", max_bad, 0)
     ray = _import_ray()
     with quiet_pillow(), exit_on_sigterm():
-        job = prepare(
-            # Actors have working folders of their own.
-            absolute(images),
-            absolute(out),
-            tokenizer,
-            input_kind=input_kind,
-            views=views,
-            seed=seed,
-            batch_size=batch_size,
-            shard_size=shard_size,
-            workers=workers,
-            extend=extend,
-            hashed=hashed,
-        )
+        # Actors have working folders of their own.
+        job = prepare(absolute(images), absolute(out), tokenizer, spec)
         state = State(job, max_bad)
         numbers = list(state.missing(range(job.manifest.shards)))
         if numbers:
@@ -105,7 +86,7 @@ def build_on_ray(
                 reporting(progress, job.manifest.images, state.progress().done) as report,
             ):
                 room = _room(ray, actors, device, len(numbers))
-                sent = replace(job, tokenizer=None, workers=workers or room.cores)
+                sent = replace(job, tokenizer=None, workers=spec.workers or room.cores)
                 plan = _Plan(sent, room, switch.policy())
                 with contextlib.closing(_Crew(ray, plan, tokenizer)) as crew:
                     for number, bad, waits in crew.encode(state.missing(numbers)):

@@ -11,9 +11,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-from . import atomic, index
-from .sources import Entry
-from .store import Place, names
+from ..format import index
+from ..sources import Entry
+from ..store import Place
 
 FOLDER = "index.parts"
 # Listing takes a second or so for as many on a local disk, a minute on a slow network; the memory
@@ -50,9 +50,9 @@ def write_in_parts(
 def remove_parts(out: Place) -> None:
     """Remove what is left of an interrupted indexing; the last first, so the rest stays whole."""
     folder = out / FOLDER
-    for name in sorted(names(folder), reverse=True):
-        atomic.remove_file(folder / name)
-    atomic.remove_folder(folder)
+    for name in sorted(folder.names(), reverse=True):
+        (folder / name).remove()
+    folder.remove_folder()
 
 
 def _every(
@@ -73,7 +73,7 @@ def _every(
         yield entry
         part.append(entry)
         if len(part) == PART:
-            atomic.make_folder(folder)
+            folder.make_folder()
             index.write_index(folder / f"{number:05d}.parquet", part, shard_size, mark, hashed)
             part, number = [], number + 1
 

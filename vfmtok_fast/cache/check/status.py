@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from . import atomic, shards
-from .job import COMPLETE, INDEX
-from .manifest import NAME, Manifest, read_manifest
-from .store import Place, names, place, spread
+from ..format import shards
+from ..format.complete import COMPLETE
+from ..format.index import INDEX
+from ..format.manifest import NAME, Manifest, read_manifest
+from ..store import Place, atomic, place
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def status(out: str | os.PathLike) -> Status:
     writing = sum(
         atomic.is_temporary(name)
         for folder in (out, out / "shards", out / "quarantine")
-        for name in names(folder)
+        for name in folder.names()
     )
     begun = writing or (out / INDEX).exists()
     if begun and not (out / NAME).exists():
@@ -67,7 +68,7 @@ def status(out: str | os.PathLike) -> Status:
     def look(number: int) -> shards.Header | None:
         return _header(out, number, found)
 
-    for number, header in enumerate(spread(out, look, range(found.shards))):
+    for number, header in enumerate(out.spread(look, range(found.shards))):
         if header is None:
             if shards.shard_path(out, number).exists():
                 damaged.append(number)

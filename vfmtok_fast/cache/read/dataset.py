@@ -13,8 +13,8 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from ..format.views import parse_views
 from .reader import TokenCache
-from .views import parse_views
 
 CHOICES = ("one", "each", "all")
 

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..images import center_crop, resize_short_side
+from ...images import center_crop, resize_short_side
 
 FLIP = "-flip"
 TEN_CROP_RANGE = Fraction("1.1")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..images import to_float
-from .views import Cut, Plan
+from ...images import to_float
+from ..format.views import Cut, Plan
 
 
 class Batch:

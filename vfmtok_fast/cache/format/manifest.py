@@ -17,9 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
-from .. import images as pictures
-from .atomic import write_atomic
-from .store import Place, place
+from ... import images as pictures
+from ..store import Place, place
 from .views import parse_views, rules
 
 FORMAT = "vfmtok_fast token cache"
@@ -130,7 +129,7 @@ class Manifest:
             "index_sha256": self.index_sha256,
         }
         text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-        write_atomic(out / name, text.encode())
+        (out / name).put(text.encode())
 
 
 def read_manifest(out: str | os.PathLike | Place, name: str = NAME) -> Manifest:

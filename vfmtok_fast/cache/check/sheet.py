@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..images import decode_image, image_grid, to_uint8
-from . import index, shards
-from .job import INDEX
-from .manifest import Manifest, Tokenizer
-from .sources import BadImage, Source
-from .store import Place
-from .views import make_views, parse_views
+from ...images import decode_image, image_grid, to_uint8
+from ..format import index, shards
+from ..format.index import INDEX
+from ..format.manifest import Manifest, Tokenizer
+from ..format.views import make_views, parse_views
+from ..sources import BadImage, Source
+from ..store import Place
 
 PICTURES = 16
 # Pairs side by side.

@@ -1,0 +1,1 @@
+"""Making a cache: from pictures to shards, by one process, many, or a Ray cluster."""

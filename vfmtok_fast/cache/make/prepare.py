@@ -1,0 +1,185 @@
+"""From an input and an empty folder to a job: index, manifest, or the check that they still fit.
+
+Any number of processes may do this at once. All write the same bytes, and the manifest, written
+last, says that the folder is a cache from then on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from ...images import decode_image
+from ..format import index, manifest
+from ..format.entry import Entry
+from ..format.index import INDEX
+from ..sources import BadImage, Source, open_source
+from ..sources.folder import EXTENSIONS
+from ..store import Place, place
+from . import changes, claim, parts
+from .hashes import hashed_entries
+from .job import Job
+from .spec import CacheSpec
+
+# Seconds without a sign of life after which a process indexes although another one should.
+INDEX_PATIENCE = 60.0
+
+# Decoding saturates one encoder with a few threads; more only hold memory.
+MAX_DEFAULT_WORKERS = 8
+
+
+def prepare(
+    images: str | os.PathLike,
+    out: str | os.PathLike,
+    tokenizer: manifest.Tokenizer,
+    spec: CacheSpec | None = None,
+    *,
+    rank: int = 0,
+    **settings: Any,
+) -> Job:
+    """Index the pictures and write the manifest, or check that those of an earlier run still fit.
+
+    Args, Raises: as `vfmtok_fast.cache.build`; a rank above 0 leaves the indexing to rank 0 as
+    long as that shows signs of life.
+
+    Returns:
+        What `encode_shard` needs.
+    """
+    spec, out = CacheSpec.of(spec, settings), place(out)
+    source = open_source(images, spec.input_kind)
+    claim.check_outside(Path(images), out)
+    if rank:
+        _await(out, (out / manifest.NAME).exists)
+    changes.install(out)
+    claim.remove_torn_manifest(out)
+    workers = spec.workers or min(_cpus(), MAX_DEFAULT_WORKERS)
+    resumed = (out / manifest.NAME).exists() or not claim.is_free(out)
+    if not resumed:
+        _check_any_readable(source)
+        covers = manifest.describe(tokenizer, spec.views, spec.batch_size, spec.seed)
+        _make_folders(out)
+        found = _index(source, out, covers, spec, workers)
+    else:
+        found = manifest.read_manifest(out)
+        covers = manifest.describe(tokenizer, spec.views, spec.batch_size, spec.seed)
+        found = _resume(source, out, found, covers, spec, workers, rank)
+        _make_folders(out)
+    return Job(source, out, tokenizer, found, workers)
+
+
+def _index(
+    source: Source, out: Place, covers: dict[str, Any], spec: CacheSpec, workers: int
+) -> manifest.Manifest:
+    """List the pictures, and say that the folder is a cache."""
+    origin = index.Origin(source.kind, source.files())
+
+    def entries(after: Entry | None) -> Iterable[Entry]:
+        found = source.entries(after)
+        return hashed_entries(source, found, workers) if spec.hashed else found
+
+    count, checksum, highest = parts.write_in_parts(
+        out / INDEX, entries, spec.shard_size, origin, spec.hashed, source.root
+    )
+    classes = source.classes(highest)
+    found = manifest.Manifest(covers, spec.shard_size, count, classes, checksum)
+    _publish(found, out)
+    return found
+
+
+def _resume(
+    source: Source, out: Place, found: manifest.Manifest, covers: dict[str, Any], spec: CacheSpec,
+    workers: int, rank: int,
+) -> manifest.Manifest:  # fmt: skip
+    """Check that a cache is still the one that is asked for; with what came since, if so told."""
+    manifest.check_same(found, covers, spec.shard_size, out)
+    if index.index_checksum(out / INDEX) != (found.images, found.index_sha256):
+        raise ValueError(f"{out / INDEX}: damaged; restore it, or cache anew")
+    if spec.hashed and not index.read_hashed(out / INDEX):
+        raise ValueError(
+            f"{out}: was indexed without hashes; leave them out, or cache into a new folder"
+        )
+    if spec.extend:
+        return _extend(source, out, found, workers, rank)
+    changes.check_unchanged(source, out / INDEX, found.classes)
+    return found
+
+
+def _make_folders(out: Place) -> None:
+    for folder in (out, out / "shards", out / "quarantine"):
+        folder.make_folder()
+        folder.sweep()
+
+
+def _cpus() -> int:
+    # macOS has no affinity; elsewhere it is what a container or a scheduler allows.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _publish(found: manifest.Manifest, out: Place) -> None:
+    """Write the manifest, unless another process did so while this one was indexing."""
+    if not (out / manifest.NAME).exists():
+        found.write(out)
+    elif manifest.read_manifest(out) != found:
+        raise changes.ImagesChanged(
+            f"{out}: another process began a cache of other pictures or with other settings here "
+            "at the same time; remove the folder, and start all processes alike"
+        )
+
+
+def _extend(
+    source: Source, out: Place, found: manifest.Manifest, workers: int, rank: int
+) -> manifest.Manifest:
+    if rank:
+        try:
+            changes.check_unchanged(source, out / INDEX, found.classes)
+            return found
+        except changes.ImagesChanged:
+            _await(out, lambda: manifest.read_manifest(out) != found)
+            found = manifest.read_manifest(out)
+    return changes.extend(source, out, found, workers)
+
+
+def _await(out: Place, done: Callable[[], bool]) -> None:
+    """Wait for another process's index; not for ever, as each could do it by itself."""
+    last, seen = time.monotonic(), None
+    while not done() and time.monotonic() - last < INDEX_PATIENCE:
+        # Of a store, nothing is seen of what is on its way.
+        local = out.is_dir()
+        now = []
+        for entry in os.scandir(out) if local else ():
+            with contextlib.suppress(FileNotFoundError):  # it has just taken its final name
+                now.append((entry.name, entry.stat().st_size))
+        if local and now != seen:
+            last, seen = time.monotonic(), now
+        time.sleep(0.1 if local else 1)
+
+
+def _check_any_readable(source: Source) -> None:
+    """Before anything is written: is there one picture at all?"""
+    count, first = 0, ""
+    for entry in source.entries():
+        count += 1
+        try:
+            data = source.read(entry)
+        except BadImage as error:
+            first = first or f"{entry.path!r}: {error}"
+            continue
+        try:
+            decode_image(data)
+            return
+        except ValueError as error:
+            first = first or f"{entry.path!r}: {error}"
+    if count == 0:
+        raise ValueError(
+            f"{source.root}: no pictures here, read as {source.kind} "
+            f"(looked for {', '.join(sorted(EXTENSIONS))})"
+        )
+    raise ValueError(
+        f"{source.root}: none of its {count} pictures can be read; the first is {first}"
+    )

@@ -1,0 +1,1 @@
+"""Reading a cache: single pictures, a data set for training, other programs' formats."""

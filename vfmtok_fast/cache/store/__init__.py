@@ -1,0 +1,105 @@
+"""Where a cache lies: a local folder, or a URL of an object store that fsspec reaches.
+
+A cache has the same files in both, and may be copied from one to the other with any tool.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, BinaryIO, ClassVar, Protocol, Self
+
+from .errors import CacheWriteError, StoreError
+from .local import LocalPlace
+from .url import UrlPlace
+
+__all__ = ["CacheWriteError", "LocalPlace", "Place", "StoreError", "UrlPlace", "absolute", "place"]
+
+
+class Place(Protocol):
+    """A file or folder of a cache. What writes raises CacheWriteError, and leaves no half file."""
+
+    # Whether it is in a store: nothing is there to be mapped or renamed, and what a writer leaves
+    # that dies may be a torn file under its own name.
+    remote: ClassVar[bool]
+    name: str
+
+    @property
+    def parent(self) -> Self: ...
+
+    def __truediv__(self, name: str) -> Self: ...
+
+    def exists(self) -> bool: ...
+
+    def is_dir(self) -> bool:
+        """Whether it is a local folder; a store has none."""
+
+    def is_file(self) -> bool:
+        """Whether it is a local file."""
+
+    def occupied(self) -> bool:
+        """Whether the name is taken, be it by a link to nowhere."""
+
+    def read_bytes(self) -> bytes:
+        """A file's bytes; FileNotFoundError where there is none."""
+
+    def open_bytes(self) -> BinaryIO:
+        """Open for reading; FileNotFoundError where there is none."""
+
+    def names(self) -> list[str]:
+        """Names of what lies in a folder; none where it is missing."""
+
+    def writing(self) -> AbstractContextManager[BinaryIO]:
+        """A file to write that takes its name only when the block ends well."""
+
+    def put(self, data: bytes) -> None:
+        """Write a file whole or not at all."""
+
+    def take_over(self, source: Self) -> None:
+        """Become what ``source`` is, which goes; nothing if it has gone. May be done again."""
+
+    def remove(self) -> None:
+        """Remove a file if it is there, for good (also after a power cut)."""
+
+    def make_folder(self) -> None:
+        """Create a folder and its parents if they are missing; a store has no folders."""
+
+    def remove_folder(self) -> None:
+        """Remove a folder if it is empty."""
+
+    def sweep(self) -> int:
+        """Remove what processes that died left in a folder; how many files that were."""
+
+    def tensors(self) -> Any:
+        """A safetensors file as a context manager with `metadata`, `keys` and `get_tensor`.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            safetensors.SafetensorError, ValueError, OSError: cut short, or not such a file.
+        """
+
+    def spread(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """`map`, in order; of a store with many requests under way."""
+
+
+def place(out: str | os.PathLike | Place) -> Place:
+    """A local path, or for a URL with a protocol (s3://, gs://, memory://, ...) one in a store.
+
+    Raises:
+        ValueError: the protocol is unknown, or what reads it is not installed.
+    """
+    if isinstance(out, UrlPlace | LocalPlace):
+        return out
+    protocol, mark, rest = os.fspath(out).partition("://")
+    if not mark:
+        return LocalPlace(out)
+    if protocol in ("file", "local"):
+        return LocalPlace("/" + rest.lstrip("/"))
+    return UrlPlace.known(os.fspath(out).rstrip("/"))
+
+
+def absolute(out: str | os.PathLike | Place) -> Place:
+    """As `place`, a local path from the root on."""
+    found = place(out)
+    return found if found.remote else found.absolute()

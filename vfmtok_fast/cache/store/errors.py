@@ -1,0 +1,47 @@
+"""What goes wrong where a cache is written or read."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from ...errors import one_line
+
+_ADVICE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the limit on file sizes",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+    errno.EROFS: "choose a folder on a disk that can be written",
+}
+
+
+class StoreError(OSError):
+    """A store did not do what was asked: not reachable, no permission, no such bucket, ..."""
+
+    def __init__(self, url: str, error: Exception) -> None:
+        super().__init__(f"{url}: {one_line(error)}")
+        self.errno, self.reason = getattr(error, "errno", None), one_line(error)
+        self._made_of = url, error
+
+    def __reduce__(self) -> tuple:
+        return type(self), self._made_of
+
+
+class CacheWriteError(OSError):
+    """A file of the cache could not be written: disk full, read-only folder and the like."""
+
+    def __init__(self, path: str | os.PathLike, error: OSError) -> None:
+        if isinstance(error, StoreError):
+            reason, advice = error.reason, "check the store"
+        else:
+            reason = error.strerror or error
+            advice = _ADVICE.get(error.errno, "check the folder and its disk")
+        super().__init__(f"cannot write {path}: {reason}; {advice} and run again")
+        self.errno = error.errno
+        self._made_of = str(path), error
+
+    def __reduce__(self) -> tuple:
+        # As it would be by itself, it could not be sent from one process to another.
+        return type(self), self._made_of

@@ -1,0 +1,75 @@
+"""A cache on a disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar
+
+from safetensors import safe_open
+
+from . import atomic
+from .errors import CacheWriteError
+
+
+class LocalPlace(type(Path())):
+    """A path that does what a cache needs; see `Place`."""
+
+    remote: ClassVar[bool] = False
+
+    def open_bytes(self) -> BinaryIO:
+        return open(self, "rb")
+
+    def names(self) -> list[str]:
+        return os.listdir(self) if self.is_dir() else []
+
+    def occupied(self) -> bool:
+        return self.exists() or self.is_symlink()
+
+    def writing(self) -> AbstractContextManager[BinaryIO]:
+        return atomic.atomic_file(self)
+
+    def put(self, data: bytes) -> None:
+        with atomic.atomic_file(self) as file:
+            file.write(data)
+
+    def take_over(self, source: LocalPlace) -> None:
+        try:
+            os.replace(source, self)
+            atomic.sync_folder(self.parent)
+        except FileNotFoundError:
+            return  # another process has done it
+        except OSError as error:
+            raise CacheWriteError(self, error) from error
+
+    def remove(self) -> None:
+        try:
+            self.unlink()
+            atomic.sync_folder(self.parent)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise CacheWriteError(self, error) from error
+
+    def make_folder(self) -> None:
+        try:
+            self.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CacheWriteError(self, error) from error
+
+    def remove_folder(self) -> None:
+        try:
+            self.rmdir()
+        except OSError:
+            return  # not empty, or not there
+
+    def sweep(self) -> int:
+        return atomic.sweep(self)
+
+    def tensors(self) -> Any:
+        return safe_open(self, framework="numpy")
+
+    def spread(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        return map(function, items)
