@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 
 import vfmtok_fast as vf
-from vfmtok_fast import cli, commands
+from vfmtok_fast import cli
 from vfmtok_fast.checkpoint import GPT_NAMES, OFFICIAL_FILES, OFFICIAL_REPO, official_name
+from vfmtok_fast.cli.doctor import OPTIONAL
 from vfmtok_fast.untrained import untrained_gpt, untrained_tokenizer
 
 SMALL = ["--untrained", "small", "--device", "cpu"]
@@ -236,7 +237,8 @@ def test_what_is_wrong_with_the_input_is_said_before_a_model_is_looked_for(
     def never(*arguments):
         raise AssertionError("looked for a model")
 
-    monkeypatch.setattr("vfmtok_fast.commands._tokenizer", never)
+    for name in ("cache", "repair", "verify"):
+        monkeypatch.setattr(f"vfmtok_fast.cli.{name}.load_tokenizer", never)
     out, none = tmp_path / "tokens", tmp_path / "none"
     for arguments, expected in (
         (("cache", none, out), f"{none}: no such folder of pictures"),
@@ -391,21 +393,21 @@ def test_doctor_names_what_is_missing_and_how_to_get_it(run, monkeypatch) -> Non
     """Every extra that users may want, and no others."""
     pyproject = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     extras = pyproject["project"]["optional-dependencies"]
-    assert {extra for extra, _ in commands.OPTIONAL.values()} == {*extras} - {
+    assert {extra for extra, _ in OPTIONAL.values()} == {*extras} - {
         "test", "bench", "dev", "eval",
     }  # fmt: skip
-    for name, (extra, _) in commands.OPTIONAL.items():
+    for name, (extra, _) in OPTIONAL.items():
         assert any(wanted.startswith(f"{name}>=") for wanted in extras[extra]), name
     version = importlib.metadata.version
 
     def missing(name: str) -> str:
-        if name in commands.OPTIONAL:
+        if name in OPTIONAL:
             raise importlib.metadata.PackageNotFoundError
         return version(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     _, text, _ = run("doctor")
-    for name, (extra, use) in commands.OPTIONAL.items():
+    for name, (extra, use) in OPTIONAL.items():
         assert f"{name} is not installed: {use}; pip install 'vfmtok-fast[{extra}]'" in text
 
 

@@ -1,4 +1,4 @@
-"""A cache that was made by commit f734c78, before the cache was rebuilt, is read and gone on with."""
+"""A cache of commit f734c78, before the cache was rebuilt, is read and gone on with."""
 
 from __future__ import annotations
 

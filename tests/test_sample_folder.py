@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import vfmtok_fast
-from vfmtok_fast import GPT, GPTConfig, samples
+from vfmtok_fast import GPT, GPTConfig, sample_folder
 
 SAMPLING = {"cfg_scale": 1.5, "cfg_interval": 3, "top_k": 20, "top_p": 0.95, "seed": 4}
 
@@ -20,7 +20,7 @@ SAMPLING = {"cfg_scale": 1.5, "cfg_interval": 3, "top_k": 20, "top_p": 0.95, "se
 HARNESS = """
 import importlib.util, os, signal, sys
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("test_samples", sys.argv[1])
+spec = importlib.util.spec_from_file_location("test_sample_folder", sys.argv[1])
 tests = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tests)
 import torch
@@ -89,7 +89,7 @@ class FakeTokenizer(torch.nn.Module):
         return levels.to(torch.uint8).reshape(-1, size, size, 3)
 
 
-def job(out: Path, count: int = 150, **changes) -> samples.Job:
+def job(out: Path, count: int = 150, **changes) -> sample_folder.Job:
     torch.manual_seed(0)
     config = GPTConfig(
         num_layers=1, num_heads=2, dim=16, vocab_size=37, block_size=4, num_classes=5,
@@ -98,15 +98,15 @@ def job(out: Path, count: int = 150, **changes) -> samples.Job:
     gpt = GPT(config).eval()
     torch.nn.init.normal_(gpt.head.weight, std=0.5)
     values = {"size": 2, "sampling": SAMPLING, "class_ids": torch.arange(count) % 5, **changes}
-    return samples.Job(gpt=gpt, tokenizer=FakeTokenizer(), out=out, **values)
+    return sample_folder.Job(gpt=gpt, tokenizer=FakeTokenizer(), out=out, **values)
 
 
 def run(out: Path, batch_size: int | None = 7, rank: int = 0, world: int = 1, **changes) -> bool:
     made = job(out, **changes)
-    samples.prepare(made)
-    numbers = samples.pending(made)[rank::world]
-    samples.make_shards(made, numbers, batch_size, lambda count: None)
-    return samples.finish(made)
+    sample_folder.prepare(made)
+    numbers = sample_folder.pending(made)[rank::world]
+    sample_folder.make_shards(made, numbers, batch_size, lambda count: None)
+    return sample_folder.finish(made)
 
 
 def tree(out: Path) -> dict[str, bytes]:
@@ -141,8 +141,8 @@ def test_pictures_are_decoded_in_the_same_groups_always(tmp_path):
     seen = []
     for batch_size, name in ((1, "a"), (130, "b")):
         made = job(tmp_path / name)
-        samples.prepare(made)
-        samples.make_shards(made, samples.pending(made), batch_size, lambda count: None)
+        sample_folder.prepare(made)
+        sample_folder.make_shards(made, sample_folder.pending(made), batch_size, lambda count: None)
         seen.append(made.tokenizer.groups)
     assert seen[0] == seen[1] == [16] * 9 + [6]
 
@@ -170,10 +170,10 @@ def test_many_processes_make_the_bytes_of_one(tmp_path):
     assert run(tmp_path / "b") and tree(tmp_path / "b") == before
 
 
-def on_gpu(out: Path) -> samples.Job:
+def on_gpu(out: Path) -> sample_folder.Job:
     made = job(out, count=400)
     made.gpt.cuda(), made.tokenizer.cuda()
-    samples.prepare(made)
+    sample_folder.prepare(made)
     return made
 
 
@@ -182,12 +182,12 @@ def test_decoding_beside_generation_makes_the_same_bytes(tmp_path):
     """The thread with a stream of its own, against one shard after the other on one stream."""
     with vfmtok_fast.enable():
         beside, inline = on_gpu(tmp_path / "beside"), on_gpu(tmp_path / "inline")
-        samples.make_shards(beside, samples.pending(beside), 64, lambda count: None)
-        for number in samples.pending(inline):
+        sample_folder.make_shards(beside, sample_folder.pending(beside), 64, lambda count: None)
+        for number in sample_folder.pending(inline):
             ids = inline.rows(number)
             codes = inline.gpt.generate(inline.class_ids[ids], image_ids=ids, **SAMPLING)
-            samples._decode_shard(inline, number, codes, lambda count: None)
-    assert samples.finish(beside) and samples.finish(inline)
+            sample_folder._decode_shard(inline, number, codes, lambda count: None)
+    assert sample_folder.finish(beside) and sample_folder.finish(inline)
     assert tree(tmp_path / "beside") == tree(tmp_path / "inline")
 
 
@@ -201,12 +201,12 @@ def test_an_error_while_decoding_beside_generation_ends_the_run(tmp_path):
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        samples.make_shards(made, samples.pending(made), 64, stop)
+        sample_folder.make_shards(made, sample_folder.pending(made), 64, stop)
     # It was in the second shard; the first is whole, and of the third none or all is there.
     assert made.path(0).exists() and not made.path(1).exists()
     assert not [name for name in tree(tmp_path / "a") if ".tmp" in name]
-    samples.make_shards(made, samples.pending(made), 64, lambda count: None)
-    assert samples.finish(made)
+    sample_folder.make_shards(made, sample_folder.pending(made), 64, lambda count: None)
+    assert sample_folder.finish(made)
 
 
 @pytest.mark.slow
@@ -274,7 +274,7 @@ def test_other_weights_and_damage_are_refused(tmp_path):
     with torch.no_grad():
         other.gpt.head.weight[0, 0] += 1
     with pytest.raises(FileExistsError, match=r"gpt_sha256 \(there .*\)\); choose another"):
-        samples.prepare(other)
+        sample_folder.prepare(other)
     (tmp_path / "a/samples.npz").unlink()
     np.save(job(tmp_path / "a").path(1), np.zeros(3))
     with pytest.raises(ValueError, match="pictures-00001.npy is not a shard of this job"):

@@ -1,0 +1,104 @@
+"""The command line: ``vfmtok-fast``, also ``python -m vfmtok_fast``; one module a command.
+
+A command has a SUMMARY, `add_arguments` and `run`, which returns an exit code. Modules import what
+takes time where it is used: `--help` imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import one_line
+from . import (
+    cache,
+    convert,
+    doctor,
+    export,
+    reconstruct,
+    repair,
+    sample,
+    status,
+    tune,
+    verify,
+)
+from .output import make_streams_safe, note
+
+COMMANDS = {
+    "convert": convert,
+    "cache": cache,
+    "status": status,
+    "verify": verify,
+    "repair": repair,
+    "export": export,
+    "reconstruct": reconstruct,
+    "sample": sample,
+    "tune": tune,
+    "doctor": doctor,
+}
+# Those that go on where they stopped.
+RESUMING = {"cache", "repair", "sample"}
+EXIT_CODES = """exit codes: 0 done; 1 verify found a problem, or status: not complete; 2 wrong input
+or an error; 3 cache complete, but some pictures could not be read (0 under torchrun, which takes
+others for a crash); 4 more of them than --max-bad; 130 interrupted, 143 terminated (a cache goes on
+where it stopped)"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; errors are one line on stderr."""
+    make_streams_safe()
+    options = build_parser().parse_args(arguments)
+    try:
+        return COMMANDS[options.command].run(options)
+    except BrokenPipeError:
+        # Who reads our output has seen enough, as in `| head`. Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
+        text = _explained(error)
+        if text is None:
+            raise
+        return _fail(options, text, getattr(error, "exit_code", 2))
+    except KeyboardInterrupt:
+        resumes = "; run it again to go on where it stopped" if options.command in RESUMING else ""
+        return _fail(options, f"interrupted{resumes}", 130)
+
+
+def _explained(error: Exception) -> str | None:
+    """An error of the user's or the machine's in one line; None for one of ours."""
+    text = one_line(error)
+    if isinstance(error, MemoryError):
+        return f"out of memory ({text})" if str(error) else "out of memory"
+    if not isinstance(error, RuntimeError) or hasattr(error, "exit_code"):
+        return text
+    # torch's own, which it raises for the CPU's memory as a plain RuntimeError.
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return (
+            f"{text}; a smaller --batch-size needs less; a cache with another one is a new folder"
+        )
+    return None
+
+
+def _fail(options: argparse.Namespace, text: str, code: int) -> int:
+    note(f"vfmtok-fast {options.command}: {text.removeprefix(f'{options.command}: ')}")
+    return code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vfmtok-fast",
+        description="VFMTok: images to 256 tokens, tokens to images, and new images.",
+        epilog=EXIT_CODES,
+    )
+    parser.add_argument("--version", action="version", version=f"vfmtok-fast {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.add_arguments(
+            subparsers.add_parser(
+                name, help=command.SUMMARY, description=command.SUMMARY, epilog=EXIT_CODES
+            )
+        )
+    return parser

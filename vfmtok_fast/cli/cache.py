@@ -1,0 +1,171 @@
+"""`vfmtok-fast cache`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import time
+from typing import TYPE_CHECKING
+
+from .choices import VIEWS
+from .models import add_input_option, add_tokenizer_options, load_tokenizer, policy
+from .output import note, note_unlabelled, say
+from .processes import among_processes, exit_code
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..cache import CacheSpec, Progress, Summary
+
+SUMMARY = "tokenise a folder of images into a token cache, or go on with one"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", metavar="IMAGES", help="class folders of pictures, or archives")
+    add_input_option(parser)
+    parser.add_argument("out", metavar="OUT", help="the cache: a new folder, or one to go on with")
+    parser.add_argument(
+        "--views",
+        nargs="+",
+        default=["center"],
+        metavar="VIEW",
+        help=f"of {', '.join(VIEWS)}; random-0..7 for eight (%(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of random crops (%(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, help="pictures at a time (%(default)s)"
+    )
+    parser.add_argument(
+        "--shard-size", type=int, default=8192, help="pictures a file (%(default)s)"
+    )
+    parser.add_argument("--max-bad", type=int, help="stop above this many unreadable pictures")
+    parser.add_argument("--workers", type=int, help="threads that read pictures")
+    parser.add_argument(
+        "--extend",
+        action="store_true",
+        help="add pictures that came since the cache was made (refused otherwise)",
+    )
+    parser.add_argument(
+        "--hash",
+        action="store_true",
+        help="note each picture's SHA-256, to notice changes that keep the size (reads all first)",
+    )
+    parser.add_argument(
+        "--shard-range",
+        metavar="A:B",
+        help="only the shards A to B-1, for batch systems; under torchrun the processes share the "
+        "shards by themselves",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="local: this process, or those of torchrun; ray: actors on the cluster of RAY_ADDRESS "
+        "or of this machine (%(default)s)",
+    )
+    parser.add_argument(
+        "--actors", type=int, help="with --engine ray: how many; one per GPU by default"
+    )
+    parser.add_argument("--json", action="store_true", help="progress and result as lines of JSON")
+    add_tokenizer_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..cache import CacheSpec
+    from ..cache.sources import open_source
+
+    # Before the model, which may have to be downloaded.
+    spec = CacheSpec(
+        input_kind=options.input, views=options.views, seed=options.seed,
+        batch_size=options.batch_size, shard_size=options.shard_size, workers=options.workers,
+        extend=options.extend, hashed=options.hash,
+    )  # fmt: skip
+    open_source(options.images, spec.input_kind)
+    progress = _json_lines() if options.json else True
+    if options.engine == "ray":
+        rank, summary = 0, _on_ray(options, spec, progress)
+    else:
+        rank, summary = _here(options, spec, progress)
+    _tell(summary, options.json, rank)
+    return exit_code(summary.exit_code)
+
+
+def _here(
+    options: argparse.Namespace, spec: CacheSpec, progress: bool | Callable
+) -> tuple[int, Summary]:
+    from .. import cache
+
+    if options.actors is not None:
+        raise ValueError("--actors goes with --engine ray")
+    rank, world_size, device = among_processes(options.device)
+    shard_range = _shard_range(options.shard_range)
+    tokenizer = load_tokenizer(options, device)
+    with policy(options):
+        summary = cache.build(
+            options.images, options.out, tokenizer, spec, max_bad=options.max_bad, rank=rank,
+            world_size=world_size, shard_range=shard_range,
+            progress=progress if rank == 0 else False,
+        )  # fmt: skip
+    return rank, summary
+
+
+def _on_ray(options: argparse.Namespace, spec: CacheSpec, progress: bool | Callable) -> Summary:
+    from .. import cache
+
+    if options.shard_range is not None:
+        raise ValueError("--shard-range is for batch systems; Ray hands out the shards by itself")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("--engine ray is started once, not by torchrun")
+    # The actors hold the model; this process only checks its weights and sends it.
+    tokenizer = load_tokenizer(options, "cpu")
+    with policy(options):
+        return cache.build_on_ray(
+            options.images, options.out, tokenizer, spec, max_bad=options.max_bad,
+            actors=options.actors, device=options.device, progress=progress,
+        )  # fmt: skip
+
+
+def _tell(summary: Summary, as_json: bool, rank: int) -> None:
+    state = "incomplete" if summary.missing else "complete"
+    if as_json:
+        result = {"state": state, "rank": rank, **vars(summary), "out": str(summary.out)}
+        say(json.dumps(result | {"seconds": round(summary.seconds, 3)}))
+        return
+    if rank:
+        return
+    rate = f", {summary.encoded / summary.seconds:.1f} img/s" if summary.encoded else ""
+    still = f" ({summary.missing} shards are still to come)" if summary.missing else ""
+    say(
+        f"{summary.out}: {state}{still}; {summary.images} pictures in {summary.shards} shards, "
+        f"{summary.encoded} encoded now in {summary.seconds:.1f} s{rate}"
+    )
+    if summary.bad:
+        note(f"{summary.bad} could not be read: see {summary.out}/quarantine/")
+    note_unlabelled(summary.out)
+
+
+def _json_lines() -> Callable[[Progress], None]:
+    """A progress function that prints a line of JSON a second."""
+    last = 0.0
+
+    def report(state: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last < 1:
+            return
+        last = time.monotonic()
+        values = {**vars(state), "eta": state.eta}
+        rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
+        say(json.dumps({"state": "encoding", **rounded}), flush=True)
+
+    return report
+
+
+def _shard_range(text: str | None) -> tuple[int, int | None] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]+):([0-9]*)", text)
+    if match is None:
+        raise ValueError(f"--shard-range must be A:B, as in 0:40 or 40:, got {text!r}")
+    return int(match[1]), int(match[2]) if match[2] else None

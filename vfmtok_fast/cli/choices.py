@@ -1,0 +1,11 @@
+"""What options may be. Written down, for the modules that define it import torch, which takes
+seconds; a test compares.
+"""
+
+OFFICIAL_REPO = "yexiguafu/VFMTok"
+OFFICIAL_FILES = ("tokenizer", "GPT-B", "GPT-L", "GPT-XL", "GPT-XXL", "GPT-2B", "GPT-3B")
+PRESETS = ("GPT-B", "GPT-L", "GPT-XL", "GPT-XXL", "GPT-2B", "GPT-3B")
+UNTRAINED = ("full", "small")
+VIEWS = ("center", "center-flip", "ten-crop", "ten-crop-N", "random-K", "random-K-flip")
+INPUTS = ("folder", "tar", "webdataset", "parquet", "lmdb")
+FORMATS = ("llamagen", "rar", "parquet")

@@ -1,0 +1,85 @@
+"""`vfmtok-fast convert`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .choices import OFFICIAL_FILES, OFFICIAL_REPO
+from .output import say
+
+if TYPE_CHECKING:
+    from ..generator import GPT
+    from ..tokenizer import VFMTok
+
+SUMMARY = "turn one of the authors' files into a folder that everything reads"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "what", choices=OFFICIAL_FILES, metavar="WHAT", help=", ".join(OFFICIAL_FILES)
+    )
+    parser.add_argument("out", metavar="OUT", help="a new or empty folder")
+    parser.add_argument(
+        "--file", help=f"the authors' file; left out, it is downloaded from {OFFICIAL_REPO}"
+    )
+    parser.add_argument(
+        "--backbone",
+        help="tokenizer: dinov2_vitl14_reg4_pretrain.pth; left out, it is taken from the file or "
+        "downloaded",
+    )
+    parser.add_argument(
+        "--config", help="JSON file with config fields, where they are not the release's"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    from .. import checkpoint
+    from ..generator import GPT
+    from ..tokenizer import VFMTok
+
+    # A link is where it leads to; what is there may be a mount or the folder that we are in.
+    out = Path(options.out).expanduser().resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is not an empty folder; choose a new one")
+    if options.backbone is not None and options.what != "tokenizer":
+        raise ValueError("--backbone goes with the tokenizer only")
+    config = None
+    if options.config is not None:
+        config = _read_config(Path(options.config))
+    file = options.file or checkpoint.fetch_official(options.what, "--file")
+    if options.what == "tokenizer":
+        model = VFMTok.from_official(file, options.backbone, config)
+    else:
+        model = GPT.from_official(file, config or options.what)
+    _save(model, out)
+    say(f"wrote {out}/config.json and {out}/model.safetensors")
+    return 0
+
+
+def _save(model: VFMTok | GPT, out: Path) -> None:
+    """A new folder comes whole; in one that is there config.json comes last."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    there = out.exists()
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=out if there else out.parent) as temporary:
+        finished = Path(temporary) / "model"
+        model.save_pretrained(finished)
+        if not there:
+            finished.rename(out)
+            return
+        # Its folder cannot be replaced: it may be a mount, or somebody's working directory.
+        for path in sorted(finished.iterdir(), key=lambda path: path.name == "config.json"):
+            path.rename(out / path.name)
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold one JSON object of config fields")
+    return config

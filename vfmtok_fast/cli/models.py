@@ -1,0 +1,114 @@
+"""The options that name models, and loading what they name."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from .choices import INPUTS, UNTRAINED
+from .output import note
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..generator import GPT
+    from ..tokenizer import VFMTok
+
+UNTRAINED_NOTE = "note: untrained weights; the tokens mean nothing and pictures are noise"
+
+
+def add_input_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input",
+        choices=INPUTS,
+        help="what IMAGES is, where that is not plain: class folders, one tar (also of tars, as "
+        "ILSVRC2012 comes), WebDataset shards, Parquet with image bytes, the authors' LMDB",
+    )
+
+
+def add_tokenizer_options(
+    parser: argparse.ArgumentParser, untrained: Sequence[str] = UNTRAINED
+) -> None:
+    group = parser.add_argument_group(
+        "model", "by default the authors' tokenizer and DINOv2, downloaded once"
+    )
+    source = group.add_mutually_exclusive_group()
+    source.add_argument("--model", help="a folder made by convert, or a hub repo in that format")
+    source.add_argument("--tokenizer", metavar="FILE", help="the authors' vfmtok-tokenizer.pt")
+    source.add_argument(
+        "--untrained", choices=untrained, help="random weights: shows the work, means nothing"
+    )
+    group.add_argument("--backbone", metavar="FILE", help="with --tokenizer: DINOv2's own file")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the weights; half precision changes some tokens (%(default)s)",
+    )
+    group.add_argument(
+        "--no-fast", dest="fast", action="store_false", help="take the reference everywhere"
+    )
+
+
+def policy(options: argparse.Namespace) -> AbstractContextManager:
+    """The fast implementations for the time of a block, unless --no-fast."""
+    from .. import switch
+
+    # `doctor` and `status()` tell what runs fast; here the warnings would drown the progress.
+    warnings.simplefilter("ignore", switch.FallbackWarning)
+    return switch.enable() if options.fast else contextlib.nullcontext()
+
+
+def load_tokenizer(options: argparse.Namespace, device: str | None) -> VFMTok:
+    from .. import checkpoint, untrained
+    from ..tokenizer import VFMTok
+
+    if options.backbone is not None and options.tokenizer is None:
+        raise ValueError("--backbone goes with --tokenizer")
+    if options.untrained is not None:
+        note(UNTRAINED_NOTE)
+        model = untrained.untrained_tokenizer(options.untrained)
+    elif options.model is not None:
+        model = VFMTok.from_pretrained(options.model)
+    else:
+        file = options.tokenizer or checkpoint.fetch_official("tokenizer", "--tokenizer")
+        model = VFMTok.from_official(file, options.backbone)
+    return _moved(model, device, options.dtype)
+
+
+def load_gpt(options: argparse.Namespace, device: str | None) -> GPT:
+    from .. import untrained
+    from ..generator import GPT
+
+    if options.untrained is not None:
+        if options.gpt is not None:
+            raise ValueError("--untrained brings its own generator; leave out --gpt")
+        gpt = untrained.untrained_gpt(options.untrained)
+    elif options.gpt is None:
+        raise ValueError(
+            "--gpt names the generator: a folder made by `vfmtok-fast convert GPT-L FOLDER`"
+        )
+    else:
+        gpt = GPT.from_pretrained(options.gpt)
+    return _moved(gpt, device, options.dtype)
+
+
+def _moved(model: torch.nn.Module, name: str | None, dtype: str) -> torch.nn.Module:
+    """The model on a device, in eval mode."""
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices")
+    return model.eval().to(device, getattr(torch, dtype))

@@ -1,0 +1,59 @@
+"""What the commands say and write."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# File names may hold anything; a terminal must not be told to do things by them.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def say(text: object, *, flush: bool = False) -> None:
+    """One line of result, on stdout."""
+    print(harmless(text), flush=flush)
+
+
+def note(text: object) -> None:
+    """One line about the run, on stderr."""
+    print(harmless(text), file=sys.stderr)
+
+
+def harmless(text: object) -> str:
+    """The text with control characters as \\xNN."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", str(text))
+
+
+def make_streams_safe() -> None:
+    """Let no name that a terminal cannot show, and no closed stream, end a run."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed, as by 2>&-
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def write_png(path: str | os.PathLike, picture: np.ndarray) -> None:
+    """Write a picture, whole or not at all."""
+    from PIL import Image
+
+    from ..cache.store import LocalPlace
+
+    path = LocalPlace(path)
+    path.parent.make_folder()
+    with path.writing() as file:
+        Image.fromarray(picture).save(file, format="PNG")
+
+
+def note_unlabelled(out: object) -> None:
+    """Say how many pictures of a cache have no class."""
+    from ..cache.format.index import INDEX, count_unlabelled
+
+    if count := count_unlabelled(out / INDEX):
+        note(f"note: {count} pictures lie in no class folder: their label is -1")

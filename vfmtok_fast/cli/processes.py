@@ -1,0 +1,47 @@
+"""Which of how many processes this is: under torchrun, under Slurm's srun, or alone."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+
+class Processes(NamedTuple):
+    """This process among those of a job; ``device`` is what it computes on."""
+
+    rank: int
+    world_size: int
+    device: str | None
+
+
+def among_processes(device: str | None) -> Processes:
+    """Rank and world size from the environment; picks this process's GPU, if none was named.
+
+    Raises:
+        ValueError: a variable that is no number.
+    """
+    import torch
+
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    # A batch script's own process has the job's variables but no step's.
+    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    rank, world_size, local = (
+        _number(name, default) for name, default in zip(names, "010", strict=True)
+    )
+    if device in (None, "cuda") and torch.cuda.is_available():
+        device = f"cuda:{local % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
+    return Processes(rank, world_size, device)
+
+
+def exit_code(code: int) -> int:
+    """torchrun takes any code but 0 for a crash of the whole job; 3 is none."""
+    return 0 if code == 3 and "TORCHELASTIC_RUN_ID" in os.environ else code
+
+
+def _number(name: str, default: str) -> int:
+    value = os.environ.get(name, default)
+    if not value.isascii() or not value.isdigit():
+        raise ValueError(f"the environment variable {name} must be a number, is {value!r}")
+    return int(value)

@@ -1,0 +1,64 @@
+"""`vfmtok-fast reconstruct`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .models import add_tokenizer_options, load_tokenizer, policy
+from .output import note, say, write_png
+
+SUMMARY = "draw photo | reconstruction | where the regions look"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", metavar="IMAGES", help="a picture, or a folder of them")
+    parser.add_argument("out", metavar="OUT.png", help="the picture to write")
+    parser.add_argument("--limit", type=int, default=8, help="pictures at most (%(default)s)")
+    parser.add_argument("--regions", type=int, default=5, help="regions to draw (%(default)s)")
+    add_tokenizer_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    import torch
+
+    from .. import images
+    from ..visualize import reconstruction_grid
+
+    out = Path(options.out)
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"the picture to write must be named .png, got {out}")
+    if options.limit < 1 or options.regions < 1:
+        raise ValueError("--limit and --regions must be at least 1")
+    photos = _photos(Path(options.images), options.limit)
+    tokenizer = load_tokenizer(options, options.device)
+    size = tokenizer.config.image_size
+    crops = []
+    for path in photos:
+        try:
+            crops.append(images.load_images([path], size))
+        except OSError as error:
+            note(f"left out: {path}: {error.strerror}")
+        except ValueError as error:
+            note(f"left out: {error}")
+    if not crops:
+        raise ValueError(f"{options.images}: no picture could be read")
+    with policy(options):
+        regions = min(options.regions, tokenizer.config.num_regions)
+        grid = reconstruction_grid(tokenizer, torch.cat(crops), regions)
+    write_png(out, grid)
+    say(f"wrote {out}: photo | reconstruction | where {regions} regions look")
+    return 3 if len(crops) < len(photos) else 0
+
+
+def _photos(path: Path, limit: int) -> list[Path]:
+    from ..cache.sources.folder import walk
+
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such picture or folder")
+    found = [path / name for name, _ in walk(path)][:limit]
+    if not found:
+        raise ValueError(f"{path}: no pictures in this folder")
+    return found

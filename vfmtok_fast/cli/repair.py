@@ -1,0 +1,39 @@
+"""`vfmtok-fast repair`."""
+
+from __future__ import annotations
+
+import argparse
+
+from .models import add_input_option, add_tokenizer_options, load_tokenizer, policy
+from .output import note, say
+
+SUMMARY = "tokenise again the shards of a cache that verify finds damaged"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", metavar="IMAGES", help="what the cache was made from")
+    add_input_option(parser)
+    parser.add_argument("out", metavar="OUT", help="the cache")
+    parser.add_argument("--workers", type=int, help="threads that read pictures")
+    add_tokenizer_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    from .. import cache
+    from ..cache.sources import open_source
+
+    cache.read_manifest(options.out)
+    open_source(options.images, options.input)
+    tokenizer = load_tokenizer(options, options.device)
+    with policy(options):
+        made = cache.repair(
+            options.images,
+            options.out,
+            tokenizer,
+            input_kind=options.input,
+            workers=options.workers,
+            tell=note,
+        )
+    found = cache.status(options.out)
+    say(f"{options.out}: {found.state}; {made} of {found.shards} shards made again")
+    return 3 if found.bad else 0

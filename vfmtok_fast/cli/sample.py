@@ -1,0 +1,85 @@
+"""`vfmtok-fast sample`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .models import add_tokenizer_options, load_gpt, load_tokenizer, policy
+from .output import say, write_png
+from .processes import among_processes
+
+SUMMARY = "generate new images: OUT/samples.npz and a grid; resumes, by 64"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", metavar="OUT", help="folder to write to")
+    parser.add_argument("--gpt", help="generator: a folder made by convert, or a hub repo")
+    parser.add_argument("--num", type=int, default=16, help="images (%(default)s)")
+    parser.add_argument(
+        "--classes", type=int, nargs="+", metavar="ID", help="class ids, in turn; all by default"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, help="images generated at a time; by default what is fastest"
+    )
+    parser.add_argument(
+        "--kv-int8", action="store_true", help="keep keys and values in 8 bits: half the memory"
+    )
+    parser.add_argument("--size", type=int, default=256, help="pixels a side (%(default)s)")
+    parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance; 1 is none")
+    parser.add_argument(
+        "--cfg-interval", type=int, default=-1, help="guide decode steps 0..N only; -1: all"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0, help="0: all codes")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest code each time")
+    parser.add_argument("--seed", type=int, default=0)
+    add_tokenizer_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    import torch
+    from tqdm import tqdm
+
+    from .. import images, sample_folder
+    from ..checks import check_class_ids
+    from ..generator import Sampling
+
+    if min(options.num, options.batch_size or 1, options.size) < 1:
+        raise ValueError("--num, --batch-size and --size must be at least 1")
+    rank, world_size, device = among_processes(options.device)
+    gpt, tokenizer = load_gpt(options, device), load_tokenizer(options, device)
+    if gpt.config.block_size != tokenizer.config.num_regions or (
+        gpt.config.vocab_size > tokenizer.config.codebook_size
+    ):
+        raise ValueError(
+            f"the generator makes {gpt.config.block_size} codes of {gpt.config.vocab_size}, the "
+            f"tokenizer decodes {tokenizer.config.num_regions} of {tokenizer.config.codebook_size}"
+        )
+    classes = torch.tensor(options.classes or range(gpt.config.num_classes))
+    names = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "greedy", "seed")
+    settings = {name: getattr(options, name) for name in names}
+    # All that can be wrong is found before the long work, and before anything is written.
+    check_class_ids("--classes", classes, gpt.config.num_classes)
+    Sampling(**settings).check()
+    kv_dtype = torch.int8 if options.kv_int8 else None
+    class_ids = classes[torch.arange(options.num) % len(classes)]
+    job = sample_folder.Job(
+        gpt, tokenizer, Path(options.out), class_ids, options.size, settings, kv_dtype
+    )
+    sample_folder.prepare(job)
+    mine = sample_folder.pending(job)[rank::world_size]
+    count = sum(len(job.rows(number)) for number in mine)
+    hidden = True if rank else None  # None: hidden where there is no terminal.
+    with policy(options), tqdm(total=count, unit="img", desc="sample", disable=hidden) as bar:
+        sample_folder.make_shards(job, mine, options.batch_size, bar.update)
+    if not sample_folder.finish(job):
+        left = len(sample_folder.pending(job))
+        say(f"{job.out}: {count} images made now; {left} shards are still to come")
+        return 0
+    shown = next(sample_folder.shards_of(job))
+    write_png(job.out / "samples.png", images.image_grid(shown, int(len(shown) ** 0.5)))
+    if rank == 0:
+        say(f"wrote {job.out}/samples.png ({len(shown)}) and samples.npz ({options.num} images)")
+    return 0

@@ -1,0 +1,59 @@
+"""`vfmtok-fast verify`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .models import add_input_option, add_tokenizer_options, load_tokenizer, policy
+from .output import note, say
+
+SUMMARY = "check every byte of a cache, and tokenise a sample of it again"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", metavar="OUT", help="the cache")
+    parser.add_argument("--images", help="the pictures' folder or archive: tokenise a sample again")
+    add_input_option(parser)
+    parser.add_argument("--sample", type=int, default=64, help="how many pictures (%(default)s)")
+    parser.add_argument(
+        "--sheet",
+        metavar="OUT.png",
+        help="with --images: draw some pictures, each beside what its tokens decode to",
+    )
+    add_tokenizer_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    from .. import cache
+    from ..cache.sources import open_source
+
+    if options.sheet is not None and Path(options.sheet).suffix.lower() != ".png":
+        raise ValueError(f"--sheet: the picture to write must be named .png, got {options.sheet}")
+    cache.read_manifest(options.out)
+    if options.images:
+        open_source(options.images, options.input)
+    chosen = options.model or options.tokenizer or options.untrained
+    tokenizer = load_tokenizer(options, options.device) if options.images or chosen else None
+    with policy(options):
+        report = cache.verify(
+            options.out,
+            tokenizer,
+            options.images,
+            input_kind=options.input,
+            sample=options.sample,
+            sheet=options.sheet,
+        )
+    for problem in report.problems:
+        note(problem)
+    again = ""
+    if report.agreement is not None:
+        again = f"; {report.sampled} encoded again, {report.agreement:.4%} of tokens agree"
+    verdict = "sound" if report.ok else f"{len(report.problems)} problems"
+    say(
+        f"{options.out}: {verdict}; {report.images} pictures in {report.shards} shards, "
+        f"{report.bad} could not be read{again}"
+    )
+    if not report.ok:
+        return 1
+    return 3 if report.bad else 0
