@@ -411,14 +411,6 @@ def test_doctor_names_what_is_missing_and_how_to_get_it(run, monkeypatch) -> Non
         assert f"{name} is not installed: {use}; pip install 'vfmtok-fast[{extra}]'" in text
 
 
-def test_the_commands_in_the_readme_parse() -> None:
-    text = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-    commands = re.findall(r"^vfmtok-fast (.+)$", text, flags=re.MULTILINE)
-    assert len(commands) >= 8
-    for command in commands:
-        cli.build_parser().parse_args(command.split())
-
-
 def test_help_tells_the_exit_codes(capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["cache", "--help"])

@@ -1,8 +1,9 @@
-"""What the README shows runs, its recipes are right, and its links lead somewhere."""
+"""What README and docs show runs, the recipes are right, and the links lead somewhere."""
 
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,19 +12,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vfmtok_fast
+from vfmtok_fast import cli
 from vfmtok_fast.reference.deformable_sample import deformable_sample as reference
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+SHOWN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PHOTOS = ROOT / "examples" / "images"
+
+
+def snippets(page: Path, language: str) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
 
 
 def example() -> dict:
-    """The names that the section's code block leaves behind."""
-    section = README.read_text(encoding="utf-8").partition("## Deformable attention")[2]
+    """The names that the page's code block leaves behind."""
+    (code,) = snippets(ROOT / "docs" / "deformable-attention.md", "python")
     names: dict = {}
     torch.manual_seed(0)
-    exec(section.partition("```python\n")[2].partition("```")[0], names)
+    exec(code, names)
     return names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", SHOWN, ids=lambda page: page.name)
+def test_every_python_snippet_runs(page, tmp_path, monkeypatch, clean_switch):
+    """In a folder with a photo and a folder of photos, as a reader has."""
+    shutil.copy(PHOTOS / "vehicles" / "rocket.jpg", tmp_path / "photo.jpg")
+    shutil.copytree(PHOTOS, tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    for code in snippets(page, "python"):
+        exec(compile(code, str(page), "exec"), {})
+
+
+def test_every_command_parses():
+    lines = [line for page in SHOWN for code in snippets(page, "sh") for line in code.splitlines()]
+    assert len(lines) >= 16 and all(line.startswith("vfmtok-fast ") for line in lines)
+    for line in lines:
+        cli.build_parser().parse_args(line.split()[1:])
 
 
 def check(got: Tensor, truth: Tensor, ruler: Tensor) -> None:
@@ -72,7 +98,8 @@ def test_a_layer_with_finished_locations_and_weights():
     check(out, truth, finished(value, levels, locations, weights))
 
 
-PAGES = ["README.md", "benchmarks/REPORT.md"]
+PAGES = ["CONTRIBUTING.md", "benchmarks/REPORT.md"]
+PAGES += [page.relative_to(ROOT).as_posix() for page in SHOWN]
 PAGES += [page.relative_to(ROOT).as_posix() for page in sorted((ROOT / "kernels").rglob("*.md"))]
 
 

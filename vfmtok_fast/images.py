@@ -2,8 +2,7 @@
 
 The only module that knows pixels. Everything between a file and the model's input is here, and it
 is bit-exact with the preprocessing that the authors trained with, so that a token depends on the
-file and the weights alone. Pillow is the decoder. Source: the release's `center_crop_arr` rule as
-written down in DESIGN.md section 5, "Input".
+file and the weights alone. Pillow is the decoder. Source: the release's `center_crop_arr`.
 """
 
 from __future__ import annotations
@@ -117,7 +116,8 @@ def center_crop(image: Image.Image, size: int = 336) -> np.ndarray:
         ValueError: the mode is not RGB, `size` is below 1, or the picture is so elongated that the
             resize would produce more than MAX_RESIZED_PIXELS pixels.
 
-    Source: DESIGN.md section 5, "Input"; bit-exact with the golden arrays.
+    Source: the release's `center_crop_arr`, bit for bit: while the short side is at least twice
+    ``size`` it is halved by BOX, then scaled to ``size`` by BICUBIC, and the centre is cut out.
     """
     image = resize_short_side(image, size)
     top, left = (image.height - size) // 2, (image.width - size) // 2

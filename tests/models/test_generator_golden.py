@@ -39,7 +39,7 @@ class Golden:
             self.truth = self.model.double()(codes, self.classes)
         self.model.float()
         # What float32 does to our logits. The authors' arithmetic is as exact, so that theirs lie
-        # within twice that of the truth (DESIGN.md section 7), three times of ours.
+        # within twice that of the truth, three times of ours.
         self.ruler = float((self.logits - self.truth).abs().max())
         assert 0 < self.ruler < 1e-4 * float(self.truth.abs().max())
 

@@ -133,7 +133,7 @@ def test_published_sizes():
     with torch.device("meta"):
         model = VFMTok(config)
     count = {n: sum(p.numel() for p in m.parameters()) for n, m in model.named_children()}
-    # DESIGN.md section 5: 304M, 20M, 20M, 33M.
+    # The paper's model: 304M, 20M, 20M, 33M.
     assert [round(count[n] / 1e6) for n in ("backbone", "pixel_decoder")] == [304, 33]
     assert 19e6 < count["region_encoder"] < 21e6 and 19e6 < count["token_decoder"] < 21e6
 

@@ -180,7 +180,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Recorder]
 def check_rounding() -> Callable[..., None]:
     """``check_rounding(op, *tensors)``: enabled, it errs at most twice as much as its reference.
 
-    The truth is the reference in float64; one rounding of the result is free (DESIGN.md, 7).
+    The truth is the reference in float64; one rounding of the result is free.
     ``took`` is the implementation that must have been taken.
     """
 
