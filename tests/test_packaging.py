@@ -146,7 +146,7 @@ def test_wheel_holds_the_package_and_nothing_else(source: Path, elsewhere: Path)
     }
     assert "vfmtok_fast/kernels/tuned/nvidia-h200.json" in tables
     # A folder of modules without an __init__.py would be missing from the wheel.
-    expected |= tables
+    expected |= tables | {"vfmtok_fast/py.typed"}
     assert names == expected | modules_in(source / "kernels", "vfmtok_fast/kernels")
     assert f"\nVersion: {vfmtok_fast.__version__}\n" in metadata
     assert "\nRequires-Dist: triton" not in metadata
