@@ -282,14 +282,9 @@ def _decode(
 
 
 def unsupported_reason(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    length: int | Tensor,
-    *,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> str | None:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor, *,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> str | None:  # fmt: skip
     """Why this cannot take the call, or None."""
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes float32, float16 and bfloat16, not {q.dtype}"
@@ -307,14 +302,9 @@ def unsupported_reason(
 
 
 def decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    length: int | Tensor,
-    *,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor, *,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """See `vfmtok_fast.ops.decode_attention`; takes what `unsupported_reason` lets pass."""
     lengths, length = (length, 0) if isinstance(length, Tensor) else (None, length)
     return _attend(q, k_cache, v_cache, k_scale, v_scale, lengths, length)

@@ -310,18 +310,10 @@ def _best_share(shares, out, rows, SHARES: tl.constexpr, ROWS: tl.constexpr, OVE
 
 
 def unsupported_reason(
-    logits: Tensor,
-    image_ids: Tensor,
-    step: int | Tensor,
-    *,
-    uncond_logits: Tensor | None = None,
-    cfg_scale: float = 1.0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    greedy: bool = False,
-    seed: int = 0,
-) -> str | None:
+    logits: Tensor, image_ids: Tensor, step: int | Tensor, *, uncond_logits: Tensor | None = None,
+    cfg_scale: float = 1.0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+    greedy: bool = False, seed: int = 0,
+) -> str | None:  # fmt: skip
     """Why this cannot take the call, or None."""
     if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes float32, float16 and bfloat16, not {logits.dtype}"
@@ -335,18 +327,10 @@ def unsupported_reason(
 
 
 def sample_token(
-    logits: Tensor,
-    image_ids: Tensor,
-    step: int | Tensor,
-    *,
-    uncond_logits: Tensor | None = None,
-    cfg_scale: float = 1.0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    greedy: bool = False,
-    seed: int = 0,
-) -> Tensor:
+    logits: Tensor, image_ids: Tensor, step: int | Tensor, *, uncond_logits: Tensor | None = None,
+    cfg_scale: float = 1.0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+    greedy: bool = False, seed: int = 0,
+) -> Tensor:  # fmt: skip
     """See `vfmtok_fast.ops.sample_token`; takes what `unsupported_reason` lets pass."""
     at, number = (step, 0) if isinstance(step, Tensor) else (None, step)
     # torch passes integers as signed ones of 64 bits.

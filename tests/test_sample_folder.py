@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scripts import DIE_AT_RENAME, START
 
 import vfmtok_fast
 from vfmtok_fast import GPT, GPTConfig, sample_folder
@@ -17,27 +18,12 @@ from vfmtok_fast import GPT, GPTConfig, sample_folder
 SAMPLING = {"cfg_scale": 1.5, "cfg_interval": 3, "top_k": 20, "top_p": 0.95, "seed": 4}
 
 # A process that imports once and forks one run per trial, killed at its n-th rename.
-HARNESS = """
-import importlib.util, os, signal, sys
-from pathlib import Path
-spec = importlib.util.spec_from_file_location("test_sample_folder", sys.argv[1])
-tests = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tests)
-import torch
-torch.set_num_threads(1)
+HARNESS = (
+    START
+    + DIE_AT_RENAME
+    + """
 out = Path(sys.argv[2])
 
-def die_at_rename(at, after):
-    rename, count = os.replace, 0
-    def replace(source, target):
-        nonlocal count
-        count += 1
-        if count == at and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(source, target)
-        if count == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-    os.replace = replace
 
 def trial(folder, at=0, after=False, world=1):
     killed = 0
@@ -47,7 +33,7 @@ def trial(folder, at=0, after=False, world=1):
         if pid == 0:
             if rank == 0:
                 die_at_rename(at, after)
-            tests.run(folder, rank=rank, world=world)
+            fake.run(folder, rank=rank, world=world)
             os._exit(0)
         pids.append(pid)
     for pid in pids:
@@ -68,6 +54,7 @@ while True:
     at += 1
 print(total)
 """
+)
 
 
 class FakeTokenizer(torch.nn.Module):
@@ -213,7 +200,8 @@ def test_an_error_while_decoding_beside_generation_ends_the_run(tmp_path):
 def test_killed_before_and_after_every_rename(tmp_path):
     """Settings, 3 shards and the result, in worlds of one to three processes."""
     (tmp_path / "out").mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(Path(vfmtok_fast.__file__).parents[1])}
+    paths = Path(vfmtok_fast.__file__).parents[1], Path(__file__).parent / "helpers"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     done = subprocess.run(
         [sys.executable, "-c", HARNESS, __file__, str(tmp_path / "out")],
         env=environment, capture_output=True, text=True, timeout=120,

@@ -83,14 +83,9 @@ def tuning_key(
 
 
 def decode_step(
-    code: Tensor,
-    embedding: Tensor,
-    weights: StepWeights,
-    cache: KVCache,
-    position: int | Tensor,
-    length: int | Tensor,
-    attend: Callable[..., Tensor],
-) -> Tensor:
+    code: Tensor, embedding: Tensor, weights: StepWeights, cache: KVCache,
+    position: int | Tensor, length: int | Tensor, attend: Callable[..., Tensor],
+) -> Tensor:  # fmt: skip
     """See `vfmtok_fast.ops.decode_step`; takes what `unsupported_reason` lets pass."""
     at, number = (position, 0) if isinstance(position, Tensor) else (None, position)
     x = _embedded(code, embedding, cache.layers[0].keys.shape[0])

@@ -89,13 +89,9 @@ SPACES = (GATHER, SAMPLES, SORT, VALUE, VALUE_FLOAT32, ADD)
 
 
 def unsupported_reason(
-    value: Tensor,
-    spatial_shapes: tuple[tuple[int, int], ...],
-    reference_points: Tensor,
-    offsets: Tensor,
-    attention_logits: Tensor,
-    deterministic: bool = True,
-) -> str | None:
+    value: Tensor, spatial_shapes: tuple[tuple[int, int], ...], reference_points: Tensor,
+    offsets: Tensor, attention_logits: Tensor, deterministic: bool = True,
+) -> str | None:  # fmt: skip
     """Why this cannot take the call, or None."""
     if value.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes float32, float16 and bfloat16, not {value.dtype}"
@@ -134,13 +130,9 @@ def _key(dtype: torch.dtype, pixels: int, D: int, offsets: Tensor) -> tuple[str,
 
 
 def deformable_sample(
-    value: Tensor,
-    spatial_shapes: tuple[tuple[int, int], ...],
-    reference_points: Tensor,
-    offsets: Tensor,
-    attention_logits: Tensor,
-    deterministic: bool = True,
-) -> Tensor:
+    value: Tensor, spatial_shapes: tuple[tuple[int, int], ...], reference_points: Tensor,
+    offsets: Tensor, attention_logits: Tensor, deterministic: bool = True,
+) -> Tensor:  # fmt: skip
     """See `vfmtok_fast.ops.deformable_sample`; takes what `unsupported_reason` lets pass."""
     sides = [side for shape in spatial_shapes for side in shape]
     return torch.ops.vfmtok_fast.deformable_sample_triton(

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from scripts import DIE_AT_RENAME, START
 
 import vfmtok_fast
 from vfmtok_fast import cache
@@ -21,32 +22,15 @@ SMALL = {"batch_size": 3, "shard_size": 2, "workers": 2}
 
 # A process that imports once and forks one builder per trial. It says on its last line how many
 # builders were killed. `at` counts the renames, the only moments at which anything becomes visible.
-HARNESS = """
-import importlib.util, os, random, shutil, signal, sys, time
-spec = importlib.util.spec_from_file_location("fake", sys.argv[1])
-fake = importlib.util.module_from_spec(spec)
-sys.modules["fake"] = fake
-spec.loader.exec_module(fake)
-import torch
-from pathlib import Path
-from vfmtok_fast import cache
-torch.set_num_threads(1)
+HARNESS = (
+    START
+    + DIE_AT_RENAME
+    + """
 mode, images, out = sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
 
 def build(out):
     cache.build(images, out, fake.FakeTokenizer(), batch_size=3, shard_size=2, workers=2)
 
-def die_at_rename(at, after):
-    rename, count = os.replace, 0
-    def replace(source, target):
-        nonlocal count
-        count += 1
-        if count == at and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(source, target)
-        if count == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-    os.replace = replace
 
 def trial(out, prepare, delay=None):
     pid = os.fork()
@@ -94,6 +78,7 @@ else:
         at += 1
 print(killed)
 """
+)
 
 
 def run_harness(fake, mode, images, out):

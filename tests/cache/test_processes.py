@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from scripts import START
 
 import vfmtok_fast
 from vfmtok_fast import cache
@@ -17,16 +18,9 @@ from vfmtok_fast.cache.format import shards
 SMALL = {"batch_size": 3, "shard_size": 2, "workers": 1}
 
 # Imports once, then forks the processes of each world and kills them at random moments.
-HARNESS = """
-import importlib.util, os, random, signal, sys, time
-spec = importlib.util.spec_from_file_location("fake", sys.argv[1])
-fake = importlib.util.module_from_spec(spec)
-sys.modules["fake"] = fake
-spec.loader.exec_module(fake)
-import torch
-from pathlib import Path
-from vfmtok_fast import cache
-torch.set_num_threads(1)
+HARNESS = (
+    START
+    + """
 images, out = sys.argv[2], Path(sys.argv[3])
 
 class Slow(fake.FakeTokenizer):
@@ -60,6 +54,7 @@ for world in (3, 2, 5, 1, 4):
         assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, status
 print(killed)
 """
+)
 
 
 @pytest.mark.slow

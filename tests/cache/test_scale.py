@@ -11,33 +11,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scripts import START
 
 import vfmtok_fast
 from vfmtok_fast import cache
 
-START = """
-import importlib.util, itertools, os, random, resource, signal, sys, time
-spec = importlib.util.spec_from_file_location("fake", sys.argv[1])
-fake = importlib.util.module_from_spec(spec)
-sys.modules["fake"] = fake
-spec.loader.exec_module(fake)
-import numpy as np, torch
-from pathlib import Path
-from vfmtok_fast import cache
+SCALE = (
+    START
+    + """
+import numpy as np
 from vfmtok_fast.cache.format import index
 from vfmtok_fast.cache.make import encode, parts
 from vfmtok_fast.cache.sources import Entry
 from vfmtok_fast.cache.store import place
-torch.set_num_threads(1)
 out = place(sys.argv[2])
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 """
+)
 
 # Pictures are made up from their row, so that all the time goes to what is under test.
 ROWS = (
-    START
+    SCALE
     + """
 def bases(source, entry, plan, manifest):
     if entry.offset % 1009 == 7:
@@ -80,7 +76,7 @@ print(killed, summary.encoded, peak() - before)
 )
 
 INDEX = (
-    START
+    SCALE
     + """
 def entries(after):
     for number in range(0 if after is None else after.size + 1, 1_000_000):

@@ -13,6 +13,7 @@ import fsspec
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
+from scripts import START
 from torch.utils.data import DataLoader
 
 import vfmtok_fast
@@ -107,17 +108,11 @@ def test_whenever_a_put_fails_the_next_run_goes_on(tmp_path, url, tokenizer, fak
 
 # Forks one builder after the other and kills it at a random moment, on a file system that has
 # neither renames nor puts in one piece: it writes under the final name, bit by bit.
-HARNESS = """
-import importlib.util, os, random, signal, sys, time
+HARNESS = (
+    START
+    + """
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
-spec = importlib.util.spec_from_file_location("fake", sys.argv[1])
-fake = importlib.util.module_from_spec(spec)
-sys.modules["fake"] = fake
-spec.loader.exec_module(fake)
-import torch
-from vfmtok_fast import cache
-torch.set_num_threads(1)
 
 class Plain(LocalFileSystem):
     protocol = "plain"
@@ -162,6 +157,7 @@ for _ in range(12):
 assert os.waitpid(start(sys.argv[3]), 0)[1] == 0
 print(killed)
 """
+)
 
 
 @pytest.mark.slow

@@ -59,13 +59,7 @@ def uncached() -> Callable[..., Tensor]:
 def tiny() -> VFMTokConfig:
     """The smallest tokenizer that has every part; images keep their 336 x 336."""
     return VFMTokConfig(
-        dim=32,
-        encoder_depth=1,
-        decoder_depth=1,
-        num_heads=2,
-        decoder_mlp_dim=48,
-        codebook_size=64,
-        pixel_channels=32,
-        pixel_channel_mult=(1, 1, 1, 1, 2),
+        dim=32, encoder_depth=1, decoder_depth=1, num_heads=2, decoder_mlp_dim=48,
+        codebook_size=64, pixel_channels=32, pixel_channel_mult=(1, 1, 1, 1, 2),
         backbone=BackboneConfig(dim=32, depth=2, num_heads=2, levels=(0, 1)),
-    )
+    )  # fmt: skip

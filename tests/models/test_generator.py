@@ -14,14 +14,9 @@ from vfmtok_fast.generator import PRESETS
 from vfmtok_fast.generator.transformer import rotary_table
 
 SMALL = GPTConfig(
-    num_layers=2,
-    num_heads=2,
-    dim=16,
-    vocab_size=37,
-    block_size=16,
-    num_classes=5,
+    num_layers=2, num_heads=2, dim=16, vocab_size=37, block_size=16, num_classes=5,
     ffn_multiple_of=8,
-)
+)  # fmt: skip
 
 
 def make(config: GPTConfig = SMALL, dtype: torch.dtype = torch.float64, **changes) -> GPT:

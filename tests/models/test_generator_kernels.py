@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 
 import pytest
 import torch
 from torch import nn
+from where_kernels_run import DEVICE, GPU, runs, starts_child
 
 import vfmtok_fast
 from vfmtok_fast import GPT, GPTConfig, switch
@@ -16,11 +16,6 @@ from vfmtok_fast.generator.decoder import STEP_OPS
 pytest.importorskip("triton")
 from vfmtok_fast.kernels import decode_step, launch
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if GPU else "cpu"
-HERE = pytest.mark.skipif(not INTERPRETED, reason="runs in the child pytest")
-runs = pytest.mark.gpu if GPU else HERE
 CLASSES = torch.arange(64) % 10
 # For the interpreter.
 SMALL = {"block_size": 9, "num_layers": 1, "dim": 32, "num_heads": 2, "vocab_size": 96}
@@ -33,7 +28,7 @@ SETTINGS = (
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests below run here")
+@starts_child
 def test_in_the_interpreter(run_in_interpreter):
     run_in_interpreter(__file__)
 

@@ -37,7 +37,7 @@ CONFIGS = {
         pixel_channels=32,
         codebook_size=1024,
         backbone=BackboneConfig(dim=96, depth=24, num_heads=4),
-    ),
+    ),  # fmt: skip
     "tokenizer_full": VFMTokConfig(),
 }
 FLOAT32 = torch.finfo(torch.float32).eps

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from where_kernels_run import DEVICE, GPU, HERE, INTERPRETED, runs, starts_child
 
 import vfmtok_fast
 from vfmtok_fast import ops
@@ -19,11 +19,6 @@ from vfmtok_fast.reference.decode_attention import decode_attention as reference
 pytest.importorskip("triton")
 from vfmtok_fast.kernels import decode_attention as kernel
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if GPU else "cpu"
-HERE = pytest.mark.skipif(not INTERPRETED, reason="runs in the child pytest")
-runs = pytest.mark.gpu if GPU else HERE
 pytestmark = pytest.mark.usefixtures("poison")
 # The interpreter's bfloat16 products are wrong, and only half precision takes products.
 HALF = torch.bfloat16 if GPU else torch.float16
@@ -36,7 +31,7 @@ PARTS, ARRIVED = 7, 8
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests below run here")
+@starts_child
 def test_in_the_interpreter(run_in_interpreter):
     run_in_interpreter(__file__)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from step_arguments import changed, copied, make
 from torch import Tensor
+from where_kernels_run import DEVICE, GPU, HALVES, INTERPRETED, runs, starts_child
 
 import vfmtok_fast
 from vfmtok_fast import ops
@@ -25,14 +25,7 @@ pytest.importorskip("triton")
 from vfmtok_fast.kernels import decode_step as kernel
 from vfmtok_fast.kernels import launch
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if GPU else "cpu"
-HERE = pytest.mark.skipif(not INTERPRETED, reason="runs in the child pytest")
-runs = pytest.mark.gpu if GPU else HERE
 pytestmark = pytest.mark.usefixtures("poison")
-# The interpreter's bfloat16 products are wrong.
-HALVES = [torch.float16, torch.bfloat16] if GPU else [torch.float16]
 H, T, D, EPS = 3, 5, 4, 1e-5
 SIZES = {"H": H, "T": T, "D": D, "V": 30}
 PARTS = ("queries", "add", "hidden", "logits")
@@ -41,7 +34,7 @@ ROWS = (1, 2, 4, 5, 16, 64, 65)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests below run here")
+@starts_child
 def test_in_the_interpreter(run_in_interpreter):
     run_in_interpreter(__file__)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from where_kernels_run import DEVICE, HALVES, runs, starts_child
 
 import vfmtok_fast
 from vfmtok_fast import ops
@@ -22,22 +22,15 @@ from vfmtok_fast.reference.deformable_sample import deformable_sample as referen
 pytest.importorskip("triton")
 from vfmtok_fast.kernels import deformable_sample as kernel
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if GPU else "cpu"
 KERNELS = ("_gather", "_grad_samples", "_sort", "_grad_value", "_add_value")
-HERE = pytest.mark.skipif(not INTERPRETED, reason="runs in the child pytest")
-runs = pytest.mark.gpu if GPU else HERE
 pytestmark = pytest.mark.usefixtures("poison")
-# The interpreter's bfloat16 products are wrong; a GPU's are not.
-HALVES = [torch.float16, torch.bfloat16] if GPU else [torch.float16]
 # Odd, not square, one pixel wide; a strip of three tiles and more; tiles in two rows.
 ODD = ((5, 7), (3, 2), (1, 4), (1, 1))
 WIDE = ((9, 27), (17, 8))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests below run here")
+@starts_child
 def test_in_the_interpreter(run_in_interpreter):
     run_in_interpreter(__file__)
 

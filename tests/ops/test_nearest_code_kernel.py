@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from where_kernels_run import DEVICE, GPU, runs, starts_child
 
 import vfmtok_fast
 from vfmtok_fast import ops
@@ -16,19 +15,14 @@ from vfmtok_fast import ops
 pytest.importorskip("triton")
 from vfmtok_fast.kernels import nearest_code as kernel
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if GPU else "cpu"
 LAUNCHES = {"_insert": 1, "_prepare": 1, "_screen": 2, "_rescan": 2}
 # Positions among the arguments of _screen.
 COUNT, BEST, SLACK = 4, 5, 8
-HERE = pytest.mark.skipif(not INTERPRETED, reason="runs in the child pytest")
-runs = pytest.mark.gpu if GPU else HERE
 pytestmark = pytest.mark.usefixtures("poison")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests below run here")
+@starts_child
 def test_in_the_interpreter(run_in_interpreter):
     run_in_interpreter(__file__)
 

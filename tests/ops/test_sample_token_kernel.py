@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from where_kernels_run import DEVICE, INTERPRETED, runs, starts_child
 
 import vfmtok_fast
 from vfmtok_fast import ops
@@ -18,11 +18,6 @@ from vfmtok_fast.reference.sample_token import sample_token as reference
 pytest.importorskip("triton")
 from vfmtok_fast.kernels import sample_token as kernel
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if GPU else "cpu"
-HERE = pytest.mark.skipif(not INTERPRETED, reason="runs in the child pytest")
-runs = pytest.mark.gpu if GPU else HERE
 pytestmark = pytest.mark.usefixtures("poison")
 INF, NAN = float("inf"), float("nan")
 SEEDS = (0, 1, 2**31, 2**32 + 5, 2**63 + 11, 2**64 - 1)
@@ -45,7 +40,7 @@ MASS = 9 * 2.0**-20
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests below run here")
+@starts_child
 def test_in_the_interpreter(run_in_interpreter, check):
     run_in_interpreter(__file__)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from where_kernels_run import DEVICE, GPU, runs, starts_child
 
 from vfmtok_fast.functional import filter_logits
 from vfmtok_fast.reference.philox import gumbel_noise, philox
@@ -25,11 +25,6 @@ from vfmtok_fast.kernels.sample_token import (  # noqa: E402
     _signed,
 )
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if GPU else "cpu"
-HERE = pytest.mark.skipif(not INTERPRETED, reason="runs in the child pytest")
-runs = pytest.mark.gpu if GPU else HERE
 pytestmark = pytest.mark.usefixtures("poison")
 SEEDS = (0, 1, 2**31, 2**32 + 5, 2**63 + 11, 2**64 - 1)
 # Largest error of the noise over all u there are, in units of max(1, |noise|):
@@ -40,7 +35,7 @@ MASS_ERROR = 9 * 2.0**-20
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests below run here")
+@starts_child
 def test_in_the_interpreter(run_in_interpreter):
     run_in_interpreter(__file__)
 

@@ -37,14 +37,9 @@ def unsupported_reason(
 
 
 def decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    length: int | Tensor,
-    *,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor, *,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """See `vfmtok_fast.ops.decode_attention`; takes what `unsupported_reason` lets pass."""
     cache = (k_cache, v_cache) if k_scale is None else (k_cache, v_cache, k_scale, v_scale)
     if not isinstance(length, Tensor):

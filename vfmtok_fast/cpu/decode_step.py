@@ -33,14 +33,9 @@ _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_l
 
 
 def decode_step(
-    code: Tensor,
-    embedding: Tensor,
-    weights: StepWeights,
-    cache: KVCache,
-    position: int | Tensor,
-    length: int | Tensor,
-    attend: Callable[..., Tensor],
-) -> Tensor:
+    code: Tensor, embedding: Tensor, weights: StepWeights, cache: KVCache,
+    position: int | Tensor, length: int | Tensor, attend: Callable[..., Tensor],
+) -> Tensor:  # fmt: skip
     """See `vfmtok_fast.ops.decode_step`; ``attend`` is `ops.decode_attention`."""
     rows = cache.layers[0].keys.shape[0]
     x = embedding.index_select(0, code)

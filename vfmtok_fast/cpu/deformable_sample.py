@@ -21,13 +21,9 @@ from torch import Tensor
 
 
 def deformable_sample(
-    value: Tensor,
-    spatial_shapes: tuple[tuple[int, int], ...],
-    reference_points: Tensor,
-    offsets: Tensor,
-    attention_logits: Tensor,
-    deterministic: bool = True,
-) -> Tensor:
+    value: Tensor, spatial_shapes: tuple[tuple[int, int], ...], reference_points: Tensor,
+    offsets: Tensor, attention_logits: Tensor, deterministic: bool = True,
+) -> Tensor:  # fmt: skip
     """See `vfmtok_fast.ops.deformable_sample`; ``deterministic`` changes nothing here."""
     B, S, H, D = value.shape
     Q, L, P = offsets.shape[1], offsets.shape[3], offsets.shape[4]

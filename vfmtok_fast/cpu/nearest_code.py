@@ -64,13 +64,8 @@ _library.define("nearest_code_cpu" + _SCHEMA)
 
 
 def unsupported_reason(
-    z: Tensor,
-    codebook: Tensor,
-    *,
-    k: int = 1,
-    normalize: bool = True,
-    return_score: bool = False,
-) -> str | None:
+    z: Tensor, codebook: Tensor, *, k: int = 1, normalize: bool = True, return_score: bool = False
+) -> str | None:  # fmt: skip
     """Why this cannot take the call, or None."""
     if z.shape[1] > 4096:
         return f"vectors of dimension {z.shape[1]} do not fit its 64 MB (4096 at most)"
@@ -81,13 +76,8 @@ def unsupported_reason(
 
 
 def nearest_code(
-    z: Tensor,
-    codebook: Tensor,
-    *,
-    k: int = 1,
-    normalize: bool = True,
-    return_score: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    z: Tensor, codebook: Tensor, *, k: int = 1, normalize: bool = True, return_score: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """See `vfmtok_fast.ops.nearest_code`; takes the calls that `unsupported_reason` lets pass."""
     code, score = torch.ops.vfmtok_fast.nearest_code_cpu(z, codebook, k, normalize)
     return (code, score) if return_score else code

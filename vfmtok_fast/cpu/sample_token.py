@@ -29,18 +29,10 @@ _kept = threading.local()
 
 
 def sample_token(
-    logits: Tensor,
-    image_ids: Tensor,
-    step: int | Tensor,
-    *,
-    uncond_logits: Tensor | None = None,
-    cfg_scale: float = 1.0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    greedy: bool = False,
-    seed: int = 0,
-) -> Tensor:
+    logits: Tensor, image_ids: Tensor, step: int | Tensor, *, uncond_logits: Tensor | None = None,
+    cfg_scale: float = 1.0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+    greedy: bool = False, seed: int = 0,
+) -> Tensor:  # fmt: skip
     """See `vfmtok_fast.ops.sample_token`."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logits = logits.to(dtype)

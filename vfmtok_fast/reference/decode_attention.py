@@ -11,14 +11,9 @@ from ..decoding import in_full
 
 
 def decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    length: int | Tensor,
-    *,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor, *,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """See `vfmtok_fast.ops.decode_attention`."""
     k_cache = in_full(k_cache, k_scale, q.dtype)
     v_cache = in_full(v_cache, v_scale, q.dtype)

@@ -13,14 +13,9 @@ from ..functional import rms_norm, rotate
 
 
 def decode_step(
-    code: Tensor,
-    embedding: Tensor,
-    weights: StepWeights,
-    cache: KVCache,
-    position: int | Tensor,
-    length: int | Tensor,
-    attend: Callable[..., Tensor],
-) -> Tensor:
+    code: Tensor, embedding: Tensor, weights: StepWeights, cache: KVCache,
+    position: int | Tensor, length: int | Tensor, attend: Callable[..., Tensor],
+) -> Tensor:  # fmt: skip
     """See `vfmtok_fast.ops.decode_step`; ``attend`` is `ops.decode_attention`."""
     rows = cache.layers[0].keys.shape[0]
     x = F.embedding(code, embedding).repeat(rows // max(len(code), 1), 1)

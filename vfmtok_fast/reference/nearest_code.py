@@ -8,13 +8,8 @@ from torch import Tensor
 
 
 def nearest_code(
-    z: Tensor,
-    codebook: Tensor,
-    *,
-    k: int = 1,
-    normalize: bool = True,
-    return_score: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    z: Tensor, codebook: Tensor, *, k: int = 1, normalize: bool = True, return_score: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """See `vfmtok_fast.ops.nearest_code`."""
     # Half-precision input is taken as exact; rounding the scores to it would invent ties.
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32

@@ -20,14 +20,10 @@ from .verify import shard_problems
 
 
 def repair(
-    images: str | os.PathLike,
-    out: str | os.PathLike,
-    tokenizer: Tokenizer,
-    *,
-    input_kind: str | None = None,
-    workers: int | None = None,
+    images: str | os.PathLike, out: str | os.PathLike, tokenizer: Tokenizer, *,
+    input_kind: str | None = None, workers: int | None = None,
     tell: Callable[[str], None] = lambda problem: None,
-) -> int:
+) -> int:  # fmt: skip
     """Encode again every shard that is missing, fails its checks, or lacks what can be read now.
 
     The latter is a picture that was quarantined when its shard was made, because it was gone for a

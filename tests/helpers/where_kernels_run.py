@@ -1,0 +1,20 @@
+"""Where Triton's kernels run in a test: on a GPU, or in the interpreter of a child pytest.
+
+`run_in_interpreter` of tests/ops/conftest.py starts the child; tests marked with `runs` run there.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if GPU else "cpu"
+# The interpreter's bfloat16 products are wrong; a GPU's are not.
+HALVES = [torch.float16, torch.bfloat16] if GPU else [torch.float16]
+HERE = pytest.mark.skipif(not INTERPRETED, reason="runs in the child pytest")
+runs = pytest.mark.gpu if GPU else HERE
+starts_child = pytest.mark.skipif(GPU or INTERPRETED, reason="the tests below run here")
