@@ -188,8 +188,6 @@ def test_load_images(tmp_path):
         load_images(paths)
     with pytest.raises(ValueError, match="at least one"):
         load_images([])
-    with pytest.raises(TypeError, match="list of paths"):
-        load_images(str(paths[0]))
 
 
 def test_image_grid():
@@ -382,3 +380,17 @@ def test_random_damage_never_raises_anything_else():
             assert str(error) and "\n" not in str(error)
             refused += 1
     assert 300 < refused < 2900
+
+
+def test_load_images_takes_one_or_many_files_or_pillow_images(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
+    picture.save(tmp_path / "a.png")
+    want = load_images([tmp_path / "a.png"], 16)
+    for one in (tmp_path / "a.png", str(tmp_path / "a.png"), picture, [picture]):
+        assert torch.equal(load_images(one, 16), want)
+    gray = load_images([picture.convert("L"), tmp_path / "a.png"], 16)
+    assert gray.shape == (2, 3, 16, 16) and torch.equal(gray[1:], want)
+    with pytest.raises(ValueError, match="picture 0: 32-bit integer pixels have no fixed range"):
+        load_images([picture.convert("L").convert("I")], 16)
+    with pytest.raises(TypeError, match="must be paths or Pillow images, got int"):
+        load_images([3])

@@ -145,6 +145,11 @@ def _find(cls: type, source: str, name: str, download: Mapping) -> Path:
                 "vfmtok-fast convert write one"
             )
         return folder / name
+    # The hub is asked for what can be a repo's name: owner/name at most.
+    if source.startswith(("/", ".", "~")) or source.endswith("/") or source.count("/") > 1:
+        raise FileNotFoundError(
+            f"{cls.__name__}: there is no folder {source}, which would hold {name}"
+        )
     try:
         return Path(hf_hub_download(source, name, **download))
     # HFValidationError is a ValueError: a path, not the name of a repo.

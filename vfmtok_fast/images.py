@@ -207,32 +207,44 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def load_images(paths: Iterable[str | os.PathLike], size: int = 336) -> torch.Tensor:
+def load_images(
+    pictures: str | os.PathLike | Image.Image | Iterable[str | os.PathLike | Image.Image],
+    size: int = 336,
+) -> torch.Tensor:
     """Decode, crop and stack a few pictures as model input.
 
     Args:
-        paths: the files, at least one.
+        pictures: files or Pillow images, at least one; or just one.
         size: side of the square, in pixels.
 
     Returns:
-        float32 [len(paths), 3, size, size] in [-1, 1], on the CPU.
+        float32 [number of pictures, 3, size, size] in [-1, 1], on the CPU.
 
     Raises:
-        ValueError: no paths, or a picture that `decode_image` or `center_crop` refuses; the line
+        TypeError: neither a path nor a Pillow image.
+        ValueError: no pictures, or one that `decode_image` or `center_crop` refuses; the line
             starts with its path.
         OSError: a file cannot be opened.
     """
-    if isinstance(paths, (str, bytes, os.PathLike)):
-        raise TypeError(f"load_images: paths must be a list of paths, got one: {paths!r}")
+    if isinstance(pictures, str | os.PathLike | Image.Image):
+        pictures = [pictures]
     crops = []
-    for path in paths:
-        image = decode_image(path)
+    for number, picture in enumerate(pictures):
+        if isinstance(picture, Image.Image):
+            image, name = picture, f"picture {number}"
+        elif isinstance(picture, str | os.PathLike):
+            image, name = decode_image(picture), os.fspath(picture)
+        else:
+            raise TypeError(
+                "load_images: pictures must be paths or Pillow images, "
+                f"got {type(picture).__name__}"
+            )
         try:
-            crops.append(center_crop(image, size))
+            crops.append(center_crop(_to_rgb(image), size))
         except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from error
+            raise ValueError(f"{name}: {error}") from error
     if not crops:
-        raise ValueError("load_images: paths must name at least one picture, got none")
+        raise ValueError("load_images: pictures must be at least one, got none")
     return to_float(np.stack(crops))
 
 
@@ -276,21 +288,7 @@ def _check_uint8(caller: str, images: np.ndarray | torch.Tensor) -> None:
 def _decode(file: BinaryIO) -> Image.Image:
     try:
         with quiet_pillow(), Image.open(file, formats=_available_formats()) as image:
-            # Pillow opens 16-bit PNG and PPM as mode I in some versions; no other file of these
-            # formats gets that mode, so the range is known to be 0..65535.
-            if image.mode.startswith("I;16") or (
-                image.mode == "I" and image.format in ("PNG", "PPM")
-            ):
-                high = (np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)
-                return Image.fromarray(high).convert("RGB")
-            if image.mode in ("I", "F"):
-                kind = "32-bit integer" if image.mode == "I" else "floating-point"
-                raise ValueError(
-                    f"{kind} pixels have no fixed range; save the picture as 8 or 16 bit"
-                )
-            # load first: convert on an RGB file would hand back the still open file object.
-            image.load()
-            return image.convert("RGB")
+            return _to_rgb(image)
     except PIL.UnidentifiedImageError as error:
         # Pillow's own text holds the address of the file object: useless, and never twice the same.
         raise ValueError("not a picture in a format that can be read") from error
@@ -298,6 +296,20 @@ def _decode(file: BinaryIO) -> Image.Image:
         if isinstance(error, OSError) and error.errno in _NOT_THE_FILE:
             raise
         raise ValueError(_one_line(error)) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    # Pillow opens 16-bit PNG and PPM as mode I in some versions; no other file of these
+    # formats gets that mode, so the range is known to be 0..65535.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        high = (np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)
+        return Image.fromarray(high).convert("RGB")
+    if image.mode in ("I", "F"):
+        kind = "32-bit integer" if image.mode == "I" else "floating-point"
+        raise ValueError(f"{kind} pixels have no fixed range; save the picture as 8 or 16 bit")
+    # load first: convert on an RGB file would hand back the still open file object.
+    image.load()
+    return image.convert("RGB")
 
 
 def _available_formats() -> list[str]:

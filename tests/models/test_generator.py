@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vfmtok_fast import GPT, GPTConfig, ops
+from vfmtok_fast import GPT, GPTConfig, VFMTok, ops
 from vfmtok_fast.generator import PRESETS
 from vfmtok_fast.generator.transformer import rotary_table
 
@@ -254,3 +254,29 @@ def test_generate_takes_any_integer_type(model):
     for dtype in (torch.int32, torch.uint8):
         got = model.generate(CLASSES.to(dtype), seed=1, image_ids=torch.arange(7).to(dtype))
         assert torch.equal(got, want)
+
+
+def test_classes_may_be_a_list():
+    model = GPT(SMALL).eval()
+    want = model.generate(torch.tensor([1, 3]), seed=5)
+    for classes in ([1, 3], (1, 3), range(1, 4, 2)):
+        assert torch.equal(model.generate(classes, seed=5), want)
+    assert model.generate([]).shape == (0, 16)
+
+
+def test_a_presets_name_is_the_published_file(monkeypatch):
+    """GPT.from_official("GPT-L") downloads; a file needs its config named."""
+    asked = []
+
+    def fetch(name, flag):
+        asked.append((name, flag))
+        raise FileNotFoundError("no network")
+
+    monkeypatch.setattr("vfmtok_fast.generator.transformer.fetch_official", fetch)
+    monkeypatch.setattr("vfmtok_fast.tokenizer.model.fetch_official", fetch)
+    for load in (lambda: GPT.from_official("GPT-B"), VFMTok.from_official):
+        with pytest.raises(FileNotFoundError, match="no network"):
+            load()
+    assert asked == [("GPT-B", "checkpoint="), ("tokenizer", "tokenizer=")]
+    with pytest.raises(ValueError, match="config must be a preset's name.*'x.pt', 'GPT-L'"):
+        GPT.from_official("x.pt")

@@ -39,6 +39,7 @@ COMMANDS = {
     "tune": tune,
     "doctor": doctor,
 }
+MOST_CHARACTERS = 1000
 # Those that go on where they stopped.
 RESUMING = {"cache", "repair", "sample"}
 EXIT_CODES = """exit codes: 0 done; 1 verify found a problem, or status: not complete; 2 wrong input
@@ -83,6 +84,9 @@ def _explained(error: Exception) -> str | None:
 
 
 def _fail(options: argparse.Namespace, text: str, code: int) -> int:
+    if len(text) > MOST_CHARACTERS:  # As of all names that a wrong file has.
+        left = len(text) - MOST_CHARACTERS
+        text = f"{text[:MOST_CHARACTERS]} ... ({left} more characters; from Python all are told)"
     note(f"vfmtok-fast {options.command}: {text.removeprefix(f'{options.command}: ')}")
     return code
 

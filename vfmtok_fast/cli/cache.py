@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["center"],
         metavar="VIEW",
-        help=f"of {', '.join(VIEWS)}; random-0..7 for eight (%(default)s)",
+        help=f"of {', '.join(VIEWS)}; random-0..7 for eight (center)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of random crops (%(default)s)")
     parser.add_argument(

@@ -11,7 +11,7 @@ SUMMARY = "write a cache in the format of another program"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", metavar="OUT", help="the cache")
+    parser.add_argument("out", metavar="CACHE", help="its folder or URL")
     parser.add_argument("target", metavar="TARGET", help="what to write; must not exist")
     parser.add_argument(
         "--format",

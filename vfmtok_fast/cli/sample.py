@@ -30,11 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cfg-interval", type=int, default=-1, help="guide decode steps 0..N only; -1: all"
     )
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="divides the logits (%(default)s)"
+    )
     parser.add_argument("--top-k", type=int, default=0, help="0: all codes")
-    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="keep this much probability; 1: all codes"
+    )
     parser.add_argument("--greedy", action="store_true", help="take the likeliest code each time")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
     add_tokenizer_options(parser)
 
 
@@ -48,6 +52,8 @@ def run(options: argparse.Namespace) -> int:
 
     if min(options.num, options.batch_size or 1, options.size) < 1:
         raise ValueError("--num, --batch-size and --size must be at least 1")
+    if Path(options.out).suffix.lower() in (".png", ".jpg", ".jpeg", ".npz"):
+        raise ValueError(f"OUT is a folder, which gets samples.png and samples.npz: {options.out}")
     rank, world_size, device = among_processes(options.device)
     gpt, tokenizer = load_gpt(options, device), load_tokenizer(options, device)
     if gpt.config.block_size != tokenizer.config.num_regions or (

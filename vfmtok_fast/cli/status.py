@@ -11,7 +11,7 @@ SUMMARY = "how far a cache is"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", metavar="OUT", help="the cache")
+    parser.add_argument("out", metavar="CACHE", help="its folder or URL")
     parser.add_argument(
         "--failures", type=int, default=10, help="unreadable pictures to list (%(default)s)"
     )

@@ -12,7 +12,7 @@ SUMMARY = "check every byte of a cache, and tokenise a sample of it again"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", metavar="OUT", help="the cache")
+    parser.add_argument("out", metavar="CACHE", help="its folder or URL")
     parser.add_argument("--images", help="the pictures' folder or archive: tokenise a sample again")
     add_input_option(parser)
     parser.add_argument("--sample", type=int, default=64, help="how many pictures (%(default)s)")
@@ -49,7 +49,11 @@ def run(options: argparse.Namespace) -> int:
     again = ""
     if report.agreement is not None:
         again = f"; {report.sampled} encoded again, {report.agreement:.4%} of tokens agree"
-    verdict = "sound" if report.ok else f"{len(report.problems)} problems"
+    verdict = (
+        "sound"
+        if report.ok
+        else f"{len(report.problems)} problem{'s' * (len(report.problems) > 1)}"
+    )
     say(
         f"{options.out}: {verdict}; {report.images} pictures in {report.shards} shards, "
         f"{report.bad} could not be read{again}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -87,7 +87,7 @@ class Decoder:
 
     def generate(
         self,
-        class_ids: Tensor,
+        class_ids: Tensor | Sequence[int],
         *,
         image_ids: Tensor | None = None,
         progress: Progress | None = None,
@@ -230,9 +230,11 @@ class Decoder:
 
 
 def check_images(
-    model: GPT, class_ids: Tensor, image_ids: Tensor | None, sampling: Sampling
+    model: GPT, class_ids: Tensor | Sequence[int], image_ids: Tensor | None, sampling: Sampling
 ) -> tuple[Tensor, Tensor]:
     """Check what is to be generated; class ids and image ids int64 [B] on the model's device."""
+    if isinstance(class_ids, list | tuple | range):
+        class_ids = torch.tensor(class_ids) if class_ids else torch.empty(0, dtype=torch.int64)
     check_class_ids("generate", class_ids, model.config.num_classes)
     sampling.check()
     if image_ids is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def batches(
-    model: GPT, class_ids: Tensor, image_ids: Tensor | None, sampling: Sampling, *,
+    model: GPT, class_ids: Tensor | Sequence[int], image_ids: Tensor | None, sampling: Sampling, *,
     batch_size: int | None = None, memory: int | None = None, progress: Progress | None = None,
     kv_dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..checkpoint import load_gpt
+from ..checkpoint import fetch_official, load_gpt
 from ..checks import check_class_ids, check_codes, check_device
 from ..configs import config_from_mapping
 from ..decoding import BlockWeights, StepWeights
 from ..functional import rms_norm, rotate
 from ..hub import HubModel
-from .config import GPTConfig
+from .config import PRESETS, GPTConfig
 from .decoder import Decoder, Kept, Progress
 from .generate import batches
 from .sampling import Sampling
@@ -214,7 +214,7 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
 
     def generate(
         self,
-        class_ids: Tensor,
+        class_ids: Tensor | Sequence[int],
         cfg_scale: float = 1.0,
         cfg_interval: int = -1,
         temperature: float = 1.0,
@@ -237,7 +237,7 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         `Decoder` of its last call, buffers and CUDA graphs included.
 
         Args:
-            class_ids: [B] integers in [0, num_classes).
+            class_ids: [B] integers in [0, num_classes), a tensor or a list.
             cfg_scale: classifier-free guidance, ``uncond + cfg_scale * (cond - uncond)``; 1 is
                 none, 0 is unconditional.
             cfg_interval: n > -1 guides the first code and decode steps 0..n, that is codes 0..n+1,
@@ -268,7 +268,7 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
 
     def stream(
         self,
-        class_ids: Tensor,
+        class_ids: Tensor | Sequence[int],
         *,
         batch_size: int | None = None,
         image_ids: Tensor | None = None,
@@ -309,7 +309,21 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
 
     @classmethod
     def from_official(
-        cls, checkpoint: str | Path | Mapping, config: GPTConfig | Mapping | str
+        cls, checkpoint: str | Path | Mapping, config: GPTConfig | Mapping | str | None = None
     ) -> GPT:
-        """Load a generator of the authors' release; see `vfmtok_fast.checkpoint.load_gpt`."""
+        """Load a generator of the authors' release; see `vfmtok_fast.checkpoint.load_gpt`.
+
+        Args:
+            checkpoint: the authors' file, the mapping in it, or a preset's name such as
+                ``"GPT-L"``, whose file is downloaded.
+            config: a preset's name, a `GPTConfig` or its fields; None is the preset that is named.
+        """
+        if isinstance(checkpoint, str) and checkpoint in PRESETS:
+            config = config or checkpoint
+            checkpoint = fetch_official(checkpoint, "checkpoint=")
+        if config is None:
+            raise ValueError(
+                "GPT.from_official: config must be a preset's name, a GPTConfig or its fields, "
+                f"as in GPT.from_official({str(checkpoint)[:80]!r}, 'GPT-L')"
+            )
         return load_gpt(cls(config), checkpoint)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoint import load_tokenizer
+from ..checkpoint import fetch_official, load_tokenizer
 from ..checks import check_codes, check_images
 from ..configs import config_from_mapping
 from ..hub import HubModel
@@ -173,9 +173,14 @@ class VFMTok(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
     @classmethod
     def from_official(
         cls,
-        tokenizer: str | Path | Mapping,
+        tokenizer: str | Path | Mapping | None = None,
         backbone: str | Path | Mapping | None = None,
         config: VFMTokConfig | Mapping | None = None,
     ) -> VFMTok:
-        """Load the authors' files; see `vfmtok_fast.checkpoint.load_tokenizer`."""
+        """Load the authors' files; see `vfmtok_fast.checkpoint.load_tokenizer`.
+
+        None for ``tokenizer`` or ``backbone`` downloads what is published.
+        """
+        if tokenizer is None:
+            tokenizer = fetch_official("tokenizer", "tokenizer=")
         return load_tokenizer(cls(config), tokenizer, backbone)
