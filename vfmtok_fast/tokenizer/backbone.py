@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..hub import first_line
+from ..hub import first_line, register_constant
 from .config import DINOV2_L_LEVELS, BackboneConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -54,8 +54,8 @@ class Backbone(nn.Module):
             )
         self.dim = self.vit.embed_dim
         self.image_size = patch_embed.img_size[0]
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        register_constant(self, "mean", torch.tensor(mean, device="cpu").view(3, 1, 1))
+        register_constant(self, "std", torch.tensor(std, device="cpu").view(3, 1, 1))
         self.requires_grad_(False)
         self.eval()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..hub import HubModel, config_from_mapping
 from ..ops.checks import check_codes, check_images
@@ -43,7 +43,7 @@ class VFMTokOutput:
     entropy_loss: Tensor
 
 
-class VFMTok(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
+class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
     """The tokenizer, with random weights; see `from_official` and `from_pretrained` for others.
 
     Shapes in the docstrings are those of the default config: 336 stands for ``image_size``, at
