@@ -1,9 +1,9 @@
-"""Our own folders: config.json and model.safetensors, here or on the Hugging Face hub; strict."""
+"""What our models share: strict folders and hub repos, and constants that are never lost."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -11,19 +11,42 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import first_line
 
 Config = TypeVar("Config")
 
 
-class HubModel(PyTorchModelHubMixin):
+class HubModel(nn.Module, PyTorchModelHubMixin):
     """`save_pretrained`, `from_pretrained` and `push_to_hub`, strict where the mixin is lenient.
 
     The mixin writes no config.json for a model of the default configuration, loads a folder that
     has none, and leaves weights random that the file does not hold.
+
+    Constants, the buffers that no state dict holds, keep their values through `to_empty` and the
+    meta device, where they stay on the CPU, and follow the weights that are loaded. That holds for
+    every one of them, those of timm's models too.
     """
+
+    def __init__(self):
+        super().__init__()
+        self.register_load_state_dict_post_hook(_bring_constants)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # What moves, converts or empties a module goes through here.
+        before = {name: module._buffers[own] for name, module, own in _constants(self)}
+        super()._apply(fn, recurse)
+        for name, module, own in _constants(self):
+            # A module may replace its own, and add some.
+            old, new = before.get(name), module._buffers[own]
+            if old is None or new is old:
+                continue
+            if new.is_meta:
+                module._buffers[own] = old
+            else:
+                new.copy_(_with_values(self, name, old))
+        return self
 
     def save_pretrained(self, save_directory: str | Path, *, config=None, **options) -> str | None:
         """Write config.json and model.safetensors; see `PyTorchModelHubMixin.save_pretrained`."""
@@ -75,6 +98,47 @@ class HubModel(PyTorchModelHubMixin):
         check_tensors(tensors, shapes, f"{cls.__name__}: {path}")
         model.load_state_dict(tensors)
         return model.to(map_location).eval()
+
+
+def register_constant(module: nn.Module, name: str, value: Tensor) -> None:
+    """Register a buffer that no state dict holds, where the module's weights are being made.
+
+    Args:
+        module: a part of a `HubModel`, which looks after it.
+        name: of the buffer.
+        value: made with ``device="cpu"``; on the meta device it would have no values.
+    """
+    device = torch.get_default_device()
+    value = value if device.type == "meta" else value.to(device)
+    module.register_buffer(name, value, persistent=False)
+
+
+def _constants(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Full name, module and own name there of each buffer that no state dict holds."""
+    for prefix, module in model.named_modules():
+        for own in sorted(module._non_persistent_buffers_set):
+            if module._buffers.get(own) is not None:
+                yield f"{prefix}.{own}".lstrip("."), module, own
+
+
+def _with_values(model: nn.Module, name: str, constant: Tensor) -> Tensor:
+    if constant.is_meta:
+        raise ValueError(
+            f"{type(model).__name__}: {name} is in no file and was built on the meta device, "
+            "without values; build this model on another device"
+        )
+    return constant
+
+
+def _bring_constants(model: nn.Module, keys: object) -> None:
+    """After a state dict was loaded: constants that wait on the CPU, to the weights it brought."""
+    if any(weight.is_meta for weight in model.parameters()):
+        return  # There is more to come.
+    first = next(model.parameters())
+    for name, module, own in _constants(model):
+        constant = _with_values(model, name, module._buffers[own])
+        if constant.device.type == "cpu":
+            module._buffers[own] = constant.to(next(module.parameters(), first).device)
 
 
 def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:

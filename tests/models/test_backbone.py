@@ -57,6 +57,7 @@ def expected_maps(backbone: Backbone, images: torch.Tensor) -> list[torch.Tensor
         ("vit_tiny_patch16_384", None, (2, 5, 8, 11), (0.5,) * 3),
         ("vit_tiny_patch16_384.augreg_in21k_ft_in1k", None, (2, 5, 8, 11), (0.5,) * 3),
         ("vit_small_patch14_reg4_dinov2", 336, (2, 5, 8, 11), IMAGENET_MEAN),
+        ("vit_small_patch16_dinov3", None, (2, 5, 8, 11), IMAGENET_MEAN),
         ("eva02_tiny_patch14_336", None, (2, 5, 8, 11), (0.48145466, 0.4578275, 0.40821073)),
         pytest.param(
             *("vit_base_patch16_siglip_384.v2_webli", None, (2, 5, 8, 11), (0.5,) * 3),
@@ -119,11 +120,11 @@ def test_another_grid(config: VFMTokConfig):
     [
         (
             "vit_base_patch16_224",
-            None,
+            224,
             "serves 24x24 feature maps.*gives 14x14.*timm_image_size=384",
         ),
         ("vit_small_patch14_dinov2", 384, "gives 27x27 .*choose timm_image_size=336"),
-        ("vit_tiny_r_s16_p8_384", None, "gives 12x12 .*choose timm_image_size=768"),
+        ("vit_tiny_r_s16_p8_384", 384, "gives 12x12 .*choose timm_image_size=768"),
         ("vit_bananas", None, "has no model 'vit_bananas'"),
         ("vit_tiny_patch17_384", None, "has no model .*, such as .*384"),
         ("vit_tiny_patch16_384.nonsense", None, "Invalid pretrained tag"),

@@ -143,7 +143,7 @@ def test_published_sizes():
     [
         ({"dim": 65}, "dim must be a multiple of num_heads, got 65 and 4"),
         ({"num_regions": 200}, "num_regions must be a square number, got 200"),
-        ({"image_size": 300}, "image_size must be a multiple of 14 and of 16"),
+        ({"image_size": 300}, "image_size must be a multiple of 16"),
         ({"pixel_channels": 40}, "pixel_channels must be a multiple of 32"),
         ({"num_heads": 0}, "num_heads must be an integer of at least 1, got 0"),
         ({"codebook_size": "100"}, "codebook_size must be an integer of at least 1, got '100'"),

@@ -16,7 +16,7 @@ from ..checks import check_class_ids, check_codes, check_device
 from ..configs import config_from_mapping
 from ..decoding import BlockWeights, StepWeights
 from ..functional import rms_norm, rotate
-from ..hub import HubModel
+from ..hub import HubModel, register_constant
 from .config import PRESETS, GPTConfig
 from .decoder import Decoder, Kept, Progress
 from .generate import batches
@@ -36,15 +36,16 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(config: GPTConfig) -> Tensor:
-    """Cosine and sine of every position, [1 + block_size, head_dim / 2, 2] float32.
+    """Cosine and sine of every position, [1 + block_size, head_dim / 2, 2] float32 on the CPU.
 
     The first half of the pairs rotates with the row of the code, the second with its column. The
     class position, the first, holds zeros in both, as the release has it: its q and k vanish.
     """
     half = config.head_dim // 2
-    frequency = 1.0 / config.rope_base ** (torch.arange(0, half, 2).float() / half)
+    steps = torch.arange(0, half, 2, device="cpu").float()
+    frequency = 1.0 / config.rope_base ** (steps / half)
     side = math.isqrt(config.block_size)
-    angle = torch.arange(side).float()[:, None] * frequency
+    angle = torch.arange(side, device="cpu").float()[:, None] * frequency
     by_row = angle[:, None].expand(side, side, -1)
     by_column = angle[None, :].expand(side, side, -1)
     angles = torch.cat([by_row, by_column], dim=-1).reshape(side * side, half)
@@ -103,7 +104,7 @@ class Block(nn.Module):
         )  # fmt: skip
 
 
-class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
+class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
     """Class-conditional autoregressive model of VFMTok codes.
 
     Args:
@@ -130,7 +131,7 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.register_buffer("rotary", rotary_table(config), persistent=False)
+        register_constant(self, "rotary", rotary_table(config))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -139,9 +140,10 @@ class GPT(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         self.kept = Kept()
 
     def _apply(self, fn, recurse: bool = True) -> GPT:
-        # .to(bfloat16) must not round the angles: the release keeps them in float32.
         super()._apply(fn, recurse)
-        self.rotary = rotary_table(self.config).to(self.device)
+        # .to(bfloat16) must not round the angles: the release keeps them in float32.
+        if self.rotary.dtype != torch.float32:
+            self.rotary = rotary_table(self.config).to(self.rotary.device)
         return self
 
     @property

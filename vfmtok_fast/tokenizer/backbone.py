@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import first_line
+from ..hub import register_constant
 from .config import DINOV2_L_LEVELS, BackboneConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -16,12 +17,15 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Backbone(nn.Module):
     """A frozen ViT; always in eval mode, never trained.
 
+    It reads ``image_size`` pixels, grid times its patch size, and resizes images of another size.
+
     Args:
         config: which model.
         grid: side of the feature map that the rest of the tokenizer serves.
 
     Raises:
-        ValueError: a timm name that is unknown, no plain ViT, or has another map than ``grid``.
+        ValueError: a timm name that is unknown, no plain ViT, or has another map than ``grid`` at
+            the pixels that were asked for.
     """
 
     def __init__(self, config: BackboneConfig, grid: int):
@@ -30,7 +34,7 @@ class Backbone(nn.Module):
         if config.timm_name is None:
             self.vit = _dinov2(config, grid)
         else:
-            self.vit = _timm_vit(config)
+            self.vit = _timm_vit(config, grid)
             mean, std = self.vit.pretrained_cfg["mean"], self.vit.pretrained_cfg["std"]
         name = config.timm_name or "DINOv2"
         patch_embed = self.vit.patch_embed
@@ -39,7 +43,7 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"BackboneConfig: the decoder serves {grid}x{grid} feature maps, but {name} gives "
                 f"{height}x{width} from {pixels[0]}x{pixels[1]} pixels; choose "
-                f"timm_image_size={grid * (pixels[0] // height)} or another model"
+                f"timm_image_size={grid * (pixels[0] // height)}, another grid or another model"
             )
         depth = len(self.vit.blocks)
         self.levels = config.levels
@@ -51,8 +55,8 @@ class Backbone(nn.Module):
             )
         self.dim = self.vit.embed_dim
         self.image_size = patch_embed.img_size[0]
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        register_constant(self, "mean", torch.tensor(mean, device="cpu").view(3, 1, 1))
+        register_constant(self, "std", torch.tensor(std, device="cpu").view(3, 1, 1))
         self.requires_grad_(False)
         self.eval()
 
@@ -61,13 +65,16 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images [B, 3, S, S] in [-1, 1] to one map [B, grid * grid, dim] per level.
+        """Images [B, 3, S, S] of any S, in [-1, 1], to one map [B, grid * grid, dim] per level.
 
         The last block's output passes the final LayerNorm; those in between do not.
         """
         x = (images.clamp(-1, 1) + 1) / 2
         if x.shape[-1] != self.image_size:
-            x = F.interpolate(x, size=self.image_size, mode="bicubic", antialias=True).clamp(0, 1)
+            # On a CPU, antialiasing is not there for half precision.
+            wide = x if x.dtype == torch.float64 else x.float()
+            wide = F.interpolate(wide, size=self.image_size, mode="bicubic", antialias=True)
+            x = wide.clamp(0, 1).to(x.dtype)
         x = ((x - self.mean) / self.std).to(next(self.vit.parameters()).dtype)
         last, maps = self.vit.forward_intermediates(
             x, indices=list(self.levels), norm=False, output_fmt="NLC"
@@ -95,7 +102,7 @@ def _dinov2(config: BackboneConfig, grid: int) -> nn.Module:
     )
 
 
-def _timm_vit(config: BackboneConfig) -> nn.Module:
+def _timm_vit(config: BackboneConfig, grid: int) -> nn.Module:
     import timm
 
     name, size = config.timm_name, config.timm_image_size
@@ -118,4 +125,9 @@ def _timm_vit(config: BackboneConfig) -> nn.Module:
         missing = ["patch_embed.grid_size"]
     if missing:
         raise ValueError(f"{refusal}, which lacks {', '.join(missing)}")
+    has = tuple(vit.patch_embed.grid_size)
+    if size is None and has != (grid, grid) and hasattr(vit, "set_input_size"):
+        # The published table of positions is resized to this when it is loaded, as timm does.
+        side = grid * (vit.patch_embed.img_size[0] // has[0])
+        vit.set_input_size(img_size=(side, side))
     return vit

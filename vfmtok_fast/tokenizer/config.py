@@ -23,7 +23,8 @@ class BackboneConfig:
     """The frozen vision foundation model.
 
     The default is DINOv2 ViT-L/14 with registers. Any other timm ViT takes its place by name; its
-    size is then read from timm, and of the other fields only ``levels`` counts.
+    shape is then read from timm, and of the other fields only ``levels`` counts. How many pixels it
+    reads is up to `VFMTokConfig.grid`: that many of its patches.
 
     Args:
         dim, depth, num_heads, patch_size, num_registers: the vision transformer.
@@ -36,7 +37,8 @@ class BackboneConfig:
             by default; "auto" is the first for the published sizes, else the second.
         timm_name: name of a timm vision transformer, such as
             "vit_base_patch16_siglip_384.v2_webli".
-        timm_image_size: pixels that the timm model reads; None is the size in its name.
+        timm_image_size: pixels that the timm model reads; None is the grid times its patch size,
+            and nothing else serves.
     """
 
     dim: int = 1024
@@ -80,9 +82,14 @@ class BackboneConfig:
 class VFMTokConfig:
     """Shape of the VFMTok tokenizer; the defaults are the authors' release.
 
+    Images come and go at ``image_size``. The backbone reads ``grid`` times its patch size; where
+    that is another size, it resizes what it is given, and nothing else knows of it: 336 pixels and
+    a grid of 24 are read at 336 by patches of 14 and at 384 by patches of 16; 256 pixels and a grid
+    of 16 at 224 and at 256.
+
     Args:
-        image_size: side of the square input and output in pixels, a multiple of 112: the backbone
-            reads patches of 14, the pixel decoder makes patches of 16.
+        image_size: side of the square input and output in pixels, a multiple of the 16 that the
+            pixel decoder makes of a position.
         backbone: the vision foundation model.
         dim, num_heads: width and heads of region encoder and token decoder.
         encoder_depth, decoder_depth: their layers.
@@ -96,6 +103,7 @@ class VFMTokConfig:
             coarse.
         commit_beta: weight of the commitment loss.
         entropy_weight: weight of the entropy loss; 0 leaves it out.
+        grid: side of the backbone's map; None is ``image_size`` / 14, which must then be whole.
     """
 
     image_size: int = 336
@@ -114,6 +122,7 @@ class VFMTokConfig:
     pixel_channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     commit_beta: float = 0.25
     entropy_weight: float = 0.0
+    grid: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.backbone, Mapping):
@@ -131,10 +140,17 @@ class VFMTokConfig:
             raise ValueError(
                 f"VFMTokConfig: num_regions must be a square number, got {self.num_regions}"
             )
-        if self.image_size % 14 or self.image_size % self.pixel_patch:
+        if self.image_size % self.pixel_patch:
             raise ValueError(
-                f"VFMTokConfig: image_size must be a multiple of 14 and of {self.pixel_patch} "
-                f"(the patches read and made), got {self.image_size}"
+                f"VFMTokConfig: image_size must be a multiple of {self.pixel_patch} (the pixel "
+                f"decoder's patch, 2 to the number of its upsamplings), got {self.image_size}"
+            )
+        if self.grid is not None:
+            check_positive(self, ("grid",))
+        elif self.image_size % 14:
+            raise ValueError(
+                f"VFMTokConfig: an image_size of {self.image_size}, no multiple of 14, needs grid, "
+                "the side of the backbone's map (16 is 256 pixels in patches of 16, or 224 of 14)"
             )
         if self.pixel_channels % 32:
             raise ValueError(
@@ -155,7 +171,7 @@ class VFMTokConfig:
     @property
     def feature_grid(self) -> int:
         """Side of the foundation model's map: 24."""
-        return self.image_size // 14
+        return self.image_size // 14 if self.grid is None else self.grid
 
     @property
     def encoder_ffn_dim(self) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoint import fetch_official, load_tokenizer
 from ..checks import check_codes, check_images
@@ -27,9 +27,11 @@ class VFMTokOutput:
     """What `VFMTok.forward` returns.
 
     Attributes:
-        reconstruction: [B, 3, S, S], about [-1, 1], not clamped.
+        reconstruction: [B, 3, S, S], as large as the images that came in and comparable with them;
+            about [-1, 1], not clamped.
         semantic: predicted features [B, 576, backbone dim] in training mode, else None.
-        features: the foundation model's last map, its target, [B, 576, backbone dim], no gradient.
+        features: the foundation model's last map, its target, [B, 576, backbone dim], no gradient;
+            576 is the grid's square, whatever size the foundation model read.
         codes: int64 [B, R].
         codebook_loss, commit_loss, entropy_loss: scalars, weights included.
     """
@@ -43,8 +45,12 @@ class VFMTokOutput:
     entropy_loss: Tensor
 
 
-class VFMTok(nn.Module, HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
+class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
     """The tokenizer, with random weights; see `from_official` and `from_pretrained` for others.
+
+    Shapes in the docstrings are those of the default config: 336 stands for ``image_size``, at
+    which images come and go whatever size the backbone reads, 576 for ``feature_grid`` squared, 256
+    for ``num_regions``.
 
     Args:
         config: a `VFMTokConfig`, or its fields as a mapping.

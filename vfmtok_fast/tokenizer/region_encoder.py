@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..hub import register_constant
 from .attention import CausalSelfAttention
 from .config import VFMTokConfig
 
@@ -106,10 +107,10 @@ class RegionEncoder(nn.Module):
 
         # Centres of a square grid over the image, row by row, the same for every level.
         side = math.isqrt(config.num_regions)
-        centre = (torch.arange(side) + 0.5) / side
+        centre = (torch.arange(side, device="cpu") + 0.5) / side
         y, x = torch.meshgrid(centre, centre, indexing="ij")
         points = torch.stack([x, y], dim=-1).view(1, -1, 1, 2).repeat(1, 1, levels, 1)
-        self.register_buffer("reference_points", points, persistent=False)
+        register_constant(self, "reference_points", points)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """One map [B, S_l, backbone_dim] per level to region features [B, R, dim]."""

@@ -212,7 +212,8 @@ def describe(
     parsed = parse_views(views)
     covers = {
         "weights_sha256": weights_checksum(tokenizer.state_dict()),
-        "config": dataclasses.asdict(config),
+        # Without options that are not taken: caches of before there were such go on.
+        "config": {k: v for k, v in dataclasses.asdict(config).items() if v is not None},
         "codebook_size": config.codebook_size,
         "num_tokens": config.num_regions,
         "dtype": str(torch.float32 if first is None else first.dtype).removeprefix("torch."),
