@@ -88,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("cache", "tokenise a folder of images into a token cache, or go on with one")
     sub.add_argument("images", metavar="IMAGES", help="class folders of pictures, or archives")
     _input_option(sub)
+    _choice_options(sub)
     sub.add_argument("out", metavar="OUT", help="the cache: a new folder, or one to go on with")
     sub.add_argument(
         "--views",
@@ -222,6 +223,26 @@ def _input_option(parser: argparse.ArgumentParser) -> None:
         choices=KINDS,
         help="what IMAGES is, where that is not plain: class folders, one tar (also of tars, as "
         "ILSVRC2012 comes), WebDataset shards, Parquet with image bytes, the authors' LMDB",
+    )
+
+
+def _choice_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what of the input to take")
+    group.add_argument("--split", metavar="NAME", help="only files or folders named so: train")
+    group.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="only files that fit, by their own name or a folder's, or with slashes by their path; "
+        "may be given again",
+    )
+    group.add_argument(
+        "--exclude", action="append", default=[], metavar="GLOB", help="no files that fit"
+    )
+    group.add_argument("--image-column", metavar="NAME", help="of Parquet, where not plain")
+    group.add_argument(
+        "--label-column", metavar="NAME", help="of Parquet, where not plain; none: no labels"
     )
 
 

@@ -24,9 +24,10 @@ from tqdm import tqdm
 from . import cache as token_cache
 from . import checkpoint, images, samples, switch, tuner, untrained
 from .cache.atomic import atomic_file, make_folder
-from .cache.index import count_unlabelled
+from .cache.index import count_unlabelled, read_choices
 from .cache.job import INDEX
 from .cache.sources import open_source
+from .cache.sources.choice import split_patterns
 from .cache.sources.folder import walk
 from .cache.store import Place, place
 from .cache.views import parse_views
@@ -87,10 +88,11 @@ def cache(options: argparse.Namespace) -> int:
         "workers": options.workers,
         "extend": options.extend,
         "hashed": options.hash,
+        **_choices(options),
     }
     # Before the model, which may have to be downloaded.
     parse_views(options.views)
-    open_source(options.images, options.input)
+    open_source(options.images, options.input, **_choices(options))
     progress = _json_lines() if options.json else True
     if options.engine == "ray":
         rank, summary = 0, _cache_on_ray(options, settings, progress)
@@ -113,6 +115,27 @@ def cache(options: argparse.Namespace) -> int:
             )
     _tell(summary, options.json, rank)
     return summary.exit_code
+
+
+def _choices(options: argparse.Namespace) -> dict:
+    """Which files and columns of the input are taken."""
+    include = options.include
+    if options.split is not None:
+        if include:
+            raise ValueError("--split is an --include of its own; give one of the two")
+        include = split_patterns(options.split)
+    return {
+        "include": include,
+        "exclude": options.exclude,
+        "image_column": options.image_column,
+        "label_column": options.label_column,
+    }
+
+
+def _open_again(options: argparse.Namespace) -> None:
+    """Before the model, which may have to be downloaded: is the cache's input there?"""
+    kind, choices = read_choices(place(options.out) / INDEX)
+    open_source(options.images, options.input or kind, **choices)
 
 
 def _cache_on_ray(
@@ -228,7 +251,7 @@ def verify(options: argparse.Namespace) -> int:
         raise ValueError(f"--sheet: the picture to write must be named .png, got {options.sheet}")
     token_cache.read_manifest(options.out)
     if options.images:
-        open_source(options.images, options.input)
+        _open_again(options)
     chosen = options.model or options.tokenizer or options.untrained
     tokenizer = _tokenizer(options) if options.images or chosen else None
     with _policy(options):
@@ -257,7 +280,7 @@ def verify(options: argparse.Namespace) -> int:
 
 def repair(options: argparse.Namespace) -> int:
     token_cache.read_manifest(options.out)
-    open_source(options.images, options.input)
+    _open_again(options)
     tokenizer = _tokenizer(options)
     with _policy(options):
         made = token_cache.repair(

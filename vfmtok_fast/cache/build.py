@@ -65,6 +65,10 @@ def build(
     workers: int | None = None,
     extend: bool = False,
     hashed: bool = False,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    image_column: str | None = None,
+    label_column: str | None = None,
     rank: int = 0,
     world_size: int = 1,
     shard_range: tuple[int, int | None] | None = None,
@@ -94,6 +98,9 @@ def build(
             and labels stay: new pictures and new classes come behind the old ones.
         hashed: note each picture's SHA-256 in the index, so that a change that keeps its size is
             noticed when it is read; indexing then reads every picture.
+        include, exclude: patterns of the files of `images` to take or to leave out, see
+            `vfmtok_fast.cache.sources.choice`.
+        image_column, label_column: of Parquet files, where they are not plain.
         rank, world_size: which of how many processes this is; each takes its share of the shards,
             then what the others have not done. They may differ from run to run.
         shard_range: (A, B): only the shards A to B - 1, for batch systems; B None: to the end.
@@ -131,6 +138,10 @@ def build(
             workers=workers,
             extend=extend,
             hashed=hashed,
+            include=include,
+            exclude=exclude,
+            image_column=image_column,
+            label_column=label_column,
             rank=rank,
         )
         numbers = _numbers(job, shard_range)

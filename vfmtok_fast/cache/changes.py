@@ -17,7 +17,7 @@ from . import index
 from .atomic import remove_file, replace_file
 from .hashes import hashed_entries
 from .job import COMPLETE, INDEX
-from .manifest import NAME, Manifest, read_manifest
+from .manifest import NAME, Manifest, differences, read_manifest
 from .sources import Entry, Source
 from .sources.folder import label_of
 from .store import Place, UrlPath
@@ -57,7 +57,12 @@ def _check_kind(source: Source, origin: index.Origin) -> None:
     if origin.kind != source.kind:
         raise ImagesChanged(
             f"{source.root}: is a {source.kind} input, the cache was made from {origin.kind}; "
-            "give the same input, or cache into a new folder"
+            f"give the same input (--input {origin.kind}), or cache into a new folder"
+        )
+    if differing := differences(origin.chosen, source.chosen):
+        raise ImagesChanged(
+            f"{source.root}: the cache was made from other files or columns of it: {differing}; "
+            "choose the same, or cache into a new folder"
         )
 
 

@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .atomic import atomic_file
-from .sources import Entry
+from .sources import Entry, choices_again
 from .sources.base import NO_CLASS
 from .store import Place, open_binary
 
@@ -85,16 +85,18 @@ class Origin:
         runs: first rows of what was added later; the rows before each are in the input's order.
         root: the input's place; only of a part of an index, which another input must not go on
             with.
+        chosen: what of the input was taken, see `Source.chosen`.
     """
 
     kind: str = "folder"
     files: dict[str, int] | None = None
     runs: tuple[int, ...] = ()
     root: str | None = None
+    chosen: dict[str, Any] = field(default_factory=dict)
 
     def metadata(self) -> dict[bytes, bytes]:
         """As the schema of index.parquet holds it; nothing for a folder."""
-        later = {"runs": self.runs, "root": self.root}
+        later = {"runs": self.runs, "root": self.root, "chosen": self.chosen}
         later = {name: value for name, value in later.items() if value}
         if self.files is None and not later:
             return {}
@@ -106,7 +108,7 @@ def write_index(
     path: Place,
     entries: Iterable[Entry],
     shard_size: int,
-    origin: Origin = Origin(),
+    origin: Origin | None = None,
     hashed: bool = False,
 ) -> tuple[int, str, int]:
     """Write index.parquet, one row group per shard, without holding more than one of them.
@@ -115,7 +117,7 @@ def write_index(
         path: the file to write.
         entries: the pictures in index order.
         shard_size: pictures per shard.
-        origin: where they come from.
+        origin: where they come from; None: class folders.
         hashed: whether there is a column for the entries' hashes.
 
     Returns:
@@ -124,6 +126,7 @@ def write_index(
     Raises:
         CacheWriteError: the file cannot be written.
     """
+    origin = origin or Origin()
     placed = origin.files is not None
     fields = _FIELDS + _PLACE * placed + _HASH * hashed
     schema = pa.schema(fields, metadata={**_MARK, **origin.metadata()})
@@ -211,6 +214,15 @@ def read_origin(path: Place) -> Origin:
         return Origin()
     content = json.loads(data)
     return Origin(**{**content, "runs": tuple(content.get("runs", ()))})
+
+
+def read_choices(path: Place) -> tuple[str | None, dict[str, Any]]:
+    """Kind and further arguments with which `open_source` opens the input of a cache again."""
+    try:
+        origin = read_origin(path)
+    except ValueError:  # damaged, as whoever checks the index will say
+        return None, {}
+    return origin.kind, choices_again(origin.chosen)
 
 
 def read_hashed(path: Place) -> bool:

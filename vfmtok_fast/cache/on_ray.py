@@ -50,6 +50,10 @@ def build_on_ray(
     workers: int | None = None,
     extend: bool = False,
     hashed: bool = False,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    image_column: str | None = None,
+    label_column: str | None = None,
     actors: int | None = None,
     device: str | None = None,
     progress: bool | Callable[[Progress], None] = False,
@@ -65,6 +69,7 @@ def build_on_ray(
         tokenizer: in CPU memory; it is sent to the actors, so nodes need no file of it.
         input_kind, views, seed, batch_size, shard_size, extend, hashed, progress: as `build`;
             progress and bad pictures are counted by whole shards.
+        include, exclude, image_column, label_column: as `build`.
         max_bad: as `build`.
         workers: threads of each actor that read and decode; None: as many as it has cores.
         actors: how many; None: one per GPU, or where there are none, one per 8 cores or node.
@@ -95,6 +100,10 @@ def build_on_ray(
             workers=workers,
             extend=extend,
             hashed=hashed,
+            include=include,
+            exclude=exclude,
+            image_column=image_column,
+            label_column=label_column,
         )
         state = State(job, max_bad)
         numbers = list(state.missing(range(job.manifest.shards)))

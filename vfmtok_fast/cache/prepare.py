@@ -44,6 +44,10 @@ def prepare(
     rank: int = 0,
     extend: bool = False,
     hashed: bool = False,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> Job:
     """Index the pictures and write the manifest, or check that those of an earlier run still fit.
 
@@ -61,7 +65,14 @@ def prepare(
     if workers is None:
         workers = min(_cpus(), MAX_DEFAULT_WORKERS)
     check_count("workers", workers, 1)
-    source = open_source(images, input_kind)
+    source = open_source(
+        images,
+        input_kind,
+        include=include,
+        exclude=exclude,
+        image_column=image_column,
+        label_column=label_column,
+    )
     if not isinstance(out, UrlPath):
         _check_folders(Path(images), out)
     if rank:
@@ -91,7 +102,7 @@ def prepare(
         atomic.make_folder(folder)
         atomic.sweep(folder)
     if not resumed:
-        origin = index.Origin(source.kind, source.files())
+        origin = index.Origin(source.kind, source.files(), chosen=source.chosen)
 
         def entries(after: Entry | None) -> Iterable[Entry]:
             found = source.entries(after)

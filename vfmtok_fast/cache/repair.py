@@ -8,13 +8,13 @@ from collections.abc import Callable
 from ..images import quiet_pillow
 from .atomic import remove_file
 from .encode import decode
-from .index import read_rows
+from .index import read_choices, read_rows
 from .job import COMPLETE, INDEX, Job, encode_shards, finish
 from .manifest import Tokenizer, read_manifest
 from .prepare import prepare
 from .shards import read_quarantine, shard_path
 from .sources import BadImage
-from .store import names
+from .store import names, place
 from .verify import shard_problems
 from .views import parse_views, plan_views
 
@@ -37,7 +37,7 @@ def repair(
         images: the input that the cache was made from.
         out: the cache.
         tokenizer: the one that made it.
-        input_kind: what `images` is, where that is not plain from its name.
+        input_kind: what `images` is; None: what the cache was made from.
         workers: threads that read and decode; None: as `vfmtok_fast.cache.build`.
         tell: is given each problem, in one line, before it is mended.
 
@@ -48,17 +48,19 @@ def repair(
         refused. A damaged manifest or index cannot be mended: they say what the cache is.
     """
     found = read_manifest(out)
+    kind, choices = read_choices(place(out) / INDEX)
     with quiet_pillow():
         job = prepare(
             images,
             out,
             tokenizer,
-            input_kind=input_kind,
+            input_kind=input_kind or kind,
             views=found.views,
             seed=found.seed,
             batch_size=found.batch_size,
             shard_size=found.shard_size,
             workers=workers,
+            **choices,
         )
         damaged = _damaged(job, tell)
         encode_shards(job, damaged)
