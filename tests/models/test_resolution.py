@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from vfmtok_fast import BackboneConfig, VFMTok, VFMTokConfig, cache
+from vfmtok_fast import BackboneConfig, VFMTok, VFMTokConfig, cache, images
+from vfmtok_fast.cache.format import manifest
 from vfmtok_fast.checkpoint import TOKENIZER_NAMES, official_name
 from vfmtok_fast.visualize import reconstruction_grid
 
@@ -214,7 +215,7 @@ def test_a_cache(tmp_path: Path, tiny: VFMTokConfig):
     assert Image.open(tmp_path / "sheet.png").size[0] % 32 == 0
     tokens, _ = cache.TokenCache(out, view="center-flip")[1]
     image = Image.open(tmp_path / "in" / "a" / "1.png")
-    crop = cache.views.center_crop(image, 32)[:, ::-1].copy()
+    crop = images.center_crop(image, 32)[:, ::-1].copy()
     crop = torch.from_numpy(crop).permute(2, 0, 1)[None] / 127.5 - 1
     same = (model.encode(crop)[0] == torch.as_tensor(np.asarray(tokens, np.int64))).float().mean()
     assert same > 0.8  # in another batch, codes that are nearly tied may differ
@@ -227,7 +228,7 @@ def test_a_cache(tmp_path: Path, tiny: VFMTokConfig):
 
 def test_caches_from_before_the_field_go_on(tiny: VFMTokConfig):
     """Their fingerprint covers the config, so an option that is not taken must not be in it."""
-    covers = cache.manifest.describe(VFMTok(tiny), ["center"], 4)
+    covers = manifest.describe(VFMTok(tiny), ["center"], 4)
     before = json.loads(json.dumps(dataclasses.asdict(tiny)))
     del before["grid"]
     assert covers["config"] == before

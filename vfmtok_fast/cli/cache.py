@@ -25,6 +25,7 @@ SUMMARY = "tokenise a folder of images into a token cache, or go on with one"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGES", help="class folders of pictures, or archives")
     add_input_option(parser)
+    _add_choices(parser)
     parser.add_argument("out", metavar="OUT", help="the cache: a new folder, or one to go on with")
     parser.add_argument(
         "--views",
@@ -72,17 +73,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_tokenizer_options(parser)
 
 
+def _add_choices(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what of the input to take")
+    group.add_argument("--split", metavar="NAME", help="only files or folders named so: train")
+    group.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="only files that fit, by their own name or a folder's, or with slashes by their path; "
+        "may be given again",
+    )
+    group.add_argument(
+        "--exclude", action="append", default=[], metavar="GLOB", help="no files that fit"
+    )
+    group.add_argument("--image-column", metavar="NAME", help="of Parquet, where not plain")
+    group.add_argument(
+        "--label-column", metavar="NAME", help="of Parquet, where not plain; none: no labels"
+    )
+
+
+def _included(options: argparse.Namespace) -> tuple[str, ...]:
+    from ..cache.sources.choice import split_patterns
+
+    if options.split is None:
+        return tuple(options.include)
+    if options.include:
+        raise ValueError("--split is an --include of its own; give one of the two")
+    return split_patterns(options.split)
+
+
 def run(options: argparse.Namespace) -> int:
     from ..cache import CacheSpec
-    from ..cache.sources import open_source
 
     # Before the model, which may have to be downloaded.
     spec = CacheSpec(
         input_kind=options.input, views=options.views, seed=options.seed,
         batch_size=options.batch_size, shard_size=options.shard_size, workers=options.workers,
-        extend=options.extend, hashed=options.hash,
+        extend=options.extend, hashed=options.hash, include=_included(options),
+        exclude=options.exclude, image_column=options.image_column,
+        label_column=options.label_column,
     )  # fmt: skip
-    open_source(options.images, spec.input_kind)
+    spec.open(options.images)
     progress = _json_lines() if options.json else True
     if options.engine == "ray":
         rank, summary = 0, _on_ray(options, spec, progress)

@@ -55,6 +55,16 @@ def add_tokenizer_options(
     )
 
 
+def open_again(options: argparse.Namespace) -> None:
+    """Before the model, which may have to be downloaded: is the cache's input there?"""
+    from ..cache.format.index import INDEX
+    from ..cache.sources import choices_of, open_source
+    from ..cache.store import place
+
+    kind, choices = choices_of(place(options.out) / INDEX)
+    open_source(options.images, options.input or kind, **choices)
+
+
 def policy(options: argparse.Namespace) -> AbstractContextManager:
     """The fast implementations for the time of a block, unless --no-fast."""
     from .. import switch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .models import add_input_option, add_tokenizer_options, load_tokenizer, policy
+from .models import add_input_option, add_tokenizer_options, load_tokenizer, open_again, policy
 from .output import note, say
 
 SUMMARY = "tokenise again the shards of a cache that verify finds damaged"
@@ -20,10 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from .. import cache
-    from ..cache.sources import open_source
 
     cache.read_manifest(options.out)
-    open_source(options.images, options.input)
+    open_again(options)
     tokenizer = load_tokenizer(options, options.device)
     with policy(options):
         made = cache.repair(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .models import add_input_option, add_tokenizer_options, load_tokenizer, policy
+from .models import add_input_option, add_tokenizer_options, load_tokenizer, open_again, policy
 from .output import note, say
 
 SUMMARY = "check every byte of a cache, and tokenise a sample of it again"
@@ -26,13 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from .. import cache
-    from ..cache.sources import open_source
 
     if options.sheet is not None and Path(options.sheet).suffix.lower() != ".png":
         raise ValueError(f"--sheet: the picture to write must be named .png, got {options.sheet}")
     cache.read_manifest(options.out)
     if options.images:
-        open_source(options.images, options.input)
+        open_again(options)
     chosen = options.model or options.tokenizer or options.untrained
     tokenizer = load_tokenizer(options, options.device) if options.images or chosen else None
     with policy(options):

@@ -15,7 +15,8 @@ from ..make.encode import decode
 from ..make.job import Job, encode_shards, finish
 from ..make.prepare import prepare
 from ..make.spec import CacheSpec
-from ..sources import BadImage
+from ..sources import BadImage, choices_of
+from ..store import place
 from .verify import shard_problems
 
 
@@ -33,7 +34,7 @@ def repair(
         images: the input that the cache was made from.
         out: the cache.
         tokenizer: the one that made it.
-        input_kind: what `images` is, where that is not plain from its name.
+        input_kind: what `images` is; None: what the cache was made from.
         workers: threads that read and decode; None: as `vfmtok_fast.cache.build`.
         tell: is given each problem, in one line, before it is mended.
 
@@ -44,10 +45,12 @@ def repair(
         refused. A damaged manifest or index cannot be mended: they say what the cache is.
     """
     found = read_manifest(out)
+    kind, choices = choices_of(place(out) / INDEX)
     with quiet_pillow():
         spec = CacheSpec(
-            input_kind=input_kind, views=found.views, seed=found.seed, batch_size=found.batch_size,
-            shard_size=found.shard_size, workers=workers,
+            input_kind=input_kind or kind, views=found.views, seed=found.seed,
+            batch_size=found.batch_size,
+            shard_size=found.shard_size, workers=workers, **choices,
         )  # fmt: skip
         job = prepare(images, out, tokenizer, spec)
         damaged = _damaged(job, tell)

@@ -23,7 +23,7 @@ from ..format.manifest import (
     read_manifest,
 )
 from ..make.encode import encode_rows, evaluating
-from ..sources import Source, open_source
+from ..sources import Source, choices_of, open_source
 from ..store import Place, place
 from .sheet import contact_sheet
 
@@ -74,7 +74,7 @@ def verify(
         tokenizer: the one that made it; needed to encode again, given alone only its fingerprint is
             compared.
         images: the pictures' folder or archive; needed to encode again.
-        input_kind: what `images` is, where that is not plain from its name.
+        input_kind: what `images` is; None: what the cache was made from.
         sample: pictures to encode again, spread evenly, rounded up to whole batches.
         min_agreement: a smaller share of equal tokens is a problem. On the device that made the
             cache all are equal; another kind of device rounds differently and flips codes that are
@@ -96,7 +96,10 @@ def verify(
         raise ValueError("verify: encoding pictures again needs the tokenizer that made the cache")
     if sheet is not None and (images is None or not hasattr(tokenizer, "decode")):
         raise ValueError("verify: a contact sheet needs the pictures and a tokenizer that decodes")
-    source = None if images is None else open_source(images, input_kind)
+    source = None
+    if images is not None:
+        kind, choices = choices_of(out / INDEX)
+        source = open_source(images, input_kind or kind, **choices)
     if sample < 1:
         raise ValueError(f"verify: sample must be at least 1, got {sample}")
     if tokenizer is not None:

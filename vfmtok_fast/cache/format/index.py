@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -84,16 +84,18 @@ class Origin:
         runs: first rows of what was added later; the rows before each are in the input's order.
         root: the input's place; only of a part of an index, which another input must not go on
             with.
+        chosen: what of the input was taken, see `Source.chosen`.
     """
 
     kind: str = "folder"
     files: dict[str, int] | None = None
     runs: tuple[int, ...] = ()
     root: str | None = None
+    chosen: dict[str, Any] = field(default_factory=dict)
 
     def metadata(self) -> dict[bytes, bytes]:
         """As the schema of index.parquet holds it; nothing for a folder."""
-        later = {"runs": self.runs, "root": self.root}
+        later = {"runs": self.runs, "root": self.root, "chosen": self.chosen}
         later = {name: value for name, value in later.items() if value}
         if self.files is None and not later:
             return {}
@@ -105,7 +107,7 @@ def write_index(
     path: Place,
     entries: Iterable[Entry],
     shard_size: int,
-    origin: Origin = Origin(),
+    origin: Origin | None = None,
     hashed: bool = False,
 ) -> tuple[int, str, int]:
     """Write index.parquet, one row group per shard, without holding more than one of them.
@@ -114,7 +116,7 @@ def write_index(
         path: the file to write.
         entries: the pictures in index order.
         shard_size: pictures per shard.
-        origin: where they come from.
+        origin: where they come from; None: class folders.
         hashed: whether there is a column for the entries' hashes.
 
     Returns:
@@ -123,6 +125,7 @@ def write_index(
     Raises:
         CacheWriteError: the file cannot be written.
     """
+    origin = origin or Origin()
     placed = origin.files is not None
     fields = _FIELDS + _PLACE * placed + _HASH * hashed
     schema = pa.schema(fields, metadata={**_MARK, **origin.metadata()})

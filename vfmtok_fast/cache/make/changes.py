@@ -16,7 +16,7 @@ from itertools import chain
 from ..format import index
 from ..format.complete import COMPLETE
 from ..format.index import INDEX
-from ..format.manifest import NAME, Manifest, read_manifest
+from ..format.manifest import NAME, Manifest, differences, read_manifest
 from ..sources import Entry, Source
 from ..sources.folder import label_of
 from ..store import Place
@@ -57,7 +57,12 @@ def _check_kind(source: Source, origin: index.Origin) -> None:
     if origin.kind != source.kind:
         raise ImagesChanged(
             f"{source.root}: is a {source.kind} input, the cache was made from {origin.kind}; "
-            "give the same input, or cache into a new folder"
+            f"give the same input (--input {origin.kind}), or cache into a new folder"
+        )
+    if differing := differences(origin.chosen, source.chosen):
+        raise ImagesChanged(
+            f"{source.root}: the cache was made from other files or columns of it: {differing}; "
+            "choose the same, or cache into a new folder"
         )
 
 

@@ -17,7 +17,7 @@ from ...images import decode_image
 from ..format import index, manifest
 from ..format.entry import Entry
 from ..format.index import INDEX
-from ..sources import BadImage, Source, open_source
+from ..sources import BadImage, Source
 from ..sources.folder import EXTENSIONS
 from ..store import Place, place
 from . import changes, claim, parts
@@ -50,7 +50,7 @@ def prepare(
         What `encode_shard` needs.
     """
     spec, out = CacheSpec.of(spec, settings), place(out)
-    source = open_source(images, spec.input_kind)
+    source = spec.open(images)
     claim.check_outside(Path(images), out)
     if rank:
         _await(out, (out / manifest.NAME).exists)
@@ -75,7 +75,7 @@ def _index(
     source: Source, out: Place, covers: dict[str, Any], spec: CacheSpec, workers: int
 ) -> manifest.Manifest:
     """List the pictures, and say that the folder is a cache."""
-    origin = index.Origin(source.kind, source.files())
+    origin = index.Origin(source.kind, source.files(), chosen=source.chosen)
 
     def entries(after: Entry | None) -> Iterable[Entry]:
         found = source.entries(after)

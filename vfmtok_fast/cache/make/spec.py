@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..format.views import parse_views
+from ..sources import Source, open_source
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,9 @@ class CacheSpec:
             and labels stay: new pictures and new classes come behind the old ones.
         hashed: note each picture's SHA-256 in the index, so that a change that keeps its size is
             noticed when it is read; indexing then reads every picture.
+        include, exclude: patterns of the files to take or to leave out, see
+            `vfmtok_fast.cache.sources.choice`.
+        image_column, label_column: of Parquet files, where they are not plain.
 
     Raises:
         TypeError, ValueError: a value of another kind, or out of range.
@@ -38,6 +43,10 @@ class CacheSpec:
     workers: int | None = None
     extend: bool = False
     hashed: bool = False
+    include: Iterable[str] = ()
+    exclude: Iterable[str] = ()
+    image_column: str | None = None
+    label_column: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "views", tuple(str(view) for view in parse_views(self.views)))
@@ -46,6 +55,13 @@ class CacheSpec:
         check_count("shard_size", self.shard_size, 1)
         if self.workers is not None:
             check_count("workers", self.workers, 1)
+
+    def open(self, images: str | os.PathLike) -> Source:
+        """The input, as the spec says to take it; raises like `open_source`."""
+        return open_source(
+            images, self.input_kind, include=self.include, exclude=self.exclude,
+            image_column=self.image_column, label_column=self.label_column,
+        )  # fmt: skip
 
     @classmethod
     def of(cls, spec: CacheSpec | None, settings: dict[str, Any]) -> CacheSpec:

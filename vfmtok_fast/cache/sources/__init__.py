@@ -7,10 +7,19 @@ archive never becomes a name on disk.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from .base import BadImage, Entry, Source
-from .folder import FolderSource
+from ..format.entry import Entry
+from ..format.index import read_origin
+from ..store import Place
+from . import parquet
+from .base import BadImage, Source
+from .choice import EVERYTHING, Choice, check_splits, is_split
+from .columns import FIRST, find_columns
+from .contents import archives_in, check_shards, kind_of_folder
+from .folder import FolderSource, class_folders, walk
 from .lmdb import LmdbSource
 from .parquet import ParquetSource
 from .tar import TarSource
@@ -18,27 +27,40 @@ from .webdataset import WebDatasetSource, is_webdataset
 
 KINDS = ("folder", "tar", "webdataset", "parquet", "lmdb")
 
-__all__ = ["KINDS", "BadImage", "Entry", "Source", "open_source"]
+__all__ = ["KINDS", "BadImage", "Entry", "Source", "choices_of", "open_source"]
 
 
-def open_source(images: str | os.PathLike, kind: str | None = None) -> Source:
+def open_source(
+    images: str | os.PathLike,
+    kind: str | None = None,
+    *,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Source:
     """Find out what an input is, by its name and what lies in it.
 
     A file: `.tar` is a tar of class tars or of class folders, or a WebDataset shard if it holds
-    `.cls` members; `.parquet`; `.mdb`. A folder: an LMDB if it holds `data.mdb`; otherwise, unless
-    it has folders in it, Parquet files or WebDataset shards if it holds any; otherwise class
-    folders of pictures.
+    `.cls` members; `.parquet`; `.mdb`. A folder: an LMDB if it holds `data.mdb`; Parquet files or
+    WebDataset shards, at any depth, if it holds only those; class folders of pictures if it holds
+    pictures. Where more than one could be meant, the user is asked.
 
     Args:
         images: the input.
         kind: one of KINDS, where the rule above would guess wrong; None: by the rule.
+        include: patterns of the files to take (see `choice`); none, or "*": all of them.
+        exclude: patterns of the files to leave out.
+        image_column, label_column: of Parquet files, where they are not plain; "none" for no
+            labels.
 
     Returns:
         The input, its pictures not listed yet.
 
     Raises:
         FileNotFoundError, NotADirectoryError: it is not there, or is a file of another kind.
-        ValueError: no such kind, or it is not of the kind that was said.
+        ValueError: no such kind, or it is not of the kind that was said; or more than one thing
+            could be meant.
     """
     if "://" in str(images):
         raise ValueError(
@@ -48,26 +70,79 @@ def open_source(images: str | os.PathLike, kind: str | None = None) -> Source:
     root = Path(images)
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder of pictures or archive")
+    choice = Choice(include, exclude)
+    said = kind is not None
     if kind is None:
-        kind = _kind_of_folder(root) if root.is_dir() else _kind_of_file(root)
+        kind = kind_of_folder(root, choice) if root.is_dir() else _kind_of_file(root)
     if kind not in KINDS:
         raise ValueError(f"input: must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kind != "parquet" and (image_column or label_column):
+        raise ValueError(f"{root}: is {kind}; only Parquet has columns to choose")
     if kind == "folder":
         if not root.is_dir():
             raise NotADirectoryError(f"{root}: must be a folder of pictures, is a file")
-        return FolderSource(root)
+        return _folder(root, choice)
     if kind == "lmdb":
+        if choice.record():
+            raise ValueError(f"{root}: an LMDB has no files to include or exclude")
         return LmdbSource(root)
     if kind == "tar":
         if root.is_dir():
             raise ValueError(f"{root}: must be one tar file, is a folder; name the file in it")
-        return TarSource(root)
-    suffix = ".parquet" if kind == "parquet" else ".tar"
-    names = _names(root, suffix) if root.is_dir() else [root.name]
+        return TarSource(root, choice)
+    names = _archives(root, ".parquet" if kind == "parquet" else ".tar", choice)
+    folder = root if root.is_dir() else root.parent
+    if kind == "webdataset" and root.is_dir() and not said:
+        check_shards(root, names)
+    check_splits(root, names, choice)
+    if kind == "webdataset":
+        return WebDatasetSource(folder, names, choice)
+    schemas = parquet.schemas(folder, names)
+    columns = find_columns(root, schemas, names, image_column, label_column)
+    return ParquetSource(folder, names, columns, choice)
+
+
+def choices_of(path: Place) -> tuple[str | None, dict[str, Any]]:
+    """Kind and further arguments with which `open_source` opens a cache's input again.
+
+    Args:
+        path: the cache's index.
+    """
+    try:
+        origin = read_origin(path)
+    except ValueError:  # damaged, as whoever checks the index will say
+        return None, {}
+    again = {"include": ("*",), "image_column": FIRST, "label_column": FIRST, **origin.chosen}
+    return origin.kind, again
+
+
+def _folder(root: Path, choice: Choice) -> FolderSource:
+    """Class folders, also those in the one split that was chosen."""
+    folders = class_folders(root, choice)
+    check_splits(root, folders, choice, whole=True)
+    if choice.record() and not folders and next(walk(root, "", choice), None) is None:
+        raise ValueError(f"{root}: {_nothing(choice)}")
+    if choice.include and len(folders) == 1 and is_split(folders[0]):
+        return FolderSource(root / folders[0], choice.below(folders[0]), choice)
+    return FolderSource(root, choice)
+
+
+def _archives(root: Path, suffix: str, choice: Choice) -> tuple[str, ...]:
+    if root.is_dir():
+        names = archives_in(root, suffix, choice)
+        if not names and not archives_in(root, suffix, EVERYTHING):
+            raise ValueError(f"{root}: no *{suffix} files in this folder")
+    else:
+        names = (root.name,) if choice.takes(root.name) else ()
     if not names:
-        raise ValueError(f"{root}: no *{suffix} files in this folder")
-    source = ParquetSource if kind == "parquet" else WebDatasetSource
-    return source(root if root.is_dir() else root.parent, tuple(names))
+        raise ValueError(f"{root}: {_nothing(choice)}")
+    return names
+
+
+def _nothing(choice: Choice) -> str:
+    patterns = [f"include {one!r}" for one in choice.include]
+    patterns += [f"exclude {one!r}" for one in choice.exclude]
+    return f"nothing is left in it with {', '.join(patterns)}"
 
 
 def _kind_of_file(path: Path) -> str:
@@ -84,23 +159,4 @@ def _kind_of_file(path: Path) -> str:
         )
     raise NotADirectoryError(
         f"{path}: must be a folder of pictures, or a .tar, .parquet or .mdb file, is another file"
-    )
-
-
-def _kind_of_folder(root: Path) -> str:
-    if (root / "data.mdb").is_file():
-        return "lmdb"
-    # A folder with folders in it is class folders, whatever else lies there.
-    if not any(entry.is_dir() for entry in root.iterdir() if not entry.name.startswith(".")):
-        for suffix, kind in ((".parquet", "parquet"), (".tar", "webdataset")):
-            if _names(root, suffix):
-                return kind
-    return "folder"
-
-
-def _names(root: Path, suffix: str) -> list[str]:
-    return sorted(
-        path.name
-        for path in root.iterdir()
-        if path.suffix.lower() == suffix and path.is_file() and not path.name.startswith(".")
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..format.entry import NO_CLASS, Entry
 from ..format.shards import BAD, GONE
@@ -44,6 +44,9 @@ class Source(Protocol):
 
     kind: str
     root: Path
+    # What of it is taken, as far as the user or the files had to say: plain JSON values that an
+    # index keeps; empty where everything is taken as it always was.
+    chosen: dict[str, Any]
 
     def files(self) -> dict[str, int] | None:
         """Size in bytes of every file that holds pictures; None where each picture is a file."""

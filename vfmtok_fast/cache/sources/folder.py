@@ -17,13 +17,21 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..format.shards import BAD, GONE
 from .base import NO_CLASS, NO_SIZE, NOT_UTF8, BadImage, Entry, check_bytes, check_known
+from .choice import EVERYTHING, Choice
 
 EXTENSIONS = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif"
     " .mpo".split()
+)
+
+# What systems and their tools leave in folders and archives: never a class, never a picture.
+_JUNK = frozenset(
+    "__macosx|lost+found|@eadir|#recycle|@recycle|$recycle.bin|recycler|system volume information|"
+    "thumbs.db|desktop.ini|ehthumbs.db|__pycache__".split("|")
 )
 
 # Errors of one file; any other OSError (too many open files, stale network mount) is the machine's
@@ -35,21 +43,28 @@ _ERRORS_OF_A_FILE = frozenset(
 
 @dataclass(frozen=True)
 class FolderSource:
-    """Pictures as files below `root`."""
+    """Pictures as files below `root`; `said` is the choice that led to this folder, if one did."""
 
     root: Path
+    choice: Choice = EVERYTHING
+    said: Choice | None = None
     kind = "folder"
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """Which pictures are taken, where not all are."""
+        return (self.said or self.choice).record()
 
     def files(self) -> None:
         """Each picture is a file; what changed is found picture by picture."""
 
     def entries(self, after: Entry | None = None) -> Iterator[Entry]:
-        numbers = {name: number for number, name in enumerate(class_folders(self.root))}
-        for path, size in walk(self.root, after.path if after else ""):
+        numbers = {name: number for number, name in enumerate(self.classes(-1))}
+        for path, size in walk(self.root, after.path if after else "", self.choice):
             yield Entry(path, size, label_of(path, numbers))
 
     def classes(self, highest: int) -> list[str]:
-        return class_folders(self.root)
+        return class_folders(self.root, self.choice)
 
     def read(self, entry: Entry) -> bytes:
         check_known(entry)
@@ -74,18 +89,34 @@ class FolderSource:
         return check_bytes(entry, data)
 
 
-def class_folders(root: Path) -> list[str]:
+def class_folders(root: Path, choice: Choice = EVERYTHING) -> list[str]:
     """Names of the class folders under `root`, sorted; a class's label is its place in the list."""
-    names, _ = _names(os.fspath(root))
-    return sorted(name[:-1] for name in names if name.endswith("/"))
+    names, _ = names_in(os.fspath(root))
+    folders = sorted(name[:-1] for name in names if name.endswith("/"))
+    if choice.record():
+        return [name for name in folders if _holds_any(root, name, choice)]
+    return folders
 
 
-def walk(root: Path, after: str = "") -> Iterator[tuple[str, int]]:
+def _holds_any(root: Path, name: str, choice: Choice) -> bool:
+    """Whether anything in a folder is chosen."""
+    inside = walk(root, name + "/", choice)
+    return not choice.leaves_out(name) and next(inside, ("", 0))[0].startswith(f"{name}/")
+
+
+def walk(
+    root: Path,
+    after: str = "",
+    choice: Choice = EVERYTHING,
+    extensions: frozenset[str] = EXTENSIONS,
+) -> Iterator[tuple[str, int]]:
     """List the pictures under `root` in index order.
 
     Args:
         root: an existing folder.
         after: a relative path; what comes before it is passed over without looking at it.
+        choice: which of them.
+        extensions: of what is listed.
 
     Yields:
         (relative POSIX path, size in bytes); instead of the size NO_SIZE or NOT_UTF8 where a file
@@ -97,7 +128,7 @@ def walk(root: Path, after: str = "") -> Iterator[tuple[str, int]]:
     top = os.fspath(root)
     # Per open folder: its names (last first), its path, its shown relative path, and its identity,
     # which is how a link back into a folder above is noticed.
-    stack = [(_names(top), top, "", _identity(top))]
+    stack = [(names_in(top), top, "", identity(top))]
     while stack:
         (names, odd), folder, shown_folder, _ = stack[-1]
         if not names:
@@ -107,11 +138,13 @@ def walk(root: Path, after: str = "") -> Iterator[tuple[str, int]]:
         path, shown = os.path.join(folder, odd.get(name, name)), shown_folder + name
         if shown <= after and not (name.endswith("/") and after.startswith(shown)):
             continue
+        if choice.leaves_out(shown.rstrip("/")):
+            continue
         if name.endswith("/"):
-            identity = _identity(path)
-            if identity is not None and all(identity != above[3] for above in stack):
-                stack.append((_names(path), path, shown, identity))
-        elif os.path.splitext(name)[1].lower() in EXTENSIONS:
+            place = identity(path)
+            if place is not None and all(place != above[3] for above in stack):
+                stack.append((names_in(path), path, shown, place))
+        elif os.path.splitext(name)[1].lower() in extensions and choice.takes(shown):
             try:
                 status = os.stat(path)
             except OSError:
@@ -127,7 +160,12 @@ def label_of(path: str, numbers: dict[str, int]) -> int:
     return numbers.get(folder, NO_CLASS) if slash else NO_CLASS
 
 
-def _names(folder: str) -> tuple[list[str], dict[str, str]]:
+def is_junk(name: str) -> bool:
+    """Whether a name is hidden, or one that a system made up and no user."""
+    return name.startswith(".") or name.lower() in _JUNK
+
+
+def names_in(folder: str) -> tuple[list[str], dict[str, str]]:
     """The shown names in a folder in reverse order, and the names on disk of those that differ.
 
     A folder's shown name ends with a slash; with it, sorting each folder by itself gives the order
@@ -138,7 +176,7 @@ def _names(folder: str) -> tuple[list[str], dict[str, str]]:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if is_junk(entry.name):
                     continue
                 name = entry.name if _is_utf8(entry.name) else _shown(entry.name)
                 if _is_folder(entry):
@@ -176,7 +214,8 @@ def _shown(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _identity(folder: str) -> tuple[int, int] | None:
+def identity(folder: str) -> tuple[int, int] | None:
+    """What tells a folder from every other, however it is reached; None if it has gone."""
     try:
         status = os.stat(folder)
     except OSError:

@@ -52,6 +52,11 @@ class LmdbSource:
     root: Path
     kind = "lmdb"
 
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """Nothing: all records are taken."""
+        return {}
+
     def files(self) -> dict[str, int]:
         if self.root.is_dir():
             return sizes_of(self.root, ["data.mdb"])

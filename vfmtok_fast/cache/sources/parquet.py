@@ -2,19 +2,21 @@
 
     image: struct<bytes: binary, path: string>  (or plain binary)      label: integer
 
-Files are taken in the order of their names. To index, only the labels are read, so the size of a
-picture is not known before it is read; what changed is seen by the sizes of the files.
+Files are taken in the order of their names; which columns, `columns` finds out. To index, only the
+labels are read, so the size of a picture is not known before it is read; what changed is seen by
+the sizes of the files.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,9 +37,8 @@ from .base import (
     numbered_classes,
     sizes_of,
 )
-
-IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
-LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
+from .choice import EVERYTHING, Choice
+from .columns import Columns, leaf_of
 
 # Rows that are read together, and how many are kept: decoding threads ask for rows in nearly
 # ascending order. 128 photos are some 15 MB.
@@ -51,6 +52,8 @@ class ParquetSource:
 
     root: Path
     names: tuple[str, ...]
+    columns: Columns
+    choice: Choice = EVERYTHING
     kind = "parquet"
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _rows: OrderedDict[tuple[str, int], bytes | None] = field(
@@ -61,7 +64,12 @@ class ParquetSource:
 
     def __reduce__(self) -> tuple:
         # Locks and open files do not travel.
-        return type(self), (self.root, self.names)
+        return type(self), (self.root, self.names, self.columns, self.choice)
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What of the files is taken, where that is not plain."""
+        return {**self.choice.record(), **self.columns.record()}
 
     def files(self) -> dict[str, int]:
         return sizes_of(self.root, list(self.names))
@@ -73,23 +81,28 @@ class ParquetSource:
         for name in names:
             path = self.root / name
             with _opened(path) as file:
-                _image_column(file, path)
-                column = _label_column(file, path)
-                row = 0
-                for label in _labels(file, column):
+                if file.metadata.num_rows == 0:
+                    continue
+                self.columns.check(file.schema_arrow, path)
+                for row, label in enumerate(self._labels(file, name)):
                     known = NO_CLASS if label is None else check_label(label)
                     size = UNKNOWN if known is not None else BAD_LABEL
                     label = NO_CLASS if known is None else known
                     yield Entry(f"{name}/{row:08d}", size, label, name, row)
-                    row += 1
+
+    def _labels(self, file: pq.ParquetFile, name: str) -> Iterator[int | None]:
+        if self.columns.label is None or self.columns.values is not None:
+            label = self.columns.label_of(name) if self.columns.label else None
+            yield from itertools.repeat(label, file.metadata.num_rows)
+            return
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=[self.columns.label])
+            yield from table.column(0).to_pylist()
 
     def classes(self, highest: int) -> list[str]:
         """The names that Hugging Face's `datasets` writes beside a ClassLabel, or numbers."""
-        path = self.root / self.names[0]
-        with _opened(path) as file:
-            column = _label_column(file, path)
-            names = _class_names(file.schema_arrow.metadata or {}, column)
-        return names if len(names) > highest else numbered_classes(highest)
+        names = self.columns.class_names()
+        return list(names) if len(names) > highest else numbered_classes(highest)
 
     def read(self, entry: Entry) -> bytes:
         check_known(entry)
@@ -115,7 +128,7 @@ class ParquetSource:
                 or self._walk[0] != name
                 or not (self._walk[1] <= row < self._walk[1] + _KEPT)
             ):
-                self._walk = (name, *_walk_from(path, row))
+                self._walk = (name, *_walk_from(path, row, self.columns.image))
             _, at, batches = self._walk
             for batch in batches:
                 for value in _bytes_of(batch.column(0)):
@@ -133,14 +146,15 @@ class ParquetSource:
         self._walk = None
 
 
-def _walk_from(path: Path, row: int) -> tuple[int, Iterator[pa.RecordBatch]]:
+def _walk_from(path: Path, row: int, column: str) -> tuple[int, Iterator[pa.RecordBatch]]:
     """The row group that a row lies in: its first row, and batches from there to the file's end."""
     file = pq.ParquetFile(path, memory_map=True)
     first = 0
     for group in range(file.num_row_groups):
         count = file.metadata.row_group(group).num_rows
         if row < first + count:
-            return first, _batches(file, group, _image_column(file, path))
+            leaf = leaf_of(file.schema_arrow, column) or column
+            return first, _batches(file, group, leaf)
         first += count
     file.close()
     return first, iter(())
@@ -153,63 +167,17 @@ def _batches(file: pq.ParquetFile, first: int, column: str) -> Iterator[pa.Recor
         yield from file.iter_batches(_BATCH, groups, columns=[column], use_threads=False)
 
 
-def _labels(file: pq.ParquetFile, column: str | None) -> Iterator[int | None]:
-    for group in range(file.num_row_groups):
-        if column is None:
-            yield from (None for _ in range(file.metadata.row_group(group).num_rows))
-            continue
-        yield from file.read_row_group(group, columns=[column]).column(0).to_pylist()
-
-
 def _bytes_of(column: pa.Array) -> list[bytes | None]:
     if pa.types.is_struct(column.type):
         column = pc.struct_field(column, "bytes")
     return column.to_pylist()
 
 
-def _is_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _image_column(file: pq.ParquetFile, path: Path) -> str:
-    """Name of the leaf column with the pictures' bytes."""
-    schema = file.schema_arrow
-    plain = []
-    for column in schema:
-        if pa.types.is_struct(column.type):
-            index = column.type.get_field_index("bytes")
-            if index >= 0 and _is_bytes(column.type.field(index).type):
-                return f"{column.name}.bytes"
-        elif _is_bytes(column.type) and column.name in IMAGE_COLUMNS:
-            plain.append(column.name)
-    if not plain:
-        raise ValueError(
-            f"{path}: no pictures in it: expected a column struct<bytes, path>, or binary named "
-            f"{', '.join(IMAGE_COLUMNS)}; got {', '.join(schema.names) or 'no columns'}"
-        )
-    return plain[0]
-
-
-def _label_column(file: pq.ParquetFile, path: Path) -> str | None:
-    schema = file.schema_arrow
-    column = next((name for name in LABEL_COLUMNS if name in schema.names), None)
-    if column is not None and not pa.types.is_integer(schema.field(column).type):
-        raise ValueError(
-            f"{path}: column {column!r} must hold class numbers, is {schema.field(column).type}"
-        )
-    return column
-
-
-def _class_names(metadata: dict[bytes, bytes], column: str | None) -> list[str]:
-    """Names of a ClassLabel, as `datasets` writes them; empty if there are none."""
-    try:
-        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
-        names = features[column]["names"]
-    except (ValueError, KeyError, TypeError):  # other programs' metadata, or none
-        return []
-    if isinstance(names, list) and all(isinstance(name, str) for name in names):
-        return names
-    return []
+def schemas(root: Path, names: Sequence[str]) -> Iterator[tuple[pa.Schema, bool]]:
+    """The schema of each file in turn, and whether it has rows."""
+    for name in names:
+        with _opened(root / name) as file:
+            yield file.schema_arrow, file.metadata.num_rows > 0
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..format.shards import GONE
 from .base import (
@@ -29,7 +29,8 @@ from .base import (
     check_known,
     sizes_of,
 )
-from .folder import EXTENSIONS, label_of
+from .choice import EVERYTHING, Choice, check_splits
+from .folder import EXTENSIONS, is_junk, label_of
 
 BLOCK = tarfile.BLOCKSIZE
 
@@ -39,7 +40,13 @@ class TarSource:
     """Pictures inside the tar file `path`."""
 
     path: Path
+    choice: Choice = EVERYTHING
     kind = "tar"
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """Which members are taken, where not all are."""
+        return self.choice.record()
 
     @property
     def root(self) -> Path:
@@ -67,8 +74,9 @@ class TarSource:
                 ]
                 yield from sorted(found)
             for path, size, offset in pictures(file, self.path, 0, None):
-                path = path.removeprefix(contents.around)
-                yield Entry(path, size, label_of(path, numbers), name, offset)
+                if self.choice.takes(path):
+                    path = path.removeprefix(contents.around)
+                    yield Entry(path, size, label_of(path, numbers), name, offset)
 
     def classes(self, highest: int) -> list[str]:
         return self._contents().classes
@@ -84,14 +92,16 @@ class TarSource:
                 if path is None or is_hidden(path):
                     continue
                 stem, suffix = os.path.splitext(path)
-                if suffix.lower() == ".tar" and member.isreg():
+                # A class may be named as its tar is, or as its folder would be.
+                if suffix.lower() == ".tar" and member.isreg() and self.choice.takes(path, stem):
                     start = member.offset_data
                     inner.append((os.path.basename(stem), start, start + member.size))
-                elif suffix.lower() in EXTENSIONS:
+                elif suffix.lower() in EXTENSIONS and self.choice.takes(path):
                     folders.add(path.rpartition("/")[0])
         around = "" if inner else _around(folders)
-        classes = {folder for folder, _, _ in inner}
-        classes |= {f"{folder}/".removeprefix(around).partition("/")[0] for folder in folders}
+        classes = {f"{folder}/".removeprefix(around).partition("/")[0] for folder in folders}
+        check_splits(self.path, sorted(classes), self.choice, whole=True)
+        classes |= {folder for folder, _, _ in inner}
         return _Contents(sorted(inner), sorted(classes - {""}), around)
 
 
@@ -216,5 +226,5 @@ def shown(name: str) -> str:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a name on the path starts with a dot, as of .DS_Store and the ._copies of macOS."""
-    return any(part.startswith(".") and part != ".." for part in path.split("/"))
+    """Whether a name on the path is junk, as .DS_Store and the ._copies in __MACOSX."""
+    return any(is_junk(part) and part not in (".", "..") for part in path.split("/"))

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .base import (
     BAD_LABEL,
@@ -25,6 +25,7 @@ from .base import (
     numbered_classes,
     sizes_of,
 )
+from .choice import EVERYTHING, Choice
 from .folder import EXTENSIONS
 from .tar import is_hidden, members, read_member, shown, size_of
 
@@ -38,7 +39,13 @@ class WebDatasetSource:
 
     root: Path
     names: tuple[str, ...]
+    choice: Choice = EVERYTHING
     kind = "webdataset"
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """Which shards are taken, where not all are."""
+        return self.choice.record()
 
     def files(self) -> dict[str, int]:
         return sizes_of(self.root, list(self.names))

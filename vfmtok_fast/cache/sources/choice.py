@@ -1,0 +1,130 @@
+"""Which files of an input are taken: what the user includes and excludes, and splits in one folder.
+
+A pattern without a slash fits a path if it fits the name of the file or of any folder around it;
+one with slashes, if it fits the path or that of a folder around it. Upper and lower case differ.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# The words for the parts of a data set, as Hugging Face's `datasets` takes them.
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_WORDS = {word: split for split, words in _SPLITS.items() for word in words}
+# What may stand beside such a word in a name: train-00000-of-00002.parquet, imagenet_val.tar.
+_SPLIT = re.compile(rf"(?:^|[-._ ])({'|'.join(_WORDS)})(?=[-._ 0-9]|$)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The patterns of what is taken (none: everything) and of what of that is left out."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise TypeError(f"input: {name} must be patterns, not one string; got {value!r}")
+            object.__setattr__(self, name, tuple(value))
+
+    def takes(self, *paths: str) -> bool:
+        """Whether a file is taken that has this path, or each of these."""
+        return not self.leaves_out(*paths) and (
+            not self.include or any(_fits(path, one) for path in paths for one in self.include)
+        )
+
+    def leaves_out(self, *paths: str) -> bool:
+        """Whether a file or a whole folder is left out by `exclude`."""
+        return any(_fits(path, one) for path in paths for one in self.exclude)
+
+    def below(self, folder: str) -> Choice:
+        """The same for paths that begin inside of a folder."""
+        include = () if any(_fits(folder, one) for one in self.include) else self.include
+        prefix = f"{folder}/"
+        return Choice(
+            tuple(one.removeprefix(prefix) for one in include),
+            tuple(one.removeprefix(prefix) for one in self.exclude),
+        )
+
+    def record(self) -> dict[str, list[str]]:
+        """What an index must say of it; nothing where everything is taken."""
+        record = {}
+        if set(self.include) - {"*"}:
+            record["include"] = sorted(self.include)
+        if self.exclude:
+            record["exclude"] = sorted(self.exclude)
+        return record
+
+
+EVERYTHING = Choice()
+
+
+def _fits(path: str, pattern: str) -> bool:
+    pattern, parts = pattern.strip("/"), path.split("/")
+    if "/" not in pattern:
+        return any(fnmatch.fnmatchcase(part, pattern) for part in parts)
+    paths = ("/".join(parts[:count]) for count in range(1, len(parts) + 1))
+    return any(fnmatch.fnmatchcase(one, pattern) for one in paths)
+
+
+def split_patterns(name: str) -> tuple[str, ...]:
+    """Patterns of the files of one split: NAME itself, or set off in a longer name.
+
+    Raises:
+        ValueError: no name.
+    """
+    if not name or "/" in name:
+        raise ValueError(f"--split must be a name such as train or validation, got {name!r}")
+    name = glob.escape(name)
+    return tuple(f"{start}{name}{end}" for start in ("", "*[-._ ]") for end in ("", "[-._ 0-9]*"))
+
+
+def check_splits(where: object, paths: Iterable[str], choice: Choice, whole: bool = False) -> None:
+    """Refuse to mix the splits of a data set, unless the user has said what to take.
+
+    Args:
+        where: the input, for the message.
+        paths: relative paths of its files or folders.
+        choice: what the user has said.
+        whole: only names that are nothing but such a word count.
+
+    Raises:
+        ValueError: there is more than one split among them.
+    """
+    if choice.include:
+        return
+    found: dict[str, tuple[str, str]] = {}
+    for path in paths:
+        if word := _split_of(path, whole):
+            found.setdefault(_WORDS[word.lower()], (word, path))
+    if len(found) > 1:
+        words, examples = zip(*found.values(), strict=True)
+        raise ValueError(
+            f"{where}: holds several splits of a data set ({', '.join(examples)}); choose one, as "
+            f"with --split {words[0]}, or take all with --include '*'"
+        )
+
+
+def is_split(name: str) -> bool:
+    """Whether a folder's name is nothing but the word for a split."""
+    return name.lower() in _WORDS
+
+
+def _split_of(path: str, whole: bool) -> str | None:
+    """The word for a split in a path; the name nearest to the file counts."""
+    for part in reversed(path.split("/")):
+        if whole and not is_split(part):
+            continue
+        if match := _SPLIT.search(part):
+            return match[1]
+    return None

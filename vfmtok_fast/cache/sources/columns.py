@@ -1,0 +1,305 @@
+"""Which columns of Parquet files hold the pictures and the labels.
+
+What the files say themselves comes first: Hugging Face's `datasets` writes every column's feature
+beside the schema. After that known names. Where two columns could be meant, the user is asked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from .base import MAX_LABEL
+
+IMAGE_COLUMNS = tuple("image img picture photo jpg jpeg png webp bytes image_bytes".split())
+LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
+# Taken where there is none of those.
+MORE_LABEL_COLUMNS = ("label_id", "class_id", "class_label", "class_index", "target")
+# What an index without a record of a column was made from: the rule before there was a choice.
+FIRST = ""
+NO_LABELS = "none"
+# Structs of bytes that hold no picture, in files that say nothing about them.
+_NO_PICTURES = ("audio", "sound", "speech", "voice", "video", "wav", "mp3", "flac", "mp4", "pdf")
+_FIRST_IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What was found.
+
+    Args:
+        image: the column of pictures.
+        label: the column of labels, or the key of folders such as label=3; None: no labels.
+        values: the sorted values of such folders; None where the labels are a column.
+        names: of the classes, as a ClassLabel has them; empty if there are none.
+        first: (image, label) by the rule before there was a choice.
+    """
+
+    image: str
+    label: str | None
+    values: tuple[str, ...] | None
+    names: tuple[str, ...]
+    first: tuple[str | None, str | None]
+
+    def record(self) -> dict[str, str]:
+        """What an index must say of them; nothing where it is what has always been taken."""
+        record = {}
+        if self.image != self.first[0]:
+            record["image_column"] = self.image
+        if self.label != self.first[1]:
+            record["label_column"] = self.label or NO_LABELS
+        return record
+
+    def check(self, schema: pa.Schema, path: Path) -> None:
+        """Refuse one of the files that does not fit what was found in the others.
+
+        Raises:
+            ValueError: its columns or the names of its classes are others.
+        """
+        if not _has(schema, self.image, lambda kind: leaf_of(schema, self.image) is not None):
+            raise ValueError(
+                f"{path}: has no pictures in the column {self.image!r}, unlike files before it; "
+                f"leave it out with --exclude; {_listed(schema)}"
+            )
+        if self.label is None or self.values is not None:
+            return
+        if not _has(schema, self.label, _is_label):
+            raise ValueError(
+                f"{path}: has no class numbers in the column {self.label!r}, unlike files before "
+                f"it; leave it out with --exclude; {_listed(schema)}"
+            )
+        names = _class_names(_features(schema), self.label)
+        if names and self.names and names != self.names:
+            raise ValueError(
+                f"{path}: the classes of its column {self.label!r} have other names or numbers "
+                "than in the files before it; leave it out with --exclude"
+            )
+
+    def label_of(self, name: str) -> int | None:
+        """Label of all rows of a file by a folder such as label=3; None if it lies in none."""
+        value = partitions(name).get(self.label)
+        if value is None:
+            return None
+        return int(value) if self._are_numbers() else self.values.index(value)
+
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, empty where they are only numbered."""
+        return self.names if self.values is None or self._are_numbers() else self.values
+
+    def _are_numbers(self) -> bool:
+        return all(v.isascii() and v.isdigit() and int(v) <= MAX_LABEL for v in self.values)
+
+
+def _has(schema: pa.Schema, name: str, fits: Callable[[pa.DataType], bool]) -> bool:
+    """Whether a column is there and fits; one in which a file holds nothing has no type."""
+    kind = schema.field(name).type if name in schema.names else None
+    return kind is not None and (pa.types.is_null(kind) or fits(kind))
+
+
+def partitions(name: str) -> dict[str, str]:
+    """Keys and values of the folders of a path such as label=3/part-0.parquet."""
+    pairs = (folder.partition("=") for folder in name.split("/")[:-1])
+    return {
+        key: value
+        for key, equals, value in pairs
+        if equals and key and value != "__HIVE_DEFAULT_PARTITION__"
+    }
+
+
+def find_columns(
+    where: Path,
+    schemas: Iterable[tuple[pa.Schema, bool]],
+    names: tuple[str, ...],
+    image: str | None,
+    label: str | None,
+) -> Columns:
+    """Find the columns of an input.
+
+    Args:
+        where: the input; what messages start with.
+        schemas: of the files one by one, and whether each has rows; no more than needed are taken.
+        names: of the files, relative to the input.
+        image, label: columns that the user names, NO_LABELS; None: find them; FIRST: as they were
+            taken before there was a choice.
+
+    Raises:
+        ValueError: there are no pictures, two columns could be meant, or a named one will not do.
+    """
+    first, schema = _merged(schemas, {image, label})
+    old = first_image(first), first_label(first)
+    image = old[0] if image == FIRST else image
+    label = (old[1] or NO_LABELS) if label == FIRST else label
+    image = _image(where, schema, image)
+    if label == NO_LABELS:
+        return Columns(image, None, None, (), old)
+    column = _label(where, schema, label)
+    if column is not None:
+        return Columns(image, column, None, _class_names(_features(schema), column), old)
+    keys = [partitions(name) for name in names]
+    known = (*LABEL_COLUMNS, *MORE_LABEL_COLUMNS) if label is None else (label,)
+    key = next((key for key in known if any(key in found for found in keys)), None)
+    if key is None and label is not None:
+        raise ValueError(f"{where}: no column {label!r} (--label-column); {_listed(schema)}")
+    values = None if key is None else tuple(sorted({found[key] for found in keys if key in found}))
+    return Columns(image, key, values, (), old)
+
+
+def _merged(
+    schemas: Iterable[tuple[pa.Schema, bool]], asked: set[str | None]
+) -> tuple[pa.Schema, pa.Schema]:
+    """The schema of the first file, and that of the first with rows.
+
+    A column in which one file holds nothing has no type there: that is taken from a later file.
+    """
+    first = merged = None
+    for schema, has_rows in schemas:
+        first = schema if first is None else first
+        if not has_rows:
+            continue
+        merged = schema if merged is None else _filled(merged, schema)
+        wanted = {*IMAGE_COLUMNS, *LABEL_COLUMNS, *MORE_LABEL_COLUMNS, *asked}
+        wanted |= {name for name in merged.names if _type(merged, name) in ("Image", "ClassLabel")}
+        if not any(pa.types.is_null(column.type) and column.name in wanted for column in merged):
+            break
+    return first, first if merged is None else merged
+
+
+def _filled(schema: pa.Schema, later: pa.Schema) -> pa.Schema:
+    for place, column in enumerate(schema):
+        if pa.types.is_null(column.type) and column.name in later.names:
+            schema = schema.set(place, later.field(column.name))
+    return schema
+
+
+def _image(where: Path, schema: pa.Schema, asked: str | None) -> str:
+    """The column of pictures."""
+    if asked is not None:
+        if leaf_of(schema, asked) is None:
+            raise ValueError(
+                f"{where}: the column {asked!r} (--image-column) must be there, and hold bytes or "
+                f"a struct with them; {_listed(schema)}"
+            )
+        return asked
+    leaves = {name: leaf for name in schema.names if (leaf := leaf_of(schema, name))}
+    said = [name for name in leaves if _type(schema, name) == "Image"]
+    # What the files call something else, such as Audio, is none.
+    others = [name for name in leaves if _type(schema, name) in (None, "Value")]
+    known = [name for name in others if name.lower() in IMAGE_COLUMNS]
+    structs = [name for name in others if "." in leaves[name] and not _is_no_picture(name)]
+    found = _preferred(said, IMAGE_COLUMNS) or known or structs
+    if not found:
+        raise ValueError(
+            f"{where}: no pictures in it: expected a column struct<bytes, path>, or binary named "
+            f"{', '.join(IMAGE_COLUMNS)} (or name one with --image-column); {_listed(schema)}"
+        )
+    return _only(where, "pictures", "--image-column", found)
+
+
+def _label(where: Path, schema: pa.Schema, asked: str | None) -> str | None:
+    """The column of labels; None if there is none."""
+    if asked is not None and asked not in schema.names:
+        return None
+    if asked is not None and _is_label(schema.field(asked).type):
+        return asked
+    numbers = [column.name for column in schema if _is_label(column.type)]
+    said = [name for name in numbers if _type(schema, name) == "ClassLabel"]
+    known = [name for name in numbers if name.lower() in LABEL_COLUMNS]
+    more = [name for name in numbers if name.lower() in MORE_LABEL_COLUMNS]
+    found = _preferred(said, LABEL_COLUMNS) or known or more
+    if found and asked is None:
+        return _only(where, "labels", "--label-column", found)
+    for column in schema:
+        empty = pa.types.is_null(column.type)
+        if column.name == asked or (column.name.lower() in LABEL_COLUMNS and not empty):
+            raise ValueError(
+                f"{where}: column {column.name!r} must hold class numbers, is {column.type}; name "
+                f"another with --label-column, or take no labels (--label-column {NO_LABELS})"
+            )
+    return None
+
+
+def _preferred(found: list[str], known: tuple[str, ...]) -> list[str]:
+    return [name for name in found if name.lower() in known] or found
+
+
+def _only(where: Path, what: str, option: str, found: list[str]) -> str:
+    if len(found) > 1:
+        raise ValueError(
+            f"{where}: {', '.join(found)} could each be the {what}; choose one with {option}"
+        )
+    return found[0]
+
+
+def _listed(schema: pa.Schema) -> str:
+    columns = ", ".join(f"{column.name}: {column.type}" for column in schema)
+    return f"got {columns or 'no columns'}"
+
+
+def leaf_of(schema: pa.Schema, name: str) -> str | None:
+    """The leaf column of a column that can hold pictures."""
+    if name not in schema.names:
+        return None
+    kind = schema.field(name).type
+    if pa.types.is_struct(kind):
+        place = kind.get_field_index("bytes")
+        return f"{name}.bytes" if place >= 0 and _is_bytes(kind.field(place).type) else None
+    return name if _is_bytes(kind) else None
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    # Older versions of pyarrow have no views.
+    is_view = getattr(pa.types, "is_binary_view", lambda kind: False)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or is_view(kind)
+
+
+def _is_label(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_integer(kind)
+
+
+def _is_no_picture(name: str) -> bool:
+    return any(word in name.lower() for word in _NO_PICTURES)
+
+
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    """The features that `datasets` writes beside a schema; empty for other programs' files."""
+    try:
+        found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+    except (ValueError, KeyError, TypeError):  # other programs' metadata, or none
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _type(schema: pa.Schema, name: str) -> str | None:
+    """What the files say that a column is: "Image", "ClassLabel", "Audio", ...; None: nothing."""
+    feature = _features(schema).get(name)
+    return feature.get("_type") if isinstance(feature, dict) else None
+
+
+def _class_names(features: dict[str, Any], label: str) -> tuple[str, ...]:
+    """Names of a ClassLabel; empty if there are none."""
+    feature = features.get(label)
+    names = feature.get("names") if isinstance(feature, dict) else None
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        return tuple(names)
+    return ()
+
+
+def first_image(schema: pa.Schema) -> str | None:
+    """The column that was taken before there was a choice; None if there was none."""
+    leaves = {name: leaf for name in schema.names if (leaf := leaf_of(schema, name))}
+    structs = [name for name, leaf in leaves.items() if "." in leaf]
+    return next(iter(structs or [name for name in leaves if name in _FIRST_IMAGES]), None)
+
+
+def first_label(schema: pa.Schema) -> str | None:
+    """The column of labels that was taken before there was a choice; None if there was none."""
+    return next((name for name in LABEL_COLUMNS if name in schema.names), None)

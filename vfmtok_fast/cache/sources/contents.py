@@ -1,0 +1,135 @@
+"""What a folder holds: archives, and of which kind, or pictures."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from .choice import Choice
+from .folder import EXTENSIONS, identity, names_in, walk
+from .tar import clean_name, is_hidden, members
+
+SUFFIXES = {".parquet": "parquet", ".tar": "webdataset"}
+# A folder of this many names is known by them. Outer folders come first, so that archives anywhere
+# near the top are seen, and a million pictures need not be listed only to see that there are none.
+_MOST_NAMES = 50_000
+# Shards, and members of each, that tell what a folder of tars is.
+_SHARDS, _MEMBERS = 8, 64
+
+
+@dataclass
+class Contents:
+    """Relative paths of a folder's archives, by kind, and of its pictures."""
+
+    archives: dict[str, list[str]] = field(default_factory=dict)
+    pictures: int = 0
+    picture: str = ""
+    folders: set[str] = field(default_factory=set)  # those in the root that hold pictures
+
+    def add(self, path: str) -> None:
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix in SUFFIXES:
+            self.archives.setdefault(SUFFIXES[suffix], []).append(path)
+        elif suffix in EXTENSIONS:
+            self.pictures += 1
+            self.picture = self.picture or path
+            folder, slash, _ = path.partition("/")
+            if slash:
+                self.folders.add(folder)
+
+
+def kind_of_folder(root: Path, choice: Choice) -> str:
+    """What a folder is, by what lies in it.
+
+    Raises:
+        ValueError: more than one thing could be meant.
+    """
+    if (root / "data.mdb").is_file():
+        return "lmdb"
+    found = _look(root, choice)
+    if not found.archives:
+        return "folder"
+    if not found.pictures and len(found.archives) == 1:
+        (kind,) = found.archives
+        return kind
+    archives = [path for paths in found.archives.values() for path in paths]
+    if len(found.folders) > 1 and len(archives) == 1 and "/" not in archives[0]:
+        return "folder"  # class folders, and what they were unpacked from
+    held = [f"{len(paths)} {kind} files ({paths[0]})" for kind, paths in found.archives.items()]
+    kinds = list(found.archives)
+    if found.pictures:
+        held.append(f"{found.pictures} pictures ({found.picture})")
+        kinds.append("folder")
+    raise ValueError(
+        f"{root}: holds {' and '.join(held)}; say what is meant with --input "
+        f"{' or --input '.join(kinds)}, or leave some out with --exclude"
+    )
+
+
+def _look(root: Path, choice: Choice) -> Contents:
+    found, seen, known = Contents(), 0, set()
+    folders = deque([("", os.fspath(root))])
+    while folders and seen < _MOST_NAMES:
+        shown, folder = folders.popleft()
+        place = identity(folder)
+        if place is None or place in known:  # gone, or a link back to where we have been
+            continue
+        known.add(place)
+        names, odd = names_in(folder)
+        seen += len(names)
+        for name in reversed(names):
+            path = shown + name
+            if not name.endswith("/"):
+                if choice.takes(path):
+                    found.add(path)
+            elif not choice.leaves_out(path.rstrip("/")):
+                folders.append((path, os.path.join(folder, odd.get(name, name))))
+    return found
+
+
+def archives_in(root: Path, suffix: str, choice: Choice) -> tuple[str, ...]:
+    """Relative paths of a folder's archives, at any depth, in index order."""
+    return tuple(path for path, _ in walk(root, "", choice, frozenset({suffix})))
+
+
+def check_shards(root: Path, names: tuple[str, ...]) -> None:
+    """Refuse a folder of tars that is something else than WebDataset shards.
+
+    Raises:
+        ValueError: the tars hold tars, or pictures and nothing that goes with them.
+    """
+    alone = ""
+    for name in names[:_SHARDS]:
+        suffixes = _suffixes(root / name)
+        if ".tar" in suffixes:
+            raise ValueError(
+                f"{root}: holds tar files that are no WebDataset shards ({name} holds tars, as "
+                f"ILSVRC2012 comes); give one of the files itself, as {root / name}"
+            )
+        if suffixes - EXTENSIONS:
+            return
+        if suffixes:
+            alone = alone or name
+    if alone:
+        raise ValueError(
+            f"{root}: holds tar files of pictures without .cls or anything else that goes with "
+            f"them ({alone}); give one of the files itself, whose folders are the classes, or take "
+            "them as shards without labels: --input webdataset"
+        )
+
+
+def _suffixes(path: Path) -> set[str]:
+    """Of a tar's first members; none for a damaged one, which is refused where it is listed."""
+    found = set()
+    try:
+        with open(path, "rb") as file:
+            for member in islice(members(file, path), _MEMBERS):
+                name = clean_name(member.name)
+                if name and not member.isdir() and not is_hidden(name):
+                    found.add(os.path.splitext(name)[1].lower())
+    except (OSError, ValueError):
+        return set()
+    return found
