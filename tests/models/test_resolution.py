@@ -16,6 +16,7 @@ from PIL import Image
 from vfmtok_fast import BackboneConfig, VFMTok, VFMTokConfig, cache, images
 from vfmtok_fast.cache.format import manifest
 from vfmtok_fast.checkpoint import TOKENIZER_NAMES, official_name
+from vfmtok_fast.tokenizer.backbone import Backbone
 from vfmtok_fast.visualize import reconstruction_grid
 
 # timm's smallest ViT, made for tests: six blocks of width 64, patches of 16, 160 pixels.
@@ -104,6 +105,17 @@ def test_published_models(tiny: VFMTokConfig, name, size, grid, reads, levels):
     config = dataclasses.replace(tiny, image_size=size, grid=grid, backbone=backbone)
     model = check_all(config, reads)
     assert model.backbone.levels == levels
+
+
+@pytest.mark.parametrize("name", ["test_vit", "eva02_tiny_patch14_336", "vit_small_patch16_dinov3"])
+def test_the_grid_makes_the_model_that_its_size_makes(name: str):
+    """Rotary tables and all: the same weights give the same maps."""
+    by_grid = Backbone(BackboneConfig(timm_name=name), grid=5)
+    size = by_grid.image_size
+    by_size = Backbone(BackboneConfig(timm_name=name, timm_image_size=size), grid=5)
+    by_size.load_state_dict(by_grid.state_dict())
+    for ours, theirs in zip(by_grid(pictures(64)), by_size(pictures(64)), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_the_backbone_sees_the_images_resized_and_nothing_else_does(tiny: VFMTokConfig):
