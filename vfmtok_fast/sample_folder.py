@@ -23,7 +23,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from .cache.format.manifest import differences, weights_checksum
+from .cache.format.differences import differences
+from .cache.format.manifest import weights_checksum
 from .cache.store import LocalPlace, atomic
 from .generator import GPT, Sampling
 from .generator.memory import fastest_batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import numpy as np
@@ -71,6 +72,24 @@ def test_worker_processes_see_the_epoch_also_when_they_live_on(built):
     data[0]  # opens a file, which must not travel
     again = pickle.loads(pickle.dumps(data))
     assert again.epoch == 2 and torch.equal(again[4][0], data[4][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda data: pickle.loads(pickle.dumps(data))])
+def test_a_copys_workers_see_its_epoch(built, copied, start):
+    """As of a data set that a framework copies, or sends, before it makes a loader of it."""
+    original = cache.TokenCacheDataset(built)
+    original.set_epoch(3)
+    data = copied(original)
+    loader = DataLoader(
+        data, batch_size=18, num_workers=1, persistent_workers=True, multiprocessing_context=start
+    )
+    for epoch in (3, 4, 5):
+        data.set_epoch(epoch)
+        ((tokens, _),) = loader
+        assert torch.equal(tokens, torch.stack([data[i][0] for i in range(18)]))
+    assert (original.epoch, data.epoch) == (3, 5)
 
 
 def test_ranks_of_ddp_share_the_pictures_and_agree_on_their_views(built):

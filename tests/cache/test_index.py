@@ -9,6 +9,7 @@ import pytest
 
 from vfmtok_fast.cache import CacheWriteError, ImagesChanged
 from vfmtok_fast.cache.format.index import (
+    count_unlabelled,
     index_checksum,
     is_index,
     read_all,
@@ -207,3 +208,16 @@ def test_indexing_needs_little_memory(tmp_path):
 def test_index_that_cannot_be_written(tmp_path):
     with pytest.raises(CacheWriteError, match="cannot write .*: No such file or directory"):
         write_index(tmp_path / "nowhere" / "i.parquet", [Entry("a.png", 1, -1)], 4)
+
+
+def test_arrow_holds_nothing_of_pythons(tmp_path, monkeypatch):
+    """Its threads let go of a Python file late; where the interpreter ends, the process aborts."""
+    path = tmp_path / "index.parquet"
+    write_index(path, [Entry(f"a/{number:04d}.png", number, 0) for number in range(300)], 100)
+
+    def opened(self):
+        raise AssertionError("a Python file for Arrow to read")
+
+    monkeypatch.setattr(type(path), "open_bytes", opened)
+    assert sum(len(rows) for rows in read_all(path)) == 300 and is_index(path)
+    assert len(read_rows(path, 1)) == 100 and count_unlabelled(path) == 0

@@ -7,7 +7,9 @@ import shutil
 import pytest
 import torch
 
+import vfmtok_fast
 from vfmtok_fast import cache
+from vfmtok_fast.cache.format.manifest import describe
 
 SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2}
 
@@ -157,3 +159,32 @@ def test_codebook_must_fit_16_bits(tree, out, fake):
     with pytest.raises(ValueError, match="codebook_size must be 1 to 65535"):
         cache.build(tree, out, fake.FakeTokenizer(fake.FakeConfig(codebook_size=65536)), **SMALL)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_in_half_precision_the_enabled_ops_count(dtype, fake, clean_switch):
+    """They round differently there; in float32 their codes are the reference's."""
+    tokenizer = fake.FakeTokenizer().to(dtype)
+    plain = describe(tokenizer, ["center"], 4)
+    with vfmtok_fast.enable(["nearest_code", "sample_token"]):
+        fast = describe(tokenizer, ["center"], 4)
+    assert "fast_ops" not in plain
+    if dtype == torch.float32:
+        assert fast == plain
+    else:
+        assert fast == {**plain, "fast_ops": ["nearest_code"]}
+
+
+def test_a_cache_in_half_precision_is_not_gone_on_with_otherwise(tree, out, fake, clean_switch):
+    class HalfTokenizer(fake.FakeTokenizer):
+        def encode(self, images):
+            return super().encode(images.float())
+
+    tokenizer = HalfTokenizer().half()
+    cache.build(tree, out, tokenizer, batch_size=3, shard_size=4)
+    with vfmtok_fast.enable("nearest_code"):
+        with pytest.raises(cache.FingerprintMismatch, match=r"fast_ops \(there none, here nearest"):
+            cache.build(tree, out, tokenizer, batch_size=3, shard_size=4)
+        with pytest.raises(cache.FingerprintMismatch, match="fast_ops"):
+            cache.verify(out, tokenizer)
+    assert cache.verify(out, tokenizer).ok

@@ -13,13 +13,13 @@ from PIL import Image
 from ...images import quiet_pillow
 from ..format import index, shards
 from ..format.complete import COMPLETE, completion
+from ..format.differences import differences
 from ..format.index import INDEX
 from ..format.manifest import (
     FingerprintMismatch,
     Manifest,
     Tokenizer,
     describe,
-    differences,
     read_manifest,
 )
 from ..make.encode import encode_rows, evaluating

@@ -152,7 +152,7 @@ def write_index(
 def is_index(path: Place) -> bool:
     """Whether a file is an index that this module wrote."""
     try:
-        with path.open_bytes() as file:
+        with _source(path) as file:
             found = pq.read_schema(file).metadata or {}
         return found.get(b"vfmtok_fast") == _MARK[b"vfmtok_fast"]
     except (OSError, pa.ArrowInvalid):
@@ -221,10 +221,19 @@ def read_hashed(path: Place) -> bool:
         return "sha256" in file.schema_arrow.names
 
 
+def _source(path: Place) -> Any:
+    """A file for Arrow to read: of a disk one of its own.
+
+    Its threads let go of a Python file's buffers after they have been handed over; if the
+    interpreter ends at that moment, the process aborts.
+    """
+    return path.open_bytes() if path.remote else pa.OSFile(str(path))
+
+
 @contextlib.contextmanager
 def _opened(path: Place) -> Iterator[pq.ParquetFile]:
     try:
-        with path.open_bytes() as data, pq.ParquetFile(data) as file:
+        with _source(path) as data, pq.ParquetFile(data) as file:
             if (file.schema_arrow.metadata or {}).get(b"vfmtok_fast") != _MARK[b"vfmtok_fast"]:
                 raise ValueError(f"{path}: not an index of a token cache")
             yield file

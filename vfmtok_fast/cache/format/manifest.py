@@ -18,13 +18,17 @@ from typing import Any, Protocol
 import torch
 
 from ... import images as pictures
+from ... import switch
 from ..store import Place, place
+from .differences import differences
 from .views import parse_views, rules
 
 FORMAT = "vfmtok_fast token cache"
 VERSION = 1
 NAME = "manifest.json"
 BAD_TOKEN = 0xFFFF
+# Those that `encode` takes.
+TOKENIZER_OPS = frozenset(["deformable_sample", "nearest_code"])
 
 
 class Tokenizer(Protocol):
@@ -217,6 +221,7 @@ def describe(
         "codebook_size": config.codebook_size,
         "num_tokens": config.num_regions,
         "dtype": str(torch.float32 if first is None else first.dtype).removeprefix("torch."),
+        **_fast_ops(first),
         "views": [str(view) for view in parsed],
         **rules(parsed, seed),
         "image_size": config.image_size,
@@ -227,6 +232,13 @@ def describe(
     }
     # Through JSON once, so that tuples are lists as they are when read back.
     return json.loads(_canonical(covers))
+
+
+def _fast_ops(weights: torch.Tensor | None) -> dict[str, list[str]]:
+    """In half precision, the enabled ops: they round differently, and tokens differ by that."""
+    ops = sorted(switch.policy().ops & TOKENIZER_OPS)
+    half = weights is not None and weights.dtype in (torch.float16, torch.bfloat16)
+    return {"fast_ops": ops} if half and ops else {}
 
 
 def weights_checksum(state: Mapping[str, torch.Tensor]) -> str:
@@ -262,36 +274,6 @@ def check_same(found: Manifest, covers: dict[str, Any], shard_size: int, out: Pl
             f"{out}: holds a cache made otherwise: {differing}; "
             "use the same settings, or another folder"
         )
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Name what differs between two settings: "key (there 1, here 2), ..."; empty if nothing."""
-    there, here = _flat(there), _flat(here)
-    parts = [
-        f"{key} (there {_short(there.get(key))}, here {_short(here.get(key))})"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
-    ]
-    return ", ".join(parts)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _short(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, list):
-        return "+".join(map(str, value))
-    text = str(value)
-    return text[:12] + "..." if len(text) == 64 else text
 
 
 def _canonical(values: Any) -> bytes:

@@ -15,8 +15,9 @@ from itertools import chain
 
 from ..format import index
 from ..format.complete import COMPLETE
+from ..format.differences import differences
 from ..format.index import INDEX
-from ..format.manifest import NAME, Manifest, differences, read_manifest
+from ..format.manifest import NAME, Manifest, read_manifest
 from ..sources import Entry, Source
 from ..sources.folder import label_of
 from ..store import Place

@@ -185,10 +185,10 @@ class _Encoder:
         job, policy = self.plan.job, self.plan.policy
         if hasattr(self.tokenizer, "to"):
             self.tokenizer.to(self.plan.room.device)
+        switch.enable(policy.ops, strict=policy.strict)
         found = job.manifest
         covers = manifest.describe(self.tokenizer, found.views, found.batch_size, found.seed)
         manifest.check_same(found, covers, found.shard_size, job.out)
-        switch.enable(policy.ops, strict=policy.strict)
         self.job = replace(job, tokenizer=self.tokenizer)
 
     def encode(self, number: int) -> tuple[int, Waits]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ class TokenCacheDataset(torch.utils.data.Dataset):
 
     Files are mapped, not read: memory is a few bytes per picture, and the processes of a machine
     share the tokens. Can be sent to worker processes. `set_epoch` reaches them too, also those that
-    live on (`persistent_workers=True`).
+    live on (`persistent_workers=True`); a copy has an epoch of its own, which begins as this one's.
 
     Args:
         out: the cache's folder.
@@ -62,6 +63,13 @@ class TokenCacheDataset(torch.utils.data.Dataset):
         self._places = [known.index(view) for view in self.views]
         # Shared memory, so that workers that live on see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # torch shares memory with the workers that it starts itself. Any other copy, by pickle or
+        # deepcopy, has an epoch of its own, which its workers must see.
+        if not self._epoch.is_shared():
+            self._epoch = self._epoch.clone().share_memory_()
 
     @property
     def epoch(self) -> int:
