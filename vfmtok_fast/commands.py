@@ -13,6 +13,7 @@ import re
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +25,10 @@ from tqdm import tqdm
 from . import cache as token_cache
 from . import checkpoint, images, samples, switch, tuner, untrained
 from .cache.atomic import atomic_file, make_folder
-from .cache.index import count_unlabelled, read_choices
+from .cache.index import count_unlabelled, read_choices, used_labels
 from .cache.job import INDEX
 from .cache.sources import open_source
+from .cache.sources.base import LeftOutWarning
 from .cache.sources.choice import split_patterns
 from .cache.sources.folder import walk
 from .cache.store import Place, place
@@ -37,9 +39,11 @@ from .tokenizer import VFMTok
 from .visualize import reconstruction_grid
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
+# Names that a note lists.
+_MOST_NAMES = 10
 UNTRAINED_NOTE = "note: untrained weights; the tokens mean nothing and pictures are noise"
 
 
@@ -102,7 +106,7 @@ def cache(options: argparse.Namespace) -> int:
         rank, world_size = _place_among_processes(options)
         shard_range = _shard_range(options.shard_range)
         tokenizer = _tokenizer(options)
-        with _policy(options):
+        with _policy(options), _notes():
             summary = token_cache.build(
                 options.images,
                 options.out,
@@ -115,6 +119,23 @@ def cache(options: argparse.Namespace) -> int:
             )
     _tell(summary, options.json, rank)
     return summary.exit_code
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[None]:
+    """Say what an input's listing passed over, in a line on stderr."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def note(message: Warning, category: type[Warning], *place: object) -> None:
+            if issubclass(category, LeftOutWarning):
+                print(f"note: {message}", file=sys.stderr)
+            else:
+                show(message, category, *place)
+
+        warnings.simplefilter("always", LeftOutWarning)
+        warnings.showwarning = note
+        yield
 
 
 def _choices(options: argparse.Namespace) -> dict:
@@ -149,7 +170,7 @@ def _cache_on_ray(
     # The actors hold the model; this process only checks its weights and sends it.
     options.device = "cpu"
     tokenizer = _tokenizer(options)
-    with _policy(options):
+    with _policy(options), _notes():
         return token_cache.build_on_ray(
             options.images,
             options.out,
@@ -175,9 +196,24 @@ def _tell(summary: token_cache.Summary, as_json: bool, rank: int) -> None:
         f"{summary.out}: {state}{still}; {summary.images} pictures in {summary.shards} shards, "
         f"{summary.encoded} encoded now in {summary.seconds:.1f} s{rate}"
     )
+    _tell_classes(summary.out)
     if summary.bad:
         print(f"{summary.bad} could not be read: see {summary.out}/quarantine/", file=sys.stderr)
     _note_unlabelled(summary.out)
+
+
+def _tell_classes(out: Place) -> None:
+    """How many classes there are; and those in which there is no picture, which may be none."""
+    classes, used = token_cache.read_manifest(out).classes, used_labels(out / INDEX)
+    print(f"{len(classes)} classes")
+    empty = [name for number, name in enumerate(classes) if number not in used]
+    if empty:
+        more = f" and {len(empty) - _MOST_NAMES} more" if len(empty) > _MOST_NAMES else ""
+        print(
+            f"note: {len(empty)} of {len(classes)} classes have no picture: "
+            f"{', '.join(empty[:_MOST_NAMES])}{more}",
+            file=sys.stderr,
+        )
 
 
 def _note_unlabelled(out: Place) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import io
 import os
 import re
@@ -34,7 +35,8 @@ INTERPOLATION = "halve with box, then bicubic to the short side, centre crop (pi
 
 # What Pillow may try. An allow-list, because some of its plugins run other programs (EPS starts
 # Ghostscript) and some have no signature (TGA) and would accept noise.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
+HOW_TO_READ_HEIF = "pip install 'vfmtok-fast[heif]' to read them"
 
 # Most pixels that the bicubic resize may produce. The crop keeps size x size of them, so a long
 # thin picture (900x2 becomes 151200x336 = 51 megapixels) costs memory and time for nothing. 2**24
@@ -293,6 +295,8 @@ def _decode(file: BinaryIO) -> Image.Image:
             return image.convert("RGB")
     except PIL.UnidentifiedImageError as error:
         # Pillow's own text holds the address of the file object: useless, and never twice the same.
+        if _is_heif(file) and not reads_heif():
+            raise ValueError(f"HEIC and HEIF files: {HOW_TO_READ_HEIF}") from error
         raise ValueError("not a picture in a format that can be read") from error
     except _BAD_FILE as error:
         if isinstance(error, OSError) and error.errno in _NOT_THE_FILE:
@@ -300,9 +304,22 @@ def _decode(file: BinaryIO) -> Image.Image:
         raise ValueError(_one_line(error)) from error
 
 
+def reads_heif() -> bool:
+    """Whether the package is installed that reads the pictures of iPhones."""
+    return importlib.util.find_spec("pillow_heif") is not None
+
+
+def _is_heif(file: BinaryIO) -> bool:
+    file.seek(0)
+    start = file.read(12)
+    return start[4:8] == b"ftyp" and start[8:] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+
+
 def _available_formats() -> list[str]:
     # AVIF, WEBP and JPEG2000 depend on how Pillow was built; an unknown name would be a KeyError.
     Image.init()
+    if "HEIF" not in Image.OPEN and reads_heif():
+        importlib.import_module("pillow_heif").register_heif_opener()
     return [name for name in FORMATS if name in Image.OPEN]
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from . import atomic, changes, index, manifest, parts
 from .hashes import hashed_entries
 from .job import INDEX, Job
 from .sources import BadImage, Entry, Source, open_source
+from .sources.base import LeftOutWarning
 from .sources.folder import EXTENSIONS
 from .store import Place, UrlPath, names, place
 from .views import parse_views
@@ -111,6 +113,8 @@ def prepare(
         count, checksum, highest = parts.write_in_parts(
             out / INDEX, entries, shard_size, origin, hashed, source.root
         )
+        if left_out := _left_out(source):
+            warnings.warn(f"{source.root}: {left_out}", LeftOutWarning, stacklevel=2)
         found = manifest.Manifest(covers, shard_size, count, source.classes(highest), checksum)
         _publish(found, out)
     return Job(source, out, tokenizer, found, workers)
@@ -235,6 +239,12 @@ def _is_file(path: Place) -> bool:
     return isinstance(path, Path) and path.is_file()
 
 
+def _left_out(source: Source, before: str = "") -> str:
+    """What the listing passed over, in words; empty if nothing."""
+    counts = [f"{count} {what}" for what, count in sorted(source.left_out.items())]
+    return f"{before}left out: {', '.join(counts)}" if counts else ""
+
+
 def _check_any_readable(source: Source) -> None:
     """Before anything is written: is there one picture at all?"""
     count, first = 0, ""
@@ -253,7 +263,7 @@ def _check_any_readable(source: Source) -> None:
     if count == 0:
         raise ValueError(
             f"{source.root}: no pictures here, read as {source.kind} "
-            f"(looked for {', '.join(sorted(EXTENSIONS))})"
+            f"(looked for {', '.join(sorted(EXTENSIONS))}){_left_out(source, '; ')}"
         )
     raise ValueError(
         f"{source.root}: none of its {count} pictures can be read; the first is {first}"
