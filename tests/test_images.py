@@ -271,6 +271,92 @@ def test_pixels_without_a_range_are_refused(values, kind):
         decode_image(data)
 
 
+def tiff(
+    values: np.ndarray, bits: int, photometric: int, order: str = "<", planes: bool = False, **more
+) -> bytes:
+    """A TIFF written by hand. `more`: SampleFormat as `form`, Compression as `deflate`."""
+    height, width = values.shape[:2]
+    samples = values.shape[2] if values.ndim == 3 else 1
+    form, deflate = more.get("form", 1), more.get("deflate", False)
+    if planes:
+        values = np.moveaxis(values, -1, 0)
+    if bits in (8, 16, 32):
+        kind = {1: "u", 2: "i", 3: "f"}[form]
+        data = np.ascontiguousarray(values).astype(f"{order}{kind}{bits // 8}").tobytes()
+    else:
+        rows = ["".join(f"{value:0{bits}b}" for value in row) for row in values]
+        rows = [row + "0" * (-len(row) % 8) for row in rows]
+        data = b"".join(int(row, 2).to_bytes(len(row) // 8, "big") for row in rows)
+    parts = [data]
+    if planes:
+        parts = [data[i * len(data) // samples :][: len(data) // samples] for i in range(samples)]
+    if deflate:
+        parts = [zlib.compress(part) for part in parts]
+    tags = {256: [width], 257: [height], 258: [bits] * samples, 259: [8 if deflate else 1]}
+    tags |= {262: [photometric], 273: parts, 277: [samples], 278: [height]}
+    tags |= {279: [len(part) for part in parts], 284: [2 if planes else 1], 339: [form] * samples}
+    after = 8 + 2 + 12 * len(tags) + 4
+    entries, extra = b"", b""
+    at = after + 12 * 4 * samples  # where the data starts; room for longer values before it
+    for tag, found in sorted(tags.items()):
+        if tag == 273:
+            lengths = [len(part) for part in found]
+            found = [at + sum(lengths[:place]) for place in range(len(lengths))]
+        value = b"".join(struct.pack(f"{order}I", one) for one in found)
+        if len(value) > 4:
+            value, extra = struct.pack(f"{order}I", after + len(extra)), extra + value
+        entries += struct.pack(f"{order}HHI", tag, 4, len(found)) + value
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HIH", 42, 8, len(tags))
+    return (head + entries + bytes(4) + extra).ljust(at, b"\0") + b"".join(parts)
+
+
+@pytest.mark.parametrize("deflate", [False, True])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("white_is_zero", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 12, 16])
+def test_gray_tiff_comes_out_right_or_is_refused(bits, white_is_zero, order, deflate):
+    levels = np.arange(256).reshape(16, 16)
+    top = 2**bits - 1
+    values = levels % (top + 1) if bits < 8 else levels * top // 255
+    wanted = values * 255 // top if bits <= 8 else values >> (bits - 8)
+    data = tiff(values, bits, 0 if white_is_zero else 1, order, deflate=deflate)
+    # What Pillow itself does not open.
+    if (bits == 12 and (white_is_zero or order == ">")) or (bits, white_is_zero, order) == (
+        16,
+        True,
+        ">",
+    ):
+        with pytest.raises(ValueError, match="TIFF that is damaged, or of a kind that cannot"):
+            decode_image(data)
+        return
+    result = np.asarray(decode_image(data))
+    wanted = 255 - wanted if white_is_zero else wanted
+    np.testing.assert_array_equal(result, np.stack([wanted] * 3, -1))
+
+
+@pytest.mark.parametrize("deflate", [False, True])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("planes", [False, True])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_colour_tiff_comes_out_right_or_is_refused(bits, planes, order, deflate):
+    high = np.arange(16 * 16 * 3).reshape(16, 16, 3) * 5 % 256
+    data = tiff(high if bits == 8 else high * 257, bits, 2, order, planes, deflate=deflate)
+    if bits == 16 and planes and not deflate:
+        with pytest.raises(ValueError, match="16-bit colours in planes of their own"):
+            decode_image(data)
+        return
+    np.testing.assert_array_equal(np.asarray(decode_image(data)), high)
+
+
+@pytest.mark.parametrize("bits, form", [(8, 2), (16, 2), (32, 1), (32, 2), (16, 3), (32, 3)])
+@pytest.mark.parametrize("shape", [(16, 16), (16, 16, 3)])
+@pytest.mark.parametrize("photometric", [0, 1])
+def test_tiff_pixels_without_a_range_are_refused(bits, form, shape, photometric):
+    data = tiff(np.ones(shape, int), bits, 2 if len(shape) == 3 else photometric, form=form)
+    with pytest.raises(ValueError, match="no fixed range|of a kind that cannot be read"):
+        decode_image(data)
+
+
 def test_exif_orientation_never_rotates():
     exif = Image.Exif()
     exif[0x0112] = 6

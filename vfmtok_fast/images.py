@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import io
 import os
 import re
@@ -22,7 +23,7 @@ from typing import BinaryIO
 import numpy as np
 import PIL
 import torch
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO
 
@@ -33,7 +34,8 @@ INTERPOLATION = "halve with box, then bicubic to the short side, centre crop (pi
 
 # What Pillow may try. An allow-list, because some of its plugins run other programs (EPS starts
 # Ghostscript) and some have no signature (TGA) and would accept noise.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
+HOW_TO_READ_HEIF = "pip install 'vfmtok-fast[heif]' to read them"
 
 # Most pixels that the bicubic resize may produce. The crop keeps size x size of them, so a long
 # thin picture (900x2 becomes 151200x336 = 51 megapixels) costs memory and time for nothing. 2**24
@@ -72,8 +74,8 @@ def decode_image(source: ImageSource) -> Image.Image:
     the authors' loader). Alpha is dropped, also for palettes; CMYK goes through Pillow's plain
     conversion; colour profiles are ignored; of an animation the first frame is taken. 16-bit gray
     keeps the high byte of each value, which is what Pillow does for 16-bit colour (its own
-    conversion would clip 16-bit gray to white). 32-bit integer and floating-point pixels have no
-    fixed range and are refused.
+    conversion would clip 16-bit gray to white), and so does 12-bit gray of a TIFF. 32-bit integer,
+    signed and floating-point pixels have no fixed range and are refused.
 
     Args:
         source: a path, the file's bytes, or a file opened for binary reading.
@@ -291,7 +293,7 @@ def _decode(file: BinaryIO) -> Image.Image:
             return _to_rgb(image)
     except PIL.UnidentifiedImageError as error:
         # Pillow's own text holds the address of the file object: useless, and never twice the same.
-        raise ValueError("not a picture in a format that can be read") from error
+        raise ValueError(_why_unknown(file)) from error
     except _BAD_FILE as error:
         if isinstance(error, OSError) and error.errno in _NOT_THE_FILE:
             raise
@@ -302,19 +304,66 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     # Pillow opens 16-bit PNG and PPM as mode I in some versions; no other file of these
     # formats gets that mode, so the range is known to be 0..65535.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        high = (np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)
-        return Image.fromarray(high).convert("RGB")
+        bits, inverted = _check_tiff(image) if image.format == "TIFF" else (16, False)
+        high = (np.asarray(image).astype(np.int64) >> (bits - 8)).astype(np.uint8)
+        return Image.fromarray(255 - high if inverted else high).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "32-bit integer" if image.mode == "I" else "floating-point"
         raise ValueError(f"{kind} pixels have no fixed range; save the picture as 8 or 16 bit")
+    if image.format == "TIFF":
+        _check_tiff(image)
     # load first: convert on an RGB file would hand back the still open file object.
     image.load()
     return image.convert("RGB")
 
 
+def reads_heif() -> bool:
+    """Whether the package is installed that reads the pictures of iPhones."""
+    return importlib.util.find_spec("pillow_heif") is not None
+
+
+def _check_tiff(image: Image.Image) -> tuple[int, bool]:
+    """Bits of a TIFF's gray pixels, and whether 0 is white in a way that Pillow passes over.
+
+    Pillow keeps 12 bit as they are in its mode of 16, and 16 bit where 0 is white as if it were
+    black; both are mended by the caller. What it would read as something else is refused here.
+
+    Raises:
+        ValueError: signed pixels, or whole planes of 16 bit one after the other.
+    """
+    bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
+    if any(kind == 2 for kind in image.tag_v2.get(TiffImagePlugin.SAMPLEFORMAT, (1,))):
+        raise ValueError("signed pixels have no fixed range; save the picture as 8 or 16 bit")
+    separate = image.tag_v2.get(TiffImagePlugin.PLANAR_CONFIGURATION, 1) == 2
+    if separate and len(bits) > 1 and max(bits) > 8 and image.tile[0][0] == "raw":
+        raise ValueError(
+            "uncompressed 16-bit colours in planes of their own cannot be read; save the picture "
+            "with interleaved colours, or as 8 bit"
+        )
+    white_is_zero = image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+    return max(bits), white_is_zero
+
+
+def _why_unknown(file: BinaryIO) -> str:
+    """Why no decoder took a file, as far as its first bytes say."""
+    try:
+        file.seek(0)
+        start = file.read(12)
+    except (AttributeError, OSError):  # a stream: it was read to its end
+        start = b""
+    heif = start[4:8] == b"ftyp" and start[8:] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+    if heif and not reads_heif():
+        return f"HEIC and HEIF files: {HOW_TO_READ_HEIF}"
+    if start[:4] in (b"II*\0", b"MM\0*"):
+        return "a TIFF that is damaged, or of a kind that cannot be read; save it as 8-bit RGB"
+    return "not a picture in a format that can be read"
+
+
 def _available_formats() -> list[str]:
     # AVIF, WEBP and JPEG2000 depend on how Pillow was built; an unknown name would be a KeyError.
     Image.init()
+    if "HEIF" not in Image.OPEN and reads_heif():
+        importlib.import_module("pillow_heif").register_heif_opener()
     return [name for name in FORMATS if name in Image.OPEN]
 
 

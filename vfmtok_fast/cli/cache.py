@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import time
+import warnings
 from typing import TYPE_CHECKING
 
 from .choices import VIEWS
@@ -15,10 +17,13 @@ from .output import note, note_unlabelled, say
 from .processes import among_processes, exit_code
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from ..cache import CacheSpec, Progress, Summary
+    from ..cache.store import Place
 
+# Names that a note lists.
+MOST_NAMES = 10
 SUMMARY = "tokenise a folder of images into a token cache, or go on with one"
 
 
@@ -134,7 +139,7 @@ def _here(
     rank, world_size, device = among_processes(options.device)
     shard_range = _shard_range(options.shard_range)
     tokenizer = load_tokenizer(options, device)
-    with policy(options):
+    with policy(options), _notes():
         summary = cache.build(
             options.images, options.out, tokenizer, spec, max_bad=options.max_bad, rank=rank,
             world_size=world_size, shard_range=shard_range,
@@ -152,7 +157,7 @@ def _on_ray(options: argparse.Namespace, spec: CacheSpec, progress: bool | Calla
         raise ValueError("--engine ray is started once, not by torchrun")
     # The actors hold the model; this process only checks its weights and sends it.
     tokenizer = load_tokenizer(options, "cpu")
-    with policy(options):
+    with policy(options), _notes():
         return cache.build_on_ray(
             options.images, options.out, tokenizer, spec, max_bad=options.max_bad,
             actors=options.actors, device=options.device, progress=progress,
@@ -173,9 +178,45 @@ def _tell(summary: Summary, as_json: bool, rank: int) -> None:
         f"{summary.out}: {state}{still}; {summary.images} pictures in {summary.shards} shards, "
         f"{summary.encoded} encoded now in {summary.seconds:.1f} s{rate}"
     )
+    _tell_classes(summary.out)
     if summary.bad:
         note(f"{summary.bad} could not be read: see {summary.out}/quarantine/")
     note_unlabelled(summary.out)
+
+
+def _tell_classes(out: Place) -> None:
+    """How many classes there are; and those in which there is no picture, which may be none."""
+    from .. import cache
+    from ..cache.format.index import INDEX, used_labels
+
+    classes, used = cache.read_manifest(out).classes, used_labels(out / INDEX)
+    say(f"{len(classes)} classes")
+    empty = [name for number, name in enumerate(classes) if number not in used]
+    if empty:
+        more = f" and {len(empty) - MOST_NAMES} more" if len(empty) > MOST_NAMES else ""
+        note(
+            f"note: {len(empty)} of {len(classes)} classes have no picture: "
+            f"{', '.join(empty[:MOST_NAMES])}{more}"
+        )
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[None]:
+    """Say what an input's listing passed over, in a line on stderr."""
+    from ..cache.sources.base import LeftOutWarning
+
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def tell(message: Warning, category: type[Warning], *place: object) -> None:
+            if issubclass(category, LeftOutWarning):
+                note(f"note: {message}")
+            else:
+                show(message, category, *place)
+
+        warnings.simplefilter("always", LeftOutWarning)
+        warnings.showwarning = tell
+        yield
 
 
 def _json_lines() -> Callable[[Progress], None]:

@@ -186,6 +186,13 @@ def count_unlabelled(path: Place) -> int:
         return sum(pc.sum(pc.equal(column, NO_CLASS)).as_py() or 0 for column in columns)
 
 
+def used_labels(path: Place) -> set[int]:
+    """The labels that pictures have; raises like `read_rows`."""
+    with _opened(path) as file:
+        columns = (file.read_row_group(n, ["label"])[0] for n in range(file.num_row_groups))
+        return {label for column in columns for label in pc.unique(column).to_pylist()}
+
+
 def read_from(path: Place, start: int, end: int | None) -> Iterator[Entry]:
     """The pictures of rows `start` to `end` - 1; raises like `read_rows`."""
     for rows in read_all(path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ..format import index, manifest
 from ..format.entry import Entry
 from ..format.index import INDEX
 from ..sources import BadImage, Source
+from ..sources.base import LeftOutWarning
 from ..sources.folder import EXTENSIONS
 from ..store import Place, place
 from . import changes, claim, parts
@@ -84,6 +86,8 @@ def _index(
     count, checksum, highest = parts.write_in_parts(
         out / INDEX, entries, spec.shard_size, origin, spec.hashed, source.root
     )
+    if left_out := _left_out(source):
+        warnings.warn(f"{source.root}: {left_out}", LeftOutWarning, stacklevel=4)
     classes = source.classes(highest)
     found = manifest.Manifest(covers, spec.shard_size, count, classes, checksum)
     _publish(found, out)
@@ -160,6 +164,12 @@ def _await(out: Place, done: Callable[[], bool]) -> None:
         time.sleep(0.1 if local else 1)
 
 
+def _left_out(source: Source, before: str = "") -> str:
+    """What the listing passed over, in words; empty if nothing."""
+    counts = [f"{count} {what}" for what, count in sorted(source.left_out.items())]
+    return f"{before}left out: {', '.join(counts)}" if counts else ""
+
+
 def _check_any_readable(source: Source) -> None:
     """Before anything is written: is there one picture at all?"""
     count, first = 0, ""
@@ -178,7 +188,7 @@ def _check_any_readable(source: Source) -> None:
     if count == 0:
         raise ValueError(
             f"{source.root}: no pictures here, read as {source.kind} "
-            f"(looked for {', '.join(sorted(EXTENSIONS))})"
+            f"(looked for {', '.join(sorted(EXTENSIONS))}){_left_out(source, '; ')}"
         )
     raise ValueError(
         f"{source.root}: none of its {count} pictures can be read; the first is {first}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,6 +39,10 @@ class BadImage(Exception):
         self.status = status
 
 
+class LeftOutWarning(UserWarning):
+    """Something in an input was passed over that somebody may have meant to be a picture."""
+
+
 class Source(Protocol):
     """An input: lists its pictures in an order that never changes, and reads them one by one."""
 
@@ -47,6 +51,8 @@ class Source(Protocol):
     # What of it is taken, as far as the user or the files had to say: plain JSON values that an
     # index keeps; empty where everything is taken as it always was.
     chosen: dict[str, Any]
+    # What the last listing passed over, and how often: "samples without a picture".
+    left_out: Mapping[str, int]
 
     def files(self) -> dict[str, int] | None:
         """Size in bytes of every file that holds pictures; None where each picture is a file."""
@@ -84,11 +90,20 @@ def check_bytes(entry: Entry, data: bytes) -> bytes:
 
 
 def behind(entries: Iterator[Entry], after: Entry | None) -> Iterator[Entry]:
-    """Those of some entries that follow one of them; all for None."""
+    """Those of some entries that follow one of them; all for None.
+
+    An archive may hold a name twice, so that the place counts too.
+
+    Raises:
+        ValueError: that one is not among them.
+    """
     if after is not None:
-        for entry in entries:
-            if entry.path == after.path:
-                break
+        place = after.path, after.file, after.offset
+        if all((entry.path, entry.file, entry.offset) != place for entry in entries):
+            raise ValueError(
+                f"{after.path!r} was listed when indexing was interrupted, and is not any more; "
+                "cache into a new folder"
+            )
     yield from entries
 
 

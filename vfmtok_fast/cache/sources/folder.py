@@ -14,19 +14,29 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...images import HOW_TO_READ_HEIF, reads_heif
 from ..format.shards import BAD, GONE
 from .base import NO_CLASS, NO_SIZE, NOT_UTF8, BadImage, Entry, check_bytes, check_known
 from .choice import EVERYTHING, Choice
 
-EXTENSIONS = frozenset(
+_HEIF = frozenset(".heic .heif .hif".split())
+_PLAIN = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif"
     " .mpo".split()
 )
+EXTENSIONS = _PLAIN | _HEIF if reads_heif() else _PLAIN
+# Pictures that are not read: passed over, and counted.
+UNREADABLE = {
+    suffix: f"{suffix} files"
+    for suffix in ".jxl .psd .tga .exr .hdr .svg .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf".split()
+}
+UNREADABLE |= {s: f"{s} files ({HOW_TO_READ_HEIF})" for s in _HEIF - EXTENSIONS}
 
 # What systems and their tools leave in folders and archives: never a class, never a picture.
 _JUNK = frozenset(
@@ -48,6 +58,7 @@ class FolderSource:
     root: Path
     choice: Choice = EVERYTHING
     said: Choice | None = None
+    left_out: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
     kind = "folder"
 
     @property
@@ -59,8 +70,11 @@ class FolderSource:
         """Each picture is a file; what changed is found picture by picture."""
 
     def entries(self, after: Entry | None = None) -> Iterator[Entry]:
+        self.left_out.clear()
         numbers = {name: number for number, name in enumerate(self.classes(-1))}
-        for path, size in walk(self.root, after.path if after else "", self.choice):
+        for path, size in walk(
+            self.root, after.path if after else "", self.choice, EXTENSIONS, self.left_out
+        ):
             yield Entry(path, size, label_of(path, numbers))
 
     def classes(self, highest: int) -> list[str]:
@@ -109,6 +123,7 @@ def walk(
     after: str = "",
     choice: Choice = EVERYTHING,
     extensions: frozenset[str] = EXTENSIONS,
+    left_out: Counter[str] | None = None,
 ) -> Iterator[tuple[str, int]]:
     """List the pictures under `root` in index order.
 
@@ -117,6 +132,7 @@ def walk(
         after: a relative path; what comes before it is passed over without looking at it.
         choice: which of them.
         extensions: of what is listed.
+        left_out: is added what is a picture, but of no such extension.
 
     Yields:
         (relative POSIX path, size in bytes); instead of the size NO_SIZE or NOT_UTF8 where a file
@@ -144,7 +160,13 @@ def walk(
             place = identity(path)
             if place is not None and all(place != above[3] for above in stack):
                 stack.append((names_in(path), path, shown, place))
-        elif os.path.splitext(name)[1].lower() in extensions and choice.takes(shown):
+            continue
+        suffix = os.path.splitext(name)[1].lower()
+        if not choice.takes(shown):
+            continue
+        if suffix in UNREADABLE and left_out is not None:
+            left_out[UNREADABLE[suffix]] += 1
+        if suffix in extensions:
             try:
                 status = os.stat(path)
             except OSError:

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..format.shards import BAD, GONE
@@ -51,6 +52,7 @@ class LmdbSource:
 
     root: Path
     kind = "lmdb"
+    left_out = MappingProxyType({})
 
     @property
     def chosen(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -55,6 +56,7 @@ class ParquetSource:
     columns: Columns
     choice: Choice = EVERYTHING
     kind = "parquet"
+    left_out = MappingProxyType({})
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _rows: OrderedDict[tuple[str, int], bytes | None] = field(
         default_factory=OrderedDict, repr=False

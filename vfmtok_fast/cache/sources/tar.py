@@ -12,9 +12,11 @@ Only headers are read to index, and no member is ever written anywhere.
 from __future__ import annotations
 
 import os
+import posixpath
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,9 +32,13 @@ from .base import (
     sizes_of,
 )
 from .choice import EVERYTHING, Choice, check_splits
-from .folder import EXTENSIONS, is_junk, label_of
+from .folder import EXTENSIONS, UNREADABLE, is_junk, label_of
 
 BLOCK = tarfile.BLOCKSIZE
+_CHUNK = 1 << 20
+# A chain of more links than this is a circle; and no PAX header of a file is longer.
+_MOST_LINKS = 40
+_PAX_BLOCKS = 64
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class TarSource:
 
     path: Path
     choice: Choice = EVERYTHING
+    left_out: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
     kind = "tar"
 
     @property
@@ -61,6 +68,7 @@ class TarSource:
 
     def _entries(self, after: Entry | None) -> Iterator[Entry]:
         """All pictures, but none of the inner tars before the one that a picture lies in."""
+        self.left_out.clear()
         contents = self._contents()
         numbers = {name: number for number, name in enumerate(contents.classes)}
         name = self.path.name
@@ -70,10 +78,10 @@ class TarSource:
             for folder, start, end in inner[at.index(True) if True in at else 0 :]:
                 found = [
                     Entry(f"{folder}/{path}", size, numbers[folder], name, offset)
-                    for path, size, offset in pictures(file, self.path, start, end)
+                    for path, size, offset in pictures(file, self.path, start, end, self.left_out)
                 ]
                 yield from sorted(found)
-            for path, size, offset in pictures(file, self.path, 0, None):
+            for path, size, offset in pictures(file, self.path, 0, None, self.left_out):
                 if self.choice.takes(path):
                     path = path.removeprefix(contents.around)
                     yield Entry(path, size, label_of(path, numbers), name, offset)
@@ -89,7 +97,7 @@ class TarSource:
         with open(self.path, "rb") as file:
             for member in members(file, self.path):
                 path = clean_name(member.name)
-                if path is None or is_hidden(path):
+                if path is None or is_hidden(path) or member.isdir():
                     continue
                 stem, suffix = os.path.splitext(path)
                 # A class may be named as its tar is, or as its folder would be.
@@ -135,6 +143,8 @@ def members(
 ) -> Iterator[tarfile.TarInfo]:
     """List a tar, or one that lies inside another, holding one header at a time.
 
+    Tars that were put behind one another (`cat a.tar b.tar`) are listed as one.
+
     Args:
         file: the outermost tar, opened for reading.
         path: its name, for messages.
@@ -148,6 +158,14 @@ def members(
     """
     if end is None:
         end = os.fstat(file.fileno()).st_size
+    while start is not None:
+        start = yield from _members(file, path, start, end)
+
+
+def _members(
+    file: BinaryIO, path: Path, start: int, end: int
+) -> Generator[tarfile.TarInfo, None, int | None]:
+    """The members up to one end of archive; where another archive starts behind it, if one does."""
     file.seek(start)
     try:
         archive = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")
@@ -166,19 +184,73 @@ def members(
             f"{path}: damaged or truncated at byte {archive.offset} (no end of archive there); "
             "fetch it again"
         )
+    return _next_archive(file, archive.offset, end)
+
+
+def _next_archive(file: BinaryIO, at: int, end: int) -> int | None:
+    """The first block that is not of zeros; None if there is none."""
+    file.seek(at)
+    while chunk := file.read(max(0, min(_CHUNK, end - at))):
+        if rest := chunk.lstrip(b"\0"):
+            return (at + len(chunk) - len(rest)) // BLOCK * BLOCK
+        at += len(chunk)
+    return None
+
+
+def places(
+    file: BinaryIO, path: Path, start: int = 0, end: int | None = None
+) -> Iterator[tuple[tarfile.TarInfo, int, int]]:
+    """(member, size or why there is none, offset of the data) of all but folders; as `members`.
+
+    A link stands for what it leads to inside the same tar; nothing else is ever looked at.
+    """
+    targets = None
+    for member in members(file, path, start, end):
+        size, offset = size_of(member), member.offset_data
+        if size == NOT_A_FILE and (member.islnk() or member.issym()):
+            targets = _targets(file, path, start, end) if targets is None else targets
+            size, offset = targets.get(clean_name(member.name), (size, offset))
+        if not member.isdir():
+            yield member, size, offset
+
+
+def _targets(file: BinaryIO, path: Path, start: int, end: int | None) -> dict[str, tuple[int, int]]:
+    """Size and offset of what the links of a tar lead to; only names of links are held."""
+    links = {}
+    for member in members(file, path, start, end):
+        name = clean_name(member.name)
+        if name is not None and (member.islnk() or member.issym()):
+            folder = posixpath.dirname(name) if member.issym() else ""
+            links[name] = clean_name(posixpath.normpath(posixpath.join(folder, member.linkname)))
+    ends = {}
+    for name in links:
+        at, steps = name, 0
+        while at in links and steps < _MOST_LINKS:
+            at, steps = links[at], steps + 1
+        ends[name] = at
+    wanted, found = set(ends.values()) - {None}, {}
+    for member in members(file, path, start, end):
+        name = clean_name(member.name)
+        if name in wanted and (size := size_of(member)) >= 0:
+            found[name] = size, member.offset_data
+    return {name: found[at] for name, at in ends.items() if at in found}
 
 
 def pictures(
-    file: BinaryIO, path: Path, start: int, end: int | None
+    file: BinaryIO, path: Path, start: int, end: int | None, left_out: Counter[str]
 ) -> Iterator[tuple[str, int, int]]:
-    """(path, size, offset of the data) of the pictures in a tar, in its order; as `members`."""
-    for member in members(file, path, start, end):
+    """(path, size, offset of the data) of the pictures in a tar, in its order; as `members`.
+
+    `left_out` is added what is a picture that is not read.
+    """
+    for member, size, offset in places(file, path, start, end):
         name = clean_name(member.name)
         text = shown(member.name) if name is None else name
-        if is_hidden(text) or os.path.splitext(text)[1].lower() not in EXTENSIONS:
-            continue
-        if not member.isdir():
-            yield text, size_of(member), member.offset_data
+        suffix = "" if is_hidden(text) else os.path.splitext(text)[1].lower()
+        if suffix in EXTENSIONS:
+            yield text, size, offset
+        elif suffix in UNREADABLE:
+            left_out[UNREADABLE[suffix]] += 1
 
 
 def size_of(member: tarfile.TarInfo) -> int:
@@ -196,20 +268,44 @@ def read_member(root: Path, entry: Entry) -> bytes:
         with open(path, "rb") as file:
             file.seek(entry.offset - BLOCK)
             header, data = file.read(BLOCK), file.read(entry.size)
+            size = _size_at(file, entry, header)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(
             f"{path}: this archive has gone since it was indexed; "
             "bring it back and run again (finished shards are kept)"
         ) from error
-    try:
-        size = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
-    except tarfile.HeaderError as error:
-        raise BadImage(GONE, "changed since it was indexed: no member of the tar here") from error
+    if size is None:
+        raise BadImage(GONE, "changed since it was indexed: no member of the tar here")
     if size != entry.size:
         raise BadImage(
             GONE, f"changed since it was indexed: {entry.size} bytes then, {size} bytes now"
         )
     return check_bytes(entry, data)
+
+
+def _size_at(file: BinaryIO, entry: Entry, header: bytes) -> int | None:
+    """Size of the member whose header this is; None if it is none.
+
+    Of large members, or of all, the size may stand in a PAX header before it instead.
+    """
+    try:
+        size = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
+    except tarfile.HeaderError:
+        return None
+    blocks = 1
+    while size != entry.size and blocks < min(_PAX_BLOCKS, entry.offset // BLOCK - 1):
+        blocks += 1
+        file.seek(entry.offset - BLOCK * (blocks + 1))
+        try:
+            before = tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "surrogateescape")
+            if before.type == tarfile.XHDTYPE and -(-before.size // BLOCK) == blocks - 1:
+                file.seek(entry.offset - BLOCK * (blocks + 1))
+                with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
+                    member = archive.next()
+                return size if member is None else member.size
+        except (tarfile.TarError, ValueError):
+            continue  # text of the PAX header, or of the picture before
+    return size
 
 
 def clean_name(name: str) -> str | None:

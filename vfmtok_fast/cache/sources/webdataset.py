@@ -4,13 +4,16 @@
 
 Shards are taken in the order of their names, samples in the order of the shard. Only headers and
 `.cls` members are read to index. A sample without a picture is left out, one without `.cls` has no
-class, and of several pictures the first counts.
+class. The key ends at the first dot of a name and the rest is the extension, so that `a.v2.jpg` is
+the picture `v2.jpg` of the sample `a`; such a one counts where the sample has no plain picture. Of
+several the first counts. What is passed over is counted.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,8 +29,8 @@ from .base import (
     sizes_of,
 )
 from .choice import EVERYTHING, Choice
-from .folder import EXTENSIONS
-from .tar import is_hidden, members, read_member, shown, size_of
+from .folder import EXTENSIONS, UNREADABLE
+from .tar import is_hidden, members, places, read_member, shown
 
 # A class number takes a few digits; more than this is something else.
 _MAX_CLS = 64
@@ -40,6 +43,7 @@ class WebDatasetSource:
     root: Path
     names: tuple[str, ...]
     choice: Choice = EVERYTHING
+    left_out: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
     kind = "webdataset"
 
     @property
@@ -51,6 +55,7 @@ class WebDatasetSource:
         return sizes_of(self.root, list(self.names))
 
     def entries(self, after: Entry | None = None) -> Iterator[Entry]:
+        self.left_out.clear()
         return behind(self._entries(files_from(self.names, after)), after)
 
     def _entries(self, names: Sequence[str]) -> Iterator[Entry]:
@@ -58,8 +63,28 @@ class WebDatasetSource:
             path = self.root / name
             with open(path, "rb") as file:
                 for key, parts in groupby(_parts(file, path), key=lambda part: part[0]):
-                    if entry := _entry(name, key, [part[1:] for part in parts]):
+                    if entry := self._entry(name, key, [part[1:] for part in parts]):
                         yield entry
+
+    def _entry(self, name: str, key: str, parts: list[_Part]) -> Entry | None:
+        plain = [part for part in parts if part[0] in EXTENSIONS]
+        kinds = [f".{part[0].rpartition('.')[2]}" for part in parts]
+        found = plain or [
+            part for part, kind in zip(parts, kinds, strict=True) if kind in EXTENSIONS
+        ]
+        if not found:
+            unreadable = next((UNREADABLE[kind] for kind in kinds if kind in UNREADABLE), None)
+            self.left_out[unreadable or "samples without a picture"] += 1
+            return None
+        if len(found) > 1:
+            self.left_out["pictures of samples that have another one before"] += len(found) - 1
+        extension, size, offset, _ = found[0]
+        labels = [part[3] for part in parts if part[0] == ".cls"]
+        label = labels[0] if labels else NO_CLASS
+        if label is None:
+            # Only a picture that could be read is given up for its label.
+            size, label = (BAD_LABEL if size >= 0 else size), NO_CLASS
+        return Entry(f"{name}/{key}{extension}", size, label, name, offset)
 
     def classes(self, highest: int) -> list[str]:
         return numbered_classes(highest)
@@ -83,17 +108,17 @@ _Part = tuple[str, int, int, int | None]
 
 def _parts(file: BinaryIO, path: Path) -> Iterator[tuple[str, str, int, int, int | None]]:
     """(key, then a _Part) of every member; the key ends at the first dot of the file's name."""
-    for member in members(file, path):
+    for member, size, offset in places(file, path):
         name = shown(member.name)
-        if member.isdir() or is_hidden(name.removeprefix("./")):
+        if is_hidden(name.removeprefix("./")):
             continue
         folder, slash, base = name.removeprefix("./").rpartition("/")
         stem, dot, extension = base.partition(".")
         extension = dot + extension.lower()
         label = None
         if extension == ".cls":
-            label = _label(file, member.offset_data, member.size)
-        yield folder + slash + stem, extension, size_of(member), member.offset_data, label
+            label = _label(file, offset, max(size, 0))
+        yield folder + slash + stem, extension, size, offset, label
 
 
 def _label(file: BinaryIO, offset: int, size: int) -> int | None:
@@ -103,16 +128,3 @@ def _label(file: BinaryIO, offset: int, size: int) -> int | None:
         return check_label(int(file.read(min(size, _MAX_CLS))))
     except ValueError:
         return None
-
-
-def _entry(name: str, key: str, parts: list[_Part]) -> Entry | None:
-    picture = next((part for part in parts if part[0] in EXTENSIONS), None)
-    if picture is None:
-        return None
-    extension, size, offset, _ = picture
-    labels = [part[3] for part in parts if part[0] == ".cls"]
-    label = labels[0] if labels else NO_CLASS
-    if label is None:
-        # Only a picture that could be read is given up for its label.
-        size, label = (BAD_LABEL if size >= 0 else size), NO_CLASS
-    return Entry(f"{name}/{key}{extension}", size, label, name, offset)
