@@ -274,3 +274,15 @@ def test_other_weights_and_damage_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="not a folder of samples"):
         run(tmp_path / "file")
+
+
+@pytest.mark.parametrize("left", [0, 50, -1])
+def test_what_is_there_in_part_is_made_again(tmp_path, left):
+    """By a disk that was full, or a copy that was stopped."""
+    run(tmp_path / "a")
+    before = tree(tmp_path / "a")
+    for name in ("shards/pictures-00001.npy", "samples.npz"):
+        path = tmp_path / "a" / name
+        path.write_bytes(path.read_bytes()[:left])
+    assert sample_folder.pending(job(tmp_path / "a")) == [1]
+    assert run(tmp_path / "a") and tree(tmp_path / "a") == before

@@ -65,7 +65,8 @@ class Job:
 
     def rows(self, number: int) -> torch.Tensor:
         """Indices of a shard's pictures."""
-        return torch.arange(number * SHARD, min((number + 1) * SHARD, len(self.class_ids)))
+        end = min((number + 1) * SHARD, len(self.class_ids))
+        return torch.arange(number * SHARD, end, device="cpu")
 
 
 def prepare(job: Job) -> None:
@@ -113,8 +114,17 @@ def _holds_something(out: Path) -> bool:
 
 
 def pending(job: Job) -> list[int]:
-    """Numbers of the shards that are not there yet."""
-    return [number for number in range(job.shards) if not job.path(number).exists()]
+    """Numbers of the shards that are not there yet, or are there in part."""
+    return [number for number in range(job.shards) if not _is_whole(job.path(number))]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a .npy file is there to its end; mapping it looks at its size only."""
+    try:
+        np.load(path, mmap_mode="r")
+    except (FileNotFoundError, EOFError, ValueError):
+        return False
+    return True
 
 
 def make_shards(
@@ -197,7 +207,7 @@ def finish(job: Job) -> bool:
     """
     if pending(job):
         return False
-    if (job.out / RESULT).exists():
+    if zipfile.is_zipfile(job.out / RESULT):  # Its list of members stands at its end.
         return True
     count = len(job.class_ids)
     with (

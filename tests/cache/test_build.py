@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from vfmtok_fast import cache
 from vfmtok_fast.cache.format import index
+from vfmtok_fast.cache.format.manifest import weights_checksum
 from vfmtok_fast.cache.make.encode import encode_rows
 from vfmtok_fast.cache.sources.folder import FolderSource
 from vfmtok_fast.images import center_crop, decode_image, to_float
@@ -282,3 +283,33 @@ def test_bfloat16_weights_get_bfloat16_pictures(tree, out, fake):
         **dataclasses.asdict(tokenizer.config),
         "levels": [1, 2],
     }
+
+
+def test_a_default_device_changes_nothing(tree, tmp_path, tokenizer, fake):
+    cache.build(tree, tmp_path / "plain", tokenizer, **SMALL)
+    torch.set_default_device("meta")
+    try:
+        cache.build(tree, tmp_path / "other", tokenizer, **SMALL)
+        tokens, _ = cache.TokenCacheDataset(tmp_path / "other")[3]
+        assert cache.verify(tmp_path / "other", tokenizer, tree).ok
+    finally:
+        torch.set_default_device(None)
+    assert tokens.device.type == "cpu"
+    assert fake.read_tree(tmp_path / "other") == fake.read_tree(tmp_path / "plain")
+
+
+def test_a_compiled_or_wrapped_tokenizer_is_the_same(tree, out, tokenizer):
+    """torch.compile and DistributedDataParallel put their own words into the names of weights."""
+    cache.build(tree, out, tokenizer, **SMALL)
+    plain = weights_checksum({"a.weight": torch.ones(2), "b.c": torch.zeros(1)})
+    for names in (
+        ("_orig_mod.a.weight", "_orig_mod.b.c"),
+        ("module.a.weight", "module.b.c"),
+        ("module._orig_mod.a.weight", "module._orig_mod.b.c"),
+        ("a._orig_mod.weight", "b.c"),
+    ):
+        assert (
+            weights_checksum(dict(zip(names, (torch.ones(2), torch.zeros(1)), strict=True)))
+            == plain
+        )
+    assert cache.build(tree, out, torch.compile(tokenizer), **SMALL).encoded == 0

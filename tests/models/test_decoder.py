@@ -573,3 +573,16 @@ def test_stream_refuses(model, size, error):
 def test_stream_checks_before_the_first_batch(model):
     with pytest.raises(ValueError, match="top_p"):
         model.stream(CLASSES, top_p=2.0)
+
+
+@pytest.mark.parametrize("policy", [(), STEP_OPS], ids=["reference", "enabled"])
+def test_defaults_of_torch_change_nothing(model, policy):
+    with vfmtok_fast.enable(policy):
+        want = model.generate([0, 2], cfg_scale=2.0, seed=3)
+        torch.set_default_device("meta")
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert torch.equal(model.generate([0, 2], cfg_scale=2.0, seed=3), want)
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(torch.float32)

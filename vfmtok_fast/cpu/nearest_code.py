@@ -148,7 +148,9 @@ def _without_repeats(codebook: Tensor, codes: _Codes, centre: Tensor | None, k: 
     rows = codebook.index_select(0, index).double().nan_to_num_(0.0, 0.0, 0.0)
     # Equal rows get equal sums, bit for bit; where others do too, repeats may be missed.
     key = rows.new_zeros(len(rows))
-    weight = torch.rand(rows.shape[1], generator=torch.Generator().manual_seed(0)).tolist()
+    weight = torch.rand(
+        rows.shape[1], generator=torch.Generator().manual_seed(0), device="cpu"
+    ).tolist()
     for column, factor in zip(rows.unbind(1), weight, strict=True):
         key.add_(column, alpha=factor)
     order = key.argsort(stable=True)

@@ -161,7 +161,7 @@ class Decoder:
             cache = self._rows(sampling.guided(step))
             if step == 0:
                 self._advance(weights, cache, sampling, classes, model.class_embedding.weight, 0)
-                torch.arange(1, 3, out=self.at)
+                torch.arange(1, 3, out=self.at, device=self.at.device)
             elif replayed:
                 self._replay(weights, cache, sampling, model.token_embedding.weight)
             else:
@@ -234,11 +234,12 @@ def check_images(
 ) -> tuple[Tensor, Tensor]:
     """Check what is to be generated; class ids and image ids int64 [B] on the model's device."""
     if isinstance(class_ids, list | tuple | range):
-        class_ids = torch.tensor(class_ids) if class_ids else torch.empty(0, dtype=torch.int64)
+        kind = None if class_ids else torch.int64
+        class_ids = torch.tensor(class_ids, dtype=kind, device="cpu")
     check_class_ids("generate", class_ids, model.config.num_classes)
     sampling.check()
     if image_ids is None:
-        image_ids = torch.arange(len(class_ids))
+        image_ids = torch.arange(len(class_ids), device="cpu")
     else:
         check_integers("generate", "image_ids", image_ids, tuple(class_ids.shape))
     return class_ids.long().to(model.device), image_ids.long().to(model.device)

@@ -50,7 +50,7 @@ def contact_sheet(
         codes.append(torch.from_numpy(shard.tokens[row, :1].astype(np.int64)))
     if not crops:
         return None
-    first = next(iter(tokenizer.parameters()), torch.empty(0))
+    first = next(iter(tokenizer.parameters()), torch.empty(0, device="cpu"))
     cells = []
     with torch.inference_mode():
         for crop, code in zip(crops, codes, strict=True):

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,6 +29,8 @@ VERSION = 1
 NAME = "manifest.json"
 BAD_TOKEN = 0xFFFF
 # Those that `encode` takes.
+# What torch.compile and DistributedDataParallel put before or into the names of weights.
+WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<![^.])_orig_mod\.")
 TOKENIZER_OPS = frozenset(["deformable_sample", "nearest_code"])
 
 
@@ -251,6 +254,7 @@ def weights_checksum(state: Mapping[str, torch.Tensor]) -> str:
         Hexadecimal digest; equal for equal weights wherever they lie.
     """
     digest = hashlib.sha256()
+    state = {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
     for name in sorted(state):
         tensor = state[name].detach()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())

@@ -32,6 +32,7 @@ class Batch:
             side: torch.empty(
                 (min(size, pictures * plan.sides.count(side)), side, side, 3),
                 dtype=torch.uint8,
+                device="cpu",
                 pin_memory=pinned,
             )
             for side in set(plan.sides)

@@ -132,7 +132,7 @@ class _Device:
     ) -> None:
         self.tokenizer, self.manifest, self.waits = tokenizer, manifest, waits
         self.advance = advance or (lambda number, new, bad: None)
-        first = next(iter(tokenizer.parameters()), torch.empty(0))
+        first = next(iter(tokenizer.parameters()), torch.empty(0, device="cpu"))
         # Pinned, so that the copy to a GPU runs beside everything else.
         self.batches = [Batch(plan, manifest.batch_size, first.is_cuda) for _ in range(2)]
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="vfmtok-encode")
@@ -204,7 +204,7 @@ class _Device:
 
 def _encode_batch(tokenizer: Tokenizer, batch: Batch, manifest: Manifest) -> np.ndarray:
     """uint16 [B, T], checked."""
-    first = next(iter(tokenizer.parameters()), torch.empty(0))
+    first = next(iter(tokenizer.parameters()), torch.empty(0, device="cpu"))
     # A thread starts on GPU 0, whichever its parent had chosen.
     chosen = torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
     with chosen, torch.inference_mode():

@@ -62,7 +62,7 @@ class TokenCacheDataset(torch.utils.data.Dataset):
         self.per_picture, self.seed = per_picture, seed
         self._places = [known.index(view) for view in self.views]
         # Shared memory, so that workers that live on see a new epoch.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
