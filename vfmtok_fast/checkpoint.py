@@ -11,7 +11,7 @@ import pickle
 import re
 import sys
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .errors import first_line
 from .functional import resize_positions
-from .hub import check_tensors, read_safetensors
+from .hub import check_tensors, read_safetensors, weights_in
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,6 +39,21 @@ DINOV2_URL = f"https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/{DINOV2_FILE}
 # How torch.save's files begin, now and before torch 1.6.
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+# Training scripts store their command line: a Namespace and paths, which run nothing.
+# A path of another system, or of Python from 3.13 on, is read as what this one has.
+HARMLESS = [
+    argparse.Namespace,
+    *(
+        (kind, f"{module}.{name}")
+        for module in ("pathlib", "pathlib._local")
+        for kind, names in (
+            (PurePosixPath, ("PosixPath", "PurePosixPath")),
+            (PureWindowsPath, ("WindowsPath", "PureWindowsPath")),
+        )
+        for name in names
+    ),
+]
 
 BACKBONE_PREFIX = "encode_transformer.backbone.pretrained_encoder."
 
@@ -173,7 +188,7 @@ def read_tensors(
         wrappers: keys that may hold the tensors, the first one that does counts.
         what: how errors name it.
     """
-    content = source if isinstance(source, Mapping) else _read_file(Path(source), what)
+    content = source if isinstance(source, Mapping) else _read_file(Path(source).expanduser(), what)
     for wrapper in wrappers:
         inner = content.get(wrapper) if isinstance(content, Mapping) else None
         if isinstance(inner, Mapping) and inner:
@@ -194,17 +209,26 @@ def read_tensors(
             f"{what}: expected only named tensors, or them under {', '.join(wrappers)}, "
             f"got other entries: {', '.join(wrong)}"
         )
-    for prefix in ("module.", "_orig_mod."):  # Left by DistributedDataParallel and torch.compile.
-        if all(key.startswith(prefix) for key in content):
-            content = {key.removeprefix(prefix): value for key, value in content.items()}
-    return dict(content)
+    return _unwrapped(content)
+
+
+def _unwrapped(content: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what DistributedDataParallel, torch.compile and AveragedModel put beside weights."""
+    content = {key: value for key, value in content.items() if key != "n_averaged"}
+    # Of a block that was compiled by itself, anywhere in the name.
+    content = {re.sub(r"(?<![^.])_orig_mod\.", "", key): value for key, value in content.items()}
+    while content and all(key.startswith("module.") for key in content):
+        content = {key.removeprefix("module."): value for key, value in content.items()}
+    return content
 
 
 def _read_file(path: Path, what: str) -> object:
+    if found := weights_in(path):
+        return read_safetensors(found, what)
     if not path.is_file():
         kind = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{what}: {path} {kind}, expected a checkpoint file")
-    if path.suffix == ".safetensors":
+    if path.name.endswith((".safetensors", ".safetensors.index.json")):
         return read_safetensors(path, what)
     try:
         with path.open("rb") as file:
@@ -216,8 +240,7 @@ def _read_file(path: Path, what: str) -> object:
     if not head.startswith((ZIP_MAGIC, LEGACY_MAGIC)):
         raise ValueError(f"{what}: {path} is no torch checkpoint, it begins with {head[:12]!r}")
     try:
-        # Training scripts store their command line; a Namespace holds data and runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if cause := re.search(r"GLOBAL (\w[\w.]*)", str(error)):

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Self
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .errors import first_line
 
-Config = TypeVar("Config")
+# Of config.json: what its tools write beside a model's own fields.
+TRANSFORMERS_FIELDS = frozenset(
+    ["architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "model_type"]
+)
 
 
 class HubModel(nn.Module, PyTorchModelHubMixin):
@@ -91,7 +94,8 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         }
         if config is None:
             config = _read_config(_find(cls, source, constants.CONFIG_NAME, download), cls)
-        path = _find(cls, source, constants.SAFETENSORS_SINGLE_FILE, download)
+        path = weights_in(Path(source).expanduser())
+        path = path or _find(cls, source, constants.SAFETENSORS_SINGLE_FILE, download)
         model = cls(config)
         tensors = read_safetensors(path, cls.__name__)
         shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -142,11 +146,33 @@ def _bring_constants(model: nn.Module, keys: object) -> None:
 
 
 def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:
-    """Read a ``.safetensors`` file; ``what`` is how errors name it."""
+    """Read a ``.safetensors`` file, or the parts that an index names; ``what`` names it in errors.
+
+    Of tied weights a file holds one; the names of the others stand in its metadata.
+    """
+    if path.name.endswith(".index.json"):
+        names = _read_json(path, what).get("weight_map", {}).values()
+        tensors: dict[str, Tensor] = {}
+        for name in sorted(set(names)):
+            if not (path.parent / name).is_file():
+                raise FileNotFoundError(f"{what}: {path} names {name}, which is not beside it")
+            tensors |= read_safetensors(path.parent / name, what)
+        return tensors
     try:
-        return load_file(path)
+        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            tied = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{what}: {path} is no safetensors file ({first_line(error)})") from error
+    return tensors | {
+        name: tensors[kept] for name, kept in tied.items() if kept in tensors and name != kept
+    }
+
+
+def weights_in(folder: Path) -> Path | None:
+    """The file of a folder that holds its weights, or says which files do; None without any."""
+    names = constants.SAFETENSORS_SINGLE_FILE, constants.SAFETENSORS_INDEX_FILE
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def check_tensors(
@@ -196,7 +222,7 @@ def check_tensors(
 
 
 def _find(cls: type, source: str, name: str, download: Mapping) -> Path:
-    folder = Path(source)
+    folder = Path(source).expanduser()
     if folder.is_file():
         raise FileNotFoundError(
             f"{cls.__name__}: {source} is a file; expected a folder with config.json and "
@@ -225,12 +251,16 @@ def _find(cls: type, source: str, name: str, download: Mapping) -> Path:
 
 
 def _read_config(path: Path, cls: type) -> dict:
+    """The fields of a config.json, without those that transformers adds of its own accord."""
+    content = _read_json(path, cls.__name__)
+    return {name: value for name, value in content.items() if name not in TRANSFORMERS_FIELDS}
+
+
+def _read_json(path: Path, what: str) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"{cls.__name__}: {path} is no JSON ({first_line(error)})") from error
+        raise ValueError(f"{what}: {path} is no JSON ({first_line(error)})") from error
     if not isinstance(content, dict):
-        raise ValueError(
-            f"{cls.__name__}: {path} must hold an object, got {type(content).__name__}"
-        )
+        raise ValueError(f"{what}: {path} must hold an object, got {type(content).__name__}")
     return content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,3 +189,19 @@ def test_a_cache_in_half_precision_is_not_gone_on_with_otherwise(tree, out, fake
         with pytest.raises(cache.FingerprintMismatch, match="fast_ops"):
             cache.verify(out, tokenizer)
     assert cache.verify(out, tokenizer).ok
+
+
+def test_a_url_that_pathlib_has_had(tree, tokenizer, tmp_path, monkeypatch):
+    """Path("s3://bucket/x") is the local folder s3:/bucket/x."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="give a URL as a string"):
+        cache.build(tree, Path("s3://bucket/tokens"), tokenizer, **SMALL)
+    assert not (tmp_path / "s3:").exists()
+
+
+def test_paths_from_home(tree, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cache.build(f"~/{tree.name}", "~/tokens", tokenizer, **SMALL)
+    assert cache.status(tmp_path / "tokens").state == "complete" and len(
+        cache.TokenCache("~/tokens")
+    )

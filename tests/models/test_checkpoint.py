@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import urllib.error
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -138,7 +139,10 @@ def test_backbone_inside_the_tokenizer_file(tokenizer, backbone, load):
 
 
 @pytest.mark.parametrize("wrapper", ["ema", "model", "state_dict", None])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."],
+)
 def test_tokenizer_wrappers(tokenizer, wrapper: str | None, prefix: str):
     content = {prefix + key: value for key, value in tokenizer.items()}
     if wrapper:
@@ -172,8 +176,51 @@ def test_precedence(tokenizer, backbone, gpt, empty, load):
 
 
 def test_a_namespace_in_the_file_is_read_over(tokenizer, backbone, tmp_path: Path, load):
-    content = {"ema": tokenizer, "args": argparse.Namespace(lr=1e-4, name="x", sizes=[1, 2])}
-    load(wrong_in(tmp_path / "t.pt", content), backbone)
+    """And paths in it: of this system, of another, of a later Python."""
+    args = argparse.Namespace(lr=1e-4, name="x", sizes=[1, 2], out=Path("/runs/1"))
+    load(wrong_in(tmp_path / "t.pt", {"ema": tokenizer, "args": args}), backbone)
+    file = tmp_path / "t.pt"
+    for name in (b"pathlib\nPurePosixPath", b"pathlib\nWindowsPath"):
+        data = file.read_bytes()
+        assert data.count(b"pathlib\nPosixPath") == 1
+        with zipfile.ZipFile(file) as old, zipfile.ZipFile(tmp_path / "o.pt", "w") as new:
+            for member in old.namelist():
+                content = old.read(member).replace(b"pathlib\nPosixPath", name)
+                new.writestr(member, content)
+        load(tmp_path / "o.pt", backbone)
+
+
+def test_words_of_compiled_blocks_and_averages_are_left_out(tokenizer):
+    """Of torch.compile on single blocks, and of torch's AveragedModel."""
+    names = {key: "module." + key.replace("layers.0.", "layers.0._orig_mod.") for key in tokenizer}
+    content = {names[key]: value for key, value in tokenizer.items()}
+    found = read_tensors({**content, "n_averaged": torch.tensor(7)}, (), "tokenizer")
+    assert found.keys() == tokenizer.keys() and names != {key: key for key in names}
+
+
+def test_sharded_safetensors(gpt, tmp_path: Path):
+    """A folder with an index, as transformers and FSDP's tools write large models."""
+    names = sorted(gpt)
+    parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, some in parts.items():
+        save_file({name: gpt[name] for name in some}, tmp_path / file)
+    index = {"weight_map": {name: file for file, some in parts.items() for name in some}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for source in (tmp_path, tmp_path / "model.safetensors.index.json"):
+        loaded = GPT.from_official(source, GPT_CONFIG).state_dict()
+        assert torch.equal(loaded["norm.weight"], gpt["norm.weight"])
+    (tmp_path / "model-2.safetensors").unlink()
+    message = refused(FileNotFoundError, GPT.from_official, tmp_path, GPT_CONFIG)
+    assert "names model-2.safetensors, which is not beside it" in message
+
+
+def test_a_path_from_home(gpt, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_file(gpt, tmp_path / "gpt.safetensors")
+    loaded = GPT.from_official("~/gpt.safetensors", GPT_CONFIG)
+    loaded.save_pretrained(tmp_path / "gpt")
+    again = GPT.from_pretrained("~/gpt")
+    assert torch.equal(again.norm.weight, gpt["norm.weight"])
 
 
 @pytest.mark.parametrize("case", ["tokenizer_small", "tokenizer_full", "gpt_small", "gpt_b"])

@@ -148,3 +148,25 @@ def test_a_generator_is_no_tokenizer(folder: Path):
 def test_no_folder_and_no_repo(offline: None, source: str):
     message = refused(FileNotFoundError, source)
     assert f"no folder {source}" in message and "config.json" in message
+
+
+def test_a_config_as_transformers_and_windows_write_it(folder: Path):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config |= {"architectures": ["VFMTok"], "torch_dtype": "float32", "_name_or_path": "x"}
+    path.write_text("\ufeff" + json.dumps(config | {"transformers_version": "5.0"}), "utf-8")
+    VFMTok.from_pretrained(folder)
+    path.write_text(json.dumps(config | {"unknown": 1}))
+    with pytest.raises(ValueError, match="unknown field unknown"):
+        VFMTok.from_pretrained(folder)
+
+
+def test_tied_weights_are_in_the_file_once(tmp_path: Path):
+    """safetensors leaves the second name out, and says so in the file's metadata."""
+    model = GPT(GPTConfig(num_layers=1, num_heads=2, dim=16, vocab_size=32, block_size=4))
+    model.head.weight = model.token_embedding.weight
+    model.save_pretrained(tmp_path)
+    assert len(load_file(tmp_path / "model.safetensors")) == len(model.state_dict()) - 1
+    again = GPT.from_pretrained(tmp_path)
+    assert torch.equal(again.head.weight, model.head.weight)
+    assert torch.equal(again.token_embedding.weight, model.head.weight)

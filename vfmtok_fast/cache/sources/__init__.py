@@ -67,7 +67,7 @@ def open_source(
             f"{images}: pictures are read from local files; mount this, or copy it (a cache itself "
             "may lie at a URL)"
         )
-    root = Path(images)
+    root = Path(images).expanduser()
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder of pictures or archive")
     choice = Choice(include, exclude)

@@ -6,6 +6,7 @@ A cache has the same files in both, and may be copied from one to the other with
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, BinaryIO, ClassVar, Protocol, Self
@@ -93,7 +94,11 @@ def place(out: str | os.PathLike | Place) -> Place:
         return out
     protocol, mark, rest = os.fspath(out).partition("://")
     if not mark:
-        return LocalPlace(out)
+        if re.match(r"[a-z][a-z0-9+.-]+:/(?!/)", os.fspath(out)):  # what Path makes of s3://
+            raise ValueError(
+                f"{out}: give a URL as a string; pathlib.Path takes one of its slashes"
+            )
+        return LocalPlace(out).expanduser()
     if protocol in ("file", "local"):
         return LocalPlace("/" + rest.lstrip("/"))
     return UrlPlace.known(os.fspath(out).rstrip("/"))
