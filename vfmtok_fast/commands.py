@@ -186,6 +186,7 @@ def _tell(summary: token_cache.Summary, as_json: bool, rank: int) -> None:
     state = "incomplete" if summary.missing else "complete"
     if as_json:
         result = {"state": state, "rank": rank, **vars(summary), "out": str(summary.out)}
+        result["classes"] = len(token_cache.read_manifest(summary.out).classes)
         print(json.dumps(result | {"seconds": round(summary.seconds, 3)}))
         return
     if rank:
@@ -205,7 +206,7 @@ def _tell(summary: token_cache.Summary, as_json: bool, rank: int) -> None:
 def _tell_classes(out: Place) -> None:
     """How many classes there are; and those in which there is no picture, which may be none."""
     classes, used = token_cache.read_manifest(out).classes, used_labels(out / INDEX)
-    print(f"{len(classes)} classes")
+    print(f"classes: {len(classes)}")
     empty = [name for number, name in enumerate(classes) if number not in used]
     if empty:
         more = f" and {len(empty) - _MOST_NAMES} more" if len(empty) > _MOST_NAMES else ""
@@ -424,6 +425,7 @@ def sample(options: argparse.Namespace) -> int:
 OPTIONAL = {
     "ray": ("ray", "`cache --engine ray`"),
     "lmdb": ("lmdb", "pictures in the authors' LMDB"),
+    "pillow-heif": ("heif", "pictures named .heic or .heif"),
     "s3fs": ("cloud", "caches at s3://"),
     "gcsfs": ("cloud", "caches at gs://"),
     "flash-attn": ("flash-attn", "decode_attention where Triton cannot take it"),

@@ -93,7 +93,7 @@ class TarSource:
         return read_member(self.path.parent, entry)
 
     def _contents(self) -> _Contents:
-        inner, folders = [], set()
+        inner, folders, around_inner = [], set(), set()
         with open(self.path, "rb") as file:
             for member in members(file, self.path):
                 path = clean_name(member.name)
@@ -103,12 +103,13 @@ class TarSource:
                 # A class may be named as its tar is, or as its folder would be.
                 if suffix.lower() == ".tar" and member.isreg() and self.choice.takes(path, stem):
                     start = member.offset_data
+                    around_inner.add(path.rpartition("/")[0])
                     inner.append((os.path.basename(stem), start, start + member.size))
                 elif suffix.lower() in EXTENSIONS and self.choice.takes(path):
                     folders.add(path.rpartition("/")[0])
         around = "" if inner else _around(folders)
         classes = {f"{folder}/".removeprefix(around).partition("/")[0] for folder in folders}
-        check_splits(self.path, sorted(classes), self.choice, whole=True)
+        check_splits(self.path, sorted(classes | around_inner), self.choice, whole=True)
         classes |= {folder for folder, _, _ in inner}
         return _Contents(sorted(inner), sorted(classes - {""}), around)
 
