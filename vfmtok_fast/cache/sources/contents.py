@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from .archive import clean_name, is_hidden, members
 from .choice import Choice
 from .folder import EXTENSIONS, identity, names_in, walk
-from .tar import clean_name, is_hidden, members
 
 SUFFIXES = {".parquet": "parquet", ".tar": "webdataset"}
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
