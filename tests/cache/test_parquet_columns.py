@@ -132,6 +132,11 @@ def test_where_two_could_be_meant_the_user_is_asked(tmp_path, columns, text, cho
     assert levels(open_source(path, **choice)) == [wanted]
 
 
+def test_a_word_inside_another_is_no_sound(tmp_path):
+    path = write(tmp_path / "q.parquet", invoice=pictures(1), voice_wav=pictures(2))
+    assert levels(open_source(path)) == [(1, -1)]
+
+
 def test_labels_by_feature_and_by_name(tmp_path):
     common = {"image": pictures(1), "species": [2], "count": [7]}
     source = open_source(write(tmp_path / "a.parquet", {"species": "ClassLabel"}, **common))

@@ -10,6 +10,7 @@ import pytest
 
 from vfmtok_fast import cache
 from vfmtok_fast.cache.format import index
+from vfmtok_fast.cache.make import parts
 from vfmtok_fast.cache.sources import open_source
 from vfmtok_fast.cache.sources.choice import Choice, split_patterns
 
@@ -171,6 +172,54 @@ def test_splits_of_class_folders(tmp_path, tree, tokenizer, out, fake):
     assert cache.build(root, out, tokenizer, **SMALL, **train).encoded == 0
     assert cache.verify(out, tokenizer, root).agreement == 1.0
     assert cache.repair(root, out, tokenizer) == 0
+
+
+def test_the_folder_around_one_split(tmp_path, tree, fake):
+    root = tmp_path / "q"
+    shutil.copytree(tree, root / "train")
+    with pytest.raises(ValueError, match="nothing but the folder train, .*; give .*/q/train, or"):
+        open_source(root)
+    assert open_source(root, include=["*"]).classes(-1) == ["train"]
+    assert len(open_source(root, include=split_patterns("train")).classes(-1)) == 3
+    inner = tmp_path / "inner.tar"
+    with tarfile.open(tmp_path / "p.tar", "w") as archive:
+        for split in ("train", "val"):
+            with tarfile.open(inner, "w") as one:
+                fake.add_member(one, "1.png", b"x")
+            archive.add(inner, f"{split}/n01.tar")
+    with pytest.raises(ValueError, match="several splits"):
+        list(open_source(tmp_path / "p.tar").entries())
+    assert count(open_source(tmp_path / "p.tar", include=["train"])) == 1
+
+
+def test_compressed_shards_are_not_left_out(tmp_path, tree, fake):
+    root = shards_of(fake, tree, tmp_path / "q")
+    (root / "train-002.tar.gz").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"1 compressed tars \(train-002\.tar\.gz\)"):
+        open_source(root)
+    assert count(open_source(root, exclude=["*.gz"])) == 11
+    for path in root.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(ValueError, match="decompress them"):
+        open_source(root)
+
+
+def test_parts_that_an_older_version_left_are_listed_anew(
+    tree, tmp_path, out, tokenizer, fake, monkeypatch
+):
+    """It took other folders for classes, so that its labels are others."""
+    monkeypatch.setattr(parts, "PART", 2)
+    fake.write_picture(tree / "__MACOSX" / "a.png", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("vfmtok_fast.cache.sources.folder._JUNK", frozenset())
+        patch.setattr(parts, "RULES", 1)
+        patch.setattr(parts, "remove_parts", lambda out: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            cache.prepare(tree, out, tokenizer, **SMALL)
+    (out / "index.parquet").unlink()
+    cache.build(tree, out, tokenizer, **SMALL)
+    cache.build(tree, tmp_path / "whole", tokenizer, **SMALL)
+    assert fake.read_tree(out) == fake.read_tree(tmp_path / "whole")
 
 
 def test_patterns_on_class_folders(tree):

@@ -271,7 +271,7 @@ def test_the_command_names_classes_and_what_was_left_out(tmp_path, fake, capsys)
     options = ["--untrained", "small", "--device", "cpu", "--batch-size", "1"]
     code = cli.main(["cache", str(tree), str(tmp_path / "t"), *options])
     text, lines = capsys.readouterr()
-    assert code == 0 and "\n4 classes\n" in text
+    assert code == 0 and "\nclasses: 4\n" in text
     assert "note: 1 of 4 classes have no picture: class5" in lines
     assert "left out: 1 .heic files (pip install 'vfmtok-fast[heif]' to read them)" in lines
 

@@ -167,7 +167,10 @@ def _on_ray(options: argparse.Namespace, spec: CacheSpec, progress: bool | Calla
 def _tell(summary: Summary, as_json: bool, rank: int) -> None:
     state = "incomplete" if summary.missing else "complete"
     if as_json:
+        from ..cache import read_manifest
+
         result = {"state": state, "rank": rank, **vars(summary), "out": str(summary.out)}
+        result["classes"] = len(read_manifest(summary.out).classes)
         say(json.dumps(result | {"seconds": round(summary.seconds, 3)}))
         return
     if rank:
@@ -190,7 +193,7 @@ def _tell_classes(out: Place) -> None:
     from ..cache.format.index import INDEX, used_labels
 
     classes, used = cache.read_manifest(out).classes, used_labels(out / INDEX)
-    say(f"{len(classes)} classes")
+    say(f"classes: {len(classes)}")
     empty = [name for number, name in enumerate(classes) if number not in used]
     if empty:
         more = f" and {len(empty) - MOST_NAMES} more" if len(empty) > MOST_NAMES else ""

@@ -15,7 +15,7 @@ SUMMARY = "what is installed, what will run fast here, and why not"
 OPTIONAL = {
     "ray": ("ray", "`cache --engine ray`"),
     "lmdb": ("lmdb", "pictures in the authors' LMDB"),
-    "pillow-heif": ("heif", "pictures of iPhones, .heic and .heif"),
+    "pillow-heif": ("heif", "pictures named .heic or .heif"),
     "s3fs": ("cloud", "caches at s3://"),
     "gcsfs": ("cloud", "caches at gs://"),
     "flash-attn": ("flash-attn", "decode_attention where Triton cannot take it"),

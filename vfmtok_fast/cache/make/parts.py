@@ -19,6 +19,9 @@ FOLDER = "index.parts"
 # Listing takes a second or so for as many on a local disk, a minute on a slow network; the memory
 # for them is some 20 MB.
 PART = 1 << 16
+# By which inputs are listed. Another number where a listing changes, so that what an older version
+# left is listed anew: two halves by different rules would have different labels.
+RULES = 2
 
 
 def write_in_parts(
@@ -39,7 +42,7 @@ def write_in_parts(
     Returns, Raises: as `index.write_index`.
     """
     folder = path.parent / FOLDER
-    mark = replace(origin, root=os.path.abspath(root))
+    mark = replace(origin, root=os.path.abspath(root), chosen={**origin.chosen, "rules": RULES})
     written = index.write_index(
         path, _every(folder, entries, shard_size, mark, hashed), shard_size, origin, hashed
     )

@@ -18,7 +18,7 @@ from . import parquet
 from .base import BadImage, Source
 from .choice import EVERYTHING, Choice, check_splits, is_split
 from .columns import FIRST, find_columns
-from .contents import archives_in, check_shards, kind_of_folder
+from .contents import COMPRESSED, archives_in, check_shards, kind_of_folder
 from .folder import FolderSource, class_folders, walk
 from .lmdb import LmdbSource
 from .parquet import ParquetSource
@@ -122,8 +122,15 @@ def _folder(root: Path, choice: Choice) -> FolderSource:
     check_splits(root, folders, choice, whole=True)
     if choice.record() and not folders and next(walk(root, "", choice), None) is None:
         raise ValueError(f"{root}: {_nothing(choice)}")
-    if choice.include and len(folders) == 1 and is_split(folders[0]):
-        return FolderSource(root / folders[0], choice.below(folders[0]), choice)
+    if len(folders) == 1 and is_split(folders[0]):
+        (split,) = folders
+        if "include" in choice.record():
+            return FolderSource(root / split, choice.below(split), choice)
+        if not choice.include and class_folders(root / split):
+            raise ValueError(
+                f"{root}: holds nothing but the folder {split}, and that holds class folders; give "
+                f"{root / split}, or take it for one class with --include '*'"
+            )
     return FolderSource(root, choice)
 
 
@@ -153,7 +160,7 @@ def _kind_of_file(path: Path) -> str:
         return "parquet"
     if suffix in (".mdb", ".lmdb"):
         return "lmdb"
-    if path.name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+    if path.name.lower().endswith(COMPRESSED):
         raise ValueError(
             f"{path}: a compressed tar cannot be read in place; decompress it to a plain .tar"
         )

@@ -7,6 +7,7 @@ beside the schema. After that known names. Where two columns could be meant, the
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ MORE_LABEL_COLUMNS = ("label_id", "class_id", "class_label", "class_index", "tar
 FIRST = ""
 NO_LABELS = "none"
 # Structs of bytes that hold no picture, in files that say nothing about them.
-_NO_PICTURES = ("audio", "sound", "speech", "voice", "video", "wav", "mp3", "flac", "mp4", "pdf")
+_NO_PICTURES = frozenset("audio sound speech voice video wav mp3 flac mp4 pdf".split())
 _FIRST_IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
 
 
@@ -266,7 +267,7 @@ def _is_label(kind: pa.DataType) -> bool:
 
 
 def _is_no_picture(name: str) -> bool:
-    return any(word in name.lower() for word in _NO_PICTURES)
+    return not _NO_PICTURES.isdisjoint(re.findall("[a-z0-9]+", name.lower()))
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from .archive import clean_name, is_hidden, members
 from .choice import Choice
 from .folder import EXTENSIONS, identity, names_in, walk
-from .tar import clean_name, is_hidden, members
 
 SUFFIXES = {".parquet": "parquet", ".tar": "webdataset"}
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 # A folder of this many names is known by them. Outer folders come first, so that archives anywhere
 # near the top are seen, and a million pictures need not be listed only to see that there are none.
 _MOST_NAMES = 50_000
@@ -22,16 +23,19 @@ _SHARDS, _MEMBERS = 8, 64
 
 @dataclass
 class Contents:
-    """Relative paths of a folder's archives, by kind, and of its pictures."""
+    """Relative paths of a folder's archives, by kind, and what is known of its pictures."""
 
     archives: dict[str, list[str]] = field(default_factory=dict)
+    compressed: list[str] = field(default_factory=list)
     pictures: int = 0
     picture: str = ""
     folders: set[str] = field(default_factory=set)  # those in the root that hold pictures
 
     def add(self, path: str) -> None:
         suffix = os.path.splitext(path)[1].lower()
-        if suffix in SUFFIXES:
+        if path.lower().endswith(COMPRESSED):
+            self.compressed.append(path)
+        elif suffix in SUFFIXES:
             self.archives.setdefault(SUFFIXES[suffix], []).append(path)
         elif suffix in EXTENSIONS:
             self.pictures += 1
@@ -50,6 +54,12 @@ def kind_of_folder(root: Path, choice: Choice) -> str:
     if (root / "data.mdb").is_file():
         return "lmdb"
     found = _look(root, choice)
+    if found.compressed and (found.archives or not found.pictures):
+        raise ValueError(
+            f"{root}: holds {len(found.compressed)} compressed tars ({found.compressed[0]}), which "
+            "cannot be read in place; decompress them to plain .tar, or leave them out with "
+            "--exclude"
+        )
     if not found.archives:
         return "folder"
     if not found.pictures and len(found.archives) == 1:

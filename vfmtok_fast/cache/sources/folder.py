@@ -40,7 +40,7 @@ UNREADABLE |= {s: f"{s} files ({HOW_TO_READ_HEIF})" for s in _HEIF - EXTENSIONS}
 
 # What systems and their tools leave in folders and archives: never a class, never a picture.
 _JUNK = frozenset(
-    "__macosx|lost+found|@eadir|#recycle|@recycle|$recycle.bin|recycler|system volume information|"
+    "__macosx|lost+found|@eadir|#recycle|@recycle|$recycle.bin|system volume information|"
     "thumbs.db|desktop.ini|ehthumbs.db|__pycache__".split("|")
 )
 

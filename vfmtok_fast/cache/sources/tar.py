@@ -5,40 +5,21 @@ pictures are indexed as if they had been unpacked: in the order of sorted paths,
 and the unpacked folder give the same shards. Pictures outside of inner tars belong to the folder
 that they lie in, and follow in the order of the archive; folders around all classes ("train/" in
 "train/n01440764/x.JPEG") are left out of the paths.
-
-Only headers are read to index, and no member is ever written anywhere.
 """
 
 from __future__ import annotations
 
 import os
-import posixpath
-import tarfile
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..format.shards import GONE
-from .base import (
-    NOT_A_FILE,
-    UNSAFE,
-    BadImage,
-    Entry,
-    behind,
-    check_bytes,
-    check_known,
-    sizes_of,
-)
+from .archive import clean_name, is_hidden, members, places, read_member, shown
+from .base import Entry, behind, sizes_of
 from .choice import EVERYTHING, Choice, check_splits
-from .folder import EXTENSIONS, UNREADABLE, is_junk, label_of
-
-BLOCK = tarfile.BLOCKSIZE
-_CHUNK = 1 << 20
-# A chain of more links than this is a circle; and no PAX header of a file is longer.
-_MOST_LINKS = 40
-_PAX_BLOCKS = 64
+from .folder import EXTENSIONS, UNREADABLE, label_of
 
 
 @dataclass(frozen=True)
@@ -93,7 +74,7 @@ class TarSource:
         return read_member(self.path.parent, entry)
 
     def _contents(self) -> _Contents:
-        inner, folders = [], set()
+        inner, folders, around_inner = [], set(), set()
         with open(self.path, "rb") as file:
             for member in members(file, self.path):
                 path = clean_name(member.name)
@@ -103,12 +84,13 @@ class TarSource:
                 # A class may be named as its tar is, or as its folder would be.
                 if suffix.lower() == ".tar" and member.isreg() and self.choice.takes(path, stem):
                     start = member.offset_data
+                    around_inner.add(path.rpartition("/")[0])
                     inner.append((os.path.basename(stem), start, start + member.size))
                 elif suffix.lower() in EXTENSIONS and self.choice.takes(path):
                     folders.add(path.rpartition("/")[0])
         around = "" if inner else _around(folders)
         classes = {f"{folder}/".removeprefix(around).partition("/")[0] for folder in folders}
-        check_splits(self.path, sorted(classes), self.choice, whole=True)
+        check_splits(self.path, sorted(classes | around_inner), self.choice, whole=True)
         classes |= {folder for folder, _, _ in inner}
         return _Contents(sorted(inner), sorted(classes - {""}), around)
 
@@ -138,104 +120,6 @@ def _around(folders: set[str]) -> str:
     return f"{common}/" if common else ""
 
 
-def members(
-    file: BinaryIO, path: Path, start: int = 0, end: int | None = None
-) -> Iterator[tarfile.TarInfo]:
-    """List a tar, or one that lies inside another, holding one header at a time.
-
-    Tars that were put behind one another (`cat a.tar b.tar`) are listed as one.
-
-    Args:
-        file: the outermost tar, opened for reading.
-        path: its name, for messages.
-        start, end: where the tar to list lies in it, in bytes; None: to the end.
-
-    Yields:
-        Every member; `offset_data` counts from the start of `file`.
-
-    Raises:
-        ValueError: damaged, truncated, compressed or not a tar.
-    """
-    if end is None:
-        end = os.fstat(file.fileno()).st_size
-    while start is not None:
-        start = yield from _members(file, path, start, end)
-
-
-def _members(
-    file: BinaryIO, path: Path, start: int, end: int
-) -> Generator[tarfile.TarInfo, None, int | None]:
-    """The members up to one end of archive; where another archive starts behind it, if one does."""
-    file.seek(start)
-    try:
-        archive = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")
-        while archive.offset < end and (member := archive.next()) is not None:
-            if member.offset_data + member.size > end:
-                raise tarfile.ReadError(f"member {shown(member.name)!r} is cut short")
-            yield member
-            archive.members.clear()  # a million headers would be a gigabyte
-    except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: damaged, truncated or not a plain tar ({reason})") from error
-    # tarfile takes a damaged header for the end; a true end is a block of zeros.
-    file.seek(archive.offset)
-    if file.read(BLOCK) != bytes(BLOCK):
-        raise ValueError(
-            f"{path}: damaged or truncated at byte {archive.offset} (no end of archive there); "
-            "fetch it again"
-        )
-    return _next_archive(file, archive.offset, end)
-
-
-def _next_archive(file: BinaryIO, at: int, end: int) -> int | None:
-    """The first block that is not of zeros; None if there is none."""
-    file.seek(at)
-    while chunk := file.read(max(0, min(_CHUNK, end - at))):
-        if rest := chunk.lstrip(b"\0"):
-            return (at + len(chunk) - len(rest)) // BLOCK * BLOCK
-        at += len(chunk)
-    return None
-
-
-def places(
-    file: BinaryIO, path: Path, start: int = 0, end: int | None = None
-) -> Iterator[tuple[tarfile.TarInfo, int, int]]:
-    """(member, size or why there is none, offset of the data) of all but folders; as `members`.
-
-    A link stands for what it leads to inside the same tar; nothing else is ever looked at.
-    """
-    targets = None
-    for member in members(file, path, start, end):
-        size, offset = size_of(member), member.offset_data
-        if size == NOT_A_FILE and (member.islnk() or member.issym()):
-            targets = _targets(file, path, start, end) if targets is None else targets
-            size, offset = targets.get(clean_name(member.name), (size, offset))
-        if not member.isdir():
-            yield member, size, offset
-
-
-def _targets(file: BinaryIO, path: Path, start: int, end: int | None) -> dict[str, tuple[int, int]]:
-    """Size and offset of what the links of a tar lead to; only names of links are held."""
-    links = {}
-    for member in members(file, path, start, end):
-        name = clean_name(member.name)
-        if name is not None and (member.islnk() or member.issym()):
-            folder = posixpath.dirname(name) if member.issym() else ""
-            links[name] = clean_name(posixpath.normpath(posixpath.join(folder, member.linkname)))
-    ends = {}
-    for name in links:
-        at, steps = name, 0
-        while at in links and steps < _MOST_LINKS:
-            at, steps = links[at], steps + 1
-        ends[name] = at
-    wanted, found = set(ends.values()) - {None}, {}
-    for member in members(file, path, start, end):
-        name = clean_name(member.name)
-        if name in wanted and (size := size_of(member)) >= 0:
-            found[name] = size, member.offset_data
-    return {name: found[at] for name, at in ends.items() if at in found}
-
-
 def pictures(
     file: BinaryIO, path: Path, start: int, end: int | None, left_out: Counter[str]
 ) -> Iterator[tuple[str, int, int]]:
@@ -251,76 +135,3 @@ def pictures(
             yield text, size, offset
         elif suffix in UNREADABLE:
             left_out[UNREADABLE[suffix]] += 1
-
-
-def size_of(member: tarfile.TarInfo) -> int:
-    """A member's size in bytes, or the negative number that says why it is not read."""
-    if clean_name(member.name) is None:
-        return UNSAFE
-    return member.size if member.isreg() and not member.issparse() else NOT_A_FILE
-
-
-def read_member(root: Path, entry: Entry) -> bytes:
-    """Read a picture at its offset, after a look at the header before it; raises like `read`."""
-    check_known(entry)
-    path = root / entry.file
-    try:
-        with open(path, "rb") as file:
-            file.seek(entry.offset - BLOCK)
-            header, data = file.read(BLOCK), file.read(entry.size)
-            size = _size_at(file, entry, header)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileNotFoundError(
-            f"{path}: this archive has gone since it was indexed; "
-            "bring it back and run again (finished shards are kept)"
-        ) from error
-    if size is None:
-        raise BadImage(GONE, "changed since it was indexed: no member of the tar here")
-    if size != entry.size:
-        raise BadImage(
-            GONE, f"changed since it was indexed: {entry.size} bytes then, {size} bytes now"
-        )
-    return check_bytes(entry, data)
-
-
-def _size_at(file: BinaryIO, entry: Entry, header: bytes) -> int | None:
-    """Size of the member whose header this is; None if it is none.
-
-    Of large members, or of all, the size may stand in a PAX header before it instead.
-    """
-    try:
-        size = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
-    except tarfile.HeaderError:
-        return None
-    blocks = 1
-    while size != entry.size and blocks < min(_PAX_BLOCKS, entry.offset // BLOCK - 1):
-        blocks += 1
-        file.seek(entry.offset - BLOCK * (blocks + 1))
-        try:
-            before = tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "surrogateescape")
-            if before.type == tarfile.XHDTYPE and -(-before.size // BLOCK) == blocks - 1:
-                file.seek(entry.offset - BLOCK * (blocks + 1))
-                with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
-                    member = archive.next()
-                return size if member is None else member.size
-        except (tarfile.TarError, ValueError):
-            continue  # text of the PAX header, or of the picture before
-    return size
-
-
-def clean_name(name: str) -> str | None:
-    """A member's relative path without "./"; None if it would lead out of the archive."""
-    parts = shown(name).split("/")
-    if not parts[0] or ".." in parts:
-        return None
-    return "/".join(part for part in parts if part not in ("", "."))
-
-
-def shown(name: str) -> str:
-    """The name as text: bytes that are not UTF-8 become \\xNN."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def is_hidden(path: str) -> bool:
-    """Whether a name on the path is junk, as .DS_Store and the ._copies in __MACOSX."""
-    return any(is_junk(part) and part not in (".", "..") for part in path.split("/"))

@@ -18,6 +18,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .archive import is_hidden, members, places, read_member, shown
 from .base import (
     BAD_LABEL,
     NO_CLASS,
@@ -30,7 +31,6 @@ from .base import (
 )
 from .choice import EVERYTHING, Choice
 from .folder import EXTENSIONS, UNREADABLE
-from .tar import is_hidden, members, places, read_member, shown
 
 # A class number takes a few digits; more than this is something else.
 _MAX_CLS = 64
