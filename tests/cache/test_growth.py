@@ -12,7 +12,7 @@ import pytest
 
 from vfmtok_fast import cache, cli
 from vfmtok_fast.cache.format import index, shards
-from vfmtok_fast.cache.make import changes, parts
+from vfmtok_fast.cache.make import changes, job, parts
 from vfmtok_fast.cache.sources import open_source
 from vfmtok_fast.cache.store import atomic
 
@@ -84,10 +84,6 @@ def test_what_cannot_be_extended(tree, out, tokenizer, fake):
     cache.build(tree, out, tokenizer, **SMALL)
     before = fake.read_tree(out)
     add(fake, tree, "class0/new.png")
-    gone = (tree / "class1" / "001.png").rename(tree.with_name("kept.png"))
-    with pytest.raises(cache.ImagesChanged, match="0 pictures have another size, 1 pictures and 0"):
-        cache.build(tree, out, tokenizer, extend=True, **SMALL)
-    gone.rename(tree / "class1" / "001.png")
     (tree / "class1" / "001.png").write_bytes(b"other")
     with pytest.raises(cache.ImagesChanged, match="but 1 pictures have another size"):
         cache.build(tree, out, tokenizer, extend=True, **SMALL)
@@ -315,3 +311,70 @@ def test_install_refuses_what_does_not_fit(tree, out, tokenizer, fake):
     shutil.copy(other / "manifest.json", out / changes.NEXT_MANIFEST)
     with pytest.raises(ValueError, match="manifest-next.json: does not fit the index"):
         cache.build(tree, out, tokenizer, **SMALL)
+
+
+@pytest.mark.parametrize("how", ["repair", "extend", "extend with more"])
+@pytest.mark.parametrize("hashed", [False, True])
+def test_quarantined_pictures_that_were_mended_heal(tmp_path, out, tokenizer, fake, how, hashed):
+    """Of another size than when they were indexed; one is in the midst of a full shard."""
+    tree = fake.make_tree(tmp_path / "p", count=9, bad=(2, 4, 7))
+    settings = {**SMALL, "hashed": hashed}
+    assert cache.build(tree, out, tokenizer, **settings).bad == 3
+    before = dict(zip(cache.TokenCache(out).rows, cache.read_tokens(out)[0], strict=True))
+    for number in (2, 7):
+        fake.write_picture(tree / f"class{number % 3}" / f"{number:03d}.png", number)
+    # Nobody is refused for it; what cannot be read has no tokens that could be wrong.
+    assert cache.build(tree, out, tokenizer, **settings).encoded == 0
+    if how == "repair":
+        assert cache.repair(tree, out, tokenizer) >= 1
+    else:
+        if how == "extend with more":
+            add(fake, tree, "class0/new.png")
+        cache.build(tree, out, tokenizer, extend=True, **settings)
+    report = cache.verify(out, tokenizer, tree)
+    assert report.ok and report.agreement == 1.0 and report.bad == 1
+    after = dict(zip(cache.TokenCache(out).rows, cache.read_tokens(out)[0], strict=True))
+    assert len(after) == len(before) + 2 + (how == "extend with more")
+    assert all(np.array_equal(after[row], tokens) for row, tokens in before.items())
+    if how != "extend with more":
+        fresh = tmp_path / "fresh"
+        cache.build(tree, fresh, tokenizer, **settings)
+        assert fake.read_tree(fresh) == fake.read_tree(out)
+
+
+def test_deleted_pictures_are_no_reason_to_refuse(tmp_path, out, tokenizer, fake):
+    tree = fake.make_tree(tmp_path / "p", bad=(4,))
+    cache.build(tree, out, tokenizer, **SMALL)
+    for number in (0, 4):  # one whose tokens are cached, one that could not be read
+        (tree / f"class{number % 3}" / f"{number:03d}.png").unlink()
+    add(fake, tree, "class2/new.png")
+    summary = cache.build(tree, out, tokenizer, extend=True, **SMALL)
+    assert (summary.images, summary.bad) == (12, 1)
+    assert cache.repair(tree, out, tokenizer) == 0 and cache.verify(out).ok
+
+
+def test_a_slow_run_does_not_write_over_an_extended_cache(tree, out, tokenizer, fake, monkeypatch):
+    """It began before; its last shard has fewer pictures. Before its commit, and in the midst."""
+    slow = cache.prepare(tree, out, tokenizer, **SMALL)
+    cache.build(tree, out, tokenizer, **SMALL)
+    add(fake, tree, "class2/new.png")
+    cache.build(tree, out, tokenizer, extend=True, **SMALL)
+    before = fake.read_tree(out)
+    last = slow.manifest.shards - 1
+    with pytest.raises(cache.ImagesChanged, match="extended it from 11 to 12 pictures; run again"):
+        cache.encode_shard(slow, last)
+    assert {**fake.read_tree(out), "COMPLETE.json": before["COMPLETE.json"]} == before
+    # Between its look at the manifest and its commit nobody can hold it back: it takes it back.
+    check, looks = job._check_current, []
+
+    def late(one):
+        looks.append(one)
+        if len(looks) > 1:
+            check(one)
+
+    monkeypatch.setattr(job, "_check_current", late)
+    with pytest.raises(cache.ImagesChanged, match="run again"):
+        cache.encode_shard(slow, last)
+    assert len(looks) == 2 and last in cache.pending(cache.prepare(tree, out, tokenizer, **SMALL))
+    monkeypatch.undo()
+    assert cache.build(tree, out, tokenizer, **SMALL).images == 12 and cache.verify(out).ok

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 from ...images import quiet_pillow
 from ..format.complete import COMPLETE
@@ -11,6 +12,7 @@ from ..format.index import INDEX, read_rows
 from ..format.manifest import Tokenizer, read_manifest
 from ..format.shards import read_quarantine, shard_path
 from ..format.views import parse_views, plan_views
+from ..make.changes import extend
 from ..make.encode import decode
 from ..make.job import Job, encode_shards, finish
 from ..make.prepare import prepare
@@ -28,7 +30,7 @@ def repair(
     """Encode again every shard that is missing, fails its checks, or lacks what can be read now.
 
     The latter is a picture that was quarantined when its shard was made, because it was gone for a
-    while or its disk failed, and is there again as it was indexed.
+    while, or its disk failed, or it was damaged and has been mended.
 
     Args:
         images: the input that the cache was made from.
@@ -53,6 +55,8 @@ def repair(
             shard_size=found.shard_size, workers=workers, **choices,
         )  # fmt: skip
         job = prepare(images, out, tokenizer, spec)
+        # Pictures that somebody mended have another size than when they were indexed.
+        job = replace(job, manifest=extend(job.source, job.out, job.manifest, job.workers))
         damaged = _damaged(job, tell)
         encode_shards(job, damaged)
         finish(job)

@@ -9,7 +9,7 @@ them puts them in place, as often as it takes.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import replace
 from itertools import chain
 
@@ -18,6 +18,7 @@ from ..format.complete import COMPLETE
 from ..format.differences import differences
 from ..format.index import INDEX
 from ..format.manifest import NAME, Manifest, read_manifest
+from ..format.shards import read_quarantine, shard_path
 from ..sources import Entry, Source
 from ..sources.folder import label_of
 from ..store import Place
@@ -36,12 +37,21 @@ class ImagesChanged(ValueError):
     """The input is not the one that was indexed."""
 
 
-def check_unchanged(source: Source, path: Place, classes: list[str]) -> None:
+def check_unchanged(
+    source: Source, path: Place, classes: list[str], quarantined: Set[str] = frozenset()
+) -> None:
     """Refuse to go on with an input that has other pictures than the index.
 
     A picture that has gone from a folder is no reason to refuse: its tokens may be cached already,
     and where they are not, its slot is quarantined. A picture that came, or whose size changed, is,
-    because the cache could not say so. Of an archive, the size of every file must be the same.
+    because the cache could not say so; but for one that is quarantined, and has no tokens yet. Of
+    an archive, the size of every file must be the same.
+
+    Args:
+        source: the input.
+        path: the index.
+        classes: their names.
+        quarantined: paths of pictures that could not be read.
 
     Raises:
         ImagesChanged: one line with what changed, how often, and the first case.
@@ -49,7 +59,7 @@ def check_unchanged(source: Source, path: Place, classes: list[str]) -> None:
     origin = index.read_origin(path)
     _check_kind(source, origin)
     if origin.files is None:
-        _check_pictures(source, path, classes)
+        _check_pictures(source, path, classes, quarantined)
     else:
         _check_files(source, origin, source.files())
 
@@ -84,7 +94,7 @@ def _bytes(size: int | None) -> str:
     return "not there" if size is None else f"{size} bytes"
 
 
-def _check_pictures(source: Source, path: Place, classes: list[str]) -> None:
+def _check_pictures(source: Source, path: Place, classes: list[str], quarantined: Set[str]) -> None:
     root, now = source.root, source.classes(-1)
     if set(now) != set(classes):
         differing = sorted(set(now) ^ set(classes))
@@ -93,25 +103,39 @@ def _check_pictures(source: Source, path: Place, classes: list[str]) -> None:
             f"({len(classes)} then, {len(now)} now; first: {differing[0]!r}); "
             f"{_advice(set(now) >= set(classes))}"
         )
-    added, changed, gone, first = _count(source, path)
+    added, changed, gone, first = _count(source, path, quarantined)
     if added or changed:
         raise ImagesChanged(
             f"{root}: changed since it was indexed ({added} added, {changed} with another size"
             f"{f', {gone} gone' if gone else ''}; first: {first!r}); "
-            f"{_advice(not changed and not gone)}"
+            f"{_advice(not changed)}"
         )
 
 
-def _count(source: Source, path: Place) -> tuple[int, int, int, str]:
-    """How many pictures were added, have another size, are gone; the first of the former two."""
+def _count(source: Source, path: Place, quarantined: Set[str]) -> tuple[int, int, int, str]:
+    """How many pictures were added, have another size, are gone; the first of the former two.
+
+    Of those that are quarantined the size does not count.
+    """
     added = changed = gone = 0
     first = ""
     for old, new in _compare(source, path):
-        if old is None or (new is not None and old.size != new.size):
+        if old is None or (_is_changed(old, new) and old.path not in quarantined):
             added, changed = added + (old is None), changed + (old is not None)
             first = first or new.path
         gone += new is None
     return added, changed, gone, first
+
+
+def _is_changed(old: Entry | None, new: Entry | None) -> bool:
+    return old is not None and new is not None and old.size != new.size
+
+
+def quarantined_in(out: Place) -> Set[str]:
+    """Paths of the pictures of a cache that could not be read; raises like `read_quarantine`."""
+    numbers = [name.removesuffix(".jsonl") for name in (out / "quarantine").names()]
+    lists = (read_quarantine(out, int(number))[0] for number in numbers if number.isdigit())
+    return {entry["path"] for entries in lists for entry in entries}
 
 
 def _compare(source: Source, path: Place) -> Iterator[tuple[Entry | None, Entry | None]]:
@@ -140,6 +164,9 @@ def _sorted(path: Place) -> Iterator[Entry]:
 def extend(source: Source, out: Place, found: Manifest, workers: int) -> Manifest:
     """Add the pictures that came since a cache was indexed; `encode_shards` makes their tokens.
 
+    Quarantined pictures of another size, which somebody has mended, are indexed anew in their
+    place, and their shards go.
+
     Args:
         source: the input, with what was added.
         out: the cache.
@@ -156,18 +183,23 @@ def extend(source: Source, out: Place, found: Manifest, workers: int) -> Manifes
     path = out / INDEX
     origin, hashed = index.read_origin(path), index.read_hashed(path)
     _check_kind(source, origin)
+    mended: dict[str, Entry] = {}
     if origin.files is None:
-        new, classes = _new_pictures(source, path, found)
+        new, classes, mended = _new_pictures(source, out, found)
     else:
         new, classes = _new_files(source, origin), None
-    if new is None:
+    if new is None and not mended:
         return found
     if hashed:
-        new = hashed_entries(source, new, workers)
-    later = replace(origin, files=source.files(), runs=(*origin.runs, found.images))
+        new = None if new is None else hashed_entries(source, new, workers)
+        mended = {entry.path: entry for entry in hashed_entries(source, mended.values(), workers)}
+    runs = origin.runs if new is None else (*origin.runs, found.images)
+    later = replace(origin, files=source.files(), runs=runs)
     old = chain.from_iterable(rows.entries() for rows in index.read_all(path))
+    places: list[int] = []
+    entries = chain(_replaced(old, mended, places), new or ())
     (out / COMPLETE).remove()
-    written = index.write_index(out / NEXT_INDEX, chain(old, new), found.shard_size, later, hashed)
+    written = index.write_index(out / NEXT_INDEX, entries, found.shard_size, later, hashed)
     count, checksum, highest = written
     if classes is None:
         classes = source.classes(max(highest, len(found.classes) - 1))
@@ -178,7 +210,20 @@ def extend(source: Source, out: Place, found: Manifest, workers: int) -> Manifes
             )
     Manifest(found.covers, found.shard_size, count, classes, checksum).write(out, NEXT_MANIFEST)
     install(out)
+    # Where this is cut off, `repair` still finds that they can be read now.
+    for number in {place // found.shard_size for place in places}:
+        shard_path(out, number).remove()
     return read_manifest(out)
+
+
+def _replaced(old: Iterator[Entry], mended: dict[str, Entry], places: list[int]) -> Iterator[Entry]:
+    """The entries with those that were mended in their places, which are added to a list."""
+    for place, entry in enumerate(old):
+        if entry.path in mended:
+            places.append(place)
+            now = mended[entry.path]
+            entry = entry._replace(size=now.size, sha256=now.sha256)
+        yield entry
 
 
 def install(out: Place) -> None:
@@ -204,23 +249,27 @@ def install(out: Place) -> None:
 
 
 def _new_pictures(
-    source: Source, path: Place, found: Manifest
-) -> tuple[Iterator[Entry] | None, list[str]]:
-    added, changed, gone, first = _count(source, path)
+    source: Source, out: Place, found: Manifest
+) -> tuple[Iterator[Entry] | None, list[str], dict[str, Entry]]:
+    """What came, all classes, and the quarantined pictures that have another size."""
+    path, quarantined = out / INDEX, quarantined_in(out)
+    added, changed, _, _ = _count(source, path, quarantined)
     classes = source.classes(-1)
     lost = sorted(set(found.classes) - set(classes))
-    if changed or gone or lost:
+    if changed or lost:
         raise ImagesChanged(
             f"{source.root}: only what is new can be added, but {changed} pictures have another "
-            f"size, {gone} pictures and {len(lost)} classes are gone; restore them, or cache into "
-            "a new folder"
+            f"size, and {len(lost)} classes are gone; restore them, or cache into a new folder"
         )
+    # Nothing else has another size.
+    mended = {new.path: new for old, new in _compare(source, path) if _is_changed(old, new)}
     classes = [*found.classes, *sorted(set(classes) - set(found.classes))]
     if not added and classes == found.classes:
-        return None, classes
+        return None, classes, mended
     numbers = {name: number for number, name in enumerate(classes)}
     new = (new for old, new in _compare(source, path) if old is None)
-    return (entry._replace(label=label_of(entry.path, numbers)) for entry in new), classes
+    labelled = (entry._replace(label=label_of(entry.path, numbers)) for entry in new)
+    return labelled, classes, mended
 
 
 def _new_files(source: Source, origin: index.Origin) -> Iterator[Entry] | None:

@@ -24,6 +24,7 @@ from ..format.complete import COMPLETE, completion
 from ..format.index import INDEX
 from ..sources import Source
 from ..store import Place
+from .changes import ImagesChanged
 from .encode import Advance, Encoded, Waits, encode_parts
 
 
@@ -126,7 +127,25 @@ def _commit(job: Job, number: int, rows: index.Rows, encoded: Encoded) -> None:
     positions = np.arange(rows.first, rows.first + len(rows), dtype=np.int64)
     labels = np.asarray(rows.labels, np.int32)
     shard = shards.Shard(number, encoded.tokens, positions, labels, encoded.status, quarantine)
+    _check_current(job)
     shards.write_shard(job.out, job.manifest.fingerprint, shard)
+    try:
+        _check_current(job)
+    except ImagesChanged:
+        # It may have come over the one of more pictures that another process has made meanwhile.
+        shards.shard_path(job.out, number).remove()
+        (job.out / COMPLETE).remove()
+        raise
+
+
+def _check_current(job: Job) -> None:
+    """Refuse to write into a cache that another process has extended since this one began."""
+    now = manifest.read_manifest(job.out)
+    if now != job.manifest:
+        raise ImagesChanged(
+            f"{job.out}: another run has extended it from {job.manifest.images} to {now.images} "
+            "pictures; run again, to go on with those"
+        )
 
 
 def finish(job: Job) -> int:

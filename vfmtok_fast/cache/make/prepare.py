@@ -108,7 +108,7 @@ def _resume(
         )
     if spec.extend:
         return _extend(source, out, found, workers, rank)
-    changes.check_unchanged(source, out / INDEX, found.classes)
+    changes.check_unchanged(source, out / INDEX, found.classes, changes.quarantined_in(out))
     return found
 
 
@@ -141,7 +141,7 @@ def _extend(
 ) -> manifest.Manifest:
     if rank:
         try:
-            changes.check_unchanged(source, out / INDEX, found.classes)
+            changes.check_unchanged(source, out / INDEX, found.classes, changes.quarantined_in(out))
             return found
         except changes.ImagesChanged:
             _await(out, lambda: manifest.read_manifest(out) != found)
