@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 
 import numpy as np
@@ -85,3 +86,39 @@ def test_incomplete_caches_only_on_request(tree, out, tokenizer):
     with pytest.raises(ValueError, match="not complete"):
         cache.read_tokens(out)
     assert cache.TokenCache(out, partial=True).rows.tolist() == [4, 5, 6, 7]
+
+
+def test_a_shard_that_shrinks_under_its_reader(tree, out, tokenizer):
+    """Mapped, it would end the process with SIGBUS."""
+    cache.build(tree, out, tokenizer, batch_size=3, shard_size=4)
+    reader = cache.TokenCache(out)
+    first = reader[0]
+    path = out / "shards" / "tokens-00000.safetensors"
+    os.truncate(path, path.stat().st_size - 300)
+    with pytest.raises(ValueError, match="tokens-00000.safetensors: was cut short; mend it"):
+        for position in range(4):
+            reader[position]
+    with pytest.raises(ValueError, match="damaged or not a shard"):
+        cache.TokenCache(out)
+    assert len(first[0]) and len(cache.verify(out).problems) >= 1
+
+
+def test_more_shards_than_may_be_open(tree, out, tokenizer, monkeypatch):
+    cache.build(tree, out, tokenizer, batch_size=3, shard_size=1)
+    want = [tokens for tokens, _ in cache.TokenCache(out)]
+    monkeypatch.setattr("vfmtok_fast.cache.read.reader.MOST_OPEN", 3)
+    reader = cache.TokenCache(out)
+    for _ in range(2):
+        assert all(torch.equal(a, b) for (a, _), b in zip(reader, want, strict=True))
+        assert len(reader._files) == 3
+
+
+def test_another_current_folder(built, tmp_path, monkeypatch):
+    """As after Hydra's chdir."""
+    monkeypatch.chdir(built.parent)
+    reader = cache.TokenCache(built.name)
+    want = reader[3][0]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = pickle.loads(pickle.dumps(reader))
+    assert torch.equal(reader[5][0], again[5][0]) and torch.equal(again[3][0], want)

@@ -8,6 +8,7 @@ them puts them in place, as often as it takes.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 from collections.abc import Iterator, Set
 from dataclasses import replace
@@ -132,10 +133,13 @@ def _is_changed(old: Entry | None, new: Entry | None) -> bool:
 
 
 def quarantined_in(out: Place) -> Set[str]:
-    """Paths of the pictures of a cache that could not be read; raises like `read_quarantine`."""
-    numbers = [name.removesuffix(".jsonl") for name in (out / "quarantine").names()]
-    lists = (read_quarantine(out, int(number))[0] for number in numbers if number.isdigit())
-    return {entry["path"] for entries in lists for entry in entries}
+    """Paths of the pictures of a cache that could not be read, as far as their lists are whole."""
+    paths: set[str] = set()
+    for number in (name.removesuffix(".jsonl") for name in (out / "quarantine").names()):
+        if number.isdigit():
+            with contextlib.suppress(ValueError):  # torn or damaged: its shard is made again
+                paths |= {entry["path"] for entry in read_quarantine(out, int(number))[0]}
+    return paths
 
 
 def _compare(source: Source, path: Place) -> Iterator[tuple[Entry | None, Entry | None]]:

@@ -23,9 +23,9 @@ CHOICES = ("one", "each", "all")
 class TokenCacheDataset(torch.utils.data.Dataset):
     """The readable pictures of a cache as (tokens, label), for `torch.utils.data.DataLoader`.
 
-    Files are mapped, not read: memory is a few bytes per picture, and the processes of a machine
-    share the tokens. Can be sent to worker processes. `set_epoch` reaches them too, also those that
-    live on (`persistent_workers=True`); a copy has an epoch of its own, which begins as this one's.
+    Tokens are read on demand: memory is a few bytes per picture. Can be sent to worker processes.
+    `set_epoch` reaches them too, also those that live on (`persistent_workers=True`); a copy has an
+    epoch of its own, which begins as this one's.
 
     Args:
         out: the cache's folder.

@@ -1,13 +1,14 @@
-"""Reading a cache: random access to the tokens of single pictures, straight from the mapped files.
+"""Reading a cache: random access to the tokens of single pictures, straight from the files.
 
 Tokens are stored in 16 bits without sign, a type that torch can hardly compute with; the reader
-hands out int64. Of a cache in a store, which cannot be mapped, each shard is copied to this machine
+hands out int64. Of a cache in a store each shard is copied to this machine
 when it is first asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import operator
 import os
 from collections.abc import Iterator
@@ -16,12 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from ..format import shards
 from ..format.complete import COMPLETE
 from ..format.manifest import Manifest, read_manifest
-from ..store import LocalPlace, Place, place
+from ..store import LocalPlace, Place, absolute
+
+# Shards that are held open at a time; systems allow a thousand files or so.
+MOST_OPEN = 256
 
 
 class TokenCache:
@@ -29,7 +32,7 @@ class TokenCache:
 
     Bad pictures are left out, so positions run from 0 to len - 1 without gaps; `rows[i]` is the
     global index of the picture at position i. Costs a few bytes per picture; tokens are read on
-    demand. Can be sent to worker processes, which map the files for themselves.
+    demand. Can be sent to worker processes, which open the files for themselves.
 
     Args:
         out: the cache's folder or URL.
@@ -52,7 +55,7 @@ class TokenCache:
         partial: bool = False,
         mirror: str | os.PathLike | None = None,
     ) -> None:
-        self.out = place(out)
+        self.out = absolute(out)  # A program may change its folder, as Hydra does.
         self.manifest: Manifest = read_manifest(self.out)
         names = self.manifest.views
         if view is not None and view not in names:
@@ -61,7 +64,7 @@ class TokenCache:
         if not partial and not (self.out / COMPLETE).exists():
             raise ValueError(f"{out}: not complete; finish it, or pass partial=True")
         rows, labels = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
-        self._files: dict[int, Any] = {}
+        self._files: dict[int, _Rows] = {}
         self._partial, self._digests = partial, {}
         self._mirror = None
         if self.out.remote:
@@ -96,7 +99,7 @@ class TokenCache:
         return (self[position] for position in range(len(self)))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Open files do not travel; the other process maps them again on first use.
+        # Open files do not travel; the other process opens them again on first use.
         return {**self.__dict__, "_files": {}}
 
     def _look(self, number: int) -> tuple[str, np.ndarray, np.ndarray] | None:
@@ -127,12 +130,35 @@ class TokenCache:
             copy.put(data)
         return copy
 
-    def _tokens(self, number: int) -> Any:
+    def _tokens(self, number: int) -> _Rows:
         if number not in self._files:
+            if len(self._files) == MOST_OPEN:
+                del self._files[next(iter(self._files))]
             remote = self._mirror is not None
             path = self._copy(number) if remote else shards.shard_path(self.out, number)
-            self._files[number] = safe_open(path, framework="numpy").get_slice("tokens")
+            self._files[number] = _Rows(path)
         return self._files[number]
+
+
+class _Rows:
+    """The tokens of a shard's pictures, read one by one from a file that is held open.
+
+    Not mapped: a file that shrinks under its reader would end the process with SIGBUS.
+    """
+
+    def __init__(self, path: Place) -> None:
+        self.path, self.file = path, path.open_bytes()
+        tensors = path.tensors()
+        tokens = tensors.header["tokens"]
+        self.start, self.shape = tensors.start + tokens["data_offsets"][0], tokens["shape"][1:]
+        self.size = math.prod(self.shape) * np.dtype(np.uint16).itemsize
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """uint16 [V, T]. At a place of its own: processes that were forked share the file."""
+        data = os.pread(self.file.fileno(), self.size, self.start + row * self.size)
+        if len(data) < self.size:
+            raise ValueError(f"{self.path}: was cut short; mend it with vfmtok-fast repair")
+        return np.frombuffer(data, np.uint16).reshape(self.shape)
 
 
 def _default_mirror(out: Place) -> LocalPlace:

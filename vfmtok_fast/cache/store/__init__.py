@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, ClassVar, Protocol, Self
 
 from .errors import CacheWriteError, StoreError
 from .local import LocalPlace
+from .tensors import Tensors
 from .url import UrlPlace
 
 __all__ = ["CacheWriteError", "LocalPlace", "Place", "StoreError", "UrlPlace", "absolute", "place"]
@@ -45,6 +46,12 @@ class Place(Protocol):
     def read_bytes(self) -> bytes:
         """A file's bytes; FileNotFoundError where there is none."""
 
+    def size(self) -> int:
+        """Bytes of a file; FileNotFoundError where there is none."""
+
+    def read_range(self, start: int, end: int) -> bytes:
+        """Some of a file's bytes, fewer where it ends before."""
+
     def open_bytes(self) -> BinaryIO:
         """Open for reading; FileNotFoundError where there is none."""
 
@@ -72,13 +79,8 @@ class Place(Protocol):
     def sweep(self) -> int:
         """Remove what processes that died left in a folder; how many files that were."""
 
-    def tensors(self) -> Any:
-        """A safetensors file as a context manager with `metadata`, `keys` and `get_tensor`.
-
-        Raises:
-            FileNotFoundError: it is not there.
-            safetensors.SafetensorError, ValueError, OSError: cut short, or not such a file.
-        """
+    def tensors(self) -> Tensors:
+        """A safetensors file, to be read in parts; raises like `Tensors`."""
 
     def spread(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         """`map`, in order; of a store with many requests under way."""

@@ -11,27 +11,18 @@ a checksum of all headers.
 from __future__ import annotations
 
 import contextlib
-import json
-import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar
 
-import numpy as np
-
 from ...errors import one_line
 from .errors import CacheWriteError, StoreError
+from .tensors import Tensors
 
 # Requests under way at a time where one answer does not wait for another.
 REQUESTS = 16
-# First bytes of a shard to fetch: its header takes 700 or so, and a round trip costs more.
-HEAD = 4096
-# A header longer than this is no header of ours.
-MAX_HEADER = 1 << 20
-
-_DTYPES = {"U8": np.uint8, "U16": np.uint16, "I32": np.int32, "I64": np.int64}
 
 
 @dataclass(frozen=True)
@@ -77,11 +68,12 @@ class UrlPlace:
     is_file = is_dir
 
     def size(self) -> int:
-        """Bytes of an object; FileNotFoundError where there is none."""
         return int(self._ask(lambda files, key: files.info(key)["size"]))
 
-    def read_bytes(self, start: int | None = None, end: int | None = None) -> bytes:
-        """An object's bytes, or some of them."""
+    def read_bytes(self) -> bytes:
+        return self._ask(lambda files, key: files.cat_file(key))
+
+    def read_range(self, start: int, end: int) -> bytes:
         return self._ask(lambda files, key: files.cat_file(key, start=start, end=end))
 
     def open_bytes(self) -> BinaryIO:
@@ -136,7 +128,7 @@ class UrlPlace:
         return 0  # there are no such files
 
     def tensors(self) -> Any:
-        return _RangedTensors(self)
+        return Tensors(self)
 
     def spread(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         with ThreadPoolExecutor(REQUESTS, thread_name_prefix="vfmtok-store") as pool:
@@ -153,43 +145,6 @@ class UrlPlace:
         except Exception as error:
             # Each store has errors of its own; not all of them are OSErrors.
             raise StoreError(self.url, error) from error
-
-
-class _RangedTensors:
-    """A safetensors object of which only what is asked for is fetched."""
-
-    def __init__(self, path: UrlPlace) -> None:
-        self.path = path
-        size, head = path.size(), path.read_bytes(0, HEAD)
-        (length,) = struct.unpack("<Q", head[:8]) if len(head) >= 8 else (MAX_HEADER + 1,)
-        if length > MAX_HEADER:
-            raise ValueError("no safetensors header")
-        if 8 + length > len(head):
-            head = path.read_bytes(0, 8 + length)
-        self.start = 8 + length
-        self.header = json.loads(head[8 : self.start])
-        self.meta = self.header.pop("__metadata__", {})
-        ends = [self.start + entry["data_offsets"][1] for entry in self.header.values()]
-        if max(ends, default=self.start) != size:
-            raise ValueError(f"holds {size} bytes instead of {max(ends, default=self.start)}")
-
-    def __enter__(self) -> _RangedTensors:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """For `safe_open`'s sake."""
-
-    def metadata(self) -> dict[str, str]:
-        return self.meta
-
-    def keys(self) -> Iterable[str]:
-        return self.header.keys()
-
-    def get_tensor(self, name: str) -> np.ndarray:
-        entry = self.header[name]
-        start, end = (self.start + offset for offset in entry["data_offsets"])
-        data = self.path.read_bytes(start, end) if end > start else b""
-        return np.frombuffer(data, _DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 def _files(url: str) -> tuple[Any, str]:

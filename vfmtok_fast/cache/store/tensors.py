@@ -1,0 +1,71 @@
+"""Reading a safetensors file in parts."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+# First bytes of a shard to fetch: its header takes 700 or so, and a round trip costs more.
+HEAD = 4096
+# A header longer than this is no header of ours.
+MAX_HEADER = 1 << 20
+
+_DTYPES = {"U8": np.uint8, "U16": np.uint16, "I32": np.int32, "I64": np.int64}
+
+
+class Tensors:
+    """A safetensors file of which only what is asked for is read; nothing is mapped.
+
+    A mapped file that shrinks under its reader ends the process with SIGBUS. Read, it is an error
+    of one line.
+
+    Args:
+        path: a `Place`.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is cut short, or not such a file.
+    """
+
+    def __init__(self, path: Any) -> None:
+        self.path = path
+        size, head = path.size(), path.read_range(0, HEAD)
+        (length,) = struct.unpack("<Q", head[:8]) if len(head) >= 8 else (MAX_HEADER + 1,)
+        if length > MAX_HEADER:
+            raise ValueError("no safetensors header")
+        if 8 + length > len(head):
+            head = path.read_range(0, 8 + length)
+        self.start = 8 + length
+        self.header = json.loads(head[8 : self.start])
+        try:
+            self.meta = self.header.pop("__metadata__", {})
+            ends = [self.start + int(entry["data_offsets"][1]) for entry in self.header.values()]
+            known = all({"dtype", "shape"} <= entry.keys() for entry in self.header.values())
+        except (AttributeError, KeyError, LookupError, TypeError) as error:
+            raise ValueError("no safetensors header") from error
+        if not known or any(entry["dtype"] not in _DTYPES for entry in self.header.values()):
+            raise ValueError("holds other types than a shard does")
+        if max(ends, default=self.start) != size:
+            raise ValueError(f"holds {size} bytes instead of {max(ends, default=self.start)}")
+
+    def __enter__(self) -> Tensors:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing is held open."""
+
+    def metadata(self) -> dict[str, str]:
+        return self.meta
+
+    def keys(self) -> Iterable[str]:
+        return self.header.keys()
+
+    def get_tensor(self, name: str) -> np.ndarray:
+        entry = self.header[name]
+        start, end = (self.start + offset for offset in entry["data_offsets"])
+        data = self.path.read_range(start, end) if end > start else b""
+        return np.frombuffer(bytearray(data), _DTYPES[entry["dtype"]]).reshape(entry["shape"])
