@@ -113,10 +113,10 @@ def test_more_shards_than_may_be_open(tree, out, tokenizer, monkeypatch):
         assert len(reader._files) == 3
 
 
-def test_another_current_folder(built, tmp_path, monkeypatch):
+def test_another_current_folder(built, out, tmp_path, monkeypatch):
     """As after Hydra's chdir."""
-    monkeypatch.chdir(built.parent)
-    reader = cache.TokenCache(built.name)
+    monkeypatch.chdir(out.parent)
+    reader = cache.TokenCache(out.name)
     want = reader[3][0]
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
