@@ -57,16 +57,10 @@ class Report:
 
 
 def verify(
-    out: str | os.PathLike,
-    tokenizer: Tokenizer | None = None,
-    images: str | os.PathLike | None = None,
-    *,
-    input_kind: str | None = None,
-    sample: int = 64,
-    min_agreement: float = 0.999,
-    workers: int = 1,
-    sheet: str | os.PathLike | None = None,
-) -> Report:
+    out: str | os.PathLike, tokenizer: Tokenizer | None = None,
+    images: str | os.PathLike | None = None, *, input_kind: str | None = None, sample: int = 64,
+    min_agreement: float = 0.999, workers: int = 1, sheet: str | os.PathLike | None = None,
+) -> Report:  # fmt: skip
     """Check a cache's files, and encode a sample of its pictures again.
 
     Args:

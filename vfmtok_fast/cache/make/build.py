@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -54,18 +54,11 @@ class Summary:
 
 
 def build(
-    images: str | os.PathLike,
-    out: str | os.PathLike,
-    tokenizer: Tokenizer,
-    spec: CacheSpec | None = None,
-    *,
-    max_bad: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    shard_range: tuple[int, int | None] | None = None,
-    progress: bool | Callable[[Progress], None] = False,
-    **settings: Any,
-) -> Summary:
+    images: str | os.PathLike, out: str | os.PathLike, tokenizer: Tokenizer,
+    spec: CacheSpec | None = None, *, max_bad: int | None = None, rank: int = 0,
+    world_size: int = 1, shard_range: tuple[int, int | None] | None = None,
+    progress: bool | Callable[[Progress], None] = False, **settings: Any,
+) -> Summary:  # fmt: skip
     """Encode every picture of an input into a token cache, or go on with one that was interrupted.
 
     May be killed at any moment; the next call with the same arguments goes on where it stopped, and
@@ -107,25 +100,34 @@ def build(
         raise ValueError(f"cache: rank must be below world_size, got {rank} of {world_size}")
     with quiet_pillow(), exit_on_sigterm():
         job = prepare(images, out, tokenizer, CacheSpec.of(spec, settings), rank=rank)
-        numbers = _numbers(job, shard_range)
-        state = State(job, max_bad)
-        with reporting(progress, job.manifest.images, state.progress().done) as report:
-
-            def advance(number: int, new: int, bad: int) -> None:
-                state.advance(number, new, bad)
-                report(state.progress())
-
-            own, others = _shares(numbers, rank, world_size)
-            encode_shards(job, state.missing(own), advance, state.waits)
-            state.wait_for(others)
-            encode_shards(job, state.missing(others), advance, state.waits)
-            state.refresh()
-            report(state.progress())
+        shares = _shares(_numbers(job, shard_range), rank, world_size)
+        state = _encode(job, shares, max_bad, progress)
         missing = len(pending(job)) if shard_range else 0
         bad = state.progress().bad if missing else finish(job)
     seconds = time.monotonic() - started
     found = job.manifest
     return Summary(job.out, found.images, bad, found.shards, state.encoded, seconds, missing)
+
+
+def _encode(
+    job: Job, shares: tuple[Iterable[int], Iterable[int]], max_bad: int | None,
+    progress: bool | Callable[[Progress], None],
+) -> State:  # fmt: skip
+    """Encode a process's own shards that are missing, then those that no other one has made."""
+    own, others = shares
+    state = State(job, max_bad)
+    with reporting(progress, job.manifest.images, state.progress().done) as report:
+
+        def advance(number: int, new: int, bad: int) -> None:
+            state.advance(number, new, bad)
+            report(state.progress())
+
+        encode_shards(job, state.missing(own), advance, state.waits)
+        state.wait_for(others)
+        encode_shards(job, state.missing(others), advance, state.waits)
+        state.refresh()
+        report(state.progress())
+    return state
 
 
 def _numbers(job: Job, shard_range: tuple[int, int | None] | None) -> range:

@@ -90,6 +90,13 @@ def open_source(
         if root.is_dir():
             raise ValueError(f"{root}: must be one tar file, is a folder; name the file in it")
         return TarSource(root, choice)
+    return _of_archives(root, kind, choice, said, (image_column, label_column))
+
+
+def _of_archives(
+    root: Path, kind: str, choice: Choice, said: bool, columns: tuple[str | None, str | None]
+) -> Source:
+    """WebDataset shards or Parquet files; ``said``: the user has named the kind."""
     names = _archives(root, ".parquet" if kind == "parquet" else ".tar", choice)
     folder = root if root.is_dir() else root.parent
     if kind == "webdataset" and root.is_dir() and not said:
@@ -98,8 +105,8 @@ def open_source(
     if kind == "webdataset":
         return WebDatasetSource(folder, names, choice)
     schemas = parquet.schemas(folder, names)
-    columns = find_columns(root, schemas, names, image_column, label_column)
-    return ParquetSource(folder, names, columns, choice)
+    found = find_columns(root, schemas, names, *columns)
+    return ParquetSource(folder, names, found, choice)
 
 
 def choices_of(path: Place) -> tuple[str | None, dict[str, Any]]:

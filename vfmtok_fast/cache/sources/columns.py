@@ -63,17 +63,13 @@ class Columns:
             ValueError: its columns or the names of its classes are others.
         """
         if not _has(schema, self.image, lambda kind: leaf_of(schema, self.image) is not None):
-            raise ValueError(
-                f"{path}: has no pictures in the column {self.image!r}, unlike files before it; "
-                f"leave it out with --exclude; {_listed(schema)}"
-            )
+            wrong = f"has no pictures in the column {self.image!r}, unlike files before it"
+            raise ValueError(f"{path}: {wrong}; leave it out with --exclude; {_listed(schema)}")
         if self.label is None or self.values is not None:
             return
         if not _has(schema, self.label, _is_label):
-            raise ValueError(
-                f"{path}: has no class numbers in the column {self.label!r}, unlike files before "
-                f"it; leave it out with --exclude; {_listed(schema)}"
-            )
+            wrong = f"has no class numbers in the column {self.label!r}, unlike files before it"
+            raise ValueError(f"{path}: {wrong}; leave it out with --exclude; {_listed(schema)}")
         names = _class_names(_features(schema), self.label)
         if names and self.names and names != self.names:
             raise ValueError(
@@ -113,12 +109,9 @@ def partitions(name: str) -> dict[str, str]:
 
 
 def find_columns(
-    where: Path,
-    schemas: Iterable[tuple[pa.Schema, bool]],
-    names: tuple[str, ...],
-    image: str | None,
-    label: str | None,
-) -> Columns:
+    where: Path, schemas: Iterable[tuple[pa.Schema, bool]], names: tuple[str, ...],
+    image: str | None, label: str | None,
+) -> Columns:  # fmt: skip
     """Find the columns of an input.
 
     Args:
@@ -152,7 +145,7 @@ def find_columns(
 
 def _merged(
     schemas: Iterable[tuple[pa.Schema, bool]], asked: set[str | None]
-) -> tuple[pa.Schema, pa.Schema]:
+) -> tuple[pa.Schema, pa.Schema]:  # fmt: skip
     """The schema of the first file, and that of the first with rows.
 
     A column in which one file holds nothing has no type there: that is taken from a later file.
