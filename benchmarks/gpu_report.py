@@ -32,7 +32,7 @@ TESTS = (
     "tests/models",
     "tests/cache/test_batch.py",
     "tests/test_images.py",
-    "tests/test_samples.py",
+    "tests/test_sample_folder.py",
     "tests/test_timing.py",
 )
 # Twelve hold their models and their contexts in the memory of one GPU.

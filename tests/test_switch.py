@@ -329,3 +329,13 @@ def test_enable_and_status_work_where_there_are_no_kernels():
         print(vf.status())
     """)
     assert out.count("no Triton kernel in this version yet") == 2 * len(NAMES)
+
+
+def test_the_switch_alone_knows_the_ops():
+    """As in a process that has imported nothing else: an actor, a spawned worker."""
+    code = (
+        "from vfmtok_fast import switch\n"
+        "assert 'nearest_code' in switch.enable().policy.ops and switch.status().ops\n"
+        "assert switch.reference('nearest_code') and switch.forecast('nearest_code', 'cpu')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

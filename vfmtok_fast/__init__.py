@@ -51,8 +51,6 @@ def __getattr__(name: str) -> object:
         return importlib.import_module(f".{name}", __name__)
     for home, names in _HOMES.items():
         if name in names:
-            # The switch lists the ops, which register themselves.
-            importlib.import_module(".ops", __name__)
             value = getattr(importlib.import_module(f".{home}", __name__), name)
             globals()[name] = value
             return value

@@ -94,6 +94,12 @@ class Handle:
         return f"<vfmtok_fast.enable {sorted(self.policy.ops)} strict={self.policy.strict} {state}>"
 
 
+def _ops() -> dict[str, Op]:
+    """All ops, which register themselves as they are imported."""
+    importlib.import_module(f"{__package__}.ops")
+    return _registry
+
+
 def enable(ops: str | Iterable[str] | None = None, *, strict: bool = False) -> Handle:
     """Let ops take their fast implementations, at once and in the whole process.
 
@@ -114,10 +120,8 @@ def enable(ops: str | Iterable[str] | None = None, *, strict: bool = False) -> H
         raise TypeError(f"enable: strict must be True or False, got {strict!r}")
     if ops is not None and not isinstance(ops, Iterable):
         raise TypeError(f"enable: ops must be names of ops, got {ops!r}")
-    names = (
-        frozenset(_registry) if ops is None else frozenset([ops] if isinstance(ops, str) else ops)
-    )
-    if unknown := names - frozenset(_registry):
+    names = frozenset(_ops()) if ops is None else frozenset([ops] if isinstance(ops, str) else ops)
+    if unknown := names - frozenset(_ops()):
         raise ValueError(f"enable: unknown op {sorted(unknown)}; the ops are {sorted(_registry)}")
     for name in names:
         _registry[name].load()
@@ -405,7 +409,7 @@ def status() -> Status:
     with _lock:
         policy, calls, fallbacks, slower = _active, dict(_calls), dict(_fallbacks), dict(_slower)
     ops = {}
-    for name, op in _registry.items():
+    for name, op in _ops().items():
         there = [c.name for c in op.candidates if c.exists]
         notes = [c.note for c in op.candidates if c.note and (c.exists or c.library)]
         notes += [failure for c in op.candidates for failure in c.failures]
@@ -438,18 +442,18 @@ def tables() -> tuple[str, ...]:
 
 def forecast(op: str, device: str) -> str:
     """Say what a call of ``op`` would take on ``device`` ("cuda" or "cpu") if it were enabled."""
-    _registry[op].load()
+    _ops()[op].load()
     return _registry[op].forecast(device)
 
 
 def reference(op: str) -> Callable:
     """The reference of ``op``, whatever is enabled; it takes validated arguments."""
-    return _registry[op].reference
+    return _ops()[op].reference
 
 
 def kernel(op: str) -> ModuleType:
     """The module of an op's Triton kernels; ImportError where it cannot be imported."""
-    candidate = _registry[op].candidates[0]
+    candidate = _ops()[op].candidates[0]
     candidate.load()
     if candidate.module is None:
         raise ImportError(f"{op}: {candidate.note}")
