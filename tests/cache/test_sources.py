@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import sys
 import tarfile
 import tracemalloc
@@ -369,3 +370,15 @@ def test_the_checksum_covers_places_and_files(tmp_path):
         assert index.read_rows(tmp_path / "i", 0).entries() == [entry]
         checksums.add(checksum)
     assert len(checksums) == 5
+
+
+def test_an_lmdb_that_was_cut_short(tmp_path, fake):
+    """It is mapped by its library; a page behind the file's end would be SIGBUS."""
+    root = fake.MAKERS["lmdb"](fake.make_tree(tmp_path / "p"), tmp_path / "archive")
+    whole = (root / "data.mdb").stat().st_size
+    assert len(list(open_source(root).entries())) == 11
+    cut = tmp_path / "cut"
+    shutil.copytree(root, cut)
+    os.truncate(cut / "data.mdb", whole - 8192)
+    with pytest.raises(ValueError, match=f"was cut short, to {whole - 8192} of .* copy it again"):
+        list(open_source(cut).entries())

@@ -118,9 +118,16 @@ def _environment(root: Path, inode: int) -> Any:
             f"{root}: reading an LMDB needs the package lmdb: pip install 'vfmtok-fast[lmdb]'"
         ) from error
     try:
-        return lmdb.open(str(root), subdir=root.is_dir(), readonly=True, lock=False, create=False)
+        found = lmdb.open(str(root), subdir=root.is_dir(), readonly=True, lock=False, create=False)
     except lmdb.Error as error:
         raise ValueError(f"{root}: cannot be read as LMDB: {error}") from error
+    # It is mapped: what lies behind the end of a file that was cut short would end the process.
+    size = (root / "data.mdb" if root.is_dir() else root).stat().st_size
+    needed = (found.info()["last_pgno"] + 1) * found.stat()["psize"]
+    if size < needed:
+        found.close()
+        raise ValueError(f"{root}: was cut short, to {size} of {needed} bytes; copy it again")
+    return found
 
 
 def _look(record: memoryview | None) -> tuple[int, int]:

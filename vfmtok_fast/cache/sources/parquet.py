@@ -46,6 +46,9 @@ from .columns import Columns, leaf_of
 _BATCH = 16
 _KEPT = 128
 
+# Read in pieces, not mapped: a file that shrinks under its reader would end the process.
+_READ = {"memory_map": False, "buffer_size": 1 << 20, "pre_buffer": False}
+
 
 @dataclass
 class ParquetSource:
@@ -150,7 +153,7 @@ class ParquetSource:
 
 def _walk_from(path: Path, row: int, column: str) -> tuple[int, Iterator[pa.RecordBatch]]:
     """The row group that a row lies in: its first row, and batches from there to the file's end."""
-    file = pq.ParquetFile(path, memory_map=True)
+    file = pq.ParquetFile(path, **_READ)
     first = 0
     for group in range(file.num_row_groups):
         count = file.metadata.row_group(group).num_rows
@@ -185,7 +188,7 @@ def schemas(root: Path, names: Sequence[str]) -> Iterator[tuple[pa.Schema, bool]
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(path, memory_map=True) as file:
+        with pq.ParquetFile(path, **_READ) as file:
             yield file
     except (OSError, pa.ArrowInvalid) as error:
         reason = " ".join(str(error).split())
