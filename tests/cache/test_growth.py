@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -378,3 +379,16 @@ def test_a_slow_run_does_not_write_over_an_extended_cache(tree, out, tokenizer, 
     assert len(looks) == 2 and last in cache.pending(cache.prepare(tree, out, tokenizer, **SMALL))
     monkeypatch.undo()
     assert cache.build(tree, out, tokenizer, **SMALL).images == 12 and cache.verify(out).ok
+
+
+def test_processes_take_mended_pictures_in_together(tmp_path, out, tokenizer, fake):
+    tree = fake.make_tree(tmp_path / "p", bad=(2, 9))
+    cache.build(tree, out, tokenizer, **SMALL)
+    for number in (2, 9):
+        fake.write_picture(tree / f"class{number % 3}" / f"{number:03d}.png", number)
+    settings = {**SMALL, "extend": True, "world_size": 2}
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(cache.build, tree, out, fake.FakeTokenizer(), rank=1, **settings)
+        first = cache.build(tree, out, tokenizer, rank=0, **settings)
+        assert (first.bad, other.result(60).bad) == (0, 0)
+    assert cache.verify(out, tokenizer, tree).agreement == 1.0
