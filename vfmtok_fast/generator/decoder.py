@@ -161,7 +161,8 @@ class Decoder:
             cache = self._rows(sampling.guided(step))
             if step == 0:
                 self._advance(weights, cache, sampling, classes, model.class_embedding.weight, 0)
-                torch.arange(1, 3, out=self.at, device=self.at.device)
+                self.at.fill_(1)  # [1, 2]: the next position, and the length up to it
+                self.at[1:].add_(1)
             elif replayed:
                 self._replay(weights, cache, sampling, model.token_embedding.weight)
             else:
