@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .errors import first_line
 from .functional import resize_positions
-from .hub import check_tensors, read_safetensors, weights_in
+from .hub import check_tensors, read_safetensors, unwrapped, weights_in
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -54,6 +54,8 @@ HARMLESS = [
         for name in names
     ),
 ]
+
+SAVED_ALONE = "have it saved with the weights alone, torch.save(model.state_dict(), FILE)"
 
 BACKBONE_PREFIX = "encode_transformer.backbone.pretrained_encoder."
 
@@ -181,7 +183,7 @@ def load_gpt(model: Model, checkpoint: str | Path | Mapping) -> Model:
 def read_tensors(
     source: str | Path | Mapping, wrappers: tuple[str, ...], what: str
 ) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint, out of its wrapper and without a DDP prefix.
+    """Return the tensors of a checkpoint, out of its wrapper and by their plain names.
 
     Args:
         source: a ``.pt``, ``.pth`` or ``.safetensors`` file, or a mapping.
@@ -209,17 +211,7 @@ def read_tensors(
             f"{what}: expected only named tensors, or them under {', '.join(wrappers)}, "
             f"got other entries: {', '.join(wrong)}"
         )
-    return _unwrapped(content)
-
-
-def _unwrapped(content: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without what DistributedDataParallel, torch.compile and AveragedModel put beside weights."""
-    content = {key: value for key, value in content.items() if key != "n_averaged"}
-    # Of a block that was compiled by itself, anywhere in the name.
-    content = {re.sub(r"(?<![^.])_orig_mod\.", "", key): value for key, value in content.items()}
-    while content and all(key.startswith("module.") for key in content):
-        content = {key.removeprefix("module."): value for key, value in content.items()}
-    return content
+    return unwrapped(content, what)
 
 
 def _read_file(path: Path, what: str) -> object:
@@ -245,7 +237,13 @@ def _read_file(path: Path, what: str) -> object:
     except pickle.UnpicklingError as error:
         if cause := re.search(r"GLOBAL (\w[\w.]*)", str(error)):
             raise ValueError(
-                f"{what}: {path} was refused: it refers to {cause[1]}, and only tensors are read"
+                f"{what}: {path} was refused: it refers to {cause[1]}, and reading that could run "
+                f"code; {SAVED_ALONE}"
+            ) from error
+        if "Unsupported operand" in str(error):
+            raise ValueError(
+                f"{what}: {path} is no torch checkpoint of pickle protocol 2, torch.save's own, or "
+                f"it is damaged; {SAVED_ALONE}"
             ) from error
         raise ValueError(f"{what}: {path} is no complete torch checkpoint") from error
     except (RuntimeError, OSError, EOFError, LookupError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
@@ -53,7 +54,8 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
 
     def save_pretrained(self, save_directory: str | Path, *, config=None, **options) -> str | None:
         """Write config.json and model.safetensors; see `PyTorchModelHubMixin.save_pretrained`."""
-        return super().save_pretrained(save_directory, config=config or self.config, **options)
+        folder = Path(save_directory).expanduser()
+        return super().save_pretrained(folder, config=config or self.config, **options)
 
     @classmethod
     def from_pretrained(
@@ -97,7 +99,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         path = weights_in(Path(source).expanduser())
         path = path or _find(cls, source, constants.SAFETENSORS_SINGLE_FILE, download)
         model = cls(config)
-        tensors = read_safetensors(path, cls.__name__)
+        tensors = unwrapped(read_safetensors(path, cls.__name__), f"{cls.__name__}: {path}")
         shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         check_tensors(tensors, shapes, f"{cls.__name__}: {path}")
         model.load_state_dict(tensors)
@@ -148,25 +150,66 @@ def _bring_constants(model: nn.Module, keys: object) -> None:
 def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:
     """Read a ``.safetensors`` file, or the parts that an index names; ``what`` names it in errors.
 
-    Of tied weights a file holds one; the names of the others stand in its metadata.
+    Of tied weights a file holds one; the names of the others stand in its metadata, or the index's.
     """
     if path.name.endswith(".index.json"):
-        names = _read_json(path, what).get("weight_map", {}).values()
-        tensors: dict[str, Tensor] = {}
-        for name in sorted(set(names)):
-            if not (path.parent / name).is_file():
-                raise FileNotFoundError(f"{what}: {path} names {name}, which is not beside it")
-            tensors |= read_safetensors(path.parent / name, what)
-        return tensors
-    try:
-        tensors = load_file(path)
-        with safe_open(path, framework="pt") as file:
-            tied = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{what}: {path} is no safetensors file ({first_line(error)})") from error
-    return tensors | {
-        name: tensors[kept] for name, kept in tied.items() if kept in tensors and name != kept
-    }
+        index = _read_json(path, what)
+        tensors, tied = _read_parts(path, index.get("weight_map"), what), index.get("metadata")
+    else:
+        try:
+            tensors = load_file(path)
+            with safe_open(path, framework="pt") as file:
+                tied = file.metadata()
+        except (SafetensorError, OSError) as error:
+            reason = first_line(error)
+            raise ValueError(f"{what}: {path} is no safetensors file ({reason})") from error
+    # Sizes and formats stand there too.
+    tied = tied.items() if isinstance(tied, dict) else ()
+    tied = {name: kept for name, kept in tied if isinstance(kept, str) and kept in tensors}
+    return {name: tensors[kept] for name, kept in tied.items()} | tensors
+
+
+def _read_parts(index: Path, files: object, what: str) -> dict[str, Tensor]:
+    """The tensors of all files that an index names, each of which lies beside it."""
+    if not (files and isinstance(files, dict) and all(isinstance(f, str) for f in files.values())):
+        raise ValueError(
+            f"{what}: {index} must hold weight_map, an object of weights and their files"
+        )
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(files.values())):
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise FileNotFoundError(f"{what}: {index} names {name}, which is not beside it")
+        part = read_safetensors(index.parent / name, what)
+        if twice := sorted(part.keys() & tensors.keys()):
+            names = ", ".join(twice)
+            raise ValueError(f"{what}: {index}: more than one of its files holds {names}")
+        tensors |= part
+    return tensors
+
+
+def unwrapped(tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """Undo what DistributedDataParallel, torch.compile and AveragedModel do to a state dict.
+
+    Args:
+        tensors: by names that may hold ``module.`` and ``_orig_mod.``; ``n_averaged`` is left out.
+        what: how errors name it.
+
+    Raises:
+        ValueError: two entries whose plain names are one.
+    """
+    # Of a block that was compiled by itself, anywhere in the name.
+    names = {key: re.sub(r"(?<![^.])_orig_mod\.", "", key) for key in tensors}
+    while True:
+        names = {key: name for key, name in names.items() if name != "n_averaged"}
+        if not names or not all(name.startswith("module.") for name in names.values()):
+            break
+        names = {key: name.removeprefix("module.") for key, name in names.items()}
+    keys: dict[str, list[str]] = {}
+    for key, name in names.items():
+        keys.setdefault(name, []).append(key)
+    if twice := [" and ".join(same) for same in keys.values() if len(same) > 1]:
+        raise ValueError(f"{what}: two entries for one weight: {', '.join(twice)}")
+    return {name: tensors[key] for key, name in names.items()}
 
 
 def weights_in(folder: Path) -> Path | None:

@@ -198,6 +198,29 @@ def test_words_of_compiled_blocks_and_averages_are_left_out(tokenizer):
     assert found.keys() == tokenizer.keys() and names != {key: key for key in names}
 
 
+@pytest.mark.parametrize(
+    ("count", "prefix"),
+    [
+        ("n_averaged", "module."),
+        ("module.n_averaged", "module.module."),
+        ("_orig_mod.n_averaged", "_orig_mod.module."),
+        ("_orig_mod.module.n_averaged", "_orig_mod.module.module._orig_mod."),
+    ],
+)
+def test_an_average_that_was_wrapped_itself(tokenizer, count: str, prefix: str):
+    content = {count: torch.tensor(7)} | {prefix + key: tokenizer[key] for key in tokenizer}
+    assert read_tensors(content, (), "tokenizer").keys() == tokenizer.keys()
+
+
+def test_two_names_of_one_weight_are_refused(tokenizer):
+    """Which of the two counts nobody knows."""
+    name = "decode_transformer.transformer.layers.0.norm1.weight"
+    other = name.replace("layers.0.", "layers.0._orig_mod.")
+    content = tokenizer | {other: tokenizer[name] + 1}
+    message = refused(ValueError, read_tensors, content, (), "tokenizer")
+    assert message == f"tokenizer: two entries for one weight: {name} and {other}"
+
+
 def test_sharded_safetensors(gpt, tmp_path: Path):
     """A folder with an index, as transformers and FSDP's tools write large models."""
     names = sorted(gpt)
@@ -212,6 +235,35 @@ def test_sharded_safetensors(gpt, tmp_path: Path):
     (tmp_path / "model-2.safetensors").unlink()
     message = refused(FileNotFoundError, GPT.from_official, tmp_path, GPT_CONFIG)
     assert "names model-2.safetensors, which is not beside it" in message
+
+
+def test_a_weight_in_two_parts_is_refused(gpt, tmp_path: Path):
+    for file in ("1.safetensors", "2.safetensors"):
+        save_file(gpt, tmp_path / file)
+    index = {"weight_map": dict(zip(gpt, ["1.safetensors", "2.safetensors"] * 99, strict=False))}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    message = refused(ValueError, GPT.from_official, tmp_path, GPT_CONFIG)
+    assert "more than one of its files holds " in message and "norm.weight" in message
+
+
+@pytest.mark.parametrize("files", [["a"], None, {"a": 3}, {}, "a"], ids=repr)
+def test_an_index_that_names_no_files(tmp_path: Path, files: object):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": files}))
+    message = refused(ValueError, GPT.from_official, tmp_path, GPT_CONFIG)
+    assert message == (
+        f"GPT checkpoint: {path} must hold weight_map, an object of weights and their files"
+    )
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "no.safetensors", ".."])
+def test_an_index_names_files_beside_it_only(gpt, tmp_path: Path, name: str):
+    save_file(gpt, tmp_path / "x.safetensors")
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in/model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"norm.weight": name}}))
+    message = refused(FileNotFoundError, GPT.from_official, tmp_path / "in", GPT_CONFIG)
+    assert message == f"GPT checkpoint: {path} names {name}, which is not beside it"
 
 
 def test_a_path_from_home(gpt, tmp_path: Path, monkeypatch):
@@ -333,6 +385,26 @@ def test_a_pickle_that_would_run_code(tokenizer, tmp_path: Path, new: bool, load
     # The trap works: it is our reading that does not spring it.
     torch.load(path, weights_only=False)
     assert sprung.exists()
+
+
+def test_a_refusal_says_what_to_do(tokenizer, tmp_path: Path, load):
+    path = wrong_in(tmp_path / "t.pt", {"model": tokenizer, "best": argparse.Action})
+    message = refused(ValueError, load, path)
+    assert message == (
+        f"tokenizer: {path} was refused: it refers to argparse.Action, and reading that could run "
+        "code; have it saved with the weights alone, torch.save(model.state_dict(), FILE)"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_another_pickle_protocol_is_named(tokenizer, tmp_path: Path, protocol: int, load):
+    """The file is whole; weights_only reads torch.save's default protocol."""
+    path = tmp_path / "t.pt"
+    torch.save({"model": tokenizer}, path, pickle_protocol=protocol)
+    message = refused(ValueError, load, path)
+    assert f"{path} is no torch checkpoint of pickle protocol 2" in message
+    assert "torch.save(model.state_dict(), FILE)" in message
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
 from vfmtok_fast import GPT, BackboneConfig, GPTConfig, VFMTok, VFMTokConfig
@@ -170,3 +170,56 @@ def test_tied_weights_are_in_the_file_once(tmp_path: Path):
     again = GPT.from_pretrained(tmp_path)
     assert torch.equal(again.head.weight, model.head.weight)
     assert torch.equal(again.token_embedding.weight, model.head.weight)
+
+
+def test_tied_weights_in_several_files(tmp_path: Path):
+    """As huggingface_hub splits them: the names left out stand in the index."""
+    model = GPT(GENERATOR)
+    model.head.weight = model.token_embedding.weight
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    save_torch_state_dict(model.state_dict(), tmp_path, max_shard_size=5000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    again = GPT.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items())
+
+
+def test_metadata_takes_no_weight_of_the_file_away(tmp_path: Path):
+    model = GPT(GENERATOR)
+    torch.nn.init.normal_(model.head.weight)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tied = {"head.weight": "token_embedding.weight"}
+    save_file(tensors, tmp_path / "model.safetensors", metadata=tied)
+    assert torch.equal(GPT.from_pretrained(tmp_path).head.weight, model.head.weight)
+
+
+@pytest.mark.parametrize("kind", ["block", "whole", "parallel"])
+def test_a_folder_of_a_model_that_was_compiled_or_wrapped(tmp_path: Path, kind: str):
+    model = GPT(GENERATOR)
+    torch.nn.init.normal_(model.head.weight)
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    if kind == "block":
+        model.blocks[0] = torch.compile(model.blocks[0])
+        assert "blocks.0._orig_mod.attention.qkv.weight" in model.state_dict()
+        model.save_pretrained(tmp_path)
+    else:
+        prefix = "_orig_mod." if kind == "whole" else "module."
+        model.save_pretrained(tmp_path)
+        save_file(
+            {prefix + key: value for key, value in expected.items()},
+            tmp_path / "model.safetensors",
+        )
+    again = GPT.from_pretrained(tmp_path).state_dict()
+    assert again.keys() == expected.keys()
+    assert all(torch.equal(value, again[key]) for key, value in expected.items())
+
+
+def test_a_folder_from_home_is_written_there(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for source in ("~/a", Path("~/b")):
+        GPT(GENERATOR).save_pretrained(source)
+        assert GPT.from_pretrained(source).config == GENERATOR
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
