@@ -276,6 +276,32 @@ def test_other_weights_and_damage_are_refused(tmp_path):
         run(tmp_path / "file")
 
 
+@pytest.mark.parametrize(
+    "other", [np.zeros((64, 3, 3, 3), np.uint8), np.zeros((64, 2, 2, 3)), np.zeros(0, np.uint8)],
+    ids=["size", "dtype", "empty"],
+)  # fmt: skip
+def test_a_shard_of_another_shape_is_told_before_the_work(tmp_path, other):
+    made = job(tmp_path)
+    sample_folder.prepare(made)
+    np.save(made.path(2), other[: len(made.rows(2))])
+    with pytest.raises(ValueError, match="00002.npy is not a shard of this job: it holds") as error:
+        run(tmp_path)
+    assert "\n" not in str(error.value) and not made.path(0).exists()
+    made.path(2).unlink()
+    assert run(tmp_path)
+
+
+def test_a_file_of_another_kind_is_made_again(tmp_path):
+    run(tmp_path / "a")
+    before = tree(tmp_path / "a")
+    (tmp_path / "a/samples.npz").unlink()
+    np.savez(tmp_path / "x.npz", np.zeros(3))
+    for number, data in enumerate(((tmp_path / "x.npz").read_bytes(), bytes(5000), b"<html>")):
+        job(tmp_path / "a").path(number).write_bytes(data)
+    assert sample_folder.pending(job(tmp_path / "a")) == [0, 1, 2]
+    assert run(tmp_path / "a") and tree(tmp_path / "a") == before
+
+
 @pytest.mark.parametrize("left", [0, 50, -1])
 def test_what_is_there_in_part_is_made_again(tmp_path, left):
     """By a disk that was full, or a copy that was stopped."""

@@ -114,17 +114,31 @@ def _holds_something(out: Path) -> bool:
 
 
 def pending(job: Job) -> list[int]:
-    """Numbers of the shards that are not there yet, or are there in part."""
-    return [number for number in range(job.shards) if not _is_whole(job.path(number))]
+    """Numbers of the shards that are not there yet, or are there in part.
+
+    Raises:
+        ValueError: one is whole and no shard of this job; nobody wants to hear that at the end.
+    """
+    return [number for number in range(job.shards) if not _is_whole(job, number)]
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a .npy file is there to its end; mapping it looks at its size only."""
+def _is_whole(job: Job, number: int) -> bool:
+    """Whether a shard is there to its end; mapping it looks at its header and its size only."""
     try:
-        np.load(path, mmap_mode="r")
+        pictures = np.lib.format.open_memmap(job.path(number), mode="r")
     except (FileNotFoundError, EOFError, ValueError):
         return False
+    _check_shard(job, number, pictures)
     return True
+
+
+def _check_shard(job: Job, number: int, pictures: np.ndarray) -> None:
+    wanted = (len(job.rows(number)), job.size, job.size, 3)
+    if pictures.shape != wanted or pictures.dtype != np.uint8:
+        raise ValueError(
+            f"{job.path(number)} is not a shard of this job: it holds {pictures.dtype} "
+            f"{list(pictures.shape)}, not uint8 {list(wanted)}; remove it, run again"
+        )
 
 
 def make_shards(
@@ -226,9 +240,7 @@ def shards_of(job: Job) -> Iterator[np.ndarray]:
     """The finished pictures, shard by shard, uint8 [n, size, size, 3]."""
     for number in range(job.shards):
         pictures = np.load(job.path(number))
-        wanted = (len(job.rows(number)), job.size, job.size, 3)
-        if pictures.shape != wanted or pictures.dtype != np.uint8:
-            raise ValueError(f"{job.path(number)} is not a shard of this job; remove it, run again")
+        _check_shard(job, number, pictures)
         yield pictures
 
 
