@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import re
@@ -354,6 +355,24 @@ def test_convert_then_sample(run, tmp_path: Path) -> None:
     line = refusal(run("convert", "GPT-B", tmp_path / "b", "--file", tmp_path / "gpt.pt"))
     assert "missing" in line and "layers.11.ffn_norm.weight" in line
     assert not (tmp_path / "b").exists()
+
+
+def test_paths_from_home_and_a_config_of_windows(run, photos, tmp_path, monkeypatch) -> None:
+    """Shells leave the ~ of --option=~/x as it is; some editors begin a file with a BOM."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    gpt = untrained_gpt("small")
+    official = {official_name(key, GPT_NAMES): v for key, v in gpt.state_dict().items()}
+    torch.save(official, tmp_path / "gpt.pt")
+    fields = json.dumps(dataclasses.asdict(gpt.config))
+    (tmp_path / "gpt.json").write_text("\ufeff" + fields, "utf-8")
+    arguments = ["--file=~/gpt.pt", "--config=~/gpt.json"]
+    assert run("convert", "GPT-B", "~/gpt", *arguments)[0] == 0
+    assert run("sample", "~/samples", "--num", 1, "--size", 8, *SMALL)[0] == 0
+    assert run("reconstruct", "~/photos/animals/chelsea.png", "~/grid.png", *SMALL)[0] == 0
+    assert vf.images.decode_image("~/photos/animals/chelsea.png").mode == "RGB"
+    written = {"gpt/config.json", "samples/samples.npz", "grid.png"}
+    assert all((tmp_path / name).is_file() for name in written) and not (tmp_path / "~").exists()
 
 
 def test_offline_the_error_names_file_source_and_flag(run, tmp_path, photos, monkeypatch) -> None:

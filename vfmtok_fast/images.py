@@ -92,7 +92,7 @@ def decode_image(source: ImageSource) -> Image.Image:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode(io.BytesIO(source))
     if isinstance(source, (str, os.PathLike)):
-        with open(source, "rb") as file:
+        with open(os.path.expanduser(source), "rb") as file:
             try:
                 return _decode(file)
             except ValueError as error:

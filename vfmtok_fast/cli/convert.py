@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--backbone goes with the tokenizer only")
     config = None
     if options.config is not None:
-        config = _read_config(Path(options.config))
+        config = _read_config(Path(options.config).expanduser())
     file = options.file or checkpoint.fetch_official(options.what, "--file")
     if options.what == "tokenizer":
         model = VFMTok.from_official(file, options.backbone, config)
@@ -77,7 +77,7 @@ def _save(model: VFMTok | GPT, out: Path) -> None:
 
 def _read_config(path: Path) -> dict:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
     if not isinstance(config, dict):

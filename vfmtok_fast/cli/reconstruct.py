@@ -25,12 +25,12 @@ def run(options: argparse.Namespace) -> int:
     from .. import images
     from ..visualize import reconstruction_grid
 
-    out = Path(options.out)
+    out = Path(options.out).expanduser()
     if out.suffix.lower() != ".png":
         raise ValueError(f"the picture to write must be named .png, got {out}")
     if options.limit < 1 or options.regions < 1:
         raise ValueError("--limit and --regions must be at least 1")
-    photos = _photos(Path(options.images), options.limit)
+    photos = _photos(Path(options.images).expanduser(), options.limit)
     tokenizer = load_tokenizer(options, options.device)
     size = tokenizer.config.image_size
     crops = []

@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     kv_dtype = torch.int8 if options.kv_int8 else None
     class_ids = classes[torch.arange(options.num) % len(classes)]
     job = sample_folder.Job(
-        gpt, tokenizer, Path(options.out), class_ids, options.size, settings, kv_dtype
+        gpt, tokenizer, Path(options.out).expanduser(), class_ids, options.size, settings, kv_dtype
     )
     sample_folder.prepare(job)
     mine = sample_folder.pending(job)[rank::world_size]

@@ -114,7 +114,8 @@ def tune(
         device = torch.device("cuda", torch.cuda.current_device())
     # Launches, timers and events go to the current device.
     with torch.cuda.device(device):
-        return Tuner(device, path=None if path is None else Path(path)).run(todo, seconds, progress)
+        table = None if path is None else Path(path).expanduser()
+        return Tuner(device, path=table).run(todo, seconds, progress)
 
 
 def _names(ops: str | Iterable[str] | None) -> set[str]:
