@@ -54,7 +54,7 @@ def gumbel_noise(seed: int, image_ids: Tensor, step: int | Tensor, vocab_size: i
     else:  # Filled on the device, for a captured graph cannot copy numbers from the host.
         step = torch.full((1, 1), step & _LOW, dtype=torch.int64, device=device)
     ids = image_ids.to(torch.int64)[:, None]
-    noise = torch.empty(ids.shape[0], vocab_size, device=device)
+    noise = torch.empty(ids.shape[0], vocab_size, dtype=torch.float32, device=device)
     rows = max(1, _BLOCK_VALUES // vocab_size)
     for first in range(0, ids.shape[0], rows):
         part = ids[first : first + rows]
