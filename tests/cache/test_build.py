@@ -313,3 +313,19 @@ def test_a_compiled_or_wrapped_tokenizer_is_the_same(tree, out, tokenizer):
             == plain
         )
     assert cache.build(tree, out, torch.compile(tokenizer), **SMALL).encoded == 0
+
+
+def test_wrappers_as_torch_makes_them_leave_the_checksum(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    plain = weights_checksum(model.state_dict())
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        for wrapped in (torch.compile(model), parallel, torch.compile(parallel)):
+            assert weights_checksum(wrapped.state_dict()) == plain
+    finally:
+        torch.distributed.destroy_process_group()
+    model[1] = torch.compile(model[1])
+    assert any("_orig_mod." in name for name in model.state_dict())
+    assert weights_checksum(model.state_dict()) == plain

@@ -28,9 +28,9 @@ FORMAT = "vfmtok_fast token cache"
 VERSION = 1
 NAME = "manifest.json"
 BAD_TOKEN = 0xFFFF
-# Those that `encode` takes.
 # What torch.compile and DistributedDataParallel put before or into the names of weights.
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<![^.])_orig_mod\.")
+# Those that `encode` takes.
 TOKENIZER_OPS = frozenset(["deformable_sample", "nearest_code"])
 
 
