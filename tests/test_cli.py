@@ -189,6 +189,15 @@ def test_processes_of_torchrun_share_a_cache(run, photos, tmp_path, monkeypatch)
     assert "RANK must be a number" in refusal(run(*common))
 
 
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_ray_is_started_once(variable, run, photos, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv(variable, "2")
+    monkeypatch.delenv("RANK", raising=False)
+    out = tmp_path / "tokens"
+    refused = refusal(run("cache", photos, out, "--engine", "ray", *SMALL))
+    assert "started once, not by torchrun or srun" in refused and not out.exists()
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -29,6 +29,16 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return rotated.flatten(-2).to(x.dtype)
 
 
+def guided_logits(logits: Tensor, uncond_logits: Tensor | None, cfg_scale: float) -> Tensor:
+    """Classifier-free guidance, in float32 at least; without ``uncond_logits`` there is none."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    logits = logits.to(dtype)
+    if uncond_logits is None:
+        return logits
+    uncond_logits = uncond_logits.to(dtype)
+    return uncond_logits + cfg_scale * (logits - uncond_logits)
+
+
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Set logits [B, V] outside the ``top_k`` largest, then outside the ``top_p`` nucleus, to -inf.
 

@@ -329,3 +329,20 @@ def test_wrappers_as_torch_makes_them_leave_the_checksum(tmp_path):
     model[1] = torch.compile(model[1])
     assert any("_orig_mod." in name for name in model.state_dict())
     assert weights_checksum(model.state_dict()) == plain
+
+
+def test_another_current_folder_during_a_build(tree, tokenizer, tmp_path, monkeypatch):
+    """As after Hydra's chdir: both paths mean what they meant when they were given."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tree.parent)
+    calls = []
+
+    def move(progress: cache.Progress) -> None:
+        calls.append(progress)
+        os.chdir(tmp_path / "elsewhere")
+
+    summary = cache.build(
+        tree.name, "tokens", tokenizer, batch_size=3, shard_size=2, workers=1, progress=move
+    )
+    assert calls and summary.bad == 0 and not list((tmp_path / "elsewhere").iterdir())
+    assert cache.verify(tree.parent / "tokens", tokenizer, tree).ok

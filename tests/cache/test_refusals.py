@@ -205,3 +205,10 @@ def test_paths_from_home(tree, tokenizer, tmp_path, monkeypatch):
     assert cache.status(tmp_path / "tokens").state == "complete" and len(
         cache.TokenCache("~/tokens")
     )
+
+
+def test_a_cache_inside_of_pictures_from_home(tree, tokenizer, monkeypatch):
+    monkeypatch.setenv("HOME", str(tree.parent))
+    with pytest.raises(ValueError, match="lies inside the pictures' folder"):
+        cache.build(f"~/{tree.name}", f"~/{tree.name}/tokens", tokenizer, **SMALL)
+    assert not (tree / "tokens").exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import re
 import time
 import warnings
@@ -153,8 +152,8 @@ def _on_ray(options: argparse.Namespace, spec: CacheSpec, progress: bool | Calla
 
     if options.shard_range is not None:
         raise ValueError("--shard-range is for batch systems; Ray hands out the shards by itself")
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError("--engine ray is started once, not by torchrun")
+    if among_processes("cpu").world_size != 1:
+        raise ValueError("--engine ray is started once, not by torchrun or srun")
     # The actors hold the model; this process only checks its weights and sends it.
     tokenizer = load_tokenizer(options, "cpu")
     with policy(options), _notes():

@@ -55,14 +55,13 @@ def add_tokenizer_options(
     )
 
 
-def open_again(options: argparse.Namespace) -> None:
+def check_input(options: argparse.Namespace) -> None:
     """Before the model, which may have to be downloaded: is the cache's input there?"""
     from ..cache.format.index import INDEX
-    from ..cache.sources import choices_of, open_source
+    from ..cache.sources import open_again
     from ..cache.store import place
 
-    kind, choices = choices_of(place(options.out) / INDEX)
-    open_source(options.images, options.input or kind, **choices)
+    open_again(options.images, place(options.out) / INDEX, options.input)
 
 
 def policy(options: argparse.Namespace) -> AbstractContextManager:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .models import add_input_option, add_tokenizer_options, load_tokenizer, open_again, policy
+from .models import add_input_option, add_tokenizer_options, check_input, load_tokenizer, policy
 from .output import note, say
 
 SUMMARY = "tokenise again the shards of a cache that verify finds damaged"
@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
     from .. import cache
 
     cache.read_manifest(options.out)
-    open_again(options)
+    check_input(options)
     tokenizer = load_tokenizer(options, options.device)
     with policy(options):
         made = cache.repair(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..functional import filter_logits
+from ..functional import filter_logits, guided_logits
 from .philox import gumbel_noise
 
 
@@ -15,11 +14,7 @@ def sample_token(
     greedy: bool = False, seed: int = 0,
 ) -> Tensor:  # fmt: skip
     """See `vfmtok_fast.ops.sample_token`."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    logits = logits.to(dtype)
-    if uncond_logits is not None:
-        uncond_logits = uncond_logits.to(dtype)
-        logits = uncond_logits + cfg_scale * (logits - uncond_logits)
+    logits = guided_logits(logits, uncond_logits, cfg_scale)
     if greedy:
         return logits.argmax(dim=-1)
     logits = filter_logits(logits / max(temperature, 1e-5), top_k, top_p)

@@ -51,8 +51,7 @@ def repair(
     with quiet_pillow():
         spec = CacheSpec(
             input_kind=input_kind or kind, views=found.views, seed=found.seed,
-            batch_size=found.batch_size,
-            shard_size=found.shard_size, workers=workers, **choices,
+            batch_size=found.batch_size, shard_size=found.shard_size, workers=workers, **choices,
         )  # fmt: skip
         job = prepare(images, out, tokenizer, spec)
         # Pictures that somebody mended have another size than when they were indexed.

@@ -23,7 +23,7 @@ from ..format.manifest import (
     read_manifest,
 )
 from ..make.encode import encode_rows, evaluating
-from ..sources import Source, choices_of, open_source
+from ..sources import Source, open_again
 from ..store import Place, place
 from .sheet import contact_sheet
 
@@ -92,8 +92,7 @@ def verify(
         raise ValueError("verify: a contact sheet needs the pictures and a tokenizer that decodes")
     source = None
     if images is not None:
-        kind, choices = choices_of(out / INDEX)
-        source = open_source(images, input_kind or kind, **choices)
+        source = open_again(images, out / INDEX, input_kind)
     if sample < 1:
         raise ValueError(f"verify: sample must be at least 1, got {sample}")
     if tokenizer is not None:

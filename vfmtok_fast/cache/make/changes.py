@@ -181,7 +181,7 @@ def extend(source: Source, out: Place, found: Manifest, workers: int) -> Manifes
         The manifest that holds from now on; `found` where nothing was added.
 
     Raises:
-        ImagesChanged: what was there before has changed or is gone, or it is an input that cannot
+        ImagesChanged: pictures have changed, classes are gone, or it is an input that cannot
             be added to.
     """
     path = out / INDEX

@@ -20,7 +20,6 @@ from ... import switch
 from ...errors import first_line
 from ...images import quiet_pillow
 from ..format import manifest
-from ..store import absolute
 from .build import Summary, exit_on_sigterm
 from .encode import Waits
 from .job import Job, encode_shards, finish
@@ -76,8 +75,7 @@ def build_on_ray(
         check_count("max_bad", max_bad, 0)
     ray = _import_ray()
     with quiet_pillow(), exit_on_sigterm():
-        # Actors have working folders of their own.
-        job = prepare(absolute(images), absolute(out), tokenizer, spec)
+        job = prepare(images, out, tokenizer, spec)
         state = State(job, max_bad)
         numbers = list(state.missing(range(job.manifest.shards)))
         if numbers:

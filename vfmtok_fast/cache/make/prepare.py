@@ -53,7 +53,7 @@ def prepare(
     """
     spec, out = CacheSpec.of(spec, settings), place(out)
     source = spec.open(images)
-    claim.check_outside(Path(images), out)
+    claim.check_outside(Path(images).expanduser(), out)
     if rank:
         _await(out, (out / manifest.NAME).exists)
     changes.install(out)

@@ -1,8 +1,8 @@
 """Reading a cache: random access to the tokens of single pictures, straight from the files.
 
 Tokens are stored in 16 bits without sign, a type that torch can hardly compute with; the reader
-hands out int64. Of a cache in a store each shard is copied to this machine
-when it is first asked for.
+hands out int64. Of a cache in a store each shard is copied to this machine when it is first asked
+for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from ..format import shards
 from ..format.complete import COMPLETE
 from ..format.manifest import Manifest, read_manifest
-from ..store import LocalPlace, Place, absolute
+from ..store import LocalPlace, Place, place
 
 # Shards that are held open at a time; systems allow a thousand files or so.
 MOST_OPEN = 256
@@ -55,7 +55,7 @@ class TokenCache:
         partial: bool = False,
         mirror: str | os.PathLike | None = None,
     ) -> None:
-        self.out = absolute(out)  # A program may change its folder, as Hydra does.
+        self.out = place(out)
         self.manifest: Manifest = read_manifest(self.out)
         names = self.manifest.views
         if view is not None and view not in names:
@@ -132,7 +132,7 @@ class TokenCache:
 
     def _tokens(self, number: int) -> _Rows:
         if number not in self._files:
-            if len(self._files) == MOST_OPEN:
+            if len(self._files) >= MOST_OPEN:
                 del self._files[next(iter(self._files))]
             remote = self._mirror is not None
             path = self._copy(number) if remote else shards.shard_path(self.out, number)

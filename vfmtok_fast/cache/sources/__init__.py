@@ -27,7 +27,7 @@ from .webdataset import WebDatasetSource, is_webdataset
 
 KINDS = ("folder", "tar", "webdataset", "parquet", "lmdb")
 
-__all__ = ["KINDS", "BadImage", "Entry", "Source", "choices_of", "open_source"]
+__all__ = ["KINDS", "BadImage", "Entry", "Source", "choices_of", "open_again", "open_source"]
 
 
 def open_source(
@@ -67,7 +67,7 @@ def open_source(
             f"{images}: pictures are read from local files; mount this, or copy it (a cache itself "
             "may lie at a URL)"
         )
-    root = Path(images).expanduser()
+    root = Path(images).expanduser().absolute()
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder of pictures or archive")
     choice = Choice(include, exclude)
@@ -107,6 +107,12 @@ def _of_archives(
     schemas = parquet.schemas(folder, names)
     found = find_columns(root, schemas, names, *columns)
     return ParquetSource(folder, names, found, choice)
+
+
+def open_again(images: str | os.PathLike, index: Place, kind: str | None = None) -> Source:
+    """Open the input that a cache was made from; ``kind`` where it is to be taken as another."""
+    found, choices = choices_of(index)
+    return open_source(images, kind or found, **choices)
 
 
 def choices_of(path: Place) -> tuple[str | None, dict[str, Any]]:

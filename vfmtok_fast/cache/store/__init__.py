@@ -16,7 +16,7 @@ from .local import LocalPlace
 from .tensors import Tensors
 from .url import UrlPlace
 
-__all__ = ["CacheWriteError", "LocalPlace", "Place", "StoreError", "UrlPlace", "absolute", "place"]
+__all__ = ["CacheWriteError", "LocalPlace", "Place", "StoreError", "UrlPlace", "place"]
 
 
 class Place(Protocol):
@@ -89,6 +89,8 @@ class Place(Protocol):
 def place(out: str | os.PathLike | Place) -> Place:
     """A local path, or for a URL with a protocol (s3://, gs://, memory://, ...) one in a store.
 
+    A local path is made absolute: a program may change its folder, as Hydra does.
+
     Raises:
         ValueError: the protocol is unknown, or what reads it is not installed.
     """
@@ -100,13 +102,7 @@ def place(out: str | os.PathLike | Place) -> Place:
             raise ValueError(
                 f"{out}: give a URL as a string; pathlib.Path takes one of its slashes"
             )
-        return LocalPlace(out).expanduser()
+        return LocalPlace(out).expanduser().absolute()
     if protocol in ("file", "local"):
         return LocalPlace("/" + rest.lstrip("/"))
     return UrlPlace.known(os.fspath(out).rstrip("/"))
-
-
-def absolute(out: str | os.PathLike | Place) -> Place:
-    """As `place`, a local path from the root on."""
-    found = place(out)
-    return found if found.remote else found.absolute()

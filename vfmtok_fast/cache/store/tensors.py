@@ -45,7 +45,7 @@ class Tensors:
             self.meta = self.header.pop("__metadata__", {})
             ends = [self.start + int(entry["data_offsets"][1]) for entry in self.header.values()]
             known = all({"dtype", "shape"} <= entry.keys() for entry in self.header.values())
-        except (AttributeError, KeyError, LookupError, TypeError) as error:
+        except (AttributeError, LookupError, TypeError) as error:
             raise ValueError("no safetensors header") from error
         if not known or any(entry["dtype"] not in _DTYPES for entry in self.header.values()):
             raise ValueError("holds other types than a shard does")
