@@ -134,6 +134,16 @@ def test_pictures_are_decoded_in_the_same_groups_always(tmp_path):
     assert seen[0] == seen[1] == [16] * 9 + [6]
 
 
+def test_generation_is_told_code_by_code(tmp_path):
+    made, seen, pictures = job(tmp_path), [], []
+    sample_folder.prepare(made)
+    sample_folder.make_shards(
+        made, sample_folder.pending(made), 128, pictures.append, lambda *state: seen.append(state)
+    )
+    whole, rest = [(128 * i, 512) for i in (1, 2, 3, 4)], [(22 * i, 88) for i in (1, 2, 3, 4)]
+    assert seen == whole + rest and sum(pictures) == 150
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     out = tmp_path / "out"
     (out / "shards").mkdir(parents=True)

@@ -211,9 +211,10 @@ def test_the_triton_kernel_comes_first_and_its_refusal_is_told(fake_op, monkeypa
         kernel.unsupported_reason = lambda *args, **kwargs: "d is odd"
         with pytest.raises(FallbackError, match="triton: d is odd .*fallback to cpu"):
             call()
+    assert took() == {"triton": 1}
     with vf.enable(), pytest.warns(FallbackWarning, match="fell back to cpu: triton: d is od"):
         assert call() == FAKE
-    assert took() == {"cpu": 2, "triton": 1}
+    assert took() == {"cpu": 1}
 
 
 def test_status_reads_as_text(fake_op):
@@ -230,6 +231,26 @@ def test_status_reads_as_text(fake_op):
     assert any(line.startswith("  sample_token: off; has reference") for line in lines)
     with vf.enable(strict=True):
         assert str(vf.status()).startswith("vfmtok_fast enabled, strict\n")
+
+
+def test_calls_from_before_do_not_look_like_those_of_now(fake_op):
+    fake_op.unsupported_reason = lambda *args, **kwargs: "too few codes"
+    call()
+    switch._record_trace("nearest_code", "cpu", (), None)
+    with vf.enable(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert took() == {"cpu (compiled)": 1}  # may be called again, and will not be traced again
+        call()
+        with vf.enable(ops="sample_token"):
+            call()
+        assert took() == {"cpu (compiled)": 1, "reference": 2}
+    assert took()["reference"] == 2
+    with vf.enable(), warnings.catch_warnings(record=True) as again:
+        warnings.simplefilter("always")
+        assert not vf.status().ops["nearest_code"].fallbacks
+        call()
+        assert vf.status().ops["nearest_code"].fallbacks == {"cpu: too few codes": 1}
+    assert len(caught) == 1 and not again
 
 
 def test_status_is_a_snapshot(fake_op):
@@ -262,10 +283,11 @@ def test_threads_never_see_a_broken_policy(fake_op):
 
     threads = [threading.Thread(target=caller) for _ in range(workers - 1)]
     threads += [threading.Thread(target=switcher) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with vf.enable(ops="sample_token"):  # The outermost, so that none begins the record anew.
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     assert not wrong
     assert sum(took().values()) == (workers - 1) * rounds
     assert set(took()) <= {"cpu", "reference"}

@@ -27,6 +27,7 @@ from .cache.format.differences import differences
 from .cache.format.manifest import weights_checksum
 from .cache.store import LocalPlace, atomic
 from .generator import GPT, Sampling
+from .generator.decoder import Progress
 from .generator.memory import fastest_batch
 from .tokenizer import VFMTok
 
@@ -142,7 +143,11 @@ def _check_shard(job: Job, number: int, pictures: np.ndarray) -> None:
 
 
 def make_shards(
-    job: Job, numbers: list[int], batch_size: int | None, advance: Callable[[int], None]
+    job: Job,
+    numbers: list[int],
+    batch_size: int | None,
+    advance: Callable[[int], None],
+    progress: Progress | None = None,
 ) -> None:
     """Generate, decode and commit shards, the same bytes whoever does it.
 
@@ -154,6 +159,7 @@ def make_shards(
         numbers: which shards; their codes are generated together if the batch size allows.
         batch_size: images generated at a time; None is what is fastest and fits.
         advance: told how many pictures were finished; may raise to stop.
+        progress: told (codes done, codes in all) of those that are generated together.
     """
     guided, count = Sampling(**job.sampling).guided(0), len(job.class_ids)
     at_once = fastest_batch(job.gpt, count, guided, batch_size, None, job.kv_dtype)
@@ -167,7 +173,7 @@ def make_shards(
             ids = torch.cat([job.rows(number) for number in some])
             batches = job.gpt.stream(
                 job.class_ids[ids], batch_size=batch_size, image_ids=ids, kv_dtype=job.kv_dtype,
-                **job.sampling,
+                progress=progress, **job.sampling,
             )  # fmt: skip
             codes = torch.cat([part for _, part in batches])
             shards = list(zip(some, codes.split(SHARD), strict=True))

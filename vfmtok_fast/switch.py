@@ -35,6 +35,8 @@ import torch
 
 # Importing another package may raise these: built for another torch, or missing a library.
 LIBRARY_ERRORS = (OSError, RuntimeError, NameError, AttributeError, TypeError)
+# Behind an implementation's name in the record: a call that torch.compile traced.
+COMPILED = " (compiled)"
 
 
 class FallbackWarning(UserWarning):
@@ -61,6 +63,7 @@ _registry: dict[str, Op] = {}
 _calls: Counter[tuple[str, str]] = Counter()
 _fallbacks: Counter[tuple[str, str]] = Counter()
 _slower: Counter[tuple[str, str]] = Counter()
+_warned: set[tuple[str, str]] = set()
 _generation = 0
 _lock = threading.RLock()
 
@@ -104,7 +107,8 @@ def enable(ops: str | Iterable[str] | None = None, *, strict: bool = False) -> H
     """Let ops take their fast implementations, at once and in the whole process.
 
     It changes speed and memory, never dtype or the law that samples follow; results only by
-    rounding. Calls nest; the innermost open one decides alone.
+    rounding. Calls nest; the innermost open one decides alone. The outermost begins the record of
+    calls in `status` anew.
 
     Args:
         ops: names of the ops to enable, or one name; None enables all of them.
@@ -127,6 +131,8 @@ def enable(ops: str | Iterable[str] | None = None, *, strict: bool = False) -> H
         _registry[name].load()
     handle = Handle(Policy(names, bool(strict)))
     with _lock:
+        if not _layers:
+            _forget_calls()
         _layers.append(handle)
         _activate()
     return handle
@@ -339,7 +345,8 @@ def _record(op: str, implementation: str, reasons: tuple[str, ...], slower: str 
             _slower[op, slower] += 1
         if not reasons:
             return
-        first = [reason for reason in reasons if (op, reason) not in _fallbacks]
+        first = [reason for reason in reasons if (op, reason) not in _warned]
+        _warned.update((op, reason) for reason in reasons)
         _fallbacks.update((op, reason) for reason in reasons)
     for reason in first:
         # Past this function, Op.__call__ and the public op, to the line that called it.
@@ -351,7 +358,7 @@ def _record(op: str, implementation: str, reasons: tuple[str, ...], slower: str 
 def _record_trace(
     op: str, implementation: str, reasons: tuple[str, ...], slower: str | None
 ) -> None:
-    _record(op, f"{implementation} (compiled)", reasons, slower)
+    _record(op, implementation + COMPILED, reasons, slower)
 
 
 # What torch.compiler.assume_constant_result does; calling that would import Triton.
@@ -360,7 +367,7 @@ _record_trace._dynamo_marked_constant = True
 
 @dataclass(frozen=True)
 class OpStatus:
-    """What one op would take and has taken since the last `reset_records`.
+    """What one op would take, and has taken since the outermost `enable` or `reset_records`.
 
     ``slower``: how often a kernel was left alone because a table says that the reference is faster.
     """
@@ -466,3 +473,13 @@ def reset_records() -> None:
         _calls.clear()
         _fallbacks.clear()
         _slower.clear()
+        _warned.clear()
+
+
+def _forget_calls() -> None:
+    """So that calls from before do not look like those of what is enabled now."""
+    # A trace is recorded once, when it is made, and is there to be called again.
+    traced = {key: count for key, count in _calls.items() if key[1].endswith(COMPILED)}
+    for record in (_calls, _fallbacks, _slower):
+        record.clear()
+    _calls.update(traced)

@@ -28,12 +28,14 @@ def cluster(fake):
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         for module in modules:
             ray.cloudpickle.register_pickle_by_value(module)
+        handler = signal.getsignal(signal.SIGTERM)
         found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
         found.second = found.add_node(num_cpus=1)
         ray.init(address=found.address, log_to_driver=False, logging_level="ERROR")
         yield found
         ray.shutdown()
         found.shutdown()
+        signal.signal(signal.SIGTERM, handler)  # Ray leaves its own.
         for module in modules:
             ray.cloudpickle.unregister_pickle_by_value(module)
 

@@ -79,7 +79,12 @@ def run(options: argparse.Namespace) -> int:
     count = sum(len(job.rows(number)) for number in mine)
     hidden = True if rank else None  # None: hidden where there is no terminal.
     with policy(options), tqdm(total=count, unit="img", desc="sample", disable=hidden) as bar:
-        sample_folder.make_shards(job, mine, options.batch_size, bar.update)
+
+        def generating(done: int, codes: int) -> None:
+            bar.set_postfix_str(f"codes {done / codes:.0%}", refresh=False)
+            bar.update(0)  # Drawn as often as bars are.
+
+        sample_folder.make_shards(job, mine, options.batch_size, bar.update, generating)
     if not sample_folder.finish(job):
         left = len(sample_folder.pending(job))
         say(f"{job.out}: {count} images made now; {left} shards are still to come")
