@@ -5,10 +5,6 @@ float32 run against it. The authors' float32 numbers must lie within twice the r
 rounding of the truth: they made their roundings, we made ours, both as large. The ruler itself
 must be what float32 gives over the depth of the network, so that a bad run of ours cannot excuse
 a bad result.
-
-The authors drew their training branch with attention dropout of 0.1 in the token decoder, from a
-seed that is not known. What follows from it is tested as a draw: with dropout, our model over many
-seeds gives each number's mean and spread, and the authors' must look like one more seed.
 """
 
 from __future__ import annotations
@@ -45,6 +41,9 @@ FLOAT32 = torch.finfo(torch.float32).eps
 # a row). 24 blocks of about 16 roundings each, then 6 + 6 layers and 25 convolutions, stay below
 # 1000 in a row; the factor 8 is for sums inside an operation, which round more than once.
 DEEPEST = 8 * 1000**0.5 * FLOAT32
+# Of a gradient that passes through the sampling: a sample that lies on the edge of a cell takes its
+# slope from one side in float32 and from the other in float64. A few of 1.5 million do.
+EDGE = 1e-3
 # What `enable` takes on a CPU: the kernels where Triton's interpreter runs them.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FAST = "triton" if INTERPRETED else "cpu"
@@ -166,11 +165,11 @@ def test_enabled_regions_and_codes(case: Case):
 
 def test_enabled_gradients(case: Case):
     """Of the keys in the golden file, for one image: no further off than the reference's."""
-    truth = train_once(case, copy.deepcopy(case.model).double(), 0, case.double, count=1)
-    ruler = train_once(case, case.model, 0, count=1)
+    truth = train_once(case, copy.deepcopy(case.model).double(), case.double, count=1)
+    ruler = train_once(case, case.model, count=1)
     vfmtok_fast.switch.reset_records()
     with vfmtok_fast.enable(["nearest_code", "deformable_sample"], strict=True):
-        ours = train_once(case, case.model, 0, count=1)
+        ours = train_once(case, case.model, count=1)
     assert calls("deformable_sample") == {FAST: case.model.config.encoder_depth}
     for key, exact in truth.grads.items():
         allowed, error = (float((x.grads[key] - exact).norm()) for x in (ruler, ours))
@@ -186,28 +185,28 @@ def test_enabled_kernels_in_the_interpreter(run_in_interpreter):
 
 
 @dataclasses.dataclass
-class Draw:
+class Branch:
     """One training step of the encoder, the quantiser and the semantic branch."""
 
     losses: dict[str, Tensor]
+    semantic: Tensor
     grads: dict[str, Tensor]
 
 
 def train_once(
-    case: Case, model: VFMTok, seed: int, seen: dict[str, Tensor] | None = None, count: int = 2
-) -> Draw:
+    case: Case, model: VFMTok, seen: dict[str, Tensor] | None = None, count: int = 2
+) -> Branch:
     """The authors' training branch: no pixel term, gradients of the plain sum of three losses.
 
     Maps of ``count`` images are those of ``seen``, by default our own in float32.
     """
-    # Their own maps are as exact as ours, and the backbone has no dropout: computed once.
+    # Their own maps are as exact as ours: computed once.
     seen = seen or case.single
     maps = [seen[f"level{i}"][:count] for i in range(4)]
     model.zero_grad(set_to_none=True)
     model.train()
-    torch.manual_seed(seed)
     quantized = model.quantizer(model.quantizer.queries(model.region_encoder(maps)))
-    _, loss = semantic_pass(maps[3], model, quantized.vectors)
+    semantic, loss = semantic_pass(maps[3], model, quantized.vectors)
     losses = {
         "loss_semantic": loss,
         "loss_codebook": quantized.codebook_loss,
@@ -218,7 +217,7 @@ def train_once(
     named = {official_name(k, TOKENIZER_NAMES): p for k, p in model.named_parameters()}
     kept = [name.split("/")[1] for name in case.golden if name.startswith("gradnorm/")]
     grads = {key: named[key].grad.flatten().clone() for key in kept}
-    return Draw({k: v.detach() for k, v in losses.items()}, grads)
+    return Branch({k: v.detach() for k, v in losses.items()}, semantic.detach(), grads)
 
 
 def semantic_pass(target: Tensor, model: VFMTok, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,94 +231,27 @@ def head(gradient: Tensor) -> Tensor:
     return gradient[:: max(1, gradient.numel() // 64)][:64]
 
 
-def with_dropout(model: VFMTok, probability: float) -> VFMTok:
-    """The same weights, with another ``decoder_dropout``."""
-    config = dataclasses.replace(model.config, decoder_dropout=probability)
-    other = VFMTok(config)
-    other.load_state_dict(model.state_dict())
-    return other
-
-
-def rms(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt())
-
-
-def test_what_dropout_does_not_touch(case: Case):
-    """Codebook and commitment loss, and the codebook's gradient, to rounding."""
-    draw = train_once(case, case.model, 0)
-    queries = case.single["queries"] - case.double["queries"]
-    for name in ("loss_codebook", "loss_commit"):
-        # Mean squares of e - z: their relative error is at most twice that of the differences.
-        bound = 2 * 2 * rms(queries) / rms(case.double["queries"]) + FLOAT32
-        assert float(draw.losses[name] / case.golden[name] - 1) == pytest.approx(0, abs=bound), name
-    key = "slot_quantize.embedding.weight"
-    gradient = draw.grads[key]
-    norm = float(case.golden[f"gradnorm/{key}"])
-    # The largest sum of query errors that one code can collect, in units of the whole gradient.
-    bound = 4 * float(queries.abs().max()) / rms(case.double["queries"])
-    assert float(gradient.norm()) == pytest.approx(norm, rel=bound)
-    assert float((head(gradient) - case.golden[f"gradhead/{key}"]).abs().max()) <= bound * norm
-
-
 @pytest.mark.slow
-def test_semantic_branch_is_a_draw_of_dropout(case: Case):
-    """Features and loss of the authors look like one more seed of ours; so does no dropout's mean.
-
-    With n seeds, (golden - mean) / (s * sqrt(1 + 1/n)) follows Student's t with n - 1 degrees of
-    freedom, whose rms is sqrt((n - 1) / (n - 3)).
-    """
-    count = 16
-    model = with_dropout(case.model, 0.1).train()
-    vectors = model.quantizer.lookup(case.golden["indices"].long()).detach()
-    features, losses = [], []
-    with torch.no_grad():
-        for seed in range(count):
-            torch.manual_seed(seed)
-            predicted, loss = semantic_pass(case.single["level3"], model, vectors)
-            features.append(predicted)
-            losses.append(loss)
-        plain, _ = semantic_pass(case.single["level3"], case.model.train(), vectors)
-    case.model.eval()
-    student = ((count - 1) / (count - 3)) ** 0.5
-
-    def score(golden: Tensor, values: list[Tensor]) -> Tensor:
-        stacked = torch.stack(values).double()
-        return (golden - stacked.mean(0)) / stacked.std(0)
-
-    z = score(case.golden["semantic"], features) / (1 + 1 / count) ** 0.5
-    assert 0.7 * student <= rms(z) <= 1.3 * student
-    # 864 or fewer values of Student's t: beyond 8 is a chance of one in a thousand.
-    assert float(z.abs().max()) <= 8
-    assert abs(float(score(case.golden["loss_semantic"], losses))) <= 6
-
-    # Dropout keeps the mean of the attention weights, so without it the features are that mean.
-    z = score(plain, features) * count**0.5
-    assert 0.7 * student <= rms(z) <= 1.3 * student
-
-
-@pytest.mark.slow
-def test_gradients_are_a_draw_of_dropout(case: Case):
-    """Per element, the authors' gradient is as far from our mean as our own seeds are.
-
-    By the median, which the few elements that one dropped weight decides do not move: for
-    Student's t with 5 degrees of freedom it is 0.73.
-    """
-    count = 6
-    model = with_dropout(case.model, 0.1)
-    draws = [train_once(case, model, seed).grads for seed in range(count)]
-    scores = []
-    for key in draws[0]:
-        if key == "slot_quantize.embedding.weight":
-            continue  # Dropout does not touch it.
-        heads = torch.stack([head(draw[key]) for draw in draws]).double()
-        error = case.golden[f"gradhead/{key}"] - heads.mean(0)
-        z = (error / heads.std(0) / (1 + 1 / count) ** 0.5).abs()
-        assert 0.73 / 2 <= float(z.median()) <= 0.73 * 2, key
-        scores.append(z)
-        norms = torch.stack([draw[key].norm() for draw in draws]).double()
-        difference = float(case.golden[f"gradnorm/{key}"] - norms.mean())
-        assert abs(difference) <= 6 * float(norms.std()), key
-    assert 0.73 / 1.25 <= float(torch.cat(scores).median()) <= 0.73 * 1.25
+def test_training_branch(case: Case):
+    """Losses, predicted features and gradients of the authors' training step, without dropout."""
+    truth = train_once(case, copy.deepcopy(case.model).double(), case.double)
+    ours = train_once(case, case.model)
+    for name, exact in truth.losses.items():
+        assert float(case.golden[name] / exact - 1) == pytest.approx(0, abs=DEEPEST), name
+        assert float(ours.losses[name] / exact - 1) == pytest.approx(0, abs=DEEPEST), name
+    error, ruler = (
+        float((x - truth.semantic).abs().max()) for x in (case.golden["semantic"], ours.semantic)
+    )
+    assert error <= 2 * ruler + FLOAT32 * float(truth.semantic.abs().max())
+    for key, exact in truth.grads.items():
+        allowed = EDGE if key.startswith("encode_transformer.") else DEEPEST
+        for norm, part in (
+            (case.golden[f"gradnorm/{key}"], case.golden[f"gradhead/{key}"]),
+            (ours.grads[key].norm(), head(ours.grads[key])),
+        ):
+            assert float(norm / exact.norm() - 1) == pytest.approx(0, abs=allowed), key
+            wanted = head(exact)
+            assert float((part - wanted).norm()) <= allowed * float(wanted.norm()), key
 
 
 def test_public_training_forward_gives_the_same_terms(case: Case):
