@@ -88,9 +88,22 @@ def sample_token_calls() -> list[Call]:
     ]
 
 
+def decoder_calls() -> list[Call]:
+    """The widest maps of the pixel decoder, with backward; a block that changes its width."""
+    calls = []
+    for dtype in ("bfloat16", "float32"):
+        sizes = {"B": 1, "C": 128, "side": 336, "groups": 32}
+        calls.append(Call("group_norm_silu", "128 channels", dtype, sizes, (0, 1, 2)))
+        sizes = {"B": 1, "C": 512, "side": 42, "groups": 32}
+        calls.append(Call("group_norm_silu", "512 channels", dtype, sizes, (0, 1, 2)))
+    sizes = {"B": 1, "C": 256, "out": 128, "side": 42, "groups": 32}
+    return [*calls, Call("residual_block", "256 to 128", "bfloat16", sizes)]
+
+
 CALLS = [
     *nearest_code_calls(),
     *deformable_sample_calls(),
+    *decoder_calls(),
     *step_calls(),
     *decode_attention_calls(),
     *sample_token_calls(),

@@ -323,12 +323,38 @@ def step(dtype: torch.dtype) -> None:
                 ops.decode_step(integers(rows // 2), table, weights, KVCache((layer,)), at)
 
 
+def last(*shape: int, dtype: torch.dtype) -> Tensor:
+    return floats(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+def norm(dtype: torch.dtype) -> None:
+    x, weight = last(2, 8, 4, 4, dtype=dtype).requires_grad_(), floats(8, dtype=dtype)
+    ops.group_norm_silu(x, weight, weight, 4).sum().backward()
+
+
+def block(dtype: torch.dtype) -> None:
+    """Without gradients, and with."""
+    x, weight = last(2, 8, 4, 4, dtype=dtype), floats(8, dtype=dtype)
+    pairs = [(weight, weight), (floats(8, 8, 3, 3, dtype=dtype), weight)] * 2
+    with torch.no_grad():
+        ops.residual_block(x, *pairs, num_groups=4)
+    ops.residual_block(x.requires_grad_(), *pairs, num_groups=4).sum().backward()
+
+
+def upsampling(dtype: torch.dtype) -> None:
+    x, weight = last(2, 8, 4, 4, dtype=dtype), floats(6, 8, 3, 3, dtype=dtype).requires_grad_()
+    ops.upsample_conv(x, weight, floats(6, dtype=dtype)).sum().backward()
+
+
 CALLS = {
     "deformable_sample": deformable, "nearest_code": nearest, "decode_attention": attention,
-    "sample_token": sampling, "decode_step": step,
+    "sample_token": sampling, "decode_step": step, "group_norm_silu": norm,
+    "residual_block": block, "upsample_conv": upsampling,
 }  # fmt: skip
 # Of the CPU ones, those that a capture leaves to the reference, in part at least.
 LEFT = {"nearest_code", "decode_attention"}
+# Without Triton they have nothing but their references.
+UNCHANGED = {"group_norm_silu", "residual_block"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -345,7 +371,7 @@ def test_ops(implementation, name, dtype, monkeypatch):
         )
     enabled = () if implementation == "reference" else name
     with vf.enable(enabled, strict=implementation == "triton"), warnings.catch_warnings():
-        if name in LEFT:
+        if name in LEFT or name in UNCHANGED:
             warnings.simplefilter("ignore", switch.FallbackWarning)
         else:
             warnings.simplefilter("error", switch.FallbackWarning)
@@ -359,7 +385,8 @@ def test_ops(implementation, name, dtype, monkeypatch):
         assert took == {"cpu", "reference"}
     else:
         assert took == {implementation}
-    assert bool(launched) == (implementation == "triton")
+    # One of cuDNN's convolutions, and no kernel of ours.
+    assert bool(launched) == (implementation == "triton" and name != "upsample_conv")
 
 
 def test_all_ops_are_looked_at():

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "configs": set(),
     "reference": {"decoding", "functional"},
     "cpu": {"decoding", "functional"},
-    "kernels": {"decoding"},
+    "kernels": {"decoding", "functional"},
     "providers": set(),
     "images": set(),
     "hub": {"errors"},

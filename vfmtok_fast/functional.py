@@ -58,6 +58,25 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
+def upsampling_kernel(weight: Tensor) -> Tensor:
+    """Nearest x2 and then a 3x3 convolution, as the kernel of one transposed convolution, stride 2.
+
+    Args:
+        weight: [O, C, 3, 3] of the convolution, whose padding is 1.
+
+    Returns:
+        [C, O, 4, 4], channels last, for a padding of 1; sums of up to four weights, taken in
+        float32 at least.
+    """
+    wide = weight if weight.dtype == torch.float64 else weight.float()
+    # Along each side the kernel, turned round, is convolved with the box of two ones that repeats
+    # a pixel. The first convolves by itself: a row of the result for each of its shifts.
+    turn = wide.new_ones(4, 3).triu_(-1).tril_(0).flip(1)
+    box = torch.einsum("ai,bj->abij", turn, turn).reshape(16, 9)
+    kernel = box @ wide.flatten(2).permute(1, 2, 0)
+    return kernel.to(weight.dtype).unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+
+
 def resize_positions(table: Tensor, grid: int, *, antialias: bool = False) -> Tensor:
     """Resize a square position table by bicubic interpolation, align_corners off.
 

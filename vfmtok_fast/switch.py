@@ -246,11 +246,20 @@ class Op:
     """A public op's choice among its implementations; call it with validated arguments.
 
     ``libraries``: import names of packages that have a module in providers/ for this op.
+    ``reference_for``: a device whose tensors nothing known is faster for than the reference, so
+    that taking it is no fallback.
     """
 
-    def __init__(self, name: str, reference: Callable, libraries: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        name: str,
+        reference: Callable,
+        libraries: tuple[str, ...] = (),
+        reference_for: str | None = None,
+    ):
         self.name = name
         self.reference = reference
+        self.reference_for = reference_for
         self.candidates = (
             Implementation("triton", f"vfmtok_fast.kernels.{name}"),
             *(
@@ -285,6 +294,8 @@ class Op:
         reasons += [f"{name}: {why}" for name, why in troubles.items() if why]
         if names := [name for name, why in troubles.items() if why is None]:
             return "; ".join([f"{', else '.join(names)}, where it can take the call", *reasons])
+        if device == self.reference_for and not reasons:
+            return "reference, which nothing known is faster than"
         reasons = reasons or [f"this version has no fast implementation of it for {device} tensors"]
         return "; ".join(["reference", *reasons])
 
@@ -333,7 +344,7 @@ class Op:
                         return self.reference, "reference", tuple(reasons), slower
                 return getattr(candidate.module, self.name), candidate.name, tuple(reasons), None
             reasons.append(f"{candidate.name}: {reason}")
-        if not served:
+        if not served and device != self.reference_for:
             reasons.append(f"this version has no fast implementation of it for {device} tensors")
         return self.reference, "reference", tuple(reasons), None
 

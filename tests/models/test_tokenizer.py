@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import vfmtok_fast
 from vfmtok_fast import BackboneConfig, VFMTok, VFMTokConfig, ops
 from vfmtok_fast.functional import resize_positions
 from vfmtok_fast.tokenizer.quantizer import entropy_loss
@@ -70,6 +74,54 @@ def test_shapes(tok: VFMTok, codes: torch.Tensor):
     assert small.shape == (2, 32, 32, 3) and small.dtype == torch.uint8
     with pytest.raises(ValueError, match="size must be at least 1"):
         tok.decode_to_uint8(codes, size=0)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside hold at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.most = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.note(tensor.untyped_storage())
+        return out
+
+    def note(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        self.live += storage.nbytes()
+        self.most = max(self.most, self.live)
+        weakref.finalize(storage, self.forget, key, storage.nbytes())
+
+    def forget(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.live -= size
+
+
+@pytest.mark.parametrize("enabled", [(), None], ids=["reference", "enabled"])
+def test_decoding_many_takes_the_memory_of_a_few(enabled, tok: VFMTok, monkeypatch):
+    """By the maps' own rule: those of 3 pictures at a time, beside what grows with all."""
+    per_picture = 5 * 4 * tok.pixel_decoder.largest_map
+    monkeypatch.setattr("vfmtok_fast.tokenizer.model._PIECE_BYTES", 3 * per_picture)
+    codes = torch.randint(0, tok.config.codebook_size, (10, 256))
+    vectors = tok.quantizer.lookup(codes).detach()
+    with vfmtok_fast.enable(enabled), torch.no_grad():
+        with LiveBytes() as live:
+            pixels = tok._decode_vectors(vectors)
+        monkeypatch.setattr("vfmtok_fast.tokenizer.model._PIECE_BYTES", 2**40)
+        with LiveBytes() as at_once:
+            whole = tok._decode_vectors(vectors)
+    # The pieces, and all of them joined.
+    assert live.most - 2 * pixels.nbytes <= 3 * per_picture
+    assert at_once.most - pixels.nbytes > 5 * per_picture
+    torch.testing.assert_close(pixels, whole, rtol=1e-4, atol=1e-4)
 
 
 def test_8_bit_rule(tok: VFMTok, codes: torch.Tensor):

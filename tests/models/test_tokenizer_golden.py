@@ -163,6 +163,19 @@ def test_enabled_regions_and_codes(case: Case):
         assert error <= 2 * ruler + FLOAT32 * float(truth.abs().max()), name
 
 
+def test_enabled_pixels(case: Case):
+    """The fast implementations of the pixel decoder, on the same map."""
+    z = case.single["z"]
+    names = ["group_norm_silu", "residual_block", "upsample_conv"]
+    with torch.no_grad(), vfmtok_fast.enable(names, strict=True):
+        ours = case.model.pixel_decoder(z)
+    assert calls("upsample_conv") == {FAST: 4}
+    assert calls("group_norm_silu") == {"triton" if INTERPRETED else "reference": 1}
+    truth = case.double["decoded_crop"]
+    ruler, error = (float((x - truth).abs().max()) for x in (case.single["decoded_crop"], ours))
+    assert error <= 2 * ruler + FLOAT32 * float(truth.abs().max())
+
+
 def test_enabled_gradients(case: Case):
     """Of the keys in the golden file, for one image: no further off than the reference's."""
     truth = train_once(case, copy.deepcopy(case.model).double(), case.double, count=1)

@@ -33,12 +33,16 @@ def check_on(op: str, name: str, value: Tensor, like: str, other: Tensor) -> Non
         )
 
 
-def check_same(op: str, **tensors: Tensor) -> None:
-    """Require one device and one dtype of all ``tensors``."""
+def check_same(op: str, autocast: bool = False, **tensors: Tensor) -> None:
+    """Require one device and one dtype of all ``tensors``.
+
+    ``autocast``: the op takes what dtypes torch.autocast mixes, while that is on.
+    """
     (first_name, first), *others = tensors.items()
+    mixed = autocast and torch.is_autocast_enabled(first.device.type)
     for name, other in others:
         check_on(op, name, other, first_name, first)
-        if other.dtype != first.dtype:
+        if not mixed and other.dtype != first.dtype:
             raise TypeError(
                 f"{op}: {name} must be {first.dtype}, as {first_name} is, got {other.dtype}"
             )
@@ -79,6 +83,13 @@ def check_eps(op: str, eps: object) -> None:
     check_number(op, "eps", eps)
     if not 0 <= eps < math.inf:
         raise ValueError(f"{op}: eps must be finite and at least 0, got {eps}")
+
+
+def check_groups(op: str, groups: object, channels: int) -> None:
+    """Require a number of groups that divides ``channels``."""
+    check_int(op, "num_groups", groups, 2**31)
+    if groups < 1 or channels % groups:
+        raise ValueError(f"{op}: num_groups must divide the {channels} channels, got {groups}")
 
 
 def check_position(

@@ -45,6 +45,10 @@ class VFMTokOutput:
     entropy_loss: Tensor
 
 
+# What the pixel decoder's maps may take: 14 pictures of 336 pixels in half precision.
+_PIECE_BYTES = 2**31
+
+
 class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
     """The tokenizer, with random weights; see `from_official` and `from_pretrained` for others.
 
@@ -173,8 +177,10 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         return self.region_encoder.sampling_points(self.backbone(images))
 
     def _decode_vectors(self, vectors: Tensor) -> Tensor:
-        regions = self.token_decoder.regions(vectors)
-        return self.pixel_decoder(self.token_decoder.pixel_map(regions))
+        maps = self.token_decoder.pixel_map(self.token_decoder.regions(vectors))
+        # A few pictures at a time: their maps are large, and no faster for being many.
+        pieces = maps.split(self.pixel_decoder.fitting(_PIECE_BYTES, maps.itemsize))
+        return torch.cat([self.pixel_decoder(piece) for piece in pieces])
 
     @classmethod
     def from_official(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .. import ops
 from .config import VFMTokConfig
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+def pair(module: nn.Module) -> tuple[Tensor, Tensor]:
+    return module.weight, module.bias
 
 
 class ResidualBlock(nn.Module):
@@ -25,8 +31,11 @@ class ResidualBlock(nn.Module):
             self.shortcut = nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        shortcut = None if isinstance(self.shortcut, nn.Identity) else pair(self.shortcut)
+        return ops.residual_block(
+            x, *map(pair, (self.norm1, self.conv1, self.norm2, self.conv2)), shortcut,
+            num_groups=self.norm1.num_groups, eps=self.norm1.eps,
+        )  # fmt: skip
 
 
 class SpatialAttention(nn.Module):
@@ -64,7 +73,7 @@ class Level(nn.Module):
         x = self.blocks(x)
         if self.upsample is None:
             return x
-        return self.upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return ops.upsample_conv(x, *pair(self.upsample))
 
 
 class PixelDecoder(nn.Module):
@@ -85,10 +94,21 @@ class PixelDecoder(nn.Module):
                 )
             )
         )
+        sides = [config.image_size >> i for i in reversed(range(len(widths)))]
+        self.largest_map = max(width * side**2 for width, side in zip(widths, sides, strict=True))
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
+    def fitting(self, nbytes: int, itemsize: int) -> int:
+        """Pictures whose maps fit into so many bytes; one at least."""
+        # Of a block its input, a convolution's result, that normed, the next one's; of the level
+        # its input.
+        return max(1, nbytes // (5 * self.largest_map * itemsize))
+
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, dim, 21, 21] to images [B, 3, 336, 336], about [-1, 1], not clamped."""
-        x = self.levels(self.middle(self.conv_in(x)))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        # Channels last: convolutions and norms keep that format from here on.
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        x = self.levels(self.middle(x))
+        norm = self.norm_out
+        return self.conv_out(ops.group_norm_silu(x, *pair(norm), norm.num_groups, norm.eps))

@@ -125,11 +125,29 @@ def _decode_step(
     return (code, new(1, C), weights, cache, at[:1], at[1:]), {"attend": decode_attention}
 
 
+def _last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _group_norm_silu(new: New, device, *, B: int, C: int, side: int, groups: int):
+    return (_last(new(B, C, side, side)), new(C), new(C), groups, 1e-6), {}
+
+
+def _residual_block(new: New, device, *, B: int, C: int, out: int, side: int, groups: int):
+    convs = [(_last(new(out, i, 3, 3)), new(out)) for i in (C, out)]
+    norms = [(new(i), new(i)) for i in (C, out)]
+    shortcut = None if C == out else (new(out, C, 1, 1), new(out))
+    x = _last(new(B, C, side, side))
+    return (x, norms[0], convs[0], norms[1], convs[1], shortcut, groups, 1e-6), {}
+
+
 _MAKERS = {
     "decode_attention": _decode_attention,
     "decode_step": _decode_step,
     "deformable_sample": _deformable_sample,
+    "group_norm_silu": _group_norm_silu,
     "nearest_code": _nearest_code,
+    "residual_block": _residual_block,
     "sample_token": _sample_token,
 }
 
@@ -160,6 +178,16 @@ def tokenizer_calls(config: VFMTokConfig) -> list[Call]:
     for dtype in ("bfloat16", "float32"):
         sizes = {"B": 64, **shape}
         calls.append(Call("deformable_sample", "64 images", dtype, sizes, BY_DEFORMABLE))
+    return calls + decoder_calls(config)
+
+
+def decoder_calls(config: VFMTokConfig) -> list[Call]:
+    """The norms of the pixel decoder, by width: 16 pictures, of which it decodes many in turn."""
+    side, calls = config.image_size, []
+    for multiple in config.pixel_channel_mult:
+        sizes = {"B": 16, "C": multiple * config.pixel_channels, "side": side, "groups": 32}
+        calls.append(Call("group_norm_silu", f"16 maps of {side}", "bfloat16", sizes))
+        side //= 2
     return calls
 
 
