@@ -1,0 +1,26 @@
+"""`ops.add_norm` on a CPU: scale and add in one pass, then torch's LayerNorm.
+
+CPU_MEASURED
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def add_norm(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor,
+    scale: Tensor | None, eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `vfmtok_fast.ops.add_norm`."""
+    if scale is None:
+        total = x + branch
+    else:
+        total = torch.addcmul(x, branch.to(x.dtype), scale.to(x.dtype))
+    if dtype == weight.dtype == x.dtype:
+        return total, F.layer_norm(total, weight.shape, weight, bias, eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    normed = F.layer_norm(total.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
+    return total, normed.to(dtype)
