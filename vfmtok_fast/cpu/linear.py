@@ -14,16 +14,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# Asked here, for torch.compile cannot look into these.
+AVAILABLE = torch.backends.mkldnn.is_available()
+BFLOAT16 = AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
 
 def unsupported_reason(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> str | None:
     """Why this cannot take the call, or None."""
-    if not torch.backends.mkldnn.is_available():
+    if not AVAILABLE:
         return "this torch was built without oneDNN"
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, not {x.dtype}"
-    if x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if x.dtype == torch.bfloat16 and not BFLOAT16:
         return "this processor has no instructions for bfloat16"
     return None
 
