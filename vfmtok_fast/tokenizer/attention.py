@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .layers import Linear
+
 
 class CausalSelfAttention(nn.Module):
     """Multi-head attention to this position and the ones before it.
@@ -17,10 +19,10 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.out = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.k = Linear(dim, dim)
+        self.v = Linear(dim, dim)
+        self.out = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, C]."""

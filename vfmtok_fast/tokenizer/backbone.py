@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import first_line
 from ..hub import register_constant
+from . import vit as plain
 from .config import DINOV2_L_LEVELS, BackboneConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -54,6 +55,7 @@ class Backbone(nn.Module):
                 f"BackboneConfig: levels must be below {name}'s depth {depth}, got {self.levels}"
             )
         self.dim = self.vit.embed_dim
+        self.is_plain = plain.is_plain(self.vit)
         self.image_size = patch_embed.img_size[0]
         register_constant(self, "mean", torch.tensor(mean, device="cpu").view(3, 1, 1))
         register_constant(self, "std", torch.tensor(std, device="cpu").view(3, 1, 1))
@@ -75,7 +77,9 @@ class Backbone(nn.Module):
             wide = x if x.dtype == torch.float64 else x.float()
             wide = F.interpolate(wide, size=self.image_size, mode="bicubic", antialias=True)
             x = wide.clamp(0, 1).to(x.dtype)
-        x = ((x - self.mean) / self.std).to(next(self.vit.parameters()).dtype)
+        x = ((x - self.mean) / self.std).to(next(self.vit.patch_embed.parameters()).dtype)
+        if self.is_plain:
+            return plain.read(self.vit, x, self.levels)
         last, maps = self.vit.forward_intermediates(
             x, indices=list(self.levels), norm=False, output_fmt="NLC"
         )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
 from ..hub import register_constant
 from .attention import CausalSelfAttention
 from .config import VFMTokConfig
+from .layers import Linear
 
 
 class Projector(nn.Sequential):
@@ -19,10 +19,10 @@ class Projector(nn.Sequential):
 
     def __init__(self, backbone_dim: int, dim: int):
         super().__init__(
-            nn.Linear(backbone_dim, dim, bias=False),
+            Linear(backbone_dim, dim, bias=False),
             nn.LayerNorm(dim),
             nn.ReLU(),
-            nn.Linear(dim, dim, bias=False),
+            Linear(dim, dim, bias=False),
             nn.LayerNorm(dim),
         )
 
@@ -34,10 +34,10 @@ class DeformableAttention(nn.Module):
         super().__init__()
         self.shape = (num_heads, num_levels, num_points)
         samples = math.prod(self.shape)
-        self.offsets = nn.Linear(dim, 2 * samples)
-        self.weights = nn.Linear(dim, samples)
-        self.value = nn.Linear(dim, dim)
-        self.out = nn.Linear(dim, dim)
+        self.offsets = Linear(dim, 2 * samples)
+        self.weights = Linear(dim, samples)
+        self.value = Linear(dim, dim)
+        self.out = Linear(dim, dim)
 
         # As in Deformable DETR: head h looks along direction h, point p at distance p + 1.
         angle = torch.arange(num_heads) * (2 * math.pi / num_heads)
@@ -80,15 +80,19 @@ class RegionLayer(nn.Module):
         self.cross_norm = nn.LayerNorm(dim)
         self.self_attention = CausalSelfAttention(dim, config.num_heads)
         self.self_norm = nn.LayerNorm(dim)
-        self.up = nn.Linear(dim, config.encoder_ffn_dim)
-        self.down = nn.Linear(config.encoder_ffn_dim, dim)
+        self.up = Linear(dim, config.encoder_ffn_dim)
+        self.down = Linear(config.encoder_ffn_dim, dim)
         self.ffn_norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, position: Tensor, *sources) -> Tensor:
-        x = self.cross_norm(x + self.cross_attention(x + position, *sources))
+        x = _add_norm(x, self.cross_attention(x + position, *sources), self.cross_norm)
         # The release adds the position to the values as well.
-        x = self.self_norm(x + self.self_attention(x + position))
-        return self.ffn_norm(x + self.down(F.relu(self.up(x))))
+        x = _add_norm(x, self.self_attention(x + position), self.self_norm)
+        return _add_norm(x, self.down(self.up(x, "relu")), self.ffn_norm)
+
+
+def _add_norm(x: Tensor, branch: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return ops.add_norm(x, branch, norm.weight, norm.bias, eps=norm.eps)[1]
 
 
 class RegionEncoder(nn.Module):

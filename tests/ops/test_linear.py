@@ -1,0 +1,129 @@
+"""linear: reference and CPU implementation against float64, gradients, autocast, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vfmtok_fast import ops
+from vfmtok_fast.cpu import linear as cpu
+from vfmtok_fast.reference.linear import linear as reference
+
+ACTIVATIONS = [None, "gelu", "relu"]
+
+
+@pytest.fixture(autouse=True)
+def fast(taking):
+    yield from taking("linear")
+
+
+def make(*rows: int, K: int = 24, N: int = 17, dtype=torch.float32) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=draw).to(dtype) for s in ((*rows, K), (N, K), (N,))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("biased", [True, False])
+def test_against_float64(activation, biased: bool, dtype: torch.dtype, check_error):
+    x, weight, bias = make(3, 11, dtype=dtype)
+    bias = bias if biased else None
+    got = ops.linear(x, weight, bias, activation=activation)
+    truth = reference(
+        x.double(), weight.double(), bias if bias is None else bias.double(), activation
+    )
+    check_error(got, truth, reference(x, weight, bias, activation))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("rows", "K", "N"), [((0,), 3, 2), ((4,), 0, 3), ((2, 3), 5, 0), ((), 4, 1)]
+)
+def test_any_shape(rows: tuple, K: int, N: int, activation):
+    x, weight, bias = make(*rows, K=K, N=N)
+    got = ops.linear(x, weight, bias, activation=activation)
+    torch.testing.assert_close(got, reference(x, weight, bias, activation))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_strides_and_what_is_not_finite(activation):
+    x, weight, bias = make(5)
+    strided = (x.T.contiguous().T, weight.T.contiguous().T, bias.repeat(2)[::1][:17])
+    want = ops.linear(x, weight, bias, activation=activation)
+    torch.testing.assert_close(ops.linear(*strided, activation=activation), want)
+    x[1, 2], x[3, 0] = float("nan"), float("inf")
+    got, want = (
+        ops.linear(x, weight, bias, activation=activation),
+        reference(x, weight, bias, activation),
+    )
+    torch.testing.assert_close(got, want, equal_nan=True)
+    assert got[1].isnan().all()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("trained", [(0,), (1, 2), (0, 1, 2)])
+def test_gradients(activation, trained: tuple[int, ...], check_error):
+    def gradients(dtype: torch.dtype, function) -> list[Tensor]:
+        parts = [part.to(dtype) for part in make(2, 9)]
+        for i in trained:
+            parts[i].requires_grad_()
+        out = function(*parts)
+        weights = torch.linspace(-1, 1, out.numel(), dtype=dtype).view(out.shape)
+        return torch.autograd.grad(out, [parts[i] for i in trained], weights)
+
+    plain = lambda *parts: reference(*parts, activation)  # noqa: E731
+    got = gradients(torch.float32, lambda *parts: ops.linear(*parts, activation=activation))
+    truth, ruler = gradients(torch.float64, plain), gradients(torch.float32, plain)
+    for one in zip(got, truth, ruler, strict=True):
+        check_error(*one)
+
+
+def test_autocast_casts_as_torchs_own_layer_does():
+    x, weight, bias = make(5)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = ops.linear(x, weight, bias), F.linear(x, weight, bias)
+    assert got.dtype == want.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want)
+
+
+def test_what_onednn_cannot_take_is_said(monkeypatch):
+    """The private op is in torch 2.11 and 2.14; where oneDNN is missing, so is it."""
+    assert torch.ops.mkldnn._linear_pointwise is not None
+    x, weight, bias = make(5)
+    assert "not torch.float64" in cpu.unsupported_reason(x.double(), weight, bias, None)
+    monkeypatch.setattr(cpu, "AVAILABLE", False)
+    assert "built without oneDNN" in cpu.unsupported_reason(x, weight, bias, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(2, 3)}, ValueError, r"x must have shape \(2, 24\), got \(2, 3\)"),
+        ({"weight": torch.zeros(24)}, ValueError, r"weight must have shape \[N, K\]"),
+        ({"bias": torch.zeros(3)}, ValueError, r"bias must have shape \(17,\)"),
+        ({"bias": torch.zeros(17).half()}, TypeError, "bias must be torch.float32"),
+        ({"x": torch.zeros(2, 24).int()}, TypeError, "x must be floating point"),
+        (
+            {"activation": "silu"},
+            ValueError,
+            "activation must be None, 'gelu' or 'relu', got 'silu'",
+        ),
+    ],
+)
+def test_errors(change: dict, error: type, message: str):
+    arguments = dict(zip(("x", "weight", "bias"), make(2), strict=True)) | change
+    with pytest.raises(error, match=f"^linear: {message}"):
+        ops.linear(**arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", [False, True])
+def test_compiles(trained: bool):
+    x, weight, bias = make(4)
+    weight.requires_grad_(trained)
+    call = lambda x: ops.linear(x, weight, bias, activation="gelu")  # noqa: E731
+    got = torch.compile(call, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(got, call(x))
+    assert got.requires_grad == trained

@@ -1,0 +1,54 @@
+"""A linear layer and what follows it at once: exact GELU, ReLU or nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reference import linear as reference
+from ..switch import Op
+from .checks import check_same, check_shape, check_tensor
+
+_op = Op("linear", reference.linear)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None
+) -> Tensor:
+    """Return ``activation(x @ weight.T + bias)``.
+
+    Under autocast all three are cast to its dtype, as torch's own linear layer casts them.
+    Differentiable; of the fast implementations, once.
+
+    Args:
+        x: [..., K].
+        weight: [N, K].
+        bias: [N] or None.
+        activation: None, "gelu" (exact, by the error function) or "relu".
+        All floating, of one dtype (but under autocast) and device.
+
+    Returns:
+        [..., N], dtype of ``weight``, or autocast's.
+
+    Raises:
+        TypeError: not floating tensors, or two dtypes.
+        ValueError: shapes that do not fit, two devices, or an activation that does not exist.
+
+    Source: Gaussian error linear units, arXiv 1606.08415.
+    """
+    name = "linear"
+    check_tensor(name, "weight", weight, "[N, K]", 2)
+    check_tensor(name, "x", x, "[..., K]", getattr(x, "ndim", 1) or 1)
+    check_shape(name, "x", x, (*x.shape[:-1], weight.shape[1]))
+    if bias is not None:
+        check_tensor(name, "bias", bias, "[N]", 1)
+        check_shape(name, "bias", bias, (weight.shape[0],))
+    if activation not in (None, "gelu", "relu"):
+        raise ValueError(f"{name}: activation must be None, 'gelu' or 'relu', got {activation!r}")
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    check_same(name, x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+    return _op(x, weight, bias, activation)

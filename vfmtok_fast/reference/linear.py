@@ -1,0 +1,14 @@
+"""Reference of `ops.linear`."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """See `vfmtok_fast.ops.linear`."""
+    y = F.linear(x, weight, bias)
+    if activation is None:
+        return y
+    return F.gelu(y) if activation == "gelu" else F.relu(y)

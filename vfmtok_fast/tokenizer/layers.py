@@ -1,0 +1,14 @@
+"""Layers of the tokenizer that are ops."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .. import ops
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` by `ops.linear`."""
+
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+        return ops.linear(x, self.weight, self.bias, activation=activation)

@@ -1,0 +1,103 @@
+"""A plain vision transformer of timm, read at several depths through `ops`.
+
+The weights stay where timm has them, in the modules that timm made. The residual stream has the
+dtype of the position table, and each product the dtype of its weights: a float32 stream around
+products in half precision is a matter of which dtype the weights are held in.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+
+
+def is_plain(vit: nn.Module) -> bool:
+    """Whether `read` computes what ``vit`` does: pre-norm blocks of attention and a GELU MLP.
+
+    By exact classes, for a subclass may do anything: rotary positions, SwiGLU, parallel or
+    post-norm blocks and norms inside the attention or the MLP are not plain.
+    """
+    # timm brings torchvision and with it Triton, which importing the package should not.
+    from timm.models.vision_transformer import VisionTransformer
+
+    if type(vit) is not VisionTransformer or not _is_norm(vit.norm):
+        return False
+    return all(_is_plain_block(block) for block in vit.blocks)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    from timm.layers import LayerNorm
+
+    known = type(module) in (nn.LayerNorm, LayerNorm) and not getattr(module, "_fast_norm", False)
+    return known and module.weight is not None and module.bias is not None
+
+
+def _is_plain_block(block: nn.Module) -> bool:
+    from timm.layers import Attention, LayerScale, Mlp
+    from timm.models.vision_transformer import Block
+
+    if type(block) is not Block or type(block.attn) is not Attention or type(block.mlp) is not Mlp:
+        return False
+    attention, mlp = block.attn, block.mlp
+    # Of timm from when the attention had neither.
+    extras = (getattr(attention, name, None) for name in ("norm", "gate"))
+    products = (attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
+    return (
+        attention.fused_attn
+        and all(type(extra) in (type(None), nn.Identity) for extra in extras)
+        and all(type(product) is nn.Linear for product in products)
+        and all(type(scale) in (nn.Identity, LayerScale) for scale in (block.ls1, block.ls2))
+        and type(mlp.norm) is nn.Identity
+        and type(mlp.act) is nn.GELU
+        and mlp.act.approximate == "none"
+        and _is_norm(block.norm1)
+        and _is_norm(block.norm2)
+    )
+
+
+def read(vit: nn.Module, images: Tensor, levels: tuple[int, ...]) -> list[Tensor]:
+    """Normalised images [B, 3, S, S] to one map [B, patches, C] per level.
+
+    ``levels`` are indices of blocks, rising; the last block's output passes the final norm.
+    ``vit`` is plain and in eval mode.
+    """
+    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+    following = [*(block.norm1 for block in vit.blocks[1:]), vit.norm]
+    normed = vit.blocks[0].norm1(x)
+    maps = []
+    for i, (block, norm) in enumerate(zip(vit.blocks[: levels[-1] + 1], following, strict=False)):
+        attention, mlp = block.attn, block.mlp
+        branch = _attend(attention, normed)
+        x, normed = _add_norm(x, branch, block.ls1, block.norm2, mlp.fc1)
+        branch = _product(mlp.fc2, _product(mlp.fc1, normed, "gelu"))
+        x, normed = _add_norm(
+            x, branch, block.ls2, norm, None if norm is vit.norm else attention.qkv
+        )
+        if i in levels:
+            maps.append((normed if norm is vit.norm else x)[:, vit.num_prefix_tokens :])
+    return maps
+
+
+def _product(layer: nn.Linear, x: Tensor, activation: str | None = None) -> Tensor:
+    x = x.to(layer.weight.dtype)
+    return ops.linear(x, layer.weight, layer.bias, activation=activation)
+
+
+def _add_norm(
+    x: Tensor, branch: Tensor, scale: nn.Module, norm: nn.LayerNorm, reader: nn.Linear | None
+) -> tuple[Tensor, Tensor]:
+    """The stream with a branch added, and that normalised for the layer that reads it."""
+    return ops.add_norm(
+        x, branch, norm.weight, norm.bias, scale=getattr(scale, "gamma", None), eps=norm.eps,
+        dtype=None if reader is None else reader.weight.dtype,
+    )  # fmt: skip
+
+
+def _attend(attention: nn.Module, x: Tensor) -> Tensor:
+    qkv = _product(attention.qkv, x).unflatten(-1, (3, attention.num_heads, -1))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    mixed = F.scaled_dot_product_attention(q, k, v)
+    return _product(attention.proj, mixed.transpose(1, 2).flatten(2))
