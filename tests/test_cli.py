@@ -138,8 +138,8 @@ def test_cache_refuses_what_it_must(run, photos: Path, tmp_path: Path) -> None:
 
     assert run("cache", photos, out, "--batch-size", 2, *SMALL)[0] == 0
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    line = refusal(run("cache", photos, out, "--batch-size", 2, "--dtype", "bfloat16", *SMALL))
-    assert "dtype" in line
+    line = refusal(run("cache", photos, out, "--batch-size", 2, "--precision", "mixed", *SMALL))
+    assert "dtype (there float32, here mixed)" in line
     assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
 
 

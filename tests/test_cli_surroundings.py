@@ -18,6 +18,7 @@ from vfmtok_fast.cache.sources import KINDS
 from vfmtok_fast.checkpoint import OFFICIAL_FILES, OFFICIAL_REPO
 from vfmtok_fast.cli import choices, output, processes
 from vfmtok_fast.generator.config import PRESETS
+from vfmtok_fast.tokenizer.precision import PRECISIONS
 
 
 def run(*arguments: object, **options) -> subprocess.CompletedProcess:
@@ -36,11 +37,21 @@ def test_help_imports_no_torch():
     assert result.returncode == 0 and "--max-bad" in result.stdout, result.stderr
 
 
+def test_the_old_name_of_precision_is_told(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["cache", "photos", "tokens", "--dtype", "bfloat16"])
+    assert "is called --precision now: --precision bfloat16" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["sample", "out", "--precision", "mixed"])
+    assert "invalid choice: 'mixed'" in capsys.readouterr().err
+
+
 def test_choices_are_those_of_the_package():
     assert set(choices.OFFICIAL_FILES) == set(OFFICIAL_FILES)
     assert choices.OFFICIAL_REPO == OFFICIAL_REPO
     assert set(choices.PRESETS) == set(PRESETS)
     assert set(choices.UNTRAINED) == set(untrained.TOKENIZERS) == set(untrained.GPTS)
+    assert choices.PRECISIONS == PRECISIONS
     assert list(choices.VIEWS) == known_views()
     assert set(choices.INPUTS) == set(KINDS)
     assert set(choices.FORMATS) == set(FORMATS)

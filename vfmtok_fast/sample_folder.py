@@ -84,6 +84,8 @@ def prepare(job: Job) -> None:
         "dtype": str(job.gpt.dtype).removeprefix("torch."),
         "gpt_sha256": weights_checksum(job.gpt.state_dict()),
         "tokenizer_sha256": weights_checksum(job.tokenizer.state_dict()),
+        # Its weights say all but this.
+        **({"tf32": True} if getattr(job.tokenizer, "tf32", False) else {}),
         **({} if job.kv_dtype is None else {"kv_dtype": str(job.kv_dtype)[6:]}),
         **job.sampling,
     }

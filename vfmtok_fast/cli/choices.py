@@ -5,6 +5,7 @@ seconds; a test compares.
 OFFICIAL_REPO = "yexiguafu/VFMTok"
 OFFICIAL_FILES = ("tokenizer", "GPT-B", "GPT-L", "GPT-XL", "GPT-XXL", "GPT-2B", "GPT-3B")
 PRESETS = ("GPT-B", "GPT-L", "GPT-XL", "GPT-XXL", "GPT-2B", "GPT-3B")
+PRECISIONS = ("float32", "tf32", "float16", "bfloat16", "mixed")
 UNTRAINED = ("full", "small")
 VIEWS = ("center", "center-flip", "ten-crop", "ten-crop-N", "random-K", "random-K-flip")
 INPUTS = ("folder", "tar", "webdataset", "parquet", "lmdb")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from .choices import INPUTS, UNTRAINED
+from .choices import INPUTS, PRECISIONS, UNTRAINED
 from .output import note
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ def add_input_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_tokenizer_options(
-    parser: argparse.ArgumentParser, untrained: Sequence[str] = UNTRAINED
+    parser: argparse.ArgumentParser,
+    untrained: Sequence[str] = UNTRAINED,
+    precisions: Sequence[str] = PRECISIONS,
 ) -> None:
     group = parser.add_argument_group(
         "model", "by default the authors' tokenizer and DINOv2, downloaded once"
@@ -44,15 +46,21 @@ def add_tokenizer_options(
     )
     group.add_argument("--backbone", metavar="FILE", help="with --tokenizer: DINOv2's own file")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
+    mixed = "of those in half precision mixed the fewest; " if "mixed" in precisions else ""
     group.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        "--precision",
+        choices=precisions,
         default="float32",
-        help="of the weights; half precision changes some tokens (%(default)s)",
+        help=f"what to compute in; all but float32 change some tokens; {mixed}(%(default)s)",
     )
+    group.add_argument("--dtype", type=_renamed, help=argparse.SUPPRESS)
     group.add_argument(
         "--no-fast", dest="fast", action="store_false", help="take the reference everywhere"
     )
+
+
+def _renamed(value: str) -> str:
+    raise argparse.ArgumentTypeError(f"is called --precision now: --precision {value}")
 
 
 def check_input(options: argparse.Namespace) -> None:
@@ -87,10 +95,12 @@ def load_tokenizer(options: argparse.Namespace, device: str | None) -> VFMTok:
     else:
         file = options.tokenizer or checkpoint.fetch_official("tokenizer", "--tokenizer")
         model = VFMTok.from_official(file, options.backbone)
-    return _moved(model, device, options.dtype)
+    return _moved(model.set_precision(options.precision), device)
 
 
 def load_gpt(options: argparse.Namespace, device: str | None) -> GPT:
+    import torch
+
     from .. import untrained
     from ..generator import GPT
 
@@ -104,10 +114,12 @@ def load_gpt(options: argparse.Namespace, device: str | None) -> GPT:
         )
     else:
         gpt = GPT.from_pretrained(options.gpt)
-    return _moved(gpt, device, options.dtype)
+    # Its products have no TF32 of their own.
+    dtype = "float32" if options.precision == "tf32" else options.precision
+    return _moved(gpt.to(getattr(torch, dtype)), device)
 
 
-def _moved(model: torch.nn.Module, name: str | None, dtype: str) -> torch.nn.Module:
+def _moved(model: torch.nn.Module, name: str | None) -> torch.nn.Module:
     """The model on a device, in eval mode."""
     import torch
 
@@ -120,4 +132,4 @@ def _moved(model: torch.nn.Module, name: str | None, dtype: str) -> torch.nn.Mod
         raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices")
-    return model.eval().to(device, getattr(torch, dtype))
+    return model.eval().to(device)

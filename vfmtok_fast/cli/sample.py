@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .choices import PRECISIONS
 from .models import add_tokenizer_options, load_gpt, load_tokenizer, policy
 from .output import say, write_png
 from .processes import among_processes
@@ -39,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--greedy", action="store_true", help="take the likeliest code each time")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
-    add_tokenizer_options(parser)
+    # Mixed is for encoding.
+    add_tokenizer_options(parser, precisions=[name for name in PRECISIONS if name != "mixed"])
 
 
 def run(options: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from ..hub import HubModel
 from .backbone import Backbone
 from .config import VFMTokConfig
 from .pixel_decoder import PixelDecoder
+from .precision import computing, precision_of, set_precision
 from .quantizer import Quantizer
 from .region_encoder import RegionEncoder
 from .token_decoder import TokenDecoder
@@ -78,6 +80,34 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         self.quantizer = Quantizer(config)
         self.token_decoder = TokenDecoder(config, self.backbone.dim)
         self.pixel_decoder = PixelDecoder(config)
+        # Whether float32 products may take TF32 on a GPU, see `set_precision`.
+        self.tf32 = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what follows the backbone, and best of images; see `precision`."""
+        return self.quantizer.codebook.dtype
+
+    @property
+    def precision(self) -> str:
+        """One of float32, tf32, float16, bfloat16, mixed; after casts by hand also another."""
+        return precision_of(self)
+
+    def set_precision(self, precision: str) -> Self:
+        """Choose in what `encode` and `decode` compute; returns the model itself.
+
+        Args:
+            precision: "float32" is exact and the default. "tf32" lets a GPU round float32 products
+                to 10 bits, in `encode` and `decode`, whatever the process has set. "float16" and
+                "bfloat16" cast all weights. "mixed" casts those of the backbone's products to
+                float16 and leaves all else, the stream between them too, in float32.
+
+        Raises:
+            ValueError: no such precision, weights that were rounded already, or "mixed" with a
+                backbone that is no plain ViT.
+        """
+        set_precision(self, precision)
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -108,8 +138,9 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
             Unit queries [B, 256, 12] and the foundation model's last map [B, 576, 1024].
         """
         check_images("VFMTok", images, self.config.image_size, self.device)
-        maps = self.backbone(images)
-        return self.quantizer.queries(self.region_encoder(maps)), maps[-1]
+        with computing(self):
+            maps = self.backbone(images)
+            return self.quantizer.queries(self.region_encoder(maps)), maps[-1]
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -127,7 +158,8 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         """
         R, K = self.config.num_regions, self.config.codebook_size
         check_codes("VFMTok", codes, R, K, self.device)
-        return self._decode_vectors(self.quantizer.lookup(codes.long()))
+        with computing(self):
+            return self._decode_vectors(self.quantizer.lookup(codes.long()))
 
     @torch.no_grad()
     def decode_to_uint8(self, codes: Tensor, size: int = 256) -> Tensor:

@@ -31,7 +31,7 @@ BAD_TOKEN = 0xFFFF
 # What torch.compile and DistributedDataParallel put before or into the names of weights.
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<![^.])_orig_mod\.")
 # Those that `encode` takes.
-TOKENIZER_OPS = frozenset(["deformable_sample", "nearest_code"])
+TOKENIZER_OPS = frozenset(["add_norm", "deformable_sample", "linear", "nearest_code"])
 
 
 class Tokenizer(Protocol):
@@ -215,7 +215,6 @@ def describe(
             f"cache: codebook_size must be 1 to {BAD_TOKEN} (tokens are stored in 16 bits, "
             f"{BAD_TOKEN} marks a bad picture), got {config.codebook_size}"
         )
-    first = next(iter(tokenizer.parameters()), None)
     parsed = parse_views(views)
     covers = {
         "weights_sha256": weights_checksum(tokenizer.state_dict()),
@@ -223,8 +222,9 @@ def describe(
         "config": {k: v for k, v in dataclasses.asdict(config).items() if v is not None},
         "codebook_size": config.codebook_size,
         "num_tokens": config.num_regions,
-        "dtype": str(torch.float32 if first is None else first.dtype).removeprefix("torch."),
-        **_fast_ops(first),
+        # A VFMTok's precision; what it is called here is older than that.
+        "dtype": (precision := _precision(tokenizer)),
+        **_fast_ops(precision),
         "views": [str(view) for view in parsed],
         **rules(parsed, seed),
         "image_size": config.image_size,
@@ -237,11 +237,18 @@ def describe(
     return json.loads(_canonical(covers))
 
 
-def _fast_ops(weights: torch.Tensor | None) -> dict[str, list[str]]:
+def _precision(tokenizer: Tokenizer) -> str:
+    named = getattr(tokenizer, "precision", None)
+    if isinstance(named, str):
+        return named
+    first = next(iter(tokenizer.parameters()), None)
+    return str(torch.float32 if first is None else first.dtype).removeprefix("torch.")
+
+
+def _fast_ops(precision: str) -> dict[str, list[str]]:
     """In half precision, the enabled ops: they round differently, and tokens differ by that."""
     ops = sorted(switch.policy().ops & TOKENIZER_OPS)
-    half = weights is not None and weights.dtype in (torch.float16, torch.bfloat16)
-    return {"fast_ops": ops} if half and ops else {}
+    return {"fast_ops": ops} if precision in ("float16", "bfloat16", "mixed") and ops else {}
 
 
 def weights_checksum(state: Mapping[str, torch.Tensor]) -> str:

@@ -208,7 +208,9 @@ def _encode_batch(tokenizer: Tokenizer, batch: Batch, manifest: Manifest) -> np.
     # A thread starts on GPU 0, whichever its parent had chosen.
     chosen = torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
     with chosen, torch.inference_mode():
-        tokens = tokenizer.encode(batch.to(first.device).to(first.dtype))
+        # A tokenizer in mixed precision says what it takes.
+        dtype = getattr(tokenizer, "dtype", first.dtype)
+        tokens = tokenizer.encode(batch.to(first.device).to(dtype))
     expected = (manifest.batch_size, manifest.num_tokens)
     if tuple(tokens.shape) != expected or tokens.is_floating_point() or tokens.is_complex():
         raise TokenError(
