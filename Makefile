@@ -24,8 +24,9 @@ READY := $(if $(VENV),$(VENV)/.installed)
 # Benchmarks are bench_*.py and bench_* functions; a plain `pytest` never runs them.
 BENCH := -o python_files='bench_*.py' -o python_functions='bench_*' \
 	$(if $(findstring .py,$(ARGS)),,benchmarks)
-# A process per core, at most 4: each may hold a full-size model. A file's tests share its fixtures.
-PARALLEL := -n auto --maxprocesses=4 --dist loadfile
+# A process per core, at most 4: each may hold a full-size model. A file's tests share its fixtures;
+# files are taken in the order of tests/conftest.py, the longest first.
+PARALLEL := -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder
 # The package as an install would lay it out, for machines where nothing can be installed.
 BARE := $(CURDIR)/build/bare
 

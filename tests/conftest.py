@@ -40,6 +40,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Processes take files in this order: the longest first, lest one of them start when the
+        # others are done. Else pytest-xdist goes by number of tests, and the interpreter is one.
+        rank: dict[Path, int] = {}
+        for item in items:
+            interpreted = "run_in_interpreter" in getattr(item, "fixturenames", ())
+            own = 0 if interpreted else 1 if item.get_closest_marker("slow") else 2
+            rank[item.path] = min(own, rank.get(item.path, 2))
+        items.sort(key=lambda item: rank[item.path])
 
 
 @pytest.fixture(autouse=True)

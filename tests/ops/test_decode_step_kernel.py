@@ -178,7 +178,11 @@ def test_any_shape(part, rows, K, N, half, seed, check_error, check_bound, float
 def test_every_setting(space, check):
     parts = {"qkv": "queries", "out": "add", "gate_up": "hidden", "down": "add", "head": "logits"}
     kind = space.name.partition(".")[2]
-    for setting in space.candidates():
+    settings = space.candidates()
+    if INTERPRETED and kind in parts:
+        # It knows no warps, and at this K no number of them makes a tile smaller.
+        settings = list({setting.tile: setting for setting in settings}.values())
+    for setting in settings:
         with space.using(setting):
             for part in [parts[kind]] if kind in parts else ("queries", "hidden"):
                 for dtype in (torch.float32, torch.float16):
