@@ -1,0 +1,258 @@
+"""How many tokens each precision leaves as they are: `python benchmarks/precision.py`.
+
+The full-size tokenizer encodes seeded random crops of photographs in float32 and otherwise; equal
+tokens are counted. On a GPU each precision is what `set_precision` makes of the model. On a CPU the
+roundings are emulated in float32 arithmetic: both factors of a product are rounded, the sum is
+not, and in half precision the result is. ``--parts`` rounds one part of the foundation model at a
+time, to see which must stay wide.
+
+Weights are those of the tests' golden recipe, random but of trained sizes. Records go to
+precision.json of the device, after every batch; a second run goes on where the last one ended:
+
+    python benchmarks/precision.py --crops 1000
+    python benchmarks/precision.py --images photos/ --model vfmtok/
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import random
+import runpy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import harness
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import vfmtok_fast
+from vfmtok_fast import VFMTok, ops
+from vfmtok_fast.images import decode_image, to_float
+from vfmtok_fast.tokenizer.precision import PRECISIONS
+from vfmtok_fast.untrained import untrained_tokenizer
+
+GOLDEN = harness.ROOT / "tests" / "data" / "golden"
+PHOTOS = harness.ROOT / "examples" / "images"
+PARTS = ("patch", "qkv", "attention", "proj", "fc1", "fc2", "stream")
+PRODUCTS = PARTS[:-1]
+BATCH = 4
+# Crops whose pictures are compared: decoding is as dear as encoding.
+DECODED = 8
+
+
+def narrow(x: Tensor, kind: str | None) -> Tensor:
+    """``x`` rounded to a type's values, in its own dtype."""
+    if kind is None:
+        return x
+    if kind == "tf32":
+        return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return x.to(getattr(torch, kind)).to(x.dtype)
+
+
+def product(layer: torch.nn.Linear, x: Tensor, kind: str | None) -> Tensor:
+    bias = layer.bias if kind in (None, "tf32") else narrow(layer.bias, kind)
+    y = ops.linear(narrow(x, kind), narrow(layer.weight, kind), bias)
+    return y if kind == "tf32" else narrow(y, kind)
+
+
+def read(tok: VFMTok, images: Tensor, kinds: dict[str, str]) -> list[Tensor]:
+    """The backbone's maps, with the parts that ``kinds`` names rounded."""
+    backbone, vit = tok.backbone, tok.backbone.vit
+    x = ((images.clamp(-1, 1) + 1) / 2 - backbone.mean) / backbone.std
+    kind, conv = kinds.get("patch"), vit.patch_embed.proj
+    patches = F.conv2d(
+        narrow(x, kind), narrow(conv.weight, kind), narrow(conv.bias, kind), conv.stride
+    )
+    patches = patches if kind == "tf32" else narrow(patches, kind)
+    x = vit._pos_embed(patches.flatten(2).transpose(1, 2))
+    stream, maps = kinds.get("stream"), []
+    for i, block in enumerate(vit.blocks):
+        attention = block.attn
+        qkv = product(attention.qkv, block.norm1(narrow(x, stream)), kinds.get("qkv"))
+        q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        kind = kinds.get("attention")
+        # Scores and weights stay wide inside of a fused kernel; weights are rounded for the second
+        # product.
+        weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) if kind else None
+        mixed = narrow(weights, kind) @ v if kind else F.scaled_dot_product_attention(q, k, v)
+        mixed = narrow(mixed.transpose(1, 2).flatten(2), kind)
+        x = narrow(x, stream) + block.ls1(product(attention.proj, mixed, kinds.get("proj")))
+        h = product(block.mlp.fc1, block.norm2(narrow(x, stream)), kinds.get("fc1"))
+        h = product(block.mlp.fc2, narrow(F.gelu(h), kinds.get("fc1")), kinds.get("fc2"))
+        x = narrow(x, stream) + block.ls2(h)
+        if i in backbone.levels:
+            maps.append(x[:, vit.num_prefix_tokens :])
+    maps[-1] = vit.norm(x)[:, vit.num_prefix_tokens :]
+    return maps
+
+
+class RoundedLinear(TorchFunctionMode):
+    """Rounds both factors of every linear layer inside."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            x, weight, *bias = args
+            args = (narrow(x, self.kind), narrow(weight, self.kind), *bias)
+        return func(*args, **(kwargs or {}))
+
+
+def all_products(kind: str) -> dict[str, str]:
+    return dict.fromkeys(PRODUCTS, kind)
+
+
+# How a precision is emulated: roundings in the backbone, and in the linear layers behind it.
+EMULATED: dict[str, tuple[dict[str, str], str | None]] = {
+    "mixed": (all_products("float16"), None),
+    "mixed, tf32 behind the backbone": (all_products("float16"), "tf32"),
+    "mixed of bfloat16": (all_products("bfloat16"), None),
+    "tf32": (all_products("tf32"), "tf32"),
+    "float16": (all_products("float16") | {"stream": "float16"}, "float16"),
+    "bfloat16": (all_products("bfloat16") | {"stream": "bfloat16"}, "bfloat16"),
+}
+
+
+def queries_of(tok: VFMTok, maps: list[Tensor], kind: str | None) -> Tensor:
+    with RoundedLinear(kind) if kind else contextlib.nullcontext():
+        return tok.quantizer.queries(tok.region_encoder(maps))
+
+
+def emulations(parts: bool) -> dict[str, Callable[[VFMTok, Tensor], Tensor]]:
+    """Queries of images by the name of a precision."""
+    wanted = dict(EMULATED)
+    if parts:
+        wanted |= {f"only {part} in float16": ({part: "float16"}, None) for part in PARTS}
+    return {
+        name: lambda tok, images, how=how: queries_of(tok, read(tok, images, how[0]), how[1])
+        for name, how in wanted.items()
+    }
+
+
+def golden_model() -> VFMTok:
+    """The full-size tokenizer with the golden recipe's weights."""
+    recipe_tensor = runpy.run_path(str(GOLDEN / "recipe.py"))["recipe_tensor"]
+    shapes = json.loads((GOLDEN / "tokenizer_full.keys.json").read_text())
+    return VFMTok.from_official(
+        {key: torch.from_numpy(recipe_tensor(key, shape)) for key, shape in shapes.items()}
+    )
+
+
+def crops(folder: Path, size: int, first: int, count: int) -> Iterator[np.ndarray]:
+    """Seeded squares of half to all of a picture's shorter side, mirrored every other time."""
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if not paths:
+        raise SystemExit(f"{folder}: holds no pictures (.jpg, .png)")
+    for number in range(first, first + count):
+        draw = random.Random(number)
+        with decode_image(paths[number % len(paths)]) as picture:
+            side = round(min(picture.size) * draw.uniform(0.5, 1))
+            left, top = (draw.randint(0, length - side) for length in picture.size)
+            square = picture.crop((left, top, left + side, top + side))
+        square = square.resize((size, size), Image.Resampling.BICUBIC)
+        array = np.asarray(square)
+        yield array[:, ::-1] if number % 2 else array
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Decibels, of pictures in [-1, 1]."""
+    error = float((a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean())
+    return 10 * math.log10(4 / error) if error else math.inf
+
+
+def measure(
+    tok: VFMTok, images: Tensor, variants: dict[str, Callable], found: dict[str, dict], decode: int
+) -> None:
+    """Add a batch to what was found."""
+    exact = tok.encode_regions(images)[0]
+    codes, scores = ops.nearest_code(
+        exact.flatten(0, 1), tok.quantizer.codebook, k=2, return_score=True
+    )
+    margins = (scores[:, 0] - scores[:, 1]).view(len(images), -1)
+    codes = codes[:, 0].view(len(images), -1)
+    pixels = tok.decode(codes[:decode]) if decode else None
+    for name, queries in variants.items():
+        other = tok.quantizer.nearest(queries(tok, images).to(exact.dtype))
+        row = found.setdefault(name, {"equal": [], "margins_of_differing": [], "psnr": []})
+        row["equal"] += (other == codes).sum(1).tolist()
+        row["margins_of_differing"] += [round(m, 8) for m in margins[other != codes].tolist()]
+        if decode:
+            again = tok.decode(other[:decode])
+            row["psnr"] += [round(psnr(a, b), 2) for a, b in zip(pixels, again, strict=True)]
+        share = np.array(row["equal"]) / codes.shape[1]
+        spread = share.std(ddof=1) / len(share) ** 0.5 if len(share) > 1 else math.nan
+        print(f"{name}: {share.mean():.4%} +- {spread:.4%} of {len(share)} crops", flush=True)
+
+
+def real(model: Callable[[], VFMTok], device: torch.device) -> dict[str, Callable]:
+    """On a GPU: the model in each precision."""
+
+    @functools.cache
+    def made(precision: str) -> VFMTok:
+        return model().set_precision(precision).to(device)
+
+    def queries(tok: VFMTok, images: Tensor, precision: str) -> Tensor:
+        other = made(precision)
+        return other.encode_regions(images.to(other.dtype))[0]
+
+    return {
+        name: lambda tok, images, name=name: queries(tok, images, name)
+        for name in PRECISIONS
+        if name != "float32"
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--crops", type=int, default=64)
+    parser.add_argument("--images", type=Path, default=PHOTOS, help="folder of photographs")
+    parser.add_argument("--model", help="a folder made by convert; default: the golden recipe")
+    parser.add_argument("--untrained", help="small: shows the work", choices=("small",))
+    parser.add_argument("--parts", action="store_true", help="round one part at a time too")
+    parser.add_argument("--only", nargs="+", help="names of the precisions to measure")
+    options = parser.parse_args()
+
+    def model() -> VFMTok:
+        if options.untrained:
+            return untrained_tokenizer(options.untrained).eval()
+        made = VFMTok.from_pretrained(options.model) if options.model else golden_model()
+        return made.eval()
+
+    device = torch.device(harness.DEVICE)
+    tok = model().to(device)
+    name = "parts" if options.parts else "precision"
+    path = harness.RESULTS / harness.device_name() / f"{name}.json"
+    source = options.untrained or options.model or "golden recipe"
+    described = {"weights": str(source), "emulated": not harness.GPU, "images": options.images.name}
+    content = json.loads(path.read_text()) if path.exists() else {}
+    if {key: content.get(key) for key in described} != described:
+        content = {**described, "crops": 0, "tokens_per_crop": tok.config.num_regions, "found": {}}
+    variants = real(model, device) if harness.GPU else emulations(options.parts)
+    if options.only:
+        variants = {name: variants[name] for name in options.only}
+    batch = 64 if harness.GPU else BATCH
+    fast = vfmtok_fast.enable(None if harness.GPU else "linear")
+    with torch.inference_mode(), fast:
+        while content["crops"] < options.crops:
+            done = content["crops"]
+            count = min(batch, options.crops - done)
+            views = np.stack(list(crops(options.images, tok.config.image_size, done, count)))
+            decode = 0 if options.parts else max(0, min(count, DECODED - done))
+            measure(tok, to_float(views).to(device), variants, content["found"], decode)
+            content["crops"] = done + count
+            content["environment"] = harness.environment()
+            harness.write_json(path, content)
+
+
+if __name__ == "__main__":
+    main()
