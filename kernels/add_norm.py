@@ -74,7 +74,7 @@ def _add_norm_backward(
     if SCALED:
         factor = tl.load(scale + o_c, mask=m_c, other=0.0).to(tl.float32)
     parts = tl.num_programs(0)
-    for turn in range(0, tl.cdiv(rows - part, parts)):
+    for turn in range(tl.cdiv(rows - part, parts)):
         row = part.to(tl.int64) + turn * parts
         n, rstd = _normalise(_row(total, row, o_c, m_c, C), m_c, eps, C)
         g = _row(by_normed, row, o_c, m_c, C)

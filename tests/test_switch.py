@@ -119,7 +119,7 @@ def test_no_ops_enables_nothing(fake_op):
 @pytest.mark.parametrize("ops", ["nearest", ["nearest_code", "nearest"]])
 def test_an_unknown_op_is_named_and_changes_nothing(ops):
     with pytest.raises(
-        ValueError, match=r"unknown op \['nearest'\]; the ops are \['decode_attention"
+        ValueError, match=r"unknown op \['nearest'\]; the ops are \['add_norm', 'decode_attention"
     ):
         vf.enable(ops=ops)
     assert not vf.status().enabled
