@@ -100,10 +100,25 @@ def decoder_calls() -> list[Call]:
     return [*calls, Call("residual_block", "256 to 128", "bfloat16", sizes)]
 
 
+def tokenizer_calls() -> list[Call]:
+    """Of one picture, for cuBLAS's part of `linear` runs here; registers do not depend on rows."""
+    vit, region = {"rows": 581, "C": 1024}, {"rows": 256, "C": 512}
+    layer = {"rows": 581, "K": 64, "N": 4096, "activation": "gelu"}
+    return [
+        Call("add_norm", "ViT", "bfloat16", {**vit, "scaled": True}, (0, 1, 2, 3, 4)),
+        Call("add_norm", "ViT", "float32", {**vit, "scaled": True}, (0, 1, 2, 3, 4)),
+        Call("add_norm", "regions", "bfloat16", {**region, "scaled": False}, (0, 1, 2, 3)),
+        Call("linear", "ViT", "bfloat16", layer),
+        Call("linear", "ViT, trained", "bfloat16", layer, (0, 1, 2)),
+        Call("linear", "ViT, trained", "float32", layer, (0, 1, 2)),
+    ]
+
+
 CALLS = [
     *nearest_code_calls(),
     *deformable_sample_calls(),
     *decoder_calls(),
+    *tokenizer_calls(),
     *step_calls(),
     *decode_attention_calls(),
     *sample_token_calls(),

@@ -48,6 +48,8 @@ BENCHMARKS = {
     "generate": 5.0,
     "decode_attention": 1.0,
     "sample_token": 1.0,
+    "add_norm": 1.0,
+    "linear": 1.0,
 }
 # Seconds that are kept for the report, which reads files only.
 REPORT = 20.0

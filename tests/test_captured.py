@@ -346,8 +346,27 @@ def upsampling(dtype: torch.dtype) -> None:
     ops.upsample_conv(x, weight, floats(6, dtype=dtype)).sum().backward()
 
 
+def residual(dtype: torch.dtype) -> None:
+    x, branch = (floats(3, 5, 40, dtype=dtype, learns=True) for _ in range(2))
+    weight, bias, scale = (floats(40, dtype=dtype, learns=True) for _ in range(3))
+    for factor in (None, scale):
+        total, normed = ops.add_norm(x, branch, weight, bias, scale=factor, eps=1e-6)
+        (total + normed).sum().backward()
+    with torch.no_grad():
+        ops.add_norm(x.float(), branch, weight, bias, scale=scale, eps=1e-6, dtype=dtype)
+
+
+def layer(dtype: torch.dtype) -> None:
+    x, weight, bias = (floats(*s, dtype=dtype, learns=True) for s in ((3, 8), (5, 8), (5,)))
+    for activation in ("gelu", "relu", None):
+        ops.linear(x, weight, bias, activation=activation).sum().backward()
+    with torch.no_grad():
+        ops.linear(x, weight, bias, activation="gelu")
+
+
 CALLS = {
-    "deformable_sample": deformable, "nearest_code": nearest, "decode_attention": attention,
+    "add_norm": residual, "linear": layer, "deformable_sample": deformable,
+    "nearest_code": nearest, "decode_attention": attention,
     "sample_token": sampling, "decode_step": step, "group_norm_silu": norm,
     "residual_block": block, "upsample_conv": upsampling,
 }  # fmt: skip

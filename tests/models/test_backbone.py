@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import torch.nn.functional as F
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
+import vfmtok_fast
 from vfmtok_fast import BackboneConfig, VFMTok, VFMTokConfig
 from vfmtok_fast.checkpoint import TOKENIZER_NAMES, official_name
 from vfmtok_fast.tokenizer.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
+from vfmtok_fast.tokenizer.vit import is_plain, read
 
 # timm's smallest ViT, made for tests: six blocks of width 64, patches of 16.
 TINY = BackboneConfig(timm_name="test_vit", timm_image_size=384)
@@ -87,6 +90,68 @@ def test_dinov2_maps():
     for ours, theirs in zip(backbone(pictures()), expected_maps(backbone, pictures()), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert backbone.vit.blocks[0].norm1.eps == backbone.vit.norm.eps == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("test_vit", True),
+        ("vit_tiny_patch16_384", True),
+        ("vit_small_patch14_reg4_dinov2", True),
+        ("vit_base_patch16_siglip_384.v2_webli", True),
+        # SwiGLU, rotary positions, another activation, parallel blocks, post-norm blocks.
+        ("vit_giant_patch14_reg4_dinov2", False),
+        ("vit_small_patch16_dinov3", False),
+        ("eva02_tiny_patch14_336", False),
+        ("vit_base_patch16_clip_quickgelu_224", False),
+        ("vit_small_patch16_36x1_224", True),
+        ("vit_small_patch16_18x2_224", False),
+        ("vit_base_patch16_rpn_224", False),
+    ],
+)
+def test_which_are_plain(name: str, plain: bool):
+    with torch.device("meta"):
+        assert is_plain(timm.create_model(name, num_classes=0, global_pool="")) == plain
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"init_values": 1e-5, "reg_tokens": 4}])
+@pytest.mark.parametrize("levels", [(0, 1, 2), (0, 2, 3)])
+def test_plain_maps_are_timms_bit_for_bit(options: dict, levels: tuple[int, ...]):
+    torch.manual_seed(0)
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    vit = timm.models.VisionTransformer(**shape, **options, num_classes=0, global_pool="").eval()
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+        images = torch.randn(2, 3, 32, 32)
+        last, want = vit.forward_intermediates(
+            images, indices=list(levels), norm=False, output_fmt="NLC"
+        )
+        if levels[-1] == 3:
+            want[-1] = last[:, vit.num_prefix_tokens :]
+        assert is_plain(vit)
+        got = read(vit, images, levels)
+    assert len(got) == len(want) and all(map(torch.equal, got, want))
+
+
+def test_a_wide_stream_is_only_a_matter_of_the_weights():
+    """Products in bfloat16, stream and norms in float32: closer than all in bfloat16."""
+    config = BackboneConfig(dim=32, depth=4, num_heads=2, levels=(1, 3))
+    torch.manual_seed(0)
+    backbone = Backbone(config, grid=8)
+    images = pictures()[..., :112, :112]
+    truth = backbone(images)
+    mixed, narrow = (copy.deepcopy(backbone) for _ in range(2))
+    for module in mixed.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            module.bfloat16()
+    narrow = narrow.bfloat16()(images.bfloat16())
+    for enabled in ((), ["add_norm", "linear"]):
+        with vfmtok_fast.enable(enabled, strict=True):
+            maps = mixed(images)
+        for got, want, worse in zip(maps, truth, narrow, strict=True):
+            assert got.dtype == torch.float32 and worse.dtype == torch.bfloat16
+            assert (got - want).norm() < (worse - want).norm()
 
 
 def test_a_tokenizer_on_a_timm_model(tmp_path: Path, config: VFMTokConfig):

@@ -146,15 +146,20 @@ def calls(op: str) -> dict[str, int]:
     return vfmtok_fast.status().ops[op].calls
 
 
+ENCODE = ["add_norm", "deformable_sample", "linear", "nearest_code"]
+
+
 def test_enabled_regions_and_codes(case: Case):
     """The fast implementations, on the same maps: features to rounding, the authors' codes."""
     maps = [case.single[f"level{i}"] for i in range(4)]
     got = {}
-    with torch.no_grad(), vfmtok_fast.enable(["nearest_code", "deformable_sample"], strict=True):
+    with torch.no_grad(), vfmtok_fast.enable(ENCODE, strict=True):
         got["slots"] = case.model.region_encoder(maps)
         got["queries"] = case.model.quantizer.queries(got["slots"])
         codes = case.model.quantizer.nearest(got["queries"])
     assert calls("deformable_sample") == {FAST: case.model.config.encoder_depth}
+    assert calls("add_norm") == {FAST: 3 * case.model.config.encoder_depth}
+    assert set(calls("linear")) == {FAST}
     assert calls("nearest_code") == {FAST: 1}
     assert torch.equal(codes, case.golden["indices"].long())
     for name, ours in got.items():
@@ -181,7 +186,7 @@ def test_enabled_gradients(case: Case):
     truth = train_once(case, copy.deepcopy(case.model).double(), case.double, count=1)
     ruler = train_once(case, case.model, count=1)
     vfmtok_fast.switch.reset_records()
-    with vfmtok_fast.enable(["nearest_code", "deformable_sample"], strict=True):
+    with vfmtok_fast.enable(ENCODE, strict=True):
         ours = train_once(case, case.model, count=1)
     assert calls("deformable_sample") == {FAST: case.model.config.encoder_depth}
     for key, exact in truth.grads.items():

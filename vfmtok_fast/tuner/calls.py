@@ -67,9 +67,21 @@ class Call:
                 out = function(*args, **kwargs)
             return list(out) if isinstance(out, tuple) else [] if out is None else [out]
         out = function(*args, **kwargs)
+        outputs = out if isinstance(out, tuple) else (out,)
         inputs = [args[i] for i in self.backward]
         # Any gradient will do that is not constant.
-        return [out.detach(), *torch.autograd.grad(out, inputs, out.detach())]
+        values = [one.detach() for one in outputs]
+        return [*values, *torch.autograd.grad(outputs, inputs, values)]
+
+
+def _add_norm(new: New, device, *, rows: int, C: int, scaled: bool):
+    x, vectors = new(rows, C), [new(C) for _ in range(3)]
+    scale = vectors.pop() if scaled else None
+    return (x, new(rows, C), *vectors[:2], scale, 1e-6, x.dtype), {}
+
+
+def _linear(new: New, device, *, rows: int, K: int, N: int, activation: str | None):
+    return (new(rows, K), new(N, K), new(N), activation), {}
 
 
 def _nearest_code(new: New, device, *, N: int, K: int, d: int, **keywords):
@@ -142,10 +154,12 @@ def _residual_block(new: New, device, *, B: int, C: int, out: int, side: int, gr
 
 
 _MAKERS = {
+    "add_norm": _add_norm,
     "decode_attention": _decode_attention,
     "decode_step": _decode_step,
     "deformable_sample": _deformable_sample,
     "group_norm_silu": _group_norm_silu,
+    "linear": _linear,
     "nearest_code": _nearest_code,
     "residual_block": _residual_block,
     "sample_token": _sample_token,
