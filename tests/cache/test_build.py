@@ -17,6 +17,7 @@ from safetensors import safe_open
 from vfmtok_fast import cache
 from vfmtok_fast.cache.format import index
 from vfmtok_fast.cache.format.manifest import weights_checksum
+from vfmtok_fast.cache.make import encode
 from vfmtok_fast.cache.make.encode import encode_rows
 from vfmtok_fast.cache.sources.folder import FolderSource
 from vfmtok_fast.images import center_crop, decode_image, to_float
@@ -346,3 +347,48 @@ def test_another_current_folder_during_a_build(tree, tokenizer, tmp_path, monkey
     )
     assert calls and summary.bad == 0 and not list((tmp_path / "elsewhere").iterdir())
     assert cache.verify(tree.parent / "tokens", tokenizer, tree).ok
+
+
+@pytest.mark.parametrize("in_flight", [2, 3])
+def test_batches_in_flight_change_no_byte(in_flight, tree, tmp_path, fake, monkeypatch):
+    """As on a GPU: encoded beside each other, but for the first, and taken in order."""
+    running, most, calls = [], [], []
+
+    class Slow(fake.FakeTokenizer):
+        def encode(self, images):
+            calls.append(len(calls))
+            running.append(calls[-1])
+            most.append(len(running))
+            # The later ones are done first.
+            time.sleep(0.05 / (1 + calls[-1] % 2))
+            tokens = super().encode(images)
+            running.pop()
+            return tokens
+
+    want = {}
+    for number in (1, in_flight):
+        monkeypatch.setitem(encode.IN_FLIGHT, "cpu", number)
+        out = tmp_path / str(number)
+        most.clear(), calls.clear()
+        cache.build(tree, out, Slow(), batch_size=2, shard_size=11, workers=2)
+        assert max(most) == number and most[0] == 1
+        want[number] = fake.read_tree(out)
+    assert want[1] == want[in_flight]
+
+
+def test_an_error_of_a_batch_in_flight_ends_the_run(tree, out, tokenizer, monkeypatch):
+    monkeypatch.setitem(encode.IN_FLIGHT, "cpu", 2)
+    plain, calls = tokenizer.encode, []
+
+    def failing(images):
+        calls.append(images)
+        if len(calls) == 3:
+            raise RuntimeError("the third batch")
+        return plain(images)
+
+    tokenizer.encode = failing
+    with pytest.raises(RuntimeError, match="the third batch"):
+        cache.build(tree, out, tokenizer, batch_size=2, shard_size=11, workers=2)
+    tokenizer.encode = plain
+    cache.build(tree, out, tokenizer, batch_size=2, shard_size=11, workers=2)
+    assert cache.verify(out, tokenizer, tree).ok

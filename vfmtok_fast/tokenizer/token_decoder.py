@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .. import ops
 from ..functional import resize_positions
 from .attention import CausalSelfAttention
 from .config import VFMTokConfig
+from .layers import Linear
 
 # Tokens that follow the patches; DINOv2's number of registers, whatever backbone is read.
 NUM_REGISTERS = 4
@@ -23,12 +25,13 @@ class DecoderLayer(nn.Module):
         self.attention_norm = nn.LayerNorm(config.dim)
         self.attention = CausalSelfAttention(config.dim, config.num_heads, config.decoder_dropout)
         self.ffn_norm = nn.LayerNorm(config.dim)
-        self.gate_up = nn.Linear(config.dim, 2 * config.decoder_ffn_dim)
-        self.down = nn.Linear(config.decoder_ffn_dim, config.dim)
+        self.gate_up = Linear(config.dim, 2 * config.decoder_ffn_dim)
+        self.down = Linear(config.decoder_ffn_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
-        gate, up = self.gate_up(self.ffn_norm(x)).chunk(2, dim=-1)
+        branch, norm = self.attention(self.attention_norm(x)), self.ffn_norm
+        x, normed = ops.add_norm(x, branch, norm.weight, norm.bias, eps=norm.eps)
+        gate, up = self.gate_up(normed).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
 

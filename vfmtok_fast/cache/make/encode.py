@@ -1,18 +1,19 @@
 """Pictures to tokens: the one way in which every worker, and `verify`, encodes.
 
-Three things overlap: threads read, decode and resize ahead (Pillow lets go of the GIL),
-also across the end of a shard; one thread runs the tokenizer; the caller's fills the next batch. A
-bounded number of pictures is held. Batches are cut by position: row r of a shard is view r % V of
-picture r // V, batch b is rows [b*B, (b+1)*B), padded with black at the end of the shard. A bad
-picture stays in its place as black, so the tokens of one picture never depend on whether another
-one could be read, nor on the number of workers.
+Three things overlap: threads read, decode and resize ahead (Pillow lets go of the GIL), also across
+the end of a shard; a thread runs the tokenizer, on a GPU two in turns; the caller's fills the next
+batch. A bounded number of pictures is held. Batches are cut by position: row r of a shard is view
+r % V of picture r // V, batch b is rows [b*B, (b+1)*B), padded with black at the end of the shard.
+A bad picture stays in its place as black, so the tokens of one picture never depend on whether
+another one could be read, nor on the number of workers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -119,8 +120,22 @@ def _parts_of(pictures: Iterator, device: _Device) -> Iterator[tuple[int, Rows]]
         yield part
 
 
+# Batches that are encoded at a time. On a GPU each has a stream, so that one's copy, its checks and
+# the launches of its kernels, which wait for the host or let it wait, run beside the other's work.
+IN_FLIGHT = defaultdict(lambda: 1, cuda=2)
+_kept = threading.local()
+
+
+def _own_stream(device: torch.device) -> None:
+    """Give this thread a stream of its own; a thread starts on GPU 0, whatever its parent chose."""
+    _kept.stream = None
+    if device.type == "cuda":
+        _kept.stream = torch.cuda.Stream(device)
+        _kept.stream.wait_stream(torch.cuda.default_stream(device))
+
+
 class _Device:
-    """Batches on their way to the tokenizer: one is filled while another is encoded."""
+    """Batches on their way to the tokenizer: one is filled while others are encoded."""
 
     def __init__(
         self,
@@ -133,16 +148,22 @@ class _Device:
         self.tokenizer, self.manifest, self.waits = tokenizer, manifest, waits
         self.advance = advance or (lambda number, new, bad: None)
         first = next(iter(tokenizer.parameters()), torch.empty(0, device="cpu"))
+        self.in_flight = IN_FLIGHT[first.device.type]
         # Pinned, so that the copy to a GPU runs beside everything else.
-        self.batches = [Batch(plan, manifest.batch_size, first.is_cuda) for _ in range(2)]
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="vfmtok-encode")
-        self.running: tuple[Future, list[int], int, int] | None = None
+        self.batches = deque(
+            Batch(plan, manifest.batch_size, first.is_cuda) for _ in range(self.in_flight + 1)
+        )
+        self.threads = ThreadPoolExecutor(
+            self.in_flight, "vfmtok-encode", initializer=_own_stream, initargs=(first.device,)
+        )
+        self.running: deque[tuple[Future | None, list[int], int, int]] = deque()
+        self.warm = False
 
     def __enter__(self) -> None:
         """For `__exit__`."""
 
     def __exit__(self, *error: object) -> None:
-        self.thread.shutdown(wait=True, cancel_futures=True)
+        self.threads.shutdown(wait=True, cancel_futures=True)
 
     def wait_for_data(self, pictures: Iterator) -> Any:
         start = time.perf_counter()
@@ -176,24 +197,26 @@ class _Device:
         """Send the last batch, padded with black, and wait until all is encoded."""
         if self.row % self.manifest.batch_size:
             self._send()
-        self._receive()
+        while self.running:
+            self._receive()
 
     def _send(self) -> None:
-        self._receive()
+        # The first by itself: two threads would compile the same kernels.
+        while len(self.running) >= (self.in_flight if self.warm else 1):
+            self._receive()
         future = None
         if self.good:
             batch = self.batches[0]
-            future = self.thread.submit(_encode_batch, self.tokenizer, batch, self.manifest)
-        self.running = (future, self.good, self.finished, self.bad)
-        self.batches.reverse()
+            future = self.threads.submit(_encode_batch, self.tokenizer, batch, self.manifest)
+        self.running.append((future, self.good, self.finished, self.bad))
+        self.batches.rotate(-1)
         self.batches[0].clear()
         self.good, self.finished, self.bad = [], 0, 0
 
     def _receive(self) -> None:
-        if self.running is None:
-            return
-        (future, good, finished, bad), self.running = self.running, None
+        future, good, finished, bad = self.running.popleft()
         if future is not None:
+            self.warm = True
             start = time.perf_counter()
             tokens = future.result()
             self.waits.device += time.perf_counter() - start
@@ -205,9 +228,8 @@ class _Device:
 def _encode_batch(tokenizer: Tokenizer, batch: Batch, manifest: Manifest) -> np.ndarray:
     """uint16 [B, T], checked."""
     first = next(iter(tokenizer.parameters()), torch.empty(0, device="cpu"))
-    # A thread starts on GPU 0, whichever its parent had chosen.
-    chosen = torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
-    with chosen, torch.inference_mode():
+    # Of a CPU there is none; a stream makes its device the current one.
+    with torch.cuda.stream(_kept.stream), torch.inference_mode():
         # A tokenizer in mixed precision says what it takes.
         dtype = getattr(tokenizer, "dtype", first.dtype)
         tokens = tokenizer.encode(batch.to(first.device).to(dtype))
