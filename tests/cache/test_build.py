@@ -19,6 +19,7 @@ from vfmtok_fast.cache.format import index
 from vfmtok_fast.cache.format.manifest import weights_checksum
 from vfmtok_fast.cache.make import encode
 from vfmtok_fast.cache.make.encode import encode_rows
+from vfmtok_fast.cache.make.prepare import prepare
 from vfmtok_fast.cache.sources.folder import FolderSource
 from vfmtok_fast.images import center_crop, decode_image, to_float
 
@@ -347,6 +348,21 @@ def test_another_current_folder_during_a_build(tree, tokenizer, tmp_path, monkey
     )
     assert calls and summary.bad == 0 and not list((tmp_path / "elsewhere").iterdir())
     assert cache.verify(tree.parent / "tokens", tokenizer, tree).ok
+
+
+def test_the_batch_size_is_the_caches_own(tree, out, tokenizer):
+    cache.build(tree, out, tokenizer, batch_size=3, shard_size=2)
+    before = (out / "manifest.json").read_bytes()
+    (out / "shards" / "tokens-00001.safetensors").unlink()
+    (out / "COMPLETE.json").unlink()
+    assert cache.build(tree, out, tokenizer, shard_size=2).encoded == 2
+    assert (out / "manifest.json").read_bytes() == before and cache.verify(out, tokenizer, tree).ok
+    with pytest.raises(cache.FingerprintMismatch, match=r"batch_size \(there 3, here 16\)"):
+        cache.build(tree, out, tokenizer, batch_size=16, shard_size=2)
+    cache.build(tree, out.with_name("new"), tokenizer)
+    assert cache.read_manifest(out.with_name("new")).batch_size == 4
+    job = prepare(tree, out.with_name("gpu"), tokenizer, device="cuda")
+    assert job.manifest.batch_size == 64
 
 
 @pytest.mark.parametrize("in_flight", [2, 3])

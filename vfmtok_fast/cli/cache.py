@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of random crops (%(default)s)")
     parser.add_argument(
-        "--batch-size", type=int, default=16, help="pictures at a time (%(default)s)"
+        "--batch-size", type=int, help="views at a time; by default 64 on a GPU, 4 on a CPU"
     )
     parser.add_argument(
         "--shard-size", type=int, default=8192, help="pictures a file (%(default)s)"

@@ -75,7 +75,7 @@ def build_on_ray(
         check_count("max_bad", max_bad, 0)
     ray = _import_ray()
     with quiet_pillow(), exit_on_sigterm():
-        job = prepare(images, out, tokenizer, spec)
+        job = prepare(images, out, tokenizer, spec, device=device or "cuda")
         state = State(job, max_bad)
         numbers = list(state.missing(range(job.manifest.shards)))
         if numbers:

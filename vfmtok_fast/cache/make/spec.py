@@ -19,7 +19,8 @@ class CacheSpec:
         input_kind: what the input is, where that is not plain from its name.
         views: names of views, see `vfmtok_fast.cache.known_views`.
         seed: of the random crops.
-        batch_size: views per call of `encode`, always padded to this.
+        batch_size: views per call of `encode`, always padded to this; None: that of the cache that
+            is gone on with, for a new one what suits the tokenizer's device.
         shard_size: pictures per shard.
         workers: threads that read and decode; None: one per CPU that this process may use, at
             most 8.
@@ -38,7 +39,7 @@ class CacheSpec:
     input_kind: str | None = None
     views: Iterable[str] = ("center",)
     seed: int = 0
-    batch_size: int = 16
+    batch_size: int | None = None
     shard_size: int = 8192
     workers: int | None = None
     extend: bool = False
@@ -51,10 +52,10 @@ class CacheSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "views", tuple(str(view) for view in parse_views(self.views)))
         check_count("seed", self.seed, 0)
-        check_count("batch_size", self.batch_size, 1)
         check_count("shard_size", self.shard_size, 1)
-        if self.workers is not None:
-            check_count("workers", self.workers, 1)
+        for name in ("batch_size", "workers"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), 1)
 
     def open(self, images: str | os.PathLike) -> Source:
         """The input, as the spec says to take it; raises like `open_source`."""
