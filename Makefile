@@ -19,7 +19,7 @@ BIN := $(if $(VENV),$(VENV)/bin/)
 READY := $(if $(VENV),$(VENV)/.installed)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench aot report gpu-report
+.PHONY: help demo test lint format bench aot report compare gpu-report
 
 # Benchmarks are bench_*.py and bench_* functions; a plain `pytest` never runs them.
 BENCH := -o python_files='bench_*.py' -o python_functions='bench_*' \
@@ -55,6 +55,10 @@ aot: $(READY) ## compile every kernel for sm_80, sm_90, sm_100 and check registe
 
 report: $(READY) ## from benchmarks/results rewrite benchmarks/REPORT.md, plots and README's table
 	$(BIN)python benchmarks/report.py
+	$(BIN)python benchmarks/precision.py --table
+
+compare: $(READY) ## make compare OLD=FOLDER NEW=FOLDER: fails where results got slower beyond noise
+	$(BIN)python benchmarks/compare.py $(OLD) $(NEW)
 
 gpu-report: ## all that needs a GPU within SECONDS: tests, tune, benchmarks; uses $(PYTHON) as it is
 	rm -rf $(BARE) && mkdir -p $(BARE)

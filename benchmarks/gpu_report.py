@@ -46,6 +46,8 @@ BENCHMARKS = {
     "nearest_code": 4.0,
     "deformable_sample": 4.0,
     "generate": 5.0,
+    "tokenizer": 5.0,
+    "pixel_decoder": 1.0,
     "decode_attention": 1.0,
     "sample_token": 1.0,
     "add_norm": 1.0,

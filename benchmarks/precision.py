@@ -7,7 +7,7 @@ not, and in half precision the result is. ``--parts`` rounds one part of the fou
 time, to see which must stay wide.
 
 Weights are those of the tests' golden recipe, random but of trained sizes. Records go to
-precision.json of the device, after every batch; a second run goes on where the last one ended:
+precision/ of the results, after every batch; a second run goes on where the last one ended:
 
     python benchmarks/precision.py --crops 1000
     python benchmarks/precision.py --images photos/ --model vfmtok/
@@ -25,6 +25,7 @@ import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import bounds
 import harness
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ from vfmtok_fast.untrained import untrained_tokenizer
 
 GOLDEN = harness.ROOT / "tests" / "data" / "golden"
 PHOTOS = harness.ROOT / "examples" / "images"
+MARKS = "<!-- precision: by `make report` -->", "<!-- end of precision -->"
 PARTS = ("patch", "qkv", "attention", "proj", "fc1", "fc2", "stream")
 PRODUCTS = PARTS[:-1]
 BATCH = 4
@@ -212,6 +214,63 @@ def real(model: Callable[[], VFMTok], device: torch.device) -> dict[str, Callabl
     }
 
 
+def summary(row: dict, tokens: int) -> tuple[str, str]:
+    """Share of equal tokens with its standard error, and what the others do to the picture."""
+    share = np.array(row["equal"]) / tokens
+    spread = share.std(ddof=1) / len(share) ** 0.5
+    decibels = [d for d in row["psnr"] if math.isfinite(d)]
+    picture = f"{len(row['psnr']) - len(decibels)} of {len(row['psnr'])} the same"
+    if decibels:
+        picture += f", else {np.median(decibels):.0f} dB"
+    return f"{share.mean():.2%} ± {spread:.2%} of {len(share)} crops", picture
+
+
+# A precision's name there, and in the records of the H200.
+ON_H200 = {"float32": "fp32", "tf32": "tf32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def table() -> list[str]:
+    """README.md's lines on precision, from the records alone."""
+    lines, rows = [], {name: [name, "", "", "not measured"] for name in PRECISIONS}
+    for path in sorted((harness.ROOT / "benchmarks/results/precision").glob("*.json")):
+        if path.stem.endswith("-parts"):
+            continue
+        content = json.loads(path.read_text())
+        how = "emulated on a CPU" if content["emulated"] else f"on {path.stem}"
+        lines.append(f"Tokens: {how}, {content['weights']} weights, crops of {content['images']}/.")
+        for name, row in content["found"].items():
+            if name in rows:
+                rows[name][1:3] = summary(row, content["tokens_per_crop"])
+    rows["float32"][1:3] = "all", "the same"
+    path = harness.ROOT / "benchmarks/results/nvidia-h200/tokenizer.json"
+    content = json.loads(path.read_text())
+    found = {(r["shape"], r["provider"]): r for r in content["records"]}
+    for name, short in ON_H200.items():
+        if record := found.get((f"encode B=64 {short}", "fast")):
+            agree = record.get("codes_as_float32")
+            share = "" if agree in (None, 1.0) else f", {agree:.2%} of tokens (random weights)"
+            rows[name][3] = f"{record['images_s']:,.0f} images/s{share}"
+    commit = content["environment"]["commit"]
+    head = [
+        "precision",
+        "tokens as in float32",
+        "pictures of them",
+        f"encode on an H200 at {commit}",
+    ]
+    return [*bounds.table(head, rows.values()), "", *lines]
+
+
+def rewrite() -> None:
+    """Put the table between README.md's marks."""
+    path = harness.ROOT / "README.md"
+    before, mark, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (mark and end):
+        raise SystemExit(f"{path}: the marks {MARKS} are missing")
+    text = "\n".join([before + mark, "", *table(), "", end + after])
+    path.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--crops", type=int, default=64)
@@ -220,7 +279,11 @@ def main() -> None:
     parser.add_argument("--untrained", help="small: shows the work", choices=("small",))
     parser.add_argument("--parts", action="store_true", help="round one part at a time too")
     parser.add_argument("--only", nargs="+", help="names of the precisions to measure")
+    parser.add_argument("--table", action="store_true", help="rewrite README.md's table alone")
     options = parser.parse_args()
+    if options.table:
+        rewrite()
+        return
 
     def model() -> VFMTok:
         if options.untrained:
@@ -230,8 +293,8 @@ def main() -> None:
 
     device = torch.device(harness.DEVICE)
     tok = model().to(device)
-    name = "parts" if options.parts else "precision"
-    path = harness.RESULTS / harness.device_name() / f"{name}.json"
+    name = harness.device_name() + ("-parts" if options.parts else "")
+    path = harness.RESULTS / "precision" / f"{name}.json"
     source = options.untrained or options.model or "golden recipe"
     described = {"weights": str(source), "emulated": not harness.GPU, "images": options.images.name}
     content = json.loads(path.read_text()) if path.exists() else {}

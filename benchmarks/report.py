@@ -227,9 +227,13 @@ def report_path() -> Path:
     return HERE / "REPORT.md" if RESULTS == COMMITTED else RESULTS / "REPORT.md"
 
 
+# Folders of results that are no device's.
+KINDS = ("aot", "precision")
+
+
 def devices_of(results: Path) -> list[Path]:
     """The folders of results, GPUs first."""
-    found = [path for path in results.iterdir() if path.is_dir() and path.name != "aot"]
+    found = [path for path in results.iterdir() if path.is_dir() and path.name not in KINDS]
     return sorted(found, key=lambda path: (path.name.startswith("cpu"), path.name))
 
 
