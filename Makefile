@@ -12,6 +12,9 @@ VENV ?= .venv
 ARGS ?=
 # Where `make bench` and `make gpu-report` write; nobody's clone is changed by a look at a machine.
 RESULTS ?= build/benchmarks
+# What `make compare` compares: yours with the committed ones.
+OLD ?= benchmarks/results
+NEW ?= $(RESULTS)
 # What `make gpu-report` may take.
 SECONDS ?= 450
 
@@ -19,7 +22,7 @@ BIN := $(if $(VENV),$(VENV)/bin/)
 READY := $(if $(VENV),$(VENV)/.installed)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench aot report compare gpu-report
+.PHONY: help demo test lint format bench compare aot report gpu-report
 
 # Benchmarks are bench_*.py and bench_* functions; a plain `pytest` never runs them.
 BENCH := -o python_files='bench_*.py' -o python_functions='bench_*' \
@@ -50,15 +53,15 @@ format: $(READY) ## mend what lint finds and can be mended by itself
 bench: $(READY) ## run the benchmarks here into build/benchmarks (no GPU: several minutes)
 	RESULTS=$(RESULTS) $(BIN)pytest $(BENCH) $(ARGS)
 
+compare: $(READY) ## what got slower beyond noise from OLD's results to NEW's; exit 1 if any did
+	$(BIN)python benchmarks/compare.py $(OLD) $(NEW)
+
 aot: $(READY) ## compile every kernel for sm_80, sm_90, sm_100 and check registers, spills, budget
 	$(BIN)python benchmarks/aot.py --check $(ARGS)
 
 report: $(READY) ## from benchmarks/results rewrite benchmarks/REPORT.md, plots and README's table
 	$(BIN)python benchmarks/report.py
 	$(BIN)python benchmarks/precision.py --table
-
-compare: $(READY) ## make compare OLD=FOLDER NEW=FOLDER: fails where results got slower beyond noise
-	$(BIN)python benchmarks/compare.py $(OLD) $(NEW)
 
 gpu-report: ## all that needs a GPU within SECONDS: tests, tune, benchmarks; uses $(PYTHON) as it is
 	rm -rf $(BARE) && mkdir -p $(BARE)

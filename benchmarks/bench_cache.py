@@ -87,12 +87,12 @@ def encoder(seconds_per_view: float) -> Iterator[None]:
 
 
 @functools.cache
-def photos() -> Path:
+def photos(count: int = PHOTOS) -> Path:
     """A folder of synthetic photos: smooth shapes and noise, so that files are of usual size."""
     root = Path(tempfile.mkdtemp(prefix="bench-cache-")) / "photos"
     atexit.register(shutil.rmtree, root.parent, ignore_errors=True)
     rng = np.random.default_rng(0)
-    for number in range(PHOTOS):
+    for number in range(count):
         path = root / f"class{number % 4}" / f"{number:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))

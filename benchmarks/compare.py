@@ -1,102 +1,133 @@
-"""Whether anything got slower between two folders of results: `make compare OLD=a NEW=b`.
+"""Whether anything got slower: `make compare OLD=benchmarks/results NEW=build/benchmarks`.
 
-Records match by device, op, shape and provider. One counts as slower (or faster) where medians are
-further apart than 5 % and than the noise of both: a record's noise is half of the span between its
-best and its worst round, which is far above the deviation of a median of several rounds. Records
-that kept no rounds have the 5 % alone. Exit status: 0 nothing is slower, 1 something is, 2 the
-folders cannot be compared.
+Compares two folders of results, as `make bench` writes them. Records match by device, op, shape and
+provider. A record is *slower* where its median grew by more than 5 % and by more than three times
+the noise; *faster* the same way down. The noise is that of both runs together, the root of the sum
+of the squares of their interquartile ranges. Where a record has no quartiles, half of its range
+stands for them, which is about as much for seven rounds. A single round has no spread, and says
+nothing.
+
+Exit status: 0 nothing got slower, 1 something did, 2 the folders cannot be compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 from bounds import duration, table
 
-# Below this share of the old median nothing is said to have changed.
-LEAST = 0.05
-
+LEAST, SPREADS = 0.05, 3.0
 Key = tuple[str, str, str, str]
 
 
-class Incomparable(ValueError):
-    """The two folders share nothing, or one of them cannot be read."""
+class BadInputError(Exception):
+    """The folders cannot be compared; the text is one line that says why."""
 
 
-def records(folder: Path) -> dict[Key, dict]:
-    """All records below a folder of results, by device, op, shape and provider."""
+def read(folder: Path) -> tuple[dict[Key, dict], dict[str, set[str]]]:
+    """Records by device, op, shape and provider; of each device the versions that ran."""
     if not folder.is_dir():
-        raise Incomparable(f"{folder}: no such folder of results")
-    found: dict[Key, dict] = {}
+        raise BadInputError(f"{folder} is no folder; name one that `make bench` wrote")
+    records: dict[Key, dict] = {}
+    versions: dict[str, set[str]] = {}
     for path in sorted(folder.glob("*/*.json")):
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise Incomparable(f"{path}: is not JSON ({error})") from error
-        for record in content.get("records", []) if isinstance(content, dict) else []:
-            if missing := {"op", "shape", "provider", "median_us"} - record.keys():
-                raise Incomparable(f"{path}: a record lacks {', '.join(sorted(missing))}")
-            key = path.parent.name, record["op"], record["shape"], record["provider"]
-            versions = content.get("environment", {}).get("versions")
-            found[key] = {**record, "versions": versions}
-    if not found:
-        raise Incomparable(f'{folder}: holds no records (DEVICE/OP.json with "records")')
-    return found
+            raise BadInputError(f"{path} is no JSON ({error}); measure anew") from error
+        if not isinstance(content, dict) or "records" not in content:
+            continue  # What machine code says of a chip is no measurement.
+        try:
+            environment = content["environment"]
+            device = environment["device"]
+            said = ", ".join(f"{name} {value}" for name, value in environment["versions"].items())
+            versions.setdefault(device, set()).add(said)
+            for record in content["records"]:
+                key = device, record["op"], record["shape"], record["provider"]
+                records[key] = {**record, "median_us": float(record["median_us"])}
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise BadInputError(
+                f"{path} holds no records as `make bench` writes ({why})"
+            ) from error
+    if not records:
+        raise BadInputError(f"{folder} holds no records; `make bench` writes some")
+    return records, versions
 
 
-def noise(record: dict) -> float:
-    """Microseconds within which a record's median may lie by chance."""
-    low, high = record.get("min_us"), record.get("max_us")
-    return 0.0 if low is None or high is None else (high - low) / 2
+def spread(record: dict) -> float | None:
+    """Microseconds between the quartiles of the rounds; None where there is no spread to see."""
+    if (record.get("rounds") or 0) < 2:
+        return None
+    if record.get("iqr_us") is not None:
+        return record["iqr_us"]
+    if record.get("min_us") is None or record.get("max_us") is None:
+        return None
+    return (record["max_us"] - record["min_us"]) / 2
 
 
 def verdict(old: dict, new: dict) -> str:
-    """ "slower", "faster" or "same"."""
+    """ "slower", "faster", "same", or why that cannot be said."""
+    if old.get("timer") != new.get("timer"):
+        return f"timed otherwise ({old.get('timer')}, then {new.get('timer')})"
+    spreads = spread(old), spread(new)
+    if None in spreads:
+        return "spread unknown"
     change = new["median_us"] - old["median_us"]
-    if abs(change) <= max(LEAST * old["median_us"], noise(old), noise(new)):
+    if abs(change) <= max(LEAST * old["median_us"], SPREADS * math.hypot(*spreads)):
         return "same"
     return "slower" if change > 0 else "faster"
 
 
-def compare(old: dict[Key, dict], new: dict[Key, dict]) -> tuple[list[str], bool]:
-    """Lines to print, and whether something got slower."""
-    both = sorted(old.keys() & new.keys())
-    if not both:
-        devices = [", ".join(sorted({key[0] for key in side})) for side in (old, new)]
-        raise Incomparable(
-            f"no record is in both: devices there {devices[0]}, here {devices[1]}; "
-            "compare results of one device and one benchmark"
+def compare(old_folder: Path, new_folder: Path) -> tuple[list[str], bool]:
+    """Lines to print, and whether anything got slower."""
+    (old, before), (new, after) = read(old_folder), read(new_folder)
+    if not before.keys() & after.keys():
+        raise BadInputError(
+            f"no device in common: {old_folder} has {', '.join(sorted(before))}, "
+            f"{new_folder} has {', '.join(sorted(after))}; times of two devices do not compare"
         )
-    rows, counts = [], {"slower": 0, "faster": 0, "same": 0}
-    for key in both:
-        found = verdict(old[key], new[key])
-        counts[found] += 1
-        if found != "same":
-            before, after = old[key]["median_us"], new[key]["median_us"]
-            rows.append([*key, duration(before), duration(after), f"{after / before:.2f} x", found])
-    head = ["device", "op", "shape", "provider", "old, median", "new, median", "time", "verdict"]
-    lines = table(head, sorted(rows, key=lambda row: row[-1] != "slower")) if rows else []
-    lines.append(", ".join(f"{count} {name}" for name, count in counts.items()))
-    if gone := len(old.keys() - new.keys()):
-        lines.append(f"{gone} records are in the old folder only")
-    if came := len(new.keys() - old.keys()):
-        lines.append(f"{came} records are in the new folder only")
-    if any(old[key]["versions"] != new[key]["versions"] for key in both):
-        lines.append("note: versions of torch or Triton differ between the two")
+    both = [key for key in old if key in new]
+    if not both:
+        raise BadInputError(f"no record of {new_folder} is one of {old_folder}'s")
+    found = {key: verdict(old[key], new[key]) for key in both}
+    first = {"slower": 0, "faster": 1}
+    rows = [
+        [*key, duration(old[key]["median_us"]), duration(new[key]["median_us"]),
+         f"{100 * (new[key]['median_us'] / old[key]['median_us'] - 1):+.1f} %", found[key]]
+        for key in sorted(both, key=lambda key: (first.get(found[key], 2), key))
+    ]  # fmt: skip
+    lines = table(
+        ["device", "op", "shape", "provider", "old median", "new median", "change", "verdict"], rows
+    )
+    lines.append("")
+    for device in sorted(before.keys() & after.keys()):
+        if before[device] != after[device]:
+            sides = (" / ".join(sorted(side[device])) for side in (before, after))
+            lines.append(f"other versions on {device}: {', then '.join(sides)}")
+    for name, keys in (
+        ("only old", old.keys() - new.keys()),
+        ("only new", new.keys() - old.keys()),
+    ):
+        lines += [f"{name}: {', '.join(key)}" for key in sorted(keys)]
+    counts = Counter(word.partition(" (")[0] for word in found.values())
+    lines.append(", ".join(f"{count} {word}" for word, count in sorted(counts.items())))
     return lines, counts["slower"] > 0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("old", type=Path, help="folder of results, as benchmarks/results")
-    parser.add_argument("new", type=Path)
-    options = parser.parse_args(arguments)
+def main() -> int:
+    parser = argparse.ArgumentParser(description="whether anything got slower beyond noise")
+    parser.add_argument("old", type=Path, help="folder of results to compare with")
+    parser.add_argument("new", type=Path, help="folder of results that is asked about")
+    args = parser.parse_args()
     try:
-        lines, slower = compare(records(options.old), records(options.new))
-    except Incomparable as error:
+        lines, slower = compare(args.old, args.new)
+    except BadInputError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
     print("\n".join(lines))

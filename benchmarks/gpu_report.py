@@ -37,16 +37,17 @@ TESTS = (
 )
 # Twelve hold their models and their contexts in the memory of one GPU.
 TEST_PROCESSES = 12
-# What matters most first: the two ops that lead their field; then what they are for, whole images;
-# then the parts of a step. Each may take such a part of the time that is left for all of them: a
-# long file may not take the turns of those behind it, and what it leaves over is theirs. `generate`
-# has whole images by the authors' way in it, 4 s each on an H200. There is no "cache": nothing of
-# that file runs where there is a GPU.
+# What matters most first: the two ops that lead their field; then what they are for, whole images,
+# and files to tokens; then the parts of a step. Each may take such a part of the time that is left
+# for all of them: a long file may not take the turns of those behind it, and what it leaves over is
+# theirs. `generate` has whole images by the authors' way in it, 4 s each on an H200. There is no
+# "cache": nothing of that file runs where there is a GPU.
 BENCHMARKS = {
     "nearest_code": 4.0,
     "deformable_sample": 4.0,
-    "generate": 5.0,
     "tokenizer": 5.0,
+    "generate": 5.0,
+    "end_to_end": 2.0,
     "pixel_decoder": 1.0,
     "decode_attention": 1.0,
     "sample_token": 1.0,

@@ -204,6 +204,12 @@ def peak_bytes(fn: Callable[[], object]) -> int | None:
     return high_water() - before
 
 
+def quartiles_apart(times: list[float]) -> float:
+    """The spread of rounds, which one that was disturbed does not change."""
+    first, _, third = statistics.quantiles(times, n=4, method="inclusive")
+    return third - first
+
+
 def measure(
     benchmark,
     *,
@@ -264,6 +270,7 @@ def measure(
         "median_us": round(median * 1e6, 2),
         "min_us": round(min(times) * 1e6, 2),
         "max_us": round(max(times) * 1e6, 2),
+        "iqr_us": None if len(times) < 2 else round(quartiles_apart(times) * 1e6, 2),
         "rounds": len(times),
         "timer": how,
         "gb_s": round(work.bytes / median / 1e9, 2),

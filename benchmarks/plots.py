@@ -45,7 +45,8 @@ def plot(path: Path, content: dict) -> bool:
     axes.set_ylabel("median time, ms")
     axes.set_xticks(range(len(shapes)), [shape.replace(" ", "\n") for shape in shapes])
     axes.set_title(f"{path.stem}, {content['environment']['device']}")
-    axes.legend()
+    # Beside the bars: on them it hides some.
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
     pyplot.close(figure)
     return True
@@ -54,7 +55,13 @@ def plot(path: Path, content: dict) -> bool:
 def _generation(pyplot, path: Path, content: dict) -> None:
     """Milliseconds of a step against reading its bytes; images per second against the batch."""
     records, copy = content["records"], content["ceilings"]["copy_gb_s"]
-    figure, (steps, batches) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    # Against a single batch size there is nothing to see.
+    sizes = {record["images"] for record in records if record["codes"] == 256}
+    panels = 1 + (len(sizes) > 1)
+    figure, axes = pyplot.subplots(
+        panels, figsize=(11, 4.5 * panels), layout="constrained", squeeze=False
+    )
+    steps, batches = axes[0, 0], axes[-1, 0]
     shapes = by_shape(records)
     providers = list(dict.fromkeys(record["provider"] for record in records))
     for provider in providers:
@@ -62,7 +69,7 @@ def _generation(pyplot, path: Path, content: dict) -> None:
                  if r["provider"] == provider]  # fmt: skip
         times = [r["median_us"] / 1e3 / r["codes"] for _, r in found]
         steps.plot([j for j, _ in found], times, "o", label=provider)
-        whole = [r for _, r in found if r["codes"] == 256]
+        whole = [r for _, r in found if r["codes"] == 256 and batches is not steps]
         for preset in sorted({r["shape"].split()[0] for r in whole}):
             ours = [r for r in whole if r["shape"].split()[0] == preset]
             points = sorted((r["images"], 1e6 * r["images"] / r["median_us"]) for r in ours)
@@ -73,9 +80,11 @@ def _generation(pyplot, path: Path, content: dict) -> None:
     steps.plot(range(len(shapes)), floors, "k_", markersize=20, label="bytes at the copy rate")
     steps.set_xticks(range(len(shapes)), [shape.replace(" ", "\n") for shape in shapes])
     steps.set(yscale="log", ylabel="ms per step")
-    batches.set(xscale="log", yscale="log", xlabel="images at a time", ylabel="images per second")
-    for axes in (steps, batches):
-        axes.legend(fontsize="small")
+    if batches is not steps:
+        batches.set(xscale="log", yscale="log")
+        batches.set(xlabel="images at a time", ylabel="images per second")
+    for panel in {steps, batches}:
+        panel.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.suptitle(f"generate, {content['environment']['device']}")
     figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
     pyplot.close(figure)

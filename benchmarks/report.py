@@ -29,9 +29,19 @@ SHOWN = (
     ("deformable_sample", "region encoder B=2, forward", ("reference",)),
     ("deformable_sample", "region encoder B=64, forward", ("reference",)),
     ("deformable_sample", "region encoder B=64, forward and backward", ("reference",)),
+    ("tokenizer", "encode B=64 bf16", ("reference",)),
+    ("tokenizer", "decode B=64 bf16", ("reference",)),
+    ("tokenizer", "encode B=64 tf32", ("release style", "reference")),
+    ("tokenizer", "decode B=64 tf32", ("release style", "reference")),
+    ("tokenizer", "encode B=2 fp32", ("release style",)),
+    ("tokenizer", "decode B=2 fp32", ("release style",)),
     ("generate", "GPT-B B=2 guided, 256 codes", ("release style",)),
     ("generate", "GPT-L B=1 guided, 256 codes", RELEASE),
     ("generate", "GPT-L B=64 guided, 256 codes", RELEASE),
+    ("end_to_end", "photos to cache, 512 photos bfloat16", ("reference",)),
+    ("end_to_end", "photos to cache, 2 photos float32", ("reference",)),
+    ("end_to_end", "classes to pictures, GPT-L B=64 guided bfloat16", ("reference",)),
+    ("end_to_end", "classes to pictures, GPT-B B=1 guided float32", ("reference",)),
 )
 
 
@@ -79,9 +89,9 @@ def measured(path: Path) -> list[str]:
 
 
 COLUMNS = [
-    "shape", "provider", "median", "range", "x reference", "bound by", "GB/s",
-    "of the copy ceiling", "TFLOP/s", "of the product ceiling", "peak MiB", "wrong rows", "error",
-    "error of the gradients", "timer",
+    "shape", "provider", "median", "range", "x reference", "images/s", "bound by", "GB/s",
+    "of the copy ceiling", "TFLOP/s", "of the product ceiling", "product ceiling of the dtype",
+    "peak MiB", "wrong rows", "codes as the reference", "error", "error of the gradients", "timer",
 ]  # fmt: skip
 
 
@@ -108,13 +118,16 @@ def record_rows(records: list[dict]) -> list[list[object]]:
             duration(r["median_us"]),
             "" if r["min_us"] is None else f"{duration(r['min_us'])} to {duration(r['max_us'])}",
             f"{base / r['median_us']:.2f}" if base else "",
+            cell(r, "images_s"),
             cell(r, "bound"),
             cell(r, "gb_s"),
             cell(r, "percent_of_copy", " %"),
             cell(r, "tflop_s"),
             cell(r, "percent_of_matmul", " %"),
+            cell(r, "matmul_tflop_s"),
             cell(r, "peak_mib"),
             cell(r, "wrong_rows"),
+            cell(r, "codes_as_reference") or cell(r, "codes_as_float32"),
             error(r),
             gradients(r),
             r["timer"],

@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from vfmtok_fast.untrained import untrained_tokenizer
 
 pytest.importorskip("pytest_benchmark")
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -209,3 +212,34 @@ def test_every_file_of_benchmarks_can_be_read(tmp_path: Path):
     assert done.returncode == 0, done.stdout
     for path in BENCHMARKS.glob("bench_*.py"):
         assert f"{path.name}::" in done.stdout
+
+
+def test_the_release_style_tokenizer_computes_what_ours_does(monkeypatch, clean_switch):
+    """A baseline that computes something else would be none."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from release_tokenizer import ReleaseTokenizer
+
+    tok = untrained_tokenizer("small")
+    images = torch.rand(2, 3, 336, 336, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codes = tok.encode(images)
+    released = ReleaseTokenizer(tok)
+    # A near tie may fall to the other side, by rounding.
+    assert float((released.encode(images) == codes).float().mean()) >= 0.998
+    want = tok.decode(codes)
+    torch.testing.assert_close(released.decode(codes), want, rtol=0, atol=1e-4 * float(want.max()))
+
+
+def test_operations_are_those_of_the_formula(monkeypatch):
+    """Attention, which torch does not count on a CPU, among them."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from bench_tokenizer import flops
+
+    C, depth, patches = 1024, 24, 24**2
+    tokens = patches + 1 + 4
+    layer = 2 * tokens * 12 * C**2 + 4 * tokens**2 * C
+    counted = flops()
+    assert counted["backbone"] == depth * layer + 2 * patches * 3 * 14**2 * C
+    # Two blocks of two convolutions; the level is the last, and as wide as the one before.
+    assert counted["pixel decoder, 336 x 336"] == 4 * 2 * 336**2 * 9 * 128**2
+    parts = ("backbone", "region encoder", "quantiser")
+    assert counted["encode"] == sum(counted[part] for part in parts)

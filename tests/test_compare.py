@@ -1,86 +1,102 @@
-"""Comparing two folders of results: what is slower, what is noise, what cannot be compared."""
+"""`benchmarks/compare.py`: slower beyond noise fails, noise does not, nonsense is told."""
 
 from __future__ import annotations
 
 import json
-import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+COMPARE = Path(__file__).resolve().parents[1] / "benchmarks" / "compare.py"
 
 
-@pytest.fixture(scope="module")
-def main():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        yield runpy.run_path(str(ROOT / "benchmarks" / "compare.py"))["main"]
-        sys.modules.pop("bounds", None)
+def record(median: float = 100.0, provider: str = "fast", **facts: object) -> dict[str, object]:
+    return {
+        "op": "x", "shape": "s", "provider": provider, "median_us": median, "rounds": 7,
+        "timer": "wall", "iqr_us": 1.0, "min_us": median - 1, "max_us": median + 1, **facts,
+    }  # fmt: skip
 
 
-def write(folder: Path, *times: tuple, device: str = "cpu-2-cores", torch: str = "2.14") -> Path:
-    """Records of one op: (shape, median, best, worst)."""
-    records = [
-        {"op": "linear", "shape": shape, "provider": "fast", "median_us": median,
-         "min_us": low, "max_us": high}
-        for shape, median, low, high in times
-    ]  # fmt: skip
+def write(folder: Path, *records: dict, device: str = "cpu-2-cores", torch: str = "2.14") -> Path:
+    environment = {"device": device, "versions": {"torch": torch}}
     (folder / device).mkdir(parents=True, exist_ok=True)
-    content = {"environment": {"versions": {"torch": torch}}, "records": records}
-    (folder / device / "linear.json").write_text(json.dumps(content))
+    content = {"environment": environment, "records": list(records)}
+    (folder / device / "x.json").write_text(json.dumps(content))
     return folder
 
 
+def run(*folders: Path) -> tuple[int, str, str]:
+    command = [sys.executable, str(COMPARE), *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr
+
+
 @pytest.mark.parametrize(
-    ("old", "new", "code", "said"),
+    ("old", "new", "word", "code"),
     [
-        ((100, 98, 104), (150, 148, 155), 1, "| 100.0 us | 150.0 us | 1.50 x | slower |"),
-        ((150, 148, 155), (100, 98, 104), 0, "0.67 x | faster |"),
-        ((100, 98, 104), (104, 103, 106), 0, "0 slower, 0 faster, 1 same"),  # below 5 %
-        ((100, 60, 140), (130, 128, 135), 0, "0 slower, 0 faster, 1 same"),  # noise of the old
-        ((100, 98, 104), (130, 90, 170), 0, "0 slower, 0 faster, 1 same"),  # of the new
-        ((100, None, None), (110, None, None), 1, "1.10 x | slower |"),  # no rounds were kept
-        ((100, None, None), (104, None, None), 0, "1 same"),
+        (record(100), record(120), "slower", 1),
+        (record(100), record(80), "faster", 0),
+        # Far outside the rounds' spread, and yet too little to matter.
+        (record(100, iqr_us=0.1), record(104, iqr_us=0.1), "same", 0),
+        # Much, and yet within what the rounds of one run differ by: 3 x hypot(5, 5) is 21.2.
+        (record(100, iqr_us=5), record(120, iqr_us=5), "same", 0),
+        (record(100, iqr_us=5), record(122, iqr_us=5), "slower", 1),
+        # Records from before quartiles were kept: half of the range, 3 x hypot(5, 5) again.
+        *(
+            (record(100, iqr_us=None, min_us=95, max_us=105),
+             record(new, iqr_us=None, min_us=new - 5, max_us=new + 5), word, code)
+            for new, word, code in ((120, "same", 0), (122, "slower", 1))
+        ),
+        (record(100, rounds=1), record(300, rounds=1), "spread unknown", 0),
+        (record(100, rounds=None, min_us=None, max_us=None), record(300), "spread unknown", 0),
+        (record(100), record(300, timer="events"), "timed otherwise", 0),
     ],
-)
-def test_verdicts(old, new, code, said, main, tmp_path, capsys):
-    folders = write(tmp_path / "a", ("s", *old)), write(tmp_path / "b", ("s", *new))
-    assert main([str(folder) for folder in folders]) == code
-    assert said in capsys.readouterr().out
+)  # fmt: skip
+def test_a_change_counts_beyond_the_noise(tmp_path, old, new, word, code):
+    got, said, _ = run(write(tmp_path / "old", old), write(tmp_path / "new", new))
+    assert got == code
+    (line,) = [line for line in said.splitlines() if line.startswith("| cpu")]
+    assert f"| {word}" in line and said.splitlines()[-1] == f"1 {word}"
 
 
-def test_what_is_in_one_folder_only_and_other_versions_are_told(main, tmp_path, capsys):
-    a = write(tmp_path / "a", ("s", 100, 99, 101), ("gone", 5, 5, 5))
-    b = write(tmp_path / "b", ("s", 100, 99, 101), ("came", 5, 5, 5), ("too", 5, 5, 5), torch="3")
-    assert main([str(a), str(b)]) == 0
-    out = capsys.readouterr().out
-    assert "1 records are in the old folder only" in out
-    assert "2 records are in the new folder only" in out and "versions of torch" in out
+def test_what_only_one_has_is_named_and_other_versions_are_said(tmp_path):
+    old = write(tmp_path / "old", record(), record(provider="gone"))
+    new = write(tmp_path / "new", record(), record(provider="fresh"), torch="2.15")
+    code, said, _ = run(old, new)
+    assert code == 0
+    assert "only old: cpu-2-cores, x, s, gone" in said
+    assert "only new: cpu-2-cores, x, s, fresh" in said
+    assert "other versions on cpu-2-cores: torch 2.14, then torch 2.15" in said
 
 
-def test_the_committed_results_are_as_fast_as_themselves(main, capsys):
-    results = str(ROOT / "benchmarks" / "results")
-    assert main([results, results]) == 0
-    assert "0 slower, 0 faster" in capsys.readouterr().out
+def test_slower_ones_come_first(tmp_path):
+    names = ("a", "b")
+    old = write(tmp_path / "old", *(record(100, name) for name in names))
+    new = write(tmp_path / "new", record(50, "a"), record(200, "b"))
+    rows = [line for line in run(old, new)[1].splitlines() if line.startswith("| cpu")]
+    assert "+100.0 %" in rows[0] and "-50.0 %" in rows[1]
 
 
-def test_what_cannot_be_compared(main, tmp_path, capsys):
-    a = write(tmp_path / "a", ("s", 100, 99, 101))
-    other = write(tmp_path / "b", ("s", 100, 99, 101), device="nvidia-h200")
-    (tmp_path / "empty").mkdir()
-    broken = write(tmp_path / "c", ("s", 1, 1, 1))
-    (broken / "cpu-2-cores" / "linear.json").write_text("{")
-    lacking = write(tmp_path / "d", ("s", 1, 1, 1))
-    (lacking / "cpu-2-cores" / "linear.json").write_text('{"records": [{"op": "linear"}]}')
-    for new, said in (
-        (other, "devices there cpu-2-cores, here nvidia-h200"),
-        (tmp_path / "nothing", "no such folder of results"),
-        (tmp_path / "empty", "holds no records"),
-        (broken, "is not JSON"),
-        (lacking, "a record lacks median_us, provider, shape"),
-    ):
-        assert main([str(a), str(new)]) == 2
-        error = capsys.readouterr().err
-        assert said in error and error.count("\n") == 1
+def test_what_cannot_be_compared_is_one_line_and_two(tmp_path):
+    old = write(tmp_path / "old", record())
+    broken = write(tmp_path / "broken", record())
+    (broken / "cpu-2-cores" / "x.json").write_text("{")
+    odd = write(tmp_path / "odd", {"op": "x"})
+    strange = write(tmp_path / "strange", record(shape="other"))
+    (tmp_path / "none").mkdir()
+    other = write(tmp_path / "other", record(), device="nvidia-h200")
+    for folder, why in (
+        (broken, "is no JSON"), (odd, "holds no records as"), (tmp_path / "none", "no records"),
+        (tmp_path / "missing", "is no folder"), (other, "no device in common"),
+        (strange, "no record of"),
+    ):  # fmt: skip
+        code, said, error = run(old, folder)
+        assert (code, said) == (2, "") and why in error and error.count("\n") == 1
+
+
+def test_a_folder_is_as_fast_as_itself():
+    """The committed records, old ones without rounds among them, can be read."""
+    code, said, error = run(COMPARE.parent / "results", COMPARE.parent / "results")
+    assert code == 0 and not error and "slower" not in said

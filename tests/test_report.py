@@ -106,6 +106,41 @@ def test_one_op_says_its_bound_what_is_missing_and_leaves_out_empty_columns(repo
     assert "commit abc1234" in text and "cut off" in text and "bench_x[a]" in text
 
 
+def test_images_a_second_and_a_ceiling_of_the_dtype_have_their_columns(report):
+    device = report.RESULTS / "nvidia-h200"
+    facts = {"images_s": 1005.4, "codes_as_float32": 0.9473, "matmul_tflop_s": 790.1}
+    write(device, "tokenizer", [record("fast", "encode B=64 bf16", 63660.0, **facts)])
+    text = "\n".join(report.measured(device / "tokenizer.json"))
+    head = "| images/s | product ceiling of the dtype | codes as the reference | timer |"
+    assert head in text and "| 1005.4 | 790.1 | 0.9473 | wall |" in text
+
+
+@pytest.mark.parametrize(("batches", "panels"), [((1,), 1), ((1, 64), 2)])
+def test_the_plot_of_generation_has_no_panel_with_a_single_batch(
+    tmp_path, monkeypatch, batches, panels
+):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import plots
+
+    made = []
+    monkeypatch.setattr(pyplot, "close", made.append)
+    facts = {"codes": 256, "gb_s": 100.0}
+    records = [
+        record("fast", f"GPT-L B={B} guided", 1e5, **{**facts, "images": B}) for B in batches
+    ]
+    write(tmp_path / "nvidia-x", "generate", records)
+    path = tmp_path / "nvidia-x" / "generate.json"
+    assert plots.plot(path, json.loads(path.read_text()))
+    (figure,) = made
+    assert len(figure.axes) == panels
+    for axes in figure.axes:  # Beside the points, never on them.
+        legend = axes.get_legend().get_window_extent()
+        assert legend.x0 >= axes.get_window_extent().x1
+    monkeypatch.undo()
+    pyplot.close(figure)
+
+
 def test_of_other_results_the_report_lies_among_them_and_the_repository_stays(tmp_path):
     pytest.importorskip("matplotlib")
     write(tmp_path / "nvidia-x", "x", [record("fast", "s", 5.0, gb_s=1.0)])

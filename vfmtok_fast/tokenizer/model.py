@@ -100,7 +100,7 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
             precision: "float32" is exact and the default. "tf32" lets a GPU round float32 products
                 to 10 bits, in `encode` and `decode`, whatever the process has set. "float16" and
                 "bfloat16" cast all weights. "mixed" casts those of the backbone's products to
-                float16 and leaves all else, the stream between them too, in float32.
+                float16 and leaves all else, the stream between them too, in float32 with TF32.
 
         Raises:
             ValueError: no such precision, weights that were rounded already, or "mixed" with a

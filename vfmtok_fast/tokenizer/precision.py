@@ -4,9 +4,10 @@
 - ``tf32``: float32 weights, products of 10-bit mantissas on a GPU's matrix unit; on a CPU float32.
 - ``float16``, ``bfloat16``: all weights.
 - ``mixed``: float16 products in the foundation model, which are nearly all of `encode`; its
-  residual stream and norms, and all that follows, are float32.
+  residual stream and norms, and all that follows, are float32, with TF32 products on a GPU.
 
-docs/exactness.md has the share of tokens that each leaves as they are.
+README.md has the share of tokens that each leaves as they are, docs/exactness.md which part costs
+how many.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def set_precision(model: nn.Module, precision: str) -> None:
     if precision == "mixed":
         for layer in products(model.backbone.vit):
             layer.half()
-    model.tf32 = precision == "tf32"
+    model.tf32 = precision in ("tf32", "mixed")
 
 
 def precision_of(model: nn.Module) -> str:
