@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import harness
 import pytest
@@ -52,16 +51,7 @@ def truth(shape: str) -> list[Tensor]:
     return reference(*(part.double() for part in parts), scale, 1e-6, torch.float64)
 
 
-@functools.cache
-def compiled() -> Callable:
-    return torch.compile(call, dynamic=False)
-
-
-PROVIDERS: dict[str, Callable[[], Callable]] = {
-    "reference": lambda: call,
-    "reference compiled": compiled,
-    "fast": lambda: call,
-}
+PROVIDERS = harness.providers(call)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

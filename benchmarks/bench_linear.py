@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import harness
 import pytest
@@ -41,16 +40,7 @@ def call(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None) -> Ten
     return ops.linear(x, weight, bias, activation=activation)
 
 
-@functools.cache
-def compiled() -> Callable:
-    return torch.compile(call, dynamic=False)
-
-
-PROVIDERS: dict[str, Callable[[], Callable]] = {
-    "reference": lambda: call,
-    "reference compiled": compiled,
-    "fast": lambda: call,
-}
+PROVIDERS = harness.providers(call)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import harness
 import pytest
@@ -44,16 +43,7 @@ def expected(B: int, name: str) -> Tensor:
     return sample(*inputs(B), SETTINGS[name])
 
 
-@functools.cache
-def compiled() -> Callable:
-    return torch.compile(sample, dynamic=False)
-
-
-PROVIDERS: dict[str, Callable[[], Callable]] = {
-    "reference": lambda: sample,
-    "reference compiled": compiled,
-    "fast": lambda: sample,
-}
+PROVIDERS = harness.providers(sample)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

@@ -210,6 +210,21 @@ def quartiles_apart(times: list[float]) -> float:
     return third - first
 
 
+@functools.cache
+def compiled(call: Callable) -> Callable:
+    """``call`` under torch.compile, for one shape at a time."""
+    return torch.compile(call, dynamic=False)
+
+
+def providers(call: Callable) -> dict[str, Callable[[], Callable]]:
+    """Of a call of an op: as it is, compiled, and for when the op is enabled."""
+    return {
+        "reference": lambda: call,
+        "reference compiled": lambda: compiled(call),
+        "fast": lambda: call,
+    }
+
+
 def measure(
     benchmark,
     *,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,4 +18,15 @@ DEVICE = "cuda" if GPU else "cpu"
 HALVES = [torch.float16, torch.bfloat16] if GPU else [torch.float16]
 HERE = pytest.mark.skipif(not INTERPRETED, reason="runs in the child pytest")
 runs = pytest.mark.gpu if GPU else HERE
-starts_child = pytest.mark.skipif(GPU or INTERPRETED, reason="the tests below run here")
+_starts_child = pytest.mark.skipif(GPU or INTERPRETED, reason="the tests below run here")
+
+
+def in_the_interpreter(file: str) -> Callable[..., None]:
+    """The test that runs a file's tests of kernels in a child pytest, see conftest.py."""
+
+    @pytest.mark.slow
+    @_starts_child
+    def test(run_in_interpreter: Callable[..., None]) -> None:
+        run_in_interpreter(file)
+
+    return test

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 from torch import nn
-from where_kernels_run import DEVICE, GPU, runs, starts_child
+from where_kernels_run import DEVICE, GPU, in_the_interpreter, runs
 
 import vfmtok_fast
 from vfmtok_fast import GPT, GPTConfig, switch
@@ -27,10 +27,7 @@ SETTINGS = (
 )
 
 
-@pytest.mark.slow
-@starts_child
-def test_in_the_interpreter(run_in_interpreter):
-    run_in_interpreter(__file__)
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 def make(**changes: int) -> GPT:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from where_kernels_run import DEVICE, HALVES, runs, starts_child
+from where_kernels_run import DEVICE, HALVES, in_the_interpreter, runs
 
 import vfmtok_fast
 from vfmtok_fast import ops
@@ -21,10 +21,7 @@ HALF = HALVES[-1]
 DTYPES = [(torch.float32,) * 4, (HALF,) * 4, (torch.float32, HALF, torch.float32, HALF)]
 
 
-@pytest.mark.slow
-@starts_child
-def test_in_the_interpreter(run_in_interpreter):
-    run_in_interpreter(__file__)
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 def make(shape: tuple[int, ...], dtypes: tuple, scaled: bool) -> list[Tensor | None]:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from where_kernels_run import DEVICE, GPU, HERE, INTERPRETED, runs, starts_child
+from where_kernels_run import DEVICE, GPU, HERE, INTERPRETED, in_the_interpreter, runs
 
 import vfmtok_fast
 from vfmtok_fast import ops
@@ -30,10 +30,7 @@ GARBAGE = (float("nan"), float("inf"), float("-inf"), 1e30)
 PARTS, ARRIVED = 7, 8
 
 
-@pytest.mark.slow
-@starts_child
-def test_in_the_interpreter(run_in_interpreter):
-    run_in_interpreter(__file__)
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 @pytest.fixture(autouse=True)

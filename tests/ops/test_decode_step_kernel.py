@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from step_arguments import changed, copied, make
 from torch import Tensor
-from where_kernels_run import DEVICE, GPU, HALVES, INTERPRETED, runs, starts_child
+from where_kernels_run import DEVICE, GPU, HALVES, INTERPRETED, in_the_interpreter, runs
 
 import vfmtok_fast
 from vfmtok_fast import ops
@@ -33,10 +33,7 @@ PARTS = ("queries", "add", "hidden", "logits")
 ROWS = (1, 2, 4, 5, 16, 64, 65)
 
 
-@pytest.mark.slow
-@starts_child
-def test_in_the_interpreter(run_in_interpreter):
-    run_in_interpreter(__file__)
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from where_kernels_run import DEVICE, GPU, HALVES, runs, starts_child
+from where_kernels_run import DEVICE, GPU, HALVES, in_the_interpreter, runs
 
 import vfmtok_fast
 from vfmtok_fast import ops
@@ -29,10 +29,7 @@ ODD = ((5, 7), (3, 2), (1, 4), (1, 1))
 WIDE = ((9, 27), (17, 8))
 
 
-@pytest.mark.slow
-@starts_child
-def test_in_the_interpreter(run_in_interpreter):
-    run_in_interpreter(__file__)
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 @pytest.fixture

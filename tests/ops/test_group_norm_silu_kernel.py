@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from residual_blocks import block, maps
 from torch import Tensor
-from where_kernels_run import DEVICE, HALVES, runs, starts_child
+from where_kernels_run import DEVICE, HALVES, in_the_interpreter, runs
 
 import vfmtok_fast
 from vfmtok_fast import ops
@@ -22,10 +22,7 @@ SMALL = kernel.SETTING.setting({"values": 2048, "warps": 4})
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-@pytest.mark.slow
-@starts_child
-def test_in_the_interpreter(run_in_interpreter):
-    run_in_interpreter(__file__)
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 def last(x: Tensor) -> Tensor:

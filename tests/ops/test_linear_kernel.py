@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from where_kernels_run import DEVICE, HALVES, runs, starts_child
+from where_kernels_run import DEVICE, HALVES, in_the_interpreter, runs
 
 import vfmtok_fast
 from vfmtok_fast import ops
@@ -17,10 +17,7 @@ from vfmtok_fast.kernels import linear as kernel
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-@pytest.mark.slow
-@starts_child
-def test_in_the_interpreter(run_in_interpreter):
-    run_in_interpreter(__file__)
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 def make(*rows: int, K: int = 5, N: int = 33, dtype=torch.float32) -> list[Tensor]:

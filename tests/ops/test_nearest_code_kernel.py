@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from where_kernels_run import DEVICE, GPU, runs, starts_child
+from where_kernels_run import DEVICE, GPU, in_the_interpreter, runs
 
 import vfmtok_fast
 from vfmtok_fast import ops
@@ -21,10 +21,7 @@ COUNT, BEST, SLACK = 4, 5, 8
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-@pytest.mark.slow
-@starts_child
-def test_in_the_interpreter(run_in_interpreter):
-    run_in_interpreter(__file__)
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 @pytest.fixture(autouse=True)

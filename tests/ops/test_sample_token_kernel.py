@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from where_kernels_run import DEVICE, INTERPRETED, runs, starts_child
+from where_kernels_run import DEVICE, INTERPRETED, in_the_interpreter, runs
 
 import vfmtok_fast
 from vfmtok_fast import ops
@@ -39,10 +39,7 @@ FILTERS = [{"top_k": 7}, {"top_p": 0.5}, {"top_k": 9, "top_p": 0.7}]
 MASS = 9 * 2.0**-20
 
 
-@pytest.mark.slow
-@starts_child
-def test_in_the_interpreter(run_in_interpreter, check):
-    run_in_interpreter(__file__)
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 @pytest.fixture

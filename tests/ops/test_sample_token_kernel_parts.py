@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from where_kernels_run import DEVICE, GPU, runs, starts_child
+from where_kernels_run import DEVICE, GPU, in_the_interpreter, runs
 
 from vfmtok_fast.functional import filter_logits
 from vfmtok_fast.reference.philox import gumbel_noise, philox
@@ -34,10 +34,7 @@ NOISE_ERROR = 3.5 * 2.0**-24
 MASS_ERROR = 9 * 2.0**-20
 
 
-@pytest.mark.slow
-@starts_child
-def test_in_the_interpreter(run_in_interpreter):
-    run_in_interpreter(__file__)
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
