@@ -135,7 +135,16 @@ def test_every_op_compiles_without_a_graph_break():
             logits, ids, 3, uncond_logits=-logits, cfg_scale=1.5, top_k=5, top_p=0.9
         )
         d = ops.decode_step(ids, table, weights, keys.cache, 0)
-        return a, b, c, d, ops.nearest_code(x.view(16, 4), x.view(16, 4)[:5])
+        rows, maps, four = x.view(16, 4), x.view(2, 4, 2, 4), x[:4]
+        norm, conv = (four, four), (x.view(-1)[:36].view(4, 1, 3, 3).expand(4, 4, 3, 3), four)
+        return (
+            *(a, b, c, d, ops.nearest_code(rows, rows[:5])),
+            *ops.add_norm(rows, rows, four, four, eps=1e-6),
+            ops.linear(rows, rows[:3], activation="gelu"),
+            ops.group_norm_silu(maps, *norm, 2),
+            ops.residual_block(maps, norm, conv, norm, conv, num_groups=2),
+            ops.upsample_conv(maps, *conv),
+        )
 
     x = torch.linspace(-1, 1, 64).sin()
     want = everything(x)

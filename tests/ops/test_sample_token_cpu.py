@@ -59,7 +59,7 @@ def test_codes_are_the_reference_codes(settings: dict, guided: bool):
         expected = reference.sample_token(logits, ids, step, seed=11, **settings)
         with vfmtok_fast.enable("sample_token", strict=True):
             assert torch.equal(ops.sample_token(logits, ids, step, seed=11, **settings), expected)
-    assert vfmtok_fast.status().ops["sample_token"].calls == {"cpu": 8}
+            assert vfmtok_fast.status().ops["sample_token"].calls == {"cpu": 1}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
