@@ -75,7 +75,8 @@ def _matrix(
         a = tl.zeros((TILE, P), tl.float32)
     b = a
     if OVERLAP:
-        each: tl.constexpr = FETCH // 2 if _pairs(KIND) else FETCH
+        # Not `_pairs`: what a function returns is no compile-time constant to Triton 3.6.
+        each: tl.constexpr = FETCH // 2 if KIND < 2 else FETCH
         _fetch_rows(w_a, first, m_n, K, TILE, each)
         if _pairs(KIND):
             _fetch_rows(w_b, second, m_n, K, TILE, each)
