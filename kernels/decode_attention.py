@@ -36,24 +36,36 @@ from .registered import registered
 from .tuning import Space
 
 # Keys times padded head dim of a tile; as much again of values. ``stages`` - 1 tiles are on their
-# way while one is worked on. Half precision on an H200, 8192 values and 2 stages against 3: GPT-L,
-# 128 rows, 26.7 and 29.0 us, 2 rows 6.1 both; GPT-3B, 128 rows, 93 and 103 us, and 82 with 4096
-# values. Not by the batch: an image must not depend on it.
-MATRIX = Space(
-    "decode_attention.matrix",
-    {"values": (2048, 4096, 8192), "stages": (2, 3), "warps": (2, 4)},
-    {80: {"values": 8192, "stages": 2, "warps": 4}},
-    bits=("values", "warps"),
+# way while one is worked on. ``matrix``: whether half precision takes the matrix unit where a head
+# has queries of its own; else products and sums are float32's. Half precision by the matrix unit on
+# an H200, 8192 values and 2 stages against 3: GPT-L, 128 rows, 26.7 and 29.0 us, 2 rows 6.1 both;
+# GPT-3B, 128 rows, 93 and 103 us, and 82 with 4096 values. Not by the batch: an image must not
+# depend on it.
+_TILES = {"values": (2048, 4096, 8192, 16384), "stages": (1, 2, 3), "warps": (2, 4, 8)}
+
+
+def _fits(setting) -> bool:
+    """Sums of a tile in at most 64 registers a thread, and tiles on their way in shared memory."""
+    return setting.values <= 2048 * setting.warps and setting.values * setting.stages <= 24576
+
+
+HALF = Space(
+    "decode_attention.half",
+    {**_TILES, "matrix": (0, 1)},
+    {80: {"values": 8192, "stages": 2, "warps": 4, "matrix": 1}},
+    bits=("values", "warps", "matrix"),
+    valid=_fits,
 )
-VECTOR = Space(
-    "decode_attention.vector",
-    {"values": (2048, 4096), "stages": (2, 3), "warps": (4,)},
+FLOAT32 = Space(
+    "decode_attention.float32",
+    _TILES,
     {80: {"values": 4096, "stages": 3, "warps": 4}},
     bits=("values", "warps"),
+    valid=lambda setting: _fits(setting) and setting.values <= 4096,
 )
-SPACES = MATRIX, VECTOR
+SPACES = HALF, FLOAT32
 # More keys in a tile of a narrow head would be dead ones, mostly.
-MAX_KEYS = 128
+MAX_KEYS = 256
 # Queries of one program; where more look at a head, their largest factor up to this.
 MAX_ROWS = 32
 # Bytes of a head's keys and values from which on they are split, and of each share at least: one
@@ -327,14 +339,14 @@ def tuning_key(
 
 
 def _setting(q: Tensor, k_cache: Tensor) -> NamedTuple:
-    space = MATRIX if q.itemsize == 2 else VECTOR
+    space = HALF if q.itemsize == 2 else FLOAT32
     return space.at(q.device, *tuning_key(q, k_cache, k_cache, 0))
 
 
-def _constants(group: int, D: int, itemsize: int, values: int) -> dict[str, int]:
-    """What a kernel is compiled for, by queries per key-value head, head dim and bytes a value."""
+def _constants(group: int, D: int, matrix: bool, values: int) -> dict[str, int]:
+    """What a kernel is compiled for, by queries per key-value head and head dim."""
     C, R, ROWS = triton.next_power_of_2(D), 1, 1
-    if itemsize == 2:
+    if matrix:
         # The matrix unit takes at least 16 of each.
         C = max(16, C)
         R = max(n for n in range(1, MAX_ROWS + 1) if group % n == 0)
@@ -358,8 +370,10 @@ def _attend(
     if out.numel() == 0:
         return out
     q = q.contiguous()
-    values, stages, warps = _setting(q, k_cache)
-    constants = _constants(H // G, D, q.itemsize, values)
+    setting = _setting(q, k_cache)
+    # Queries that share a head's keys read them once, which only the matrix unit can.
+    matrix = q.itemsize == 2 and (H > G or setting.matrix == 1)
+    constants = _constants(H // G, D, matrix, setting.values)
     heads, width = H // constants["R"], constants["R"] * (constants["C"] + 2)
     splits = _splits(B * heads, 2 * T * D * k_cache.itemsize)
     parts = arrived = None
@@ -377,6 +391,6 @@ def _attend(
             q, k_cache, v_cache, k_scale, v_scale, length, out, parts, arrived, heads, T,
             k_cache.stride(0), k_cache.stride(1), v_cache.stride(0), v_cache.stride(1),
             LENGTHS=kind, K_ROW=k_cache.stride(2), V_ROW=v_cache.stride(2), SPLITS=splits,
-            STAGES=stages, **constants, **overlap(device), num_warps=warps,
+            STAGES=setting.stages, **constants, **overlap(device), num_warps=setting.warps,
         )  # fmt: skip
     return out

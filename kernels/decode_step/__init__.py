@@ -30,14 +30,27 @@ from .many import _append, _embed, _gate, _rms_norm
 from .matrix import _matrix
 from .vector import _vector
 
-# Outputs and warps of a program. Measured in prototypes on an H200 (bfloat16, 2 rows): 2 rows of
-# weights and 2 warps for GPT-L's qkv and gate and up, 4 warps for longer rows, 8 rows for the head.
-_VECTOR = {"tile": (1, 2, 4, 8), "warps": (2, 4, 8)}
-QKV_ROWS = Space("decode_step.qkv", _VECTOR, {80: {"tile": 1, "warps": 2}}, bits=("warps",))
-OUT_ROWS = Space("decode_step.out", _VECTOR, {80: {"tile": 2, "warps": 4}}, bits=("warps",))
-GATE_ROWS = Space("decode_step.gate_up", _VECTOR, {80: {"tile": 1, "warps": 2}}, bits=("warps",))
-DOWN_ROWS = Space("decode_step.down", _VECTOR, {80: {"tile": 2, "warps": 4}}, bits=("warps",))
-HEAD_ROWS = Space("decode_step.head", _VECTOR, {80: {"tile": 8, "warps": 4}}, bits=("warps",))
+# Outputs and warps of a program, columns that it holds at once, and whether it lets the next kernel
+# begin at its start or after its wait.
+_VECTOR = {"tile": (1, 2, 4, 8), "warps": (1, 2, 4, 8), "chunk": (256, 1024, 4096), "early": (0, 1)}
+
+
+def _vector_space(name: str, **default: int) -> Space:
+    return Space(
+        f"decode_step.{name}",
+        _VECTOR,
+        {80: default},
+        bits=("warps", "chunk"),
+        # 16 bytes of half precision a load, and at most 64 columns a thread.
+        valid=lambda s: 8 <= s.chunk // (32 * s.warps) <= 64,
+    )
+
+
+QKV_ROWS = _vector_space("qkv", tile=1, warps=1, chunk=1024, early=0)
+OUT_ROWS = _vector_space("out", tile=2, warps=2, chunk=1024, early=0)
+GATE_ROWS = _vector_space("gate_up", tile=1, warps=1, chunk=1024, early=0)
+DOWN_ROWS = _vector_space("down", tile=2, warps=4, chunk=4096, early=0)
+HEAD_ROWS = _vector_space("head", tile=8, warps=4, chunk=1024, early=0)
 # Outputs of a program, pieces of K side by side (1: four warps on one piece), bytes of a row of
 # weights to a piece, and pieces on their way. Not by the number of rows: an image must not depend
 # on the batch that it is in.
@@ -64,9 +77,10 @@ def unsupported_reason(
         return f"it takes a contiguous float32 rotary table, not {weights.rotary.dtype}"
     parts = [code, embedding, weights.norm, weights.head]
     for block in weights.blocks:
-        parts += block
+        # Not +=, which torch 2.11 cannot compile of a list and a named tuple.
+        parts.extend(block)
     for layer in cache:
-        parts += layer
+        parts.extend(layer)
     if not all(part is None or part.is_contiguous() for part in parts):
         return "it takes contiguous weights and caches"
     if embedding.shape[1] > 2**15:
@@ -118,13 +132,13 @@ def _product(
     position = 0 if position is None else position
     with on(device):
         if rows <= vector.MAX_ROWS:
-            tile, warps = space.at(device, _kind(x), K)
-            chunk = min(vector.CHUNK, triton.next_power_of_2(K))
+            tile, warps, chunk, early = space.at(device, _kind(x), K)
+            chunk = min(chunk, vector.CHUNK, triton.next_power_of_2(K))
             tile, warps = _in_registers(tile, warps, (2 if kind < ADDED else 1) * chunk, x)
             _vector[(triton.cdiv(N, tile),)](
                 x, norm, first, second, out, rotary, position, keys, values,
                 rows, N, eps, KIND=kind, K=K, P=triton.next_power_of_2(rows), TILE=tile,
-                CHUNK=chunk, **what, num_warps=warps,
+                CHUNK=chunk, EARLY=bool(early), **what, num_warps=warps,
             )  # fmt: skip
             return
         # One setting is measured for all layers of a step; the nearest K counts.

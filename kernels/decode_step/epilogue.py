@@ -34,28 +34,51 @@ def _row_of(o_n, KIND: tl.constexpr):
 
 
 @triton.jit
-def _finish(
-    a, b, o_n, m_n, o_r, rows, N, out, rotary, position, k_cache, v_cache,
+def _others(
+    o_n, m_n, o_r, rows, N, out, rotary, position,
     KIND: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ON_DEVICE: tl.constexpr,
 ):  # fmt: skip
-    """Put the sums ``a`` and ``b`` [outputs, rows] of ``o_n`` and ``o_r`` where they belong."""
-    kind = out.dtype.element_ty
-    m_r = o_r < rows
-    row = o_r.to(tl.int64)[None, :]
-    mask = m_n[:, None] & m_r[None, :]
+    """What `_finish` needs beside the sums; asked for before these, so that nobody waits for it.
+
+    Of q, k and v the position, cosines and sines; of what is added to its old values, twice.
+    """
     if KIND == 0:
         at = _position(position, ON_DEVICE)
+        half: tl.constexpr = D // 2
+        turns = m_n & (o_n // (H * half) < 2)
+        p_table = rotary + (at * half + o_n % half) * 2
+        cos = tl.load(p_table, mask=turns, other=1.0)
+        sin = tl.load(p_table + 1, mask=turns, other=0.0)
+        return at, cos[:, None], sin[:, None]
+    elif KIND == 2:
+        # In place: nobody else has these elements.
+        p_out = out + o_r.to(tl.int64)[None, :] * N + o_n[:, None]
+        old = tl.load(p_out, mask=m_n[:, None] & (o_r < rows)[None, :], other=0.0).to(tl.float32)
+        return 0, old, old
+    else:
+        return 0, 0.0, 0.0
+
+
+@triton.jit
+def _finish(
+    a, b, at, one, two, o_n, m_n, o_r, rows, N, out, k_cache, v_cache,
+    KIND: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Put the sums ``a`` and ``b`` [outputs, rows] of ``o_n`` and ``o_r`` where they belong.
+
+    ``at``, ``one`` and ``two`` are what `_others` gave.
+    """
+    kind = out.dtype.element_ty
+    row = o_r.to(tl.int64)[None, :]
+    mask = m_n[:, None] & (o_r < rows)[None, :]
+    if KIND == 0:
         half: tl.constexpr = D // 2
         width: tl.constexpr = H * half
         part = o_n // width
         head = (o_n % width) // half
         pair = o_n % half
-        p_table = rotary + (at * half + pair) * 2
-        turns = m_n & (part < 2)
-        cos = tl.load(p_table, mask=turns, other=1.0)[:, None]
-        sin = tl.load(p_table + 1, mask=turns, other=0.0)[:, None]
-        first = a * cos - b * sin
-        second = b * cos + a * sin
+        first = a * one - b * two
+        second = b * one + a * two
         p_q = out + row * (2 * width) + 2 * (o_n % width)[:, None]
         m_q = mask & (part == 0)[:, None]
         tl.store(p_q, first.to(kind), mask=m_q)
@@ -68,13 +91,11 @@ def _finish(
         tl.store(v_cache + place, a.to(kind), mask=m_v)
         tl.store(v_cache + place + 1, b.to(kind), mask=m_v)
     else:
-        p_out = out + row * N + o_n[:, None]
         if KIND == 1:
             a = _gated(a, b)
         elif KIND == 2:
-            # In place: nobody else has these elements.
-            a += tl.load(p_out, mask=mask, other=0.0).to(tl.float32)
-        tl.store(p_out, a.to(kind), mask=mask)
+            a += one
+        tl.store(out + row * N + o_n[:, None], a.to(kind), mask=mask)
 
 
 @triton.jit

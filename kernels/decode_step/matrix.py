@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..launch import _let_next_begin, _wait_for_last
-from .epilogue import _finish, _pairs, _row_of
+from .epilogue import _finish, _others, _pairs, _row_of
 
 MAX_ROWS = 64
 # Bytes of weights that a program brings into L2 before it waits for the kernel ahead: those that an
@@ -82,6 +82,7 @@ def _matrix(
             _fetch_rows(w_b, second, m_n, K, TILE, each)
         _wait_for_last()
         _let_next_begin()
+    at, one, two = _others(o_n, m_n, o_r, rows, N, out, rotary, position, KIND, H, T, D, ON_DEVICE)
     for k in tl.range(0, K, SLICES * DEPTH, num_stages=STAGES):
         value = _pieces(p_x, k, o_k, m_x, K)
         value = tl.permute(value, (0, 2, 1)) if SLICES > 1 else tl.trans(value)
@@ -93,7 +94,4 @@ def _matrix(
     if SLICES > 1:
         a = tl.sum(a, axis=0)
         b = tl.sum(b, axis=0)
-    _finish(
-        a, b, o_n, m_n, o_r, rows, N, out, rotary, position, k_cache, v_cache,
-        KIND, H, T, D, ON_DEVICE,
-    )  # fmt: skip
+    _finish(a, b, at, one, two, o_n, m_n, o_r, rows, N, out, k_cache, v_cache, KIND, H, T, D)

@@ -111,7 +111,7 @@ def test_head_dims_and_groups(D: int, group: int, dtype: torch.dtype, check, lau
 @runs
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_tile_borders(dtype: torch.dtype, check):
-    tile = kernel._constants(1, 64, dtype.itemsize, VALUES[dtype.itemsize])["TILE"]
+    tile = kernel._constants(1, 64, dtype.itemsize == 2, VALUES[dtype.itemsize])["TILE"]
     T = 4 * tile + 3
     q, k, v = make(T=T, dtype=dtype)
     for length in (1, 2, tile - 1, tile, tile + 1, 3 * tile, 4 * tile, T - 1, T):
@@ -163,7 +163,7 @@ def test_dead_positions_do_not_matter(garbage: float, check):
 @pytest.mark.parametrize(("H", "G", "D"), [(2, 2, 64), (6, 2, 100)])
 def test_split_keys(H: int, G: int, D: int, dtype: torch.dtype, check, launches, split):
     """All numbers of live shares; those without keys neither write nor count."""
-    tile = kernel._constants(H // G, D, dtype.itemsize, VALUES[dtype.itemsize])["TILE"]
+    tile = kernel._constants(H // G, D, dtype.itemsize == 2, VALUES[dtype.itemsize])["TILE"]
     q, k, v = make(H=H, G=G, T=5 * tile, D=D, dtype=dtype)
     for length in (1, tile, tile + 1, 3 * tile, 4 * tile, 5 * tile - 1):
         check(q, k, v, length)
