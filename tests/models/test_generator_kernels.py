@@ -49,7 +49,9 @@ def large_programs():
     with contextlib.ExitStack() as stack:
         for space in decode_step.SPACES if not GPU else ():
             if "tile" in space.choices and "slices" not in space.choices:
-                stack.enter_context(space.using(space.setting({"tile": 8, "warps": 4})))
+                stack.enter_context(
+                    space.using(space.setting({"tile": 8, "warps": 4, "chunk": 1024, "early": 0}))
+                )
         yield
 
 

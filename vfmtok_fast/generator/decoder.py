@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import ops, switch
 from ..checks import check_class_ids
 from ..decoding import KVCache, StepWeights
+from ..graphs import capture
 from ..ops.checks import check_integers
 from .memory import told_if_out_of_memory
 from .sampling import Sampling
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 # While all of these are enabled, a step on a GPU is captured and replayed.
 STEP_OPS = frozenset(["decode_step", "decode_attention", "sample_token"])
-# Of torch's captures only one may be under way.
-_capture = threading.Lock()
 
 
 class Decoder:
@@ -206,17 +205,8 @@ class Decoder:
         # Graphs of other settings would pile up: two are alive, guided and not.
         self.graphs = {old: graph for old, graph in self.graphs.items() if old[:3] == key[:3]}
         step = (weights, cache, sampling, self.code, embedding, self.at)
-        # A stream of this device: torch's own for captures is that of the first device to capture.
-        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(here)
-        with torch.cuda.stream(side):
-            self._advance(*step)
-        here.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Records; runs nothing, so the step above counts once. Other threads may go on meanwhile.
-        with _capture, torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            self._advance(*step)
-        self.graphs[key] = graph
+        # The step that warms up counts, the one that is recorded does not run.
+        self.graphs[key] = capture(lambda: self._advance(*step))
 
     def end(self) -> None:
         """Drop the graphs, after they have ended: they may still be running."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import switch
 from ..checkpoint import fetch_official, load_tokenizer
 from ..checks import check_codes, check_images
 from ..configs import config_from_mapping
+from ..graphs import Replayed
 from ..hub import HubModel
 from .backbone import Backbone
 from .config import VFMTokConfig
@@ -49,6 +51,14 @@ class VFMTokOutput:
 
 # What the pixel decoder's maps may take: 14 pictures of 336 pixels in half precision.
 _PIECE_BYTES = 2**31
+# Launching takes an H200's host 24 ms, as long as 26 pictures take to be encoded: more of them gain
+# nothing from a graph, whose memory is kept.
+_REPLAYED = 32
+# What must be enabled for it: their kernels wait for nothing on the host.
+_OPS = {
+    "encode": frozenset(["add_norm", "deformable_sample", "linear", "nearest_code"]),
+    "decode": frozenset(["add_norm", "group_norm_silu", "linear", "residual_block"]),
+}
 
 
 class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
@@ -82,6 +92,7 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         self.pixel_decoder = PixelDecoder(config)
         # Whether float32 products may take TF32 on a GPU, see `set_precision`.
         self.tf32 = False
+        self._graphs = {"encode": Replayed(), "decode": Replayed()}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,7 +139,9 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
             TypeError: not a floating tensor.
             ValueError: wrong shape, device or range, or NaN.
         """
-        return self.quantizer.nearest(self.encode_regions(images)[0])
+        check_images("VFMTok", images, self.config.image_size, self.device)
+        with computing(self):
+            return self._replayed("encode", self._codes, images)
 
     @torch.no_grad()
     def encode_regions(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +172,7 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         R, K = self.config.num_regions, self.config.codebook_size
         check_codes("VFMTok", codes, R, K, self.device)
         with computing(self):
-            return self._decode_vectors(self.quantizer.lookup(codes.long()))
+            return self._replayed("decode", self._pictures, codes)
 
     @torch.no_grad()
     def decode_to_uint8(self, codes: Tensor, size: int = 256) -> Tensor:
@@ -207,6 +220,28 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         """Where each region looks; see `RegionEncoder.sampling_points`."""
         check_images("VFMTok", images, self.config.image_size, self.device)
         return self.region_encoder.sampling_points(self.backbone(images))
+
+    def _codes(self, images: Tensor) -> Tensor:
+        queries = self.quantizer.queries(self.region_encoder(self.backbone(images)))
+        return self.quantizer.nearest(queries)
+
+    def _replayed(self, what: str, fn: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
+        """``fn(given)``; of few pictures on a GPU, with the ops enabled, as a CUDA graph."""
+        if (
+            self.device.type != "cuda"
+            or not 0 < len(given) <= _REPLAYED
+            or not switch.policy().ops >= _OPS[what]
+            or not self.backbone.is_plain
+            or self.training
+            or torch.is_autocast_enabled("cuda")
+            or torch.compiler.is_compiling()
+            or torch.cuda.is_current_stream_capturing()
+        ):
+            return fn(given)
+        return self._graphs[what](fn, self, given)
+
+    def _pictures(self, codes: Tensor) -> Tensor:
+        return self._decode_vectors(self.quantizer.lookup(codes.long()))
 
     def _decode_vectors(self, vectors: Tensor) -> Tensor:
         maps = self.token_decoder.pixel_map(self.token_decoder.regions(vectors))
