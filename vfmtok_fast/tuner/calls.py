@@ -100,9 +100,17 @@ def _deformable_sample(new: New, device, *, B: int, Q: int, H: int, D: int, P: i
     return (value, levels, points.to(value.dtype).contiguous(), offsets, logits), keys
 
 
-def _decode_attention(new: New, device, *, B: int, H: int, G: int, T: int, D: int, length: int):
+def _decode_attention(
+    new: New, device, *, B: int, H: int, G: int, T: int, D: int, length: int,
+    int8_cache: bool = False,
+):  # fmt: skip
     at = torch.full((1,), length, device=device, dtype=torch.int64)
-    return (new(B, H, D), new(B, G, T, D), new(B, G, T, D), at), {}
+    q = new(B, H, D)
+    if not int8_cache:
+        return (q, new(B, G, T, D), new(B, G, T, D), at), {}
+    cache = [new(B, G, T, D, dtype=torch.int8) for _ in range(2)]
+    scales = [new(B, G, T, dtype=torch.float32).abs() / 20 for _ in range(2)]
+    return (q, *cache, at), {"k_scale": scales[0], "v_scale": scales[1]}
 
 
 def _sample_token(new: New, device, *, B: int, V: int, guided: bool = True, **settings):
@@ -206,14 +214,16 @@ def decoder_calls(config: VFMTokConfig) -> list[Call]:
 
 
 def generator_calls(name: str, config: GPTConfig, dtype: str = "bfloat16") -> list[Call]:
-    """A guided step of one image and of 64, of one layer: all are alike."""
+    """A guided step of one image and of 64, of four layers: all are alike, and kernels overlap."""
     C, H, V = config.dim, config.num_heads, config.vocab_size
     T, D = config.block_size, config.head_dim
-    step = {"layers": 1, "C": C, "H": H, "F": config.ffn_dim, "V": V, "T": T, "position": T // 2}
+    step = {"layers": 4, "C": C, "H": H, "F": config.ffn_dim, "V": V, "T": T, "position": T // 2}
     calls = []
     for B in (64, 1):
         sizes = {"B": 2 * B, "H": H, "G": H, "T": T, "D": D, "length": T // 2}
         calls.append(Call("decode_attention", f"{name} {B} guided", dtype, sizes))
+        what = f"{name} {B} guided, int8 cache"
+        calls.append(Call("decode_attention", what, dtype, {**sizes, "int8_cache": True}))
         for what, filters in (("", {}), (" top-k 100", {"top_k": 100}), (" top-p", {"top_p": 0.9})):
             sizes = {"B": B, "V": V, "cfg_scale": 1.5, **filters}
             calls.append(Call("sample_token", f"{B} guided{what}", "float32", sizes))
