@@ -134,7 +134,7 @@ def _product(
         if rows <= vector.MAX_ROWS:
             tile, warps, chunk, early = space.at(device, _kind(x), K)
             chunk = min(chunk, vector.CHUNK, triton.next_power_of_2(K))
-            tile, warps = _in_registers(tile, warps, (2 if kind < ADDED else 1) * chunk, x)
+            tile, warps, chunk = _in_registers(tile, warps, chunk, K, kind < ADDED, x)
             _vector[(triton.cdiv(N, tile),)](
                 x, norm, first, second, out, rotary, position, keys, values,
                 rows, N, eps, KIND=kind, K=K, P=triton.next_power_of_2(rows), TILE=tile,
@@ -152,11 +152,22 @@ def _product(
         )  # fmt: skip
 
 
-def _in_registers(tile: int, warps: int, columns: int, x: Tensor) -> tuple[int, int]:
-    """As chosen, or as few outputs, then as many warps, as leave a thread 256 bytes of weights."""
-    while tile * columns * x.itemsize > 256 * 32 * warps:
+def _in_registers(
+    tile: int, warps: int, chunk: int, K: int, pairs: bool, x: Tensor
+) -> tuple[int, int, int]:
+    """As chosen, or as much less as registers ask for; whatever number of rows there is.
+
+    A thread may have 256 bytes of weights, and 128 sums where several chunks meet in them, of the
+    most rows that there can be. With less room there are fewer outputs, then more warps; then
+    fewer columns at a time, down to loads of 16 bytes of half precision.
+    """
+    both = 2 if pairs else 1
+    while tile * both * chunk * x.itemsize > 256 * 32 * warps:
         tile, warps = (tile // 2, warps) if tile > 1 else (tile, 2 * warps)
-    return tile, warps
+    sums = vector.MAX_ROWS * (both * tile + 1)
+    while K > chunk and sums * chunk > 128 * 32 * warps and chunk > 256 * warps:
+        chunk //= 2
+    return tile, warps, chunk
 
 
 def _depth(
