@@ -41,8 +41,8 @@ def _vector_space(name: str, **default: int) -> Space:
         _VECTOR,
         {80: default},
         bits=("warps", "chunk"),
-        # 16 bytes of half precision a load, and at most 64 columns a thread.
-        valid=lambda s: 8 <= s.chunk // (32 * s.warps) <= 64,
+        # 16 bytes of half precision a load, and at most 32 columns a thread.
+        valid=lambda s: 8 <= s.chunk // (32 * s.warps) <= 32,
     )
 
 
