@@ -119,6 +119,21 @@ def test_tile_borders(dtype: torch.dtype, check):
 
 
 @runs
+@pytest.mark.parametrize("stages", [1, 2] if GPU else [1])
+@pytest.mark.parametrize("matrix", [0, 1])
+@pytest.mark.parametrize("D", [64, 100] if GPU else [60])
+def test_half_precision_with_and_without_the_matrix_unit(D, matrix, stages, check, launches):
+    values = {"values": 4096, "stages": stages, "warps": 4, "matrix": matrix}
+    with kernel.HALF.using(kernel.HALF.setting(values)):
+        for length in (1, 16, 33, 70):
+            check(*make(D=D, dtype=HALF), length)
+        # Who shares keys with others always takes it.
+        check(*make(H=4, D=D, dtype=HALF), 37)
+    rows = [constants["ROWS"] for constants in launches.constants]
+    assert rows == [16 if matrix else 1] * 4 + [16]
+
+
+@runs
 @pytest.mark.parametrize("integer", [torch.int64, torch.int32, torch.uint8])
 def test_lengths_of_any_form(integer: torch.dtype, check, launches):
     q, k, v = make(B=3, dtype=HALF)
