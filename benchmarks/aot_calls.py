@@ -104,7 +104,9 @@ def tokenizer_calls() -> list[Call]:
     """Of one picture, for cuBLAS's part of `linear` runs here; registers do not depend on rows."""
     vit, region = {"rows": 581, "C": 1024}, {"rows": 256, "C": 512}
     layer = {"rows": 581, "K": 64, "N": 4096, "activation": "gelu"}
+    pixels = {"B": 1, "side": 336, "P": 14, "C": 64}
     return [
+        Call("patch_embed", "ViT", "bfloat16", pixels),
         Call("add_norm", "ViT", "bfloat16", {**vit, "scaled": True}, (0, 1, 2, 3, 4)),
         Call("add_norm", "ViT", "float32", {**vit, "scaled": True}, (0, 1, 2, 3, 4)),
         Call("add_norm", "regions", "bfloat16", {**region, "scaled": False}, (0, 1, 2, 3)),

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import vfmtok_fast
-from vfmtok_fast import VFMTok
+from vfmtok_fast import VFMTok, ops
 from vfmtok_fast.tokenizer.precision import computing
 from vfmtok_fast.untrained import untrained_tokenizer
 
@@ -138,8 +138,8 @@ def stages(
 ) -> dict[str, tuple[int, Callable[[], object]]]:
     """Of each stage the pictures at a time, and a call with the input that it has in the whole."""
     tokens, pixels, quantizer = tok.token_decoder, tok.pixel_decoder, tok.quantizer
-    patches = tok.backbone.vit.patch_embed
-    pictures = images.to(patches.proj.weight.dtype)
+    backbone, projection = tok.backbone, tok.backbone.vit.patch_embed.proj
+    cutting = (backbone.mean.flatten(), backbone.std.flatten(), projection.weight, projection.bias)
     maps = tok.backbone(images)
     regions = tok.region_encoder(maps)
 
@@ -152,7 +152,7 @@ def stages(
     x = whole[: pixels.fitting(2**31, whole.itemsize)]
     B, piece = len(images), len(x)
     found = {
-        "patch embedding": (B, lambda: patches(pictures)),
+        "patch embedding": (B, lambda: ops.patch_embed(images, *cutting)),
         "backbone": (B, lambda: tok.backbone(images)),
         "region encoder": (B, lambda: tok.region_encoder(maps)),
         "quantiser": (B, quantise),

@@ -51,6 +51,7 @@ BENCHMARKS = {
     "pixel_decoder": 1.0,
     "decode_attention": 1.0,
     "sample_token": 1.0,
+    "patch_embed": 1.0,
     "add_norm": 1.0,
     "linear": 1.0,
 }

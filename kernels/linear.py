@@ -1,14 +1,16 @@
 """Triton `ops.linear`: cuBLAS's product with the bias in its epilogue, then exact GELU in place.
 
 What it computes: z = x @ weight.T + bias by torch; then z/2 * (1 + erf(z / sqrt 2)), in float32, of
-16 bytes a thread, over z itself; where gradients are wanted, into new memory, for they need z.
-ReLU is torch's own, in place.
+16 bytes a thread, over z itself, with a short formula for erf where z is of half precision; where
+gradients are wanted, into new memory, for they need z. ReLU is torch's own, in place.
 
 Bytes of the GELU for 64 x 581 rows of 4,096 in bfloat16: 305 MB read and 305 written, 142 us at an
 H200's 4.3 TB/s. linear.md has the cost in the tokenizer.
 """
 
 from __future__ import annotations
+
+import os
 
 import torch
 import torch.nn.functional as F
@@ -21,30 +23,67 @@ from .registered import library, registered
 
 # Of a program: 16 bytes a thread of half precision, and four such loads in flight.
 BLOCK, WARPS = 4096, 4
+# The interpreter knows no machine code.
+ASM = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
-def _share_below(z):
-    """The normal distribution's share below z."""
-    return 0.5 + 0.5 * tl.math.erf(z * 0.7071067811865476)
+def _reciprocal(x):
+    """1 / x of a number that is no subnormal; a division would scale first."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
 
 
 @triton.jit
-def _gelu(z, out, numel, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(z + at, mask=at < numel).to(tl.float32)
-    value *= _share_below(value)
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=at < numel)
+def _power_of_two(x):
+    """2^x, and 0 where that would be subnormal."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
 
 
 @triton.jit
-def _gelu_backward(grad, z, out, numel, BLOCK: tl.constexpr):
+def _normal(z, ROUNDED: tl.constexpr):
+    """The normal distribution's share below z, and its density there.
+
+    ROUNDED: the share to 3e-7, and far below 0 to 0.2 % of itself down to -5, to 1 % down to -8, as
+    results of half precision are rounded by 0.4 %: Abramowitz and Stegun, 7.1.26, in the normal
+    distribution's units. It shares the exponential with the density.
+    """
+    if ROUNDED:
+        e = _power_of_two(z * z * -0.7213475204444817)
+        t = _reciprocal(1.0 + 0.23164189 * tl.abs(z))
+        beyond = 0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)
+        beyond = e * t * (0.127414796 + t * (-0.142248368 + t * beyond))
+        return tl.where(z < 0, beyond, 1.0 - beyond), e * 0.3989422804014327
+    else:
+        share = 0.5 + 0.5 * tl.math.erf(z * 0.7071067811865476)
+        return share, tl.exp(-0.5 * z * z) * 0.3989422804014327
+
+
+@triton.jit
+def _gelu(z, out, numel, BLOCK: tl.constexpr, ROUNDED: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(z + at, mask=at < numel).to(tl.float32)
-    g = tl.load(grad + at, mask=at < numel).to(tl.float32)
-    # The density: exp(-z^2 / 2) / sqrt(2 pi).
-    g *= _share_below(value) + value * tl.exp(-0.5 * value * value) * 0.3989422804014327
+    value = tl.load(z + at, mask=at < numel, other=0.0).to(tl.float32)
+    share, _ = _normal(value, ROUNDED)
+    tl.store(out + at, (value * share).to(out.dtype.element_ty), mask=at < numel)
+
+
+@triton.jit
+def _gelu_backward(grad, z, out, numel, BLOCK: tl.constexpr, ROUNDED: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(z + at, mask=at < numel, other=0.0).to(tl.float32)
+    g = tl.load(grad + at, mask=at < numel, other=0.0).to(tl.float32)
+    share, density = _normal(value, ROUNDED)
+    g *= share + value * density
     tl.store(out + at, g.to(out.dtype.element_ty), mask=at < numel)
 
 
@@ -74,7 +113,9 @@ def _launch(kernel, *tensors: Tensor) -> None:
     numel = tensors[-1].numel()
     if numel:
         with on(tensors[-1].device):
-            kernel[(triton.cdiv(numel, BLOCK),)](*tensors, numel, BLOCK=BLOCK, num_warps=WARPS)
+            kernel[(triton.cdiv(numel, BLOCK),)](
+                *tensors, numel, BLOCK=BLOCK, ROUNDED=tensors[-1].itemsize == 2, num_warps=WARPS
+            )
 
 
 @registered("gelu_in_place_triton(Tensor(a!) z) -> ()")

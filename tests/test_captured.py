@@ -364,16 +364,24 @@ def layer(dtype: torch.dtype) -> None:
         ops.linear(x, weight, bias, activation="gelu")
 
 
+def cutting(dtype: torch.dtype) -> None:
+    images, three = floats(2, 3, 8, 8), floats(3)
+    with torch.no_grad():
+        ops.patch_embed(
+            images, three, three, floats(5, 3, 4, 4, dtype=dtype), floats(5, dtype=dtype)
+        )
+
+
 CALLS = {
     "add_norm": residual, "linear": layer, "deformable_sample": deformable,
     "nearest_code": nearest, "decode_attention": attention,
     "sample_token": sampling, "decode_step": step, "group_norm_silu": norm,
-    "residual_block": block, "upsample_conv": upsampling,
+    "residual_block": block, "upsample_conv": upsampling, "patch_embed": cutting,
 }  # fmt: skip
 # Of the CPU ones, those that a capture leaves to the reference, in part at least.
 LEFT = {"nearest_code", "decode_attention"}
 # Without Triton they have nothing but their references.
-UNCHANGED = {"group_norm_silu", "residual_block"}
+UNCHANGED = {"group_norm_silu", "residual_block", "patch_embed"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -144,6 +144,9 @@ def test_every_op_compiles_without_a_graph_break():
             ops.group_norm_silu(maps, *norm, 2),
             ops.residual_block(maps, norm, conv, norm, conv, num_groups=2),
             ops.upsample_conv(maps, *conv),
+            ops.patch_embed(
+                x[:48].view(1, 3, 4, 4), x[:3], x[3:6].abs(), x[:12].view(1, 3, 2, 2), x[:1]
+            ),
         )
 
     x = torch.linspace(-1, 1, 64).sin()

@@ -7,6 +7,7 @@ from .deformable_sample import deformable_sample
 from .group_norm_silu import group_norm_silu
 from .linear import linear
 from .nearest_code import nearest_code
+from .patch_embed import patch_embed
 from .residual_block import residual_block
 from .sample_token import sample_token
 from .upsample_conv import upsample_conv
@@ -19,6 +20,7 @@ __all__ = [
     "group_norm_silu",
     "linear",
     "nearest_code",
+    "patch_embed",
     "residual_block",
     "sample_token",
     "upsample_conv",

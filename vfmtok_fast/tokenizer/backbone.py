@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from ..errors import first_line
 from ..hub import register_constant
 from . import vit as plain
@@ -56,6 +57,7 @@ class Backbone(nn.Module):
             )
         self.dim = self.vit.embed_dim
         self.is_plain = plain.is_plain(self.vit)
+        self.cuts_plainly = self.is_plain and plain.cuts_plainly(patch_embed)
         self.image_size = patch_embed.img_size[0]
         register_constant(self, "mean", torch.tensor(mean, device="cpu").view(3, 1, 1))
         register_constant(self, "std", torch.tensor(std, device="cpu").view(3, 1, 1))
@@ -71,6 +73,12 @@ class Backbone(nn.Module):
 
         The last block's output passes the final LayerNorm; those in between do not.
         """
+        if self.cuts_plainly and images.shape[-1] == self.image_size:
+            projection = self.vit.patch_embed.proj
+            patches = ops.patch_embed(
+                images, self.mean.flatten(), self.std.flatten(), projection.weight, projection.bias
+            )
+            return plain.read(self.vit, patches, self.levels)
         x = (images.clamp(-1, 1) + 1) / 2
         if x.shape[-1] != self.image_size:
             # On a CPU, antialiasing is not there for half precision.
@@ -79,7 +87,7 @@ class Backbone(nn.Module):
             x = wide.clamp(0, 1).to(x.dtype)
         x = ((x - self.mean) / self.std).to(next(self.vit.patch_embed.parameters()).dtype)
         if self.is_plain:
-            return plain.read(self.vit, x, self.levels)
+            return plain.read(self.vit, self.vit.patch_embed(x), self.levels)
         last, maps = self.vit.forward_intermediates(
             x, indices=list(self.levels), norm=False, output_fmt="NLC"
         )

@@ -56,8 +56,10 @@ _PIECE_BYTES = 2**31
 _REPLAYED = 32
 # What must be enabled for it: their kernels wait for nothing on the host.
 _OPS = {
-    "encode": frozenset(["add_norm", "deformable_sample", "linear", "nearest_code"]),
-    "decode": frozenset(["add_norm", "group_norm_silu", "linear", "residual_block"]),
+    "encode": frozenset(["add_norm", "deformable_sample", "linear", "nearest_code", "patch_embed"]),
+    "decode": frozenset(
+        ["add_norm", "group_norm_silu", "linear", "residual_block", "upsample_conv"]
+    ),
 }
 
 

@@ -27,6 +27,25 @@ def is_plain(vit: nn.Module) -> bool:
     return all(_is_plain_block(block) for block in vit.blocks)
 
 
+def cuts_plainly(patches: nn.Module) -> bool:
+    """Whether a ViT's ``patch_embed`` is what `ops.patch_embed` computes behind the pixels."""
+    from timm.layers import PatchEmbed
+
+    if type(patches) is not PatchEmbed or type(patches.proj) is not nn.Conv2d:
+        return False
+    projection, side = patches.proj, tuple(patches.patch_size)
+    return (
+        side[0] == side[1]
+        and projection.kernel_size == projection.stride == side
+        and projection.padding == (0, 0)
+        and projection.in_channels == 3
+        and projection.bias is not None
+        and patches.flatten
+        and not patches.dynamic_img_pad
+        and type(patches.norm) is nn.Identity
+    )
+
+
 def _is_norm(module: nn.Module) -> bool:
     from timm.layers import LayerNorm
 
@@ -57,13 +76,13 @@ def _is_plain_block(block: nn.Module) -> bool:
     )
 
 
-def read(vit: nn.Module, images: Tensor, levels: tuple[int, ...]) -> list[Tensor]:
-    """Normalised images [B, 3, S, S] to one map [B, patches, C] per level.
+def read(vit: nn.Module, patches: Tensor, levels: tuple[int, ...]) -> list[Tensor]:
+    """Embedded patches [B, patches, C] to one map of the same shape per level.
 
     ``levels`` are indices of blocks, rising; the last block's output passes the final norm.
     ``vit`` is plain and in eval mode.
     """
-    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(patches)))
     following = [*(block.norm1 for block in vit.blocks[1:]), vit.norm]
     normed = vit.blocks[0].norm1(x)
     maps = []

@@ -84,6 +84,12 @@ def _linear(new: New, device, *, rows: int, K: int, N: int, activation: str | No
     return (new(rows, K), new(N, K), new(N), activation), {}
 
 
+def _patch_embed(new: New, device, *, B: int, side: int, P: int, C: int):
+    images = new(B, 3, side, side, dtype=torch.float32)
+    statistics = (new(3, dtype=torch.float32), new(3, dtype=torch.float32).abs() + 0.1)
+    return (images, *statistics, new(C, 3, P, P), new(C)), {}
+
+
 def _nearest_code(new: New, device, *, N: int, K: int, d: int, **keywords):
     return (new(N, d), new(K, d)), keywords
 
@@ -169,6 +175,7 @@ _MAKERS = {
     "group_norm_silu": _group_norm_silu,
     "linear": _linear,
     "nearest_code": _nearest_code,
+    "patch_embed": _patch_embed,
     "residual_block": _residual_block,
     "sample_token": _sample_token,
 }

@@ -31,7 +31,9 @@ BAD_TOKEN = 0xFFFF
 # What torch.compile and DistributedDataParallel put before or into the names of weights.
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<![^.])_orig_mod\.")
 # Those that `encode` takes.
-TOKENIZER_OPS = frozenset(["add_norm", "deformable_sample", "linear", "nearest_code"])
+TOKENIZER_OPS = frozenset(
+    ["add_norm", "deformable_sample", "linear", "nearest_code", "patch_embed"]
+)
 
 
 class Tokenizer(Protocol):
