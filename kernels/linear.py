@@ -10,6 +10,8 @@ H200's 4.3 TB/s. linear.md has the cost in the tokenizer.
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -21,7 +23,22 @@ from .registered import library, registered
 
 # Of a program: 16 bytes a thread of half precision, and four such loads in flight.
 BLOCK, WARPS = 4096, 4
+# The interpreter knows no machine code.
+ASM = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def _sigmoid(z):
+    """1 / (1 + exp(-z)) in float32."""
+    if ASM:
+        # At least 1, so the plain instruction's range is enough; a division scales first.
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + tl.exp2(z * -1.4426950408889634)],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.sigmoid(z)
 
 
 @triton.jit
