@@ -188,6 +188,21 @@ def test_block(O, grad, check_error, record):  # noqa: E741
 
 
 @runs
+@pytest.mark.usefixtures("exact_convolutions")
+def test_upsampling_adds_its_bias_in_place(check_error, record):
+    x, weight, bias = (
+        t.to(DEVICE).float() for t in (maps(2, 8, 5, 6), maps(12, 8, 3, 3), maps(12))
+    )
+    launched = record(block_kernel, "_add")
+    truth = ops.upsample_conv(x.double(), weight.double(), bias.double())
+    with torch.no_grad(), vfmtok_fast.enable("upsample_conv", strict=True):
+        got = ops.upsample_conv(x, weight, bias)
+        empty = ops.upsample_conv(x[:0], weight, bias)
+    assert len(launched["_add"].launches) == 1 and empty.shape == (0, *got.shape[1:])
+    check_error(got, truth, ops.upsample_conv(x, weight, bias))
+
+
+@runs
 def test_opcheck():
     x, weight, bias, shift = (t.requires_grad_() for t in make(H=2, W=3))
     registered = torch.ops.vfmtok_fast
