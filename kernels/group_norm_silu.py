@@ -10,7 +10,7 @@ bits repeat.
 
 Bytes: forward 3 |x|, backward 5 |x|. Of 128 x 336 x 336 in bfloat16 for 64 pictures 1.85 GB a pass,
 5.5 GB forward, 1.3 ms at an H200's 4.3 TB/s; ATen took 28 ms for all norms of a decode, and 77 ms
-for copies into the other layout and back. group_norm_silu.md has the prediction for a decode.
+for copies into the other layout and back. group_norm_silu.md has the cost of a decode.
 
 Here too: the same with a bias that belongs to the convolution before (``shift``), for
 `residual_block`.
@@ -24,31 +24,53 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import on
+from .linear import _sigmoid
 from .registered import library, registered
 from .tuning import Space
 
-# ``values``: of x in a tile; a program has as many tiles as make CHUNKS of an image, or one.
-SETTING = Space(
-    "group_norm_silu.tile",
-    {"values": (2048, 4096, 8192), "warps": (4, 8)},
-    {80: {"values": 4096, "warps": 4}},
-    bits=("values",),
+# Of the kernels that sum: ``values`` of x in a tile, of which a program's threads keep sums of
+# their own; an image is cut into at most ``chunks``, which `_combine` holds at once.
+SUMS = Space(
+    "group_norm_silu.sums",
+    {"values": (2048, 4096), "warps": (4, 8), "chunks": (64, 128, 256)},
+    {80: {"values": 2048, "warps": 4, "chunks": 256}},
+    bits=("values", "chunks"),
     valid=lambda setting: setting.values >= 512 * setting.warps,
 )
-SPACES = (SETTING,)
-# At most so many chunks of pixels, which `_combine` holds at once.
-CHUNKS = 64
+# Of those that write a map: ``values`` in a tile, ``tiles`` a program.
+MAPS = Space(
+    "group_norm_silu.maps",
+    {"values": (2048, 4096, 8192), "warps": (4, 8), "tiles": (1, 4)},
+    {80: {"values": 4096, "warps": 4, "tiles": 4}},
+    valid=lambda setting: setting.values >= 512 * setting.warps,
+)
+SPACES = (SUMS, MAPS)
+# Tiles that a kernel which sums asks for at once: 64 bytes a thread and tile pair of bfloat16.
+AHEAD = tl.constexpr(4)
 
 
 @triton.jit
-def _load(x, shift, row, last, o_c, C, SHIFTED: tl.constexpr):
-    """Rows of a map [pixels, C] in float32, as the convolution's bias leaves them in their type."""
-    m = (row < last)[:, None] & (o_c < C)[None, :]
-    v = tl.load(x + row[:, None] * C + o_c[None, :], mask=m, other=0.0)
+def _at(row, last, o_c, C):
+    """Where rows of a map [pixels, C] lie, and which of the values there are."""
+    return row[:, None] * C + o_c[None, :], (row < last)[:, None] & (o_c < C)[None, :]
+
+
+@triton.jit
+def _shift(shift, o_c, C, SHIFTED: tl.constexpr):
+    """The bias of the convolution before, or nothing that counts."""
     if SHIFTED:
-        by = tl.load(shift + o_c, mask=o_c < C, other=0.0)
-        v = tl.where(m, v.to(tl.float32) + by.to(tl.float32)[None, :], 0.0).to(v.dtype)
-    return v.to(tl.float32), m
+        by = tl.load(shift + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+    else:
+        by = tl.zeros(o_c.shape, tl.float32)
+    return by
+
+
+@triton.jit
+def _wide(v, by, SHIFTED: tl.constexpr):
+    """Values in float32, as the convolution's bias leaves them in their type."""
+    if SHIFTED:
+        v = (v.to(tl.float32) + by[None, :]).to(v.dtype)
+    return v.to(tl.float32)
 
 
 @triton.jit
@@ -59,21 +81,34 @@ def _partial(
     """Mean and sum of squared differences of each channel over a chunk of an image's pixels."""
     chunk, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     x += image * PIXELS * C
-    o_c = tl.arange(0, C_P)
-    last = tl.minimum(chunk * CHUNK + CHUNK, PIXELS)
-    mean, squares = tl.zeros((C_P,), tl.float32), tl.zeros((C_P,), tl.float32)
-    count = 0.0
-    for first in range(chunk * CHUNK, last, ROWS):
-        v, m = _load(x, shift, first + tl.arange(0, ROWS), last, o_c, C, SHIFTED)
-        n = tl.minimum(last - first, ROWS).to(tl.float32)
-        # Of the tile by itself, then combined (Chan, Golub and LeVeque): nothing cancels.
-        own = tl.sum(v, axis=0) / n
-        away = tl.where(m, v - own[None, :], 0.0)
-        total = count + n
-        delta = own - mean
-        mean += delta * (n / total)
-        squares += tl.sum(away * away, axis=0) + delta * delta * (count * n / total)
-        count = total
+    begin = chunk * CHUNK
+    last = tl.minimum(begin + CHUNK, PIXELS)
+    o_row, o_c = tl.arange(0, ROWS), tl.arange(0, C_P)
+    by = _shift(shift, o_c, C, SHIFTED)
+    # Each place of the tile has sums of its own, of differences from what it meets first. That lies
+    # so near to the place's mean, beside its deviation, that at most the digits of the number of
+    # tiles cancel (group_norm_silu.md).
+    at, m = _at(begin + o_row, last, o_c, C)
+    first = tl.load(x + at, mask=m, other=0.0)
+    origin = _wide(first, by, SHIFTED)
+    sums, squares = tl.zeros((ROWS, C_P), tl.float32), tl.zeros((ROWS, C_P), tl.float32)
+    for turn in range(begin + ROWS, last, ROWS * AHEAD):
+        for i in tl.static_range(AHEAD):
+            at, m = _at(turn + i * ROWS + o_row, last, o_c, C)
+            # What is not there differs by nothing.
+            away = _wide(tl.load(x + at, mask=m, other=first), by, SHIFTED) - origin
+            sums += away
+            squares += away * away
+    # Places, of ``n`` pixels each, then combine (Chan, Golub and LeVeque).
+    n = tl.maximum(last - begin - o_row + ROWS - 1, 0) // ROWS
+    each = (1.0 / tl.maximum(n, 1).to(tl.float32))[:, None]
+    n = n.to(tl.float32)[:, None]
+    means = origin + sums * each
+    mean = tl.sum(means * (n / (last - begin)), axis=0)
+    away = means - mean[None, :]
+    # Squares, less sums * sums / n: rounding alone may leave less than nothing.
+    squares = tl.maximum(squares - sums * (sums * each), 0.0)
+    squares = tl.sum(tl.where(n > 0.0, squares + n * (away * away), 0.0), axis=0)
     partial += (image * tl.num_programs(0) + chunk) * 2 * C
     tl.store(partial + o_c, mean, mask=o_c < C)
     tl.store(partial + C + o_c, squares, mask=o_c < C)
@@ -117,35 +152,37 @@ def _channels(mean, rstd, weight, bias, image, o_c, C, GROUPS, WIDTH: tl.constex
 
 @triton.jit
 def _normalize(
-    x, shift, weight, bias, mean, rstd, out, PIXELS, C, GROUPS, CHUNK,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, C_P: tl.constexpr, SHIFTED: tl.constexpr,
+    x, shift, weight, bias, mean, rstd, out, PIXELS, C, GROUPS,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, C_P: tl.constexpr, TILES: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ):  # fmt: skip
     chunk, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     x, out = x + image * PIXELS * C, out + image * PIXELS * C
     o_c = tl.arange(0, C_P)
     middle, scale, w, b = _channels(mean, rstd, weight, bias, image, o_c, C, GROUPS, WIDTH)
-    last = tl.minimum(chunk * CHUNK + CHUNK, PIXELS)
-    for first in range(chunk * CHUNK, last, ROWS):
-        row = first + tl.arange(0, ROWS)
-        v, m = _load(x, shift, row, last, o_c, C, SHIFTED)
-        y = (v - middle[None, :]) * scale[None, :] * w[None, :] + b[None, :]
-        tl.store(out + row[:, None] * C + o_c[None, :], y * tl.sigmoid(y), mask=m)
+    by, scale = _shift(shift, o_c, C, SHIFTED), scale * w
+    begin = chunk * (ROWS * TILES)
+    for turn in range(begin, tl.minimum(begin + ROWS * TILES, PIXELS), ROWS):
+        at, m = _at(turn + tl.arange(0, ROWS), PIXELS, o_c, C)
+        v = _wide(tl.load(x + at, mask=m, other=0.0), by, SHIFTED)
+        y = (v - middle[None, :]) * scale[None, :] + b[None, :]
+        tl.store(out + at, y * _sigmoid(y), mask=m)
 
 
 @triton.jit
-def _before_silu(grad, x, shift, row, last, o_c, C, middle, scale, w, b, SHIFTED: tl.constexpr):
-    """Normalised values, and the gradient of what SiLU was given."""
-    v, m = _load(x, shift, row, last, o_c, C, SHIFTED)
-    g = tl.load(grad + row[:, None] * C + o_c[None, :], mask=m, other=0.0).to(tl.float32)
+def _before_silu(grad, x, at, m, by, middle, scale, w, b, SHIFTED: tl.constexpr):
+    """Normalised values, and the gradient of what SiLU was given; 0 of what is not there."""
+    v = _wide(tl.load(x + at, mask=m, other=0.0), by, SHIFTED)
+    g = tl.load(grad + at, mask=m, other=0.0).to(tl.float32)
     normed = (v - middle[None, :]) * scale[None, :]
     y = normed * w[None, :] + b[None, :]
-    s = tl.sigmoid(y)
-    return normed, g * s * (1.0 + y * (1.0 - s)), m
+    s = _sigmoid(y)
+    return normed, g * s * (1.0 + y * (1.0 - s))
 
 
 @triton.jit
 def _grad_partial(
-    grad, x, shift, weight, bias, mean, rstd, partial, PIXELS, C, GROUPS, CHUNK,
+    grad, x, shift, weight, bias, mean, rstd, partial, PIXELS, C, CHUNK, GROUPS,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, C_P: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """Sums over a chunk's pixels that are the gradients of bias and weight."""
@@ -153,37 +190,42 @@ def _grad_partial(
     x, grad = x + image * PIXELS * C, grad + image * PIXELS * C
     o_c = tl.arange(0, C_P)
     middle, scale, w, b = _channels(mean, rstd, weight, bias, image, o_c, C, GROUPS, WIDTH)
-    by_bias, by_weight = tl.zeros((C_P,), tl.float32), tl.zeros((C_P,), tl.float32)
-    last = tl.minimum(chunk * CHUNK + CHUNK, PIXELS)
-    for first in range(chunk * CHUNK, last, ROWS):
-        row = first + tl.arange(0, ROWS)
-        normed, g, m = _before_silu(grad, x, shift, row, last, o_c, C, middle, scale, w, b, SHIFTED)
-        by_bias += tl.sum(tl.where(m, g, 0.0), axis=0)
-        by_weight += tl.sum(tl.where(m, g * normed, 0.0), axis=0)
+    by = _shift(shift, o_c, C, SHIFTED)
+    by_bias, by_weight = tl.zeros((ROWS, C_P), tl.float32), tl.zeros((ROWS, C_P), tl.float32)
+    begin = chunk * CHUNK
+    last = tl.minimum(begin + CHUNK, PIXELS)
+    for turn in range(begin, last, ROWS * AHEAD):
+        for i in tl.static_range(AHEAD):
+            at, m = _at(turn + i * ROWS + tl.arange(0, ROWS), last, o_c, C)
+            normed, g = _before_silu(grad, x, at, m, by, middle, scale, w, b, SHIFTED)
+            by_bias += g
+            by_weight += g * normed
     partial += (image * tl.num_programs(0) + chunk) * 2 * C
-    tl.store(partial + o_c, by_bias, mask=o_c < C)
-    tl.store(partial + C + o_c, by_weight, mask=o_c < C)
+    tl.store(partial + o_c, tl.sum(by_bias, axis=0), mask=o_c < C)
+    tl.store(partial + C + o_c, tl.sum(by_weight, axis=0), mask=o_c < C)
 
 
 @triton.jit
 def _grad(
-    grad, x, shift, weight, bias, mean, rstd, means, out, PIXELS, C, GROUPS, CHUNK,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, C_P: tl.constexpr, SHIFTED: tl.constexpr,
+    grad, x, shift, weight, bias, mean, rstd, means, out, PIXELS, C, GROUPS,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, C_P: tl.constexpr, TILES: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """``means`` [B, 2, GROUPS]: of the normalised values' gradient, and of that times them."""
     chunk, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     x, grad, out = x + image * PIXELS * C, grad + image * PIXELS * C, out + image * PIXELS * C
     o_c = tl.arange(0, C_P)
     middle, scale, w, b = _channels(mean, rstd, weight, bias, image, o_c, C, GROUPS, WIDTH)
-    at = means + image * 2 * GROUPS + o_c // WIDTH
-    plain = tl.load(at, mask=o_c < C, other=0.0)
-    along = tl.load(at + GROUPS, mask=o_c < C, other=0.0)
-    last = tl.minimum(chunk * CHUNK + CHUNK, PIXELS)
-    for first in range(chunk * CHUNK, last, ROWS):
-        row = first + tl.arange(0, ROWS)
-        normed, g, m = _before_silu(grad, x, shift, row, last, o_c, C, middle, scale, w, b, SHIFTED)
+    by = _shift(shift, o_c, C, SHIFTED)
+    means += image * 2 * GROUPS + o_c // WIDTH
+    plain = tl.load(means, mask=o_c < C, other=0.0)
+    along = tl.load(means + GROUPS, mask=o_c < C, other=0.0)
+    begin = chunk * (ROWS * TILES)
+    for turn in range(begin, tl.minimum(begin + ROWS * TILES, PIXELS), ROWS):
+        at, m = _at(turn + tl.arange(0, ROWS), PIXELS, o_c, C)
+        normed, g = _before_silu(grad, x, at, m, by, middle, scale, w, b, SHIFTED)
         d = (g * w[None, :] - plain[None, :] - normed * along[None, :]) * scale[None, :]
-        tl.store(out + row[:, None] * C + o_c[None, :], d, mask=m)
+        tl.store(out + at, d, mask=m)
 
 
 def unsupported_reason(
@@ -232,16 +274,30 @@ def norm_silu(
     return torch.ops.vfmtok_fast.group_norm_silu_triton(x, shift, weight, bias, num_groups, eps)[0]
 
 
-def _grid(x: Tensor, groups: int) -> tuple[dict[str, int], dict[str, int], int]:
-    """Numbers and constants of a launch, and into how many chunks an image is cut."""
-    setting = SETTING.at(x.device, *_key(x))
-    C, pixels = x.shape[1], x.shape[2:].numel()
+def _rows(values: int, C: int, pixels: int) -> dict[str, int]:
+    """Rows of a tile of so many values, and its width."""
     wide = triton.next_power_of_2(C)
-    rows = max(1, min(setting.values // wide, triton.next_power_of_2(max(1, pixels))))
-    chunk = triton.cdiv(triton.cdiv(pixels, CHUNKS), rows) * rows
-    numbers = {"PIXELS": pixels, "C": C, "CHUNK": max(1, chunk)}
-    constants = {"ROWS": rows, "C_P": wide, "num_warps": setting.warps}
-    return numbers, constants, triton.cdiv(pixels, max(1, chunk))
+    rows = max(1, min(values // wide, triton.next_power_of_2(max(1, pixels))))
+    return {"ROWS": rows, "C_P": wide}
+
+
+def _sums_grid(x: Tensor) -> tuple[dict[str, int], dict[str, int], int]:
+    """Numbers and constants of a kernel that sums, and into how many chunks an image is cut."""
+    setting = SUMS.at(x.device, *_key(x))
+    C, pixels = x.shape[1], x.shape[2:].numel()
+    constants = _rows(setting.values, C, pixels)
+    rows = constants["ROWS"]
+    chunk = triton.cdiv(triton.cdiv(pixels, setting.chunks), rows) * rows
+    numbers = {"PIXELS": pixels, "C": C, "CHUNK": chunk}
+    return numbers, {**constants, "num_warps": setting.warps}, triton.cdiv(pixels, chunk)
+
+
+def maps_grid(x: Tensor, pixels: int) -> tuple[dict[str, int], int]:
+    """Constants of a kernel that writes maps like x, and its programs for so many pixels."""
+    setting = MAPS.at(x.device, *_key(x))
+    constants = _rows(setting.values, x.shape[1], pixels)
+    programs = triton.cdiv(pixels, constants["ROWS"] * setting.tiles)
+    return {**constants, "TILES": setting.tiles, "num_warps": setting.warps}, programs
 
 
 def _forward(
@@ -254,9 +310,10 @@ def _forward(
     rstd = torch.empty_like(mean)
     if x.numel() == 0:
         return out, mean.zero_(), rstd.zero_()
-    numbers, constants, count = _grid(x, groups)
+    numbers, constants, count = _sums_grid(x)
     partial = torch.empty(B, count, 2, C, dtype=torch.float32, device=x.device)
-    width, shifted = C // groups, shift is not None
+    width, shifted, pixels = C // groups, shift is not None, numbers["PIXELS"]
+    maps, programs = maps_grid(x, pixels)
     by = x if shift is None else shift.contiguous()
     weight, bias = weight.contiguous(), bias.contiguous()
     with on(x.device):
@@ -265,9 +322,9 @@ def _forward(
             partial, mean, rstd, **numbers, COUNT=count, eps=eps, WIDTH=width,
             WIDTH_P=triton.next_power_of_2(width), COUNT_P=triton.next_power_of_2(count),
         )  # fmt: skip
-        _normalize[(count, B)](
-            x, by, weight, bias, mean, rstd, out, **numbers, GROUPS=groups, WIDTH=width,
-            SHIFTED=shifted, **constants,
+        _normalize[(programs, B)](
+            x, by, weight, bias, mean, rstd, out, pixels, C, groups, WIDTH=width, SHIFTED=shifted,
+            **maps,
         )  # fmt: skip
     return out, mean, rstd
 
@@ -282,18 +339,20 @@ def _backward_launch(
     out = torch.empty_like(x, memory_format=torch.channels_last)
     if x.numel() == 0:
         return out, *torch.zeros(2, C, dtype=torch.float32, device=x.device).unbind()
-    numbers, constants, count = _grid(x, groups)
+    numbers, constants, count = _sums_grid(x)
+    pixels = numbers["PIXELS"]
+    maps, programs = maps_grid(x, pixels)
     partial = torch.empty(B, count, 2, C, dtype=torch.float32, device=x.device)
     width, by = C // groups, x if shift is None else shift.contiguous()
     weight, bias = weight.contiguous(), bias.contiguous()
-    constants |= {"WIDTH": width, "SHIFTED": shift is not None}
+    same = {"WIDTH": width, "SHIFTED": shift is not None}
     given = (grad, x, by, weight, bias, mean, rstd)
     with on(x.device):
-        _grad_partial[(count, B)](*given, partial, **numbers, GROUPS=groups, **constants)
+        _grad_partial[(count, B)](*given, partial, **numbers, GROUPS=groups, **same, **constants)
         sums = partial.sum(1)
         means = (sums * weight.float()).view(B, 2, groups, width).sum(-1)
-        means /= numbers["PIXELS"] * width
-        _grad[(count, B)](*given, means, out, **numbers, GROUPS=groups, **constants)
+        means /= pixels * width
+        _grad[(programs, B)](*given, means, out, pixels, C, groups, **same, **maps)
     by_bias, by_weight = sums.sum(0).unbind()
     return out, by_weight.clone(), by_bias.clone()
 

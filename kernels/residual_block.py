@@ -2,7 +2,8 @@
 
 What it computes: x + conv2(silu(norm2(conv1(silu(norm1(x)))))), x and all between channels last.
 PyTorch adds a convolution's bias by a pass of its own. Here the first one's goes into the norm that
-follows, where it costs nothing, and the second one's into the addition of x, a pass anyway.
+follows, where it costs nothing, and the second one's and the shortcut's into the addition of x, a
+pass anyway.
 
 Passes over a map of O channels beside the convolutions: 3 and 3 for the norms, 3 for the sum; ATen
 makes 3 + 2 for each norm and SiLU, 2 for each bias and 3 for the sum. group_norm_silu.md has the
@@ -17,38 +18,52 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .group_norm_silu import norm_silu, unsupported_map
+from .group_norm_silu import _at, _shift, _wide, maps_grid, norm_silu, unsupported_map
 from .launch import on
 from .registered import registered
 
 Pair = tuple[Tensor, Tensor]
-# Values of a program: 16 bytes of bfloat16 for each of 256 threads.
-BLOCK = 2048
 
 
 @triton.jit
-def _add(h, x, bias, count, C, BLOCK: tl.constexpr):
-    """h += bias of its channel + x, all channels last."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m = at < count
-    b = tl.load(bias + at % C, mask=m, other=0.0)
-    v = tl.load(h + at, mask=m, other=0.0)
-    # Rounded between the two, as the convolution's result is.
-    v = (v.to(tl.float32) + b.to(tl.float32)).to(v.dtype)
-    v = v.to(tl.float32) + tl.load(x + at, mask=m, other=0.0).to(tl.float32)
-    tl.store(h + at, v, mask=m)
+def _add(
+    h, bias, x, shift, PIXELS, C, ROWS: tl.constexpr, C_P: tl.constexpr, TILES: tl.constexpr,
+    ADDED: tl.constexpr, SHIFTED: tl.constexpr,
+):  # fmt: skip
+    """h += bias, and where ADDED x, or x + shift, all channels last."""
+    begin = tl.program_id(0).to(tl.int64) * (ROWS * TILES)
+    h, x = h + begin * C, x + begin * C
+    last = tl.minimum(PIXELS - begin, ROWS * TILES).to(tl.int32)
+    o_c = tl.arange(0, C_P)
+    b, by = _shift(bias, o_c, C, True), _shift(shift, o_c, C, SHIFTED)
+    for turn in range(0, last, ROWS):
+        at, m = _at(turn + tl.arange(0, ROWS), last, o_c, C)
+        # Rounded in between, as a convolution's result is.
+        v = _wide(tl.load(h + at, mask=m, other=0.0), b, True)
+        if ADDED:
+            v += _wide(tl.load(x + at, mask=m, other=0.0), by, SHIFTED)
+        tl.store(h + at, v, mask=m)
 
 
-def _add_in_place(h: Tensor, x: Tensor, bias: Tensor) -> None:
-    if h.numel():
-        with on(h.device):
-            grid = (triton.cdiv(h.numel(), BLOCK),)
-            _add[grid](h, x, bias.contiguous(), h.numel(), h.shape[1], BLOCK=BLOCK, num_warps=8)
+def _add_in_place(h: Tensor, bias: Tensor, x: Tensor | None, shift: Tensor | None) -> None:
+    if not h.numel():
+        return
+    C = h.shape[1]
+    pixels = h.numel() // C
+    constants, programs = maps_grid(h, pixels)
+    bias = bias.contiguous()
+    by = bias if shift is None else shift.contiguous()
+    with on(h.device):
+        _add[(programs,)](
+            h, bias, h if x is None else x, by, pixels, C, ADDED=x is not None,
+            SHIFTED=shift is not None, **constants,
+        )  # fmt: skip
 
 
-_add_op = registered("residual_add_triton(Tensor(a!) h, Tensor x, Tensor bias) -> ()")(
-    _add_in_place
-)
+# h += bias + x + shift over channels; h and x channels last.
+add_in_place = registered(
+    "bias_add_triton(Tensor(a!) h, Tensor bias, Tensor? x, Tensor? shift) -> ()"
+)(_add_in_place)
 
 
 def unsupported_reason(
@@ -71,7 +86,10 @@ def residual_block(
         h = F.conv2d(h, *conv2, padding=1)
         return h + (x if shortcut is None else F.conv2d(x, *shortcut))
     h = _last(F.conv2d(h, conv2[0], padding=1))
-    _add_op(h, x if shortcut is None else _last(F.conv2d(x, *shortcut)), conv2[1])
+    if shortcut is None:
+        add_in_place(h, conv2[1], x, None)
+    else:
+        add_in_place(h, conv2[1], _last(F.conv2d(x, shortcut[0])), shortcut[1])
     return h
 
 

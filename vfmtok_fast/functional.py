@@ -70,11 +70,11 @@ def upsampling_kernel(weight: Tensor) -> Tensor:
     """
     wide = weight if weight.dtype == torch.float64 else weight.float()
     # Along each side the kernel, turned round, is convolved with the box of two ones that repeats
-    # a pixel. The first convolves by itself: a row of the result for each of its shifts.
-    turn = wide.new_ones(4, 3).triu_(-1).tril_(0).flip(1)
-    box = torch.einsum("ai,bj->abij", turn, turn).reshape(16, 9)
-    kernel = box @ wide.flatten(2).permute(1, 2, 0)
-    return kernel.to(weight.dtype).unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    # a pixel: with itself shifted by one. Sums, not a product, which could round to TF32.
+    wide = wide.flip(2, 3)
+    wide = F.pad(wide, (0, 1)) + F.pad(wide, (1, 0))
+    wide = F.pad(wide, (0, 0, 0, 1)) + F.pad(wide, (0, 0, 1, 0))
+    return wide.to(weight.dtype).transpose(0, 1).contiguous(memory_format=torch.channels_last)
 
 
 def resize_positions(table: Tensor, grid: int, *, antialias: bool = False) -> Tensor:
@@ -94,9 +94,30 @@ def resize_positions(table: Tensor, grid: int, *, antialias: bool = False) -> Te
     if side == grid:
         return table
     image = rearrange(table, "1 (y x) c -> 1 c y x", y=side)
-    if antialias:
+    if image.is_cuda and not antialias:
+        # torch's kernel has a thread for each pixel, which walks through all channels.
+        image = _resized_by_sides(image, (grid + 0.1) / side)
+    elif antialias:
         image = F.interpolate(image, size=(grid, grid), mode="bicubic", antialias=True)
     else:
         image = F.interpolate(image, scale_factor=(grid + 0.1) / side, mode="bicubic")
     assert image.shape[-1] == grid
     return rearrange(image, "1 c y x -> 1 (y x) c")
+
+
+def _resized_by_sides(image: Tensor, scale: float) -> Tensor:
+    """What bicubic `F.interpolate` of a square image [1, C, S, S] gives, side after side.
+
+    By sums in float32 at least, which no setting rounds to TF32; without host or constants, so that
+    graphs and torch.compile take it.
+    """
+    wide = image if image.dtype == torch.float64 else image.float()
+    side = image.shape[-1]
+    # What one side becomes of each unit vector: [new, S].
+    units = torch.eye(side, dtype=wide.dtype, device=wide.device).view(1, side, side, 1)
+    rows = F.interpolate(units, scale_factor=(scale, 1.0), mode="bicubic")[0, :, :, 0].T
+    # Channels last, as the table has them.
+    wide = wide[0].permute(1, 2, 0)
+    wide = (rows[:, :, None, None] * wide).sum(1)
+    wide = (rows[:, :, None] * wide[:, None]).sum(2)
+    return wide.permute(2, 0, 1)[None].to(image.dtype)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import vfmtok_fast
-from vfmtok_fast import BackboneConfig, VFMTok, VFMTokConfig, ops
+from vfmtok_fast import BackboneConfig, VFMTok, VFMTokConfig, functional, ops
 from vfmtok_fast.functional import resize_positions
 from vfmtok_fast.tokenizer.quantizer import entropy_loss
 
@@ -450,6 +450,21 @@ def test_position_tables(antialias: bool):
     ours = resize_positions(table, 24, antialias=antialias)
     assert torch.equal(ours.view(1, 24, 24, 5).permute(0, 3, 1, 2), expected)
     assert resize_positions(table, 37, antialias=antialias) is table
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("side", "grid"), [(24, 21), (37, 24), (5, 11)])
+def test_position_tables_side_after_side(side: int, grid: int, dtype: torch.dtype):
+    """As on a GPU."""
+    image = torch.randn(1, 6, side, side, dtype=torch.float64).to(dtype)
+    scale = (grid + 0.1) / side
+    # In float32 torch finds the coordinates in float32 as well.
+    wide = image if dtype == torch.float64 else image.float()
+    truth = F.interpolate(wide, scale_factor=scale, mode="bicubic")
+    ours = functional._resized_by_sides(image, scale)
+    assert ours.dtype == dtype and ours.shape == truth.shape
+    allowed = 8 * torch.finfo(wide.dtype).eps + (dtype != wide.dtype) * torch.finfo(dtype).eps / 2
+    assert float((ours - truth).abs().max()) <= allowed * float(truth.abs().max())
 
 
 @pytest.mark.slow

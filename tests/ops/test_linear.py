@@ -62,6 +62,20 @@ def test_strides_and_what_is_not_finite(activation):
     assert got[1].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gate(dtype: torch.dtype, check_error):
+    """silu of the first half times the second."""
+    draw = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(shape, generator=draw).to(dtype) for shape in ((3, 7, 5), (12, 5), (12,))
+    )
+    gate, up = (x.double() @ weight.double().T + bias.double()).chunk(2, dim=-1)
+    got = ops.linear(x, weight, bias, activation="swiglu")
+    check_error(got, gate * gate.sigmoid() * up, reference(x, weight, bias, "swiglu"))
+    with pytest.raises(ValueError, match="'swiglu' halves the outputs, got 11"):
+        ops.linear(x, weight[:11], None, activation="swiglu")
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("trained", [(0,), (1, 2), (0, 1, 2)])
 def test_gradients(activation, trained: tuple[int, ...], check_error):
@@ -108,7 +122,7 @@ def test_what_onednn_cannot_take_is_said(monkeypatch):
         (
             {"activation": "silu"},
             ValueError,
-            "activation must be None, 'gelu' or 'relu', got 'silu'",
+            "activation must be None, 'gelu', 'relu' or 'swiglu', got 'silu'",
         ),
     ],
 )

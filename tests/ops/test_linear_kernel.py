@@ -28,10 +28,10 @@ def make(*rows: int, K: int = 5, N: int = 33, dtype=torch.float32) -> list[Tenso
 
 @runs
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize("activation", [None, "gelu", "relu"])
+@pytest.mark.parametrize("activation", [None, "gelu", "relu", "swiglu"])
 def test_results_and_gradients(activation, dtype: torch.dtype, check_error, record):
     launches = record(kernel, "_gelu", "_gelu_backward")
-    parts = make(4, 70, dtype=dtype)
+    parts = make(4, 70, N=34, dtype=dtype)
 
     def gradients(function, dtype: torch.dtype) -> list[Tensor]:
         given = [part.detach().to(dtype).requires_grad_() for part in parts]
@@ -57,6 +57,20 @@ def test_in_place_without_gradients(record, check_error):
     assert launches[0][0] is launches[0][1]
     check_error(got, reference(*(p.double() for p in parts), "gelu"), reference(*parts, "gelu"))
     assert kernel.linear(*make(0), "gelu").shape == (0, 33)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(("rows", "N"), [((3, 5), 66), ((40,), 602)])
+def test_gate(rows: tuple, N: int, dtype: torch.dtype, check_error, record):
+    launches = record(kernel, "_gate")["_gate"].launches
+    parts = make(*rows, N=N, dtype=dtype)
+    with torch.no_grad(), vfmtok_fast.enable("linear", strict=True):
+        got = ops.linear(*parts, activation="swiglu")
+    assert len(launches) == 1 and got.shape == (*rows, N // 2)
+    truth = reference(*(p.double() for p in parts), "swiglu")
+    check_error(got, truth, reference(*parts, "swiglu"))
+    assert kernel.linear(*make(0, N=N), "swiglu").shape == (0, N // 2)
 
 
 @runs

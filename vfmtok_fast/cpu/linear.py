@@ -34,6 +34,9 @@ def unsupported_reason(
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     """See `vfmtok_fast.ops.linear`; takes what `unsupported_reason` lets pass."""
+    if activation == "swiglu":
+        gate, up = linear(x, weight, bias, None).chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
     if torch.is_grad_enabled() and any(
         part is not None and part.requires_grad for part in (x, weight, bias)
     ):

@@ -1,4 +1,4 @@
-"""A linear layer and what follows it at once: exact GELU, ReLU or nothing."""
+"""A linear layer and what follows it at once: exact GELU, ReLU, SwiGLU's gate or nothing."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ def linear(
         x: [..., K].
         weight: [N, K].
         bias: [N] or None.
-        activation: None, "gelu" (exact, by the error function) or "relu".
+        activation: None, "gelu" (exact, by the error function), "relu", or "swiglu": silu of the
+            first half of the N outputs, times the second half.
         All floating, of one dtype (but under autocast) and device.
 
     Returns:
-        [..., N], dtype of ``weight``, or autocast's.
+        [..., N], of "swiglu" [..., N / 2]; dtype of ``weight``, or autocast's.
 
     Raises:
         TypeError: not floating tensors, or two dtypes.
         ValueError: shapes that do not fit, two devices, or an activation that does not exist.
 
-    Source: Gaussian error linear units, arXiv 1606.08415.
+    Source: Gaussian error linear units, arXiv 1606.08415; GLU variants, arXiv 2002.05202.
     """
     name = "linear"
     check_tensor(name, "weight", weight, "[N, K]", 2)
@@ -43,8 +44,12 @@ def linear(
     if bias is not None:
         check_tensor(name, "bias", bias, "[N]", 1)
         check_shape(name, "bias", bias, (weight.shape[0],))
-    if activation not in (None, "gelu", "relu"):
-        raise ValueError(f"{name}: activation must be None, 'gelu' or 'relu', got {activation!r}")
+    if activation not in (None, "gelu", "relu", "swiglu"):
+        raise ValueError(
+            f"{name}: activation must be None, 'gelu', 'relu' or 'swiglu', got {activation!r}"
+        )
+    if activation == "swiglu" and weight.shape[0] % 2:
+        raise ValueError(f"{name}: 'swiglu' halves the outputs, got {weight.shape[0]} of them")
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)

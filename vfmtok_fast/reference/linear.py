@@ -11,4 +11,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     y = F.linear(x, weight, bias)
     if activation is None:
         return y
+    if activation == "swiglu":
+        gate, up = y.chunk(2, dim=-1)
+        return F.silu(gate) * up
     return F.gelu(y) if activation == "gelu" else F.relu(y)

@@ -50,13 +50,17 @@ class SpatialAttention(nn.Module):
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
+        # Convolutions of one pixel are linear layers of its channels.
+        h = rearrange(self.norm(x), "b c y x -> b 1 (y x) c").contiguous()
+        q, k, v = (_rows(project, h) for project in (self.q, self.k, self.v))
         # One head over all pixels.
-        q, k, v = (
-            rearrange(project(h), "b c y x -> b 1 (y x) c") for project in (self.q, self.k, self.v)
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(rearrange(mixed, "b 1 (y x) c -> b c y x", y=x.shape[2]))
+        mixed = _rows(self.out, F.scaled_dot_product_attention(q, k, v))
+        return x + rearrange(mixed, "b 1 (y x) c -> b c y x", y=x.shape[2])
+
+
+def _rows(conv: nn.Conv2d, rows: Tensor) -> Tensor:
+    """A convolution of one pixel, of rows [..., C]."""
+    return ops.linear(rows, conv.weight.flatten(1), conv.bias)
 
 
 class Level(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -31,8 +30,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         branch, norm = self.attention(self.attention_norm(x)), self.ffn_norm
         x, normed = ops.add_norm(x, branch, norm.weight, norm.bias, eps=norm.eps)
-        gate, up = self.gate_up(normed).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        return x + self.down(self.gate_up(normed, "swiglu"))
 
 
 class TokenDecoder(nn.Module):
