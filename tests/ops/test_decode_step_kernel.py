@@ -284,6 +284,10 @@ def test_a_whole_step(B, rows, dtype, options, check_error):
             most = float(want.abs().max())
             step = most / 127 if options else 0.0
             assert float((ours - want).abs().max()) <= 8 * torch.finfo(dtype).eps * most + step
+        if options and dtype == torch.float32:
+            # Next to a tie is where few are: what is cut, not rounded, differs in every second.
+            pairs = ((layer[i][:, :, 3], other[i][:, :, 3]) for i in (0, 1))
+            assert all(float((ours != want).float().mean()) <= 0.01 for ours, want in pairs)
 
 
 def attending_to(cache: KVCache) -> Callable[..., Tensor]:
