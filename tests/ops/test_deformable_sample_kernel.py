@@ -280,10 +280,15 @@ def test_lists_hold_every_sample_that_touches_a_strip_once(launched):
 
 
 @runs
-@pytest.mark.parametrize("dtype", HALVES)
-def test_half_precision_rounds_the_matrix_and_the_result_only(dtype):
-    """Sharper than the reference, which rounds locations, where an error counts in pixels."""
-    arguments = make(dtype=dtype, D=32)
+@pytest.mark.parametrize("D", [32, 24])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rounds_the_matrix_and_the_result_only(dtype, D):
+    """Sharper than the reference, which rounds locations, where an error counts in pixels.
+
+    Forward has no product of the matrix unit, so the interpreter is right in bfloat16 too, whose
+    values are loaded two at a time.
+    """
+    arguments = make(dtype=dtype, D=D)
     with torch.no_grad():
         error = kernel.deformable_sample(*arguments) - reference(
             *(x.double() if isinstance(x, Tensor) else x for x in arguments)
@@ -300,7 +305,7 @@ def test_half_precision_rounds_the_matrix_and_the_result_only(dtype):
     D=st.integers(1, 40), half=st.booleans(), spread=st.sampled_from([0.0, 1.0, 9.0]),
     seed=st.integers(0, 2**32 - 1),
 )  # fmt: skip
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15 if GPU else 8, deadline=None)
 def test_any_shape(levels, B, Q, H, P, D, half, spread, seed):
     dtype = torch.float16 if half else torch.float32
     arguments = make(tuple(levels), B, Q, H, P, D, seed, dtype=dtype, spread=spread)
