@@ -338,12 +338,19 @@ def main() -> None:
     parser.add_argument(
         "--variants", action="store_true", help="every setting of every space too (minutes)"
     )
+    parser.add_argument(
+        "--chip", choices=[chip.name.lower() for chip in CHIPS], help="only this one, of three"
+    )
     args = parser.parse_args()
+    if args.budget and args.chip:
+        parser.error("--budget is of all chips")
     before = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
     budget: dict = {"triton": triton.__version__} if args.budget else before
     wrong = []
     args.out.mkdir(parents=True, exist_ok=True)
     for chip in CHIPS:
+        if args.chip not in (None, chip.name.lower()):
+            continue
         kernels: dict[str, dict] = {}
         for call in CALLS:
             for name, launch in named(call, launches(call, chip.capability)).items():

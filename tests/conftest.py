@@ -28,6 +28,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # tests of Ctrl-C need Python's own handling.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import faster_interpreter
+
+        faster_interpreter.install()
     if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
         # Processes that share the cores must not each start a thread per core; nor their children.
         threads = max(1, (os.cpu_count() or 1) // int(workers))

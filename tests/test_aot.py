@@ -1,4 +1,7 @@
-"""Every kernel compiles for every chip we name, within the committed budget, without a GPU."""
+"""Every kernel compiles for an H200, within the committed budget, without a GPU.
+
+`make aot` does so for all chips that we name.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def compiled(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
     out = tmp_path_factory.mktemp("aot")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, SCRIPT, "--check", "--out", out],
+        [sys.executable, SCRIPT, "--check", "--chip", "h200", "--out", out],
         env=environment,
         capture_output=True,
         text=True,
@@ -57,11 +60,9 @@ def test_every_kernel_of_every_module_is_compiled(compiled):
         for path in (ROOT / "kernels").rglob("*.py")
         for name in launched_kernels(path.read_text(encoding="utf-8"))
     }
-    files = sorted(out.glob("*.json"))
-    assert [path.stem for path in files] == ["a100", "b200", "h200"]
-    for path in files:
-        kernels = json.loads(path.read_text())["kernels"]
-        assert wanted <= {name.split()[0].partition(".")[2] for name in kernels}
+    (path,) = out.glob("*.json")
+    kernels = json.loads(path.read_text())["kernels"]
+    assert wanted <= {name.split()[0].partition(".")[2] for name in kernels}
 
 
 def launched_kernels(source: str) -> set[str]:
@@ -177,13 +178,12 @@ def test_what_a_kernel_does_before_it_has_waited_is_found(aot, old: str, new: st
 @pytest.mark.slow
 def test_every_kernel_of_a_step_is_looked_at_for_that(compiled):
     _, out = compiled
-    for chip, overlaps in (("a100", False), ("h200", True), ("b200", True)):
-        kernels = json.loads((out / f"{chip}.json").read_text())["kernels"]
-        seen = {name.split()[0] for name, row in kernels.items() if "early_accesses" in row}
-        step = {f"decode_step.{kernel}" for kernel in ("_embed", "_vector", "_matrix", "_append")}
-        step |= {"decode_step._rms_norm", "decode_attention._decode"}
-        step |= {"sample_token._sample_token", "sample_token._best_share"}
-        assert seen == (step if overlaps else set())
+    kernels = json.loads((out / "h200.json").read_text())["kernels"]
+    seen = {name.split()[0] for name, row in kernels.items() if "early_accesses" in row}
+    step = {f"decode_step.{kernel}" for kernel in ("_embed", "_vector", "_matrix", "_append")}
+    step |= {"decode_step._rms_norm", "decode_attention._decode"}
+    step |= {"sample_token._sample_token", "sample_token._best_share"}
+    assert seen == step
 
 
 def test_loops_are_found_in_the_disassembly(aot):

@@ -35,6 +35,8 @@ INTERPOLATION = "halve with box, then bicubic to the short side, centre crop (pi
 # What Pillow may try. An allow-list, because some of its plugins run other programs (EPS starts
 # Ghostscript) and some have no signature (TGA) and would accept noise.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
+# What of these has a decoder, and so a version, of its own.
+HEIF_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
 HOW_TO_READ_HEIF = "pip install 'vfmtok-fast[heif]' to read them"
 
 # Most pixels that the bicubic resize may produce. The crop keeps size x size of them, so a long
@@ -320,6 +322,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def reads_heif() -> bool:
     """Whether the package is installed that reads the pictures of iPhones."""
     return importlib.util.find_spec("pillow_heif") is not None
+
+
+def heif_version() -> str | None:
+    """Version of that package, as a token cache records it; None without it."""
+    return importlib.import_module("pillow_heif").__version__ if reads_heif() else None
 
 
 def _check_tiff(image: Image.Image) -> tuple[int, bool]:

@@ -354,6 +354,30 @@ def test_deleted_pictures_are_no_reason_to_refuse(tmp_path, out, tokenizer, fake
     assert cache.repair(tree, out, tokenizer) == 0 and cache.verify(out).ok
 
 
+def test_what_extending_keeps_of_deleted_pictures(tmp_path, out, tokenizer, fake):
+    """Their tokens, but for those of the last shard, where it has room and is made again."""
+    tree = fake.make_tree(tmp_path / "p")
+    cache.build(tree, out, tokenizer, **SMALL)
+    before = tokens_by_path(out)
+    names = [rows.paths for rows in index.read_all(out / "index.parquet")]
+    first, last = names[0][0], names[-1][0]
+    assert len(names[-1]) < SMALL["shard_size"]
+    kept = (tree / last).read_bytes()
+    for name in (first, last):
+        (tree / name).unlink()
+    add(fake, tree, "class2/new.png")
+    assert cache.build(tree, out, tokenizer, extend=True, **SMALL).bad == 1
+    (entry,) = shards.read_quarantine(out, len(names) - 1)[0]
+    assert (entry["path"], entry["status"]) == (last, shards.GONE)
+    now = tokens_by_path(out)
+    assert now.keys() == before.keys() - {last} | {"class2/new.png"}
+    assert now[first] == before[first]
+    # Where the picture comes back, so do its tokens.
+    (tree / last).write_bytes(kept)
+    assert cache.repair(tree, out, tokenizer) == 1
+    assert tokens_by_path(out)[last] == before[last]
+
+
 def test_a_slow_run_does_not_write_over_an_extended_cache(tree, out, tokenizer, fake, monkeypatch):
     """It began before; its last shard has fewer pictures. Before its commit, and in the midst."""
     slow = cache.prepare(tree, out, tokenizer, **SMALL)

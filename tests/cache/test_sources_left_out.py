@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 import tarfile
+import types
 
 import pytest
+from PIL import Image
 
-from vfmtok_fast import cache, cli
-from vfmtok_fast.cache.format import index, shards
+from vfmtok_fast import cache, cli, images
+from vfmtok_fast.cache.format import index, manifest, shards
 from vfmtok_fast.cache.make import parts
-from vfmtok_fast.cache.sources import base, open_source
+from vfmtok_fast.cache.sources import base, folder, open_source
 
 SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2}
 JUNK = ["__MACOSX", "lost+found", "@eaDir", "$RECYCLE.BIN", "System Volume Information"]
@@ -328,6 +330,38 @@ def test_heic_with_the_package_that_reads_it(tmp_path, fake):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == ["a/1.HEIC", [21, 21]]
+
+
+def test_its_version_is_in_the_fingerprint_where_it_is_used(
+    tmp_path, out, tokenizer, fake, monkeypatch
+):
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    monkeypatch.setattr(images, "reads_heif", lambda: True)
+    monkeypatch.setattr(folder, "EXTENSIONS", folder.EXTENSIONS | images.HEIF_SUFFIXES)
+    monkeypatch.setattr(folder, "UNREADABLE", {})
+    plugin = types.ModuleType("pillow_heif")
+    exec(PLUGIN, vars(plugin))
+    plugin.__version__ = "1.0"
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    tree = fake.make_tree(tmp_path / "p")
+    cache.build(tree, tmp_path / "plain", tokenizer, **SMALL)
+    assert "heif_decoder_version" not in manifest.read_manifest(tmp_path / "plain").covers
+    picture = tree / "class1" / "x.HEIC"
+    data = fake.write_picture(tmp_path / "x.png", 1).read_bytes()
+    picture.write_bytes(b"\0\0\0\x18ftypheic" + data)
+    # Its fingerprint cannot change any more.
+    with pytest.raises(ValueError, match="cannot get any"):
+        cache.build(tree, tmp_path / "plain", tokenizer, extend=True, **SMALL)
+    assert cache.build(tree, out, tokenizer, **SMALL).bad == 0
+    assert manifest.read_manifest(out).covers["heif_decoder_version"] == "1.0"
+    cache.build(tree, out, tokenizer, **SMALL)
+    assert cache.verify(out, images=tree, tokenizer=tokenizer).ok
+    plugin.__version__ = "2.0"
+    with pytest.raises(FileExistsError, match="heif_decoder_version"):
+        cache.build(tree, out, tokenizer, **SMALL)
+    with pytest.raises(FileExistsError, match="heif_decoder_version"):
+        cache.verify(out, images=tree, tokenizer=tokenizer)
 
 
 def test_heic_without_it_is_named(tmp_path, tokenizer, out, fake):

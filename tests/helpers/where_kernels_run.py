@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -14,11 +15,21 @@ import torch
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if GPU else "cpu"
+# Of torch.compile: what traces and captures is the same, and nothing is compiled for a CPU.
+BACKEND = "inductor" if GPU else "aot_eager"
 # The interpreter's bfloat16 products are wrong; a GPU's are not.
 HALVES = [torch.float16, torch.bfloat16] if GPU else [torch.float16]
 HERE = pytest.mark.skipif(not INTERPRETED, reason="runs in the child pytest")
 runs = pytest.mark.gpu if GPU else HERE
 _starts_child = pytest.mark.skipif(GPU or INTERPRETED, reason="the tests below run here")
+
+
+def combined(*choices: Sequence) -> list[tuple]:
+    """Values of several parameters: on a GPU all combinations, else each value at least once."""
+    if GPU:
+        return list(itertools.product(*choices))
+    count = max(map(len, choices))
+    return [tuple(values[i % len(values)] for values in choices) for i in range(count)]
 
 
 def in_the_interpreter(file: str) -> Callable[..., None]:

@@ -194,14 +194,6 @@ def test_enabled_gradients(case: Case):
         assert error <= 2 * allowed + FLOAT32 * float(exact.norm()), key
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="this is the child's parent")
-def test_enabled_kernels_in_the_interpreter(run_in_interpreter):
-    pytest.importorskip("triton")
-    names = "(regions_and_codes or enabled_gradients) and tokenizer_small"
-    run_in_interpreter(__file__, "-k", names)
-
-
 @dataclasses.dataclass
 class Branch:
     """One training step of the encoder, the quantiser and the semantic branch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
@@ -22,8 +23,6 @@ from vfmtok_fast.kernels import decode_attention as kernel
 pytestmark = pytest.mark.usefixtures("poison")
 # The interpreter's bfloat16 products are wrong, and only half precision takes products.
 HALF = torch.bfloat16 if GPU else torch.float16
-# Of the default settings, by bytes a value.
-VALUES = {2: 8192, 4: 4096}
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
 GARBAGE = (float("nan"), float("inf"), float("-inf"), 1e30)
 # Positions of launch arguments.
@@ -38,6 +37,21 @@ def small_tiles(monkeypatch):
     """The interpreter runs one program after the other: short caches, so that they have tiles."""
     if not GPU:
         monkeypatch.setattr(kernel, "MAX_KEYS", 16)
+
+
+@pytest.fixture
+def tile_of():
+    """``tile_of(group, D, dtype)``: keys of a tile by default; a table of the card's may differ."""
+    spaces = {2: kernel.HALF, 4: kernel.FLOAT32}
+
+    def tile(group: int, D: int, dtype: torch.dtype) -> int:
+        values = spaces[dtype.itemsize].defaults[80].values
+        return kernel._constants(group, D, dtype.itemsize == 2, values)["TILE"]
+
+    with contextlib.ExitStack() as stack:
+        for space in spaces.values():
+            stack.enter_context(space.using(space.defaults[80]))
+        yield tile
 
 
 @pytest.fixture
@@ -110,8 +124,8 @@ def test_head_dims_and_groups(D: int, group: int, dtype: torch.dtype, check, lau
 
 @runs
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
-def test_tile_borders(dtype: torch.dtype, check):
-    tile = kernel._constants(1, 64, dtype.itemsize == 2, VALUES[dtype.itemsize])["TILE"]
+def test_tile_borders(dtype: torch.dtype, check, tile_of):
+    tile = tile_of(1, 64, dtype)
     T = 4 * tile + 3
     q, k, v = make(T=T, dtype=dtype)
     for length in (1, 2, tile - 1, tile, tile + 1, 3 * tile, 4 * tile, T - 1, T):
@@ -176,9 +190,9 @@ def test_dead_positions_do_not_matter(garbage: float, check):
 @runs
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize(("H", "G", "D"), [(2, 2, 64), (6, 2, 100)])
-def test_split_keys(H: int, G: int, D: int, dtype: torch.dtype, check, launches, split):
+def test_split_keys(H: int, G: int, D: int, dtype, check, launches, split, tile_of):
     """All numbers of live shares; those without keys neither write nor count."""
-    tile = kernel._constants(H // G, D, dtype.itemsize == 2, VALUES[dtype.itemsize])["TILE"]
+    tile = tile_of(H // G, D, dtype)
     q, k, v = make(H=H, G=G, T=5 * tile, D=D, dtype=dtype)
     for length in (1, tile, tile + 1, 3 * tile, 4 * tile, 5 * tile - 1):
         check(q, k, v, length)

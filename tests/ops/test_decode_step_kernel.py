@@ -16,7 +16,7 @@ from where_kernels_run import DEVICE, GPU, HALVES, INTERPRETED, in_the_interpret
 
 import vfmtok_fast
 from vfmtok_fast import ops
-from vfmtok_fast.decoding import KVCache, LayerCache
+from vfmtok_fast.decoding import KVCache, LayerCache, in_full
 from vfmtok_fast.functional import rms_norm, rotate
 from vfmtok_fast.reference.decode_attention import decode_attention as attention
 from vfmtok_fast.reference.decode_step import decode_step as reference
@@ -252,6 +252,11 @@ def test_position_on_the_host_or_the_device(position, rows):
 def test_a_whole_step(B, rows, dtype, options, check_error):
     """Through the op, whose seam takes these kernels for all of it and for attention."""
     given = make(B, rows, dtype=dtype, **SIZES, **options)
+    there = changed(given, moved)
+    with vfmtok_fast.enable(["decode_step", "decode_attention"], strict=True):
+        got = ops.decode_step(*there)
+    assert vfmtok_fast.status().ops["decode_step"].calls["triton"] == 1
+    written = changed(there, Tensor.cpu)[3]
     wide = changed(given, lambda t: t.double() if t.dtype == dtype else t)
     # Scales and the table stay float32 in every type.
     wide[2] = wide[2]._replace(rotary=given[2].rotary)
@@ -260,30 +265,46 @@ def test_a_whole_step(B, rows, dtype, options, check_error):
         for layer in wide[3]
     )
     wide[3] = KVCache(tuple(layers))
-    truth = reference(*wide, 4, attention)
+    # A value next to a tie of 8 bits may be rounded the other way, which no rounding of a type
+    # bounds. So the oracle attends to the cache that the kernel wrote, and that is looked at below.
+    attends = (attending_to(written) if options else attention for _ in range(2))
+    truth = reference(*wide, 4, next(attends))
     own = copied(given)
-    ruler = reference(*own, 4, attention)
-    there = changed(given, moved)
-    with vfmtok_fast.enable(["decode_step", "decode_attention"], strict=True):
-        got = ops.decode_step(*there)
-    assert vfmtok_fast.status().ops["decode_step"].calls["triton"] == 1
+    ruler = reference(*own, 4, next(attends))
     if dtype == torch.float32:
         # Each part has its bound above, and none is carried through two layers: what is asked is a
         # hundredth of a float16 rounding.
         error = float((got.cpu() - truth).abs().max())
         assert error <= 1e-5 * float(truth.abs().max())
-    elif "int8_cache" in options:
-        # A value next to a tie is rounded the other way, by 1 / 127 of the largest of its head.
-        assert float((got.cpu() - truth).abs().max()) <= float(truth.abs().max()) / 127
     else:
         check_error(got.cpu(), truth, ruler)
-    for layer, other in zip(there[3], own[3], strict=True):
-        for part, want in zip(layer, other, strict=True):
-            if part is not None:
-                # Within what its type can hold; of int8 a tie may be rounded the other way.
-                off = (part[:, :, 3].cpu().double() - want[:, :, 3].double()).abs().max()
-                step = 1 if part.dtype == torch.int8 else 8 * torch.finfo(dtype).eps
-                assert float(off) <= step * max(1.0, float(want[:, :, 3].abs().max()))
+    for layer, other in zip(written, own[3], strict=True):
+        for ours, want in zip(in_position_3(layer), in_position_3(other), strict=True):
+            # Within what the type can hold; of 8 bits each is off by half a step, too.
+            most = float(want.abs().max())
+            step = most / 127 if options else 0.0
+            assert float((ours - want).abs().max()) <= 8 * torch.finfo(dtype).eps * most + step
+        if options and dtype == torch.float32:
+            # Next to a tie is where few are: what is cut, not rounded, differs in every second.
+            pairs = ((layer[i][:, :, 3], other[i][:, :, 3]) for i in (0, 1))
+            assert all(float((ours != want).float().mean()) <= 0.01 for ours, want in pairs)
+
+
+def attending_to(cache: KVCache) -> Callable[..., Tensor]:
+    """Attention of one step that reads ``cache``, a layer a call, instead of what it is given."""
+    layers = iter(cache)
+
+    def attend(q: Tensor, keys: Tensor, values: Tensor, length: int, **scales: Tensor) -> Tensor:
+        layer = next(layers)
+        return attention(q, layer.keys, layer.values, length, **layer.scales)
+
+    return attend
+
+
+def in_position_3(layer: LayerCache) -> list[Tensor]:
+    """Keys and values of the new position, of 8 bits in full."""
+    keys, values, *scales = (None if part is None else part[:, :, 3] for part in layer)
+    return [in_full(x, s, torch.float64) for x, s in zip((keys, values), scales, strict=True)]
 
 
 @runs

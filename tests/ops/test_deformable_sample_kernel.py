@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from where_kernels_run import DEVICE, GPU, HALVES, in_the_interpreter, runs
+from where_kernels_run import BACKEND, DEVICE, GPU, HALVES, in_the_interpreter, runs
 
 import vfmtok_fast
 from vfmtok_fast import ops
@@ -241,12 +241,16 @@ def test_additions_in_no_order_where_they_are_asked_for(dtype, launched):
     arguments = make(WIDE, Q=70, H=1, dtype=dtype)
     check(arguments, deterministic=False)
     assert len(launched["_add_value"].launches) == 1 and not launched["_grad_value"].launches
+    # The reference cannot run in this mode on a GPU.
     torch.use_deterministic_algorithms(True)
     try:
-        check(arguments, deterministic=False)
+        in_order = functools.partial(kernel.deformable_sample, deterministic=False)
+        got = run(in_order, arguments, dtype)
     finally:
         torch.use_deterministic_algorithms(False)
     assert len(launched["_add_value"].launches) == 1 == len(launched["_grad_value"].launches)
+    want = run(kernel.deformable_sample, arguments, dtype)
+    assert all(torch.equal(ours, other) for ours, other in zip(got, want, strict=True))
 
 
 @runs
@@ -276,10 +280,15 @@ def test_lists_hold_every_sample_that_touches_a_strip_once(launched):
 
 
 @runs
-@pytest.mark.parametrize("dtype", HALVES)
-def test_half_precision_rounds_the_matrix_and_the_result_only(dtype):
-    """Sharper than the reference, which rounds locations, where an error counts in pixels."""
-    arguments = make(dtype=dtype, D=32)
+@pytest.mark.parametrize("D", [32, 24])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rounds_the_matrix_and_the_result_only(dtype, D):
+    """Sharper than the reference, which rounds locations, where an error counts in pixels.
+
+    Forward has no product of the matrix unit, so the interpreter is right in bfloat16 too, whose
+    values are loaded two at a time.
+    """
+    arguments = make(dtype=dtype, D=D)
     with torch.no_grad():
         error = kernel.deformable_sample(*arguments) - reference(
             *(x.double() if isinstance(x, Tensor) else x for x in arguments)
@@ -296,7 +305,7 @@ def test_half_precision_rounds_the_matrix_and_the_result_only(dtype):
     D=st.integers(1, 40), half=st.booleans(), spread=st.sampled_from([0.0, 1.0, 9.0]),
     seed=st.integers(0, 2**32 - 1),
 )  # fmt: skip
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15 if GPU else 8, deadline=None)
 def test_any_shape(levels, B, Q, H, P, D, half, spread, seed):
     dtype = torch.float16 if half else torch.float32
     arguments = make(tuple(levels), B, Q, H, P, D, seed, dtype=dtype, spread=spread)
@@ -400,7 +409,7 @@ def test_the_same_bits_on_every_run(dtype):
     torch.use_deterministic_algorithms(True)
     try:
         first = run(kernel.deformable_sample, arguments, dtype)
-        for _ in range(20):
+        for _ in range(20 if GPU else 2):
             again = run(kernel.deformable_sample, arguments, dtype)
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     finally:
@@ -511,7 +520,9 @@ def test_opcheck(needs_grad):
 @runs
 def test_torch_compile_takes_it_without_a_graph_break():
     arguments = make(Q=5)
-    compiled = torch.compile(lambda *x: ops.deformable_sample(*x) * 2, fullgraph=True)
+    compiled = torch.compile(
+        lambda *x: ops.deformable_sample(*x) * 2, backend=BACKEND, fullgraph=True
+    )
     with vfmtok_fast.enable("deformable_sample", strict=True):
         got = run(compiled, arguments, torch.float32)
         want = run(lambda *x: ops.deformable_sample(*x) * 2, arguments, torch.float32)

@@ -96,7 +96,7 @@ def verify(
     if sample < 1:
         raise ValueError(f"verify: sample must be at least 1, got {sample}")
     if tokenizer is not None:
-        covers = describe(tokenizer, found.views, found.batch_size, found.seed)
+        covers = describe(tokenizer, found.views, found.batch_size, found.seed, found.heif)
         if differing := differences(found.covers, covers):
             raise FingerprintMismatch(
                 f"{out}: was not made by this tokenizer and program: {differing}"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -191,6 +191,14 @@ def used_labels(path: Place) -> set[int]:
     with _opened(path) as file:
         columns = (file.read_row_group(n, ["label"])[0] for n in range(file.num_row_groups))
         return {label for column in columns for label in pc.unique(column).to_pylist()}
+
+
+def holds_suffix(path: Place, suffixes: Set[str]) -> bool:
+    """Whether a picture's name ends so, in small letters or large; raises like `read_rows`."""
+    with _opened(path) as file:
+        columns = (file.read_row_group(n, ["path"])[0] for n in range(file.num_row_groups))
+        names = (name for column in columns for name in column.to_pylist())
+        return any(name.lower().endswith(tuple(suffixes)) for name in names)
 
 
 def read_from(path: Place, start: int, end: int | None) -> Iterator[Entry]:

@@ -111,6 +111,11 @@ class Manifest:
         return self.covers.get("seed", 0)
 
     @property
+    def heif(self) -> bool:
+        """Whether there are pictures that another package than Pillow decodes."""
+        return "heif_decoder_version" in self.covers
+
+    @property
     def shards(self) -> int:
         """Number of shards."""
         return -(-self.images // self.shard_size)
@@ -187,7 +192,11 @@ def read_manifest(out: str | os.PathLike | Place, name: str = NAME) -> Manifest:
 
 
 def describe(
-    tokenizer: Tokenizer, views: Iterable[str], batch_size: int, seed: int = 0
+    tokenizer: Tokenizer,
+    views: Iterable[str],
+    batch_size: int,
+    seed: int = 0,
+    heif: bool = False,
 ) -> dict[str, Any]:
     """List everything that changes tokens.
 
@@ -199,6 +208,7 @@ def describe(
         views: names of the views.
         batch_size: views per call of `encode`.
         seed: of the random crops; counts only where there are any.
+        heif: whether there are pictures that another package than Pillow decodes.
 
     Returns:
         Plain JSON values; every entry is explained by its name.
@@ -234,6 +244,7 @@ def describe(
         "decoder": pictures.DECODER,
         "decoder_version": pictures.DECODER_VERSION,
         "batch_size": batch_size,
+        **({"heif_decoder_version": pictures.heif_version()} if heif else {}),
     }
     # Through JSON once, so that tuples are lists as they are when read back.
     return json.loads(_canonical(covers))

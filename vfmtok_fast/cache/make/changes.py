@@ -14,6 +14,7 @@ from collections.abc import Iterator, Set
 from dataclasses import replace
 from itertools import chain
 
+from ...images import HEIF_SUFFIXES
 from ..format import index
 from ..format.complete import COMPLETE
 from ..format.differences import differences
@@ -202,7 +203,6 @@ def extend(source: Source, out: Place, found: Manifest, workers: int) -> Manifes
     old = chain.from_iterable(rows.entries() for rows in index.read_all(path))
     places: list[int] = []
     entries = chain(_replaced(old, mended, places), new or ())
-    (out / COMPLETE).remove()
     written = index.write_index(out / NEXT_INDEX, entries, found.shard_size, later, hashed)
     count, checksum, highest = written
     if classes is None:
@@ -212,6 +212,12 @@ def extend(source: Source, out: Place, found: Manifest, workers: int) -> Manifes
                 f"{source.root}: with what was added the classes have other names or numbers; "
                 "cache into a new folder"
             )
+    if not found.heif and index.holds_suffix(out / NEXT_INDEX, HEIF_SUFFIXES):
+        raise ImagesChanged(
+            f"{source.root}: a cache without .heic and .heif pictures cannot get any, for its "
+            "fingerprint lacks the version of what reads them; cache into a new folder"
+        )
+    (out / COMPLETE).remove()
     Manifest(found.covers, found.shard_size, count, classes, checksum).write(out, NEXT_MANIFEST)
     install(out)
     # Where this is cut off, `repair` still finds that they can be read now.

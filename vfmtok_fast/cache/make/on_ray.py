@@ -185,7 +185,9 @@ class _Encoder:
             self.tokenizer.to(self.plan.room.device)
         switch.enable(policy.ops, strict=policy.strict)
         found = job.manifest
-        covers = manifest.describe(self.tokenizer, found.views, found.batch_size, found.seed)
+        covers = manifest.describe(
+            self.tokenizer, found.views, found.batch_size, found.seed, found.heif
+        )
         manifest.check_same(found, covers, found.shard_size, job.out)
         self.job = replace(job, tokenizer=self.tokenizer)
 

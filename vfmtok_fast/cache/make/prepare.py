@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ...images import decode_image
+from ...images import HEIF_SUFFIXES, decode_image, heif_version
 from ..format import index, manifest
 from ..format.entry import Entry
 from ..format.index import INDEX
@@ -75,7 +75,7 @@ def prepare(
     else:
         found = manifest.read_manifest(out)
         batch_size = spec.batch_size or found.batch_size
-        covers = manifest.describe(tokenizer, spec.views, batch_size, spec.seed)
+        covers = manifest.describe(tokenizer, spec.views, batch_size, spec.seed, found.heif)
         found = _resume(source, out, found, covers, spec, workers, rank)
         _make_folders(out)
     return Job(source, out, tokenizer, found, workers)
@@ -96,6 +96,8 @@ def _index(
     )
     if left_out := _left_out(source):
         warnings.warn(f"{source.root}: {left_out}", LeftOutWarning, stacklevel=4)
+    if index.holds_suffix(out / INDEX, HEIF_SUFFIXES):
+        covers = {**covers, "heif_decoder_version": heif_version()}
     classes = source.classes(highest)
     found = manifest.Manifest(covers, spec.shard_size, count, classes, checksum)
     _publish(found, out)

@@ -20,23 +20,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...images import HOW_TO_READ_HEIF, reads_heif
+from ...images import HEIF_SUFFIXES, HOW_TO_READ_HEIF, reads_heif
 from ..format.shards import BAD, GONE
 from .base import NO_CLASS, NO_SIZE, NOT_UTF8, BadImage, Entry, check_bytes, check_known
 from .choice import EVERYTHING, Choice
 
-_HEIF = frozenset(".heic .heif .hif".split())
 _PLAIN = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif"
     " .mpo".split()
 )
-EXTENSIONS = _PLAIN | _HEIF if reads_heif() else _PLAIN
+EXTENSIONS = _PLAIN | HEIF_SUFFIXES if reads_heif() else _PLAIN
 # Pictures that are not read: passed over, and counted.
 UNREADABLE = {
     suffix: f"{suffix} files"
     for suffix in ".jxl .psd .tga .exr .hdr .svg .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf".split()
 }
-UNREADABLE |= {s: f"{s} files ({HOW_TO_READ_HEIF})" for s in _HEIF - EXTENSIONS}
+UNREADABLE |= {s: f"{s} files ({HOW_TO_READ_HEIF})" for s in HEIF_SUFFIXES - EXTENSIONS}
 
 # What systems and their tools leave in folders and archives: never a class, never a picture.
 _JUNK = frozenset(
