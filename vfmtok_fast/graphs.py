@@ -57,11 +57,11 @@ class Replayed:
     is another the call runs as it is, once. A replay calls no Python: `status` counts none of it.
     """
 
-    # Each has buffers of its own.
-    MOST = 2
+    # Recordings, each of which has buffers of its own; and calls that may come to be recorded.
+    MOST, SEEN = 2, 8
 
     def __init__(self):
-        self._seen: tuple | None = None
+        self._seen: dict[Hashable, tuple] = {}
         self._recorded: dict[Hashable, tuple[tuple, torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self._busy = threading.Lock()
 
@@ -91,14 +91,17 @@ class Replayed:
                 graph.replay()
                 return result.clone()
         self._drop(key)
-        if self._seen != (key, state):
-            self._seen = (key, state)
+        if self._seen.pop(key, None) != state:
+            self._seen[key] = state
+            if len(self._seen) > self.SEEN:
+                del self._seen[next(iter(self._seen))]
             return fn(given)
         if len(self._recorded) >= self.MOST:
             self._drop(next(iter(self._recorded)))
         results: list[Tensor] = []
-        # Tensors of inference mode cannot be written to outside of it, where the next call may be.
-        with torch.cuda.device(given.device), torch.inference_mode(False):
+        # Tensors of inference mode cannot be written to outside of it, where the next call may be;
+        # and to leave it turns gradients on.
+        with torch.cuda.device(given.device), torch.inference_mode(False), torch.no_grad():
             buffer = given.clone()
             graph = capture(lambda: results.append(fn(buffer)))
             graph.replay()

@@ -15,6 +15,8 @@ from ..launch import _let_next_begin, _wait_for_last
 from .epilogue import _finish, _others, _pairs, _row_of
 
 MAX_ROWS = 64
+# Up to here programs share K, for there are few of them, and beyond they share x.
+FEW_ROWS = 16
 # Bytes of weights that a program brings into L2 before it waits for the kernel ahead: those that an
 # H200 holds at once ask for 17 MB at most, which takes longer than the wait, and fits into L2.
 FETCH = tl.constexpr(65536)
