@@ -26,13 +26,14 @@ OURS = ("fast", "fast, kernels apart")
 # converted to.
 if GPU:
     CASES = [
+        *(("GPT-L", B, 256, ("fast", "fast, int8 cache")) for B in (64, 256)),
         ("GPT-L", 1, 256, OURS),
+        *(("GPT-L", 1, 256, (style,)) for style in ("release style", "release style compiled")),
         ("GPT-B", 1, 256, OURS),
-        *(("GPT-L", B, 256, ("release style", "release style compiled")) for B in (1, 64)),
-        *(("GPT-L", B, 256, ("fast", "fast, int8 cache")) for B in (256, 64)),
+        ("GPT-3B", 1, 256, OURS),
+        *(("GPT-L", 64, 256, (style,)) for style in ("release style", "release style compiled")),
         *(("GPT-L", B, 256, ("fast",)) for B in (4, 16, 128, 512)),
         *((name, 1, 256, OURS) for name in ("GPT-XL", "GPT-XXL")),
-        ("GPT-3B", 1, 256, OURS),
         ("GPT-L", 1, 1, ("reference", *OURS)),
         ("GPT-L", 1, 256, ("reference",)),
     ]

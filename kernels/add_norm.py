@@ -172,6 +172,8 @@ def _launch_backward(by_total, by_normed, total, branch, weight, scale, eps: flo
         _add_norm_backward[(parts,)](
             by_total, by_normed, total, branch, weight, scale, by_x, by_branch, sums, eps, rows,
             SCALED=scaled, **_constants(C),
+            # A product and its own mean, rounded alike, cancel where there is one channel.
+            enable_fp_fusion=False,
         )  # fmt: skip
     return by_x, by_branch, sums.sum(0)
 
