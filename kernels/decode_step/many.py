@@ -76,9 +76,14 @@ def _append(
     sin = tl.load(p_table + 1, mask=m_pair, other=0.0)[None, :]
     p = qkv + row * (3 * H * D) + head[:, None] * D + 2 * o_pair[None, :]
     place = (row * H + head) * T + at
+    # All of it before anything is stored, which no later load could pass.
+    halves = ()
     for part in tl.static_range(3):
-        even = tl.load(p + part * H * D, mask=mask, other=0.0).to(tl.float32)
-        odd = tl.load(p + part * H * D + 1, mask=mask, other=0.0).to(tl.float32)
+        halves += (tl.load(p + part * H * D, mask=mask, other=0.0),)
+        halves += (tl.load(p + part * H * D + 1, mask=mask, other=0.0),)
+    for part in tl.static_range(3):
+        even = halves[2 * part].to(tl.float32)
+        odd = halves[2 * part + 1].to(tl.float32)
         if part == 2:
             _put(even, odd, v_cache, v_scale, place, m_h, D, HALF)
         else:
