@@ -12,6 +12,7 @@ file anew, ``--variants`` does all of it for every setting that `tune` may choos
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -79,6 +80,7 @@ def run_tool(name: str, *args: str) -> str:
     return subprocess.run([TOOLS / name, *args], capture_output=True, text=True, check=True).stdout
 
 
+@functools.cache
 def disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
     """Resource usage and machine code of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -256,6 +256,7 @@ def every_call() -> list[Call]:
 def test_calls_are_what_their_op_takes(call):
     """Small ones of each kind run; the op's own validation looks at them."""
     small = {"B": 2, "N": 40, "K": 96, "Q": 6, "rows": 2, "V": 64, "T": 4, "H": 2, "G": 2}
+    small["side"] = 6
     sizes = {name: small.get(name, size) for name, size in call.sizes.items()}
     sizes |= {name: 2 for name in ("length", "position") if name in sizes}
     sizes |= {"C": 16, "F": 24} if "F" in sizes else {}

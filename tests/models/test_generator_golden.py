@@ -164,8 +164,10 @@ def gpt_b(golden, official_weights) -> Golden:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_golden_b(gpt_b, guided_logits, way):
-    names = [name for name in gpt_b.want if name.startswith("greedy")]
+    names = sorted(name for name in gpt_b.want if name.startswith("greedy"))
     assert len(names) == 2
+    if way != "triton":  # The small model takes each of them in every way.
+        names = [names[way == "cpu"]]
     if way == "reference":
         gpt_b.check_teacher_forcing()
     gpt_b.check_steps(way)

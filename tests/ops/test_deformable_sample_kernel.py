@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -213,26 +215,36 @@ def test_any_type(shape, dtype, launched):
     }  # fmt: skip
 
 
-def candidates() -> list:
-    return [
-        pytest.param(space, setting, id=f"{space.name} {' '.join(map(str, setting))}")
-        for space in kernel.SPACES
-        for setting in space.candidates()
-    ]
+def groups_of_settings() -> list:
+    """(type, settings): each by itself on a GPU; else one of each kernel at a time.
+
+    In the interpreter half precision takes those of values' gradient only: it changes no other
+    kernel's arithmetic. Additions come instead of that kernel, so theirs stand apart.
+    """
+    groups, of_a_type = [], (kernel.VALUE, kernel.VALUE_FLOAT32)
+    others = [space for space in kernel.SPACES if space not in (*of_a_type, kernel.ADD)]
+    for dtype in (torch.float32, *HALVES):
+        value = of_a_type[dtype == torch.float32]
+        spaces = others if GPU or dtype == torch.float32 else []
+        every = [[(space, s) for s in space.candidates()] for space in (*spaces, value)]
+        adds = [(kernel.ADD, s) for s in kernel.ADD.candidates()] if spaces else []
+        if GPU:
+            together = [[one] for one in itertools.chain(*every)]
+        else:
+            together = [list(filter(None, group)) for group in itertools.zip_longest(*every)]
+        groups += [(dtype, group) for group in (*together, *([one] for one in adds))]
+    return groups
 
 
 @runs
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize(("space", "setting"), candidates())
-def test_every_setting(space, setting, dtype):
+@pytest.mark.parametrize(("dtype", "group"), groups_of_settings())
+def test_every_setting(dtype, group):
     """In lists of two chunks and more than one group, rows of two tiles, five points of a level."""
-    if (space.name.endswith("float32")) != (dtype == torch.float32) and "value" in space.name:
-        pytest.skip("a setting of other types")
-    if not GPU and dtype != torch.float32 and space is not kernel.VALUE:
-        pytest.skip("in the interpreter only where the type changes what is computed")
     shape = {"levels": ((33, 9), (2, 5)), "B": 1, "Q": 130, "H": 1, "P": 5, "D": 8}
-    with space.using(setting):
-        check(make(dtype=dtype, **shape), deterministic=space is not kernel.ADD)
+    with contextlib.ExitStack() as stack:
+        for space, setting in group:
+            stack.enter_context(space.using(setting))
+        check(make(dtype=dtype, **shape), deterministic=group[0][0] is not kernel.ADD)
 
 
 @runs

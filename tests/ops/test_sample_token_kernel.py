@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from where_kernels_run import DEVICE, INTERPRETED, in_the_interpreter, runs
+from where_kernels_run import BACKEND, DEVICE, INTERPRETED, in_the_interpreter, runs
 
 import vfmtok_fast
 from vfmtok_fast import ops
@@ -273,7 +273,7 @@ def test_torch_compile_takes_it_without_a_graph_break():
         guided = {"uncond_logits": logits[2:] * 2, "cfg_scale": 1.5}
         return ops.sample_token(logits[:2] * 2, ids, step, top_k=20, seed=seed, **guided) + 1
 
-    compiled = torch.compile(sample, fullgraph=True)
+    compiled = torch.compile(sample, backend=BACKEND, fullgraph=True)
     seeds = 0, 5, 6, 2**62, 2**63 + 1, 2**64 - 1
     with vfmtok_fast.enable("sample_token", strict=True):
         for step in (3, torch.tensor([4], device=DEVICE)):
