@@ -116,11 +116,27 @@ def tokenizer_calls() -> list[Call]:
     ]
 
 
+def head_calls() -> list[Call]:
+    """The generator's loss, of few rows; a row that is held in registers, and one that is not."""
+    sizes = {"N": 64, "C": 16, "V": 16384}
+    return [
+        Call("linear_cross_entropy", what, dtype, {**sizes, **options}, (0, 1))
+        for what, dtype, options in (
+            ("plain", "bfloat16", {}),
+            ("plain", "float32", {}),
+            ("smoothed", "bfloat16", {"smoothing": 0.1}),
+            ("rows apart", "bfloat16", {"reduction": "none"}),
+            ("long rows", "bfloat16", {"V": 50304}),
+        )
+    ]
+
+
 CALLS = [
     *nearest_code_calls(),
     *deformable_sample_calls(),
     *decoder_calls(),
     *tokenizer_calls(),
+    *head_calls(),
     *step_calls(),
     *decode_attention_calls(),
     *sample_token_calls(),

@@ -54,6 +54,7 @@ BENCHMARKS = {
     "patch_embed": 1.0,
     "add_norm": 1.0,
     "linear": 1.0,
+    "linear_cross_entropy": 1.0,
 }
 # Seconds that are kept for the report, which reads files only.
 REPORT = 20.0

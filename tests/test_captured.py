@@ -376,8 +376,18 @@ def cutting(dtype: torch.dtype) -> None:
         )
 
 
+def head(dtype: torch.dtype) -> None:
+    x, weight, bias = (floats(*s, dtype=dtype, learns=True) for s in ((9, 8), (5, 8), (5,)))
+    for reduction in ("mean", "sum", "none"):
+        loss = ops.linear_cross_entropy(
+            x, weight, integers(9), bias=bias, label_smoothing=0.1, reduction=reduction
+        )
+        loss.sum().backward()
+
+
 CALLS = {
-    "add_norm": residual, "linear": layer, "deformable_sample": deformable,
+    "add_norm": residual, "linear": layer, "linear_cross_entropy": head,
+    "deformable_sample": deformable,
     "nearest_code": nearest, "decode_attention": attention,
     "sample_token": sampling, "decode_step": step, "group_norm_silu": norm,
     "residual_block": block, "upsample_conv": upsampling, "patch_embed": cutting,

@@ -141,6 +141,7 @@ def test_every_op_compiles_without_a_graph_break():
             *(a, b, c, d, ops.nearest_code(rows, rows[:5])),
             *ops.add_norm(rows, rows, four, four, eps=1e-6),
             ops.linear(rows, rows[:3], activation="gelu"),
+            ops.linear_cross_entropy(rows, rows[:5], ids.repeat(8)),
             ops.group_norm_silu(maps, *norm, 2),
             ops.residual_block(maps, norm, conv, norm, conv, num_groups=2),
             ops.upsample_conv(maps, *conv),

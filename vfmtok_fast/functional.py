@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -121,3 +122,66 @@ def _resized_by_sides(image: Tensor, scale: float) -> Tensor:
     wide = (rows[:, :, None, None] * wide).sum(1)
     wide = (rows[:, :, None] * wide[:, None]).sum(2)
     return wide.permute(2, 0, 1)[None].to(image.dtype)
+
+
+def head_in_chunks(
+    x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, grad: Tensor | None,
+    wanted: tuple[bool, bool, bool], chunk_bytes: int,
+    turn: Callable[[Tensor, Tensor, Tensor | None, Tensor], None],
+    add_product: Callable[[Tensor, Tensor, Tensor], None],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Losses of an output layer and their gradients, with the logits of a few rows at a time.
+
+    Args:
+        x, weight, targets, bias: as of `ops.linear_cross_entropy`.
+        grad: [N], factors of the rows' gradients, or None for 1.
+        wanted: which gradients, of x, weight and bias.
+        chunk_bytes: of the logits that are there at a time.
+        turn: of logits, targets, factors and memory for losses, writes the losses, and where
+            anything is wanted the losses' gradients over the logits.
+        add_product: ``(sums, a, b)`` adds a @ b to ``sums``, which are float32 at least.
+
+    Returns:
+        losses [N]; gradients of the sum of ``grad * losses`` by x in its dtype, by weight and bias
+        in float32 at least, each empty where it is not wanted.
+    """
+    N, V = x.shape[0], weight.shape[0]
+    device, wide = x.device, torch.promote_types(x.dtype, torch.float32)
+    losses = torch.empty(N, dtype=wide, device=device)
+    by_x = torch.empty(x.shape if wanted[0] else (0,), dtype=x.dtype, device=device)
+    by_weight = torch.zeros(weight.shape if wanted[1] else (0,), dtype=wide, device=device)
+    by_bias = torch.zeros(V if wanted[2] else 0, dtype=wide, device=device)
+    # Chunks of about equal size, in whole tiles of a matrix product.
+    count = max(1, math.ceil(N * V * x.element_size() / chunk_bytes))
+    rows = max(1, math.ceil(N / count / 128)) * 128
+    memory = torch.empty(min(rows, N), V, dtype=x.dtype, device=device)
+    for first in range(0, N, rows):
+        part = slice(first, min(first + rows, N))
+        logits = memory[: part.stop - first]
+        if bias is None:
+            torch.mm(x[part], weight.t(), out=logits)
+        else:
+            torch.addmm(bias, x[part], weight.t(), out=logits)
+        turn(logits, targets[part], None if grad is None else grad[part], losses[part])
+        if wanted[0]:
+            torch.mm(logits, weight, out=by_x[part])
+        if wanted[1]:
+            add_product(by_weight, logits.t(), x[part])
+        if wanted[2]:
+            by_bias += logits.sum(0, dtype=wide)
+    return losses, by_x, by_weight, by_bias
+
+
+def reduced(losses: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """Losses [N], 0 where a row does not count, as ``reduction`` says."""
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total / (targets != ignore_index).sum() if reduction == "mean" else total
+
+
+def factor(grad: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """Of each row's gradient, where ``grad`` is that of the reduced loss; 0 rows give no NaN."""
+    if reduction == "mean":
+        return grad / (targets != ignore_index).sum().clamp(min=1)
+    return grad

@@ -6,6 +6,7 @@ from .decode_step import decode_step
 from .deformable_sample import deformable_sample
 from .group_norm_silu import group_norm_silu
 from .linear import linear
+from .linear_cross_entropy import linear_cross_entropy
 from .nearest_code import nearest_code
 from .patch_embed import patch_embed
 from .residual_block import residual_block
@@ -19,6 +20,7 @@ __all__ = [
     "deformable_sample",
     "group_norm_silu",
     "linear",
+    "linear_cross_entropy",
     "nearest_code",
     "patch_embed",
     "residual_block",

@@ -90,6 +90,13 @@ def _patch_embed(new: New, device, *, B: int, side: int, P: int, C: int):
     return (images, *statistics, new(C, 3, P, P), new(C)), {}
 
 
+def _linear_cross_entropy(
+    new: New, device, *, N: int, C: int, V: int, smoothing: float = 0.0, reduction: str = "mean"
+):  # fmt: skip
+    targets = torch.arange(N, device=device) % V
+    return (new(N, C), new(V, C), targets, None, -100, smoothing, reduction), {}
+
+
 def _nearest_code(new: New, device, *, N: int, K: int, d: int, **keywords):
     return (new(N, d), new(K, d)), keywords
 
@@ -174,6 +181,7 @@ _MAKERS = {
     "deformable_sample": _deformable_sample,
     "group_norm_silu": _group_norm_silu,
     "linear": _linear,
+    "linear_cross_entropy": _linear_cross_entropy,
     "nearest_code": _nearest_code,
     "patch_embed": _patch_embed,
     "residual_block": _residual_block,

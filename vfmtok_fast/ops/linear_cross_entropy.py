@@ -1,0 +1,89 @@
+"""An output layer and the cross-entropy of its logits at once, so that they are never all there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reference import linear_cross_entropy as reference
+from ..switch import Op
+from .checks import (
+    check_integers,
+    check_number,
+    check_on,
+    check_range,
+    check_same,
+    check_shape,
+    check_tensor,
+)
+
+_op = Op("linear_cross_entropy", reference.linear_cross_entropy)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return the cross-entropy of the logits ``x @ weight.T + bias`` against ``targets``.
+
+    As torch's ``cross_entropy`` of these logits in float32. Under autocast x, weight and bias are
+    cast to its dtype, as torch's own linear layer casts them. Differentiable in all three; of the
+    fast implementations, once.
+
+    Args:
+        x: [N, C].
+        weight: [V, C], V >= 1.
+        targets: [N] integers in [0, V), or ``ignore_index`` for rows that do not count. On a GPU
+            the values are not looked at, which would wait for it: the reference ends in torch's
+            device-side assertion, the kernel's loss and gradients of such a row are NaN.
+        bias: [V] or None.
+        ignore_index: any integer.
+        label_smoothing: share in [0, 1] of a target that all V codes have in common.
+        reduction: "mean" over the rows that count (NaN where none does), "sum", or "none".
+        x, weight and bias are floating, of one dtype (but under autocast) and device.
+
+    Returns:
+        a scalar, or with "none" [N], where rows that do not count are 0; float32, or float64 where
+        x is.
+
+    Raises:
+        TypeError: not floating tensors, two dtypes, or targets that are no integers.
+        ValueError: shapes that do not fit, two devices, a number out of its range.
+
+    Source: label smoothing, arXiv 1512.00567, section 7.
+    """
+    name = "linear_cross_entropy"
+    check_tensor(name, "x", x, "[N, C]", 2)
+    check_tensor(name, "weight", weight, "[V, C]", 2)
+    check_shape(name, "x", x, (x.shape[0], weight.shape[1]))
+    V = weight.shape[0]
+    if V == 0:
+        raise ValueError(f"{name}: weight must have at least one row, got {tuple(weight.shape)}")
+    if bias is not None:
+        check_tensor(name, "bias", bias, "[V]", 1)
+        check_shape(name, "bias", bias, (V,))
+    check_integers(name, "targets", targets, (x.shape[0],))
+    check_on(name, "targets", targets, "x", x)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"{name}: ignore_index must be an int, got {type(ignore_index).__name__}")
+    check_number(name, "label_smoothing", label_smoothing)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{name}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    targets = targets.long()
+    device = x.device.type
+    if device == "cpu":
+        check_range(name, "targets", targets.masked_fill(targets == ignore_index, 0), 0, V)
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    check_same(name, x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+    return _op(x, weight, targets, bias, ignore_index, float(label_smoothing), reduction)
