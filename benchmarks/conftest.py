@@ -96,11 +96,13 @@ def pytest_runtest_protocol(
     table.extend(session.records[before[0] :])
     last = nextitem is None or nextitem.path != item.path
     option = item.config.option
-    if option.keyword or option.markexpr or "::" in "".join(item.config.args):
+    part = bool(option.keyword or option.markexpr or "::" in "".join(item.config.args))
+    if part and harness.RESULTS == harness.COMMITTED:
+        # What is there is of the whole file.
         if last and session.records:
             said.append(f"No results of {item.path.name} written: a part of it was selected.")
     else:
-        paths = session.write(complete=last)
+        paths = session.write(complete=last and not part)
         if last:
             said.extend(f"wrote {path}" for path in paths)
     if last:

@@ -30,6 +30,7 @@ import vfmtok_fast
 from vfmtok_fast import timing
 
 ROOT = Path(__file__).resolve().parents[1]
+COMMITTED = ROOT / "benchmarks" / "results"
 RESULTS = Path(os.environ.get("RESULTS") or ROOT / "build" / "benchmarks").resolve()
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
