@@ -69,10 +69,13 @@ def folder(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path / "benchmarks"
 
 
-def run(folder: Path, *arguments: str) -> tuple[int, str, dict[str, dict]]:
+def run(folder: Path, *arguments: str, **variables: str) -> tuple[int, str, dict[str, dict]]:
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     command += ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", str(folder)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, **variables}
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment
+    )
     return done.returncode, done.stdout, results(folder)
 
 
@@ -93,10 +96,13 @@ def test_a_failure_costs_its_own_record_and_what_follows_nothing(folder: Path):
     assert first["failed"] == ["bench_first[wrong]", "bench_first[late]"]
 
 
-def test_a_part_of_a_file_is_not_written(folder: Path):
-    code, text, found = run(folder, "-k", "good")
-    assert code == 0 and not found
-    assert "No results of bench_first.py written" in text
+def test_a_part_of_a_file_is_written_as_a_part_and_never_over_the_committed_whole(folder: Path):
+    code, _, found = run(folder, "-k", "good")
+    assert code == 0 and found["first"]["complete"] is False
+    assert [record["provider"] for record in found["first"]["records"]] == ["good"]
+    code, text, _ = run(folder, "-k", "good", RESULTS=str(folder / "results"))
+    assert code == 0 and "No results of bench_first.py written" in text
+    assert not (folder / "results").exists()
 
 
 def test_a_clean_run_names_no_failure_and_needs_no_git(folder: Path, monkeypatch):
