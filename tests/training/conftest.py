@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
 
-from vfmtok_fast import BackboneConfig, VFMTokConfig
+import pytest
+from torch import Tensor
+
+from vfmtok_fast import BackboneConfig, VFMTok, VFMTokConfig
+from vfmtok_fast.images import to_float
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +20,29 @@ def tiny() -> VFMTokConfig:
         codebook_size=256, pixel_channels=32, pixel_channel_mult=(1, 1, 1, 1, 2),
         backbone=BackboneConfig(dim=32, depth=2, num_heads=2, levels=(0, 1)),
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def golden_tokenizer(official_weights) -> Callable[[], VFMTok]:
+    """``golden_tokenizer()``: a new model with the weights of `train_tokenizer_small`."""
+    config = VFMTokConfig(
+        dim=128, encoder_depth=2, decoder_depth=2, decoder_mlp_dim=256, codebook_size=1024,
+        pixel_channels=32, backbone=BackboneConfig(dim=96, depth=24, num_heads=4),
+    )  # fmt: skip
+    other = ("perceptual_loss.", "discriminator.")
+    weights = official_weights("train_tokenizer_small").items()
+    weights = {key: value for key, value in weights if not key.startswith(other)}
+    return lambda: VFMTok.from_official(weights, config=config)
+
+
+@pytest.fixture(scope="session")
+def golden_images(golden) -> Tensor:
+    """The two pictures of the training goldens, [2, 3, 336, 336] in [-1, 1]."""
+    return to_float(golden("tokenizer_small")["images"])
+
+
+@pytest.fixture(scope="session")
+def reconstructed(golden_tokenizer, golden_images: Tensor) -> tuple[Tensor, Tensor]:
+    """The golden pictures, and of the first its reconstruction in eval mode, not clamped."""
+    model = golden_tokenizer()
+    return golden_images, model.decode(model.encode(golden_images[:1]))

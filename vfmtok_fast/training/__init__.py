@@ -1,0 +1,9 @@
+"""Training the tokenizer as its authors do.
+
+>>> from vfmtok_fast import training
+>>> lpips = training.LPIPS.from_files("vgg16-397923af.pth", "vgg.pth")
+"""
+
+from .losses import LPIPS
+
+__all__ = ["LPIPS"]
