@@ -46,3 +46,14 @@ def reconstructed(golden_tokenizer, golden_images: Tensor) -> tuple[Tensor, Tens
     """The golden pictures, and of the first its reconstruction in eval mode, not clamped."""
     model = golden_tokenizer()
     return golden_images, model.decode(model.encode(golden_images[:1]))
+
+
+@pytest.fixture(scope="session")
+def dino_weights(official_weights) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The golden DINO ViT-S/16 and the golden heads, under the names of their files."""
+    weights = official_weights("train_tokenizer_small")
+    vit, heads = "discriminator.dino_proxy.0.", "discriminator."
+    return (
+        {k.removeprefix(vit): v for k, v in weights.items() if k.startswith(vit)},
+        {k.removeprefix(heads): v for k, v in weights.items() if k.startswith(f"{heads}heads.")},
+    )

@@ -4,6 +4,7 @@
 >>> lpips = training.LPIPS.from_files("vgg16-397923af.pth", "vgg.pth")
 """
 
+from .discriminator import DinoDiscriminator, PatchDiscriminator
 from .losses import LPIPS
 
-__all__ = ["LPIPS"]
+__all__ = ["LPIPS", "DinoDiscriminator", "PatchDiscriminator"]
