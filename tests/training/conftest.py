@@ -13,9 +13,9 @@ from vfmtok_fast.images import to_float
 
 @pytest.fixture(scope="session")
 def tiny() -> VFMTokConfig:
-    """The smallest tokenizer that has every part, for pictures of 112 x 112."""
+    """The smallest tokenizer that has every part, for pictures of 64 x 64."""
     return VFMTokConfig(
-        image_size=112, grid=8, num_regions=16,
+        image_size=64, grid=4, num_regions=16,
         dim=32, encoder_depth=2, decoder_depth=2, num_heads=2, decoder_mlp_dim=48,
         codebook_size=256, pixel_channels=32, pixel_channel_mult=(1, 1, 1, 1, 2),
         backbone=BackboneConfig(dim=32, depth=2, num_heads=2, levels=(0, 1)),
@@ -57,3 +57,15 @@ def dino_weights(official_weights) -> tuple[dict[str, Tensor], dict[str, Tensor]
         {k.removeprefix(vit): v for k, v in weights.items() if k.startswith(vit)},
         {k.removeprefix(heads): v for k, v in weights.items() if k.startswith(f"{heads}heads.")},
     )
+
+
+@pytest.fixture(scope="session")
+def lpips_weights(official_weights) -> dict[str, Tensor]:
+    """The golden VGG16 and linear layers: the recipe's, two kinds changed (golden README)."""
+    found = {}
+    for key, value in official_weights("train_tokenizer_small").items():
+        if key.startswith("perceptual_loss."):
+            if ".net." in key and key.endswith("weight"):
+                value = 1.5 * value
+            found[key.removeprefix("perceptual_loss.")] = value.abs() if ".lin" in key else value
+    return found

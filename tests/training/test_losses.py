@@ -78,18 +78,6 @@ def test_adaptive_weight():
     assert float(losses.adaptive_weight((6 * last).sum(), zero, last)) == 1e4
 
 
-@pytest.fixture(scope="module")
-def weights(official_weights) -> dict[str, Tensor]:
-    """The golden VGG16 and linear layers: the recipe's, two kinds changed (golden README)."""
-    found = {}
-    for key, value in official_weights("train_tokenizer_small").items():
-        if key.startswith("perceptual_loss."):
-            if ".net." in key and key.endswith("weight"):
-                value = 1.5 * value
-            found[key.removeprefix("perceptual_loss.")] = value.abs() if ".lin" in key else value
-    return found
-
-
 def as_torchvision(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """VGG16 under torchvision's names, with a part of the classifier that is in its file."""
     convs = {k: v for k, v in weights.items() if k.startswith("net.")}
@@ -97,9 +85,9 @@ def as_torchvision(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed | {"classifier.0.bias": torch.zeros(3)}
 
 
-def test_lpips_gives_the_authors_numbers(golden, weights, reconstructed):
+def test_lpips_gives_the_authors_numbers(golden, lpips_weights, reconstructed):
     case, (images, reconstruction) = golden("train_tokenizer_small"), reconstructed
-    model = LPIPS.from_files(weights, weights)
+    model = LPIPS.from_files(lpips_weights, lpips_weights)
     with torch.no_grad():
         parts = model.parts(images[:1], reconstruction)
         pair = model(images[:1], images[1:])
@@ -108,43 +96,43 @@ def test_lpips_gives_the_authors_numbers(golden, weights, reconstructed):
     torch.testing.assert_close(pair, case["lpips_pair"].view(1), rtol=1e-5, atol=0)
 
 
-def test_lpips_files_in_both_namings(weights, tmp_path: Path):
-    theirs = as_torchvision(weights)
-    linear = {key: value for key, value in weights.items() if key.startswith("lin")}
+def test_lpips_files_in_both_namings(lpips_weights, tmp_path: Path):
+    theirs = as_torchvision(lpips_weights)
+    linear = {key: value for key, value in lpips_weights.items() if key.startswith("lin")}
     torch.save(theirs, tmp_path / "vgg16.pth")
     torch.save(linear, tmp_path / "vgg.pth")
-    first = LPIPS.from_files(weights, weights)
+    first = LPIPS.from_files(lpips_weights, lpips_weights)
     second = LPIPS.from_files(tmp_path / "vgg16.pth", tmp_path / "vgg.pth")
     for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b), name
         assert not a.requires_grad
 
 
-def test_lpips_names_what_does_not_fit(weights):
-    theirs = as_torchvision(weights)
+def test_lpips_names_what_does_not_fit(lpips_weights):
+    theirs = as_torchvision(lpips_weights)
     del theirs["features.28.bias"]
     theirs["features.0.weight"] = torch.zeros(64, 1, 3, 3)
     with pytest.raises(ValueError, match=r"missing 28\.bias; misshapen 0\.weight"):
-        LPIPS.from_files(theirs, weights)
+        LPIPS.from_files(theirs, lpips_weights)
     with pytest.raises(ValueError, match=r"linear layers does not fit.*missing 0, 1, 2, 3, 4"):
-        LPIPS.from_files(weights, as_torchvision(weights))
+        LPIPS.from_files(lpips_weights, as_torchvision(lpips_weights))
 
 
-def test_lpips_takes_the_linear_layers_of_the_package(weights, tmp_path: Path, monkeypatch):
-    linear = {key: value for key, value in weights.items() if key.startswith("lin")}
+def test_lpips_takes_the_linear_layers_of_the_package(lpips_weights, tmp_path: Path, monkeypatch):
+    linear = {key: value for key, value in lpips_weights.items() if key.startswith("lin")}
     folder = tmp_path / "lpips" / "weights" / "v0.1"
     folder.mkdir(parents=True)
     (tmp_path / "lpips" / "__init__.py").write_text("raise ImportError('needs not be imported')")
     torch.save(linear, folder / "vgg.pth")
     monkeypatch.syspath_prepend(tmp_path)
-    model = LPIPS.from_files(weights)
+    model = LPIPS.from_files(lpips_weights)
     assert torch.equal(model.weights[4], linear["lin4.model.1.weight"].flatten())
 
 
-def test_lpips_says_what_to_install(weights, monkeypatch):
+def test_lpips_says_what_to_install(lpips_weights, monkeypatch):
     monkeypatch.setattr(losses.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install 'vfmtok-fast\[train\]'"):
-        LPIPS.from_files(weights)
+        LPIPS.from_files(lpips_weights)
 
 
 def test_lpips_dropout_is_an_option_and_only_in_training():

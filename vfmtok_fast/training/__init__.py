@@ -6,5 +6,13 @@
 
 from .discriminator import DinoDiscriminator, PatchDiscriminator
 from .losses import LPIPS
+from .trainer import NotFinite, TokenizerTrainer, TokenizerTraining
 
-__all__ = ["LPIPS", "DinoDiscriminator", "PatchDiscriminator"]
+__all__ = [
+    "LPIPS",
+    "DinoDiscriminator",
+    "NotFinite",
+    "PatchDiscriminator",
+    "TokenizerTrainer",
+    "TokenizerTraining",
+]
