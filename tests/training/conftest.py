@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from vfmtok_fast import BackboneConfig, VFMTok, VFMTokConfig
 from vfmtok_fast.images import to_float
+from vfmtok_fast.training import PatchDiscriminator, TokenizerTrainer, TokenizerTraining
 
 
 @pytest.fixture(scope="session")
@@ -69,3 +72,35 @@ def lpips_weights(official_weights) -> dict[str, Tensor]:
                 value = 1.5 * value
             found[key.removeprefix("perceptual_loss.")] = value.abs() if ".lin" in key else value
     return found
+
+
+class Distance(nn.Module):
+    """In the place of LPIPS, which takes longer than all else here."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return (x - y).abs().mean(dim=(1, 2, 3))
+
+
+@pytest.fixture(scope="session")
+def make(tiny: VFMTokConfig) -> Callable[..., TokenizerTrainer]:
+    """``make(judge=True, dropout=0.0, **settings)``: a new trainer, from the same weights."""
+
+    def make(judge: bool = True, dropout: float = 0.0, **settings) -> TokenizerTrainer:
+        config = dataclasses.replace(tiny, decoder_dropout=dropout)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            model, patch = VFMTok(config), PatchDiscriminator(width=8)
+        settings = {"discriminator_start": 1, **settings}
+        return TokenizerTrainer(
+            model, TokenizerTraining(**settings), lpips=Distance(),
+            discriminator=patch if judge else None,
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def images() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(4, 3, 7, 7, generator=generator) * 2 - 1
+    return nn.functional.interpolate(coarse, size=64, mode="bilinear")

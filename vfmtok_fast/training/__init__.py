@@ -4,6 +4,7 @@
 >>> lpips = training.LPIPS.from_files("vgg16-397923af.pth", "vgg.pth")
 """
 
+from . import checkpoints
 from .discriminator import DinoDiscriminator, PatchDiscriminator
 from .losses import LPIPS
 from .trainer import NotFinite, TokenizerTrainer, TokenizerTraining
@@ -15,4 +16,5 @@ __all__ = [
     "PatchDiscriminator",
     "TokenizerTrainer",
     "TokenizerTraining",
+    "checkpoints",
 ]
