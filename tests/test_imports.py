@@ -44,7 +44,7 @@ ALLOWED["cache"] = BASE
 ALLOWED["sample_folder"] = BASE | {"cache"}
 ALLOWED["tuner"] = BASE
 ALLOWED["evaluation"] = BASE | {"cache"}
-ALLOWED["training"] = BASE | {"cache", "evaluation"}
+ALLOWED["training"] = BASE | {"visualize", "cache", "evaluation"}
 # What a user imports: the models, the switch and the cache; the tools stand beside that.
 ALLOWED["__init__"] = {
     *("switch", "images", "ops", "tokenizer", "generator", "cache", "tuner", "training"),

@@ -156,13 +156,29 @@ def load_tokenizer(
         if not key.startswith("backbone.")
     }
     state = _translate(tensors, model.state_dict(), keys, TOKENIZER_UNUSED, "tokenizer")
-    if backbone is not None:
-        inside = read_tensors(backbone, ("model", "state_dict", "teacher"), "backbone")
-    elif not inside:
-        inside = _fetch_backbone(model)
-    state.update({f"backbone.vit.{k}": v for k, v in _backbone_state(model, inside).items()})
-    model.load_state_dict(state, strict=True)
+    if backbone is None and inside:
+        backbone = inside
+    load_backbone(model, backbone)
+    model.load_state_dict(model.state_dict() | state)
     return model.eval()
+
+
+def load_backbone(model: Model, backbone: str | Path | Mapping | None = None) -> Model:
+    """Fill the foundation model of a `VFMTok` alone, as to train the rest from the start.
+
+    Args:
+        model: as built from the config; it is returned.
+        backbone: as for `load_tokenizer`; None downloads the published file.
+
+    Raises:
+        As `load_tokenizer`.
+    """
+    if backbone is None:
+        tensors = _fetch_backbone(model)
+    else:
+        tensors = read_tensors(backbone, ("model", "state_dict", "teacher"), "backbone")
+    model.backbone.vit.load_state_dict(_backbone_state(model, tensors))
+    return model
 
 
 def load_gpt(model: Model, checkpoint: str | Path | Mapping) -> Model:

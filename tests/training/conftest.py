@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from vfmtok_fast import BackboneConfig, VFMTok, VFMTokConfig
@@ -104,3 +107,16 @@ def images() -> Tensor:
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(4, 3, 7, 7, generator=generator) * 2 - 1
     return nn.functional.interpolate(coarse, size=64, mode="bilinear")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two classes with 5 pictures each, no two alike, wider than high."""
+    root = tmp_path_factory.mktemp("photos")
+    for number in range(10):
+        draw = np.random.default_rng(number)
+        coarse = draw.integers(0, 256, (7, 9, 3), dtype=np.uint8)
+        path = root / f"class{number % 2}" / f"{number:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(coarse).resize((90 + number, 70), Image.Resampling.BICUBIC).save(path)
+    return root

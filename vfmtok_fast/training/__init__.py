@@ -5,16 +5,22 @@
 """
 
 from . import checkpoints
+from .data import Pictures
 from .discriminator import DinoDiscriminator, PatchDiscriminator
+from .loop import Run, Stopped
 from .losses import LPIPS
-from .trainer import NotFinite, TokenizerTrainer, TokenizerTraining
+from .trainer import NotFinite, TokenizerTrainer, TokenizerTraining, rae
 
 __all__ = [
     "LPIPS",
     "DinoDiscriminator",
     "NotFinite",
     "PatchDiscriminator",
+    "Pictures",
+    "Run",
+    "Stopped",
     "TokenizerTrainer",
     "TokenizerTraining",
     "checkpoints",
+    "rae",
 ]

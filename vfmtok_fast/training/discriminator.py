@@ -120,12 +120,17 @@ class DinoDiscriminator(nn.Module):
 
     def _fitted(self, images: Tensor) -> Tensor:
         side = images.shape[-1]
-        if self.training and side > SIDE and float(torch.rand((), device="cpu")) < self.crop:
+        if self._crops(side):
             top, left = torch.randint(side - SIDE + 1, (2,), device="cpu").tolist()
             return images[:, :, top : top + SIDE, left : left + SIDE]
         if side != SIDE:
             return F.interpolate(images, size=SIDE, mode="area")
         return images
+
+    def _crops(self, side: int) -> bool:
+        if not self.training or side <= SIDE or self.crop == 0:
+            return False
+        return float(torch.rand((), device="cpu")) < self.crop
 
     @classmethod
     def from_files(

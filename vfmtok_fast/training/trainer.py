@@ -140,6 +140,22 @@ class TokenizerTraining:
         return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + math.cos(math.pi * done))
 
 
+def rae(steps_per_epoch: int) -> dict[str, Any]:
+    """Fields of `TokenizerTraining` for the discriminator's schedule of RAE, arXiv 2510.11690.
+
+    It learns from epoch 6 on and counts from epoch 8 on, its weight adapts, rates fall by a cosine.
+    """
+    return {
+        "discriminator_update_start": 6 * steps_per_epoch + 1,
+        "discriminator_start": 8 * steps_per_epoch + 1,
+        "discriminator_weight": 0.75,
+        "adaptive_weight": True,
+        "idle_discriminator": False,
+        "schedule": "cosine",
+        "ema": 0.9978,
+    }
+
+
 class TokenizerTrainer:
     """Trains a tokenizer, whose backbone stays as it is.
 
