@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from .choices import UNTRAINED
 from .convert import read_config
 from .models import add_input_option, policy
 from .output import note, say
+from .processes import among_processes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -125,7 +127,7 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
     length = group.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=float, default=50, help="(%(default)s)")
     length.add_argument("--steps", type=int, help="instead of epochs")
-    group.add_argument("--batch-size", type=int, default=128, help="(%(default)s)")
+    group.add_argument("--batch-size", type=int, default=128, help="of all processes (%(default)s)")
     group.add_argument("--micro-batch", type=int, help="pictures at a time, for less memory")
     group.add_argument("--lr", type=float, default=1e-4, help="(%(default)s)")
     group.add_argument("--warmup-epochs", type=float, default=4, help="(%(default)s)")
@@ -153,13 +155,17 @@ def run(options: argparse.Namespace) -> int:
     out = Path(options.out).expanduser()
     if out.is_dir() and any(out.iterdir()) and checkpoints.latest(out / CHECKPOINTS) is None:
         raise FileExistsError(f"{out} is neither empty nor a run to go on with; choose a new one")
-    work = _prepare(options, out)
-    with policy(options):
+    rank, world_size, options.device = among_processes(options.device)
+    with _together(rank, world_size, options.device), policy(options):
+        work = _prepare(options, out, rank, world_size)
         try:
             work.train()
         except Stopped as stopped:
-            note(f"vfmtok-fast train-tokenizer: {stopped}; run it again to go on")
+            if rank == 0:
+                note(f"vfmtok-fast train-tokenizer: {stopped}; run it again to go on")
             return 128 + stopped.number
+    if rank:
+        return 0
     trainer, pictures = work.trainer, work.pictures
     trainer.ema.save_pretrained(out / "model")
     if pictures.bad:
@@ -169,13 +175,30 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _prepare(options: argparse.Namespace, out: Path) -> Run:
+@contextlib.contextmanager
+def _together(rank: int, world_size: int, device: str | None) -> Iterator[None]:
+    """Connect the processes that torchrun or srun has started."""
+    if world_size == 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    gpu = device is not None and device.startswith("cuda")
+    backend = "nccl" if gpu else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _prepare(options: argparse.Namespace, out: Path, rank: int, world_size: int) -> Run:
     """What is quick to check comes first."""
     from ..training import Run, TokenizerTrainer
 
     _check_discriminator(options)
     config = _config(options)
-    pictures = _pictures(options, config.image_size)
+    pictures = _pictures(options, config.image_size, rank, world_size)
     device = _device(options)
     steps, settings = _settings(options, pictures.steps_per_epoch, device)
     lpips, discriminator = _lpips(options), _discriminator(options)
@@ -189,8 +212,10 @@ def _prepare(options: argparse.Namespace, out: Path) -> Run:
         arguments=arguments | {"pictures": len(pictures.entries)},
     )  # fmt: skip
     if path := work.resume(changed=options.accept_changes):
-        note(f"going on from {path}")
-    work.reports = list(_reports(options, out, trainer.steps, steps))
+        if rank == 0:
+            note(f"going on from {path}")
+    if rank == 0:
+        work.reports = list(_reports(options, out, trainer.steps, steps))
     return work
 
 
@@ -238,7 +263,9 @@ def _dry_run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _pictures(options: argparse.Namespace, size: int) -> Pictures:
+def _pictures(
+    options: argparse.Namespace, size: int, rank: int = 0, world_size: int = 1
+) -> Pictures:
     from ..cache.sources import open_source
     from ..training import Pictures
 
@@ -247,8 +274,9 @@ def _pictures(options: argparse.Namespace, size: int) -> Pictures:
         image_column=options.image_column, label_column=options.label_column,
     )  # fmt: skip
     return Pictures(
-        source, options.batch_size, size=size, seed=options.seed, workers=options.workers
-    )
+        source, options.batch_size, size=size, seed=options.seed, workers=options.workers,
+        rank=rank, world_size=world_size,
+    )  # fmt: skip
 
 
 def _settings(

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..cache.store import LocalPlace
 from ..images import to_float
 from ..visualize import reconstruction_grid
-from . import checkpoints
+from . import checkpoints, processes
 from .data import Pictures
 from .trainer import NotFinite, TokenizerTrainer
 
@@ -88,7 +88,9 @@ class Run:
         return path
 
     def save(self) -> Path:
-        """Write a checkpoint of now."""
+        """Write a checkpoint of now; of several processes the first one does."""
+        if processes.rank():
+            return self.out / CHECKPOINTS
         state = {"trainer": self.trainer.state_dict(), "arguments": self.arguments}
         return checkpoints.save(self.out / CHECKPOINTS, self.trainer.steps, state, self.keep)
 
@@ -101,7 +103,7 @@ class Run:
         """
         trainer, device = self.trainer, self.trainer.model.device
         LocalPlace(self.out).make_folder()
-        shown = self._shown() if self.show_every else None
+        shown = self._shown() if self.show_every and processes.rank() == 0 else None
         batches = self.pictures.batches(trainer.steps)
         sums, waited, start = {}, 0.0, time.perf_counter()
         with contextlib.closing(batches), _signals() as came:
@@ -112,15 +114,16 @@ class Run:
                 try:
                     terms = trainer.step(to_float(batch.images.to(device)))
                 except NotFinite as error:
-                    path = self.save()
+                    path, names = self.save(), ", ".join(processes.gather(batch.paths))
                     raise NotFinite(
-                        f"{error}; the batch is {', '.join(batch.paths)}; the state before it is "
-                        f"{path}"
+                        f"{error}; the batch is {names}; the state before it is {path}"
                     ) from error
                 for name, value in terms.items():
                     sums.setdefault(name, []).append(value)
-                number, stop = trainer.steps, came[:1]
-                last = number == self.steps or bool(stop)
+                # A signal may reach one process only, and all must stop at the same step.
+                flag = torch.tensor(came[0] if came else 0, device=device)
+                number, stop = trainer.steps, int(processes.largest(flag))
+                last = number == self.steps or stop > 0
                 if number % self.log_every == 0 or last:
                     seconds = time.perf_counter() - start
                     self._log(sums, seconds, waited)
@@ -130,7 +133,7 @@ class Run:
                 if number % self.save_every == 0 or last:
                     path = self.save()
                 if stop:
-                    raise Stopped(stop[0], path)
+                    raise Stopped(stop, path)
 
     def _log(self, sums: dict[str, list[float]], seconds: float, waited: float) -> None:
         """A line with the mean of each term since the last one."""
@@ -148,6 +151,8 @@ class Run:
         }
         if self.trainer.model.device.type == "cuda":
             line["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if processes.rank():
+            return
         with open(self.out / LOG, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for report in self.reports:

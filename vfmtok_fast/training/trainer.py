@@ -18,7 +18,7 @@ from ..checks import check_images
 from ..configs import check_numbers, check_positive
 from ..tokenizer import VFMTok, VFMTokOutput
 from ..tokenizer.precision import computing, precision_of
-from . import losses
+from . import losses, processes
 
 # Where a warm-up starts.
 FIRST_LR = 1e-7
@@ -63,8 +63,8 @@ class TokenizerTraining:
             None is the other.
         idle_discriminator: before it learns it runs all the same, and its Adam counts those steps,
             so that its first real one is shorter, as in the authors' runs. False leaves it out.
-        seed: of dropout and of the discriminator's random crops. They depend on it and on the
-            step's number alone.
+        seed: of dropout and of the discriminator's random crops. They depend on it, on the step's
+            number and on the process's rank alone.
     """
 
     lr: float = 1e-4
@@ -199,6 +199,7 @@ class TokenizerTrainer:
                 "perceptual_weight=0 trains without"
             )
         self.model = model.train()
+        processes.share_first(_learned(model).values())
         model.tf32 = precision == "mixed" or settings.precision != "float32"
         self.ema = copy.deepcopy(model, {id(model.backbone): model.backbone})
         self.ema.eval().requires_grad_(False)
@@ -223,12 +224,13 @@ class TokenizerTrainer:
         self.discriminator_optimizer = None
         if discriminator is not None:
             discriminator.to(model.device, model.dtype).train()
+            processes.share_first(_thawed(discriminator).values())
             self._judging = [p for p in discriminator.parameters() if p.requires_grad]
             rate = settings.lr if settings.discriminator_lr is None else settings.discriminator_lr
             self.discriminator_optimizer = kind(self._judging, lr=rate, betas=betas, weight_decay=0)
 
     def step(self, images: Tensor) -> dict[str, float]:
-        """Learn from a batch.
+        """Learn from a batch; among several processes each gives its share, as large as others'.
 
         Args:
             images: [B, 3, S, S] in [-1, 1], on the model's device.
@@ -258,6 +260,7 @@ class TokenizerTrainer:
                 self._learn(piece, number, len(piece) / len(images), sums, codes)
                 for piece in pieces
             ]
+            processes.average(p.grad for p in self._learning if p.grad is not None)
             sums["grad_norm"] = _clip(self._learning, settings.clip)
             judged = self.discriminator is not None and (
                 settings.idle_discriminator or number >= settings.update_start
@@ -266,12 +269,15 @@ class TokenizerTrainer:
                 self.discriminator_optimizer.zero_grad()
                 for piece, fake in zip(pieces, outputs, strict=True):
                     self._judge(piece, fake, number, len(piece) / len(images), sums)
+                processes.average(p.grad for p in self._judging)
                 sums["disc_grad_norm"] = _clip(self._judging, settings.clip)
             terms = _finite(sums, number)
             self._update(number, judged)
-        self.images += len(images)
+        together = len(images) * processes.world_size()
+        self.images += together
         self.last_used[torch.cat(codes)] = self.images
-        window = max(len(images), USAGE_WINDOW // config.num_regions)
+        processes.largest(self.last_used)
+        window = max(together, USAGE_WINDOW // config.num_regions)
         recent = self.last_used > max(0, self.images - window)
         return terms | {"lr": settings.rate(number), "usage": float(recent.float().mean())}
 
@@ -426,8 +432,9 @@ class TokenizerTrainer:
 
 @contextlib.contextmanager
 def _seeded(seed: int, number: int, device: torch.device) -> Iterator[None]:
-    """Random numbers of a step's own; those of the process are as before afterwards."""
-    digest = hashlib.sha256(f"vfmtok_fast training {seed} {number}".encode()).digest()
+    """Random numbers of a step's own, on each process others; afterwards all is as it was."""
+    text = f"vfmtok_fast training {seed} {number} {processes.rank()}"
+    digest = hashlib.sha256(text.encode()).digest()
     with torch.random.fork_rng([device.index] if device.type == "cuda" else []):
         torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         yield
@@ -455,8 +462,9 @@ def _clip(weights: list[nn.Parameter], most: float) -> Tensor:
 
 
 def _finite(sums: dict[str, Tensor], number: int) -> dict[str, float]:
-    values = torch.stack([value.double() for value in sums.values()]).tolist()
-    terms = dict(zip(sums, values, strict=True))
+    values = torch.stack([value.double() for value in sums.values()])
+    processes.average([values])  # a NaN of one process stops all
+    terms = dict(zip(sums, values.tolist(), strict=True))
     if wrong := [f"{name} ({value})" for name, value in terms.items() if not math.isfinite(value)]:
         raise NotFinite(f"step {number}: not finite: {', '.join(wrong)}")
     return terms
