@@ -40,6 +40,8 @@ def test_a_run_and_going_on_with_it(photos: Path, config: Path, tmp_path: Path, 
         assert [line["step"] for line in told] == [1, 2, 3]
     model = VFMTok.from_pretrained(out / "model")
     assert model.encode(torch.zeros(1, 3, 64, 64)).shape == (1, 16)
+    theirs = torch.load(out / "vfmtok-tokenizer.pt")["ema"]
+    assert torch.equal(theirs["slot_quantize.embedding.weight"], model.quantizer.codebook)
 
     assert cli.main(arguments(photos, out, config, *SMALL, "--lr", "0.01")) == 2
     error = capsys.readouterr().err

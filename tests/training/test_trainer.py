@@ -230,6 +230,26 @@ def test_usage_counts_the_codes_of_late(make, images: Tensor):
     assert trainer.step(images)["usage"] < 1
 
 
+def test_codes_without_use_start_anew_at_queries(make, images: Tensor):
+    trainer = make(judge=False, revive_after=6)
+    first = trainer.step(images)
+    assert first["revived"] == 0  # of four pictures
+    before = trainer.model.quantizer.codebook.detach().clone()
+    used = trainer.last_used > 0
+    terms = trainer.step(images)
+    codebook = trainer.model.quantizer.codebook.detach()
+    anew = (codebook - before).norm(dim=-1) > 0.01
+    assert terms["revived"] == int(anew.sum()) > 0 and not (anew & used).any()
+    torch.testing.assert_close(codebook[anew].norm(dim=-1), torch.ones(int(anew.sum())))
+    assert torch.equal(trainer.ema.quantizer.codebook[anew], codebook[anew])
+    state = trainer.optimizer.state[trainer.model.quantizer.codebook]
+    assert not state["exp_avg"][anew].any() and not state["exp_avg_sq"][anew].any()
+    assert terms["usage"] == float((trainer.last_used > 0).float().mean())
+    # They are where queries are, so some get used; the others have their time, others follow.
+    trainer.step(images)
+    assert trainer.last_used[anew].max() == 12 and (trainer.revived_at[anew] == 8).all()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

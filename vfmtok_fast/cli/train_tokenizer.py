@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 SUMMARY = "train a tokenizer on pictures, or go on with a run"
 RECIPES = ("vfmtok", "rae")
+# The result in the authors' naming, without the backbone, as theirs.
+OFFICIAL = "vfmtok-tokenizer.pt"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,12 +138,20 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--min-lr", type=float, default=0.0, help="a cosine's end (%(default)s)")
     group.add_argument("--clip", type=float, default=1.0, help="gradient norm (%(default)s)")
     group.add_argument("--ema", type=float, help="decay of the average (0.9999; RAE: 0.9978)")
+    group.add_argument(
+        "--revive-after",
+        type=int,
+        metavar="PICTURES",
+        help="without use, after which a code starts anew (never, as the authors)",
+    )
     group.add_argument("--seed", type=int, default=0, help="of all that is random (%(default)s)")
 
 
 def run(options: argparse.Namespace) -> int:
     import torch
 
+    from ..cache.store import LocalPlace
+    from ..checkpoint import official_tokenizer
     from ..training import Stopped, checkpoints
     from ..training.loop import CHECKPOINTS
 
@@ -168,6 +178,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     trainer, pictures = work.trainer, work.pictures
     trainer.ema.save_pretrained(out / "model")
+    with LocalPlace(out / OFFICIAL).writing() as file:
+        torch.save({"ema": official_tokenizer(trainer.ema)}, file)
     if pictures.bad:
         note(f"note: {len(pictures.bad)} pictures could not be read; others took their places")
     epochs = trainer.steps / pictures.steps_per_epoch
@@ -290,7 +302,7 @@ def _settings(
     if warmup is None:
         warmup = round(options.warmup_epochs * steps_per_epoch)
     fields = rae(steps_per_epoch) if options.recipe == "rae" else {}
-    same = ("lr", "min_lr", "clip", "micro_batch", "seed", "pixel_loss")
+    same = ("lr", "min_lr", "clip", "micro_batch", "seed", "pixel_loss", "revive_after")
     fields |= {name: getattr(options, name) for name in same}
     fields |= {
         "warmup_steps": warmup, "total_steps": steps,

@@ -63,6 +63,8 @@ class TokenizerTraining:
             None is the other.
         idle_discriminator: before it learns it runs all the same, and its Adam counts those steps,
             so that its first real one is shorter, as in the authors' runs. False leaves it out.
+        revive_after: pictures without use after which a code starts anew, as one of the batch's
+            queries; None never does that, as the authors.
         seed: of dropout and of the discriminator's random crops. They depend on it, on the step's
             number and on the process's rank alone.
     """
@@ -91,6 +93,7 @@ class TokenizerTraining:
     discriminator_start: int = 20_000
     discriminator_update_start: int | None = None
     idle_discriminator: bool = True
+    revive_after: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -110,7 +113,7 @@ class TokenizerTraining:
         weights = ("perceptual_weight", "semantic_weight", "discriminator_weight")
         check_numbers(self, dict.fromkeys((*amounts, *weights), (0, math.inf)) | {"ema": (0, 1)})
         check_numbers(self, {"discriminator_start": (0, math.inf)})
-        given = ("micro_batch", "total_steps")
+        given = ("micro_batch", "total_steps", "revive_after")
         check_positive(self, [name for name in given if getattr(self, name) is not None])
         if self.discriminator_lr is not None:
             check_numbers(self, {"discriminator_lr": (0, math.inf)})
@@ -206,9 +209,9 @@ class TokenizerTrainer:
         self.lpips = None if lpips is None else lpips.to(model.device, model.dtype)
         self.discriminator = discriminator
         self.steps = self.images = 0
-        # Of each code, how many pictures had been seen when it was last used.
-        self.last_used = torch.zeros(
-            model.config.codebook_size, dtype=torch.int64, device=model.device
+        # Of each code, how many pictures had been seen when it was last used, and last set anew.
+        self.last_used, self.revived_at = torch.zeros(
+            2, model.config.codebook_size, dtype=torch.int64, device=model.device
         )
 
         self._learning = [p for p in model.parameters() if p.requires_grad]
@@ -253,11 +256,11 @@ class TokenizerTrainer:
             raise ValueError("TokenizerTrainer: images must hold at least one picture, got none")
         pieces = images.to(self.model.dtype).split(settings.micro_batch or len(images))
         sums: dict[str, Tensor] = {}
-        codes = []
+        found: list[tuple[Tensor, Tensor]] = []  # codes and queries of each piece
         with _seeded(settings.seed, number, device), computing(self.model):
             self.optimizer.zero_grad()
             outputs = [
-                self._learn(piece, number, len(piece) / len(images), sums, codes)
+                self._learn(piece, number, len(piece) / len(images), sums, found)
                 for piece in pieces
             ]
             processes.average(p.grad for p in self._learning if p.grad is not None)
@@ -273,21 +276,24 @@ class TokenizerTrainer:
                 sums["disc_grad_norm"] = _clip(self._judging, settings.clip)
             terms = _finite(sums, number)
             self._update(number, judged)
-        together = len(images) * processes.world_size()
-        self.images += together
-        self.last_used[torch.cat(codes)] = self.images
-        processes.largest(self.last_used)
+            together = len(images) * processes.world_size()
+            self.images += together
+            codes, queries = (torch.cat(parts) for parts in zip(*found, strict=True))
+            self.last_used[codes] = self.images
+            processes.largest(self.last_used)
+            if settings.revive_after is not None:
+                terms["revived"] = float(self._revive(queries))
         window = max(together, USAGE_WINDOW // config.num_regions)
         recent = self.last_used > max(0, self.images - window)
         return terms | {"lr": settings.rate(number), "usage": float(recent.float().mean())}
 
     def _learn(
-        self, images: Tensor, number: int, share: float, sums: dict[str, Tensor], codes: list
+        self, images: Tensor, number: int, share: float, sums: dict[str, Tensor], found: list
     ) -> Tensor:
         """Gradients of the tokenizer's loss; returns the reconstructions for the discriminator."""
         settings, terms = self.settings, {}
         with self._autocast():
-            out = self._reconstruct(images)
+            out, queries = self._reconstruct(images)
             fake = out.reconstruction.to(images.dtype)
             terms["rec"] = losses.PIXEL[settings.pixel_loss](fake, images)
             terms["mse"] = losses.PIXEL["l2"](fake, images)
@@ -305,7 +311,7 @@ class TokenizerTrainer:
         terms["total"] = total
         (share * total).backward()
         _add(sums, terms, share)
-        codes.append(out.codes.flatten())
+        found.append((out.codes.flatten(), queries.detach().flatten(0, 1)))
         return fake.detach()
 
     def _adversarial(self, fake: Tensor, number: int, terms: dict[str, Tensor]) -> Tensor | float:
@@ -344,8 +350,8 @@ class TokenizerTrainer:
         logits = {"logits_real": of_real.mean(), "logits_fake": of_fake.mean()}
         _add(sums, {"discriminator": loss, **logits}, share)
 
-    def _reconstruct(self, images: Tensor) -> VFMTokOutput:
-        """As `VFMTok.forward`, with the region encoder and the search out of autocast's reach.
+    def _reconstruct(self, images: Tensor) -> tuple[VFMTokOutput, Tensor]:
+        """As `VFMTok.forward`, and the queries; encoder and search are out of autocast's reach.
 
         The authors keep float32 in the encoder's attention, and search codes in half precision.
         """
@@ -353,10 +359,11 @@ class TokenizerTrainer:
         maps = model.backbone(images)
         with torch.autocast(images.device.type, enabled=False):
             regions = model.region_encoder([level.to(model.dtype) for level in maps])
-            quantized = model.quantizer(model.quantizer.queries(regions))
+            queries = model.quantizer.queries(regions)
+            quantized = model.quantizer(queries)
         regions = model.token_decoder.regions(quantized.vectors)
         semantic = self.settings.semantic_weight > 0
-        return VFMTokOutput(
+        out = VFMTokOutput(
             reconstruction=model.pixel_decoder(model.token_decoder.pixel_map(regions)),
             semantic=model.token_decoder.features(regions) if semantic else None,
             features=maps[-1],
@@ -365,6 +372,7 @@ class TokenizerTrainer:
             commit_loss=quantized.commit_loss,
             entropy_loss=quantized.entropy_loss,
         )
+        return out, queries
 
     def _autocast(self) -> torch.autocast:
         half = self.settings.precision == "bfloat16"
@@ -382,6 +390,28 @@ class TokenizerTrainer:
             self.discriminator_optimizer.step()
         self.steps = number
 
+    @torch.no_grad()
+    def _revive(self, queries: Tensor) -> int:
+        """Give codes that were not used for long the directions of queries; returns how many.
+
+        All processes know the same of the use, and take the first one's queries. What Adam
+        remembers of the old rows goes.
+        """
+        known = torch.maximum(self.last_used, self.revived_at)
+        unused = (known <= self.images - self.settings.revive_after).nonzero()[:, 0]
+        chosen = torch.randperm(len(queries), device=queries.device)[: len(unused)]
+        unused, rows = unused[: len(chosen)], queries[chosen].contiguous()
+        if len(unused) == 0:
+            return 0
+        processes.share_first([rows])
+        codebook = self.model.quantizer.codebook
+        codebook[unused] = rows.to(codebook.dtype)
+        self.ema.quantizer.codebook[unused] = codebook[unused]
+        for name in ("exp_avg", "exp_avg_sq"):
+            self.optimizer.state[codebook][name][unused] = 0
+        self.revived_at[unused] = self.images
+        return len(unused)
+
     def state_dict(self) -> dict[str, Any]:
         """All that a step depends on, but for the frozen parts, which come with the models."""
         state = {
@@ -389,7 +419,8 @@ class TokenizerTrainer:
             "config": dataclasses.asdict(self.model.config),
             "steps": self.steps,
             "images": self.images,
-            "last_used": self.last_used,
+            "last_used": self.last_used.clone(),
+            "revived_at": self.revived_at.clone(),
             "model": _learned(self.model),
             "ema": _learned(self.ema),
             "optimizer": self.optimizer.state_dict(),
@@ -428,6 +459,7 @@ class TokenizerTrainer:
             self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
         self.steps, self.images = state["steps"], state["images"]
         self.last_used.copy_(state["last_used"])
+        self.revived_at.copy_(state["revived_at"])
 
 
 @contextlib.contextmanager
