@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from vfmtok_fast import VFMTok, VFMTokConfig, cli
-from vfmtok_fast.training import LPIPS, DinoDiscriminator
+from vfmtok_fast.training import LPIPS, DinoDiscriminator, TokenizerTraining
+from vfmtok_fast.training.estimate import estimate
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,20 @@ def test_dry_run(photos: Path, config: Path, tmp_path: Path, capsys):
     text = capsys.readouterr().out
     assert "10 pictures, 2 steps an epoch, 3 steps in all" in text
     assert "million weights learn" in text and "step 2 of a small model: total" in text
+    assert re.search(r"TFLOP a picture; .* at least \S+ hours \(predicted\)", text)
     assert not (tmp_path / "run").exists()
+
+
+def test_estimate_of_the_release():
+    """Against sums by hand: 20 + 20 + 33 million weights on 304, about 1.9 TFLOP."""
+    found = estimate(VFMTokConfig(), TokenizerTraining(), DinoDiscriminator)
+    # The tokenizer without its backbone, and the discriminator's heads.
+    assert found.learned == pytest.approx(73.3e6 + 7_386_245, rel=0.05)
+    # DINOv2, VGG16's convolutions and DINO.
+    assert found.frozen == pytest.approx(304e6 + 14.7e6 + 21.7e6, rel=0.02)
+    # encode 404 + 3 x (19 + 2 x 27 + 325) + LPIPS 250 + discriminator 50 GFLOP
+    assert found.flops == pytest.approx(1.9e12, rel=0.1)
+    assert found.resting_bytes > 4 * (found.frozen + 5 * 73e6)
 
 
 @pytest.mark.parametrize(

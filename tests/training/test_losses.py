@@ -102,6 +102,7 @@ def test_lpips_files_in_both_namings(lpips_weights, tmp_path: Path):
     torch.save(theirs, tmp_path / "vgg16.pth")
     torch.save(linear, tmp_path / "vgg.pth")
     first = LPIPS.from_files(lpips_weights, lpips_weights)
+    assert not first.training and LPIPS.from_files(lpips_weights, lpips_weights, 0.5).training
     second = LPIPS.from_files(tmp_path / "vgg16.pth", tmp_path / "vgg.pth")
     for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b), name

@@ -235,32 +235,29 @@ def _dry_run(options: argparse.Namespace) -> int:
     """The real architecture without memory, and two steps of a small one on the real pictures."""
     import dataclasses
 
-    import torch
-
     from ..images import to_float
     from ..tokenizer import VFMTok
-    from ..training import LPIPS, DinoDiscriminator, PatchDiscriminator, TokenizerTrainer
+    from ..training import DinoDiscriminator, PatchDiscriminator, TokenizerTrainer
+    from ..training.estimate import estimate, product_rate
     from ..untrained import TOKENIZERS
 
     config, device = _config(options), _device(options)
     pictures = _pictures(options, config.image_size)
     steps, settings = _settings(options, pictures.steps_per_epoch, device)
     kinds = {"dino": DinoDiscriminator, "patch": PatchDiscriminator, "none": None}
-    kind = kinds[options.discriminator]
-    with torch.device("meta"):
-        judge = [] if kind is None else [kind()]
-        parts = [VFMTok(config), *judge, *([] if options.no_lpips else [LPIPS()])]
-    weights = [weight for part in parts for weight in part.parameters()]
-    learned = sum(weight.numel() for weight in weights if weight.requires_grad)
-    frozen = sum(weight.numel() for weight in weights) - learned
-    averaged = sum(weight.numel() for weight in parts[0].parameters() if weight.requires_grad)
-    # Of a learned weight: itself, its gradient and Adam's two.
-    resting = 4 * (frozen + 4 * learned + averaged) / 2**30
+    found = estimate(config, settings, kinds[options.discriminator])
+    rate = product_rate(device, settings.precision)
     each = pictures.steps_per_epoch
+    least = found.flops * each * options.batch_size / rate / 3600
     say(f"{len(pictures.entries)} pictures, {each} steps an epoch, {steps} steps in all")
     say(
-        f"{learned / 1e6:.1f} million weights learn, {frozen / 1e6:.1f} million are frozen: "
-        f"{resting:.2f} GiB before the first picture"
+        f"{found.learned / 1e6:.1f} million weights learn, {found.frozen / 1e6:.1f} million are "
+        f"frozen: {found.resting_bytes / 2**30:.2f} GiB before the first picture"
+    )
+    say(
+        f"{found.flops / 1e12:.3g} TFLOP a picture; a matrix product reaches {rate / 1e12:.3g} "
+        f"TFLOP/s here ({settings.precision}), so an epoch takes at least {least:.3g} hours "
+        "(predicted)"
     )
     size = dataclasses.replace(TOKENIZERS["small"], image_size=config.image_size, grid=config.grid)
     trainer = TokenizerTrainer(

@@ -166,7 +166,7 @@ class LPIPS(nn.Module):
                 (``net.slice*``), or the mapping in it; None downloads torchvision's, once.
             linear: the `lpips` package's ``vgg.pth`` (``lin0.model.1.weight`` to ``lin4...``) or
                 its mapping; None takes the one in the installed package.
-            dropout: see the class.
+            dropout: see the class; the model comes in eval mode only without.
 
         Raises:
             ValueError: missing, misshapen or NaN entries (all named), or no checkpoint.
@@ -185,7 +185,7 @@ class LPIPS(nn.Module):
         check_tensors(found, shapes, "LPIPS: linear layers")
         for name, weight in found.items():
             model.weights[int(name)].data.copy_(weight.flatten())
-        return model.eval()
+        return model.train(dropout > 0)
 
 
 def _chosen(source: str | Path | Mapping, pattern: str, what: str) -> dict[str, Tensor]:

@@ -206,8 +206,11 @@ class TokenizerTrainer:
         model.tf32 = precision == "mixed" or settings.precision != "float32"
         self.ema = copy.deepcopy(model, {id(model.backbone): model.backbone})
         self.ema.eval().requires_grad_(False)
-        self.lpips = None if lpips is None else lpips.to(model.device, model.dtype)
-        self.discriminator = discriminator
+        self.lpips, self.discriminator = lpips, discriminator
+        for module in (lpips, discriminator):
+            weights = () if module is None else module.parameters()
+            if any((w.device, w.dtype) != (model.device, model.dtype) for w in weights):
+                module.to(model.device, model.dtype)
         self.steps = self.images = 0
         # Of each code, how many pictures had been seen when it was last used, and last set anew.
         self.last_used, self.revived_at = torch.zeros(
@@ -226,7 +229,7 @@ class TokenizerTrainer:
         )
         self.discriminator_optimizer = None
         if discriminator is not None:
-            discriminator.to(model.device, model.dtype).train()
+            discriminator.train()
             processes.share_first(_thawed(discriminator).values())
             self._judging = [p for p in discriminator.parameters() if p.requires_grad]
             rate = settings.lr if settings.discriminator_lr is None else settings.discriminator_lr
