@@ -93,10 +93,19 @@ def resize_positions(table: Tensor, grid: int, *, antialias: bool = False) -> Te
     side = math.isqrt(table.shape[1])
     if side == grid:
         return table
-    image = rearrange(table, "1 (y x) c -> 1 c y x", y=side)
-    if antialias:
-        image = F.interpolate(image, size=(grid, grid), mode="bicubic", antialias=True)
-    else:
+
+    def resize(image: Tensor) -> Tensor:
+        if antialias:
+            return F.interpolate(image, size=(grid, grid), mode="bicubic", antialias=True)
         image = F.interpolate(image, scale_factor=(grid + 0.1) / side, mode="bicubic")
-    assert image.shape[-1] == grid
+        assert image.shape[-1] == grid
+        return image
+
+    if table.requires_grad and torch.are_deterministic_algorithms_enabled():
+        # On a GPU the interpolation's own gradient has no order of sums; a product's has.
+        with torch.no_grad():
+            basis = torch.eye(side * side, dtype=table.dtype, device=table.device)
+            basis = resize(basis.view(-1, 1, side, side)).flatten(1)
+        return torch.einsum("pq,bpc->bqc", basis, table)
+    image = resize(rearrange(table, "1 (y x) c -> 1 c y x", y=side))
     return rearrange(image, "1 c y x -> 1 (y x) c")

@@ -86,16 +86,18 @@ class Distance(nn.Module):
 
 @pytest.fixture(scope="session")
 def make(tiny: VFMTokConfig) -> Callable[..., TokenizerTrainer]:
-    """``make(judge=True, dropout=0.0, **settings)``: a new trainer, from the same weights."""
+    """``make(judge, dropout, device, **settings)``: a new trainer, from the same weights."""
 
-    def make(judge: bool = True, dropout: float = 0.0, **settings) -> TokenizerTrainer:
+    def make(
+        judge: bool = True, dropout: float = 0.0, device: str = "cpu", **settings
+    ) -> TokenizerTrainer:
         config = dataclasses.replace(tiny, decoder_dropout=dropout)
         with torch.random.fork_rng():
             torch.manual_seed(1)
             model, patch = VFMTok(config), PatchDiscriminator(width=8)
         settings = {"discriminator_start": 1, **settings}
         return TokenizerTrainer(
-            model, TokenizerTraining(**settings), lpips=Distance(),
+            model.to(device), TokenizerTraining(**settings), lpips=Distance(),
             discriminator=patch if judge else None,
         )  # fmt: skip
 

@@ -281,3 +281,18 @@ def test_models_and_pictures_are_checked(make, tiny: VFMTokConfig, images: Tenso
         trainer.step(images.sign() * 255)
     with pytest.raises(ValueError, match=r"must have shape \[B, 3, 64, 64\]"):
         trainer.step(images[:, :, :60])
+
+
+def test_deterministic_mode_computes_the_same(make, images: Tensor):
+    expected = make(judge=False)
+    terms = expected.step(images)
+    torch.use_deterministic_algorithms(True)
+    try:
+        trainer = make(judge=False)
+        assert trainer.step(images) == pytest.approx(terms, rel=1e-4)
+        gradient = trainer.model.token_decoder.position.grad
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(
+        gradient, expected.model.token_decoder.position.grad, rtol=1e-4, atol=1e-6
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -159,6 +160,8 @@ def run(options: argparse.Namespace) -> int:
     if small := [f"--{name.replace('_', '-')}" for name in counts if getattr(options, name) < 1]:
         raise ValueError(f"{', '.join(small)} must be at least 1")
     if options.deterministic:
+        # Without, cuBLAS has no order of sums; it must stand before the first product.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if options.dry_run:
         return _dry_run(options)

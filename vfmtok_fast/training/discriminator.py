@@ -123,9 +123,13 @@ class DinoDiscriminator(nn.Module):
         if self._crops(side):
             top, left = torch.randint(side - SIDE + 1, (2,), device="cpu").tolist()
             return images[:, :, top : top + SIDE, left : left + SIDE]
-        if side != SIDE:
-            return F.interpolate(images, size=SIDE, mode="area")
-        return images
+        if side == SIDE:
+            return images
+        # Means of areas as two products: their own gradient has no order of sums on a GPU.
+        with torch.autocast(images.device.type, enabled=False):
+            eye = torch.eye(side, dtype=images.dtype, device=images.device)
+            means = F.interpolate(eye[None], size=SIDE, mode="area")[0]  # [side, SIDE]
+            return means.T @ images @ means
 
     def _crops(self, side: int) -> bool:
         if not self.training or side <= SIDE or self.crop == 0:

@@ -114,9 +114,11 @@ class Run:
                 try:
                     terms = trainer.step(to_float(batch.images.to(device)))
                 except NotFinite as error:
-                    path, names = self.save(), ", ".join(processes.gather(batch.paths))
+                    path, paths = self.save(), processes.gather(batch.paths)
+                    self._write({"step": trainer.steps + 1, "not_finite": paths})
                     raise NotFinite(
-                        f"{error}; the batch is {names}; the state before it is {path}"
+                        f"{error}; the batch's {len(paths)} pictures stand in {self.out / LOG}; "
+                        f"the state before it is {path}"
                     ) from error
                 for name, value in terms.items():
                     sums.setdefault(name, []).append(value)
@@ -151,12 +153,14 @@ class Run:
         }
         if self.trainer.model.device.type == "cuda":
             line["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        if processes.rank():
-            return
-        with open(self.out / LOG, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._write(line)
         for report in self.reports:
             report(line)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if processes.rank() == 0:
+            with open(self.out / LOG, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
     def _shown(self) -> Tensor:
         """A few pictures of the input, the same at every time."""
