@@ -30,6 +30,7 @@ BENCH = [*PYTEST, "-o", "python_files=bench_*.py", "-o", "python_functions=bench
 TESTS = (
     "tests/ops",
     "tests/models",
+    "tests/training/test_gpu.py",
     "tests/cache/test_batch.py",
     "tests/test_images.py",
     "tests/test_sample_folder.py",
@@ -48,6 +49,7 @@ BENCHMARKS = {
     "tokenizer": 5.0,
     "generate": 5.0,
     "end_to_end": 2.0,
+    "train": 2.0,
     "pixel_decoder": 1.0,
     "decode_attention": 1.0,
     "sample_token": 1.0,

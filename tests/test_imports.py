@@ -48,10 +48,12 @@ ALLOWED["visualize"] = BASE
 ALLOWED["cache"] = BASE
 ALLOWED["sample_folder"] = BASE | {"cache"}
 ALLOWED["tuner"] = BASE
-# What a user imports: the models, the switch and the cache; the tools stand beside that.
-ALLOWED["__init__"] = {"switch", "images", "ops", "tokenizer", "generator", "cache", "tuner"}
 ALLOWED["evaluation"] = BASE | {"cache"}
-ALLOWED["training"] = BASE | {"cache", "evaluation"}
+ALLOWED["training"] = BASE | {"visualize", "cache", "evaluation"}
+# What a user imports: the models, the switch and the cache; the tools stand beside that.
+ALLOWED["__init__"] = {
+    *("switch", "images", "ops", "tokenizer", "generator", "cache", "tuner", "training"),
+}
 ALLOWED["cli"] = BASE | {
     *("untrained", "visualize", "cache", "sample_folder", "tuner", "evaluation", "training"),
     "__init__",  # its version

@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import cache, images, ops
+    from . import cache, images, ops, training
     from .generator import GPT, GPTConfig
     from .switch import disable, enable, status
     from .tokenizer import BackboneConfig, VFMTok, VFMTokConfig
@@ -34,10 +34,11 @@ __all__ = [
     "images",
     "ops",
     "status",
+    "training",
     "tune",
 ]
 
-_MODULES = {"cache", "images", "ops"}
+_MODULES = {"cache", "images", "ops", "training"}
 _HOMES = {
     "generator": {"GPT", "GPTConfig"},
     "switch": {"disable", "enable", "status"},

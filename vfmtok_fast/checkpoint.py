@@ -116,6 +116,8 @@ GPT_NAMES = (
 # Entries of the authors' files that the models have no use for.
 TOKENIZER_UNUSED = ("slot_quantize.codebook_used",)
 DINOV2_UNUSED = ("mask_token",)
+# How many codes the first of them remembers.
+CODES_RECORDED = 65_536
 
 
 def official_name(ours: str, names: tuple[tuple[str, str], ...]) -> str:
@@ -156,13 +158,40 @@ def load_tokenizer(
         if not key.startswith("backbone.")
     }
     state = _translate(tensors, model.state_dict(), keys, TOKENIZER_UNUSED, "tokenizer")
-    if backbone is not None:
-        inside = read_tensors(backbone, ("model", "state_dict", "teacher"), "backbone")
-    elif not inside:
-        inside = _fetch_backbone(model)
-    state.update({f"backbone.vit.{k}": v for k, v in _backbone_state(model, inside).items()})
-    model.load_state_dict(state, strict=True)
+    if backbone is None and inside:
+        backbone = inside
+    load_backbone(model, backbone)
+    model.load_state_dict(model.state_dict() | state)
     return model.eval()
+
+
+def official_tokenizer(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a `VFMTok` as the authors' checkpoints hold them: by their names, no backbone.
+
+    With the codes' record of use, which theirs is strict about, empty. ``torch.save({"ema": ...})``
+    makes a file that `load_tokenizer` and their code read.
+    """
+    weights = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
+    named = {official_name(key, TOKENIZER_NAMES): value for key, value in weights.items()}
+    return named | {name: torch.zeros(CODES_RECORDED) for name in TOKENIZER_UNUSED}
+
+
+def load_backbone(model: Model, backbone: str | Path | Mapping | None = None) -> Model:
+    """Fill the foundation model of a `VFMTok` alone, as to train the rest from the start.
+
+    Args:
+        model: as built from the config; it is returned.
+        backbone: as for `load_tokenizer`; None downloads the published file.
+
+    Raises:
+        As `load_tokenizer`.
+    """
+    if backbone is None:
+        tensors = _fetch_backbone(model)
+    else:
+        tensors = read_tensors(backbone, ("model", "state_dict", "teacher"), "backbone")
+    model.backbone.vit.load_state_dict(_backbone_state(model, tensors))
+    return model
 
 
 def load_gpt(model: Model, checkpoint: str | Path | Mapping) -> Model:

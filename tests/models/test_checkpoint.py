@@ -120,6 +120,28 @@ def test_values_arrive_where_they_belong(tokenizer, backbone, where: str, tmp_pa
     assert torch.equal(vit["reg_token"], backbone["register_tokens"])
 
 
+def test_back_to_the_authors_naming(tokenizer, backbone, load):
+    model = load(tokenizer, backbone)
+    theirs = checkpoint.official_tokenizer(model)
+    assert theirs.keys() == tokenizer.keys()
+    for key, value in theirs.items():
+        if key == "slot_quantize.codebook_used":
+            # As large as in a file of theirs, which is strict about it.
+            full = json.loads((GOLDEN / "tokenizer_full.keys.json").read_text())
+            assert list(value.shape) == full[key] and not value.any()
+        else:
+            assert torch.equal(value, tokenizer[key]), key
+
+
+def test_a_backbone_alone(tokenizer, backbone, load, tiny: VFMTokConfig):
+    loaded, fresh = load(tokenizer, backbone).state_dict(), VFMTok(tiny)
+    before = {key: value.clone() for key, value in fresh.state_dict().items()}
+    assert checkpoint.load_backbone(fresh, backbone) is fresh
+    for key, value in fresh.state_dict().items():
+        expected = loaded if key.startswith("backbone.") else before
+        assert torch.equal(value, expected[key]), key
+
+
 def test_positions_of_the_backbone(tokenizer, backbone, load):
     """The class position goes to the class token, the others are resized, registers get none."""
     vit = load(tokenizer, backbone).backbone.vit

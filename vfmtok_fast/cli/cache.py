@@ -29,7 +29,7 @@ SUMMARY = "tokenise a folder of images into a token cache, or go on with one"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGES", help="class folders of pictures, or archives")
     add_input_option(parser)
-    _add_choices(parser)
+    add_choices(parser)
     parser.add_argument("out", metavar="OUT", help="the cache: a new folder, or one to go on with")
     parser.add_argument(
         "--views",
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_tokenizer_options(parser)
 
 
-def _add_choices(parser: argparse.ArgumentParser) -> None:
+def add_choices(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what of the input to take")
     group.add_argument("--split", metavar="NAME", help="only files or folders named so: train")
     group.add_argument(
@@ -97,7 +97,7 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _included(options: argparse.Namespace) -> tuple[str, ...]:
+def included(options: argparse.Namespace) -> tuple[str, ...]:
     from ..cache.sources.choice import split_patterns
 
     if options.split is None:
@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
     spec = CacheSpec(
         input_kind=options.input, views=options.views, seed=options.seed,
         batch_size=options.batch_size, shard_size=options.shard_size, workers=options.workers,
-        extend=options.extend, hashed=options.hash, include=_included(options),
+        extend=options.extend, hashed=options.hash, include=included(options),
         exclude=options.exclude, image_column=options.image_column,
         label_column=options.label_column,
     )  # fmt: skip

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--backbone goes with the tokenizer only")
     config = None
     if options.config is not None:
-        config = _read_config(Path(options.config).expanduser())
+        config = read_config(Path(options.config).expanduser())
     file = options.file or checkpoint.fetch_official(options.what, "--file")
     if options.what == "tokenizer":
         model = VFMTok.from_official(file, options.backbone, config)
@@ -75,7 +75,7 @@ def _save(model: VFMTok | GPT, out: Path) -> None:
             path.rename(out / path.name)
 
 
-def _read_config(path: Path) -> dict:
+def read_config(path: Path) -> dict:
     try:
         config = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:

@@ -15,6 +15,8 @@ SUMMARY = "what is installed, what will run fast here, and why not"
 OPTIONAL = {
     "ray": ("ray", "`cache --engine ray`"),
     "lmdb": ("lmdb", "pictures in the authors' LMDB"),
+    "lpips": ("train", "the linear layers of LPIPS, while training the tokenizer"),
+    "tensorboard": ("train", "`train-tokenizer --tensorboard`"),
     "pillow-heif": ("heif", "pictures named .heic or .heif"),
     "s3fs": ("cloud", "caches at s3://"),
     "gcsfs": ("cloud", "caches at gs://"),

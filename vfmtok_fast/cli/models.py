@@ -123,7 +123,13 @@ def _moved(model: torch.nn.Module, name: str | None) -> torch.nn.Module:
     """The model on a device, in eval mode."""
     import torch
 
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval().to(checked_device(name or ("cuda" if torch.cuda.is_available() else "cpu")))
+
+
+def checked_device(name: str) -> torch.device:
+    """The device of a name; ValueError for one that is not here."""
+    import torch
+
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -132,4 +138,4 @@ def _moved(model: torch.nn.Module, name: str | None) -> torch.nn.Module:
         raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices")
-    return model.eval().to(device)
+    return device

@@ -31,9 +31,9 @@ class Quantizer(nn.Module):
         self.commit_beta = config.commit_beta
         self.entropy_weight = config.entropy_weight
         self.proj = nn.Linear(config.dim, config.codebook_dim)
-        self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.codebook_dim))
-        bound = 1.0 / config.codebook_size
-        nn.init.uniform_(self.codebook, -bound, bound)
+        # Unit rows: a step of Adam is as long as its learning rate, and would turn short rows.
+        rows = torch.empty(config.codebook_size, config.codebook_dim).uniform_(-1, 1)
+        self.codebook = nn.Parameter(F.normalize(rows, dim=-1))
 
     def queries(self, regions: Tensor) -> Tensor:
         """Region features [B, R, dim] to unit queries [B, R, d]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -49,6 +50,9 @@ class DeformableAttention(nn.Module):
         self.offsets.bias.data.copy_(star.flatten())
         nn.init.zeros_(self.weights.weight)
         nn.init.zeros_(self.weights.bias)
+        for projection in (self.value, self.out):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
 
     def forward(
         self,
@@ -102,12 +106,14 @@ class RegionEncoder(nn.Module):
         super().__init__()
         dim, levels = config.dim, len(config.backbone.levels)
         self.spatial_shapes = ((config.feature_grid, config.feature_grid),) * levels
-        self.projectors = nn.ModuleList(Projector(backbone_dim, dim) for _ in range(levels))
+        # Projectors and layers start as copies of one, as the release's do.
+        projector, layer = Projector(backbone_dim, dim), RegionLayer(config)
+        self.projectors = nn.ModuleList(copy.deepcopy(projector) for _ in range(levels))
         self.level_norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(levels))
-        self.regions = nn.Parameter(0.02 * torch.randn(1, config.num_regions, dim))
-        self.position = nn.Parameter(0.02 * torch.randn(1, config.num_regions, dim))
+        self.regions = nn.Parameter(dim**-0.5 * torch.randn(1, config.num_regions, dim))
+        self.position = nn.Parameter(dim**-0.5 * torch.randn(1, config.num_regions, dim))
         self.input_norm = nn.LayerNorm(dim)
-        self.layers = nn.ModuleList(RegionLayer(config) for _ in range(config.encoder_depth))
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(config.encoder_depth))
 
         # Centres of a square grid over the image, row by row, the same for every level.
         side = math.isqrt(config.num_regions)

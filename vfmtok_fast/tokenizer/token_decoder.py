@@ -42,20 +42,24 @@ class TokenDecoder(nn.Module):
         self.pixel_grid = config.pixel_grid
 
         def learned(count: int) -> nn.Parameter:
-            return nn.Parameter(0.02 * torch.randn(1, count, dim))
+            return nn.Parameter(dim**-0.5 * torch.randn(1, count, dim))
 
         self.proj = nn.Linear(config.codebook_dim, dim)
         self.region_position = learned(config.num_regions)
         self.class_token = learned(1)
         self.pixel_mask = learned(1)
         self.feature_mask = learned(1)
-        self.registers = learned(NUM_REGISTERS)
+        self.registers = nn.Parameter(torch.zeros(1, NUM_REGISTERS, dim))
         # The first is the class token's.
         self.position = learned(1 + config.feature_grid**2)
         self.pixel_norm = nn.LayerNorm(dim)
         self.feature_norm = nn.LayerNorm(dim)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_depth))
         self.feature_head = nn.Linear(dim, backbone_dim)
+        for part in (*self.layers.modules(), self.feature_head):
+            if isinstance(part, nn.Linear):
+                nn.init.xavier_uniform_(part.weight)
+                nn.init.zeros_(part.bias)
 
     def regions(self, vectors: Tensor) -> Tensor:
         """Code vectors [B, R, d] to the regions that both passes read [B, R, dim]."""

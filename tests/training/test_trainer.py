@@ -1,0 +1,298 @@
+"""What a step does, on a small model: schedules, precision, seeds, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from vfmtok_fast import VFMTok, VFMTokConfig
+from vfmtok_fast.training import NotFinite, TokenizerTrainer, TokenizerTraining
+
+
+def state(trainer: TokenizerTrainer) -> dict[str, Tensor]:
+    parts = {"model": trainer.model, "ema": trainer.ema}
+    if trainer.discriminator is not None:
+        parts["judge"] = trainer.discriminator
+    return {f"{p}.{k}": v.clone() for p, m in parts.items() for k, v in m.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_rates():
+    constant = TokenizerTraining(lr=1e-4, warmup_steps=100)
+    assert constant.rate(1) == pytest.approx(1e-7 + (1e-4 - 1e-7) / 100)
+    assert constant.rate(50) == pytest.approx(1e-7 + 0.5 * (1e-4 - 1e-7))
+    assert constant.rate(100) == constant.rate(10**6) == 1e-4
+    cosine = TokenizerTraining(
+        lr=1e-4, warmup_steps=100, schedule="cosine", total_steps=300, min_lr=2e-5
+    )
+    assert cosine.rate(99) == constant.rate(99)
+    assert cosine.rate(200) == pytest.approx(6e-5)
+    assert cosine.rate(150) == pytest.approx(2e-5 + 4e-5 * (1 + math.cos(math.pi / 4)))
+    assert cosine.rate(300) == cosine.rate(400) == pytest.approx(2e-5)
+
+
+def test_a_step_moves_what_learns_and_nothing_else(make, images: Tensor):
+    trainer = make(lr=1e-3)
+    before = state(trainer)
+    terms = trainer.step(images)
+    after = state(trainer)
+    assert set(terms) == {
+        *("rec", "mse", "perceptual", "semantic", "codebook", "commit", "entropy", "generator"),
+        *("discriminator", "logits_real", "logits_fake", "total", "grad_norm", "disc_grad_norm"),
+        *("lr", "usage"),
+    }
+    weights = {"perceptual": 1, "semantic": 1, "codebook": 1, "commit": 1, "entropy": 1}
+    weights |= {"rec": 1, "mse": 1, "generator": 0.5}
+    assert terms["total"] == pytest.approx(sum(w * terms[k] for k, w in weights.items()))
+    for key, value in after.items():
+        moved = not torch.equal(value, before[key])
+        assert moved == (".backbone." not in key and not key.endswith("registers")), key
+    assert trainer.steps == 1 and trainer.images == 4
+    # The average has the model's own backbone, and moved a ten-thousandth of the way.
+    assert trainer.ema.backbone is trainer.model.backbone and not trainer.ema.training
+    codebook = "quantizer.codebook"
+    expected = before[f"ema.{codebook}"] * 0.9999 + after[f"model.{codebook}"] * (1 - 0.9999)
+    torch.testing.assert_close(after[f"ema.{codebook}"], expected, atol=1e-9, rtol=1e-7)
+
+
+def test_the_rate_of_a_step_is_the_schedules(make, images: Tensor):
+    trainer = make(lr=1e-3, warmup_steps=2)
+    for number in (1, 2, 3):
+        before = trainer.model.quantizer.proj.weight.detach().clone()
+        terms = trainer.step(images)
+        moved = float((trainer.model.quantizer.proj.weight - before).detach().abs().max())
+        assert terms["lr"] == trainer.settings.rate(number)
+        # Adam's steps are about as large as the rate.
+        assert 0.5 * terms["lr"] < moved < 2 * terms["lr"]
+    # The discriminator has no warm-up.
+    assert trainer.discriminator_optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_steps_are_the_same_bits_whatever_the_process_drew(make, images: Tensor):
+    def run(draws: int) -> tuple[dict[str, Tensor], list]:
+        torch.manual_seed(draws)
+        torch.rand(draws)
+        trainer = make(dropout=0.3)
+        terms = []
+        for _ in range(2):
+            before = torch.get_rng_state()
+            terms.append(trainer.step(images))
+            assert torch.equal(torch.get_rng_state(), before)
+        return state(trainer), terms
+
+    (one, terms), (other, again) = run(1), run(7)
+    assert terms == again and same(one, other)
+    # Dropout is drawn anew at each step, and from the seed.
+    assert make(dropout=0.3, seed=1).step(images) != terms[0]
+
+
+def test_micro_batches_add_up_to_the_batch(make, images: Tensor):
+    whole, parts = make(judge=False), make(judge=False, micro_batch=3)
+    one, other = whole.step(images), parts.step(images)
+    assert other == pytest.approx(one, rel=1e-4)
+    pairs = zip(whole.model.parameters(), parts.model.parameters(), strict=True)
+    for a, b in pairs:
+        if a.grad is not None:
+            # Some gradients are zero but for rounding.
+            reach = max(1e-7, 1e-4 * float(a.grad.abs().max()))
+            torch.testing.assert_close(a.grad, b.grad, atol=reach, rtol=0)
+
+
+def test_gradients_are_clipped_and_their_norm_is_told(make, images: Tensor):
+    trainer = make(clip=0.01)
+    terms = trainer.step(images)
+    assert terms["grad_norm"] > 0.01 and terms["disc_grad_norm"] > 0.01
+    for weights in (trainer.model.parameters(), trainer.discriminator.parameters()):
+        norms = torch.stack([p.grad.norm() for p in weights if p.grad is not None])
+        assert float(norms.norm()) == pytest.approx(0.01, rel=1e-3)
+    free = make(clip=0)
+    assert free.step(images)["grad_norm"] == pytest.approx(terms["grad_norm"], rel=1e-5)
+
+
+def judge_steps(trainer: TokenizerTrainer) -> int:
+    states = trainer.discriminator_optimizer.state.values()
+    return int(next(iter(states))["step"]) if states else 0
+
+
+def test_before_its_start_the_discriminator_counts_steps_and_stays(make, images: Tensor):
+    trainer = make(discriminator_start=3)
+    alone = make(judge=False)
+    before = state(trainer)
+    for number in (1, 2):
+        terms = trainer.step(images)
+        assert {"generator", "discriminator", "logits_real"} <= set(terms)
+        assert terms["disc_grad_norm"] == 0 and judge_steps(trainer) == number
+        assert terms["total"] == alone.step(images)["total"]
+    now = state(trainer)
+    assert same({k: v for k, v in before.items() if k.startswith("judge")}, now)
+    assert same({k: v for k, v in state(alone).items() if k.startswith("model")}, now)
+    terms = trainer.step(images)
+    assert terms["disc_grad_norm"] > 0
+    moved = trainer.discriminator.layers[0].weight - before["judge.layers.0.weight"]
+    # Adam's third step after two of zero gradient; a first one would be the rate itself.
+    mean, square = (1 - 0.9) / (1 - 0.9**3), (1 - 0.95) / (1 - 0.95**3)
+    expected = trainer.settings.lr * mean / math.sqrt(square)
+    assert float(moved.detach().abs().max()) == pytest.approx(expected, rel=1e-3)
+
+
+def test_an_idle_discriminator_can_be_left_out(make, images: Tensor):
+    trainer = make(discriminator_start=2, idle_discriminator=False)
+    terms = trainer.step(images)
+    assert not {"generator", "discriminator", "disc_grad_norm"} & set(terms)
+    assert judge_steps(trainer) == 0
+    before = trainer.discriminator.layers[0].weight.detach().clone()
+    assert "generator" in trainer.step(images)
+    moved = (trainer.discriminator.layers[0].weight - before).detach().abs().max()
+    assert float(moved) == pytest.approx(trainer.settings.lr, rel=1e-3)
+
+
+def test_a_discriminator_may_learn_before_its_loss_counts(make, images: Tensor):
+    trainer = make(discriminator_start=3, discriminator_update_start=2, idle_discriminator=False)
+    alone = make(judge=False)
+    for number in (1, 2):
+        terms = trainer.step(images)
+        assert terms["total"] == alone.step(images)["total"]
+        assert ("disc_grad_norm" in terms) == (number == 2)
+    assert terms["disc_grad_norm"] > 0 and "generator" not in terms
+    assert trainer.step(images)["total"] != alone.step(images)["total"]
+
+
+def test_adaptive_weight(make, images: Tensor):
+    plain, adaptive = make(), make(adaptive_weight=True)
+    one, other = plain.step(images), adaptive.step(images)
+    rest = one["total"] - 0.5 * one["generator"]
+    weight = (other["total"] - rest) / (0.5 * other["generator"])
+    assert weight > 0 and weight != pytest.approx(1, rel=0.01)
+    assert other["disc_grad_norm"] == pytest.approx(one["disc_grad_norm"], rel=1e-5)
+
+
+def test_half_precision_leaves_the_encoder_and_the_search_alone(make, images: Tensor):
+    trainer = make(precision="bfloat16")
+    seen = {}
+
+    def look(name: str) -> Callable:
+        return lambda module, inputs, output: seen.update({name: output.dtype})
+
+    model = trainer.model
+    model.region_encoder.layers[0].down.register_forward_hook(look("encoder"))
+    model.quantizer.proj.register_forward_hook(look("search"))
+    model.token_decoder.layers[0].down.register_forward_hook(look("decoder"))
+    model.pixel_decoder.conv_out.register_forward_hook(look("pixels"))
+    half, exact = trainer.step(images), make().step(images)
+    assert seen == {
+        "encoder": torch.float32, "search": torch.float32,
+        "decoder": torch.bfloat16, "pixels": torch.bfloat16,
+    }  # fmt: skip
+    assert half["rec"] == pytest.approx(exact["rec"], rel=0.02)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_losses_can_be_left_out(make, images: Tensor):
+    trainer = make(
+        judge=False, perceptual_weight=0, semantic_weight=0, mse_weight=0, pixel_loss="l1"
+    )
+    terms = trainer.step(images)
+    assert not {"perceptual", "semantic"} & set(terms)
+    parts = terms["rec"] + terms["codebook"] + terms["commit"] + terms["entropy"]
+    assert terms["total"] == pytest.approx(parts)
+
+
+def test_nan_stops_before_any_weight_has_moved(make, images: Tensor):
+    trainer = make()
+    trainer.step(images)
+    before, optimizer = state(trainer), copy.deepcopy(trainer.optimizer.state_dict())
+    lpips = trainer.lpips
+    trainer.lpips = lambda x, y: math.nan * lpips(x, y)
+    with pytest.raises(NotFinite, match=r"step 2: not finite: perceptual \(nan\), total \(nan\)"):
+        trainer.step(images)
+    assert same(before, state(trainer)) and trainer.steps == 1
+    for number, values in trainer.optimizer.state_dict()["state"].items():
+        assert same(values, optimizer["state"][number])
+    trainer.lpips = lpips
+    assert math.isfinite(trainer.step(images)["total"])
+
+
+def test_usage_counts_the_codes_of_late(make, images: Tensor):
+    trainer = make(judge=False)
+    codes = len(trainer.model.encode(images[:2]).unique())
+    assert trainer.step(images[:2])["usage"] == codes / 256
+    trainer.last_used[:] = 2
+    trainer.images = 10_000
+    # 4096 pictures of 16 codes are the window; those of long ago do not count.
+    assert trainer.step(images)["usage"] < 1
+
+
+def test_codes_without_use_start_anew_at_queries(make, images: Tensor):
+    trainer = make(judge=False, revive_after=6)
+    first = trainer.step(images)
+    assert first["revived"] == 0  # of four pictures
+    before = trainer.model.quantizer.codebook.detach().clone()
+    used = trainer.last_used > 0
+    terms = trainer.step(images)
+    codebook = trainer.model.quantizer.codebook.detach()
+    anew = (codebook - before).norm(dim=-1) > 0.01
+    assert terms["revived"] == int(anew.sum()) > 0 and not (anew & used).any()
+    torch.testing.assert_close(codebook[anew].norm(dim=-1), torch.ones(int(anew.sum())))
+    assert torch.equal(trainer.ema.quantizer.codebook[anew], codebook[anew])
+    state = trainer.optimizer.state[trainer.model.quantizer.codebook]
+    assert not state["exp_avg"][anew].any() and not state["exp_avg_sq"][anew].any()
+    assert terms["usage"] == float((trainer.last_used > 0).float().mean())
+    # They are where queries are, so some get used; the others have their time, others follow.
+    trainer.step(images)
+    assert trainer.last_used[anew].max() == 12 and (trainer.revived_at[anew] == 8).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pixel_loss": "l3"}, "pixel_loss must be one of l2, l1, got 'l3'"),
+        ({"lr": -1}, r"lr must be a number in \[0, inf\), got -1"),
+        ({"ema": 1.0}, "ema must be a number in"),
+        ({"schedule": "cosine"}, "cosine needs total_steps beyond warmup_steps, got None and 0"),
+        ({"micro_batch": 0}, "micro_batch must be an integer of at least 1, got 0"),
+        (
+            {"discriminator_start": 5, "discriminator_update_start": 6},
+            "must not be after discriminator_start, got 6 and 5",
+        ),
+    ],
+)
+def test_settings_are_checked(settings: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        TokenizerTraining(**settings)
+
+
+def test_models_and_pictures_are_checked(make, tiny: VFMTokConfig, images: Tensor):
+    with pytest.raises(TypeError, match="weights must be float32 to learn, got bfloat16"):
+        TokenizerTrainer(VFMTok(tiny).bfloat16(), lpips=torch.nn.Identity())
+    with pytest.raises(ValueError, match="a perceptual_weight needs lpips"):
+        TokenizerTrainer(VFMTok(tiny))
+    trainer = make(judge=False)
+    with pytest.raises(ValueError, match="at least one picture, got none"):
+        trainer.step(images[:0])
+    with pytest.raises(ValueError, match=r"must be in \[-1, 1\], got a magnitude of 255"):
+        trainer.step(images.sign() * 255)
+    with pytest.raises(ValueError, match=r"must have shape \[B, 3, 64, 64\]"):
+        trainer.step(images[:, :, :60])
+
+
+def test_deterministic_mode_computes_the_same(make, images: Tensor):
+    expected = make(judge=False)
+    terms = expected.step(images)
+    torch.use_deterministic_algorithms(True)
+    try:
+        trainer = make(judge=False)
+        assert trainer.step(images) == pytest.approx(terms, rel=1e-4)
+        gradient = trainer.model.token_decoder.position.grad
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(
+        gradient, expected.model.token_decoder.position.grad, rtol=1e-4, atol=1e-6
+    )

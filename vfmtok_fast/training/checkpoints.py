@@ -1,0 +1,78 @@
+"""Checkpoints of a run: files that are there whole or not at all, of which the last few stay."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..cache.store import CacheWriteError, LocalPlace
+from ..errors import first_line
+
+_NAME = re.compile(r"step-(\d{8,})\.pt")
+
+
+def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 3) -> Path:
+    """Write ``step-<step>.pt``, then remove all but the newest ``keep``.
+
+    Args:
+        folder: is made if it is missing.
+        step: of the trainer.
+        state: tensors, numbers, strings and containers of them.
+        keep: at least 1.
+
+    Raises:
+        CacheWriteError: it could not be written; what was there is still there.
+    """
+    if keep < 1:
+        raise ValueError(f"checkpoints: keep must be at least 1, got {keep}")
+    place = LocalPlace(folder)
+    place.make_folder()
+    place.sweep()
+    path = place / f"step-{step:08d}.pt"
+    try:
+        with path.writing() as file:
+            torch.save(dict(state), file)
+    except RuntimeError as error:  # torch's writer, of a disk that is full
+        if "inline_container" not in str(error) and "PytorchStream" not in str(error):
+            raise
+        raise CacheWriteError(path, OSError(first_line(error))) from error
+    for _, old in _found(folder)[:-keep]:
+        LocalPlace(old).remove()
+    return Path(path)
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint of a folder; None where there is none."""
+    found = _found(folder)
+    return found[-1][1] if found else None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What `save` was given, on the CPU.
+
+    Raises:
+        ValueError: the file is damaged.
+        FileNotFoundError: it is not there.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError) as error:
+        raise ValueError(
+            f"{path}: a damaged checkpoint ({first_line(error)}); remove it to go on from the one "
+            "before"
+        ) from error
+
+
+def _found(folder: Path) -> list[tuple[int, Path]]:
+    """Steps and paths, in order."""
+    if not folder.is_dir():
+        return []
+    matches = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted((int(match[1]), path) for match, path in matches if match)

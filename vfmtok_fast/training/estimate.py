@@ -1,0 +1,92 @@
+"""What a training step takes, counted on tensors that have shapes and no values."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from .. import switch
+from ..tokenizer import VFMTok, VFMTokConfig
+from .losses import LPIPS
+from .trainer import TokenizerTrainer, TokenizerTraining
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a run.
+
+    Attributes:
+        flops: of a step per picture, forward and backward, the discriminator at work; products,
+            convolutions and attention, each multiplication and each addition.
+        learned, frozen: parameters, of all models.
+        resting_bytes: of weights, gradients, average and Adam's moments, in float32; what a batch
+            takes comes on top.
+    """
+
+    flops: int
+    learned: int
+    frozen: int
+    resting_bytes: int
+
+
+def estimate(
+    config: VFMTokConfig, settings: TokenizerTraining, discriminator: type[nn.Module] | None
+) -> Estimate:
+    """Count a step of models of these shapes, which are never in memory."""
+    with torch.device("meta"):
+        model = VFMTok(config)
+        lpips = LPIPS() if settings.perceptual_weight > 0 else None
+        judge = None if discriminator is None else discriminator()
+    if hasattr(judge, "crop"):
+        judge.crop = 0  # there are no values to draw
+    parts = [part for part in (model, lpips, judge) if part is not None]
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    for part in parts:
+        with fake:
+            part.to_empty(device="cpu")
+    settings = dataclasses.replace(settings, precision="float32", micro_batch=None)
+    number, size = settings.discriminator_start + 1, config.image_size
+    # torch counts nothing of the fused attention of a CPU; as two products it does.
+    with warnings.catch_warnings(), switch.enable([]), sdpa_kernel(SDPBackend.MATH):
+        warnings.simplefilter("ignore", UserWarning)  # copies ask fake tensors for their memory
+        with fake:
+            trainer = TokenizerTrainer(model, settings, lpips=lpips, discriminator=judge)
+            images = torch.empty(1, 3, size, size)
+            with FlopCounterMode(display=False) as counter:
+                made = trainer._learn(images, number, 1.0, {}, [])
+                if judge is not None:
+                    trainer._judge(images, made, number, 1.0, {})
+    weights = [weight for part in parts for weight in part.parameters()]
+    learned = sum(weight.numel() for weight in weights if weight.requires_grad)
+    frozen = sum(weight.numel() for weight in weights) - learned
+    averaged = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    # Of a learned weight: itself, its gradient and Adam's two.
+    resting = 4 * (frozen + 4 * learned + averaged)
+    return Estimate(counter.get_total_flops(), learned, frozen, resting)
+
+
+def product_rate(device: torch.device, precision: str) -> float:
+    """FLOP/s that a matrix product reaches on a device: the best of a few."""
+    size = 8192 if device.type == "cuda" else 1024
+    half = precision == "bfloat16"
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if half else torch.float32)
+    best = float("inf")
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee" if precision == "float32" else "tf32"
+    try:
+        for _ in range(5):
+            start = time.perf_counter()
+            float((a @ a)[0, 0])  # waits for the device
+            best = min(best, time.perf_counter() - start)
+    finally:
+        matmul.fp32_precision = before
+    return 2 * size**3 / best
