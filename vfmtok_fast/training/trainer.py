@@ -201,7 +201,7 @@ class TokenizerTrainer:
                 "TokenizerTrainer: a perceptual_weight needs lpips, as LPIPS.from_files gives it; "
                 "perceptual_weight=0 trains without"
             )
-        self.model = model.train()
+        self.model = model
         processes.share_first(_learned(model).values())
         model.tf32 = precision == "mixed" or settings.precision != "float32"
         self.ema = copy.deepcopy(model, {id(model.backbone): model.backbone})
@@ -229,7 +229,6 @@ class TokenizerTrainer:
         )
         self.discriminator_optimizer = None
         if discriminator is not None:
-            discriminator.train()
             processes.share_first(_thawed(discriminator).values())
             self._judging = [p for p in discriminator.parameters() if p.requires_grad]
             rate = settings.lr if settings.discriminator_lr is None else settings.discriminator_lr
@@ -257,6 +256,10 @@ class TokenizerTrainer:
         check_images("TokenizerTrainer", images, config.image_size, device)
         if len(images) == 0:
             raise ValueError("TokenizerTrainer: images must hold at least one picture, got none")
+        # They may have been looked at in between.
+        self.model.train()
+        if self.discriminator is not None:
+            self.discriminator.train()
         pieces = images.to(self.model.dtype).split(settings.micro_batch or len(images))
         sums: dict[str, Tensor] = {}
         found: list[tuple[Tensor, Tensor]] = []  # codes and queries of each piece
@@ -455,11 +458,11 @@ class TokenizerTrainer:
             raise ValueError(f"resuming: settings have changed: {problems}")
         _load_learned(self.model, state["model"])
         _load_learned(self.ema, state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        _load_optimizer(self.optimizer, state["optimizer"])
         if self.discriminator is not None:
             found = {**self.discriminator.state_dict(), **state["discriminator"]}
             self.discriminator.load_state_dict(found)
-            self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+            _load_optimizer(self.discriminator_optimizer, state["discriminator_optimizer"])
         self.steps, self.images = state["steps"], state["images"]
         self.last_used.copy_(state["last_used"])
         self.revived_at.copy_(state["revived_at"])
@@ -512,6 +515,14 @@ def _learned(model: nn.Module) -> dict[str, Tensor]:
 def _load_learned(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     frozen = {k: v for k, v in model.state_dict().items() if k.startswith(BACKBONE)}
     model.load_state_dict(frozen | dict(tensors))
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Moments and step counts of a state; rates and the like stay as the settings have them."""
+    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(dict(state))
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)
 
 
 def _thawed(module: nn.Module) -> dict[str, Tensor]:
