@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import on
-from .registered import library, registered
+from .registered import differentiable, registered
 
 # A row is held in registers, 16 numbers a thread of 16 warps.
 MOST_CHANNELS = 8192
@@ -195,17 +195,6 @@ def _backward(ctx, by_total: Tensor, by_normed: Tensor) -> tuple[Tensor | None, 
     return by_x, by_branch, by_weight, by_bias, by_scale, None, None
 
 
-def _no_second_derivative(ctx, *grads: Tensor | None) -> None:
-    raise NotImplementedError(
-        "add_norm: its Triton kernels have first derivatives only; "
-        "leave this op out of enable(ops=...)"
-    )
-
-
-torch.library.register_autograd(
-    "vfmtok_fast::add_norm_triton", _backward, setup_context=_setup, lib=library
-)
-# Left out, torch would take its derivative for zero.
-torch.library.register_autograd(
-    "vfmtok_fast::add_norm_triton_backward", _no_second_derivative, lib=library
+differentiable(
+    "add_norm_triton", _setup, _backward, ["add_norm_triton_backward"], without="add_norm"
 )

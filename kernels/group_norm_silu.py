@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .launch import on
 from .linear import _sigmoid
-from .registered import library, registered
+from .registered import differentiable, registered
 from .tuning import Space
 
 # Of the kernels that sum: ``values`` of x in a tile, of which a program's threads keep sums of
@@ -376,13 +376,6 @@ def _backward(ctx, grad: Tensor, *unused: Tensor | None):
     return by_x, by_shift, by_weight.to(weight.dtype), by_bias.to(bias.dtype), None, None
 
 
-def _no_second_derivative(ctx, *grads: Tensor | None) -> None:
-    raise NotImplementedError(
-        "group_norm_silu: its Triton kernels have first derivatives only; "
-        "leave this op and residual_block out of enable(ops=...)"
-    )
-
-
 def _like_map(x: Tensor, shift, weight, bias, groups: int, eps):
     out = torch.empty_like(x, memory_format=torch.channels_last)
     mean = x.new_empty(x.shape[0], groups, dtype=torch.float32)
@@ -405,10 +398,10 @@ registered(
     "Tensor mean, Tensor rstd, int groups) -> (Tensor, Tensor, Tensor)",
     _like_gradients,
 )(_backward_launch)
-torch.library.register_autograd(
-    "vfmtok_fast::group_norm_silu_triton", _backward, setup_context=_setup, lib=library
-)
-# Left out, torch would take its derivative for zero.
-torch.library.register_autograd(
-    "vfmtok_fast::group_norm_silu_triton_grad", _no_second_derivative, lib=library
+differentiable(
+    "group_norm_silu_triton",
+    _setup,
+    _backward,
+    ["group_norm_silu_triton_grad"],
+    without="group_norm_silu and residual_block",
 )

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import on
-from .registered import library, registered
+from .registered import differentiable, registered
 
 # Of a program: 16 bytes a thread of half precision, and four such loads in flight.
 BLOCK, WARPS = 4096, 4
@@ -43,17 +43,6 @@ def _reciprocal(x):
 
 
 @triton.jit
-def _power_of_two(x):
-    """2^x, and 0 where that would be subnormal."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.exp2(x)
-
-
-@triton.jit
 def _normal(z, ROUNDED: tl.constexpr):
     """The normal distribution's share below z, and its density there.
 
@@ -62,7 +51,7 @@ def _normal(z, ROUNDED: tl.constexpr):
     distribution's units. It shares the exponential with the density.
     """
     if ROUNDED:
-        e = _power_of_two(z * z * -0.7213475204444817)
+        e = tl.exp2(z * z * -0.7213475204444817)
         t = _reciprocal(1.0 + 0.23164189 * tl.abs(z))
         beyond = 0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)
         beyond = e * t * (0.127414796 + t * (-0.142248368 + t * beyond))
@@ -197,17 +186,4 @@ def _backward(ctx, grad: Tensor) -> Tensor:
     return torch.ops.vfmtok_fast.gelu_triton_backward(grad, *ctx.saved_tensors)
 
 
-def _no_second_derivative(ctx, *grads: Tensor | None) -> None:
-    raise NotImplementedError(
-        "linear: its Triton kernels have first derivatives only; "
-        "leave this op out of enable(ops=...)"
-    )
-
-
-torch.library.register_autograd(
-    "vfmtok_fast::gelu_triton", _backward, setup_context=_setup, lib=library
-)
-# Left out, torch would take its derivative for zero.
-torch.library.register_autograd(
-    "vfmtok_fast::gelu_triton_backward", _no_second_derivative, lib=library
-)
+differentiable("gelu_triton", _setup, _backward, ["gelu_triton_backward"], without="linear")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..functional import factor, head_in_chunks, reduced
 from .launch import on
-from .registered import library, registered
+from .registered import differentiable, registered
 
 # Of logits that are there at a time: 4,096 rows of 16,384 in half precision are enough for whole
 # waves of a product's tiles. Not measured.
@@ -256,18 +256,10 @@ def _backward(ctx, grad: Tensor, *unused: Tensor | None) -> tuple[Tensor | None,
     return x, weight, None, bias, None, None, None, None
 
 
-def _no_second_derivative(ctx, *grads: Tensor | None) -> None:
-    raise NotImplementedError(
-        "linear_cross_entropy: its Triton kernels have first derivatives only; "
-        "leave this op out of enable(ops=...)"
-    )
-
-
-torch.library.register_autograd(
-    "vfmtok_fast::linear_cross_entropy_triton", _backward, setup_context=_setup, lib=library
+differentiable(
+    "linear_cross_entropy_triton",
+    _setup,
+    _backward,
+    ["linear_cross_entropy_triton_again", "linear_cross_entropy_triton_scale"],
+    without="linear_cross_entropy",
 )
-# Left out, torch would take their derivatives for zero.
-for _name in ("again", "scale"):
-    torch.library.register_autograd(
-        f"vfmtok_fast::linear_cross_entropy_triton_{_name}", _no_second_derivative, lib=library
-    )

@@ -33,45 +33,42 @@ from .vector import _vector
 
 # Outputs and warps of a program, columns that it holds at once, and whether it lets the next kernel
 # begin at its start or after its wait.
-_VECTOR = {"tile": (1, 2, 4, 8), "warps": (1, 2, 4, 8), "chunk": (256, 1024, 4096), "early": (0, 1)}
-
-
-def _vector_space(name: str, **default: int) -> Space:
-    return Space(
-        f"decode_step.{name}",
-        _VECTOR,
-        {80: default},
-        bits=("warps", "chunk"),
-        # 16 bytes of half precision a load, and at most 32 columns a thread.
-        valid=lambda s: 8 <= s.chunk // (32 * s.warps) <= 32,
-    )
-
-
-QKV_ROWS = _vector_space("qkv", tile=1, warps=1, chunk=1024, early=0)
-OUT_ROWS = _vector_space("out", tile=2, warps=2, chunk=1024, early=0)
-GATE_ROWS = _vector_space("gate_up", tile=1, warps=1, chunk=1024, early=0)
-DOWN_ROWS = _vector_space("down", tile=2, warps=4, chunk=4096, early=0)
-HEAD_ROWS = _vector_space("head", tile=8, warps=4, chunk=1024, early=0)
+_VECTOR = {
+    "choices": {
+        "tile": (1, 2, 4, 8), "warps": (1, 2, 4, 8), "chunk": (256, 1024, 4096), "early": (0, 1),
+    },
+    "bits": ("warps", "chunk"),
+    # 16 bytes of half precision a load, and at most 32 columns a thread.
+    "valid": lambda s: 8 <= s.chunk // (32 * s.warps) <= 32,
+}  # fmt: skip
+_ROW = {"tile": 1, "warps": 1, "chunk": 1024, "early": 0}
+QKV_ROWS = Space("decode_step.qkv", defaults={80: _ROW}, **_VECTOR)
+OUT_ROWS = Space("decode_step.out", defaults={80: {**_ROW, "tile": 2, "warps": 2}}, **_VECTOR)
+GATE_ROWS = Space("decode_step.gate_up", defaults={80: _ROW}, **_VECTOR)
+DOWN_ROWS = Space(
+    "decode_step.down", defaults={80: {"tile": 2, "warps": 4, "chunk": 4096, "early": 0}}, **_VECTOR
+)
+HEAD_ROWS = Space("decode_step.head", defaults={80: {**_ROW, "tile": 8, "warps": 4}}, **_VECTOR)
 # Outputs of a program, pieces of K side by side (1: four warps on one piece), bytes of a row of
 # weights to a piece, and pieces on their way. GPT-L on an H200, 256 codes: at 8 rows 174 ms with
 # four slices and 228 with one, at 32 rows 300 and 250. Within a class not by the number of rows: an
 # image must not depend on the batch that it is in.
-_MATRIX = {"tile": (16, 32, 64), "slices": (1, 4), "piece": (128, 256), "stages": (2, 3, 4)}
-
-
-def _matrix_space(name: str, **default: int) -> Space:
-    return Space(
-        f"decode_step.{name}",
-        _MATRIX,
-        {80: default},
-        bits=("slices", "piece"),
-        # One warp's own tile beside three others', or one of all four warps.
-        valid=lambda s: (s.tile == 64) == (s.slices == 1),
-    )
-
-
-FEW = _matrix_space("few", tile=16, slices=4, piece=128, stages=4)
-SOME = _matrix_space("some", tile=64, slices=1, piece=256, stages=4)
+_MATRIX = {
+    "choices": {"tile": (16, 32, 64), "slices": (1, 4), "piece": (128, 256), "stages": (2, 3, 4)},
+    "bits": ("slices", "piece"),
+    # One warp's own tile beside three others', or one of all four warps.
+    "valid": lambda s: (s.tile == 64) == (s.slices == 1),
+}
+FEW = Space(
+    "decode_step.few",
+    defaults={80: {"tile": 16, "slices": 4, "piece": 128, "stages": 4}},
+    **_MATRIX,
+)
+SOME = Space(
+    "decode_step.some",
+    defaults={80: {"tile": 64, "slices": 1, "piece": 256, "stages": 4}},
+    **_MATRIX,
+)
 SPACES = QKV_ROWS, OUT_ROWS, GATE_ROWS, DOWN_ROWS, HEAD_ROWS, FEW, SOME
 BLOCK = 1024
 

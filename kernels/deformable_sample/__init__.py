@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from ..launch import on
-from ..registered import library, registered
+from ..registered import differentiable, registered
 from ..tuning import Space
 from .backward import SIDE, _add_value, _grad_samples, _grad_value, _sort
 from .forward import _gather
@@ -318,13 +318,6 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     return by_value, None, by_points, by_offsets, by_logits, None
 
 
-def _no_second_derivative(ctx, *grads: Tensor | None) -> None:
-    raise NotImplementedError(
-        "deformable_sample: its Triton kernels have first derivatives only; "
-        "leave this op out of enable(ops=...)"
-    )
-
-
 def _like_queries(value: Tensor, sides, points, offsets: Tensor, logits, deterministic) -> Tensor:
     return value.new_empty(value.shape[0], offsets.shape[1], value.shape[2] * value.shape[3])
 
@@ -353,11 +346,10 @@ for _name, _schema, _launch, _fake in (
      _backward_value, _like_value),
 ):  # fmt: skip
     registered(f"deformable_sample_triton{_name}{_schema}", _fake)(_launch)
-torch.library.register_autograd(
-    "vfmtok_fast::deformable_sample_triton", _backward, setup_context=_setup, lib=library
+differentiable(
+    "deformable_sample_triton",
+    _setup,
+    _backward,
+    ["deformable_sample_triton_samples", "deformable_sample_triton_value"],
+    without="deformable_sample",
 )
-# Left out, torch would take their derivatives for zero.
-for _name in ("_samples", "_value"):
-    torch.library.register_autograd(
-        f"vfmtok_fast::deformable_sample_triton{_name}", _no_second_derivative, lib=library
-    )
