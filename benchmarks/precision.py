@@ -228,7 +228,9 @@ def summary(row: dict, tokens: int) -> tuple[str, str]:
 
 
 # A precision's name there, and in the records of the H200.
-ON_H200 = {"float32": "fp32", "tf32": "tf32", "float16": "fp16", "bfloat16": "bf16"}
+ON_H200 = {
+    "float32": "fp32", "tf32": "tf32", "float16": "fp16", "bfloat16": "bf16", "mixed": "mixed",
+}  # fmt: skip
 
 
 def table() -> list[str]:
