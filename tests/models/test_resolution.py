@@ -30,18 +30,18 @@ def pictures(size: int, count: int = 1) -> torch.Tensor:
 
 
 def check_all(config: VFMTokConfig, reads: int) -> VFMTok:
-    """Train forward and backward, encode, decode; the backbone is given ``reads`` pixels."""
+    """Train forward and backward, encode, decode; the backbone sees ``reads`` pixels in patches."""
     torch.manual_seed(0)
     model = VFMTok(config)
     assert model.backbone.image_size == reads
-    given = []
-    hook = model.backbone.vit.patch_embed.register_forward_pre_hook(
-        lambda module, args: given.append(tuple(args[0].shape[-2:]))
+    seen, vit = [], model.backbone.vit
+    hook = vit.norm_pre.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].shape[1] - vit.num_prefix_tokens)
     )
     size, patches = config.image_size, config.feature_grid**2
     images = pictures(size)
     output = model.train()(images)
-    assert given == [(reads, reads)]
+    assert seen == [patches]
     hook.remove()
     assert output.reconstruction.shape == images.shape
     assert output.semantic.shape == output.features.shape == (1, patches, model.backbone.dim)
