@@ -18,7 +18,7 @@ from vfmtok_fast.kernels import decode_step, launch
 
 CLASSES = torch.arange(64) % 10
 # For the interpreter.
-SMALL = {"block_size": 6, "num_layers": 1, "dim": 32, "num_heads": 2, "vocab_size": 96}
+SMALL = {"block_size": 9, "num_layers": 1, "dim": 32, "num_heads": 2, "vocab_size": 96}
 SETTINGS = (
     {"seed": 1},
     {"seed": 2, "cfg_scale": 2.0, "cfg_interval": 4, "top_k": 40},
