@@ -83,9 +83,7 @@ def bench_linear_cross_entropy(benchmark, monkeypatch, size, dtype: str, provide
     def check(got: list[Tensor]) -> dict[str, object]:
         exact, ruler = truth(size, DTYPES[dtype])
         error, own = (float((y[:SOME] - exact).abs().max()) for y in (got[1], ruler))
-        # A product of V terms in another order: roundings of their sum add up like a random walk.
-        largest = float(exact.abs().max()) + V**0.5 * float(tensors[1].detach().abs().mean()) / N
-        assert error <= 2 * own + torch.finfo(DTYPES[dtype]).eps * largest
+        assert error <= 2 * own + torch.finfo(DTYPES[dtype]).eps * float(exact.abs().max())
         # Of random rows each code has about the same share.
         assert abs(float(got[0]) - (torch.tensor(V).log().item() + 0.5)) < 0.1
         return {"error": error}

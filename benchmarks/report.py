@@ -95,6 +95,15 @@ COLUMNS = [
 ]  # fmt: skip
 
 
+def spread(record: dict) -> str:
+    """Of the rounds; of some records the slowest was not kept."""
+    if record["min_us"] is None:
+        return ""
+    if record["max_us"] is None:
+        return f"from {duration(record['min_us'])}"
+    return f"{duration(record['min_us'])} to {duration(record['max_us'])}"
+
+
 def record_rows(records: list[dict]) -> list[list[object]]:
     """The lines of one shape; what a record does not hold is empty."""
     base = next((r["median_us"] for r in records if r["provider"] == "reference"), None)
@@ -116,7 +125,7 @@ def record_rows(records: list[dict]) -> list[list[object]]:
             r["shape"],
             r["provider"],
             duration(r["median_us"]),
-            "" if r["min_us"] is None else f"{duration(r['min_us'])} to {duration(r['max_us'])}",
+            spread(r),
             f"{base / r['median_us']:.2f}" if base else "",
             cell(r, "images_s"),
             cell(r, "bound"),

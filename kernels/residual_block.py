@@ -7,7 +7,7 @@ pass anyway.
 
 Passes over a map of O channels beside the convolutions: 3 and 3 for the norms, 3 for the sum; ATen
 makes 3 + 2 for each norm and SiLU, 2 for each bias and 3 for the sum. group_norm_silu.md has the
-prediction for a decode.
+cost of a decode.
 """
 
 from __future__ import annotations

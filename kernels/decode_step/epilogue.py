@@ -10,11 +10,6 @@ QKV, GATED, ADDED, LOGITS = 0, 1, 2, 3
 
 
 @triton.jit
-def _pairs(KIND: tl.constexpr):
-    return KIND < 2
-
-
-@triton.jit
 def _position(position, ON_DEVICE: tl.constexpr):
     if ON_DEVICE:
         return tl.load(position).to(tl.int64)

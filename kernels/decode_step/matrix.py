@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..launch import _let_next_begin, _wait_for_last
-from .epilogue import _finish, _others, _pairs, _row_of
+from .epilogue import _finish, _others, _row_of
 
 MAX_ROWS = 64
 # Up to here programs share K, for there are few of them, and beyond they share x.
@@ -57,6 +57,7 @@ def _matrix(
     ON_DEVICE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Outputs [P, TILE] of x [rows, K]; see `_finish`."""
+    PAIRS: tl.constexpr = KIND < 2
     o_n = tl.program_id(0) * TILE + tl.arange(0, TILE)
     m_n = o_n < N
     o_r = tl.arange(0, P)
@@ -77,10 +78,9 @@ def _matrix(
         a = tl.zeros((TILE, P), tl.float32)
     b = a
     if OVERLAP:
-        # Not `_pairs`: what a function returns is no compile-time constant to Triton 3.6.
-        each: tl.constexpr = FETCH // 2 if KIND < 2 else FETCH
+        each: tl.constexpr = FETCH // 2 if PAIRS else FETCH
         _fetch_rows(w_a, first, m_n, K, TILE, each)
-        if _pairs(KIND):
+        if PAIRS:
             _fetch_rows(w_b, second, m_n, K, TILE, each)
         _wait_for_last()
         _let_next_begin()
@@ -90,7 +90,7 @@ def _matrix(
         value = tl.permute(value, (0, 2, 1)) if SLICES > 1 else tl.trans(value)
         w = _pieces(p_a, k, o_k, m_w, K)
         a = tl.dot(w, value, a, input_precision="ieee")
-        if _pairs(KIND):
+        if PAIRS:
             w = _pieces(p_b, k, o_k, m_w, K)
             b = tl.dot(w, value, b, input_precision="ieee")
     if SLICES > 1:
