@@ -54,13 +54,9 @@ _PIECE_BYTES = 2**31
 # Pictures of a call that is recorded. An H200's host takes 24 ms to launch an encode and 70 ms a
 # decode of 64, whose kernels take 52 and 54 ms; more of them would keep more memory than 2 GiB.
 _REPLAYED = 64
-# What must be enabled for it: their kernels wait for nothing on the host.
-_OPS = {
-    "encode": frozenset(["add_norm", "deformable_sample", "linear", "nearest_code", "patch_embed"]),
-    "decode": frozenset(
-        ["add_norm", "group_norm_silu", "linear", "residual_block", "upsample_conv"]
-    ),
-}
+# Ops of the two ways, which must be enabled for it: their kernels wait for nothing on the host.
+ENCODE_OPS = frozenset(["add_norm", "deformable_sample", "linear", "nearest_code", "patch_embed"])
+DECODE_OPS = frozenset(["add_norm", "group_norm_silu", "linear", "residual_block", "upsample_conv"])
 
 
 class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
@@ -232,7 +228,7 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         if (
             self.device.type != "cuda"
             or not 0 < len(given) <= _REPLAYED
-            or not switch.policy().ops >= _OPS[what]
+            or not switch.policy().ops >= (ENCODE_OPS if what == "encode" else DECODE_OPS)
             or not self.backbone.is_plain
             or self.training
             or torch.is_autocast_enabled("cuda")

@@ -20,6 +20,7 @@ import torch
 
 from ... import images as pictures
 from ... import switch
+from ...tokenizer.model import ENCODE_OPS
 from ..store import Place, place
 from .differences import differences
 from .views import parse_views, rules
@@ -30,10 +31,6 @@ NAME = "manifest.json"
 BAD_TOKEN = 0xFFFF
 # What torch.compile and DistributedDataParallel put before or into the names of weights.
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<![^.])_orig_mod\.")
-# Those that `encode` takes.
-TOKENIZER_OPS = frozenset(
-    ["add_norm", "deformable_sample", "linear", "nearest_code", "patch_embed"]
-)
 
 
 class Tokenizer(Protocol):
@@ -260,7 +257,7 @@ def _precision(tokenizer: Tokenizer) -> str:
 
 def _fast_ops(precision: str) -> dict[str, list[str]]:
     """In half precision, the enabled ops: they round differently, and tokens differ by that."""
-    ops = sorted(switch.policy().ops & TOKENIZER_OPS)
+    ops = sorted(switch.policy().ops & ENCODE_OPS)
     return {"fast_ops": ops} if precision in ("float16", "bfloat16", "mixed") and ops else {}
 
 
