@@ -20,6 +20,8 @@ from .errors import first_line
 TRANSFORMERS_FIELDS = frozenset(
     ["architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "model_type"]
 )
+# Models that come with the package: one folder a name, in it one a kind of model.
+PRETRAINED = Path(__file__).with_name("pretrained")
 
 
 class HubModel(nn.Module, PyTorchModelHubMixin):
@@ -32,6 +34,9 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
     meta device, where they stay on the CPU, and follow the weights that are loaded. That holds for
     every one of them, those of timm's models too.
     """
+
+    # The folder below a name in `PRETRAINED` that holds a model of this class.
+    shipped_as = ""
 
     def __init__(self):
         super().__init__()
@@ -73,7 +78,8 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         """Load what `save_pretrained` wrote.
 
         Args:
-            pretrained_model_name_or_path: a folder, else the name of a hub repo.
+            pretrained_model_name_or_path: a folder, else the name of a model that comes with the
+                package ("emoji"), else that of a hub repo.
             config: takes the place of config.json.
             map_location: the model's device.
             revision, token, cache_dir, force_download, local_files_only: as for `hf_hub_download`.
@@ -86,7 +92,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
             ValueError: a config that is unknown in parts, or missing, extra, misshapen or NaN
                 weights, all named.
         """
-        source = str(pretrained_model_name_or_path)
+        source = _shipped(cls, str(pretrained_model_name_or_path))
         download = {
             "revision": revision,
             "token": token,
@@ -262,6 +268,14 @@ def check_tensors(
         problems.append(f"NaN or infinity in {', '.join(not_finite)}")
     if problems:
         raise ValueError(f"{what} does not fit the model: {'; '.join(problems)}")
+
+
+def _shipped(cls: type[HubModel], source: str) -> str:
+    """The folder of a model that comes with the package, else the source as it is."""
+    own = cls.shipped_as and re.fullmatch(r"[a-z0-9-]+", source)
+    if own and not Path(source).exists() and (PRETRAINED / source / cls.shipped_as).is_dir():
+        return str(PRETRAINED / source / cls.shipped_as)
+    return source
 
 
 def _find(cls: type, source: str, name: str, download: Mapping) -> Path:

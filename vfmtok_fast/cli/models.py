@@ -39,7 +39,9 @@ def add_tokenizer_options(
         "model", "by default the authors' tokenizer and DINOv2, downloaded once"
     )
     source = group.add_mutually_exclusive_group()
-    source.add_argument("--model", help="a folder made by convert, or a hub repo in that format")
+    source.add_argument(
+        "--model", help="a folder made by convert or training, a hub repo like it, or emoji"
+    )
     source.add_argument("--tokenizer", metavar="FILE", help="the authors' vfmtok-tokenizer.pt")
     source.add_argument(
         "--untrained", choices=untrained, help="random weights: shows the work, means nothing"

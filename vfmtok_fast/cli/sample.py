@@ -15,7 +15,7 @@ SUMMARY = "generate new images: OUT/samples.npz and a grid; resumes, by 64"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="folder to write to")
-    parser.add_argument("--gpt", help="generator: a folder made by convert, or a hub repo")
+    parser.add_argument("--gpt", help="generator: a folder made by convert, a hub repo, or emoji")
     parser.add_argument("--num", type=int, default=16, help="images (%(default)s)")
     parser.add_argument(
         "--classes", type=int, nargs="+", metavar="ID", help="class ids, in turn; all by default"

@@ -113,6 +113,8 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
     Source: LlamaGen (arXiv 2406.06525); VFMTok (arXiv 2507.08441) section 3.3.
     """
 
+    shipped_as = "generator"
+
     def __init__(self, config: GPTConfig | Mapping | str = "GPT-B"):
         super().__init__()
         if isinstance(config, str):

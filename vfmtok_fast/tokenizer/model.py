@@ -73,6 +73,8 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         ValueError: a backbone whose map the decoder cannot serve.
     """
 
+    shipped_as = "tokenizer"
+
     def __init__(self, config: VFMTokConfig | Mapping | None = None):
         super().__init__()
         config = VFMTokConfig() if config is None else config
