@@ -2,9 +2,9 @@
 
     python examples/emoji/prepare.py emoji.parquet examples/emoji/data
 
-OUT gets ``train.parquet``, and ``heldout/`` with one folder a group. The input has the columns ``image`` (Hugging Face's: {bytes, path}), ``label``, ``subgroup`` and
-``name``; LICENSES.md says how it was drawn. An emoji and its variants (man, woman, person) fall on
-the same side, by a hash of what their names have in common.
+OUT gets ``train.parquet``, and ``heldout/`` with one folder a group. The input has the columns
+``image`` (Hugging Face's: {bytes, path}), ``label``, ``subgroup`` and ``name``. An emoji and its
+variants (man, woman, person) fall on the same side, by a hash of what their names have in common.
 """
 
 from __future__ import annotations
