@@ -1,0 +1,95 @@
+"""Measure an emoji model: reconstructions of held-out pictures, and who recognises what it draws.
+
+    python examples/emoji/evaluate.py examples/emoji/data CLASSIFIER [--tokenizer DIR] [--gpt DIR]
+
+PSNR (8-bit, over all pixels of a picture, mean over pictures) of the held-out emoji against the
+picture that the tokenizer was given, and the share of pictures whose group `classifier.py`'s
+network names: of real held-out ones, of their reconstructions, and of generated ones by group, with
+and without guidance. Groups are generated equally often, so chance is one in nine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from classifier import GROUPS, SIZE, Classifier, accuracy, shrink
+from pictures import read
+from torch import Tensor
+
+import vfmtok_fast as vf
+from vfmtok_fast.images import load_images
+
+
+def psnr(real: Tensor, made: Tensor) -> float:
+    """Mean over pictures of 10 log10(1 / MSE); both [N, 3, H, W] in [0, 1]."""
+    error = (real - made).square().mean((1, 2, 3))
+    return (-10 * error.log10()).mean().item()
+
+
+def eight_bit(images: Tensor) -> Tensor:
+    """[-1, 1] to [0, 1] by steps of 1/255, as a file would hold it."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round() / 255
+
+
+@torch.no_grad()
+def reconstruct(tokenizer: vf.VFMTok, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Reconstructions [N, 3, S, S] in [0, 1], and codes [N, R], of pictures in [-1, 1]."""
+    codes = torch.cat([tokenizer.encode(part) for part in images.split(32)])
+    made = torch.cat([tokenizer.decode(part) for part in codes.split(32)])
+    return eight_bit(made), codes
+
+
+@torch.no_grad()
+def generate(
+    gpt: vf.GPT, tokenizer: vf.VFMTok, each: int, seed: int = 0, **sampling: float
+) -> tuple[Tensor, Tensor]:
+    """So many pictures of each group [N, 3, 64, 64] in [0, 1], and their groups."""
+    labels = torch.arange(GROUPS).repeat_interleave(each)
+    made = []
+    for ids in torch.arange(len(labels)).split(90):
+        codes = gpt.generate(labels[ids], seed=seed, image_ids=ids, **sampling)
+        made.append(tokenizer.decode(codes))
+    images = F.interpolate(eight_bit(torch.cat(made)), SIZE, mode="area")
+    return images, labels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="the folder that prepare.py wrote")
+    parser.add_argument("classifier", type=Path, help="the file that classifier.py wrote")
+    parser.add_argument("--tokenizer", default="emoji", help="a folder (%(default)s)")
+    parser.add_argument("--gpt", default="emoji", help="a folder, or none (%(default)s)")
+    parser.add_argument("--each", type=int, default=40, help="pictures a group (%(default)s)")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
+    options = parser.parse_args()
+    judge, heldout = Classifier.load(options.classifier), read(options.data / "heldout")
+    tokenizer = vf.VFMTok.from_pretrained(options.tokenizer)
+    files = sorted((options.data / "heldout").glob("*/*.webp"))
+    images = load_images(files, tokenizer.config.image_size)
+    made, codes = reconstruct(tokenizer, images)
+    found = {
+        "chance": 1 / GROUPS,
+        "held-out pictures": len(files),
+        "PSNR": psnr(eight_bit(images), made),
+        # What a tokenizer that always says white would have.
+        "PSNR of white": psnr(eight_bit(images), torch.ones_like(images)),
+        "codes in use": len(codes.unique()),
+        "accuracy, real": accuracy(judge, shrink(heldout.images), heldout.labels),
+        "accuracy, reconstructed": accuracy(
+            judge, F.interpolate(made, SIZE, mode="area"), heldout.labels
+        ),
+    }
+    if options.gpt != "none":
+        gpt = vf.GPT.from_pretrained(options.gpt)
+        for scale in options.scales:
+            drawn, labels = generate(gpt, tokenizer, options.each, cfg_scale=scale)
+            found[f"accuracy, generated, guidance {scale}"] = accuracy(judge, drawn, labels)
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
