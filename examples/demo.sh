@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The four things that vfmtok-fast does, on the photos beside this file. `make demo` runs it; by
-# hand: examples/demo.sh [OUT], with vfmtok-fast on PATH.
+# The four things that vfmtok-fast does, with the small emoji model that comes with it, on emoji
+# that it was not trained on. `make demo` runs it; by hand: examples/demo.sh [OUT], with vfmtok-fast
+# on PATH.
 set -euo pipefail
 
-images=$(dirname "$0")/images
+images=$(dirname "$0")/emoji/data/heldout
 out=${1:-demo_out}
-model=(--untrained small)
 
 step() {
     printf '\n== %s\n' "$1"
@@ -16,25 +16,25 @@ step() {
     "$@"
 }
 
-cat <<'TEXT'
-This demo runs a small model with UNTRAINED, seeded weights: it shows that the pipeline works and
-what its files look like. The tokens mean nothing, and the pictures it draws are noise.
-TEXT
-
 # Only what this script makes, so that it starts from nothing each time.
-rm -rf "$out/cache" "$out/samples" "$out/reconstruction.png"
+rm -rf "$out/cache" "$out/samples" "$out/guided" "$out/reconstruction.png"
 mkdir -p "$out"
 
-step "Photos to tokens, kept as a cache" vfmtok-fast cache "$images" "$out/cache" "${model[@]}"
+step "Pictures to tokens, kept as a cache" \
+    vfmtok-fast cache "$images" "$out/cache" --model emoji
 step "Is the cache whole and sound?" vfmtok-fast verify "$out/cache"
 step "Tokens back to pictures" \
-    vfmtok-fast reconstruct "$images" "$out/reconstruction.png" "${model[@]}"
-step "New pictures from class labels" vfmtok-fast sample "$out/samples" "${model[@]}"
+    vfmtok-fast reconstruct "$images" "$out/reconstruction.png" --model emoji --limit 9
+step "New pictures, a column for each of the nine groups" \
+    vfmtok-fast sample "$out/samples" --model emoji --gpt emoji --num 81 --size 64
+step "The same with guidance" \
+    vfmtok-fast sample "$out/guided" --model emoji --gpt emoji --num 81 --size 64 --cfg-scale 2
 
 cat <<TEXT
 
-Done. The weights were untrained, so the pictures are noise. Look at:
+Done. Look at:
   $out/cache/               the token cache: manifest.json, index.parquet, shards/
-  $out/reconstruction.png   photo | reconstruction | where the regions look
-  $out/samples/             samples as a PNG grid and as an .npz
+  $out/reconstruction.png   picture | reconstruction | where the regions look
+  $out/samples/, guided/    samples as a PNG grid and as an .npz
+The model is a small one, trained for hours on two processor cores: examples/emoji/README.md.
 TEXT

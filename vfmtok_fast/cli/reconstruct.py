@@ -58,7 +58,9 @@ def _photos(path: Path, limit: int) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such picture or folder")
-    found = [path / name for name, _ in walk(path)][:limit]
+    found = [path / name for name, _ in walk(path)]
     if not found:
         raise ValueError(f"{path}: no pictures in this folder")
-    return found
+    # Spread over the folder, so that not all are of its first class.
+    limit = min(limit, len(found))
+    return [found[number * len(found) // limit] for number in range(limit)]
