@@ -1,29 +1,42 @@
 #!/usr/bin/env bash
-# The emoji model from nothing: foundation model, tokenizer, codes, generator, pictures. By hand:
-# examples/emoji/run.sh OUT, with vfmtok-fast on PATH. Stopped anywhere, the same command goes on.
+# The emoji model from nothing: foundation model, tokenizer, codes, generator, figures, pictures.
+# By hand: examples/emoji/run.sh OUT, with vfmtok-fast and python on PATH. Stopped anywhere, the
+# same command goes on.
 #
-# PROCESSES (2) train at once, each on one thread; STEPS (3000) and GPT_STEPS (8000) are how long.
+# STEPS (2500) and GPT_STEPS (6000) are how long the two train, PROCESSES (2) how many train at
+# once, each on one thread: threads that wait for each other lose most of their time on a machine
+# that others use too, and processes meet only once a step.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-out=${1:?examples/emoji/run.sh OUT}
-processes=${PROCESSES:-2}
-# Threads of one process that wait for each other lose most of their time on a machine that others
-# use too; processes meet once a step.
+out=${1:?"examples/emoji/run.sh OUT"}
+pictures=$here/data/train.parquet
 export OMP_NUM_THREADS=1
+together=(torchrun --nproc-per-node "${PROCESSES:-2}" -m vfmtok_fast)
 mkdir -p "$out"
 
 if [ ! -f "$out/foundation.pth" ]; then
-    OMP_WAIT_POLICY=passive OMP_NUM_THREADS=$processes \
-        python "$here/foundation.py" "$here/data/train.parquet" "$out/foundation.pth" \
-        --steps 1200 --batch-size 32
+    OMP_NUM_THREADS=${PROCESSES:-2} OMP_WAIT_POLICY=passive \
+        python "$here/foundation.py" "$pictures" "$out/foundation.pth" --steps 1200 --batch-size 32
 fi
+[ -d "$out/start" ] || python "$here/start.py" "$out/foundation.pth" "$pictures" "$out/start"
 
 # No LPIPS and no discriminator: there is nothing here that their weights could come from.
-torchrun --nproc-per-node "$processes" -m vfmtok_fast train-tokenizer \
-    "$here/data/train.parquet" "$out/tokenizer" \
-    --config "$here/tokenizer.json" --backbone "$out/foundation.pth" \
-    --steps "${STEPS:-3000}" --batch-size 16 --lr 1e-3 --warmup-steps 100 \
+"${together[@]}" train-tokenizer "$pictures" "$out/tokenizer" --start-from "$out/start" \
+    --steps "${STEPS:-2500}" --batch-size 8 --lr 1e-3 --warmup-steps 100 \
     --schedule cosine --min-lr 1e-5 --ema 0.995 --pixel-loss l1 --no-lpips \
-    --discriminator none --revive-after 500 \
+    --discriminator none --revive-after 500 --workers 1 \
     --save-every 250 --log-every 25 --show-every 250
+
+tokenizer=$out/tokenizer/model
+vfmtok-fast cache "$pictures" "$out/cache" --model "$tokenizer" --views center center-flip
+vfmtok-fast verify "$out/cache"
+"${together[@]}" train-gpt "$out/cache" "$out/generator" --config "$here/generator.json" \
+    --steps "${GPT_STEPS:-6000}" --batch-size 32 --lr 1e-3 --warmup-steps 100 \
+    --schedule cosine --ema 0.995 --save-every 500 --log-every 50
+
+generator=$out/generator/model
+python "$here/evaluate.py" "$here/data" "$here/classifier.safetensors" \
+    --tokenizer "$tokenizer" --gpt "$generator" | tee "$out/figures.json"
+vfmtok-fast sample "$out/samples" --model "$tokenizer" --gpt "$generator" \
+    --num 81 --size 64 --cfg-scale 2
