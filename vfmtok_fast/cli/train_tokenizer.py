@@ -164,7 +164,8 @@ def _dry_run(options: argparse.Namespace) -> int:
     pictures = _pictures(options, config.image_size)
     each = pictures.order.steps_per_epoch
     settings = _settings(options, each, device)
-    say(f"{len(pictures.entries)} pictures, {each} steps an epoch, {settings.total_steps} steps in all")
+    count = len(pictures.entries)
+    say(f"{count} pictures, {each} steps an epoch, {settings.total_steps} steps in all")
     found = estimate_tokenizer(config, settings, _kind(options))
     training.tell_estimate(found, each * options.batch_size, settings.precision, device)
     size = dataclasses.replace(TOKENIZERS["small"], image_size=config.image_size, grid=config.grid)
