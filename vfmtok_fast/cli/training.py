@@ -240,8 +240,9 @@ def told(line: dict) -> str:
         words.append(f"{line['images_per_second']:.1f} img/s")
     if "tokens_per_second" in line:
         words.append(f"{line['tokens_per_second']:.3g} tokens/s")
-    shares = ("mfu", "data_share", "codes_share", "encode_share", "discriminator_share")
-    words += [f"{name.removesuffix('_share')} {line[name]:.0%}" for name in shares if name in line]
+    stages = ("data", "codes", "encode", "decode", "discriminator")
+    shares = {"mfu": line.get("mfu")} | {name: line.get(f"{name}_share") for name in stages}
+    words += [f"{name} {share:.0%}" for name, share in shares.items() if share is not None]
     return ", ".join(words)
 
 

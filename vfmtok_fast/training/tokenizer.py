@@ -151,7 +151,7 @@ class TokenizerTrainer(Trainer):
         """Gradients of the tokenizer's loss; returns the reconstructions for the discriminator."""
         settings, terms = self.settings, {}
         with self._autocast():
-            with self.clock.stage("forward"), self._timed_encoding():
+            with self._timed_forward():
                 out = self.model(images, semantic=settings.semantic_weight > 0)
             fake = out.reconstruction.to(images.dtype)
             terms["rec"] = losses.PIXEL[settings.pixel_loss](fake, images)
@@ -261,19 +261,20 @@ class TokenizerTrainer(Trainer):
         return {"perplexity": math.exp(float(entropy)), "dead_codes": float((counts == 0).sum())}
 
     @contextlib.contextmanager
-    def _timed_encoding(self) -> Iterator[None]:
-        """Tell "encode" of the forward's time: from the backbone to the codes."""
-        begins: list = []
-        first, last = self.model.backbone, self.model.quantizer
-        hooks = (
-            first.register_forward_pre_hook(lambda *_: begins.append(self.clock.mark())),
-            last.register_forward_hook(lambda *_: self.clock.add("encode", begins.pop())),
-        )
+    def _timed_forward(self) -> Iterator[None]:
+        """Count a forward pass as "encode", from the backbone to the codes, and "decode"."""
+        begin = [self.clock.mark()]
+
+        def encoded(*_: object) -> None:
+            self.clock.add("encode", begin[0])
+            begin[0] = self.clock.mark()
+
+        hook = self.model.quantizer.register_forward_hook(encoded)
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
+        self.clock.add("decode", begin[0])
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
