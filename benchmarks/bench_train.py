@@ -1,4 +1,4 @@
-"""A step of the tokenizer's training, with all losses; random weights of the real shapes.
+"""A step of both trainings, with all losses; random weights of the real shapes.
 
 On a GPU the full size, half precision and the authors' discriminator at work. On a CPU a small
 model with PatchGAN and without LPIPS, whose two TFLOP a picture would take minutes.
@@ -7,6 +7,7 @@ model with PatchGAN and without LPIPS, whose two TFLOP a picture would take minu
 from __future__ import annotations
 
 import functools
+import math
 
 import harness
 import pytest
@@ -15,23 +16,26 @@ from harness import DEVICE, GPU
 from torch import Tensor
 
 import vfmtok_fast
-from vfmtok_fast import VFMTok
+from vfmtok_fast import GPT, GPTConfig, VFMTok
+from vfmtok_fast.tokenizer.quantizer import entropy_loss
 from vfmtok_fast.training import (
     LPIPS,
     DinoDiscriminator,
+    GPTTrainer,
+    GPTTraining,
     PatchDiscriminator,
     TokenizerTrainer,
     TokenizerTraining,
 )
-from vfmtok_fast.training.estimate import estimate
-from vfmtok_fast.untrained import TOKENIZERS
+from vfmtok_fast.training.estimate import estimate_gpt, estimate_tokenizer
+from vfmtok_fast.untrained import GPTS, TOKENIZERS
 
 SIZE, BATCH, PRECISION = ("full", 32, "bfloat16") if GPU else ("small", 2, "float32")
 SETTINGS = TokenizerTraining(
     precision=PRECISION, discriminator_start=1, perceptual_weight=1.0 if GPU else 0.0
 )
 JUDGE = DinoDiscriminator if GPU else PatchDiscriminator
-PROVIDERS = ("reference", "fast")
+PROVIDERS = ("reference", "fast", "release")
 # Losses of the reference's first step, which the fast way's must be by rounding.
 REFERENCE: dict[str, float] = {}
 COMPARED = ("rec", "semantic", "codebook", "total", "grad_norm")
@@ -43,18 +47,45 @@ def images() -> Tensor:
     return torch.nn.functional.interpolate(coarse, size=336, mode="bilinear").to(DEVICE)
 
 
-def trainer() -> TokenizerTrainer:
+class ReleaseTrainer(TokenizerTrainer):
+    """What the authors' trainer does on top, and throws away; with nothing enabled.
+
+    The entropy term of weight 0 with its gradient, an average of the frozen backbone too, a count
+    of the codes, and waiting for the device.
+    """
+
+    def __init__(self, model: VFMTok, *arguments, **settings) -> None:
+        super().__init__(model, *arguments, **settings)
+        self.frozen = list(model.backbone.parameters())
+        self.frozen_average = [weight.clone() for weight in self.frozen]
+
+    def step(self, images: Tensor) -> dict[str, float]:
+        terms = super().step(images)
+        with torch.no_grad():
+            torch._foreach_mul_(self.frozen_average, self.settings.ema)
+            torch._foreach_add_(self.frozen_average, self.frozen, alpha=1 - self.settings.ema)
+        if GPU:
+            torch.cuda.synchronize()
+        return terms
+
+    def _use_codes(self, found: list, images: int) -> dict[str, float]:
+        for codes, queries in found:
+            len(codes.unique())
+            rows = self.model.quantizer.codebook.detach().requires_grad_()
+            entropy_loss(queries.clone().requires_grad_()[None], rows).backward()
+        return super()._use_codes(found, images)
+
+
+def trainer(kind: type[TokenizerTrainer]) -> TokenizerTrainer:
     torch.manual_seed(0)
     model = VFMTok(TOKENIZERS[SIZE]).to(DEVICE)
-    return TokenizerTrainer(
-        model, SETTINGS, lpips=LPIPS() if GPU else None, discriminator=JUDGE()
-    )  # fmt: skip
+    return kind(model, SETTINGS, lpips=LPIPS() if GPU else None, discriminator=JUDGE())
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 def bench_step(benchmark, provider: str):
     with vfmtok_fast.enable(None if provider == "fast" else []):
-        made = trainer()
+        made = trainer(ReleaseTrainer if provider == "release" else TokenizerTrainer)
         first = made.step(images())
 
         def check(terms: dict[str, float]) -> dict[str, object]:
@@ -66,7 +97,7 @@ def bench_step(benchmark, provider: str):
             assert terms["total"] > 0
             return {"images": BATCH, "precision": PRECISION, "losses_as_reference": wrong}
 
-        flops = estimate(made.model.config, SETTINGS, JUDGE).flops
+        flops = estimate_tokenizer(made.model.config, SETTINGS, JUDGE).flops
         harness.measure(
             benchmark, op="train", provider=provider, fn=lambda: made.step(images()), check=check,
             work=harness.Work(bytes=images().nbytes, flops=BATCH * flops),
@@ -75,3 +106,40 @@ def bench_step(benchmark, provider: str):
         )  # fmt: skip
     record = harness.session.records[-1]
     record["images_s"] = round(1e6 * BATCH / record["median_us"], 2)
+
+
+GPT_NAME, CODES = ("GPT-L", 64) if GPU else ("small", 4)
+
+
+@pytest.mark.parametrize("provider", ["reference", "fast"])
+def bench_gpt_step(benchmark, provider: str):
+    config = GPTConfig.preset(GPT_NAME) if GPU else GPTS[GPT_NAME]
+    settings = GPTTraining(precision=PRECISION)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(config.vocab_size, (CODES, config.block_size), generator=generator)
+    given = codes.to(DEVICE), (torch.arange(CODES) % config.num_classes).to(DEVICE)
+    with vfmtok_fast.enable(None if provider == "fast" else []):
+        torch.manual_seed(0)
+        made = GPTTrainer(GPT(config).to(DEVICE), settings)
+        first = made.step(*given)
+
+        def check(terms: dict[str, float]) -> dict[str, object]:
+            # All codes are equally likely at first; the norm is the first thing that rounds.
+            assert first["loss"] == pytest.approx(math.log(config.vocab_size), rel=1e-3)
+            if provider == "reference":
+                REFERENCE["gpt"] = first["grad_norm"]
+            wrong = 2e-2 if PRECISION == "bfloat16" else 1e-4
+            assert first["grad_norm"] == pytest.approx(REFERENCE["gpt"], rel=wrong)
+            assert terms["loss"] < first["loss"]
+            return {"images": CODES, "precision": PRECISION, "losses_as_reference": wrong}
+
+        harness.measure(
+            benchmark, op="train", provider=provider, fn=lambda: made.step(*given), check=check,
+            work=harness.Work(
+                bytes=codes.nbytes, flops=CODES * estimate_gpt(config, settings).flops
+            ),
+            shape=f"{GPT_NAME} step, B={CODES} {PRECISION}",
+            rounds=10 if GPU else 3, replay=False,
+        )  # fmt: skip
+    record = harness.session.records[-1]
+    record["images_s"] = round(1e6 * CODES / record["median_us"], 2)

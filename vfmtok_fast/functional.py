@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def through(
+    layers: Iterable[Callable[..., Tensor]], x: Tensor, *others: object, recompute: bool = False
+) -> Tensor:
+    """x through layers, one after another; each is given ``others`` too.
+
+    ``recompute`` keeps only what goes into each layer for the gradients (gradient checkpointing).
+    """
+    for layer in layers:
+        if recompute and torch.is_grad_enabled():
+            x = checkpoint(layer, x, *others, use_reentrant=False)
+        else:
+            x = layer(x, *others)
+    return x
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

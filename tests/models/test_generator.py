@@ -216,6 +216,7 @@ def test_rotary_angles_stay_float32_through_every_move():
 
 # As the papers round them; of GPT-2B, which VFMTok added, there is but the name.
 SIZES = {"B": "111M", "L": "343M", "XL": "775M", "XXL": "1.4B", "2B": "2B", "3B": "3.1B"}
+SIZES |= {"1B": "1.2B", "XXXL": "3.9B", "7B": "6.6B"}
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -69,7 +69,7 @@ def test_another_model_or_setting_is_named(make, images: Tensor, tmp_path: Path)
     changed = make(lr=0.01, ema=0.9, discriminator_lr=0.02, betas=(0.5, 0.9))
     changed.load_state_dict(state, changed=True)
     assert changed.step(images)["lr"] == 0.01
-    (group,) = changed.discriminator_optimizer.param_groups
+    (group,) = changed.judge.optimizer.param_groups
     assert group["lr"] == 0.02 and group["betas"] == (0.5, 0.9)
     with pytest.raises(ValueError, match=r"another one: decoder_dropout was 0\.0, is 0\.1"):
         make(dropout=0.1).load_state_dict(state)

@@ -12,7 +12,7 @@ import torch
 
 from vfmtok_fast import VFMTok, VFMTokConfig, cli
 from vfmtok_fast.training import LPIPS, DinoDiscriminator, TokenizerTraining
-from vfmtok_fast.training.estimate import estimate
+from vfmtok_fast.training.estimate import estimate_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_dry_run(photos: Path, config: Path, tmp_path: Path, capsys):
 
 def test_estimate_of_the_release():
     """Against sums by hand: 20 + 20 + 33 million weights on 304, about 1.9 TFLOP."""
-    found = estimate(VFMTokConfig(), TokenizerTraining(), DinoDiscriminator)
+    found = estimate_tokenizer(VFMTokConfig(), TokenizerTraining(), DinoDiscriminator)
     # The tokenizer without its backbone, and the discriminator's heads.
     assert found.learned == pytest.approx(73.3e6 + 7_386_245, rel=0.05)
     # DINOv2, VGG16's convolutions and DINO.

@@ -28,16 +28,16 @@ def take(pictures: Pictures, count: int, done: int = 0) -> list[Batch]:
 
 def same(one: list[Batch], other: list[Batch]) -> bool:
     pairs = zip(one, other, strict=True)
-    return all(a.paths == b.paths and torch.equal(a.images, b.images) for a, b in pairs)
+    return all(a.paths == b.paths and torch.equal(a.items, b.items) for a, b in pairs)
 
 
 def test_an_epoch_has_every_picture_once_and_each_its_own_order(photos: Path):
     pictures = Pictures(open_source(photos), 3, size=64)
-    assert pictures.steps_per_epoch == 3
+    assert pictures.order.steps_per_epoch == 3
     orders = []
     for epoch in range(3):
         batches = take(pictures, 3, done=3 * epoch)
-        assert all(batch.images.shape == (3, 64, 64, 3) for batch in batches)
+        assert all(batch.items.shape == (3, 64, 64, 3) for batch in batches)
         orders.append([path for batch in batches for path in batch.paths])
         assert len(set(orders[-1])) == 9
     assert len({tuple(order) for order in orders}) == 3
@@ -62,7 +62,7 @@ def test_processes_share_the_batches_of_one(photos: Path, world_size: int):
         for rank in range(world_size):
             share = shares[rank][step]
             assert share.paths == batch.paths[rank::world_size]
-            assert torch.equal(share.images, batch.images[rank::world_size])
+            assert torch.equal(share.items, batch.items[rank::world_size])
 
 
 def test_crops_are_the_authors(tmp_path: Path):
@@ -71,7 +71,7 @@ def test_crops_are_the_authors(tmp_path: Path):
     pixels = np.stack([x, y, np.zeros_like(x)], axis=-1).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "ramp.png")
     pictures = Pictures(open_source(tmp_path), 1, size=64)
-    crops = [batch.images[0].double() for batch in take(pictures, 200)]
+    crops = [batch.items[0].double() for batch in take(pictures, 200)]
     spans = [float(crop[32, -1, 0] - crop[32, 0, 0]) for crop in crops]
     mirrored = sum(span < 0 for span in spans)
     assert 70 < mirrored < 130

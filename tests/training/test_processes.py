@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vfmtok_fast import VFMTokConfig
+from vfmtok_fast import VFMTok, VFMTokConfig
 
 # The command, and its trainer's state afterwards.
 SCRIPT = """
@@ -48,28 +48,39 @@ def leaves(value: object) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else []
 
 
-@pytest.mark.slow
-def test_two_processes_are_one_with_twice_the_batch(
-    photos: Path, tiny: VFMTokConfig, tmp_path: Path
-):
-    config = tmp_path / "tiny.json"
+@pytest.fixture(scope="module")
+def command(photos: Path, tiny: VFMTokConfig, tmp_path_factory: pytest.TempPathFactory):
+    """``command(name)``: the command whose run is named so, and the folder of all of them."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = folder / "tiny.json"
     config.write_text(json.dumps(dataclasses.asdict(tiny)))
     common = [
         "--config", str(config), "--random-backbone", "--no-lpips", "--discriminator", "none",
         "--batch-size", "4", "--steps", "3", "--warmup-steps", "0", "--log-every", "1",
         "--show-every", "1", "--device", "cpu", "--no-fast", "--revive-after", "12",
     ]  # fmt: skip
+    return lambda name: (["train-tokenizer", str(photos), str(folder / name), *common], folder)
+
+
+@pytest.fixture(scope="module")
+def alone(command) -> dict:
+    """The state of one process's run."""
+    line, folder = command("one")
+    finish(start(folder / "one.pt", line))
+    return torch.load(folder / "one.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--sharded"]], ids=["whole", "sharded"])
+def test_two_processes_are_one_with_twice_the_batch(command, alone: dict, more: list[str]):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-
-    def command(name: str) -> list[str]:
-        return ["train-tokenizer", str(photos), str(tmp_path / name), *common]
-
+    line, folder = command(name := f"two{len(more)}")
     pair = [
         start(
-            tmp_path / f"{rank}.pt",
-            command("two"),
+            folder / f"{name}-{rank}.pt",
+            [*line, *more],
             RANK=rank,
             WORLD_SIZE=2,
             LOCAL_RANK=rank,
@@ -80,25 +91,27 @@ def test_two_processes_are_one_with_twice_the_batch(
     ]
     for process in pair:
         finish(process)
-    finish(start(tmp_path / "one.pt", command("one")))
 
-    first, second, one = (torch.load(tmp_path / f"{name}.pt") for name in ("0", "1", "one"))
+    # Of a sharded model too: a state is whole.
+    first, second = (torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1))
     ours, theirs = leaves(first), leaves(second)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), "processes differ"
 
-    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("two", "one")]
+    logs = [(folder / name / "log.jsonl").read_text().splitlines() for name in (name, "one")]
     assert len(logs[0]) == len(logs[1]) == 3
     for line, other in zip(*logs, strict=True):
         line, other = json.loads(line), json.loads(other)
-        for name in ("images", "usage", "epoch", "lr"):
-            assert line[name] == other[name], name
-        for name in ("rec", "semantic", "codebook", "commit", "total", "grad_norm"):
-            assert line[name] == pytest.approx(other[name], rel=1e-3), name
+        for term in ("images", "usage", "epoch", "lr"):
+            assert line[term] == other[term], term
+        for term in ("rec", "semantic", "codebook", "commit", "total", "grad_norm"):
+            assert line[term] == pytest.approx(other[term], rel=1e-3), term
     # The first step's difference is rounding; Adam makes more of it where a gradient is tiny.
-    weights = (state["model"]["pixel_decoder.conv_in.weight"] for state in (first, one))
+    weights = (state["model"]["pixel_decoder.conv_in.weight"] for state in (first, alone))
     moved = 3 * 1e-4
     assert float(torch.sub(*weights).abs().mean()) < 0.01 * moved
     # After the last step the codes without use took the first process's queries, on both the same.
     assert line["revived"] > 0
-    names = sorted(path.name for path in (tmp_path / "two").iterdir())
+    names = sorted(path.name for path in (folder / name).iterdir())
     assert names == [*("checkpoints", "log.jsonl", "model", "pictures"), "vfmtok-tokenizer.pt"]
+    model = VFMTok.from_pretrained(folder / name / "model")
+    assert torch.equal(model.quantizer.codebook, first["ema"]["quantizer.codebook"])

@@ -14,7 +14,15 @@ import torch
 from PIL import Image
 
 from vfmtok_fast.cache.sources import open_source
-from vfmtok_fast.training import NotFinite, Pictures, Run, Stopped, TokenizerTrainer, checkpoints
+from vfmtok_fast.training import (
+    NotFinite,
+    Pictures,
+    Run,
+    Stopped,
+    TokenizerTrainer,
+    checkpoints,
+    reconstructions,
+)
 
 Begin = Callable[..., Run]
 
@@ -28,7 +36,7 @@ def begin(make: Callable[..., TokenizerTrainer], photos: Path) -> Begin:
         pictures = Pictures(open_source(photos), 4, size=64, workers=2)
         return Run(
             trainer, pictures, out, steps, save_every=2, keep=2, log_every=1, show_every=0,
-            arguments={"batch_size": 4},
+            show=reconstructions(pictures), flops=1e9, peak=1e12, arguments={"batch_size": 4},
         )  # fmt: skip
 
     return begin
@@ -40,7 +48,11 @@ def lines(run: Run) -> list[dict]:
 
 
 def terms(line: dict) -> dict:
-    return {k: v for k, v in line.items() if k not in ("images_per_second", "data_share")}
+    return {
+        k: v
+        for k, v in line.items()
+        if k != "images_per_second" and k != "mfu" and "_share" not in k
+    }
 
 
 def check_equal(run: Run, other: Run) -> None:
@@ -63,7 +75,13 @@ def test_what_a_run_leaves(whole: Run):
     assert [line["step"] for line in log] == [1, 2, 3, 4]
     assert [line["epoch"] for line in log] == [0.5, 1.0, 1.5, 2.0]
     assert log[-1]["images"] == 16 and log[-1]["bad_pictures"] == 0
-    assert log[-1]["images_per_second"] > 0 and 0 <= log[-1]["data_share"] <= 1
+    rate = log[-1]["images_per_second"]
+    assert rate > 0 and log[-1]["mfu"] == pytest.approx(rate * 1e9 / 1e12)
+    shares = {name: value for name, value in log[-1].items() if name.endswith("_share")}
+    stages = ("data", "codes", "encode", "decode", "backward", "discriminator", "update")
+    assert set(shares) == {f"{name}_share" for name in stages}
+    assert 0.5 < sum(shares.values()) < 1
+    assert 1 <= log[-1]["perplexity"] <= 256 - log[-1]["dead_codes"] < 256
     names = sorted(path.name for path in (whole.out / "checkpoints").iterdir())
     assert names == [f"step-{step:08d}.pt" for step in (2, 4)]
 

@@ -73,7 +73,7 @@ def test_the_rate_of_a_step_is_the_schedules(make, images: Tensor):
         # Adam's steps are about as large as the rate.
         assert 0.5 * terms["lr"] < moved < 2 * terms["lr"]
     # The discriminator has no warm-up.
-    assert trainer.discriminator_optimizer.param_groups[0]["lr"] == 1e-3
+    assert trainer.judge.optimizer.param_groups[0]["lr"] == 1e-3
 
 
 def test_steps_are_the_same_bits_whatever_the_process_drew(make, images: Tensor):
@@ -119,7 +119,7 @@ def test_gradients_are_clipped_and_their_norm_is_told(make, images: Tensor):
 
 
 def judge_steps(trainer: TokenizerTrainer) -> int:
-    states = trainer.discriminator_optimizer.state.values()
+    states = trainer.judge.optimizer.state.values()
     return int(next(iter(states))["step"]) if states else 0
 
 
@@ -209,13 +209,13 @@ def test_losses_can_be_left_out(make, images: Tensor):
 def test_nan_stops_before_any_weight_has_moved(make, images: Tensor):
     trainer = make()
     trainer.step(images)
-    before, optimizer = state(trainer), copy.deepcopy(trainer.optimizer.state_dict())
+    before, optimizer = state(trainer), copy.deepcopy(trainer.learner.optimizer.state_dict())
     lpips = trainer.lpips
     trainer.lpips = lambda x, y: math.nan * lpips(x, y)
     with pytest.raises(NotFinite, match=r"step 2: not finite: perceptual \(nan\), total \(nan\)"):
         trainer.step(images)
     assert same(before, state(trainer)) and trainer.steps == 1
-    for number, values in trainer.optimizer.state_dict()["state"].items():
+    for number, values in trainer.learner.optimizer.state_dict()["state"].items():
         assert same(values, optimizer["state"][number])
     trainer.lpips = lpips
     assert math.isfinite(trainer.step(images)["total"])
@@ -243,7 +243,7 @@ def test_codes_without_use_start_anew_at_queries(make, images: Tensor):
     assert terms["revived"] == int(anew.sum()) > 0 and not (anew & used).any()
     torch.testing.assert_close(codebook[anew].norm(dim=-1), torch.ones(int(anew.sum())))
     assert torch.equal(trainer.ema.quantizer.codebook[anew], codebook[anew])
-    state = trainer.optimizer.state[trainer.model.quantizer.codebook]
+    state = trainer.learner.optimizer.state[trainer.model.quantizer.codebook]
     assert not state["exp_avg"][anew].any() and not state["exp_avg_sq"][anew].any()
     assert terms["usage"] == float((trainer.last_used > 0).float().mean())
     # They are where queries are, so some get used; the others have their time, others follow.

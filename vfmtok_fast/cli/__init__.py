@@ -22,6 +22,7 @@ from . import (
     repair,
     sample,
     status,
+    train_gpt,
     train_tokenizer,
     tune,
     verify,
@@ -38,12 +39,13 @@ COMMANDS = {
     "reconstruct": reconstruct,
     "sample": sample,
     "train-tokenizer": train_tokenizer,
+    "train-gpt": train_gpt,
     "tune": tune,
     "doctor": doctor,
 }
 MOST_CHARACTERS = 1000
 # Those that go on where they stopped.
-RESUMING = {"cache", "repair", "sample", "train-tokenizer"}
+RESUMING = {"cache", "repair", "sample", "train-tokenizer", "train-gpt"}
 EXIT_CODES = """exit codes: 0 done; 1 verify found a problem, or status: not complete; 2 wrong input
 or an error; 3 cache complete, but some pictures could not be read (0 under torchrun, which takes
 others for a crash); 4 more of them than --max-bad; 130 interrupted, 143 terminated (a cache goes on

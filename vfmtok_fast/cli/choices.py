@@ -4,7 +4,7 @@ seconds; a test compares.
 
 OFFICIAL_REPO = "yexiguafu/VFMTok"
 OFFICIAL_FILES = ("tokenizer", "GPT-B", "GPT-L", "GPT-XL", "GPT-XXL", "GPT-2B", "GPT-3B")
-PRESETS = ("GPT-B", "GPT-L", "GPT-XL", "GPT-XXL", "GPT-2B", "GPT-3B")
+PRESETS = (*OFFICIAL_FILES[1:], "GPT-1B", "GPT-XXXL", "GPT-7B")
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16", "mixed")
 UNTRAINED = ("full", "small")
 VIEWS = ("center", "center-flip", "ten-crop", "ten-crop-N", "random-K", "random-K-flip")

@@ -21,6 +21,8 @@ class GPTConfig:
         norm_eps: RMSNorm epsilon.
         class_dropout: probability with which training replaces the class by "no class".
         token_dropout, residual_dropout, ffn_dropout: dropout of embeddings and of both branches.
+        drop_path: probability with which training skips a branch of the last layer; it rises from 0
+            at the first one.
         ffn_multiple_of: the feed-forward width int(2/3 * 4 * dim) is rounded up to this.
     """
 
@@ -36,13 +38,14 @@ class GPTConfig:
     token_dropout: float = 0.1
     residual_dropout: float = 0.1
     ffn_dropout: float = 0.1
+    drop_path: float = 0.0
     ffn_multiple_of: int = 256
 
     def __post_init__(self) -> None:
         counts = ("num_layers", "num_heads", "dim", "vocab_size", "block_size", "num_classes")
         check_positive(self, (*counts, "ffn_multiple_of"))
         dropouts = ("class_dropout", "token_dropout", "residual_dropout", "ffn_dropout")
-        check_numbers(self, dict.fromkeys(dropouts, (0, 1)))
+        check_numbers(self, dict.fromkeys((*dropouts, "drop_path"), (0, 1)))
         check_numbers(self, {"rope_base": (1, math.inf), "norm_eps": (0, 1)})
         if self.dim % self.num_heads or self.head_dim % 4:
             raise ValueError(
@@ -76,7 +79,7 @@ class GPTConfig:
         return cls(**{"num_layers": layers, "num_heads": heads, "dim": dim, **overrides})
 
 
-# (layers, heads, dim) of the authors' release.
+# (layers, heads, dim); the first six are the authors' release.
 PRESETS = {
     "GPT-B": (12, 12, 768),
     "GPT-L": (24, 16, 1024),
@@ -84,4 +87,8 @@ PRESETS = {
     "GPT-XXL": (48, 24, 1536),
     "GPT-2B": (48, 32, 1920),
     "GPT-3B": (24, 32, 3200),
+    # LlamaGen has these too; nobody has published weights.
+    "GPT-1B": (22, 32, 2048),
+    "GPT-XXXL": (48, 40, 2560),
+    "GPT-7B": (32, 32, 4096),
 }

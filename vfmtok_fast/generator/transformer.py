@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .. import ops
 from ..checkpoint import fetch_official, load_gpt
 from ..checks import check_class_ids, check_codes, check_device
 from ..configs import config_from_mapping
 from ..decoding import BlockWeights, StepWeights
-from ..functional import rms_norm, rotate
+from ..functional import rms_norm, rotate, through
 from ..hub import HubModel, register_constant
 from .config import PRESETS, GPTConfig
 from .decoder import Decoder, Kept, Progress
@@ -84,16 +85,26 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig):
+    """Pre-norm attention and feed-forward; ``drop_path``: how likely training skips a branch."""
+
+    def __init__(self, config: GPTConfig, drop_path: float):
         super().__init__()
+        self.drop_path = drop_path
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = FeedForward(config)
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary)
-        return x + self.ffn(self.ffn_norm(x))
+        x = x + self._kept(self.attention(self.attention_norm(x), rotary))
+        return x + self._kept(self.ffn(self.ffn_norm(x)))
+
+    def _kept(self, branch: Tensor) -> Tensor:
+        """A branch [B, T, C], in training skipped for some samples and scaled for the others."""
+        if not self.training or self.drop_path == 0:
+            return branch
+        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
+        return branch * (kept / (1 - self.drop_path)).to(branch.dtype)
 
     def step_weights(self) -> BlockWeights:
         """What `ops.decode_step` reads of this."""
@@ -130,7 +141,8 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         self.class_embedding = nn.Embedding(config.num_classes + 1, config.dim)
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.dropout = nn.Dropout(config.token_dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        rates = torch.linspace(0, config.drop_path, config.num_layers, device="cpu").tolist()
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         register_constant(self, "rotary", rotary_table(config))
@@ -139,6 +151,7 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
                 nn.init.normal_(module.weight, std=0.02)
         # As the release starts: all codes equally likely.
         nn.init.zeros_(self.head.weight)
+        self.grad_checkpointing = False
         self.kept = Kept()
 
     def _apply(self, fn, recurse: bool = True) -> GPT:
@@ -172,6 +185,22 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         Raises:
             TypeError, ValueError: wrong shape, dtype or range.
         """
+        return self.predict(self._teach(codes, class_ids))
+
+    def loss(self, codes: Tensor, class_ids: Tensor) -> Tensor:
+        """Mean cross-entropy of the codes, without their logits in memory: `forward`'s, scored.
+
+        Args:
+            codes, class_ids: as for `forward`; at least one image, or the loss would be NaN.
+
+        Returns:
+            scalar, float32 (float64 for a float64 model).
+        """
+        hidden = self.hidden(self._teach(codes, class_ids))
+        return ops.linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, codes.flatten())
+
+    def _teach(self, codes: Tensor, class_ids: Tensor) -> Tensor:
+        """The transformer's input; in training some classes are left out."""
         config = self.config
         device = self.device
         check_codes("GPT", codes, config.block_size, config.vocab_size, device)
@@ -185,7 +214,7 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         if self.training and config.class_dropout > 0:
             dropped = torch.rand(class_ids.shape, device=class_ids.device) < config.class_dropout
             class_ids = class_ids.masked_fill(dropped, config.num_classes)
-        return self.predict(self.embed(class_ids, codes[:, :-1]))
+        return self.embed(class_ids, codes[:, :-1])
 
     def embed(self, class_ids: Tensor, codes: Tensor) -> Tensor:
         """[B] classes and [B, T] codes to the transformer's input [B, 1 + T, C]."""
@@ -197,11 +226,13 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
 
     def predict(self, x: Tensor) -> Tensor:
         """Embedded positions [B, T, C] to logits [B, T, K]."""
-        rotary = self.rotary[: x.shape[1]]
-        for block in self.blocks:
-            x = block(x, rotary)
-        logits = self.head(self.norm(x))
+        logits = self.head(self.hidden(x))
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Embedded positions [B, T, C] to what the head reads, [B, T, C]."""
+        rotary = self.rotary[: x.shape[1]]
+        return self.norm(through(self.blocks, x, rotary, recompute=self.grad_checkpointing))
 
     def step_weights(self) -> StepWeights:
         """All weights but the embeddings, as `ops.decode_step` reads them."""

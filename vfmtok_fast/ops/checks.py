@@ -7,6 +7,7 @@ import numbers
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGER = (
@@ -135,7 +136,7 @@ def check_range(op: str, name: str, value: Tensor, low: int, high: int) -> None:
 
 
 def readable(value: Tensor) -> bool:
-    """Whether the values can be looked at now: not while compiling or capturing a CUDA graph."""
-    if torch.compiler.is_compiling() or value.numel() == 0:
+    """Whether there are values to look at now: not while compiling or capturing a CUDA graph."""
+    if torch.compiler.is_compiling() or value.numel() == 0 or isinstance(value, FakeTensor):
         return False
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())

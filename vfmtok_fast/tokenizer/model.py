@@ -33,10 +33,11 @@ class VFMTokOutput:
     Attributes:
         reconstruction: [B, 3, S, S], as large as the images that came in and comparable with them;
             about [-1, 1], not clamped.
-        semantic: predicted features [B, 576, backbone dim] in training mode, else None.
+        semantic: predicted features [B, 576, backbone dim], or None.
         features: the foundation model's last map, its target, [B, 576, backbone dim], no gradient;
             576 is the grid's square, whatever size the foundation model read.
         codes: int64 [B, R].
+        queries: what they were found for, unit vectors [B, R, codebook dim].
         codebook_loss, commit_loss, entropy_loss: scalars, weights included.
     """
 
@@ -44,6 +45,7 @@ class VFMTokOutput:
     semantic: Tensor | None
     features: Tensor
     codes: Tensor
+    queries: Tensor
     codebook_loss: Tensor
     commit_loss: Tensor
     entropy_loss: Tensor
@@ -190,26 +192,34 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         images = F.interpolate(self.decode(codes).float(), size=(size, size), mode="bicubic")
         return (127.5 * images + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
-    def forward(self, images: Tensor) -> VFMTokOutput:
+    def forward(self, images: Tensor, *, semantic: bool | None = None) -> VFMTokOutput:
         """Reconstruct images, with every term that the training losses need.
 
-        The semantic branch runs in training mode only. The codebook receives its gradient through
-        ``codebook_loss``, the encoder straight through the quantiser; the backbone is frozen.
+        The codebook receives its gradient through ``codebook_loss``, the encoder straight through
+        the quantiser; the backbone is frozen. Region encoder and quantizer are out of autocast's
+        reach: the authors keep float32 in the encoder's attention, and search codes in half
+        precision, which gives 3 % of the queries another code.
 
         Args:
             images: as for `encode`; at least one, or the losses would be NaN.
+            semantic: predict the foundation model's features; None does in training mode only.
         """
         check_images("VFMTok", images, self.config.image_size, self.device)
         if images.shape[0] == 0:
             raise ValueError("VFMTok: images must hold at least one picture, got none")
         maps = self.backbone(images)
-        quantized = self.quantizer(self.quantizer.queries(self.region_encoder(maps)))
+        with torch.autocast(self.device.type, enabled=False):
+            regions = self.region_encoder([level.to(self.dtype) for level in maps])
+            queries = self.quantizer.queries(regions)
+            quantized = self.quantizer(queries)
         regions = self.token_decoder.regions(quantized.vectors)
+        semantic = self.training if semantic is None else semantic
         return VFMTokOutput(
             reconstruction=self.pixel_decoder(self.token_decoder.pixel_map(regions)),
-            semantic=self.token_decoder.features(regions) if self.training else None,
+            semantic=self.token_decoder.features(regions) if semantic else None,
             features=maps[-1],
             codes=quantized.codes,
+            queries=queries,
             codebook_loss=quantized.codebook_loss,
             commit_loss=quantized.commit_loss,
             entropy_loss=quantized.entropy_loss,

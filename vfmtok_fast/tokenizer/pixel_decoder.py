@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .. import ops
+from ..functional import through
 from .config import VFMTokConfig
 
 
@@ -102,6 +103,7 @@ class PixelDecoder(nn.Module):
         self.largest_map = max(width * side**2 for width, side in zip(widths, sides, strict=True))
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.grad_checkpointing = False
 
     def fitting(self, nbytes: int, itemsize: int) -> int:
         """Pictures whose maps fit into so many bytes; one at least."""
@@ -113,6 +115,6 @@ class PixelDecoder(nn.Module):
         """Map [B, dim, 21, 21] to images [B, 3, 336, 336], about [-1, 1], not clamped."""
         # Channels last: convolutions and norms keep that format from here on.
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
-        x = self.levels(self.middle(x))
+        x = through([*self.middle, *self.levels], x, recompute=self.grad_checkpointing)
         norm = self.norm_out
         return self.conv_out(ops.group_norm_silu(x, *pair(norm), norm.num_groups, norm.eps))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..functional import through
 from ..hub import register_constant
 from .attention import CausalSelfAttention
 from .config import VFMTokConfig
@@ -114,6 +115,7 @@ class RegionEncoder(nn.Module):
         self.position = nn.Parameter(dim**-0.5 * torch.randn(1, config.num_regions, dim))
         self.input_norm = nn.LayerNorm(dim)
         self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(config.encoder_depth))
+        self.grad_checkpointing = False
 
         # Centres of a square grid over the image, row by row, the same for every level.
         side = math.isqrt(config.num_regions)
@@ -125,9 +127,8 @@ class RegionEncoder(nn.Module):
     def forward(self, maps: list[Tensor]) -> Tensor:
         """One map [B, S_l, backbone_dim] per level to region features [B, R, dim]."""
         x, memory = self.prepare(maps)
-        for layer in self.layers:
-            x = layer(x, self.position, memory, self.spatial_shapes, self.reference_points)
-        return x
+        sources = (memory, self.spatial_shapes, self.reference_points)
+        return through(self.layers, x, self.position, *sources, recompute=self.grad_checkpointing)
 
     def prepare(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The first layer's input: regions [B, R, dim], and all levels' pixels [B, S, dim]."""
@@ -151,8 +152,7 @@ class RegionEncoder(nn.Module):
         """
         x, memory = self.prepare(maps)
         sources = (memory, self.spatial_shapes, self.reference_points)
-        for layer in self.layers[:-1]:
-            x = layer(x, self.position, *sources)
+        x = through(self.layers[:-1], x, self.position, *sources)
         attention, query = self.layers[-1].cross_attention, x + self.position
         offsets = attention.offsets(query).unflatten(-1, (*attention.shape, 2))
         # Filled on the device, for a captured graph cannot copy numbers from the host.

@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .. import ops
-from ..functional import resize_positions
+from ..functional import resize_positions, through
 from .attention import CausalSelfAttention
 from .config import VFMTokConfig
 from .layers import Linear
@@ -55,6 +55,7 @@ class TokenDecoder(nn.Module):
         self.pixel_norm = nn.LayerNorm(dim)
         self.feature_norm = nn.LayerNorm(dim)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_depth))
+        self.grad_checkpointing = False
         self.feature_head = nn.Linear(dim, backbone_dim)
         for part in (*self.layers.modules(), self.feature_head):
             if isinstance(part, nn.Linear):
@@ -81,7 +82,6 @@ class TokenDecoder(nn.Module):
         start = self.class_token + self.position[:, :1]
         image = norm(torch.cat([start, patches, self.registers], dim=1))
         x = torch.cat([regions, image.expand(len(regions), -1, -1)], dim=1)
-        for layer in self.layers:
-            x = layer(x)
+        x = through(self.layers, x, recompute=self.grad_checkpointing)
         first = regions.shape[1] + 1
         return x[:, first : first + patches.shape[1]]

@@ -1,15 +1,15 @@
-"""Pictures to train on: random crops of any input that a token cache reads.
+"""What is trained on: random crops of any input that a token cache reads, or the codes of a cache.
 
-The order of an epoch, and the crop and mirroring of a picture in it, follow from seed, epoch and
-path alone. A step takes the next batch of the whole order, whatever the number of processes, each
-of which takes its share of it; so the step's number says where a run stands.
+The order of an epoch, and the crop and mirroring or the view of a picture in it, follow from seed,
+epoch and picture alone. A step takes the next batch of the whole order, whatever the number of
+processes, each of which takes its share of it; so the step's number says where a run stands.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,9 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..cache import TokenCacheDataset
 from ..cache.format.views import View, make_views
 from ..cache.sources import BadImage, Source
-from ..images import center_crop, decode_image
+from ..images import center_crop, decode_image, to_float
+from ..tokenizer import VFMTok
 
 # Batches that are read while one is trained on.
 AHEAD = 2
@@ -30,10 +32,54 @@ MOST_BAD = 100
 
 @dataclass
 class Batch:
-    """8-bit crops [B, S, S, 3] and the paths of their pictures."""
+    """What a step learns from, the labels [B] int64 (-1 is none), and the pictures' names."""
 
-    images: Tensor
+    items: Tensor
+    labels: Tensor
     paths: list[str]
+
+
+class Order:
+    """Which items a step takes: each epoch all of them, shuffled anew, but for an unfilled batch.
+
+    Args:
+        count: items.
+        batch_size: items a step, of all processes.
+        seed: of the order.
+        rank, world_size: which of how many processes this is.
+
+    Raises:
+        ValueError: fewer items than a batch, or a batch that the processes cannot share.
+    """
+
+    def __init__(
+        self, count: int, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(
+                f"training: {world_size} processes cannot share a batch of {batch_size}; choose a "
+                "multiple of them"
+            )
+        if count < batch_size:
+            raise ValueError(f"training: {count} pictures are fewer than a batch of {batch_size}")
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.steps_per_epoch = count // batch_size
+        self._of: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def epoch(self, done: int) -> int:
+        """In which the step after ``done`` steps lies."""
+        return done // self.steps_per_epoch
+
+    def places(self, done: int) -> list[int]:
+        """This process's items of the step after ``done`` steps."""
+        epoch, number = divmod(done, self.steps_per_epoch)
+        if self._of[0] != epoch:
+            generator = torch.Generator().manual_seed(hashed(self.seed, epoch))
+            self._of = epoch, torch.randperm(self.count, generator=generator).numpy()
+        start = number * self.batch_size
+        batch = self._of[1][start : start + self.batch_size]
+        return batch[self.rank :: self.world_size].tolist()
 
 
 class Pictures:
@@ -45,84 +91,71 @@ class Pictures:
 
     Args:
         source: from `vfmtok_fast.cache.sources.open_source`.
-        batch_size: pictures a step, of all processes; what does not fill one at the end of an epoch
-            is left out.
+        batch_size, seed, rank, world_size: see `Order`; the seed is of the crops too.
         size: of the crops.
-        seed: of order and crops.
         workers: threads that read.
-        rank, world_size: which of how many processes this is.
 
     Raises:
-        ValueError: fewer pictures than a batch, or one that the processes cannot share.
+        ValueError: as `Order`.
     """
 
     def __init__(
         self, source: Source, batch_size: int, *, size: int = 336, seed: int = 0, workers: int = 4,
         rank: int = 0, world_size: int = 1,
     ):  # fmt: skip
-        self.source, self.batch_size, self.size, self.seed = source, batch_size, size, seed
-        self.workers, self.rank, self.world_size = workers, rank, world_size
+        self.source, self.size, self.seed, self.workers = source, size, seed, workers
         self.entries = list(source.entries())
+        self.order = Order(
+            len(self.entries), batch_size, seed=seed, rank=rank, world_size=world_size
+        )
         self.bad: dict[str, str] = {}
-        if batch_size < 1 or batch_size % world_size:
-            raise ValueError(
-                f"training: {world_size} processes cannot share a batch of {batch_size}; choose a "
-                "multiple of them"
-            )
-        if len(self.entries) < batch_size:
-            raise ValueError(
-                f"{source.root}: {len(self.entries)} pictures are fewer than a batch of "
-                f"{batch_size}"
-            )
-        self.steps_per_epoch = len(self.entries) // batch_size
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def batches(self, done: int) -> Iterator[Batch]:
-        """This process's share of the batches from step ``done`` + 1 on, without end."""
+        """This process's share of the batches from step ``done`` + 1 on, without end.
+
+        Items are 8-bit crops [B, S, S, 3].
+        """
         pool = ThreadPoolExecutor(self.workers, "vfmtok-pictures")
         ahead: deque[list[Future]] = deque()
         try:
             while True:
                 while len(ahead) <= AHEAD:
-                    epoch = done // self.steps_per_epoch
-                    places = self._places(done)
+                    epoch, places = self.order.epoch(done), self.order.places(done)
                     ahead.append([pool.submit(self._crop, place, epoch) for place in places])
                     done += 1
                 found = [future.result() for future in ahead.popleft()]
-                crops, paths = zip(*found, strict=True)
-                yield Batch(torch.from_numpy(np.stack(crops)), list(paths))
+                crops, labels, paths = zip(*found, strict=True)
+                yield Batch(torch.from_numpy(np.stack(crops)), torch.tensor(labels), list(paths))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _places(self, done: int) -> list[int]:
-        epoch, number = divmod(done, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            order = torch.randperm(
-                len(self.entries), generator=torch.Generator().manual_seed(self._hash(epoch))
-            )
-            self._order = epoch, order.numpy()
-        start = number * self.batch_size
-        batch = self._order[1][start : start + self.batch_size]
-        return batch[self.rank :: self.world_size].tolist()
+    def arguments(self, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
+        """Of the trainer's step."""
+        return (to_float(batch.items.to(device)),)
+
+    def progress(self, images: int) -> dict[str, float]:
+        """How far a run is that has seen so many pictures."""
+        return {"bad_pictures": len(self.bad)}
 
     def centre(self, place: int) -> np.ndarray:
         """The middle of a picture, to be shown: uint8 [S, S, 3]."""
         return self._read(place, lambda image, path: center_crop(image, self.size))[0]
 
-    def _crop(self, place: int, epoch: int) -> tuple[np.ndarray, str]:
+    def _crop(self, place: int, epoch: int) -> tuple[np.ndarray, int, str]:
         def cut(image: Image.Image, path: str) -> np.ndarray:
-            view = View("random", epoch, flip=self._hash(epoch, path) % 2 == 1)
+            view = View("random", epoch, flip=hashed(self.seed, epoch, path) % 2 == 1)
             return make_views(image, (view,), self.size, path=path, seed=self.seed)[0]
 
         return self._read(place, cut)
 
     def _read(
         self, place: int, cut: Callable[[Image.Image, str], np.ndarray]
-    ) -> tuple[np.ndarray, str]:
+    ) -> tuple[np.ndarray, int, str]:
         for number in range(MOST_BAD):
             entry = self.entries[(place + number) % len(self.entries)]
             try:
-                return cut(decode_image(self.source.read(entry)), entry.path), entry.path
+                image = decode_image(self.source.read(entry))
+                return cut(image, entry.path), entry.label, entry.path
             except (BadImage, ValueError) as error:
                 self.bad[entry.path] = str(error)
         raise ValueError(
@@ -130,7 +163,106 @@ class Pictures:
             f"{entry.path!r}: {self.bad[entry.path]}"
         )
 
-    def _hash(self, *parts: object) -> int:
-        text = "\0".join(map(str, ("vfmtok_fast training", self.seed, *parts)))
-        digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
-        return int.from_bytes(digest[:8], "little", signed=True)
+
+class OnlineCodes:
+    """Pictures whose codes a tokenizer makes at each step, as the authors train their generator.
+
+    Args:
+        pictures: of the tokenizer's size, with classes.
+        tokenizer: in eval mode, on the device to train on.
+    """
+
+    def __init__(self, pictures: Pictures, tokenizer: VFMTok) -> None:
+        check_labels(np.array([entry.label for entry in pictures.entries]), pictures.source.root)
+        self.pictures, self.tokenizer = pictures, tokenizer
+        self.order = pictures.order
+
+    def batches(self, done: int) -> Iterator[Batch]:
+        """As of the pictures."""
+        return self.pictures.batches(done)
+
+    def arguments(self, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
+        """Codes and classes."""
+        (images,) = self.pictures.arguments(batch, device)
+        return self.tokenizer.encode(images), batch.labels.to(device)
+
+    def progress(self, images: int) -> dict[str, float]:
+        """As of the pictures."""
+        return self.pictures.progress(images)
+
+    @property
+    def num_classes(self) -> int:
+        highest = max(entry.label for entry in self.pictures.entries)
+        return len(self.pictures.source.classes(highest))
+
+
+class Codes:
+    """A token cache's pictures, epoch after epoch; each shows one of its views, drawn anew.
+
+    Args:
+        data: of codes [R], one view of each picture.
+        batch_size, seed, rank, world_size: see `Order`.
+        few: only so many pictures, the first ones, each of which is a class of its own; None: all,
+            with the cache's classes.
+
+    Raises:
+        ValueError: as `Order`, or pictures without a class.
+    """
+
+    def __init__(
+        self, data: TokenCacheDataset, batch_size: int, *, few: int | None = None, seed: int = 0,
+        rank: int = 0, world_size: int = 1,
+    ) -> None:  # fmt: skip
+        if few is None:
+            check_labels(data.cache.labels, data.cache.out)
+        elif few > len(data):
+            raise ValueError(f"{data.cache.out}: has {len(data)} pictures, not {few}")
+        self.data, self.few = data, few
+        count = len(data) if few is None else few
+        self.order = Order(count, batch_size, seed=seed, rank=rank, world_size=world_size)
+
+    def batches(self, done: int) -> Iterator[Batch]:
+        """This process's share of the batches from step ``done`` + 1 on, without end.
+
+        Items are codes [B, R] int64.
+        """
+        while True:
+            if self.few is None:
+                self.data.set_epoch(self.order.epoch(done))
+            yield self.batch(self.order.places(done))
+            done += 1
+
+    def batch(self, places: Sequence[int]) -> Batch:
+        """The pictures at some places, in this epoch's views."""
+        codes, labels = zip(*(self.data[place] for place in places), strict=True)
+        labels = places if self.few is not None else labels
+        names = [f"row {self.data.cache.rows[place]}" for place in places]
+        return Batch(torch.stack(codes), torch.tensor(labels), names)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.data.classes) if self.few is None else self.few
+
+    def arguments(self, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
+        """Codes and classes."""
+        return batch.items.to(device), batch.labels.to(device)
+
+    def progress(self, images: int) -> dict[str, float]:
+        """Epochs in two ways: of pictures, and of all sequences that the cache holds."""
+        of_pictures = images / self.order.count
+        return {"image_epochs": of_pictures, "sequence_epochs": of_pictures / len(self.data.views)}
+
+
+def check_labels(labels: np.ndarray, where: object) -> None:
+    """Refuse pictures without a class, which a generator cannot learn from."""
+    if without := int((labels < 0).sum()):
+        raise ValueError(
+            f"{where}: {without} of {len(labels)} pictures have no class; a generator needs "
+            "one for each, as class folders give it"
+        )
+
+
+def hashed(*parts: object) -> int:
+    text = "\0".join(map(str, ("vfmtok_fast training", *parts)))
+    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)

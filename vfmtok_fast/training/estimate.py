@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import switch
+from ..generator import GPT, GPTConfig
 from ..tokenizer import VFMTok, VFMTokConfig
+from .gpt import GPTTrainer
 from .losses import LPIPS
-from .trainer import TokenizerTrainer, TokenizerTraining
+from .settings import GPTTraining, TokenizerTraining, Training
+from .tokenizer import TokenizerTrainer
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Estimate:
     resting_bytes: int
 
 
-def estimate(
+def estimate_tokenizer(
     config: VFMTokConfig, settings: TokenizerTraining, discriminator: type[nn.Module] | None
 ) -> Estimate:
     """Count a step of models of these shapes, which are never in memory."""
@@ -48,22 +52,52 @@ def estimate(
     if hasattr(judge, "crop"):
         judge.crop = 0  # there are no values to draw
     parts = [part for part in (model, lpips, judge) if part is not None]
+    settings, size = _plain(settings), config.image_size
+    number = settings.discriminator_start + 1
+
+    def step() -> None:
+        trainer = TokenizerTrainer(model, settings, lpips=lpips, discriminator=judge)
+        images = torch.empty(1, 3, size, size)
+        made = trainer._learn(images, number, 1.0, {}, [])
+        if judge is not None:
+            trainer._judge(images, made, number, 1.0, {})
+
+    return _count(parts, model, step)
+
+
+def estimate_gpt(config: GPTConfig, settings: GPTTraining) -> Estimate:
+    """Count a step of a generator of this shape, which is never in memory."""
+    with torch.device("meta"):
+        model = GPT(config)
+
+    def step() -> None:
+        trainer = GPTTrainer(model, _plain(settings))
+        codes = torch.zeros(1, config.block_size, dtype=torch.int64)
+        hidden = model.hidden(model.embed(codes[:, 0], codes[:, :-1]))
+        # The op's own way counts nothing: its kernel is none of torch's.
+        trainer.learner.backward(model.head(hidden).sum())
+
+    return _count([model], model, step)
+
+
+def _plain(settings: Training) -> Training:
+    """As the counter can read it."""
+    return dataclasses.replace(
+        settings, precision="float32", micro_batch=None, grad_checkpointing=False, compile=False
+    )
+
+
+def _count(parts: list[nn.Module], model: nn.Module, step: Callable[[], None]) -> Estimate:
+    """What ``step``, of one picture, takes; ``parts`` are all models, of which one is averaged."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     for part in parts:
         with fake:
             part.to_empty(device="cpu")
-    settings = dataclasses.replace(settings, precision="float32", micro_batch=None)
-    number, size = settings.discriminator_start + 1, config.image_size
     # torch counts nothing of the fused attention of a CPU; as two products it does.
     with warnings.catch_warnings(), switch.enable([]), sdpa_kernel(SDPBackend.MATH):
         warnings.simplefilter("ignore", UserWarning)  # copies ask fake tensors for their memory
-        with fake:
-            trainer = TokenizerTrainer(model, settings, lpips=lpips, discriminator=judge)
-            images = torch.empty(1, 3, size, size)
-            with FlopCounterMode(display=False) as counter:
-                made = trainer._learn(images, number, 1.0, {}, [])
-                if judge is not None:
-                    trainer._judge(images, made, number, 1.0, {})
+        with fake, FlopCounterMode(display=False) as counter:
+            step()
     weights = [weight for part in parts for weight in part.parameters()]
     learned = sum(weight.numel() for weight in weights if weight.requires_grad)
     frozen = sum(weight.numel() for weight in weights) - learned
@@ -76,7 +110,7 @@ def estimate(
 def product_rate(device: torch.device, precision: str) -> float:
     """FLOP/s that a matrix product reaches on a device: the best of a few."""
     size = 8192 if device.type == "cuda" else 1024
-    half = precision == "bfloat16"
+    half = precision in ("float16", "bfloat16")
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if half else torch.float32)
     best = float("inf")
     matmul = torch.backends.cuda.matmul

@@ -5,27 +5,27 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cache.store import LocalPlace
-from ..images import to_float
+from ..images import image_grid, to_float
+from ..tokenizer import VFMTok
 from ..visualize import reconstruction_grid
 from . import checkpoints, processes
-from .data import Pictures
-from .trainer import NotFinite, TokenizerTrainer
+from .data import Batch, Order, Pictures
+from .trainer import NotFinite, Trainer
 
 CHECKPOINTS, LOG, PICTURES = "checkpoints", "log.jsonl", "pictures"
-# Pictures and regions of the grids.
-SHOWN, REGIONS = 4, 5
+# Pictures and regions of a tokenizer's grids, columns (and rows) of a generator's.
+SHOWN, REGIONS, COLUMNS = 4, 5, 4
 # What a scheduler sends before it takes the machine away, and what a user does.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -41,31 +41,48 @@ class Stopped(Exception):
         self.number = number
 
 
+class Data(Protocol):
+    """What a run trains on: `Pictures`, `OnlineCodes` or `Codes`."""
+
+    order: Order
+
+    def batches(self, done: int) -> Iterator[Batch]: ...
+
+    def arguments(self, batch: Batch, device: torch.device) -> tuple[Tensor, ...]: ...
+
+    def progress(self, images: int) -> dict[str, float]: ...
+
+
 @dataclass
 class Run:
-    """A trainer, its pictures and the folder that the run lies in.
+    """A trainer, its data and the folder that the run lies in.
 
-    The folder gets ``checkpoints/step-*.pt``, ``log.jsonl`` and ``pictures/step-*.png``: original,
-    reconstruction by the averaged weights, and where regions look.
+    The folder gets ``checkpoints/step-*.pt``, ``log.jsonl`` and ``pictures/step-*.png``.
 
     Args:
-        trainer, pictures: of this process.
+        trainer, data: of this process.
         out: the folder.
         steps: at which the run ends.
         save_every, log_every, show_every: steps; 0 shows nothing.
         keep: checkpoints that stay.
+        show: makes the picture, uint8 [H, W, 3], from the averaged model; None shows nothing.
+        flops: of a step per picture, for the log's ``mfu``.
+        peak: FLOP/s of all processes' devices together, which ``mfu`` is a share of.
         arguments: stored with a checkpoint, and compared when a run goes on.
         reports: each is called with each line of the log.
     """
 
-    trainer: TokenizerTrainer
-    pictures: Pictures
+    trainer: Trainer
+    data: Data
     out: Path
     steps: int
     save_every: int = 5000
     log_every: int = 50
     show_every: int = 1000
     keep: int = 3
+    show: Callable[[nn.Module], np.ndarray] | None = None
+    flops: float | None = None
+    peak: float | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
 
@@ -89,9 +106,9 @@ class Run:
 
     def save(self) -> Path:
         """Write a checkpoint of now; of several processes the first one does."""
+        state = {"trainer": self.trainer.state_dict(), "arguments": self.arguments}
         if processes.rank():
             return self.out / CHECKPOINTS
-        state = {"trainer": self.trainer.state_dict(), "arguments": self.arguments}
         return checkpoints.save(self.out / CHECKPOINTS, self.trainer.steps, state, self.keep)
 
     def train(self) -> None:
@@ -101,57 +118,64 @@ class Run:
             NotFinite: told with the pictures of that batch; the state before it is saved.
             Stopped: by a signal, after the step that it met; that state is saved.
         """
-        trainer, device = self.trainer, self.trainer.model.device
+        trainer = self.trainer
         LocalPlace(self.out).make_folder()
-        shown = self._shown() if self.show_every and processes.rank() == 0 else None
-        batches = self.pictures.batches(trainer.steps)
-        sums, waited, start = {}, 0.0, time.perf_counter()
+        batches = self.data.batches(trainer.steps)
+        sums: dict[str, list[float]] = {}
+        trainer.clock.read()
         with contextlib.closing(batches), _signals() as came:
             while trainer.steps < self.steps:
-                before = time.perf_counter()
-                batch = next(batches)
-                waited += time.perf_counter() - before
-                try:
-                    terms = trainer.step(to_float(batch.images.to(device)))
-                except NotFinite as error:
-                    path, paths = self.save(), processes.gather(batch.paths)
-                    self._write({"step": trainer.steps + 1, "not_finite": paths})
-                    raise NotFinite(
-                        f"{error}; the batch's {len(paths)} pictures stand in {self.out / LOG}; "
-                        f"the state before it is {path}"
-                    ) from error
-                for name, value in terms.items():
+                with trainer.clock.stage("data"):
+                    batch = next(batches)
+                for name, value in self._step(batch).items():
                     sums.setdefault(name, []).append(value)
                 # A signal may reach one process only, and all must stop at the same step.
-                flag = torch.tensor(came[0] if came else 0, device=device)
+                flag = torch.tensor(came[0] if came else 0, device=trainer.device)
                 number, stop = trainer.steps, int(processes.largest(flag))
                 last = number == self.steps or stop > 0
                 if number % self.log_every == 0 or last:
-                    seconds = time.perf_counter() - start
-                    self._log(sums, seconds, waited)
-                    sums, waited, start = {}, 0.0, time.perf_counter()
-                if shown is not None and (number % self.show_every == 0 or last):
-                    self._show(shown)
+                    self._log(sums)
+                    sums = {}
+                if self.show and self.show_every and (number % self.show_every == 0 or last):
+                    self._show()
                 if number % self.save_every == 0 or last:
                     path = self.save()
                 if stop:
                     raise Stopped(stop, path)
 
-    def _log(self, sums: dict[str, list[float]], seconds: float, waited: float) -> None:
+    def _step(self, batch: Batch) -> dict[str, float]:
+        try:
+            with self.trainer.clock.stage("codes"):
+                arguments = self.data.arguments(batch, self.trainer.device)
+            return self.trainer.step(*arguments)
+        except NotFinite as error:
+            path, paths = self.save(), processes.gather(batch.paths)
+            self._write({"step": self.trainer.steps + 1, "not_finite": paths})
+            raise NotFinite(
+                f"{error}; the batch's {len(paths)} pictures stand in {self.out / LOG}; "
+                f"the state before it is {path}"
+            ) from error
+
+    def _log(self, sums: dict[str, list[float]]) -> None:
         """A line with the mean of each term since the last one."""
-        count = len(sums["total"])
+        trainer, order = self.trainer, self.data.order
+        count = max(map(len, sums.values()))
+        seconds, shares = trainer.clock.read()
+        rate = count * order.batch_size / seconds
         line: dict[str, Any] = {
-            "step": self.trainer.steps,
-            "epoch": round(self.trainer.steps / self.pictures.steps_per_epoch, 4),
-            "images": self.trainer.images,
+            "step": trainer.steps,
+            "epoch": round(trainer.steps / order.steps_per_epoch, 4),
+            "images": trainer.images,
             **{name: sum(values) / len(values) for name, values in sums.items()},
-            "lr": sums["lr"][-1],
-            "usage": sums["usage"][-1],
-            "images_per_second": count * self.pictures.batch_size / seconds,
-            "data_share": waited / seconds,
-            "bad_pictures": len(self.pictures.bad),
+            **{name: sums[name][-1] for name in ("lr", "usage") if name in sums},
+            **trainer.report(),
+            **self.data.progress(trainer.images),
+            **trainer.rates(rate),
+            **{f"{name}_share": share for name, share in shares.items()},
         }
-        if self.trainer.model.device.type == "cuda":
+        if self.flops is not None and self.peak is not None:
+            line["mfu"] = rate * self.flops / self.peak
+        if trainer.device.type == "cuda":
             line["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._write(line)
         for report in self.reports:
@@ -162,18 +186,41 @@ class Run:
             with open(self.out / LOG, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def _shown(self) -> Tensor:
-        """A few pictures of the input, the same at every time."""
-        places = [number * len(self.pictures.entries) // SHOWN for number in range(SHOWN)]
-        return to_float(np.stack([self.pictures.centre(place) for place in places]))
-
-    def _show(self, images: Tensor) -> None:
-        regions = min(REGIONS, self.trainer.model.config.num_regions)
-        grid = reconstruction_grid(self.trainer.ema, images, regions)
+    def _show(self) -> None:
+        # Of a sharded model all processes must ask.
+        if processes.rank() and not self.trainer.sharded:
+            return
+        model = self.trainer.averaged()
+        if processes.rank():
+            return
+        picture = Image.fromarray(self.show(model))
         folder = LocalPlace(self.out / PICTURES)
         folder.make_folder()
         with (folder / f"step-{self.trainer.steps:08d}.png").writing() as file:
-            Image.fromarray(grid).save(file, format="PNG")
+            picture.save(file, format="PNG")
+
+
+def reconstructions(pictures: Pictures) -> Callable[[nn.Module], np.ndarray]:
+    """Shows what a tokenizer makes of a few pictures, always the same, and where regions look."""
+    places = [number * len(pictures.entries) // SHOWN for number in range(SHOWN)]
+    images = to_float(np.stack([pictures.centre(place) for place in places]))
+
+    def show(model: nn.Module) -> np.ndarray:
+        return reconstruction_grid(model, images, min(REGIONS, model.config.num_regions))
+
+    return show
+
+
+def generated(tokenizer: VFMTok, cfg_scale: float = 1.5) -> Callable[[nn.Module], np.ndarray]:
+    """Shows pictures that a generator makes, of the first classes, always with the same noise."""
+
+    def show(model: nn.Module) -> np.ndarray:
+        classes = torch.arange(COLUMNS**2) % min(model.config.num_classes, COLUMNS**2)
+        codes = model.generate(classes, cfg_scale)
+        size = tokenizer.config.image_size
+        return image_grid(tokenizer.decode_to_uint8(codes, size).cpu(), columns=COLUMNS)
+
+    return show
 
 
 @contextlib.contextmanager

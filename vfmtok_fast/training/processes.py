@@ -1,6 +1,7 @@
 """Several processes that train one model, each on its share of a batch; one alone needs nothing.
 
-All hold all weights, as in torch's DistributedDataParallel, and average their gradients.
+All hold all weights, as in torch's DistributedDataParallel, and average their gradients; or each
+holds a part of each weight (FSDP2), which torch brings together for the time of a layer.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def rank() -> int:
@@ -54,6 +56,45 @@ def gather(values: list) -> list:
     found: list = [None] * world_size()
     dist.all_gather_object(found, values)
     return [value for part in found for value in part]
+
+
+def shard(model: nn.Module, layers: Iterable[nn.Module] = (), whole: Iterable[Tensor] = ()) -> None:
+    """Leave each process a part of each weight; ``layers`` are brought together one by one.
+
+    Args:
+        model: called as a module, for whose time all that is not in ``layers`` is whole.
+        layers: parts of it.
+        whole: weights that all processes keep.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in layers:
+        fully_shard(layer)
+    fully_shard(model, ignored_params=set(whole))
+
+
+def called_whole(model: nn.Module, method: str) -> None:
+    """A sharded model's weights are whole for a method too, as they are when it is called."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    register_fsdp_forward_method(model, method)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return isinstance(tensor, DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; of a sharded one all processes must ask."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def as_part_of(weight: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor as its weight is held: on its device, and where that is sharded, as it is."""
+    tensor = tensor.to(weight.device)
+    if not isinstance(weight, DTensor):
+        return tensor.clone()
+    return distribute_tensor(tensor, weight.device_mesh, weight.placements, src_data_rank=None)
 
 
 def _several() -> bool:

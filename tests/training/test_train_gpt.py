@@ -1,0 +1,260 @@
+"""`vfmtok-fast train-gpt`, its data and its trainer."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from vfmtok_fast import GPT, GPTConfig, VFMTok, VFMTokConfig, cli
+from vfmtok_fast.cache import TokenCacheDataset, build
+from vfmtok_fast.training import Codes, GPTTrainer, GPTTraining
+from vfmtok_fast.training.estimate import estimate_gpt
+
+CONFIG = {"num_layers": 2, "num_heads": 2, "dim": 32, "ffn_multiple_of": 32}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny: VFMTokConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tokenizer"
+    torch.manual_seed(0)
+    VFMTok(tiny).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(photos: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten pictures of two classes, in two views."""
+    out = tmp_path_factory.mktemp("caches") / "cache"
+    build(photos, out, VFMTok.from_pretrained(tokenizer), views=["center", "center-flip"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("configs") / "tiny.json"
+    path.write_text(json.dumps(CONFIG))
+    return path
+
+
+def line(given: Path, out: Path, config: Path, *more: object) -> list[str]:
+    return [
+        "train-gpt", str(given), str(out), "--config", str(config), "--batch-size", "4",
+        "--steps", "3", "--log-every", "1", "--device", "cpu", *map(str, more),
+    ]  # fmt: skip
+
+
+def log(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_on_a_cache_and_going_on_with_it(cache, config, tokenizer, tmp_path, capsys):
+    out = tmp_path / "run"
+    more = ("--tokenizer", tokenizer, "--show-every", "3")
+    assert cli.main(line(cache, out, config, *more)) == 0, capsys.readouterr().err
+    assert "3 steps, 1.50 epochs" in capsys.readouterr().out
+    lines = log(out)
+    # All codes are equally likely at first, as in the authors' runs.
+    assert lines[0]["loss"] == pytest.approx(torch.tensor(256.0).log().item(), rel=1e-5)
+    assert lines[-1]["image_epochs"] == 1.2 and lines[-1]["sequence_epochs"] == 0.6
+    assert lines[-1]["tokens_per_second"] == pytest.approx(16 * lines[-1]["images_per_second"])
+    assert (out / "pictures" / "step-00000003.png").exists()
+    model = GPT.from_pretrained(out / "model")
+    has = model.config
+    assert (has.num_classes, has.vocab_size, has.block_size) == (2, 256, 16)
+
+    assert cli.main(line(cache, out, config, *more, "--weight-decay", "0.1")) == 2
+    assert "settings have changed: weight_decay was 0.05, is 0.1\n" in capsys.readouterr().err
+    assert cli.main(line(cache, out, config, *more, "--steps", "5", "--accept-changes")) == 0
+    assert [line["step"] for line in log(out)] == [1, 2, 3, 4, 5]
+    on = tmp_path / "on"
+    start = [*line(cache, on, config), "--start-from", str(out / "model")]
+    del start[start.index("--config") : start.index("--config") + 2]
+    assert cli.main(start) == 0
+    assert log(on)[0]["loss"] < lines[0]["loss"]
+
+
+def test_pictures_instead_of_a_cache(photos, config, tokenizer, tmp_path, capsys):
+    assert cli.main(line(photos, tmp_path / "run", config, "--tokenizer", tokenizer)) == 0
+    (last,) = log(tmp_path / "run")[-1:]
+    assert last["bad_pictures"] == 0 and last["codes_share"] > 0
+    assert cli.main(line(photos, tmp_path / "other", config)) == 2
+    assert "no token cache; make one" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_overfitting_gives_the_codes_back(cache, config, tmp_path, capsys):
+    more = ("--overfit", "4", "--lr", "0.02", "--log-every", "50")
+    assert cli.main(line(cache, tmp_path / "short", config, *more)) == 1
+    assert cli.main(line(cache, tmp_path / "run", config, *more, "--steps", "90")) == 0
+    assert "greedy generation gives 100.00% of the codes back" in capsys.readouterr().out
+
+
+def test_dry_run(cache, config, tmp_path, capsys):
+    assert cli.main(line(cache, tmp_path / "run", config, "--dry-run")) == 0
+    text = capsys.readouterr().out
+    assert "10 pictures, 2 steps an epoch, 3 steps in all" in text
+    assert "step 2 of a small model" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_estimate_of_a_preset():
+    """6 operations a weight and code, of all weights but the embeddings; attention on top."""
+    found = estimate_gpt(GPTConfig.preset("GPT-B"), GPTTraining())
+    embeddings = (16_384 + 1_001) * 768
+    assert found.flops == pytest.approx(6 * (found.learned - embeddings) * 256, rel=0.05)
+
+
+def test_refusals(cache, photos, config, tokenizer, tmp_path, tiny, capsys):
+    other = VFMTok(tiny)
+    other.save_pretrained(tmp_path / "other")
+    narrow = tmp_path / "narrow.json"
+    narrow.write_text(json.dumps({**CONFIG, "vocab_size": 128}))
+    few = tmp_path / "few.json"
+    few.write_text(json.dumps({**CONFIG, "num_classes": 1}))
+    cases = [
+        (("--tokenizer", tmp_path / "other"), config, "its tokens are of another tokenizer than"),
+        ((), narrow, "of vocab_size 128 cannot learn from tokens of another codebook"),
+        ((), few, "has 2 classes, more than the generator's 1"),
+        (("--overfit", "11"), config, "has 10 pictures, not 11"),
+        (("--batch-size", "11"), config, "10 pictures are fewer than a batch of 11"),
+        (("--sharded",), config, "--sharded needs several processes"),
+        (("--views", "random-0"), config, "has the views center, center-flip, not 'random-0'"),
+    ]
+    for number, (more, file, message) in enumerate(cases):
+        assert cli.main(line(cache, tmp_path / f"run{number}", file, *more)) == 2, message
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / f"run{number}").exists()
+
+
+def test_an_epoch_has_every_picture_once_and_draws_its_view(cache: Path):
+    data = TokenCacheDataset(cache, seed=3)
+    codes = Codes(data, 5, seed=3)
+    batches = list(itertools.islice(codes.batches(0), 4))
+    names = [[*a.paths, *b.paths] for a, b in zip(batches[::2], batches[1::2], strict=True)]
+    assert sorted(names[0]) == sorted(names[1]) and names[0] != names[1]
+    assert len(set(names[0])) == 10
+    both = TokenCacheDataset(cache, per_picture="all")
+    views = [
+        int((both[int(name.split()[1])][0] == some).all(-1).int().argmax())
+        for batch in batches
+        for name, some in zip(batch.paths, batch.items, strict=True)
+    ]
+    assert set(views) == {0, 1} and views[:10] != views[10:]
+    # A run that goes on has the same, and so have two processes that share it.
+    again = list(itertools.islice(codes.batches(2), 2))
+    assert all(torch.equal(a.items, b.items) for a, b in zip(batches[2:], again, strict=True))
+    whole = next(Codes(data, 4).batches(0))
+    shares = [next(Codes(data, 4, rank=rank, world_size=2).batches(0)) for rank in (0, 1)]
+    for rank, share in enumerate(shares):
+        assert torch.equal(share.items, whole.items[rank::2])
+        assert torch.equal(share.labels, whole.labels[rank::2])
+
+
+Make = Callable[..., GPTTrainer]
+
+
+@pytest.fixture
+def make() -> Make:
+    def make(drop_path: float = 0.0, **settings) -> GPTTrainer:
+        torch.manual_seed(0)
+        config = GPTConfig(
+            **CONFIG, block_size=16, vocab_size=64, num_classes=3, drop_path=drop_path,
+            residual_dropout=0.0 if drop_path else 0.1, ffn_dropout=0.0 if drop_path else 0.1,
+        )  # fmt: skip
+        model = GPT(config)
+        torch.nn.init.normal_(model.head.weight, std=0.02)
+        return GPTTrainer(model, GPTTraining(lr=1e-2, **settings))
+
+    return make
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(64, (6, 16), generator=generator), torch.arange(6) % 3
+
+
+def losses(trainer: GPTTrainer, batch: tuple[Tensor, Tensor], steps: int = 4) -> list[float]:
+    return [trainer.step(*batch)["loss"] for _ in range(steps)]
+
+
+def test_a_step_is_the_same_bits_and_draws_from_its_seed(make: Make, batch):
+    expected = losses(make(), batch)
+    torch.rand(3)
+    assert losses(make(), batch) == expected
+    assert losses(make(seed=1), batch) != expected
+    assert losses(make(grad_checkpointing=True), batch) == expected
+
+
+def test_micro_batches_and_half_precision_are_near(make: Make, batch):
+    for dropout in ("class_dropout", "token_dropout", "residual_dropout", "ffn_dropout"):
+        assert getattr(make().model.config, dropout) == 0.1
+    trainers = [make(), make(micro_batch=4), make(precision="bfloat16"), make(precision="float16")]
+    for trainer in trainers:
+        trainer.model.dropout.p = 0.0
+        object.__setattr__(trainer.model.config, "class_dropout", 0.0)
+        for block in trainer.model.blocks:
+            block.attention.dropout.p = block.ffn.dropout.p = 0.0
+    whole, parts, narrow, scaled = (losses(trainer, batch) for trainer in trainers)
+    assert parts == pytest.approx(whole, rel=1e-5)
+    assert narrow == pytest.approx(whole, rel=1e-2)
+    assert scaled[0] == pytest.approx(whole[0], rel=1e-3)
+
+
+def test_float16_leaves_out_a_step_whose_gradients_are_too_large(make: Make, batch):
+    trainer = make(precision="float16")
+    trainer.step(*batch)
+    trainer.learner.scaler.update(2.0**40)
+    before = trainer.model.head.weight.detach().clone()
+    terms = trainer.step(*batch)
+    assert not math.isfinite(terms["grad_norm"]) and torch.equal(trainer.model.head.weight, before)
+    state = trainer.state_dict()
+    assert state["optimizer"]["scaler"]["scale"] == 2.0**39
+    other = make(precision="float16")
+    other.load_state_dict(state)
+    assert other.learner.scaler.get_scale() == 2.0**39
+    for _ in range(30):
+        terms = trainer.step(*batch)
+    assert terms["grad_norm"] < 100 and not torch.equal(trainer.model.head.weight, before)
+
+
+def test_drop_path_skips_branches_of_some_samples_and_keeps_the_mean(make: Make):
+    block = make(drop_path=0.5).model.blocks[-1].train()
+    branch = torch.ones(4000, 1, 1)
+    kept = block._kept(branch)
+    assert set(kept.flatten().tolist()) == {0.0, 2.0}
+    assert float(kept.mean()) == pytest.approx(1, abs=0.1)
+    assert block.eval()._kept(branch) is branch
+    assert make(drop_path=0.5).model.blocks[0].drop_path == 0
+
+
+def test_only_matrices_decay(make: Make):
+    groups = make().learner.optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
+    assert all(w.ndim >= 2 for w in groups[0]["params"])
+    assert all(w.ndim == 1 for w in groups[1]["params"])
+
+
+def test_a_trainer_refuses_rounded_weights_and_no_codes(make: Make, batch):
+    with pytest.raises(TypeError, match="weights must be float32 to learn, got torch.bfloat16"):
+        GPTTrainer(make().model.bfloat16())
+    with pytest.raises(ValueError, match="at least one image, got none"):
+        make().step(batch[0][:0], batch[1][:0])
+
+
+def test_compiled_layers_learn_the_same(make: Make, batch, monkeypatch):
+    """With dynamo alone: a compiler takes minutes to make code that is torch's to get right."""
+    compile = functools.partialmethod(torch.nn.Module.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    trainer = make(compile=True)
+    assert losses(trainer, batch) == pytest.approx(losses(make(), batch), rel=1e-6)
+    assert all(block._compiled_call_impl is not None for block in trainer.model.blocks)
+    assert trainer.ema.blocks[0]._compiled_call_impl is None

@@ -1,0 +1,277 @@
+"""`vfmtok-fast train-gpt`."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import training
+from .cache import add_choices, included
+from .choices import PRESETS
+from .convert import read_config
+from .models import add_input_option, policy
+from .output import say
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..cache.format.manifest import Manifest
+    from ..generator import GPT, GPTConfig
+    from ..tokenizer import VFMTok
+    from ..training import Codes, GPTTraining, OnlineCodes, Run
+
+SUMMARY = "train a generator on a token cache, or on pictures; or go on with a run"
+# Below this loss a generator knows what it was shown.
+LEARNED = 0.1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "input_path",
+        metavar="CACHE",
+        help="what `cache` made; or pictures as `cache` reads them, with --tokenizer, which then "
+        "makes their codes at each step",
+    )
+    parser.add_argument("out", metavar="OUT", help="the run: a new folder, or one to go on with")
+    add_input_option(parser)
+    add_choices(parser)
+    parser.add_argument(
+        "--views", nargs="+", metavar="VIEW", help="of the cache, of which each epoch draws; all"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FOLDER",
+        help="of the cache, in the format of from_pretrained: checked, and used to show pictures",
+    )
+    parser.add_argument(
+        "--overfit",
+        type=int,
+        metavar="N",
+        help="check instead: learn the first N pictures, each as a class of its own, until greedy "
+        "generation gives their codes back; exit code 1 if it does not",
+    )
+    _add_model(parser)
+    group = training.add_schedule_options(parser, epochs=300, batch_size=256, warmup_epochs=0)
+    group.add_argument("--schedule", choices=("constant", "cosine"), help="(constant)")
+    group.add_argument("--ema", type=float, help="decay of the average (0.9999)")
+    group.add_argument("--weight-decay", type=float, default=0.05, help="(%(default)s)")
+    training.add_machine_options(parser)
+    training.add_run_options(parser)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    source = group.add_mutually_exclusive_group()
+    source.add_argument("--gpt", choices=PRESETS, default="GPT-B", help="its size (%(default)s)")
+    source.add_argument("--config", metavar="FILE", help="JSON with fields of GPTConfig")
+    source.add_argument("--start-from", metavar="FOLDER", help="a generator to train on")
+    group.add_argument("--dropout", type=float, help="of embeddings and branches (0.1)")
+    group.add_argument("--class-dropout", type=float, help="for guidance (0.1)")
+    group.add_argument(
+        "--drop-path", type=float, help="instead of the branches' dropout, as the authors' (none)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    training.check_options(options)
+    if options.overfit is not None and options.overfit < 1:
+        raise ValueError("--overfit must be at least 1")
+    if options.dry_run:
+        return _dry_run(options)
+    done = training.run_to_end(options, functools.partial(_prepare, options))
+    if isinstance(done, int):
+        return done
+    work, _ = done
+    trainer, epochs = work.trainer, work.trainer.steps / work.data.order.steps_per_epoch
+    folder = work.out / "model"
+    say(f"{work.out}: {trainer.steps} steps, {epochs:.2f} epochs; the generator is {folder}")
+    return 0 if options.overfit is None else _check_learned(options, work)
+
+
+def _prepare(options: argparse.Namespace, out: Path, rank: int, world_size: int) -> Run:
+    """What is quick to check comes first."""
+    import torch
+
+    from ..generator import GPT
+    from ..training import GPTTrainer, Run, generated
+    from ..training.estimate import estimate_gpt
+
+    device = training.device_of(options)
+    data, manifest, tokenizer = _data(options, device, rank, world_size)
+    config = _config(options, *_sizes(manifest, tokenizer), data.num_classes)
+    settings = _settings(options, data.order.steps_per_epoch, device)
+    if options.start_from is not None:
+        model = GPT.from_pretrained(options.start_from, config=config)
+    else:
+        torch.manual_seed(options.seed)
+        model = GPT(config)
+    trainer = GPTTrainer(model.to(device), settings, sharded=options.sharded)
+    arguments = {name: getattr(options, name) for name in ("batch_size", "seed", "overfit")}
+    arguments |= {"pictures": data.order.count}
+    arguments["tokens"] = manifest.fingerprint if manifest else "of pictures"
+    peak = training.speed(device, settings.precision, world_size)
+    return Run(
+        trainer, data, out, settings.total_steps, arguments=arguments,
+        show=None if tokenizer is None else generated(tokenizer),
+        flops=peak and estimate_gpt(config, settings).flops, peak=peak,
+    )  # fmt: skip
+
+
+def _data(
+    options: argparse.Namespace, device: torch.device, rank: int, world_size: int
+) -> tuple[Codes | OnlineCodes, Manifest | None, VFMTok | None]:
+    """What is trained on; the cache's manifest, where there is one; the tokenizer, if named."""
+    from ..cache import TokenCacheDataset
+    from ..cache.format.manifest import NAME
+    from ..cache.sources import open_source
+    from ..cache.store import place
+    from ..tokenizer import VFMTok
+    from ..training import Codes, OnlineCodes, Pictures
+
+    tokenizer = None
+    if options.tokenizer is not None:
+        tokenizer = VFMTok.from_pretrained(options.tokenizer)
+    shared = {"seed": options.seed, "rank": rank, "world_size": world_size}
+    if (place(options.input_path) / NAME).exists():
+        data = TokenCacheDataset(options.input_path, options.views, seed=options.seed)
+        manifest = data.cache.manifest
+        if tokenizer is not None:
+            _check_tokenizer(tokenizer, manifest, options)
+            tokenizer.to(device)
+        codes = Codes(data, options.batch_size, few=options.overfit, **shared)
+        return codes, manifest, tokenizer
+    if tokenizer is None:
+        raise ValueError(
+            f"{options.input_path}: no token cache; make one with vfmtok-fast cache, or name the "
+            "--tokenizer that makes the codes of these pictures"
+        )
+    if options.overfit is not None:
+        raise ValueError("--overfit learns from a token cache")
+    source = open_source(
+        options.input_path, options.input, include=included(options), exclude=options.exclude,
+        image_column=options.image_column, label_column=options.label_column,
+    )  # fmt: skip
+    pictures = Pictures(
+        source, options.batch_size, size=tokenizer.config.image_size, workers=options.workers,
+        **shared,
+    )  # fmt: skip
+    return OnlineCodes(pictures, tokenizer.to(device)), None, tokenizer
+
+
+def _check_tokenizer(tokenizer: VFMTok, manifest: Manifest, options: argparse.Namespace) -> None:
+    """Refuse one whose codes are not those of the cache."""
+    from ..cache.format.manifest import weights_checksum
+
+    precision = manifest.covers["dtype"]
+    if precision in ("float32", "tf32"):
+        same = weights_checksum(tokenizer.state_dict()) == manifest.covers["weights_sha256"]
+    else:  # The cache knows the weights as they were rounded; of them the codebook's size is left.
+        same = tokenizer.config.codebook_size == manifest.codebook_size
+    if not same:
+        raise ValueError(
+            f"{options.input_path}: its tokens are of another tokenizer than {options.tokenizer}; "
+            "name that one, or make the cache anew"
+        )
+
+
+def _sizes(manifest: Manifest | None, tokenizer: VFMTok | None) -> tuple[int, int]:
+    """Codes there are, and codes of an image."""
+    if manifest is not None:
+        return manifest.codebook_size, manifest.num_tokens
+    return tokenizer.config.codebook_size, tokenizer.config.num_regions
+
+
+def _config(
+    options: argparse.Namespace, vocab_size: int, block_size: int, num_classes: int
+) -> GPTConfig:
+    """Of the model; what the data decides is checked where a file says it too."""
+    import dataclasses
+
+    from ..configs import config_from_mapping
+    from ..generator import GPT, GPTConfig
+
+    own = {"vocab_size": vocab_size, "block_size": block_size, "num_classes": num_classes}
+    if options.start_from is not None:
+        config = GPT.from_pretrained(options.start_from).config
+    elif options.config is not None:
+        fields = read_config(Path(options.config).expanduser())
+        config = config_from_mapping(GPTConfig, {**own, **fields})
+    else:
+        config = GPTConfig.preset(options.gpt, **own)
+    for name in ("vocab_size", "block_size"):
+        if getattr(config, name) != own[name]:
+            raise ValueError(
+                f"{options.input_path}: a generator of {name} {getattr(config, name)} cannot learn "
+                f"from tokens of another codebook, whose {name} is {own[name]}"
+            )
+    if config.num_classes < num_classes:
+        raise ValueError(
+            f"{options.input_path}: has {num_classes} classes, more than the generator's "
+            f"{config.num_classes}"
+        )
+    changed = {}
+    if options.overfit is not None:
+        names = ("class_dropout", "token_dropout", "residual_dropout", "ffn_dropout", "drop_path")
+        changed = dict.fromkeys(names, 0.0)
+    elif options.drop_path is not None:
+        names = {"residual_dropout": 0.0, "ffn_dropout": 0.0, "drop_path": options.drop_path}
+        changed = names
+    elif options.dropout is not None:
+        names = ("token_dropout", "residual_dropout", "ffn_dropout")
+        changed = dict.fromkeys(names, options.dropout)
+    if options.class_dropout is not None:
+        changed["class_dropout"] = options.class_dropout
+    return dataclasses.replace(config, **changed)
+
+
+def _settings(
+    options: argparse.Namespace, steps_per_epoch: int, device: torch.device
+) -> GPTTraining:
+    from ..training import GPTTraining
+
+    return GPTTraining(**training.fields_of(options, steps_per_epoch, device))
+
+
+def _check_learned(options: argparse.Namespace, work: Run) -> int:
+    """Does the generator give the codes back that it was shown?"""
+    import torch
+
+    model: GPT = work.trainer.model.eval()
+    batch = work.data.batch(range(options.overfit))
+    codes, classes = work.data.arguments(batch, model.device)
+    with torch.no_grad(), policy(options):
+        loss = float(model.loss(codes, classes))
+        same = float((model.generate(classes, greedy=True) == codes).float().mean())
+    say(f"loss {loss:.3g} (asked: {LEARNED}); greedy generation gives {same:.2%} of the codes back")
+    return 0 if loss < LEARNED and same == 1 else 1
+
+
+def _dry_run(options: argparse.Namespace) -> int:
+    """The real architecture without memory, and two steps of a small one on the real codes."""
+    import dataclasses
+
+    from ..generator import GPT
+    from ..training import GPTTrainer
+    from ..training.estimate import estimate_gpt
+    from ..untrained import GPTS
+
+    device = training.device_of(options)
+    data, manifest, tokenizer = _data(options, device, 0, 1)
+    config = _config(options, *_sizes(manifest, tokenizer), data.num_classes)
+    each = data.order.steps_per_epoch
+    settings = _settings(options, each, device)
+    say(f"{data.order.count} pictures, {each} steps an epoch, {settings.total_steps} steps in all")
+    found = estimate_gpt(config, settings)
+    training.tell_estimate(found, each * options.batch_size, settings.precision, device)
+    names = ("vocab_size", "block_size", "num_classes")
+    small = dataclasses.replace(GPTS["small"], **{name: getattr(config, name) for name in names})
+    trainer = GPTTrainer(GPT(small).to(device), settings)
+    batches = data.batches(0)
+    with policy(options):
+        for _ in range(2):
+            terms = trainer.step(*data.arguments(next(batches), device))
+            say(f"step {trainer.steps} of a small model: {training.told(terms)}")
+    batches.close()
+    return 0

@@ -1,0 +1,262 @@
+"""What the commands share that train: options, processes, and a run from its start to its end."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .models import checked_device, policy
+from .output import note, say
+from .processes import among_processes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+    from torch import nn
+
+    from ..training import Run
+    from ..training.estimate import Estimate
+
+# Of the settings, those that options of the same name give, where they are given.
+FIELDS = (
+    *("lr", "min_lr", "clip", "micro_batch", "seed", "ema", "schedule", "weight_decay"),
+    *("grad_checkpointing", "compile"),
+)
+
+
+def add_schedule_options(
+    parser: argparse.ArgumentParser, *, epochs: float, batch_size: int, warmup_epochs: float
+) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("steps")
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=float, default=epochs, help="(%(default)s)")
+    length.add_argument("--steps", type=int, help="instead of epochs")
+    group.add_argument(
+        "--batch-size", type=int, default=batch_size, help="of all processes (%(default)s)"
+    )
+    group.add_argument("--micro-batch", type=int, help="items at a time, for less memory")
+    group.add_argument("--lr", type=float, default=1e-4, help="(%(default)s)")
+    group.add_argument("--warmup-epochs", type=float, default=warmup_epochs, help="(%(default)s)")
+    group.add_argument("--warmup-steps", type=int, help="instead of epochs")
+    group.add_argument("--min-lr", type=float, default=0.0, help="a cosine's end (%(default)s)")
+    group.add_argument("--clip", type=float, default=1.0, help="gradient norm (%(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="of all that is random (%(default)s)")
+    return group
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
+    group.add_argument(
+        "--precision",
+        choices=("float32", "tf32", "bfloat16", "float16"),
+        help="by default bfloat16 on a GPU, float32 elsewhere",
+    )
+    group.add_argument(
+        "--grad-checkpointing", action="store_true", help="less memory, a third more work"
+    )
+    group.add_argument("--compile", action="store_true", help="layers through torch.compile")
+    group.add_argument(
+        "--sharded",
+        action="store_true",
+        help="each process holds a part of each weight (FSDP2), not all of all",
+    )
+    group.add_argument(
+        "--no-fast", dest="fast", action="store_false", help="take the reference everywhere"
+    )
+    group.add_argument(
+        "--deterministic", action="store_true", help="the same bits at each run, on a GPU too"
+    )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the run")
+    group.add_argument("--workers", type=int, default=4, help="threads that read (%(default)s)")
+    group.add_argument("--save-every", type=int, default=5000, help="steps (%(default)s)")
+    group.add_argument("--keep", type=int, default=3, help="checkpoints that stay (%(default)s)")
+    group.add_argument("--log-every", type=int, default=50, help="steps (%(default)s)")
+    group.add_argument(
+        "--show-every", type=int, default=1000, help="steps between grids; 0: none (%(default)s)"
+    )
+    group.add_argument("--tensorboard", action="store_true", help="write events into OUT too")
+    group.add_argument("--json", action="store_true", help="the log's lines on stdout too")
+    group.add_argument(
+        "--accept-changes", action="store_true", help="go on with other settings than before"
+    )
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="train nothing: two steps of a small model, and what the real one would take",
+    )
+
+
+def check_options(options: argparse.Namespace) -> None:
+    counts = ("batch_size", "workers", "save_every", "keep", "log_every")
+    if small := [f"--{name.replace('_', '-')}" for name in counts if getattr(options, name) < 1]:
+        raise ValueError(f"{', '.join(small)} must be at least 1")
+    if options.deterministic:
+        import torch
+
+        # Without, cuBLAS has no order of sums; it must stand before the first product.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def device_of(options: argparse.Namespace) -> torch.device:
+    import torch
+
+    return checked_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def fields_of(
+    options: argparse.Namespace, steps_per_epoch: int, device: torch.device
+) -> dict[str, object]:
+    """Fields that the settings of both trainers have; ``total_steps`` is the run's length."""
+    steps, warmup = options.steps, options.warmup_steps
+    if steps is None:
+        steps = max(1, round(options.epochs * steps_per_epoch))
+    if warmup is None:
+        warmup = round(options.warmup_epochs * steps_per_epoch)
+    given = {name: getattr(options, name, None) for name in FIELDS}
+    return {
+        "warmup_steps": warmup, "total_steps": steps,
+        "precision": options.precision or ("bfloat16" if device.type == "cuda" else "float32"),
+        **{name: value for name, value in given.items() if value is not None},
+    }  # fmt: skip
+
+
+def run_to_end(
+    options: argparse.Namespace, prepare: Callable[[Path, int, int], Run]
+) -> tuple[Run, nn.Module] | int:
+    """Begin a run or go on with it, among all processes, and train.
+
+    Args:
+        prepare: given the folder, this process's rank and how many there are.
+
+    Returns:
+        The run and the averaged model, which is saved; on the other processes, and where a signal
+        came, an exit code.
+    """
+    from ..training import Stopped, checkpoints
+    from ..training.loop import CHECKPOINTS
+
+    out = Path(options.out).expanduser()
+    if out.is_dir() and any(out.iterdir()) and checkpoints.latest(out / CHECKPOINTS) is None:
+        raise FileExistsError(f"{out} is neither empty nor a run to go on with; choose a new one")
+    rank, world_size, options.device = among_processes(options.device)
+    if options.sharded and world_size == 1:
+        raise ValueError("--sharded needs several processes, as torchrun starts them")
+    with _together(rank, world_size, options.device), policy(options):
+        work = prepare(out, rank, world_size)
+        work.save_every, work.log_every = options.save_every, options.log_every
+        work.show_every, work.keep = options.show_every, options.keep
+        if (path := work.resume(changed=options.accept_changes)) and rank == 0:
+            note(f"going on from {path}")
+        if rank == 0:
+            work.reports = list(_reports(options, out, work.trainer.steps, work.steps))
+        try:
+            work.train()
+        except Stopped as stopped:
+            if rank == 0:
+                note(f"vfmtok-fast {options.command}: {stopped}; run it again to go on")
+            return 128 + stopped.number
+        model = work.trainer.averaged()
+        if rank == 0:
+            model.save_pretrained(out / "model")
+    return (work, model) if rank == 0 else 0
+
+
+def speed(device: torch.device, precision: str, world_size: int) -> float | None:
+    """FLOP/s of all devices, for the log; of CPUs nobody asks."""
+    from ..training.estimate import product_rate
+
+    return world_size * product_rate(device, precision) if device.type == "cuda" else None
+
+
+@contextlib.contextmanager
+def _together(rank: int, world_size: int, device: str | None) -> Iterator[None]:
+    """Connect the processes that torchrun or srun has started."""
+    if world_size == 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    gpu = device is not None and device.startswith("cuda")
+    backend = "nccl" if gpu else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _reports(
+    options: argparse.Namespace, out: Path, done: int, steps: int
+) -> Iterator[Callable[[dict], None]]:
+    """Who is told of each line of the log."""
+    from tqdm import tqdm
+
+    bar = tqdm(total=steps, initial=done, unit="step", disable=None)
+
+    def show(line: dict) -> None:
+        bar.set_postfix_str(told(line))
+        bar.update(line["step"] - bar.n)
+
+    yield show
+    if options.json:
+        yield lambda line: say(json.dumps(line), flush=True)
+    if options.tensorboard:
+        yield _tensorboard(out)
+
+
+def _tensorboard(out: Path) -> Callable[[dict], None]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard needs pip install 'vfmtok-fast[train]'") from error
+    writer = SummaryWriter(str(out / "tensorboard"))
+
+    def write(line: dict) -> None:
+        for name, value in line.items():
+            writer.add_scalar(name, value, line["step"])
+        writer.flush()
+
+    return write
+
+
+def told(line: dict) -> str:
+    """The terms that a person looks at, in a row."""
+    names = (
+        *("loss", "total", "rec", "perceptual", "semantic", "generator", "grad_norm", "usage"),
+        "perplexity",
+    )
+    words = [f"{name} {line[name]:.3g}" for name in names if name in line]
+    if "images_per_second" in line:
+        words.append(f"{line['images_per_second']:.1f} img/s")
+    if "tokens_per_second" in line:
+        words.append(f"{line['tokens_per_second']:.3g} tokens/s")
+    stages = ("data", "codes", "encode", "decode", "discriminator")
+    shares = {"mfu": line.get("mfu")} | {name: line.get(f"{name}_share") for name in stages}
+    words += [f"{name} {share:.0%}" for name, share in shares.items() if share is not None]
+    return ", ".join(words)
+
+
+def tell_estimate(found: Estimate, images: int, precision: str, device: torch.device) -> None:
+    """Weights, memory, and how long an epoch of so many pictures takes at least."""
+    from ..training.estimate import product_rate
+
+    rate = product_rate(device, precision)
+    hours = found.flops * images / rate / 3600
+    say(
+        f"{found.learned / 1e6:.1f} million weights learn, {found.frozen / 1e6:.1f} million are "
+        f"frozen: {found.resting_bytes / 2**30:.2f} GiB before the first picture"
+    )
+    say(
+        f"{found.flops / 1e12:.3g} TFLOP a picture; a matrix product reaches {rate / 1e12:.3g} "
+        f"TFLOP/s here ({precision}), so an epoch takes at least {hours:.3g} hours (predicted)"
+    )

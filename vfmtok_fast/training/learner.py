@@ -1,0 +1,143 @@
+"""What learns: a model's weights with their optimiser, and the average of a model's weights."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import processes
+from .settings import OPTIMIZERS, Training
+
+
+class Learner:
+    """A model's learned weights, their gradients over a step and their optimiser.
+
+    Several processes hold the same weights and average gradients; of a sharded model each holds a
+    part, and torch exchanges.
+
+    Args:
+        model: what of it requires a gradient learns.
+        settings: of them, optimiser, betas, weight decay, clipping and precision.
+        lr: None is that of the settings.
+        decays: which weights decay.
+
+    Attributes:
+        weights: by name.
+        optimizer: torch's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Training,
+        *,
+        lr: float | None = None,
+        decays: Callable[[Tensor], bool] = lambda weight: True,
+    ) -> None:
+        self.model, self.settings = model, settings
+        self.weights = {name: w for name, w in model.named_parameters() if w.requires_grad}
+        groups = [
+            {"params": [w for w in self.weights.values() if decays(w) == decay], "weight_decay": by}
+            for decay, by in ((True, settings.weight_decay), (False, 0.0))
+        ]
+        self.optimizer = OPTIMIZERS[settings.optimizer](
+            [group for group in groups if group["params"]],
+            lr=settings.lr if lr is None else lr,
+            betas=settings.betas,
+        )
+        device = next(iter(self.weights.values())).device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=settings.precision == "float16")
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def no_gradient(self) -> None:
+        """Gradients of zero."""
+        for weight in self.weights.values():
+            weight.grad = torch.zeros_like(weight)
+
+    def gather(self) -> Tensor:
+        """Average gradients over the processes and clip them.
+
+        They are scaled by clip / (norm + 1e-6) where that is below 1.
+
+        Returns:
+            Their norm before.
+        """
+        grads = [weight.grad for weight in self.weights.values() if weight.grad is not None]
+        processes.average(grad for grad in grads if not processes.is_sharded(grad))
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.weights.values(), self.settings.clip or math.inf)
+        return processes.whole(norm)
+
+    def step(self, lr: float | None = None) -> None:
+        """Move the weights; None leaves the rate as it is."""
+        for group in self.optimizer.param_groups if lr is not None else ():
+            group["lr"] = lr
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """No gradients for these weights for the time of a block."""
+        for weight in self.weights.values():
+            weight.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for weight in self.weights.values():
+                weight.requires_grad_(True)
+
+    def moments(self, weight: Tensor) -> dict[str, Tensor]:
+        """What the optimiser remembers of a weight; nothing before its first step."""
+        return self.optimizer.state.get(weight, {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the optimiser remembers, by the weights' names, whole also of a sharded model."""
+        moments = {
+            name: {key: processes.whole(value) for key, value in self.moments(weight).items()}
+            for name, weight in self.weights.items()
+        }
+        return {"moments": moments, "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Moments and counts of a state; rates and the like stay as the settings have them."""
+        for name, weight in self.weights.items():
+            self.optimizer.state[weight] = {
+                key: processes.as_part_of(weight, value) if value.ndim else value.clone()
+                for key, value in state["moments"][name].items()
+            }
+        if state["scaler"]:
+            self.scaler.load_state_dict(dict(state["scaler"]))
+
+
+class Average:
+    """A copy of a model whose learned weights follow it slowly; in eval mode.
+
+    Args:
+        model: the one to follow.
+        decay: of the average, at each update.
+        shared: a part that does not learn, and which the copy has in common with the model.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, shared: nn.Module | None = None) -> None:
+        memo = {} if shared is None else {id(shared): shared}
+        self.model, self.decay = copy.deepcopy(model, memo), decay
+        self.model.eval().requires_grad_(False)
+
+    def follow(self, learner: Learner) -> None:
+        """One update of the average."""
+        own = dict(self.model.named_parameters())
+        mine = [own[name] for name in learner.weights]
+        with torch.no_grad():
+            torch._foreach_mul_(mine, self.decay)
+            torch._foreach_add_(mine, list(learner.weights.values()), alpha=1 - self.decay)

@@ -1,0 +1,192 @@
+"""How to train: the settings of both trainers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..configs import check_numbers, check_positive
+from . import losses
+
+# Where a warm-up starts.
+FIRST_LR = 1e-7
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What both trainers have. Steps are counted from 1.
+
+    Args:
+        lr, betas, weight_decay, optimizer: "adam" or "adamw".
+        warmup_steps: the rate rises linearly from 1e-7 to ``lr`` over so many.
+        schedule: of the rate from there, "constant" or "cosine", down to ``min_lr`` at
+            ``total_steps``.
+        clip: largest norm of all gradients of a model; 0 leaves them alone.
+        micro_batch: items at a time, whose gradients add up to the batch's; None is all.
+        precision: "float32", "tf32", "bfloat16" or "float16". The last two are autocast around
+            products, and TF32 where it does not reach; float16 scales the loss, and leaves out a
+            step whose gradients are not finite.
+        ema: decay of the averaged weights.
+        grad_checkpointing: keep only what goes into each layer, and compute the rest again for the
+            gradients: less memory, a third more work.
+        compile: layers go through torch.compile.
+        seed: of all that is random. It depends on it, on the step's number and on the process's
+            rank alone.
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    optimizer: str = "adam"
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    min_lr: float = 0.0
+    total_steps: int | None = None
+    clip: float = 1.0
+    micro_batch: int | None = None
+    precision: str = "float32"
+    ema: float = 0.9999
+    grad_checkpointing: bool = False
+    compile: bool = False
+    seed: int = 0
+
+    # What the fields may be, of this class and of those made from it.
+    choices: ClassVar[Mapping[str, Any]] = {
+        "optimizer": OPTIMIZERS,
+        "schedule": ("constant", "cosine"),
+        "precision": PRECISIONS,
+    }
+    amounts: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "warmup_steps", "min_lr", "clip")
+    counts: ClassVar[tuple[str, ...]] = ("micro_batch", "total_steps")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        name = type(self).__name__
+        for field, known in self.choices.items():
+            if getattr(self, field) not in known:
+                raise ValueError(
+                    f"{name}: {field} must be one of {', '.join(known)}, "
+                    f"got {getattr(self, field)!r}"
+                )
+        check_numbers(self, dict.fromkeys(self.amounts, (0, math.inf)) | {"ema": (0, 1)})
+        check_positive(self, [field for field in self.counts if getattr(self, field) is not None])
+        if self.schedule == "cosine" and (self.total_steps or 0) <= self.warmup_steps:
+            raise ValueError(
+                f"{name}: a cosine needs total_steps beyond warmup_steps, got "
+                f"{self.total_steps} and {self.warmup_steps}"
+            )
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What products are cast to."""
+        half = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+        return half.get(self.precision)
+
+    def rate(self, step: int) -> float:
+        """The learning rate at a step."""
+        if step < self.warmup_steps:
+            return FIRST_LR + step * (self.lr - FIRST_LR) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.lr
+        done = min(1.0, (step - self.warmup_steps) / (self.total_steps - self.warmup_steps))
+        return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class TokenizerTraining(Training):
+    """How to train a tokenizer; the defaults are the authors', but for the warm-up of 4 epochs.
+
+    What is not named here stands at `Training`. Norms of a discriminator see a micro-batch only;
+    region encoder and quantizer are out of autocast's reach.
+
+    Args:
+        pixel_loss: "l2" or "l1".
+        mse_weight: of a second pixel loss, always MSE: with l2 the authors count it twice.
+        perceptual_weight, semantic_weight: of LPIPS and of the semantic loss; 0 computes none.
+        generator_loss: "softplus" ("non-saturating" is the same), "hinge" or "vanilla".
+        discriminator_loss: "hinge", "vanilla" or "non-saturating".
+        discriminator_weight: of both.
+        adaptive_weight: scale the generator's loss to the pixels' gradient, as VQGAN does.
+        discriminator_lr: constant, without warm-up; None is ``lr``.
+        discriminator_start: step from which the generator has its loss.
+        discriminator_update_start: step from which the discriminator learns, not after the other;
+            None is the other.
+        idle_discriminator: before it learns it runs all the same, and its Adam counts those steps,
+            so that its first real one is shorter, as in the authors' runs. False leaves it out.
+        revive_after: pictures without use after which a code starts anew, as one of the batch's
+            queries; None never does that, as the authors.
+    """
+
+    pixel_loss: str = "l2"
+    mse_weight: float = 1.0
+    perceptual_weight: float = 1.0
+    semantic_weight: float = 1.0
+    generator_loss: str = "softplus"
+    discriminator_loss: str = "hinge"
+    discriminator_weight: float = 0.5
+    adaptive_weight: bool = False
+    discriminator_lr: float | None = None
+    discriminator_start: int = 20_000
+    discriminator_update_start: int | None = None
+    idle_discriminator: bool = True
+    revive_after: int | None = None
+
+    choices: ClassVar = Training.choices | {
+        "pixel_loss": losses.PIXEL,
+        "generator_loss": losses.GENERATOR,
+        "discriminator_loss": losses.DISCRIMINATOR,
+    }
+    amounts: ClassVar = (
+        *(*Training.amounts, "mse_weight", "perceptual_weight", "semantic_weight"),
+        *("discriminator_weight", "discriminator_start"),
+    )
+    counts: ClassVar = (*Training.counts, "revive_after")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.discriminator_lr is not None:
+            check_numbers(self, {"discriminator_lr": (0, math.inf)})
+        if self.update_start > self.discriminator_start:
+            raise ValueError(
+                "TokenizerTraining: discriminator_update_start must not be after "
+                f"discriminator_start, got {self.update_start} and {self.discriminator_start}"
+            )
+
+    @property
+    def update_start(self) -> int:
+        given = self.discriminator_update_start
+        return self.discriminator_start if given is None else given
+
+
+@dataclass(frozen=True)
+class GPTTraining(Training):
+    """How to train a generator; the defaults are the authors': AdamW, constant, no warm-up.
+
+    All fields stand at `Training`. Only weights of two dimensions or more decay, embeddings and
+    head among them.
+    """
+
+    weight_decay: float = 0.05
+    optimizer: str = "adamw"
+
+
+def rae(steps_per_epoch: int) -> dict[str, Any]:
+    """Fields of `TokenizerTraining` for the discriminator's schedule of RAE, arXiv 2510.11690.
+
+    It learns from epoch 6 on and counts from epoch 8 on, its weight adapts, rates fall by a cosine.
+    """
+    return {
+        "discriminator_update_start": 6 * steps_per_epoch + 1,
+        "discriminator_start": 8 * steps_per_epoch + 1,
+        "discriminator_weight": 0.75,
+        "adaptive_weight": True,
+        "idle_discriminator": False,
+        "schedule": "cosine",
+        "ema": 0.9978,
+    }
