@@ -36,7 +36,7 @@ BARE := $(CURDIR)/build/bare
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1 - /p' Makefile
 
-demo: $(READY) ## tokenise, verify, reconstruct and sample with a small untrained model
+demo: $(READY) ## tokenise, verify, reconstruct and sample with the emoji model that comes along
 	$(if $(VENV),PATH="$$(cd $(BIN) && pwd):$$PATH" )bash examples/demo.sh
 
 test: $(READY) ## run all tests; those that need a GPU are skipped without one

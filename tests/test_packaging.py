@@ -145,6 +145,9 @@ def test_wheel_holds_the_package_and_nothing_else(source: Path, elsewhere: Path)
         f"vfmtok_fast/kernels/tuned/{p.name}" for p in (source / "kernels/tuned").glob("*.json")
     }
     assert "vfmtok_fast/kernels/tuned/nvidia-h200.json" in tables
+    models = source / "vfmtok_fast" / "pretrained"
+    tables |= {p.relative_to(source).as_posix() for p in models.rglob("*") if p.is_file()}
+    assert "vfmtok_fast/pretrained/emoji/tokenizer/model.safetensors" in tables
     # A folder of modules without an __init__.py would be missing from the wheel.
     expected |= tables | {"vfmtok_fast/py.typed"}
     assert names == expected | modules_in(source / "kernels", "vfmtok_fast/kernels")

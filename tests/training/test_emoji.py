@@ -25,7 +25,7 @@ CONFIG = {
     "pixel_channels": 32,
     "pixel_channel_mult": [1, 1, 1, 1, 1],
 }
-STEPS, EVERY = 40, 5
+STEPS, EVERY = 32, 4
 
 
 @pytest.mark.slow
