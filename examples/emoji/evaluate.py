@@ -46,15 +46,18 @@ def reconstruct(tokenizer: vf.VFMTok, images: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def generate(
     gpt: vf.GPT, tokenizer: vf.VFMTok, each: int, seed: int = 0, **sampling: float
-) -> tuple[Tensor, Tensor]:
-    """So many pictures of each group [N, 3, 64, 64] in [0, 1], and their groups."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """So many pictures of each group [N, 3, 64, 64] in [0, 1], their groups, and their codes."""
     labels = torch.arange(GROUPS).repeat_interleave(each)
-    made = []
-    for ids in torch.arange(len(labels)).split(90):
-        codes = gpt.generate(labels[ids], seed=seed, image_ids=ids, **sampling)
-        made.append(tokenizer.decode(codes))
-    images = F.interpolate(eight_bit(torch.cat(made)), SIZE, mode="area")
-    return images, labels
+    codes = gpt.generate(labels, seed=seed, **sampling)
+    made = torch.cat([tokenizer.decode(part) for part in codes.split(32)])
+    return F.interpolate(eight_bit(made), SIZE, mode="area"), labels, codes
+
+
+def known(codes: Tensor, learned: Tensor) -> float:
+    """Mean over pictures [N, R] of the most codes that one of [M, R] has in the same places."""
+    same = torch.stack([(learned == one).float().mean(1).max() for one in codes])
+    return same.mean().item()
 
 
 def main() -> None:
@@ -63,6 +66,7 @@ def main() -> None:
     parser.add_argument("classifier", type=Path, help="the file that classifier.py wrote")
     parser.add_argument("--tokenizer", default="emoji", help="a folder (%(default)s)")
     parser.add_argument("--gpt", default="emoji", help="a folder, or none (%(default)s)")
+    parser.add_argument("--cache", type=Path, help="what the generator learned from")
     parser.add_argument("--each", type=int, default=40, help="pictures a group (%(default)s)")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
     options = parser.parse_args()
@@ -83,11 +87,19 @@ def main() -> None:
             judge, F.interpolate(made, SIZE, mode="area"), heldout.labels
         ),
     }
+    learned = None
+    if options.cache is not None:
+        views = [vf.cache.TokenCache(options.cache, view=v) for v in ("center", "center-flip")]
+        learned = torch.stack([tokens for view in views for tokens, _ in view]).long()
+        found["codes of the nearest training picture, held out"] = known(codes, learned)
     if options.gpt != "none":
         gpt = vf.GPT.from_pretrained(options.gpt)
         for scale in options.scales:
-            drawn, labels = generate(gpt, tokenizer, options.each, cfg_scale=scale)
+            drawn, labels, codes = generate(gpt, tokenizer, options.each, cfg_scale=scale)
             found[f"accuracy, generated, guidance {scale}"] = accuracy(judge, drawn, labels)
+            if learned is not None:
+                name = f"codes of the nearest training picture, guidance {scale}"
+                found[name] = known(codes, learned)
     print(json.dumps(found, indent=2))
 
 

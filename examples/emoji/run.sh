@@ -37,6 +37,6 @@ vfmtok-fast verify "$out/cache"
 
 generator=$out/generator/model
 python "$here/evaluate.py" "$here/data" "$here/classifier.safetensors" \
-    --tokenizer "$tokenizer" --gpt "$generator" | tee "$out/figures.json"
+    --tokenizer "$tokenizer" --gpt "$generator" --cache "$out/cache" | tee "$out/figures.json"
 vfmtok-fast sample "$out/samples" --model "$tokenizer" --gpt "$generator" \
     --num 81 --size 64 --cfg-scale 2
