@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .cache import included
 from .models import checked_device, policy
 from .output import note, say
 from .processes import among_processes
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..training import Run
+    from ..training import Pictures, Run, Trainer
     from ..training.estimate import Estimate
+    from ..training.loop import Data
 
 # Of the settings, those that options of the same name give, where they are given.
 FIELDS = (
@@ -111,6 +113,22 @@ def device_of(options: argparse.Namespace) -> torch.device:
     import torch
 
     return checked_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def open_pictures(
+    options: argparse.Namespace, root: str, size: int, rank: int = 0, world_size: int = 1
+) -> Pictures:
+    from ..cache.sources import open_source
+    from ..training import Pictures
+
+    source = open_source(
+        root, options.input, include=included(options), exclude=options.exclude,
+        image_column=options.image_column, label_column=options.label_column,
+    )  # fmt: skip
+    return Pictures(
+        source, options.batch_size, size=size, seed=options.seed, workers=options.workers,
+        rank=rank, world_size=world_size,
+    )  # fmt: skip
 
 
 def fields_of(
@@ -244,6 +262,14 @@ def told(line: dict) -> str:
     shares = {"mfu": line.get("mfu")} | {name: line.get(f"{name}_share") for name in stages}
     words += [f"{name} {share:.0%}" for name, share in shares.items() if share is not None]
     return ", ".join(words)
+
+
+def try_steps(options: argparse.Namespace, trainer: Trainer, data: Data) -> None:
+    """Two steps of a small model, for --dry-run."""
+    with policy(options), contextlib.closing(data.batches(0)) as batches:
+        for _ in range(2):
+            terms = trainer.step(*data.arguments(next(batches), trainer.device))
+            say(f"step {trainer.steps} of a small model: {told(terms)}")
 
 
 def tell_estimate(found: Estimate, images: int, precision: str, device: torch.device) -> None:
