@@ -163,7 +163,7 @@ Make = Callable[..., GPTTrainer]
 
 @pytest.fixture
 def make() -> Make:
-    def make(drop_path: float = 0.0, **settings) -> GPTTrainer:
+    def make(drop_path: float = 0.0, device: str = "cpu", **settings) -> GPTTrainer:
         torch.manual_seed(0)
         config = GPTConfig(
             **CONFIG, block_size=16, vocab_size=64, num_classes=3, drop_path=drop_path,
@@ -171,7 +171,7 @@ def make() -> Make:
         )  # fmt: skip
         model = GPT(config)
         torch.nn.init.normal_(model.head.weight, std=0.02)
-        return GPTTrainer(model, GPTTraining(lr=1e-2, **settings))
+        return GPTTrainer(model.to(device), GPTTraining(lr=1e-2, **settings))
 
     return make
 
