@@ -17,6 +17,7 @@ from . import (
     cache,
     convert,
     doctor,
+    evaluate,
     export,
     reconstruct,
     repair,
@@ -38,6 +39,7 @@ COMMANDS = {
     "reconstruct": reconstruct,
     "sample": sample,
     "train-tokenizer": train_tokenizer,
+    "evaluate": evaluate,
     "tune": tune,
     "doctor": doctor,
 }
