@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cache import add_choices, included
-from .choices import GENERATION, LABELS, PRECISIONS, PROBED, PROBES, RECONSTRUCTION
-from .models import (
-    add_input_option,
-    add_tokenizer_options,
-    checked_device,
-    load_gpt,
-    load_tokenizer,
-    policy,
-)
+from .cache import included
+from .evaluate_options import add_generation, add_probe, add_reconstruction, add_sweep
+from .models import checked_device, load_gpt, load_tokenizer, policy
 from .output import note, say
-from .sample import add_sampling, check_together, fill
+from .sample import check_together, fill
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -44,104 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(kinds.add_parser(name, help=summary, description=summary))
 
 
-def _add_common(parser: argparse.ArgumentParser, num: str) -> None:
-    parser.add_argument("--num", type=int, help=f"how many pictures; {num}")
-    parser.add_argument("--size", type=int, help="pixels a side at which they are compared (256)")
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures (%(default)s)")
-
-
-def _add_inception(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--inception",
-        metavar="FILE",
-        help="weights-inception-2015-12-05-6726825d.pth, as torch-fidelity publishes it; without, "
-        "random weights",
-    )
-
-
-def _add_pictures(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", metavar="IMAGES", help="class folders of pictures, or archives")
-    parser.add_argument("--workers", type=int, default=4, help="threads that read (%(default)s)")
-    add_input_option(parser)
-    add_choices(parser)
-
-
-def _add_out(parser: argparse.ArgumentParser) -> None:
-    what = parser.prog.split()[-1]
-    parser.add_argument(
-        "--out", metavar="FILE", default=f"evaluate-{what}.json", help="(%(default)s)"
-    )
-
-
-def _add_reconstruction(parser: argparse.ArgumentParser) -> None:
-    _add_pictures(parser)
-    _add_common(parser, "50000 in the protocols")
-    _add_out(parser)
-    parser.add_argument(
-        "--protocol", choices=RECONSTRUCTION, default=RECONSTRUCTION[0], help="(%(default)s)"
-    )
-    parser.add_argument("--vgg16", metavar="FILE", help="torchvision's: adds LPIPS")
-    parser.add_argument(
-        "--lpips-linear", metavar="FILE", help="lpips' vgg.pth; else the installed package's"
-    )
-    _add_inception(parser)
-    parser.add_argument("--no-inception", action="store_true", help="no rFID and rIS")
-    add_tokenizer_options(parser)
-
-
-def _add_against(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--reference",
-        metavar="FILE.npz",
-        required=True,
-        help="VIRTUAL_imagenet256_labeled.npz of ADM, or one of your own: arr_0, or mu and sigma",
-    )
-    parser.add_argument(
-        "--protocol", choices=GENERATION, default=GENERATION[0], help="(%(default)s)"
-    )
-    _add_inception(parser)
-
-
-def _add_generation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("samples", metavar="SAMPLES", help="an .npz, or a folder made by sample")
-    _add_against(parser)
-    _add_common(parser, "50000 in the protocols")
-    _add_out(parser)
-    parser.add_argument("--no-labels", action="store_true", help="the file holds none (arr_1)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
-
-
-def _add_sweep(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", metavar="OUT", help="folder for samples, sweep.json and sweep.png")
-    parser.add_argument("--gpt", help="generator: a folder made by convert, or a hub repo")
-    parser.add_argument(
-        "--cfg-scale", type=float, nargs="+", default=[1.0, 1.25, 1.5], help="(1.0 1.25 1.5)"
-    )
-    add_sampling(parser)
-    parser.add_argument(
-        "--labels", choices=LABELS, default="balanced", help="random as the authors (%(default)s)"
-    )
-    _add_against(parser)
-    _add_common(parser, "50000 in the protocols")
-    add_tokenizer_options(parser, precisions=[name for name in PRECISIONS if name != "mixed"])
-
-
-def _add_probe(parser: argparse.ArgumentParser) -> None:
-    _add_pictures(parser)
-    parser.add_argument("--test", metavar="IMAGES", help="other pictures of the same classes")
-    parser.add_argument("--features", choices=PROBED, default=PROBED[0], help="(%(default)s)")
-    parser.add_argument("--protocol", choices=PROBES, default=PROBES[0], help="(%(default)s)")
-    parser.add_argument("--epochs", type=int, help="of the linear probe (90)")
-    parser.add_argument("--seed", type=int, help="of the linear probe (0)")
-    parser.add_argument("--num", type=int, help="training pictures, evenly spaced; default: all")
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures (%(default)s)")
-    _add_out(parser)
-    add_tokenizer_options(parser)
-
-
 def run(options: argparse.Namespace) -> int:
     counts = ("num", "size", "batch_size", "workers", "epochs")
-    if small := [name for name in counts if (getattr(options, name, None) or 1) < 1]:
+    given = {name: getattr(options, name, None) for name in counts}
+    if small := [name for name, value in given.items() if value is not None and value < 1]:
         names = (f"--{name.replace('_', '-')}" for name in small)
         raise ValueError(f"{', '.join(names)} must be at least 1")
     out = Path(options.out).expanduser()
@@ -185,16 +83,19 @@ def _generation(options: argparse.Namespace, out: Path) -> None:
 def _sweep(options: argparse.Namespace, out: Path) -> None:
     """Sample at each scale, or go on with what lies there; evaluate; plot."""
     from .. import evaluation, sample_folder
+    from ..generator import Sampling
 
     protocol = _against(options)
     gpt, tokenizer = load_gpt(options, options.device), load_tokenizer(options, options.device)
     check_together(gpt, tokenizer)
     inception = _inception(options, tokenizer.device)
-    # Before hours of sampling.
-    evaluation.open_reference(options.reference, protocol, inception)
-    ids = evaluation.class_ids(options.labels, protocol.num, gpt.config.num_classes, options.seed)
     names = ("cfg_interval", "temperature", "top_k", "top_p", "seed")
     same = {name: getattr(options, name) for name in names} | {"greedy": False}
+    # All that can be wrong is found before hours of sampling.
+    evaluation.open_reference(options.reference, protocol, inception)
+    for scale in options.cfg_scale:
+        Sampling(cfg_scale=scale, **same).check()
+    ids = evaluation.class_ids(options.labels, protocol.num, gpt.config.num_classes, options.seed)
     results = []
     for scale in options.cfg_scale:
         settings = {"cfg_scale": scale, **same}
@@ -211,20 +112,19 @@ def _sweep(options: argparse.Namespace, out: Path) -> None:
             )  # fmt: skip
         results.append({"cfg_scale": scale, **found})
     _write(out / "sweep.json", {"drawn_labels": options.labels, "results": results})
-    evaluation.plot_sweep(out / "sweep.png", results)
+    if not evaluation.plot_sweep(out / "sweep.png", results):
+        note("note: no plot without matplotlib: pip install 'vfmtok-fast[eval]'")
     _warn(line for result in results for line in result["warnings"])
     _say_row("scale", *results[0]["metrics"])
     for result in results:
         _say_row(result["cfg_scale"], *result["metrics"].values())
-    say(f"wrote {out}/sweep.json and sweep.png: {protocol.name}")
+    say(f"wrote {out}/sweep.json: {protocol.name}")
 
 
 def _probe(options: argparse.Namespace, out: Path) -> None:
     from .. import evaluation
 
-    probe = evaluation.PROBES[options.protocol]
-    changed = {"epochs": options.epochs, "seed": options.seed}
-    probe = dataclasses.replace(probe, **{k: v for k, v in changed.items() if v is not None})
+    probe = evaluation.PROBES[options.protocol].changed(epochs=options.epochs, seed=options.seed)
     train = _source(options, options.images)
     test = None if options.test is None else _source(options, options.test)
     tokenizer = load_tokenizer(options, options.device)
@@ -240,20 +140,20 @@ def _probe(options: argparse.Namespace, out: Path) -> None:
 WHAT = {
     "reconstruction": (
         "rFID, rIS, PSNR, SSIM, LPIPS and codebook usage of a tokenizer",
-        _add_reconstruction,
+        add_reconstruction,
         _reconstruction,
     ),
     "generation": (
         "FID, sFID, IS, precision and recall of generated pictures",
-        _add_generation,
+        add_generation,
         _generation,
     ),
     "sweep": (
         "sample at several guidance scales and evaluate each; resumes",
-        _add_sweep,
+        add_sweep,
         _sweep,
     ),
-    "probe": ("linear probe and nearest neighbours on features", _add_probe, _probe),
+    "probe": ("linear probe and nearest neighbours on features", add_probe, _probe),
 }
 
 

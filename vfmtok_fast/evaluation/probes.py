@@ -20,6 +20,7 @@ from ..cache.format.manifest import weights_checksum
 from ..cache.sources import Source
 from ..tokenizer import VFMTok
 from .pictures import Pictures, model_input
+from .protocols import Named
 
 OPTIMIZERS = ("sgd", "lars")
 # Test pictures at a time, against all of the training set.
@@ -27,11 +28,10 @@ ROWS = 1000
 
 
 @dataclass(frozen=True)
-class Probe:
+class Probe(Named):
     """How features are probed.
 
     Attributes:
-        name: of the protocol.
         optimizer: "sgd", or "lars" as MAE has it, which takes the 1.28 million pictures and the
             thousands of steps of ImageNet to move the weights far enough.
         batch_size: pictures a step; at most all.
@@ -43,7 +43,6 @@ class Probe:
     Source: arXiv 2111.06377, appendix A.1; neighbours: arXiv 2104.14294, section 4.1.
     """
 
-    name: str
     optimizer: str = "sgd"
     batch_size: int = 256
     base_lr: float = 0.1

@@ -15,20 +15,10 @@ import torch
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """How pictures are compared.
-
-    Attributes:
-        name: as published, or followed by what was changed.
-        num: how many pictures.
-        size: side at which they are compared, in pixels.
-        split: pictures of a split of the inception score.
-    """
+class Named:
+    """Settings under a name, which says what was changed of them."""
 
     name: str
-    num: int = 50_000
-    size: int = 256
-    split: int = 5000
 
     def changed(self, **fields: Any) -> Self:
         """The same with other values of some fields (None: as it is), named by them."""
@@ -36,6 +26,21 @@ class Protocol:
         other = {k: v for k, v in fields.items() if v is not None and v != now[k]}
         words = [f"{key}={value}" for key, value in other.items()]
         return dataclasses.replace(self, **other, name=", ".join([self.name, *words]))
+
+
+@dataclass(frozen=True)
+class Protocol(Named):
+    """How pictures are compared.
+
+    Attributes:
+        num: how many pictures.
+        size: side at which they are compared, in pixels.
+        split: pictures of a split of the inception score.
+    """
+
+    num: int = 50_000
+    size: int = 256
+    split: int = 5000
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -122,13 +123,15 @@ class _Sums:
             if self.seen:
                 self.seen[number].add(some)
 
-    def metrics(self) -> dict[str, float]:
-        found = {}
+    def metrics(self) -> dict[str, float | None]:
+        found: dict[str, float | None] = {}
         if self.seen:
             found["rFID"] = frechet_distance(
                 *(one.moments["pool"].statistics() for one in self.seen)
             )
             logits = self.inception.logits(self.seen[1].pool)
             found["rIS"] = inception_score(logits, self.protocol.split)
-        found |= {name: total / self.count for name, total in self.sums.items()}
+        for name, total in self.sums.items():
+            # JSON has no infinity, the PSNR of equal pictures.
+            found[name] = total / self.count if math.isfinite(total) else None
         return found | {"codebook usage": float(self.used.double().mean())}
