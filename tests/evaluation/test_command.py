@@ -55,7 +55,7 @@ def test_reconstruction(run, photos: Path, model: Path, tmp_path: Path):
     result = json.loads(out.read_text())
     assert result["metrics"]["LPIPS"] > 0 and result["metrics"]["rFID"] > 0
     assert [row.split("  ")[0] for row in text.splitlines()[:-1]] == [*result["metrics"]]
-    assert text.endswith("reconstruction-vfmtok, num=4, size=16; Inception of random weights\n")
+    assert text.endswith("reconstruction-vfmtok, num=4, size=16; Inception: random weights\n")
 
     code, _, errors = run(*line, "--num", 4)
     assert code == 2 and "is there already; choose another name" in errors

@@ -13,7 +13,7 @@ from PIL import Image
 from vfmtok_fast import VFMTok, images
 from vfmtok_fast.cache.sources import open_source
 from vfmtok_fast.evaluation import PROBES, evaluate_probe, linear_probe, nearest_neighbours
-from vfmtok_fast.evaluation.probes import accuracy
+from vfmtok_fast.evaluation.probes import _optimizer, accuracy
 from vfmtok_fast.tokenizer.model import PROBED
 
 QUICK = dataclasses.replace(PROBES["probe-sgd"], epochs=20, warmup_epochs=2, batch_size=32)
@@ -68,6 +68,18 @@ def test_linear_probe(optimizer: str):
     assert accuracy(linear_probe(train, shuffled, test, 3, probe), truth) < 0.7
     with pytest.raises(ValueError, match="must be one of sgd, lars, got 'adam'"):
         linear_probe(train, labels, test, 3, dataclasses.replace(probe, optimizer="adam"))
+
+
+def test_lars_is_maes():
+    """The weight moves a thousandth of its length times the rate; the bias by its gradient."""
+    layer = torch.nn.Linear(5, 3)
+    before = layer.weight.detach().clone(), layer.bias.detach().clone()
+    optimizer = _optimizer(layer, dataclasses.replace(PROBES["probe-mae"], base_lr=2.0))
+    layer.weight.grad, layer.bias.grad = torch.randn(3, 5), torch.ones(3)
+    optimizer.step()
+    step = (layer.weight.detach() - before[0]).norm() / before[0].norm()
+    assert float(step) == pytest.approx(2.0 * 0.001, rel=1e-4)
+    torch.testing.assert_close(layer.bias.detach(), before[1] - 2.0)
 
 
 def test_nearest_neighbours_vote_by_weight():

@@ -118,7 +118,7 @@ def _sweep(options: argparse.Namespace, out: Path) -> None:
     _say_row("scale", *results[0]["metrics"])
     for result in results:
         _say_row(result["cfg_scale"], *result["metrics"].values())
-    say(f"wrote {out}/sweep.json: {protocol.name}")
+    say(f"wrote {out}/sweep.json: {_named(results[0])}")
 
 
 def _probe(options: argparse.Namespace, out: Path) -> None:
@@ -210,9 +210,13 @@ def _report(result: dict[str, Any], out: Path) -> None:
     width = max(map(len, result["metrics"]))
     for name, value in result["metrics"].items():
         say(f"{name:<{width}}  {_shown(value)}")
-    network = result.get("inception") or {}
-    random = "; Inception of random weights" if "seed" in network else ""
-    say(f"wrote {out}: {result['protocol']['name']}{random}")
+    say(f"wrote {out}: {_named(result)}")
+
+
+def _named(result: dict[str, Any]) -> str:
+    network = result.get("inception")
+    words = f"; Inception: {network['weights']}" if network else ""
+    return f"{result['protocol']['name']}{words}"
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

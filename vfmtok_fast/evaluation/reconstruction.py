@@ -110,12 +110,12 @@ class _Sums:
     def add(self, originals: np.ndarray, made: np.ndarray, codes: Tensor) -> None:
         self.count += len(made)
         self.used[codes.flatten().cpu()] = True
-        terms = {"PSNR": psnr(originals, made)}
+        pair = [torch.from_numpy(one).to(self.device) for one in (originals, made)]
+        terms = {"PSNR": psnr(*pair)}
         for data_range in self.protocol.ssim_ranges:
-            terms[f"SSIM, range {data_range}"] = ssim(originals, made, data_range)
+            terms[f"SSIM, range {data_range}"] = ssim(*pair, data_range)
         if self.lpips is not None:
-            pair = (to_float(one).to(self.device) for one in (originals, made))
-            terms["LPIPS"] = self.lpips(*pair)
+            terms["LPIPS"] = self.lpips(*map(to_float, pair))
         for name, values in terms.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(values.double().sum())
         for number, some in enumerate((originals, made)):
