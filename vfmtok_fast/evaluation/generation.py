@@ -173,10 +173,8 @@ def plot_sweep(path: str | os.PathLike, results: list[dict[str, Any]]) -> bool:
         axes.annotate(scale, (x, y), textcoords="offset points", xytext=(5, 5))
     axes.set_xlabel("inception score")
     axes.set_ylabel("FID")
-    first = results[0]
-    title = (
-        f"guidance scales, {first['protocol']['name']}; Inception: {first['inception']['weights']}"
-    )
+    name, network = (results[0][key] for key in ("protocol", "inception"))
+    title = f"guidance scales, {name['name']}; Inception: {network['weights']}"
     axes.set_title(title, fontsize="small")
     with LocalPlace(path).writing() as file:
         figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
