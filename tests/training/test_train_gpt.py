@@ -69,6 +69,8 @@ def test_a_run_on_a_cache_and_going_on_with_it(cache, config, tokenizer, tmp_pat
     model = GPT.from_pretrained(out / "model")
     has = model.config
     assert (has.num_classes, has.vocab_size, has.block_size) == (2, 256, 16)
+    theirs = GPT.from_official(out / "gpt.pt", has)
+    assert torch.equal(theirs.head.weight, model.head.weight)
 
     assert cli.main(line(cache, out, config, *more, "--weight-decay", "0.1")) == 2
     assert "settings have changed: weight_decay was 0.05, is 0.1\n" in capsys.readouterr().err

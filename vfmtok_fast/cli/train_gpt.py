@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ..training import Codes, GPTTraining, OnlineCodes, Run
 
 SUMMARY = "train a generator on a token cache, or on pictures; or go on with a run"
+# The result in the authors' naming.
+OFFICIAL = "gpt.pt"
 # Below this loss a generator knows what it was shown.
 LEARNED = 0.1
 
@@ -75,6 +77,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..checkpoint import official_gpt
+
     training.check_options(options)
     if options.overfit is not None and options.overfit < 1:
         raise ValueError("--overfit must be at least 1")
@@ -83,7 +87,8 @@ def run(options: argparse.Namespace) -> int:
     done = training.run_to_end(options, functools.partial(_prepare, options))
     if isinstance(done, int):
         return done
-    work, _ = done
+    work, model = done
+    training.save_official(work.out / OFFICIAL, official_gpt(model))
     trainer, epochs = work.trainer, work.trainer.steps / work.data.order.steps_per_epoch
     folder = work.out / "model"
     say(f"{work.out}: {trainer.steps} steps, {epochs:.2f} epochs; the generator is {folder}")

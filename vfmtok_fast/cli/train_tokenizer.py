@@ -101,9 +101,6 @@ def _add_losses(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    import torch
-
-    from ..cache.store import LocalPlace
     from ..checkpoint import official_tokenizer
 
     training.check_options(options)
@@ -114,8 +111,7 @@ def run(options: argparse.Namespace) -> int:
         return done
     work, model = done
     trainer, pictures = work.trainer, work.data
-    with LocalPlace(work.out / OFFICIAL).writing() as file:
-        torch.save({"ema": official_tokenizer(model)}, file)
+    training.save_official(work.out / OFFICIAL, official_tokenizer(model))
     if pictures.bad:
         note(f"note: {len(pictures.bad)} pictures could not be read; others took their places")
     epochs = trainer.steps / pictures.order.steps_per_epoch

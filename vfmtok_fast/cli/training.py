@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from ..training import Pictures, Run, Trainer
     from ..training.estimate import Estimate
@@ -187,6 +187,16 @@ def run_to_end(
         if rank == 0:
             model.save_pretrained(out / "model")
     return (work, model) if rank == 0 else 0
+
+
+def save_official(path: Path, weights: dict[str, Tensor]) -> None:
+    """A checkpoint as the authors' code reads it."""
+    import torch
+
+    from ..cache.store import LocalPlace
+
+    with LocalPlace(path).writing() as file:
+        torch.save({"ema": weights}, file)
 
 
 def speed(device: torch.device, precision: str, world_size: int) -> float | None:
