@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 
+import numpy as np
 from triton.language import core
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
@@ -27,6 +28,7 @@ def install() -> None:
     _compare_types_fast()
     _remember_common_types()
     _remember_numpy_types()
+    _reduce_by_slices()
 
 
 def _replace_language_once() -> None:
@@ -152,3 +154,29 @@ def _remember_numpy_types() -> None:
         return known[name]
 
     interpreter._get_np_dtype = known_type
+
+
+def _reduce_by_slices() -> None:
+    """All results of a reduction by a kernel's own function at once, each in the same order."""
+    by_element = interpreter.ReduceOps.generic_reduce
+
+    def by_slice(self, input):
+        axis = self.axis
+        if axis is None or input[0].handle.data.ndim < 2:
+            return by_element(self, input)
+        slices = [np.moveaxis(x.handle.data, axis, 0) for x in input]
+        kinds = [x.dtype for x in input]
+        total, *rest = [tuple(map(self.to_tensor, at, kinds)) for at in zip(*slices, strict=True)]
+        for at in rest:
+            total = self.combine_fn.fn(*total, *at)
+            total = total if isinstance(total, tuple) else (total,)
+            # Each step is rounded to the type of the input.
+            total = tuple(
+                self.to_tensor(x.handle.data, k) for x, k in zip(total, kinds, strict=True)
+            )
+        results = [x.handle.data for x in total]
+        if self.keep_dims:
+            results = [np.expand_dims(x, axis) for x in results]
+        return list(map(self.to_tensor, results, kinds))
+
+    interpreter.ReduceOps.generic_reduce = by_slice
