@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ...errors import one_line
 from ..format.shards import BAD, GONE
 from .base import (
     BAD_LABEL,
@@ -30,12 +31,12 @@ from .base import (
     UNKNOWN,
     BadImage,
     Entry,
+    Source,
     behind,
     check_bytes,
     check_known,
     check_label,
     files_from,
-    numbered_classes,
     sizes_of,
 )
 from .choice import EVERYTHING, Choice
@@ -51,7 +52,7 @@ _READ = {"memory_map": False, "buffer_size": 1 << 20, "pre_buffer": False}
 
 
 @dataclass
-class ParquetSource:
+class ParquetSource(Source):
     """Rows of the Parquet files `names` in the folder `root`."""
 
     root: Path
@@ -107,7 +108,7 @@ class ParquetSource:
     def classes(self, highest: int) -> list[str]:
         """The names that Hugging Face's `datasets` writes beside a ClassLabel, or numbers."""
         names = self.columns.class_names()
-        return list(names) if len(names) > highest else numbered_classes(highest)
+        return list(names) if len(names) > highest else super().classes(highest)
 
     def read(self, entry: Entry) -> bytes:
         check_known(entry)
@@ -128,11 +129,8 @@ class ParquetSource:
         """Walk on to a row, or start anew where the walk is past it or far before it."""
         path = self.root / name
         try:
-            if (
-                self._walk is None
-                or self._walk[0] != name
-                or not (self._walk[1] <= row < self._walk[1] + _KEPT)
-            ):
+            file, next_row, _ = self._walk or ("", 0, None)
+            if file != name or not next_row <= row < next_row + _KEPT:
                 self._walk = (name, *_walk_from(path, row, self.columns.image))
             _, at, batches = self._walk
             for batch in batches:
@@ -146,8 +144,7 @@ class ParquetSource:
                     return
         except (OSError, pa.ArrowInvalid) as error:
             self._walk = None
-            reason = " ".join(str(error).split())
-            raise OSError(f"{path}: cannot be read any more: {reason}") from error
+            raise OSError(f"{path}: cannot be read any more: {one_line(error)}") from error
         self._walk = None
 
 
@@ -191,5 +188,4 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(path, **_READ) as file:
             yield file
     except (OSError, pa.ArrowInvalid) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: cannot be read as Parquet: {reason}") from error
+        raise ValueError(f"{path}: cannot be read as Parquet: {one_line(error)}") from error
