@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from small import TINY, write_photos
 from torch import Tensor
 
-from vfmtok_fast import BackboneConfig, VFMTok, VFMTokConfig, evaluation
+from vfmtok_fast import VFMTok, evaluation
 
 
 class SmallInception:
@@ -46,15 +46,9 @@ def small_inception(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def tokenizer() -> VFMTok:
     """The smallest tokenizer that has every part, for pictures of 64 x 64, in eval mode."""
-    config = VFMTokConfig(
-        image_size=64, grid=4, num_regions=16,
-        dim=32, encoder_depth=2, decoder_depth=2, num_heads=2, decoder_mlp_dim=48,
-        codebook_size=256, pixel_channels=32, pixel_channel_mult=(1, 1, 1, 1, 2),
-        backbone=BackboneConfig(dim=32, depth=2, num_heads=2, levels=(0, 1)),
-    )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = VFMTok(config).eval()
+        model = VFMTok(TINY).eval()
         # The norms of the two passes start alike.
         torch.nn.init.normal_(model.token_decoder.feature_norm.weight)
     return model
@@ -71,13 +65,7 @@ def model(tokenizer: VFMTok, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes, red and blue, with 5 pictures each, no two alike, wider than high."""
     root = tmp_path_factory.mktemp("photos")
-    for number in range(10):
-        draw = np.random.default_rng(number)
-        coarse = draw.integers(0, 100, (7, 9, 3), dtype=np.uint8)
-        coarse[..., 2 * (number % 2)] += 150
-        path = root / f"class{number % 2}" / f"{number:02d}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(coarse).resize((90 + number, 70), Image.Resampling.BICUBIC).save(path)
+    write_photos(root, coloured=True)
     return root
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,12 +78,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from ..checkpoint import official_gpt
 
-    training.check_options(options)
     if options.overfit is not None and options.overfit < 1:
         raise ValueError("--overfit must be at least 1")
-    if options.dry_run:
-        return _dry_run(options)
-    done = training.run_to_end(options, functools.partial(_prepare, options))
+    done = training.run_to_end(options, _prepare, _dry_run)
     if isinstance(done, int):
         return done
     work, model = done

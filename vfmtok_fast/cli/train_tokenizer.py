@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,10 +102,7 @@ def _add_losses(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from ..checkpoint import official_tokenizer
 
-    training.check_options(options)
-    if options.dry_run:
-        return _dry_run(options)
-    done = training.run_to_end(options, functools.partial(_prepare, options))
+    done = training.run_to_end(options, _prepare, _dry_run)
     if isinstance(done, int):
         return done
     work, model = done

@@ -149,12 +149,15 @@ def fields_of(
 
 
 def run_to_end(
-    options: argparse.Namespace, prepare: Callable[[Path, int, int], Run]
+    options: argparse.Namespace,
+    prepare: Callable[[argparse.Namespace, Path, int, int], Run],
+    dry_run: Callable[[argparse.Namespace], int],
 ) -> tuple[Run, nn.Module] | int:
     """Begin a run or go on with it, among all processes, and train.
 
     Args:
-        prepare: given the folder, this process's rank and how many there are.
+        prepare: given the options, the folder, this process's rank and how many there are.
+        dry_run: what --dry-run does instead.
 
     Returns:
         The run and the averaged model, which is saved; on the other processes, and where a signal
@@ -163,6 +166,9 @@ def run_to_end(
     from ..training import Stopped, checkpoints
     from ..training.loop import CHECKPOINTS
 
+    check_options(options)
+    if options.dry_run:
+        return dry_run(options)
     out = Path(options.out).expanduser()
     if out.is_dir() and any(out.iterdir()) and checkpoints.latest(out / CHECKPOINTS) is None:
         raise FileExistsError(f"{out} is neither empty nor a run to go on with; choose a new one")
@@ -170,7 +176,7 @@ def run_to_end(
     if options.sharded and world_size == 1:
         raise ValueError("--sharded needs several processes, as torchrun starts them")
     with _together(rank, world_size, options.device), policy(options):
-        work = prepare(out, rank, world_size)
+        work = prepare(options, out, rank, world_size)
         work.save_every, work.log_every = options.save_every, options.log_every
         work.show_every, work.keep = options.show_every, options.keep
         if (path := work.resume(changed=options.accept_changes)) and rank == 0:
