@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cache import included
+from .cache import open_input
 from .evaluate_options import add_generation, add_probe, add_reconstruction, add_sweep
 from .models import checked_device, load_gpt, load_tokenizer, policy
 from .output import note, say
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import torch
     from tqdm import tqdm
 
-    from ..cache.sources import Source
     from ..evaluation import Generation, Inception
     from ..training import LPIPS
 
@@ -54,7 +53,7 @@ def _reconstruction(options: argparse.Namespace, out: Path) -> None:
 
     protocol = evaluation.protocol(options.protocol, evaluation.Reconstruction)
     protocol = protocol.changed(num=options.num, size=options.size)
-    source = _source(options, options.images)
+    source = open_input(options, options.images)
     lpips = _lpips(options)
     tokenizer = load_tokenizer(options, options.device)
     inception = None if options.no_inception else _inception(options, tokenizer.device)
@@ -125,8 +124,8 @@ def _probe(options: argparse.Namespace, out: Path) -> None:
     from .. import evaluation
 
     probe = evaluation.PROBES[options.protocol].changed(epochs=options.epochs, seed=options.seed)
-    train = _source(options, options.images)
-    test = None if options.test is None else _source(options, options.test)
+    train = open_input(options, options.images)
+    test = None if options.test is None else open_input(options, options.test)
     tokenizer = load_tokenizer(options, options.device)
     with policy(options), _bar(options.num, "features") as bar:
         result = evaluation.evaluate_probe(
@@ -162,15 +161,6 @@ def _against(options: argparse.Namespace) -> Generation:
 
     protocol = evaluation.protocol(options.protocol, evaluation.Generation)
     return protocol.changed(num=options.num, size=options.size)
-
-
-def _source(options: argparse.Namespace, images: str) -> Source:
-    from ..cache.sources import open_source
-
-    return open_source(
-        images, options.input, include=included(options), exclude=options.exclude,
-        image_column=options.image_column, label_column=options.label_column,
-    )  # fmt: skip
 
 
 def _inception(options: argparse.Namespace, device: torch.device) -> Inception:

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cache import included
+from .cache import open_input
 from .models import checked_device, policy
 from .output import note, say
 from .processes import among_processes
@@ -118,16 +118,11 @@ def device_of(options: argparse.Namespace) -> torch.device:
 def open_pictures(
     options: argparse.Namespace, root: str, size: int, rank: int = 0, world_size: int = 1
 ) -> Pictures:
-    from ..cache.sources import open_source
     from ..training import Pictures
 
-    source = open_source(
-        root, options.input, include=included(options), exclude=options.exclude,
-        image_column=options.image_column, label_column=options.label_column,
-    )  # fmt: skip
     return Pictures(
-        source, options.batch_size, size=size, seed=options.seed, workers=options.workers,
-        rank=rank, world_size=world_size,
+        open_input(options, root), options.batch_size, size=size, seed=options.seed,
+        workers=options.workers, rank=rank, world_size=world_size,
     )  # fmt: skip
 
 
