@@ -46,6 +46,8 @@ from .columns import Columns, leaf_of
 # ascending order. 128 photos are some 15 MB.
 _BATCH = 16
 _KEPT = 128
+# Rows of a block at most, where row groups are larger.
+_MOST = 1000
 
 # Read in pieces, not mapped: a file that shrinks under its reader would end the process.
 _READ = {"memory_map": False, "buffer_size": 1 << 20, "pre_buffer": False}
@@ -67,6 +69,8 @@ class ParquetSource(Source):
     )
     # The walk through one file: its name, the row that comes next, the batches to come.
     _walk: tuple[str, int, Iterator[pa.RecordBatch]] | None = field(default=None, repr=False)
+    _block: int = field(default=1, repr=False)
+    _kept: int = field(default=_KEPT, repr=False)
 
     def __reduce__(self) -> tuple:
         # Locks and open files do not travel.
@@ -118,6 +122,20 @@ class ParquetSource(Source):
             raise BadImage(BAD, "holds no bytes of a picture")
         return check_bytes(entry, data)
 
+    def read_blocks(self, kept: int) -> int:
+        """Read rows with all of their block from now on: for who jumps among a few blocks.
+
+        Args:
+            kept: rows that stay in memory.
+
+        Returns:
+            Rows of a block: those of a row group.
+        """
+        with _opened(self.root / self.names[0]) as file:
+            rows = file.metadata.row_group(0).num_rows if file.num_row_groups else 1
+        self._block, self._kept = max(1, min(rows, _MOST)), max(kept, _KEPT)
+        return self._block
+
     def _row(self, name: str, row: int) -> bytes | None:
         if (name, row) not in self._rows:
             self._load(name, row)
@@ -127,7 +145,7 @@ class ParquetSource(Source):
 
     def _load(self, name: str, row: int) -> None:
         """Walk on to a row, or start anew where the walk is past it or far before it."""
-        path = self.root / name
+        path, last = self.root / name, (row // self._block + 1) * self._block - 1
         try:
             file, next_row, _ = self._walk or ("", 0, None)
             if file != name or not next_row <= row < next_row + _KEPT:
@@ -137,10 +155,10 @@ class ParquetSource(Source):
                 for value in _bytes_of(batch.column(0)):
                     self._rows[name, at] = value
                     at += 1
-                while len(self._rows) > _KEPT:
+                while len(self._rows) > self._kept:
                     self._rows.popitem(last=False)
                 self._walk = (name, at, batches)
-                if at > row:
+                if at > last:
                     return
         except (OSError, pa.ArrowInvalid) as error:
             self._walk = None
