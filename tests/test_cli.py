@@ -421,9 +421,7 @@ def test_doctor_names_what_is_missing_and_how_to_get_it(run, monkeypatch) -> Non
     """Every extra that users may want, and no others."""
     pyproject = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     extras = pyproject["project"]["optional-dependencies"]
-    assert {extra for extra, _ in OPTIONAL.values()} == {*extras} - {
-        "test", "bench", "dev", "eval",
-    }  # fmt: skip
+    assert {extra for extra, _ in OPTIONAL.values()} == {*extras} - {"test", "bench", "dev"}
     for name, (extra, _) in OPTIONAL.items():
         assert any(wanted.startswith(f"{name}>=") for wanted in extras[extra]), name
     version = importlib.metadata.version

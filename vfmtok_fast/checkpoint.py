@@ -209,6 +209,11 @@ def load_gpt(model: Model, checkpoint: str | Path | Mapping) -> Model:
     return model.eval()
 
 
+def official_gpt(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a `GPT` by the authors' names; saved as those of `official_tokenizer`."""
+    return {official_name(key, GPT_NAMES): value for key, value in model.state_dict().items()}
+
+
 def read_tensors(
     source: str | Path | Mapping, wrappers: tuple[str, ...], what: str
 ) -> dict[str, Tensor]:

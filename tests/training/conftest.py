@@ -6,10 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from small import TINY, write_photos
 from torch import Tensor, nn
 
 from vfmtok_fast import BackboneConfig, VFMTok, VFMTokConfig
@@ -20,12 +19,7 @@ from vfmtok_fast.training import PatchDiscriminator, TokenizerTrainer, Tokenizer
 @pytest.fixture(scope="session")
 def tiny() -> VFMTokConfig:
     """The smallest tokenizer that has every part, for pictures of 64 x 64."""
-    return VFMTokConfig(
-        image_size=64, grid=4, num_regions=16,
-        dim=32, encoder_depth=2, decoder_depth=2, num_heads=2, decoder_mlp_dim=48,
-        codebook_size=256, pixel_channels=32, pixel_channel_mult=(1, 1, 1, 1, 2),
-        backbone=BackboneConfig(dim=32, depth=2, num_heads=2, levels=(0, 1)),
-    )  # fmt: skip
+    return TINY
 
 
 @pytest.fixture(scope="session")
@@ -115,10 +109,5 @@ def images() -> Tensor:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of two classes with 5 pictures each, no two alike, wider than high."""
     root = tmp_path_factory.mktemp("photos")
-    for number in range(10):
-        draw = np.random.default_rng(number)
-        coarse = draw.integers(0, 256, (7, 9, 3), dtype=np.uint8)
-        path = root / f"class{number % 2}" / f"{number:02d}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(coarse).resize((90 + number, 70), Image.Resampling.BICUBIC).save(path)
+    write_photos(root)
     return root

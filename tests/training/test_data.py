@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vfmtok_fast.cache.sources import open_source
+from vfmtok_fast.cache.sources import open_source, parquet
+from vfmtok_fast.training import data
 from vfmtok_fast.training.data import Batch, Pictures
 
 
@@ -114,3 +115,25 @@ def test_what_cannot_be_is_said(photos: Path, tmp_path: Path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"in a row cannot be read; the last is 'bad\.png'"):
         take(Pictures(open_source(tmp_path), 1), 1)
+
+
+def test_parquet_is_shuffled_by_row_groups(tmp_path: Path, monkeypatch):
+    """Each is read once or twice an epoch, though pictures come from many of them at a time."""
+    for name, count in (("a", 57), ("b", 43)):
+        rows = [{"bytes": b"%s%d" % (name.encode(), row), "path": ""} for row in range(count)]
+        pq.write_table(pa.table({"image": rows}), tmp_path / f"{name}.parquet", row_group_size=5)
+    monkeypatch.setattr(data, "WINDOW", 20)
+    monkeypatch.setattr(parquet, "_KEPT", 1)
+    pictures = Pictures(open_source(tmp_path), 10, size=64)
+    reads = []
+    walk = parquet._walk_from
+    monkeypatch.setattr(parquet, "_walk_from", lambda *of: reads.append(of) or walk(*of))
+    places = [place for done in range(10) for place in pictures.order.places(done)]
+    assert sorted(places) == list(range(100)) and places != sorted(places)
+    found = [pictures.source.read(pictures.entries[place]) for place in places]
+    assert len(set(found)) == 100
+    assert len(reads) <= 2 * 21
+    # Neighbours in a batch are of many groups, and the next epoch has other windows.
+    first = [pictures.entries[place] for place in places[:10]]
+    assert len({(entry.file, entry.offset // 5) for entry in first}) >= 3
+    assert set(places[:20]) != {p for done in (10, 11) for p in pictures.order.places(done)}

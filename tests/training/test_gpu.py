@@ -7,10 +7,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import vfmtok_fast
-from vfmtok_fast.training import LPIPS, DinoDiscriminator, TokenizerTrainer, TokenizerTraining
+from vfmtok_fast import GPT, GPTConfig
+from vfmtok_fast.training import (
+    LPIPS,
+    DinoDiscriminator,
+    GPTTrainer,
+    GPTTraining,
+    TokenizerTrainer,
+    TokenizerTraining,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -56,3 +65,38 @@ def test_the_same_bits_twice(
         torch.use_deterministic_algorithms(False)
     assert terms == again
     assert all(torch.equal(value, others[key]) for key, value in weights.items())
+
+
+def test_half_precision_learns_as_with_float32_logits():
+    """The head and the loss in one op, in bfloat16, over 300 steps of a small generator."""
+    config = GPTConfig(
+        num_layers=3, num_heads=4, dim=128, block_size=64, vocab_size=512, num_classes=10,
+        class_dropout=0, token_dropout=0, residual_dropout=0, ffn_dropout=0,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(512, (256, 64), generator=generator).cuda()
+    classes = torch.arange(16, device="cuda") % 10
+
+    def curve(wide: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = GPT(config).cuda()
+        trainer = GPTTrainer(model, GPTTraining(lr=1e-3, precision="bfloat16"))
+        if wide:
+
+            def loss(codes: Tensor, class_ids: Tensor) -> Tensor:
+                hidden = model.hidden(model.embed(class_ids, codes[:, :-1]))
+                with torch.autocast("cuda", enabled=False):
+                    logits = hidden.float() @ model.head.weight.T
+                return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+
+            model.loss = loss
+        with vfmtok_fast.enable():
+            steps = (rows[number % 16 :: 16] for number in range(300))
+            return torch.tensor([trainer.step(codes, classes)["loss"] for codes in steps])
+
+    fused, wide = curve(False), curve(True)
+    assert set(vfmtok_fast.status().ops["linear_cross_entropy"].calls) == {"triton"}
+    assert wide[-20:].mean() < 0.8 * wide[:20].mean()  # It learns, and so two curves could part.
+    smooth = torch.ones(1, 1, 20) / 20
+    one, other = (F.conv1d(curve.view(1, 1, -1), smooth) for curve in (fused, wide))
+    torch.testing.assert_close(one, other, rtol=0.01, atol=0)

@@ -69,6 +69,8 @@ def test_a_run_on_a_cache_and_going_on_with_it(cache, config, tokenizer, tmp_pat
     model = GPT.from_pretrained(out / "model")
     has = model.config
     assert (has.num_classes, has.vocab_size, has.block_size) == (2, 256, 16)
+    theirs = GPT.from_official(out / "gpt.pt", has)
+    assert torch.equal(theirs.head.weight, model.head.weight)
 
     assert cli.main(line(cache, out, config, *more, "--weight-decay", "0.1")) == 2
     assert "settings have changed: weight_decay was 0.05, is 0.1\n" in capsys.readouterr().err
@@ -163,7 +165,7 @@ Make = Callable[..., GPTTrainer]
 
 @pytest.fixture
 def make() -> Make:
-    def make(drop_path: float = 0.0, **settings) -> GPTTrainer:
+    def make(drop_path: float = 0.0, device: str = "cpu", **settings) -> GPTTrainer:
         torch.manual_seed(0)
         config = GPTConfig(
             **CONFIG, block_size=16, vocab_size=64, num_classes=3, drop_path=drop_path,
@@ -171,7 +173,7 @@ def make() -> Make:
         )  # fmt: skip
         model = GPT(config)
         torch.nn.init.normal_(model.head.weight, std=0.02)
-        return GPTTrainer(model, GPTTraining(lr=1e-2, **settings))
+        return GPTTrainer(model.to(device), GPTTraining(lr=1e-2, **settings))
 
     return make
 

@@ -17,6 +17,7 @@ from . import (
     cache,
     convert,
     doctor,
+    evaluate,
     export,
     reconstruct,
     repair,
@@ -40,6 +41,7 @@ COMMANDS = {
     "sample": sample,
     "train-tokenizer": train_tokenizer,
     "train-gpt": train_gpt,
+    "evaluate": evaluate,
     "tune": tune,
     "doctor": doctor,
 }

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from ..cache import CacheSpec, Progress, Summary
+    from ..cache.sources import Source
     from ..cache.store import Place
 
 # Names that a note lists.
@@ -105,6 +106,16 @@ def included(options: argparse.Namespace) -> tuple[str, ...]:
     if options.include:
         raise ValueError("--split is an --include of its own; give one of the two")
     return split_patterns(options.split)
+
+
+def open_input(options: argparse.Namespace, images: str) -> Source:
+    """Pictures, with what `add_input_option` and `add_choices` say of them."""
+    from ..cache.sources import open_source
+
+    return open_source(
+        images, options.input, include=included(options), exclude=options.exclude,
+        image_column=options.image_column, label_column=options.label_column,
+    )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:

@@ -10,3 +10,12 @@ UNTRAINED = ("full", "small")
 VIEWS = ("center", "center-flip", "ten-crop", "ten-crop-N", "random-K", "random-K-flip")
 INPUTS = ("folder", "tar", "webdataset", "parquet", "lmdb")
 FORMATS = ("llamagen", "rar", "parquet")
+RECONSTRUCTION = (
+    "reconstruction-vfmtok",
+    "reconstruction-vfmtok-torch",
+    "reconstruction-crops",
+)
+GENERATION = ("generation-adm", "generation-float64")
+PROBES = ("probe-sgd", "probe-mae")
+PROBED = ("semantic-class", "regions", "codes")
+LABELS = ("balanced", "random")

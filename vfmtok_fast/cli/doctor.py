@@ -17,6 +17,8 @@ OPTIONAL = {
     "lmdb": ("lmdb", "pictures in the authors' LMDB"),
     "lpips": ("train", "the linear layers of LPIPS, while training the tokenizer"),
     "tensorboard": ("train", "`train-tokenizer --tensorboard`"),
+    "torch-fidelity": ("eval", "`evaluate`: the network of FID"),
+    "matplotlib": ("eval", "`evaluate sweep`: the plot"),
     "pillow-heif": ("heif", "pictures named .heic or .heif"),
     "s3fs": ("cloud", "caches at s3://"),
     "gcsfs": ("cloud", "caches at gs://"),

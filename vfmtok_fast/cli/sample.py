@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .choices import PRECISIONS
 from .models import add_tokenizer_options, load_gpt, load_tokenizer, policy
 from .output import say, write_png
 from .processes import among_processes
+
+if TYPE_CHECKING:
+    from ..generator import GPT
+    from ..sample_folder import Job
+    from ..tokenizer import VFMTok
 
 SUMMARY = "generate new images: OUT/samples.npz and a grid; resumes, by 64"
 
@@ -28,6 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--size", type=int, default=256, help="pixels a side (%(default)s)")
     parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance; 1 is none")
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest code each time")
+    add_sampling(parser)
+    # Mixed is for encoding.
+    add_tokenizer_options(parser, precisions=[name for name in PRECISIONS if name != "mixed"])
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """What holds whatever the guidance scale."""
     parser.add_argument(
         "--cfg-interval", type=int, default=-1, help="guide decode steps 0..N only; -1: all"
     )
@@ -38,15 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-p", type=float, default=1.0, help="keep this much probability; 1: all codes"
     )
-    parser.add_argument("--greedy", action="store_true", help="take the likeliest code each time")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
-    # Mixed is for encoding.
-    add_tokenizer_options(parser, precisions=[name for name in PRECISIONS if name != "mixed"])
 
 
 def run(options: argparse.Namespace) -> int:
     import torch
-    from tqdm import tqdm
 
     from .. import images, sample_folder
     from ..checks import check_class_ids
@@ -58,13 +68,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"OUT is a folder, which gets samples.png and samples.npz: {options.out}")
     rank, world_size, device = among_processes(options.device)
     gpt, tokenizer = load_gpt(options, device), load_tokenizer(options, device)
-    if gpt.config.block_size != tokenizer.config.num_regions or (
-        gpt.config.vocab_size > tokenizer.config.codebook_size
-    ):
-        raise ValueError(
-            f"the generator makes {gpt.config.block_size} codes of {gpt.config.vocab_size}, the "
-            f"tokenizer decodes {tokenizer.config.num_regions} of {tokenizer.config.codebook_size}"
-        )
+    check_together(gpt, tokenizer)
     classes = torch.tensor(options.classes or range(gpt.config.num_classes))
     names = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "greedy", "seed")
     settings = {name: getattr(options, name) for name in names}
@@ -78,15 +82,7 @@ def run(options: argparse.Namespace) -> int:
     )
     sample_folder.prepare(job)
     mine = sample_folder.pending(job)[rank::world_size]
-    count = sum(len(job.rows(number)) for number in mine)
-    hidden = True if rank else None  # None: hidden where there is no terminal.
-    with policy(options), tqdm(total=count, unit="img", desc="sample", disable=hidden) as bar:
-
-        def generating(done: int, codes: int) -> None:
-            bar.set_postfix_str(f"codes {done / codes:.0%}", refresh=False)
-            bar.update(0)  # Drawn as often as bars are.
-
-        sample_folder.make_shards(job, mine, options.batch_size, bar.update, generating)
+    count = fill(options, job, mine, options.batch_size, hidden=rank > 0)
     if not sample_folder.finish(job):
         left = len(sample_folder.pending(job))
         say(f"{job.out}: {count} images made now; {left} shards are still to come")
@@ -96,3 +92,39 @@ def run(options: argparse.Namespace) -> int:
     if rank == 0:
         say(f"wrote {job.out}/samples.png ({len(shown)}) and samples.npz ({options.num} images)")
     return 0
+
+
+def check_together(gpt: GPT, tokenizer: VFMTok) -> None:
+    """Require that the tokenizer decodes what the generator makes."""
+    if gpt.config.block_size != tokenizer.config.num_regions or (
+        gpt.config.vocab_size > tokenizer.config.codebook_size
+    ):
+        raise ValueError(
+            f"the generator makes {gpt.config.block_size} codes of {gpt.config.vocab_size}, the "
+            f"tokenizer decodes {tokenizer.config.num_regions} of {tokenizer.config.codebook_size}"
+        )
+
+
+def fill(
+    options: argparse.Namespace,
+    job: Job,
+    numbers: list[int],
+    batch_size: int | None,
+    hidden: bool = False,
+) -> int:
+    """Make some shards of a prepared folder behind a progress bar; how many images they hold."""
+    from tqdm import tqdm
+
+    from .. import sample_folder
+
+    count = sum(len(job.rows(number)) for number in numbers)
+    # None: hidden where there is no terminal.
+    bar = tqdm(total=count, unit="img", desc="sample", disable=hidden or None)
+    with policy(options), bar:
+
+        def generating(done: int, codes: int) -> None:
+            bar.set_postfix_str(f"codes {done / codes:.0%}", refresh=False)
+            bar.update(0)  # Drawn as often as bars are.
+
+        sample_folder.make_shards(job, numbers, batch_size, bar.update, generating)
+    return count

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import training
-from .cache import add_choices, included
+from .cache import add_choices
 from .choices import PRESETS
 from .convert import read_config
 from .models import add_input_option, policy
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
     from ..training import Codes, GPTTraining, OnlineCodes, Run
 
 SUMMARY = "train a generator on a token cache, or on pictures; or go on with a run"
+# The result in the authors' naming.
+OFFICIAL = "gpt.pt"
 # Below this loss a generator knows what it was shown.
 LEARNED = 0.1
 
@@ -75,15 +76,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    training.check_options(options)
+    from ..checkpoint import official_gpt
+
     if options.overfit is not None and options.overfit < 1:
         raise ValueError("--overfit must be at least 1")
-    if options.dry_run:
-        return _dry_run(options)
-    done = training.run_to_end(options, functools.partial(_prepare, options))
+    done = training.run_to_end(options, _prepare, _dry_run)
     if isinstance(done, int):
         return done
-    work, _ = done
+    work, model = done
+    training.save_official(work.out / OFFICIAL, official_gpt(model))
     trainer, epochs = work.trainer, work.trainer.steps / work.data.order.steps_per_epoch
     folder = work.out / "model"
     say(f"{work.out}: {trainer.steps} steps, {epochs:.2f} epochs; the generator is {folder}")
@@ -125,22 +126,23 @@ def _data(
     """What is trained on; the cache's manifest, where there is one; the tokenizer, if named."""
     from ..cache import TokenCacheDataset
     from ..cache.format.manifest import NAME
-    from ..cache.sources import open_source
     from ..cache.store import place
     from ..tokenizer import VFMTok
-    from ..training import Codes, OnlineCodes, Pictures
+    from ..training import Codes, OnlineCodes
 
     tokenizer = None
     if options.tokenizer is not None:
         tokenizer = VFMTok.from_pretrained(options.tokenizer)
-    shared = {"seed": options.seed, "rank": rank, "world_size": world_size}
     if (place(options.input_path) / NAME).exists():
         data = TokenCacheDataset(options.input_path, options.views, seed=options.seed)
         manifest = data.cache.manifest
         if tokenizer is not None:
             _check_tokenizer(tokenizer, manifest, options)
             tokenizer.to(device)
-        codes = Codes(data, options.batch_size, few=options.overfit, **shared)
+        codes = Codes(
+            data, options.batch_size, few=options.overfit, seed=options.seed, rank=rank,
+            world_size=world_size,
+        )  # fmt: skip
         return codes, manifest, tokenizer
     if tokenizer is None:
         raise ValueError(
@@ -149,14 +151,8 @@ def _data(
         )
     if options.overfit is not None:
         raise ValueError("--overfit learns from a token cache")
-    source = open_source(
-        options.input_path, options.input, include=included(options), exclude=options.exclude,
-        image_column=options.image_column, label_column=options.label_column,
-    )  # fmt: skip
-    pictures = Pictures(
-        source, options.batch_size, size=tokenizer.config.image_size, workers=options.workers,
-        **shared,
-    )  # fmt: skip
+    size = tokenizer.config.image_size
+    pictures = training.open_pictures(options, options.input_path, size, rank, world_size)
     return OnlineCodes(pictures, tokenizer.to(device)), None, tokenizer
 
 
@@ -268,10 +264,5 @@ def _dry_run(options: argparse.Namespace) -> int:
     names = ("vocab_size", "block_size", "num_classes")
     small = dataclasses.replace(GPTS["small"], **{name: getattr(config, name) for name in names})
     trainer = GPTTrainer(GPT(small).to(device), settings)
-    batches = data.batches(0)
-    with policy(options):
-        for _ in range(2):
-            terms = trainer.step(*data.arguments(next(batches), device))
-            say(f"step {trainer.steps} of a small model: {training.told(terms)}")
-    batches.close()
+    training.try_steps(options, trainer, data)
     return 0

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import training
-from .cache import add_choices, included
+from .cache import add_choices
 from .choices import UNTRAINED
 from .convert import read_config
-from .models import add_input_option, policy
+from .models import add_input_option
 from .output import note, say
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
         LPIPS,
         DinoDiscriminator,
         PatchDiscriminator,
-        Pictures,
         Run,
         TokenizerTraining,
     )
@@ -102,21 +100,14 @@ def _add_losses(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    import torch
-
-    from ..cache.store import LocalPlace
     from ..checkpoint import official_tokenizer
 
-    training.check_options(options)
-    if options.dry_run:
-        return _dry_run(options)
-    done = training.run_to_end(options, functools.partial(_prepare, options))
+    done = training.run_to_end(options, _prepare, _dry_run)
     if isinstance(done, int):
         return done
     work, model = done
     trainer, pictures = work.trainer, work.data
-    with LocalPlace(work.out / OFFICIAL).writing() as file:
-        torch.save({"ema": official_tokenizer(model)}, file)
+    training.save_official(work.out / OFFICIAL, official_tokenizer(model))
     if pictures.bad:
         note(f"note: {len(pictures.bad)} pictures could not be read; others took their places")
     epochs = trainer.steps / pictures.order.steps_per_epoch
@@ -132,7 +123,7 @@ def _prepare(options: argparse.Namespace, out: Path, rank: int, world_size: int)
 
     _check_discriminator(options)
     config = _config(options)
-    pictures = _pictures(options, config.image_size, rank, world_size)
+    pictures = training.open_pictures(options, options.images, config.image_size, rank, world_size)
     device = training.device_of(options)
     settings = _settings(options, pictures.order.steps_per_epoch, device)
     lpips, discriminator = _lpips(options), _discriminator(options)
@@ -161,7 +152,7 @@ def _dry_run(options: argparse.Namespace) -> int:
     from ..untrained import TOKENIZERS
 
     config, device = _config(options), training.device_of(options)
-    pictures = _pictures(options, config.image_size)
+    pictures = training.open_pictures(options, options.images, config.image_size)
     each = pictures.order.steps_per_epoch
     settings = _settings(options, each, device)
     count = len(pictures.entries)
@@ -172,29 +163,8 @@ def _dry_run(options: argparse.Namespace) -> int:
     trainer = TokenizerTrainer(
         VFMTok(size).to(device), dataclasses.replace(settings, perceptual_weight=0)
     )
-    batches = pictures.batches(0)
-    with policy(options):
-        for _ in range(2):
-            terms = trainer.step(*pictures.arguments(next(batches), device))
-            say(f"step {trainer.steps} of a small model: {training.told(terms)}")
-    batches.close()
+    training.try_steps(options, trainer, pictures)
     return 0
-
-
-def _pictures(
-    options: argparse.Namespace, size: int, rank: int = 0, world_size: int = 1
-) -> Pictures:
-    from ..cache.sources import open_source
-    from ..training import Pictures
-
-    source = open_source(
-        options.images, options.input, include=included(options), exclude=options.exclude,
-        image_column=options.image_column, label_column=options.label_column,
-    )  # fmt: skip
-    return Pictures(
-        source, options.batch_size, size=size, seed=options.seed, workers=options.workers,
-        rank=rank, world_size=world_size,
-    )  # fmt: skip
 
 
 def _settings(

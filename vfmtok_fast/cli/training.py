@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .cache import open_input
 from .models import checked_device, policy
 from .output import note, say
 from .processes import among_processes
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
-    from ..training import Run
+    from ..training import Pictures, Run, Trainer
     from ..training.estimate import Estimate
+    from ..training.loop import Data
 
 # Of the settings, those that options of the same name give, where they are given.
 FIELDS = (
@@ -113,6 +115,17 @@ def device_of(options: argparse.Namespace) -> torch.device:
     return checked_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def open_pictures(
+    options: argparse.Namespace, root: str, size: int, rank: int = 0, world_size: int = 1
+) -> Pictures:
+    from ..training import Pictures
+
+    return Pictures(
+        open_input(options, root), options.batch_size, size=size, seed=options.seed,
+        workers=options.workers, rank=rank, world_size=world_size,
+    )  # fmt: skip
+
+
 def fields_of(
     options: argparse.Namespace, steps_per_epoch: int, device: torch.device
 ) -> dict[str, object]:
@@ -131,12 +144,15 @@ def fields_of(
 
 
 def run_to_end(
-    options: argparse.Namespace, prepare: Callable[[Path, int, int], Run]
+    options: argparse.Namespace,
+    prepare: Callable[[argparse.Namespace, Path, int, int], Run],
+    dry_run: Callable[[argparse.Namespace], int],
 ) -> tuple[Run, nn.Module] | int:
     """Begin a run or go on with it, among all processes, and train.
 
     Args:
-        prepare: given the folder, this process's rank and how many there are.
+        prepare: given the options, the folder, this process's rank and how many there are.
+        dry_run: what --dry-run does instead.
 
     Returns:
         The run and the averaged model, which is saved; on the other processes, and where a signal
@@ -145,6 +161,9 @@ def run_to_end(
     from ..training import Stopped, checkpoints
     from ..training.loop import CHECKPOINTS
 
+    check_options(options)
+    if options.dry_run:
+        return dry_run(options)
     out = Path(options.out).expanduser()
     if out.is_dir() and any(out.iterdir()) and checkpoints.latest(out / CHECKPOINTS) is None:
         raise FileExistsError(f"{out} is neither empty nor a run to go on with; choose a new one")
@@ -152,7 +171,7 @@ def run_to_end(
     if options.sharded and world_size == 1:
         raise ValueError("--sharded needs several processes, as torchrun starts them")
     with _together(rank, world_size, options.device), policy(options):
-        work = prepare(out, rank, world_size)
+        work = prepare(options, out, rank, world_size)
         work.save_every, work.log_every = options.save_every, options.log_every
         work.show_every, work.keep = options.show_every, options.keep
         if (path := work.resume(changed=options.accept_changes)) and rank == 0:
@@ -169,6 +188,16 @@ def run_to_end(
         if rank == 0:
             model.save_pretrained(out / "model")
     return (work, model) if rank == 0 else 0
+
+
+def save_official(path: Path, weights: dict[str, Tensor]) -> None:
+    """A checkpoint as the authors' code reads it."""
+    import torch
+
+    from ..cache.store import LocalPlace
+
+    with LocalPlace(path).writing() as file:
+        torch.save({"ema": weights}, file)
 
 
 def speed(device: torch.device, precision: str, world_size: int) -> float | None:
@@ -244,6 +273,14 @@ def told(line: dict) -> str:
     shares = {"mfu": line.get("mfu")} | {name: line.get(f"{name}_share") for name in stages}
     words += [f"{name} {share:.0%}" for name, share in shares.items() if share is not None]
     return ", ".join(words)
+
+
+def try_steps(options: argparse.Namespace, trainer: Trainer, data: Data) -> None:
+    """Two steps of a small model, for --dry-run."""
+    with policy(options), contextlib.closing(data.batches(0)) as batches:
+        for _ in range(2):
+            terms = trainer.step(*data.arguments(next(batches), trainer.device))
+            say(f"step {trainer.steps} of a small model: {told(terms)}")
 
 
 def tell_estimate(found: Estimate, images: int, precision: str, device: torch.device) -> None:

@@ -56,6 +56,8 @@ _PIECE_BYTES = 2**31
 # Pictures of a call that is recorded. An H200's host takes 24 ms to launch an encode and 70 ms a
 # decode of 64, whose kernels take 52 and 54 ms; more of them would keep more memory than 2 GiB.
 _REPLAYED = 64
+# What `probe_features` gives.
+PROBED = ("semantic-class", "regions", "codes")
 # Ops of the two ways, which must be enabled for it: their kernels wait for nothing on the host.
 ENCODE_OPS = frozenset(["add_norm", "deformable_sample", "linear", "nearest_code", "patch_embed"])
 DECODE_OPS = frozenset(["add_norm", "group_norm_silu", "linear", "residual_block", "upsample_conv"])
@@ -156,6 +158,39 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         with computing(self):
             maps = self.backbone(images)
             return self.quantizer.queries(self.region_encoder(maps)), maps[-1]
+
+    @torch.no_grad()
+    def probe_features(self, images: Tensor, which: str = "semantic-class") -> Tensor:
+        """One vector an image, for linear probes and nearest neighbours.
+
+        Args:
+            images: as for `encode`.
+            which: "semantic-class", the class token of the token decoder's pass towards the
+                foundation model's features, which the authors probe, [B, 512]; "regions", the mean
+                of the region features before quantisation, [B, 512]; "codes", the codebook vectors
+                of the 256 codes side by side, [B, 256 * 12].
+
+        Returns:
+            [B, D] in the model's dtype.
+
+        Raises:
+            TypeError, ValueError: images as `encode` refuses them, or no such features.
+
+        Source: the class token is what the release's issue 2 says was probed.
+        """
+        if which not in PROBED:
+            raise ValueError(
+                f"probe_features: which must be one of {', '.join(PROBED)}, got {which!r}"
+            )
+        check_images("VFMTok", images, self.config.image_size, self.device)
+        with computing(self):
+            regions = self.region_encoder(self.backbone(images))
+            if which == "regions":
+                return regions.mean(dim=1)
+            vectors = self.quantizer.lookup(self.quantizer.nearest(self.quantizer.queries(regions)))
+            if which == "codes":
+                return vectors.flatten(1)
+            return self.token_decoder.semantic_class(self.token_decoder.regions(vectors))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

@@ -78,10 +78,20 @@ class TokenDecoder(nn.Module):
         patches = self.feature_mask + self.position[:, 1:]
         return self.feature_head(self._run(regions, patches, self.feature_norm))
 
+    def semantic_class(self, regions: Tensor) -> Tensor:
+        """Regions to the class token as the features' pass leaves it [B, dim].
+
+        It stands before the patches and attention is causal, so that they are left out here.
+        """
+        R, patches = regions.shape[1], self.feature_mask[:, :0]
+        return self._hidden(regions, patches, self.feature_norm)[:, R]
+
     def _run(self, regions: Tensor, patches: Tensor, norm: nn.LayerNorm) -> Tensor:
+        first = regions.shape[1] + 1
+        return self._hidden(regions, patches, norm)[:, first : first + patches.shape[1]]
+
+    def _hidden(self, regions: Tensor, patches: Tensor, norm: nn.LayerNorm) -> Tensor:
         start = self.class_token + self.position[:, :1]
         image = norm(torch.cat([start, patches, self.registers], dim=1))
         x = torch.cat([regions, image.expand(len(regions), -1, -1)], dim=1)
-        x = through(self.layers, x, recompute=self.grad_checkpointing)
-        first = regions.shape[1] + 1
-        return x[:, first : first + patches.shape[1]]
+        return through(self.layers, x, recompute=self.grad_checkpointing)

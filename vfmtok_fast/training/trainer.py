@@ -177,7 +177,7 @@ class Trainer:
                 value.copy_(processes.as_part_of(value, tensors[key]))
 
     def _named(self, model: nn.Module) -> dict[str, Tensor]:
-        frozen = f"{self._frozen}."
+        frozen = () if self._frozen is None else (f"{self._frozen}.",)
         return {k: v for k, v in model.state_dict().items() if not k.startswith(frozen)}
 
 

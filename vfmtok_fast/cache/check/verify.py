@@ -15,13 +15,7 @@ from ..format import index, shards
 from ..format.complete import COMPLETE, completion
 from ..format.differences import differences
 from ..format.index import INDEX
-from ..format.manifest import (
-    FingerprintMismatch,
-    Manifest,
-    Tokenizer,
-    describe,
-    read_manifest,
-)
+from ..format.manifest import FingerprintMismatch, Manifest, Tokenizer, describe, read_manifest
 from ..make.encode import encode_rows, evaluating
 from ..sources import Source, open_again
 from ..store import Place, place

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ...errors import one_line
 from ..store import Place
 from .entry import NO_CLASS, Entry
 
@@ -253,9 +254,8 @@ def _opened(path: Place) -> Iterator[pq.ParquetFile]:
                 raise ValueError(f"{path}: not an index of a token cache")
             yield file
     except (OSError, pa.ArrowInvalid) as error:
-        reason = " ".join(str(error).split())
         raise ValueError(
-            f"{path}: cannot read the index: {reason}; restore it, or cache anew"
+            f"{path}: cannot read the index: {one_line(error)}; restore it, or cache anew"
         ) from error
 
 

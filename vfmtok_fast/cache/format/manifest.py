@@ -131,11 +131,7 @@ class Manifest:
             "covers": self.covers,
             "views": self.views,
             "shard_size": self.shard_size,
-            "counts": {
-                "images": self.images,
-                "shards": self.shards,
-                "classes": len(self.classes),
-            },
+            "counts": {"images": self.images, "shards": self.shards, "classes": len(self.classes)},
             "classes": self.classes,
             "index_sha256": self.index_sha256,
         }
@@ -189,11 +185,7 @@ def read_manifest(out: str | os.PathLike | Place, name: str = NAME) -> Manifest:
 
 
 def describe(
-    tokenizer: Tokenizer,
-    views: Iterable[str],
-    batch_size: int,
-    seed: int = 0,
-    heif: bool = False,
+    tokenizer: Tokenizer, views: Iterable[str], batch_size: int, seed: int = 0, heif: bool = False
 ) -> dict[str, Any]:
     """List everything that changes tokens.
 

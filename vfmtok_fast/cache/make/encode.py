@@ -262,11 +262,7 @@ def evaluating(tokenizer: Tokenizer) -> Iterator[None]:
 
 
 def _decode_ahead(
-    source: Source,
-    parts: Iterator[tuple[int, Rows]],
-    manifest: Manifest,
-    plan: Plan,
-    workers: int,
+    source: Source, parts: Iterator[tuple[int, Rows]], manifest: Manifest, plan: Plan, workers: int
 ) -> Iterator[tuple[int, Rows] | list[np.ndarray] | BadImage]:
     """Each part, then its pictures in order, decoded by threads up to a batch ahead."""
     window = -(-manifest.batch_size // len(plan.cuts)) + workers

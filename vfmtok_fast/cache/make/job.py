@@ -69,10 +69,7 @@ def encode_shard(job: Job, number: int, advance: Advance | None = None) -> None:
 
 
 def encode_shards(
-    job: Job,
-    numbers: Iterable[int],
-    advance: Advance | None = None,
-    waits: Waits | None = None,
+    job: Job, numbers: Iterable[int], advance: Advance | None = None, waits: Waits | None = None
 ) -> None:
     """Encode shards and commit them: the same bytes whoever does it, whenever, however often.
 

@@ -12,9 +12,10 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from ...errors import one_line
 from ..format.shards import GONE
 from .base import NOT_A_FILE, UNSAFE, BadImage, Entry, check_bytes, check_known
-from .folder import is_junk
+from .folder import is_junk, shown
 
 BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 1 << 20
@@ -60,8 +61,9 @@ def _members(
             yield member
             archive.members.clear()  # a million headers would be a gigabyte
     except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: damaged, truncated or not a plain tar ({reason})") from error
+        raise ValueError(
+            f"{path}: damaged, truncated or not a plain tar ({one_line(error)})"
+        ) from error
     # tarfile takes a damaged header for the end; a true end is a block of zeros.
     file.seek(archive.offset)
     if file.read(BLOCK) != bytes(BLOCK):
@@ -182,11 +184,6 @@ def clean_name(name: str) -> str | None:
     if not parts[0] or ".." in parts:
         return None
     return "/".join(part for part in parts if part not in ("", "."))
-
-
-def shown(name: str) -> str:
-    """The name as text: bytes that are not UTF-8 become \\xNN."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def is_hidden(path: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from ..format.entry import NO_CLASS, Entry
 from ..format.shards import BAD, GONE
+from .choice import Choice
 
 # Sizes that are no sizes. Such an entry keeps its place in the index.
 NO_SIZE = -1  # could not be examined: a link to nowhere, a link to itself
@@ -48,11 +49,17 @@ class Source(Protocol):
 
     kind: str
     root: Path
-    # What of it is taken, as far as the user or the files had to say: plain JSON values that an
-    # index keeps; empty where everything is taken as it always was.
-    chosen: dict[str, Any]
+    choice: Choice
     # What the last listing passed over, and how often: "samples without a picture".
     left_out: Mapping[str, int]
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What of it is taken, as far as the user or the files had to say: plain JSON values.
+
+        An index keeps them; empty where everything is taken as it always was.
+        """
+        return self.choice.record()
 
     def files(self) -> dict[str, int] | None:
         """Size in bytes of every file that holds pictures; None where each picture is a file."""
@@ -64,7 +71,8 @@ class Source(Protocol):
         """
 
     def classes(self, highest: int) -> list[str]:
-        """Names of the classes, given the highest label in use (-1: none)."""
+        """Names of the classes, given the highest label in use (-1: none); they may be numbers."""
+        return [str(number) for number in range(highest + 1)]
 
     def read(self, entry: Entry) -> bytes:
         """A picture's bytes; BadImage where that picture cannot be read, OSError if nothing can."""
@@ -117,11 +125,6 @@ def check_label(label: object) -> int | None:
     if isinstance(label, bool) or not isinstance(label, int) or label > MAX_LABEL:
         return None
     return max(label, NO_CLASS)
-
-
-def numbered_classes(highest: int) -> list[str]:
-    """Classes of an input that only numbers them: "0" to "highest"."""
-    return [str(number) for number in range(highest + 1)]
 
 
 def sizes_of(root: Path, names: list[str]) -> dict[str, int]:

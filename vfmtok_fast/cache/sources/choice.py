@@ -120,6 +120,12 @@ def is_split(name: str) -> bool:
     return name.lower() in _WORDS
 
 
+def named_split(path: str) -> str | None:
+    """train, validation or test, where a path is named so; the name nearest to the file counts."""
+    word = _split_of(path, whole=False)
+    return None if word is None else _WORDS[word.lower()]
+
+
 def _split_of(path: str, whole: bool) -> str | None:
     """The word for a split in a path; the name nearest to the file counts."""
     for part in reversed(path.split("/")):

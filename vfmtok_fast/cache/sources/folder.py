@@ -22,7 +22,7 @@ from typing import Any
 
 from ...images import HEIF_SUFFIXES, HOW_TO_READ_HEIF, reads_heif
 from ..format.shards import BAD, GONE
-from .base import NO_CLASS, NO_SIZE, NOT_UTF8, BadImage, Entry, check_bytes, check_known
+from .base import NO_CLASS, NO_SIZE, NOT_UTF8, BadImage, Entry, Source, check_bytes, check_known
 from .choice import EVERYTHING, Choice
 
 _PLAIN = frozenset(
@@ -51,7 +51,7 @@ _ERRORS_OF_A_FILE = frozenset(
 
 
 @dataclass(frozen=True)
-class FolderSource:
+class FolderSource(Source):
     """Pictures as files below `root`; `said` is the choice that led to this folder, if one did."""
 
     root: Path
@@ -172,7 +172,8 @@ def walk(
                 yield shown, NO_SIZE
                 continue
             if stat.S_ISREG(status.st_mode):  # a pipe or a device would block or never end
-                yield shown, (status.st_size if _is_utf8(path[len(top) :]) else NOT_UTF8)
+                is_utf8 = path[len(top) :].lstrip("/") == shown
+                yield shown, status.st_size if is_utf8 else NOT_UTF8
 
 
 def label_of(path: str, numbers: dict[str, int]) -> int:
@@ -199,7 +200,7 @@ def names_in(folder: str) -> tuple[list[str], dict[str, str]]:
             for entry in entries:
                 if is_junk(entry.name):
                     continue
-                name = entry.name if _is_utf8(entry.name) else _shown(entry.name)
+                name = shown(entry.name)
                 if _is_folder(entry):
                     name += "/"
                 if name.rstrip("/") != entry.name:
@@ -209,7 +210,7 @@ def names_in(folder: str) -> tuple[list[str], dict[str, str]]:
         pass  # it vanished while its parent was walked
     except OSError as error:
         raise ValueError(
-            f"{_shown(folder).rstrip('/')}: cannot list this folder: {error.strerror}"
+            f"{shown(folder).rstrip('/')}: cannot list this folder: {error.strerror}"
         ) from error
     names.sort(reverse=True)
     return names, odd
@@ -222,17 +223,9 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # os.scandir smuggles other bytes in as lone surrogates
-        return False
-    return True
-
-
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     """The name as text: bytes that are not UTF-8 become \\xNN."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def identity(folder: str) -> tuple[int, int] | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ...errors import one_line
 from ..format.shards import BAD, GONE
 from .base import (
     BAD_LABEL,
@@ -25,12 +26,13 @@ from .base import (
     NO_CLASS,
     BadImage,
     Entry,
+    Source,
     check_bytes,
     check_known,
     check_label,
-    numbered_classes,
     sizes_of,
 )
+from .choice import EVERYTHING
 
 _VALUES = frozenset(
     "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BININT BININT1"
@@ -47,17 +49,13 @@ class NotPlain(ValueError):
 
 
 @dataclass(frozen=True)
-class LmdbSource:
+class LmdbSource(Source):
     """Records of the LMDB `root`: the folder that holds data.mdb, or the file itself."""
 
     root: Path
     kind = "lmdb"
+    choice = EVERYTHING
     left_out = MappingProxyType({})
-
-    @property
-    def chosen(self) -> dict[str, Any]:
-        """Nothing: all records are taken."""
-        return {}
 
     def files(self) -> dict[str, int]:
         if self.root.is_dir():
@@ -71,9 +69,6 @@ class LmdbSource:
             for number in range(first, count):
                 size, label = _look(records.get(str(number).encode()))
                 yield Entry(f"{number:08d}", size, label, next(iter(self.files())), number)
-
-    def classes(self, highest: int) -> list[str]:
-        return numbered_classes(highest)
 
     def read(self, entry: Entry) -> bytes:
         check_known(entry)
@@ -187,7 +182,7 @@ def plain_pickle(data: bytes | memoryview) -> Any:
     except NotPlain:
         raise
     except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
-        raise NotPlain(f"damaged pickle ({' '.join(str(error).split()):.80})") from error
+        raise NotPlain(f"damaged pickle ({one_line(error):.80})") from error
     raise NotPlain("its pickle is cut short")
 
 

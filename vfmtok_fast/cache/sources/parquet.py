@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ...errors import one_line
 from ..format.shards import BAD, GONE
 from .base import (
     BAD_LABEL,
@@ -30,12 +31,12 @@ from .base import (
     UNKNOWN,
     BadImage,
     Entry,
+    Source,
     behind,
     check_bytes,
     check_known,
     check_label,
     files_from,
-    numbered_classes,
     sizes_of,
 )
 from .choice import EVERYTHING, Choice
@@ -45,13 +46,15 @@ from .columns import Columns, leaf_of
 # ascending order. 128 photos are some 15 MB.
 _BATCH = 16
 _KEPT = 128
+# Rows of a block at most, where row groups are larger.
+_MOST = 1000
 
 # Read in pieces, not mapped: a file that shrinks under its reader would end the process.
 _READ = {"memory_map": False, "buffer_size": 1 << 20, "pre_buffer": False}
 
 
 @dataclass
-class ParquetSource:
+class ParquetSource(Source):
     """Rows of the Parquet files `names` in the folder `root`."""
 
     root: Path
@@ -66,6 +69,8 @@ class ParquetSource:
     )
     # The walk through one file: its name, the row that comes next, the batches to come.
     _walk: tuple[str, int, Iterator[pa.RecordBatch]] | None = field(default=None, repr=False)
+    _block: int = field(default=1, repr=False)
+    _kept: int = field(default=_KEPT, repr=False)
 
     def __reduce__(self) -> tuple:
         # Locks and open files do not travel.
@@ -107,7 +112,7 @@ class ParquetSource:
     def classes(self, highest: int) -> list[str]:
         """The names that Hugging Face's `datasets` writes beside a ClassLabel, or numbers."""
         names = self.columns.class_names()
-        return list(names) if len(names) > highest else numbered_classes(highest)
+        return list(names) if len(names) > highest else super().classes(highest)
 
     def read(self, entry: Entry) -> bytes:
         check_known(entry)
@@ -116,6 +121,20 @@ class ParquetSource:
         if data is None:
             raise BadImage(BAD, "holds no bytes of a picture")
         return check_bytes(entry, data)
+
+    def read_blocks(self, kept: int) -> int:
+        """Read rows with all of their block from now on: for who jumps among a few blocks.
+
+        Args:
+            kept: rows that stay in memory.
+
+        Returns:
+            Rows of a block: those of a row group.
+        """
+        with _opened(self.root / self.names[0]) as file:
+            rows = file.metadata.row_group(0).num_rows if file.num_row_groups else 1
+        self._block, self._kept = max(1, min(rows, _MOST)), max(kept, _KEPT)
+        return self._block
 
     def _row(self, name: str, row: int) -> bytes | None:
         if (name, row) not in self._rows:
@@ -126,28 +145,24 @@ class ParquetSource:
 
     def _load(self, name: str, row: int) -> None:
         """Walk on to a row, or start anew where the walk is past it or far before it."""
-        path = self.root / name
+        path, last = self.root / name, (row // self._block + 1) * self._block - 1
         try:
-            if (
-                self._walk is None
-                or self._walk[0] != name
-                or not (self._walk[1] <= row < self._walk[1] + _KEPT)
-            ):
+            file, next_row, _ = self._walk or ("", 0, None)
+            if file != name or not next_row <= row < next_row + _KEPT:
                 self._walk = (name, *_walk_from(path, row, self.columns.image))
             _, at, batches = self._walk
             for batch in batches:
                 for value in _bytes_of(batch.column(0)):
                     self._rows[name, at] = value
                     at += 1
-                while len(self._rows) > _KEPT:
+                while len(self._rows) > self._kept:
                     self._rows.popitem(last=False)
                 self._walk = (name, at, batches)
-                if at > row:
+                if at > last:
                     return
         except (OSError, pa.ArrowInvalid) as error:
             self._walk = None
-            reason = " ".join(str(error).split())
-            raise OSError(f"{path}: cannot be read any more: {reason}") from error
+            raise OSError(f"{path}: cannot be read any more: {one_line(error)}") from error
         self._walk = None
 
 
@@ -191,5 +206,4 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(path, **_READ) as file:
             yield file
     except (OSError, pa.ArrowInvalid) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: cannot be read as Parquet: {reason}") from error
+        raise ValueError(f"{path}: cannot be read as Parquet: {one_line(error)}") from error

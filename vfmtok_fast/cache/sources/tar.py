@@ -14,27 +14,22 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from .archive import clean_name, is_hidden, members, places, read_member, shown
-from .base import Entry, behind, sizes_of
+from .archive import clean_name, is_hidden, members, places, read_member
+from .base import Entry, Source, behind, sizes_of
 from .choice import EVERYTHING, Choice, check_splits
-from .folder import EXTENSIONS, UNREADABLE, label_of
+from .folder import EXTENSIONS, UNREADABLE, label_of, shown
 
 
 @dataclass(frozen=True)
-class TarSource:
+class TarSource(Source):
     """Pictures inside the tar file `path`."""
 
     path: Path
     choice: Choice = EVERYTHING
     left_out: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
     kind = "tar"
-
-    @property
-    def chosen(self) -> dict[str, Any]:
-        """Which members are taken, where not all are."""
-        return self.choice.record()
 
     @property
     def root(self) -> Path:

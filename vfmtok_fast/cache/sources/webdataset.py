@@ -16,28 +16,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from .archive import is_hidden, members, places, read_member, shown
-from .base import (
-    BAD_LABEL,
-    NO_CLASS,
-    Entry,
-    behind,
-    check_label,
-    files_from,
-    numbered_classes,
-    sizes_of,
-)
+from .archive import is_hidden, members, places, read_member
+from .base import BAD_LABEL, NO_CLASS, Entry, Source, behind, check_label, files_from, sizes_of
 from .choice import EVERYTHING, Choice
-from .folder import EXTENSIONS, UNREADABLE
+from .folder import EXTENSIONS, UNREADABLE, shown
 
 # A class number takes a few digits; more than this is something else.
 _MAX_CLS = 64
 
 
 @dataclass(frozen=True)
-class WebDatasetSource:
+class WebDatasetSource(Source):
     """Samples of the shards `names` in the folder `root`."""
 
     root: Path
@@ -45,11 +36,6 @@ class WebDatasetSource:
     choice: Choice = EVERYTHING
     left_out: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
     kind = "webdataset"
-
-    @property
-    def chosen(self) -> dict[str, Any]:
-        """Which shards are taken, where not all are."""
-        return self.choice.record()
 
     def files(self) -> dict[str, int]:
         return sizes_of(self.root, list(self.names))
@@ -85,9 +71,6 @@ class WebDatasetSource:
             # Only a picture that could be read is given up for its label.
             size, label = (BAD_LABEL if size >= 0 else size), NO_CLASS
         return Entry(f"{name}/{key}{extension}", size, label, name, offset)
-
-    def classes(self, highest: int) -> list[str]:
-        return numbered_classes(highest)
 
     def read(self, entry: Entry) -> bytes:
         return read_member(self.root, entry)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import CacheWriteError
+from .errors import writes
 
 # A temporary file of another machine is taken for abandoned after this many seconds. Writing one
 # takes seconds; a day leaves room for clocks that disagree and for stalled network disks.
@@ -47,22 +47,18 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             the name before is still there.
     """
     temporary = temporary_name(path)
-    done = False
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        done = True
-        sync_folder(path.parent)
-    except OSError as error:
-        raise CacheWriteError(path, error) from error
+        with writes(path):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
     finally:
         # Also after Ctrl-C. Where even this fails, the next run's sweep does it.
-        if not done:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:

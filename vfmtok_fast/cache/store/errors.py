@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 
 from ...errors import one_line
 
@@ -45,3 +47,12 @@ class CacheWriteError(OSError):
     def __reduce__(self) -> tuple:
         # As it would be by itself, it could not be sent from one process to another.
         return type(self), self._made_of
+
+
+@contextlib.contextmanager
+def writes(path: str | os.PathLike) -> Iterator[None]:
+    """An OSError in the block is a CacheWriteError of the path."""
+    try:
+        yield
+    except OSError as error:
+        raise CacheWriteError(path, error) from error

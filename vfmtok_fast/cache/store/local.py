@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
 from . import atomic
-from .errors import CacheWriteError
+from .errors import writes
 from .tensors import Tensors
 
 
@@ -43,39 +44,27 @@ class LocalPlace(type(Path())):
             file.write(data)
 
     def take_over(self, source: LocalPlace) -> None:
-        try:
+        with writes(self), contextlib.suppress(FileNotFoundError):  # another process has done it
             os.replace(source, self)
             atomic.sync_folder(self.parent)
-        except FileNotFoundError:
-            return  # another process has done it
-        except OSError as error:
-            raise CacheWriteError(self, error) from error
 
     def remove(self) -> None:
-        try:
+        with writes(self), contextlib.suppress(FileNotFoundError):
             self.unlink()
             atomic.sync_folder(self.parent)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise CacheWriteError(self, error) from error
 
     def make_folder(self) -> None:
-        try:
+        with writes(self):
             self.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CacheWriteError(self, error) from error
 
     def remove_folder(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # not empty, or not there
             self.rmdir()
-        except OSError:
-            return  # not empty, or not there
 
     def sweep(self) -> int:
         return atomic.sweep(self)
 
-    def tensors(self) -> Any:
+    def tensors(self) -> Tensors:
         return Tensors(self)
 
     def spread(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:

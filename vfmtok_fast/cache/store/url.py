@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar
 
 from ...errors import one_line
-from .errors import CacheWriteError, StoreError
+from .errors import StoreError, writes
 from .tensors import Tensors
 
 # Requests under way at a time where one answer does not wait for another.
@@ -89,19 +89,14 @@ class UrlPlace:
     @contextlib.contextmanager
     def writing(self) -> Iterator[BinaryIO]:
         """A local file that is put into the store only when the block ends well."""
-        try:
-            with tempfile.NamedTemporaryFile(prefix="vfmtok-") as file:
-                yield file
-                file.flush()
-                self._ask(lambda files, key: files.put_file(file.name, key), writes=True)
-        except OSError as error:
-            raise CacheWriteError(self, error) from error
+        with writes(self), tempfile.NamedTemporaryFile(prefix="vfmtok-") as file:
+            yield file
+            file.flush()
+            self._ask(lambda files, key: files.put_file(file.name, key), puts=True)
 
     def put(self, data: bytes) -> None:
-        try:
-            self._ask(lambda files, key: files.pipe_file(key, data), writes=True)
-        except OSError as error:
-            raise CacheWriteError(self, error) from error
+        with writes(self):
+            self._ask(lambda files, key: files.pipe_file(key, data), puts=True)
 
     def take_over(self, source: UrlPlace) -> None:
         try:
@@ -112,12 +107,8 @@ class UrlPlace:
         source.remove()
 
     def remove(self) -> None:
-        try:
+        with writes(self), contextlib.suppress(FileNotFoundError):
             self._ask(lambda files, key: files.rm_file(key))
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise CacheWriteError(self, error) from error
 
     def make_folder(self) -> None:
         """A store has no folders."""
@@ -127,19 +118,19 @@ class UrlPlace:
     def sweep(self) -> int:
         return 0  # there are no such files
 
-    def tensors(self) -> Any:
+    def tensors(self) -> Tensors:
         return Tensors(self)
 
     def spread(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         with ThreadPoolExecutor(REQUESTS, thread_name_prefix="vfmtok-store") as pool:
             yield from pool.map(function, items)
 
-    def _ask(self, question: Callable[[Any, str], Any], writes: bool = False) -> Any:
+    def _ask(self, question: Callable[[Any, str], Any], puts: bool = False) -> Any:
         files, key = _files(self.url)
         try:
             return question(files, key)
         except FileNotFoundError as error:
-            if writes:  # no such bucket
+            if puts:  # no such bucket
                 raise StoreError(self.url, error) from error
             raise FileNotFoundError(f"{self.url}: not there") from error
         except Exception as error:

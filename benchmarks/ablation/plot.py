@@ -1,0 +1,81 @@
+"""Table and plot of what `run.py` wrote: steps until a share of the pictures is recognised.
+
+python benchmarks/ablation/plot.py OUT [--accuracy 0.5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+COLUMNS = ("accuracy", "accuracy_guided")
+
+
+def reached(curve: list[dict], column: str, accuracy: float) -> int | None:
+    """The first step at which so much was recognised."""
+    return next((point["step"] for point in curve if point[column] >= accuracy), None)
+
+
+def table(records: list[dict], accuracy: float) -> str:
+    """A row a variant; a run that never got there is told as such."""
+    lines = [
+        f"| tokenizer | seeds | steps to {accuracy:.0%} | guided | at the end | guided |",
+        "|---|---|---|---|---|---|",
+    ]
+    for variant in dict.fromkeys(record["variant"] for record in records):
+        runs = [record for record in records if record["variant"] == variant]
+        cells = [variant, str(len(runs))]
+        for column in COLUMNS:
+            steps = [reached(run["curve"], column, accuracy) for run in runs]
+            cells.append(", ".join("never" if step is None else f"{step:,}" for step in steps))
+        for column in COLUMNS:
+            last = [run["curve"][-1][column] for run in runs]
+            cells.append(", ".join(f"{value:.1%}" for value in last))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(records: list[dict], path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    variants = dict.fromkeys(record["variant"] for record in records)
+    colours = {variant: f"C{number}" for number, variant in enumerate(variants)}
+    for axis, column in zip(axes, COLUMNS, strict=True):
+        for record in records:
+            steps = [point["step"] for point in record["curve"]]
+            values = [point[column] for point in record["curve"]]
+            label = record["variant"] if record["seed"] == records[0]["seed"] else None
+            axis.plot(steps, values, color=colours[record["variant"]], alpha=0.8, label=label)
+        axis.axhline(1 / 9, color="grey", linestyle=":", linewidth=1)
+        axis.set_title("without guidance" if column == "accuracy" else "with guidance")
+        axis.set_xlabel("steps of the generator")
+    axes[0].set_ylabel("generated pictures whose group is recognised")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--accuracy", type=float, default=0.5, help="(%(default)s)")
+    options = parser.parse_args()
+    files = sorted(options.out.glob("*-*.json"))
+    if not files:
+        parser.error(f"{options.out}: run.py has finished no run there")
+    records = sorted(
+        (json.loads(file.read_text()) for file in files), key=lambda r: (r["seed"], r["variant"])
+    )
+    text = table(records, options.accuracy)
+    (options.out / "table.md").write_text(text)
+    draw(records, options.out / "curves.png")
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

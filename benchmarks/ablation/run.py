@@ -1,0 +1,160 @@
+"""The paper's claims in miniature, on emoji: what makes codes easy to learn for a generator?
+
+    python benchmarks/ablation/run.py OUT [--steps 2500] [--gpt-steps 3000] [--seeds 0 1 2]
+
+Three tokenizers from one foundation model, alike but for one thing each:
+
+- `whole`: as the paper has it;
+- `no-semantic`: without the semantic loss, so that codes need to hold pixels alone;
+- `grid`: regions look at the points of a plain grid, one each, and learn nothing of where.
+
+Of each a generator is trained on the codes, and every so often asked for pictures of each group,
+with and without guidance; a classifier that saw neither model names their groups. What is compared
+is how many of the generator's steps it takes until so many are recognised (`plot.py`).
+
+OUT gets a file `<variant>-<seed>.json` a run, when it is done; those that are there are not run
+again, so that it may be stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import vfmtok_fast as vf
+from vfmtok_fast.configs import config_from_mapping
+from vfmtok_fast.training import (
+    GPTTrainer,
+    GPTTraining,
+    Pictures,
+    TokenizerTrainer,
+    TokenizerTraining,
+)
+
+EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
+sys.path.insert(0, str(EMOJI))
+from classifier import Classifier, accuracy  # noqa: E402
+from evaluate import generate  # noqa: E402
+
+from vfmtok_fast.cache.sources import open_source  # noqa: E402
+from vfmtok_fast.images import center_crop, decode_image, to_float  # noqa: E402
+
+VARIANTS = ("whole", "no-semantic", "grid")
+PICTURES = EMOJI / "data" / "train.parquet"
+CLASSIFIER = EMOJI / "classifier.safetensors"
+
+
+def tokenizer_of(variant: str, seed: int, start: str, device: torch.device) -> vf.VFMTok:
+    """An untrained tokenizer; ``grid``'s regions look at their own places, and stay there."""
+    model = vf.VFMTok.from_pretrained(start)
+    # All but the foundation model and what the start has placed by it depends on the seed.
+    torch.manual_seed(seed)
+    fresh = vf.VFMTok(model.config)
+    model.pixel_decoder.load_state_dict(fresh.pixel_decoder.state_dict())
+    model.token_decoder.layers.load_state_dict(fresh.token_decoder.layers.state_dict())
+    if variant == "grid":
+        for layer in model.region_encoder.layers:
+            for part in (layer.cross_attention.offsets, layer.cross_attention.weights):
+                for weight in part.parameters():
+                    torch.nn.init.zeros_(weight).requires_grad_(False)
+    return model.to(device)
+
+
+def train_tokenizer(
+    model: vf.VFMTok, variant: str, seed: int, steps: int, batch_size: int
+) -> vf.VFMTok:
+    settings = TokenizerTraining(
+        lr=1e-3, warmup_steps=100, schedule="cosine", total_steps=steps, min_lr=1e-5, ema=0.995,
+        pixel_loss="l1", perceptual_weight=0, revive_after=500, seed=seed,
+        semantic_weight=0.0 if variant == "no-semantic" else 1.0,
+    )  # fmt: skip
+    trainer = TokenizerTrainer(model, settings)
+    pictures = Pictures(open_source(PICTURES), batch_size, size=model.config.image_size, seed=seed)
+    batches = pictures.batches(0)
+    for _ in range(steps):
+        trainer.step(*pictures.arguments(next(batches), trainer.device))
+    batches.close()
+    return trainer.ema
+
+
+@torch.no_grad()
+def codes_of(model: vf.VFMTok) -> tuple[Tensor, Tensor]:
+    """Codes [2 N, R] and groups of all pictures, as they are and mirrored."""
+    source = open_source(PICTURES)
+    codes, labels = [], []
+    for entry in source.entries():
+        crop = center_crop(decode_image(source.read(entry)), model.config.image_size)
+        images = to_float(crop[None]).to(model.device)
+        codes += [model.encode(images), model.encode(images.flip(-1))]
+        labels += [entry.label] * 2
+    return torch.cat(codes), torch.tensor(labels, device=model.device)
+
+
+def train_generator(
+    model: vf.VFMTok, seed: int, steps: int, every: int, each: int, guidance: float
+) -> list[dict[str, float]]:
+    """What the classifier recognises after so many steps."""
+    config = config_from_mapping(vf.GPTConfig, json.loads((EMOJI / "generator.json").read_text()))
+    torch.manual_seed(seed)
+    settings = GPTTraining(lr=1e-3, warmup_steps=100, ema=0.995, seed=seed)
+    trainer = GPTTrainer(vf.GPT(config).to(model.device), settings)
+    judge, (codes, labels) = Classifier.load(CLASSIFIER), codes_of(model)
+    draw = torch.Generator().manual_seed(seed)
+    curve, losses = [], []
+    for step in range(1, steps + 1):
+        rows = torch.randint(len(codes), (32,), generator=draw).to(model.device)
+        losses.append(trainer.step(codes[rows], labels[rows])["loss"])
+        if step % every == 0:
+            point = {"step": step, "loss": sum(losses[-every:]) / every}
+            for name, scale in (("accuracy", 1.0), ("accuracy_guided", guidance)):
+                drawn, groups = generate(trainer.ema, model, each, cfg_scale=scale)
+                point[name] = accuracy(judge, drawn.cpu(), groups)
+            curve.append(point)
+    return curve
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--start", required=True, help="the folder that start.py wrote")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=2500, help="of a tokenizer (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="(%(default)s)")
+    parser.add_argument("--gpt-steps", type=int, default=3000, help="(%(default)s)")
+    parser.add_argument("--every", type=int, default=200, help="steps (%(default)s)")
+    parser.add_argument("--each", type=int, default=40, help="pictures a group (%(default)s)")
+    parser.add_argument("--guidance", type=float, default=2.0, help="(%(default)s)")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for seed in options.seeds:
+        for variant in options.variants:
+            path = options.out / f"{variant}-{seed}.json"
+            if path.exists():
+                continue
+            begin = time.perf_counter()
+            model = tokenizer_of(variant, seed, options.start, device)
+            with vf.enable():
+                model = train_tokenizer(model, variant, seed, options.steps, options.batch_size)
+                curve = train_generator(
+                    model, seed, options.gpt_steps, options.every, options.each, options.guidance
+                )
+            record = {
+                "variant": variant, "seed": seed, "curve": curve,
+                "tokenizer_steps": options.steps, "batch_size": options.batch_size,
+                "guidance": options.guidance, "pictures_a_group": options.each,
+                "device": str(device), "seconds": round(time.perf_counter() - begin, 1),
+            }  # fmt: skip
+            path.write_text(json.dumps(record, indent=1) + "\n")
+            print(f"{path}: {curve[-1]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

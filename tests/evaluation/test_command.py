@@ -1,0 +1,133 @@
+"""`vfmtok-fast evaluate`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vfmtok_fast import GPT, GPTConfig, cli, evaluation
+from vfmtok_fast.cli import choices
+from vfmtok_fast.evaluation import Generation, Reconstruction
+from vfmtok_fast.evaluation.protocols import LABELS
+from vfmtok_fast.tokenizer.model import PROBED
+from vfmtok_fast.training import LPIPS
+
+pytestmark = pytest.mark.usefixtures("small_inception")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    """``run("generation", ...)``: exit code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = cli.main(["evaluate", *map(str, arguments), "--device", "cpu"])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_choices_are_those_of_the_package():
+    for kind, names in ((Reconstruction, choices.RECONSTRUCTION), (Generation, choices.GENERATION)):
+        known = evaluation.PROTOCOLS.items()
+        assert names == tuple(name for name, value in known if isinstance(value, kind))
+    assert choices.PROBES == tuple(evaluation.PROBES)
+    assert choices.PROBED == PROBED and choices.LABELS == LABELS
+
+
+def test_reconstruction(run, photos: Path, model: Path, tmp_path: Path):
+    lpips = LPIPS()
+    features = {f"features.{k}": v for k, v in lpips.features.state_dict().items()}
+    torch.save(features, tmp_path / "vgg16.pth")
+    linear = {f"lin{i}.model.1.weight": w.view(1, -1, 1, 1) for i, w in enumerate(lpips.weights)}
+    torch.save(linear, tmp_path / "vgg.pth")
+    out = tmp_path / "result.json"
+    line = ("reconstruction", photos, "--model", model, "--size", 16, "--out", out)
+    files = ("--vgg16", tmp_path / "vgg16.pth", "--lpips-linear", tmp_path / "vgg.pth")
+    code, text, errors = run(*line, "--num", 4, *files)
+    assert code == 0 and "an Inception of random weights" in errors
+    result = json.loads(out.read_text())
+    assert result["metrics"]["LPIPS"] > 0 and result["metrics"]["rFID"] > 0
+    assert [row.split("  ")[0] for row in text.splitlines()[:-1]] == [*result["metrics"]]
+    assert text.endswith("reconstruction-vfmtok, num=4, size=16; Inception: random weights\n")
+
+    code, _, errors = run(*line, "--num", 4)
+    assert code == 2 and "is there already; choose another name" in errors
+    code, _, errors = run(*line[:-1], tmp_path / "b.json", "--no-inception")
+    assert code == 2 and errors.count("\n") == 1
+    assert "50000 pictures were asked for, it holds 10; --num 10" in errors
+    code, _, errors = run(*line[:-1], tmp_path / "b.json", "--num", 0)
+    assert code == 2 and "--num must be at least 1" in errors
+
+
+def test_a_sweep_and_one_of_its_folders_again(
+    run, model: Path, pictures: np.ndarray, tmp_path: Path
+):
+    config = GPTConfig(
+        num_layers=1, num_heads=2, dim=16, vocab_size=256, block_size=16, num_classes=3
+    )
+    torch.manual_seed(0)
+    gpt = GPT(config)
+    # Zero, as training starts, would make all codes equally likely whatever the guidance.
+    torch.nn.init.normal_(gpt.head.weight)
+    gpt.save_pretrained(tmp_path / "gpt")
+    np.savez(tmp_path / "reference.npz", arr_0=pictures)
+    out, reference = tmp_path / "sweep", ("--reference", tmp_path / "reference.npz")
+    models = ("--model", model, "--gpt", tmp_path / "gpt", "--cfg-interval", 3)
+    line = ("sweep", out, *models, *reference, "--num", 8, "--size", 32, "--cfg-scale", 1, 3)
+    code, text, _ = run(*line)
+    assert code == 0
+    results = json.loads((out / "sweep.json").read_text())["results"]
+    assert [result["cfg_scale"] for result in results] == [1.0, 3.0]
+    settings = results[1]["sampling"]
+    assert (settings["cfg_scale"], settings["cfg_interval"], settings["seed"]) == (3.0, 3, 0)
+    assert results[0]["compared"]["sha256"] != results[1]["compared"]["sha256"]
+    assert results[0]["compared"]["labels"] == "balanced"
+    if importlib.util.find_spec("matplotlib") is not None:
+        with Image.open(out / "sweep.png") as plot:
+            assert plot.width > 300
+    assert text.splitlines()[0].split() == ["scale", "FID", "sFID", "IS", "precision", "recall"]
+
+    alone = tmp_path / "alone.json"
+    line = ("generation", out / "cfg-3", *reference, "--num", 8, "--size", 32, "--out", alone)
+    assert run(*line)[0] == 0
+    again = json.loads(alone.read_text())
+    assert again["metrics"] == pytest.approx(results[1]["metrics"])
+    assert again["compared"] == results[1]["compared"]
+
+
+def test_probe(run, photos: Path, model: Path, tmp_path: Path):
+    out = tmp_path / "probe.json"
+    line = ("probe", photos, "--model", model, "--features", "codes", "--epochs", 12, "--out", out)
+    code, text, _ = run(*line, "--test", photos)
+    assert code == 0 and "probe-sgd" in text
+    result = json.loads(out.read_text())
+    assert result["compared"]["test_pictures"] == 10 and result["protocol"]["epochs"] == 12
+    assert result["protocol"]["name"] == "probe-sgd, epochs=12"
+    for name, value in result["metrics"].items():
+        assert f"{value:.4f}" in next(row for row in text.splitlines() if row.startswith(name))
+
+
+def test_mistakes_are_one_line(run, photos: Path, pictures: np.ndarray, tmp_path: Path):
+    np.savez(tmp_path / "a.npz", arr_0=pictures)
+    (tmp_path / "b.npz").write_text("text")
+    a, b, out = tmp_path / "a.npz", tmp_path / "b.npz", ("--out", tmp_path / "x.json")
+    for line, message in (
+        ((a, "--reference", a), "must have 256x256 pixels, have 32x32; --size evaluates others"),
+        ((a, "--reference", a, "--size", 32), "50000 pictures were asked for, it holds 24"),
+        ((a, "--reference", a, "--size", 32, "--num", 9), "holds no labels (arr_1)"),
+        ((b, "--reference", a), "is no .npz, or damaged"),
+        ((photos, "--reference", a), "samples.npz: no such file"),
+        ((a, "--reference", photos), "no such file; pictures are evaluated as ADM's .npz"),
+    ):
+        code, _, errors = run("generation", *line, *out)
+        lines = [text for text in errors.splitlines() if not text.startswith("note:")]
+        assert code == 2 and len(lines) == 1 and message in lines[0], errors
+        assert lines[0].startswith("vfmtok-fast evaluate: ")
+    assert not (tmp_path / "x.json").exists()

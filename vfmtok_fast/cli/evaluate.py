@@ -1,0 +1,234 @@
+"""`vfmtok-fast evaluate`: reconstruction, generation, sweep, probe."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .cache import open_input
+from .evaluate_options import add_generation, add_probe, add_reconstruction, add_sweep
+from .models import checked_device, load_gpt, load_tokenizer, policy
+from .output import note, say
+from .sample import check_together, fill
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
+    from tqdm import tqdm
+
+    from ..evaluation import Generation, Inception
+    from ..training import LPIPS
+
+SUMMARY = "figures by named protocols: of reconstructions, generated pictures, features"
+RANDOM_NOTE = (
+    "note: an Inception of random weights: FID and its like test the arithmetic and mean nothing; "
+    "--inception FILE names real ones"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name, (summary, add, _) in WHAT.items():
+        add(kinds.add_parser(name, help=summary, description=summary))
+
+
+def run(options: argparse.Namespace) -> int:
+    counts = ("num", "size", "batch_size", "workers", "epochs")
+    given = {name: getattr(options, name, None) for name in counts}
+    if small := [name for name, value in given.items() if value is not None and value < 1]:
+        names = (f"--{name.replace('_', '-')}" for name in small)
+        raise ValueError(f"{', '.join(names)} must be at least 1")
+    out = Path(options.out).expanduser()
+    if options.what != "sweep" and out.exists():
+        raise FileExistsError(f"{out} is there already; choose another name")
+    WHAT[options.what][2](options, out)
+    return 0
+
+
+def _reconstruction(options: argparse.Namespace, out: Path) -> None:
+    from .. import evaluation
+
+    protocol = evaluation.protocol(options.protocol, evaluation.Reconstruction)
+    protocol = protocol.changed(num=options.num, size=options.size)
+    source = open_input(options, options.images)
+    lpips = _lpips(options)
+    tokenizer = load_tokenizer(options, options.device)
+    inception = None if options.no_inception else _inception(options, tokenizer.device)
+    with policy(options), _bar(protocol.num, "reconstruct") as bar:
+        result = evaluation.evaluate_reconstruction(
+            tokenizer, source, protocol, inception,
+            lpips=None if lpips is None else lpips.to(tokenizer.device),
+            batch_size=options.batch_size, workers=options.workers, advance=bar.update,
+        )  # fmt: skip
+    _report(result, out)
+
+
+def _generation(options: argparse.Namespace, out: Path) -> None:
+    from .. import evaluation
+
+    protocol = _against(options)
+    inception = _inception(options, _device(options))
+    with _bar(None, "Inception") as bar:
+        result = evaluation.evaluate_generation(
+            options.samples, options.reference, protocol, inception,
+            labelled=not options.no_labels, batch_size=options.batch_size, advance=bar.update,
+        )  # fmt: skip
+    _report(result, out)
+
+
+def _sweep(options: argparse.Namespace, out: Path) -> None:
+    """Sample at each scale, or go on with what lies there; evaluate; plot."""
+    from .. import evaluation, sample_folder
+    from ..generator import Sampling
+
+    protocol = _against(options)
+    gpt, tokenizer = load_gpt(options, options.device), load_tokenizer(options, options.device)
+    check_together(gpt, tokenizer)
+    inception = _inception(options, tokenizer.device)
+    names = ("cfg_interval", "temperature", "top_k", "top_p", "seed")
+    same = {name: getattr(options, name) for name in names} | {"greedy": False}
+    # All that can be wrong is found before hours of sampling.
+    evaluation.open_reference(options.reference, protocol, inception)
+    for scale in options.cfg_scale:
+        Sampling(cfg_scale=scale, **same).check()
+    ids = evaluation.class_ids(options.labels, protocol.num, gpt.config.num_classes, options.seed)
+    results = []
+    for scale in options.cfg_scale:
+        settings = {"cfg_scale": scale, **same}
+        job = sample_folder.Job(
+            gpt, tokenizer, out / f"cfg-{scale:g}", ids, protocol.size, settings
+        )
+        sample_folder.prepare(job)
+        fill(options, job, sample_folder.pending(job), None)
+        sample_folder.finish(job)
+        with _bar(None, f"Inception, scale {scale:g}") as bar:
+            found = evaluation.evaluate_generation(
+                job.out, options.reference, protocol, inception, batch_size=options.batch_size,
+                advance=bar.update,
+            )  # fmt: skip
+        results.append({"cfg_scale": scale, **found})
+    _write(out / "sweep.json", {"drawn_labels": options.labels, "results": results})
+    if not evaluation.plot_sweep(out / "sweep.png", results):
+        note("note: no plot without matplotlib: pip install 'vfmtok-fast[eval]'")
+    _warn(line for result in results for line in result["warnings"])
+    _say_row("scale", *results[0]["metrics"])
+    for result in results:
+        _say_row(result["cfg_scale"], *result["metrics"].values())
+    say(f"wrote {out}/sweep.json: {_named(results[0])}")
+
+
+def _probe(options: argparse.Namespace, out: Path) -> None:
+    from .. import evaluation
+
+    probe = evaluation.PROBES[options.protocol].changed(epochs=options.epochs, seed=options.seed)
+    train = open_input(options, options.images)
+    test = None if options.test is None else open_input(options, options.test)
+    tokenizer = load_tokenizer(options, options.device)
+    with policy(options), _bar(options.num, "features") as bar:
+        result = evaluation.evaluate_probe(
+            tokenizer, train, test, probe, options.features, num=options.num,
+            batch_size=options.batch_size, workers=options.workers, advance=bar.update,
+        )  # fmt: skip
+    _report(result, out)
+
+
+# What is evaluated: a line of help, its options, and what it does.
+WHAT = {
+    "reconstruction": (
+        "rFID, rIS, PSNR, SSIM, LPIPS and codebook usage of a tokenizer",
+        add_reconstruction,
+        _reconstruction,
+    ),
+    "generation": (
+        "FID, sFID, IS, precision and recall of generated pictures",
+        add_generation,
+        _generation,
+    ),
+    "sweep": (
+        "sample at several guidance scales and evaluate each; resumes",
+        add_sweep,
+        _sweep,
+    ),
+    "probe": ("linear probe and nearest neighbours on features", add_probe, _probe),
+}
+
+
+def _against(options: argparse.Namespace) -> Generation:
+    from .. import evaluation
+
+    protocol = evaluation.protocol(options.protocol, evaluation.Generation)
+    return protocol.changed(num=options.num, size=options.size)
+
+
+def _inception(options: argparse.Namespace, device: torch.device) -> Inception:
+    from .. import evaluation
+
+    if options.inception is None:
+        note(RANDOM_NOTE)
+    return evaluation.Inception(options.inception, device)
+
+
+def _lpips(options: argparse.Namespace) -> LPIPS | None:
+    from ..training import LPIPS
+
+    if options.vgg16 is not None:
+        return LPIPS.from_files(options.vgg16, options.lpips_linear)
+    if options.lpips_linear is not None:
+        raise ValueError("--lpips-linear goes with --vgg16")
+    return None
+
+
+def _device(options: argparse.Namespace) -> torch.device:
+    import torch
+
+    return checked_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _bar(total: int | None, what: str) -> tqdm:
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="img", desc=what, disable=None)
+
+
+def _report(result: dict[str, Any], out: Path) -> None:
+    """A table on stdout, all there is in a file."""
+    _write(out, result)
+    _warn(result["warnings"])
+    width = max(map(len, result["metrics"]))
+    for name, value in result["metrics"].items():
+        say(f"{name:<{width}}  {_shown(value)}")
+    say(f"wrote {out}: {_named(result)}")
+
+
+def _named(result: dict[str, Any]) -> str:
+    network = result.get("inception")
+    words = f"; Inception: {network['weights']}" if network else ""
+    return f"{result['protocol']['name']}{words}"
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    from .. import __version__
+    from ..cache.store import LocalPlace
+
+    place = LocalPlace(path)
+    place.parent.make_folder()
+    result = {"vfmtok_fast": __version__, **result}
+    place.put((json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _warn(lines: Iterable[str]) -> None:
+    for line in dict.fromkeys(lines):
+        note(f"warning: {line}")
+
+
+def _say_row(*values: object) -> None:
+    say("  ".join(f"{_shown(value):>9}" for value in values))
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,157 @@
+"""ADM's .npz files, read a batch at a time: arr_0 pictures, arr_1 labels, mu and sigma.
+
+50,000 pictures are 10 GB, so they are never in memory together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from .metrics import Statistics
+
+PICTURES, LABELS = "arr_0", "arr_1"
+# Of pool_3, and of mixed_6/conv, which sFID compares.
+STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+_READERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+class Archive:
+    """An .npz of pictures, of statistics, or of both.
+
+    Args:
+        path: the file; or a folder that `vfmtok-fast sample` has filled, for its samples.npz.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no .npz, is damaged, or its pictures are not uint8 [N, H, W, 3].
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path).expanduser()
+        if self.path.is_dir():
+            self.path = self.path / "samples.npz"
+        if not self.path.is_file():
+            raise FileNotFoundError(
+                f"{self.path}: no such file; pictures are evaluated as ADM's .npz, which "
+                "`vfmtok-fast sample` writes"
+            )
+        with self._errors(), zipfile.ZipFile(self.path) as archive:
+            self.members = {name.removesuffix(".npy") for name in archive.namelist()}
+        self.count, self.height, self.width = 0, 0, 0
+        if PICTURES in self.members:
+            with self._member(PICTURES) as (_, shape, dtype):
+                if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
+                    raise ValueError(
+                        f"{self.path}: {PICTURES} must be uint8 pictures [N, H, W, 3], is {dtype} "
+                        f"{list(shape)}"
+                    )
+            self.count, self.height, self.width = shape[:3]
+
+    def sha256(self) -> str:
+        """Of the file."""
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def check_pictures(self, count: int, size: int) -> None:
+        """Require at least ``count`` pictures of ``size`` pixels a side."""
+        if PICTURES not in self.members:
+            raise ValueError(f"{self.path}: holds no pictures ({PICTURES})")
+        if (self.height, self.width) != (size, size):
+            raise ValueError(
+                f"{self.path}: pictures must have {size}x{size} pixels, have "
+                f"{self.width}x{self.height}; --size evaluates others"
+            )
+        if self.count < count:
+            raise ValueError(
+                f"{self.path}: {count} pictures were asked for, it holds {self.count}; --num "
+                f"{self.count} evaluates those, and says so"
+            )
+
+    def pictures(self, count: int, batch_size: int) -> Iterator[np.ndarray]:
+        """The first pictures in batches, uint8 [b, H, W, 3]."""
+        with self._member(PICTURES) as (file, shape, _):
+            each = int(np.prod(shape[1:]))
+            for start in range(0, count, batch_size):
+                here = min(batch_size, count - start)
+                data = file.read(here * each)
+                if len(data) != here * each:
+                    raise ValueError(f"{self.path}: ends before its last picture; make it again")
+                yield np.frombuffer(bytearray(data), np.uint8).reshape(here, *shape[1:])
+
+    def labels(self, count: int) -> np.ndarray:
+        """Classes of the first pictures, int64 [count].
+
+        Raises:
+            ValueError: there are none, not as many, or other numbers.
+        """
+        if LABELS not in self.members:
+            raise ValueError(
+                f"{self.path}: holds no labels ({LABELS}); --no-labels evaluates it without"
+            )
+        labels = self._array(LABELS)
+        if labels.ndim != 1 or len(labels) < count or labels.dtype.kind not in "iu":
+            raise ValueError(
+                f"{self.path}: {LABELS} must be whole numbers, one a picture, is {labels.dtype} "
+                f"{list(labels.shape)} for {self.count} pictures"
+            )
+        return labels[:count].astype(np.int64)
+
+    def statistics(self, which: str) -> Statistics | None:
+        """Of "pool" or "spatial" features, where the file has them.
+
+        Raises:
+            ValueError: a mean without a covariance, or shapes that do not belong together.
+        """
+        names = STATISTICS[which]
+        there = [name for name in names if name in self.members]
+        if not there:
+            return None
+        if len(there) == 1:
+            raise ValueError(f"{self.path}: has {there[0]}, but not both of {' and '.join(names)}")
+        mean, covariance = (torch.from_numpy(self._array(n).astype(np.float64)) for n in names)
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(
+                f"{self.path}: {' and '.join(names)} must be [D] and [D, D], are "
+                f"{list(mean.shape)} and {list(covariance.shape)}"
+            )
+        return Statistics(mean, covariance)
+
+    def _array(self, name: str) -> np.ndarray:
+        with self._open(name) as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+
+    @contextlib.contextmanager
+    def _member(self, name: str) -> Iterator[tuple[BinaryIO, tuple[int, ...], np.dtype]]:
+        """An array of the file at its first value, its shape and dtype."""
+        with self._open(name) as file:
+            read = _READERS[np.lib.format.read_magic(file)]
+            shape, fortran, dtype = read(file)
+            if fortran or dtype.hasobject:
+                raise ValueError(f"{self.path}: {name} must be plain numbers in C order")
+            yield file, shape, dtype
+
+    @contextlib.contextmanager
+    def _open(self, name: str) -> Iterator[BinaryIO]:
+        with self._errors(), zipfile.ZipFile(self.path) as archive:
+            with archive.open(f"{name}.npy") as file:
+                yield file
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+            raise ValueError(f"{self.path}: is no .npz, or damaged ({error})") from error

@@ -1,0 +1,137 @@
+"""How well a tokenizer reconstructs: rFID, rIS, PSNR, SSIM, LPIPS, codebook usage."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cache.format.manifest import weights_checksum
+from ..cache.sources import Source
+from ..cache.sources.choice import named_split
+from ..images import to_float
+from ..tokenizer import VFMTok
+from .features import Activations, Inception
+from .metrics import frechet_distance, inception_score, psnr, ssim
+from .pictures import Pictures, compared, model_input
+from .protocols import Reconstruction
+
+
+@torch.no_grad()
+def evaluate_reconstruction(
+    tokenizer: VFMTok,
+    source: Source,
+    protocol: Reconstruction,
+    inception: Inception | None = None,
+    *,
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    batch_size: int = 16,
+    workers: int = 4,
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[str, Any]:
+    """Reconstruct pictures and compare.
+
+    Args:
+        tokenizer: in eval mode.
+        source: the pictures, from `cache.sources.open_source`.
+        protocol: what to do with them.
+        inception: for rFID and rIS; None leaves them out.
+        lpips: distances [B] of pictures [B, 3, H, W] in [-1, 1], such as `training.LPIPS`.
+        batch_size: pictures at a time.
+        workers: threads that read.
+        advance: told how many pictures were done.
+
+    Returns:
+        The result as plain JSON values: protocol, what was compared, metrics, warnings.
+
+    Raises:
+        ValueError: fewer pictures than the protocol takes, or of another kind.
+    """
+    pictures = Pictures(
+        source, tokenizer.config.image_size, num=protocol.num, crop=protocol.crop,
+        size=protocol.size, workers=workers,
+    )  # fmt: skip
+    sums = _Sums(protocol, tokenizer, inception, lpips)
+    for batch in pictures.batches(batch_size):
+        images = model_input(batch.squares, tokenizer.device, tokenizer.dtype)
+        codes = tokenizer.encode(images)
+        made = compared(tokenizer.decode(codes), protocol.size, protocol.resize)
+        originals = batch.originals
+        if originals is None:
+            originals = compared(to_float(batch.squares), protocol.size, protocol.resize)
+        sums.add(originals, made, codes)
+        advance(len(made))
+    if not sums.count:
+        raise ValueError(f"{source.root}: no picture could be read")
+    warnings = []
+    if pictures.bad:
+        warnings.append(f"{len(pictures.bad)} pictures could not be read and were left out")
+    if named_split(str(source.root)) == "train":
+        warnings.append(
+            f"{source.root} is named as a training set; published rFIDs are of validation pictures"
+        )
+    return {
+        "protocol": dataclasses.asdict(protocol),
+        "compared": {
+            "source": str(source.root), "pictures": sums.count, "unreadable": len(pictures.bad),
+            "sha256": sums.digests[0].hexdigest(),
+            "reconstructions_sha256": sums.digests[1].hexdigest(),
+        },
+        "tokenizer": {
+            "sha256": weights_checksum(tokenizer.state_dict()), "precision": tokenizer.precision,
+        },
+        "inception": None if inception is None else inception.described,
+        "metrics": sums.metrics(),
+        "warnings": warnings,
+    }  # fmt: skip
+
+
+class _Sums:
+    """What is kept of the pictures: sums, digests, and features for rFID."""
+
+    def __init__(
+        self, protocol: Reconstruction, tokenizer: VFMTok, inception: Inception | None,
+        lpips: Callable[[Tensor, Tensor], Tensor] | None,
+    ):  # fmt: skip
+        self.protocol, self.inception, self.lpips = protocol, inception, lpips
+        self.count = 0
+        self.used = torch.zeros(tokenizer.config.codebook_size, dtype=torch.bool)
+        self.digests = hashlib.sha256(), hashlib.sha256()
+        self.sums: dict[str, float] = {}
+        self.seen = [] if inception is None else [Activations(inception) for _ in range(2)]
+        self.device = tokenizer.device
+
+    def add(self, originals: np.ndarray, made: np.ndarray, codes: Tensor) -> None:
+        self.count += len(made)
+        self.used[codes.flatten().cpu()] = True
+        pair = [torch.from_numpy(one).to(self.device) for one in (originals, made)]
+        terms = {"PSNR": psnr(*pair)}
+        for data_range in self.protocol.ssim_ranges:
+            terms[f"SSIM, range {data_range}"] = ssim(*pair, data_range)
+        if self.lpips is not None:
+            terms["LPIPS"] = self.lpips(*map(to_float, pair))
+        for name, values in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(values.double().sum())
+        for number, some in enumerate((originals, made)):
+            self.digests[number].update(np.ascontiguousarray(some))
+            if self.seen:
+                self.seen[number].add(some)
+
+    def metrics(self) -> dict[str, float | None]:
+        found: dict[str, float | None] = {}
+        if self.seen:
+            found["rFID"] = frechet_distance(
+                *(one.moments["pool"].statistics() for one in self.seen)
+            )
+            logits = self.inception.logits(self.seen[1].pool)
+            found["rIS"] = inception_score(logits, self.protocol.split)
+        for name, total in self.sums.items():
+            # JSON has no infinity, the PSNR of equal pictures.
+            found[name] = total / self.count if math.isfinite(total) else None
+        return found | {"codebook usage": float(self.used.double().mean())}
