@@ -2,10 +2,12 @@
 
     python examples/emoji/evaluate.py examples/emoji/data CLASSIFIER [--tokenizer DIR] [--gpt DIR]
 
-PSNR (8-bit, over all pixels of a picture, mean over pictures) of the held-out emoji against the
-picture that the tokenizer was given, and the share of pictures whose group `classifier.py`'s
-network names: of real held-out ones, of their reconstructions, and of generated ones by group, with
-and without guidance. Groups are generated equally often, so chance is one in nine.
+PSNR and SSIM (8-bit, mean over pictures) of the held-out emoji against the picture that the
+tokenizer was given, and the share of pictures whose group `classifier.py`'s network names: of real
+held-out ones, of their reconstructions, and of generated ones, with and without guidance. Groups
+are generated equally often, so chance is one in nine. With the token cache that the generator
+learned from, also how much of a picture it has by heart: the share of its codes that the nearest
+training picture has in the same places.
 """
 
 from __future__ import annotations
@@ -21,26 +23,21 @@ from pictures import read
 from torch import Tensor
 
 import vfmtok_fast as vf
-from vfmtok_fast.images import load_images
+from vfmtok_fast.evaluation.metrics import psnr, ssim
+from vfmtok_fast.images import load_images, to_uint8
 
 
-def psnr(real: Tensor, made: Tensor) -> float:
-    """Mean over pictures of 10 log10(1 / MSE); both [N, 3, H, W] in [0, 1]."""
-    error = (real - made).square().mean((1, 2, 3))
-    return (-10 * error.log10()).mean().item()
-
-
-def eight_bit(images: Tensor) -> Tensor:
-    """[-1, 1] to [0, 1] by steps of 1/255, as a file would hold it."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round() / 255
+def readable(pictures: Tensor) -> Tensor:
+    """uint8 [N, S, S, 3] as the classifier reads them: [N, 3, 64, 64] in [0, 1]."""
+    return F.interpolate(pictures.permute(0, 3, 1, 2) / 255, SIZE, mode="area")
 
 
 @torch.no_grad()
 def reconstruct(tokenizer: vf.VFMTok, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Reconstructions [N, 3, S, S] in [0, 1], and codes [N, R], of pictures in [-1, 1]."""
+    """Reconstructions, uint8 [N, S, S, 3], and codes [N, R], of pictures in [-1, 1]."""
     codes = torch.cat([tokenizer.encode(part) for part in images.split(32)])
-    made = torch.cat([tokenizer.decode(part) for part in codes.split(32)])
-    return eight_bit(made), codes
+    made = [to_uint8(tokenizer.decode(part)) for part in codes.split(32)]
+    return torch.cat(made), codes
 
 
 @torch.no_grad()
@@ -50,8 +47,8 @@ def generate(
     """So many pictures of each group [N, 3, 64, 64] in [0, 1], their groups, and their codes."""
     labels = torch.arange(GROUPS).repeat_interleave(each)
     codes = gpt.generate(labels, seed=seed, **sampling)
-    made = torch.cat([tokenizer.decode(part) for part in codes.split(32)])
-    return F.interpolate(eight_bit(made), SIZE, mode="area"), labels, codes
+    made = [to_uint8(tokenizer.decode(part)) for part in codes.split(32)]
+    return readable(torch.cat(made)), labels, codes
 
 
 def known(codes: Tensor, learned: Tensor) -> float:
@@ -74,18 +71,18 @@ def main() -> None:
     tokenizer = vf.VFMTok.from_pretrained(options.tokenizer)
     files = sorted((options.data / "heldout").glob("*/*.webp"))
     images = load_images(files, tokenizer.config.image_size)
+    real = to_uint8(images)
     made, codes = reconstruct(tokenizer, images)
     found = {
         "chance": 1 / GROUPS,
         "held-out pictures": len(files),
-        "PSNR": psnr(eight_bit(images), made),
+        "PSNR": psnr(real, made).mean().item(),
+        "SSIM": ssim(real, made).mean().item(),
         # What a tokenizer that always says white would have.
-        "PSNR of white": psnr(eight_bit(images), torch.ones_like(images)),
+        "PSNR of white": psnr(real, torch.full_like(real, 255)).mean().item(),
         "codes in use": len(codes.unique()),
         "accuracy, real": accuracy(judge, shrink(heldout.images), heldout.labels),
-        "accuracy, reconstructed": accuracy(
-            judge, F.interpolate(made, SIZE, mode="area"), heldout.labels
-        ),
+        "accuracy, reconstructed": accuracy(judge, readable(made), heldout.labels),
     }
     learned = None
     if options.cache is not None:

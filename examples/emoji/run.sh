@@ -3,7 +3,7 @@
 # By hand: examples/emoji/run.sh OUT, with vfmtok-fast and python on PATH. Stopped anywhere, the
 # same command goes on.
 #
-# STEPS (2500) and GPT_STEPS (6000) are how long the two train, PROCESSES (2) how many train at
+# STEPS (3600) and GPT_STEPS (4000) are how long the two train, PROCESSES (2) how many train at
 # once, each on one thread: threads that wait for each other lose most of their time on a machine
 # that others use too, and processes meet only once a step.
 set -euo pipefail
@@ -23,7 +23,7 @@ fi
 
 # No LPIPS and no discriminator: there is nothing here that their weights could come from.
 "${together[@]}" train-tokenizer "$pictures" "$out/tokenizer" --start-from "$out/start" \
-    --steps "${STEPS:-2500}" --batch-size 8 --lr 1e-3 --warmup-steps 100 \
+    --steps "${STEPS:-3600}" --batch-size 8 --lr 1e-3 --warmup-steps 100 \
     --schedule cosine --min-lr 1e-5 --ema 0.995 --pixel-loss l1 --no-lpips \
     --discriminator none --revive-after 500 --workers 1 \
     --save-every 250 --log-every 25 --show-every 250
@@ -32,8 +32,8 @@ tokenizer=$out/tokenizer/model
 vfmtok-fast cache "$pictures" "$out/cache" --model "$tokenizer" --views center center-flip
 vfmtok-fast verify "$out/cache"
 "${together[@]}" train-gpt "$out/cache" "$out/generator" --config "$here/generator.json" \
-    --steps "${GPT_STEPS:-6000}" --batch-size 32 --lr 1e-3 --warmup-steps 100 \
-    --schedule cosine --ema 0.995 --save-every 500 --log-every 50
+    --steps "${GPT_STEPS:-4000}" --batch-size 32 --lr 1e-3 --warmup-steps 100 \
+    --schedule cosine --ema 0.995 --save-every 250 --log-every 50 --show-every 0
 
 generator=$out/generator/model
 python "$here/evaluate.py" "$here/data" "$here/classifier.safetensors" \
