@@ -137,10 +137,8 @@ def _check_files(out: Place, found: Manifest, report: Report) -> list[int]:
         )
     elif len(sound) == found.shards:
         _check_completion(out, found, report)
-    known = {shards.shard_path(out, number).name for number in range(found.shards)}
-    for name in sorted(set((out / "shards").names()) - known):
-        if name.endswith(".safetensors"):
-            report.problems.append(f"{out / 'shards' / name}: does not belong to this cache")
+    for stray in shards.strays(out, found):
+        report.problems.append(f"{stray}: does not belong to this cache")
     return sound
 
 
@@ -158,9 +156,7 @@ def shard_problems(out: Place, found: Manifest, number: int) -> tuple[list[str],
     path = shards.shard_path(out, number)
     try:
         header, shard = shards.read_shard(path)
-        if problem := shards.header_problem(header, number, found):
-            return [problem], 0
-        if wrong := shards.problems(header, shard, found):
+        if wrong := shards.problems(header, shard, number, found):
             return wrong, 0
         entries, checksum = shards.read_quarantine(out, number)
     except (FileNotFoundError, ValueError) as error:
@@ -191,15 +187,9 @@ def _check_completion(out: Place, found: Manifest, report: Report) -> None:
 
 
 def _check_sample(
-    out: Place,
-    found: Manifest,
-    report: Report,
-    sound: list[int],
-    tokenizer: Tokenizer,
-    source: Source,
-    sample: int,
-    workers: int,
-) -> None:
+    out: Place, found: Manifest, report: Report, sound: list[int], tokenizer: Tokenizer,
+    source: Source, sample: int, workers: int,
+) -> None:  # fmt: skip
     # Pieces that start and end where batches do, so that the very same batches are formed again.
     views = len(found.views)
     piece = found.batch_size // math.gcd(found.batch_size, views)

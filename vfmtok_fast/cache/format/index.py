@@ -105,12 +105,9 @@ class Origin:
 
 
 def write_index(
-    path: Place,
-    entries: Iterable[Entry],
-    shard_size: int,
-    origin: Origin | None = None,
+    path: Place, entries: Iterable[Entry], shard_size: int, origin: Origin | None = None,
     hashed: bool = False,
-) -> tuple[int, str, int]:
+) -> tuple[int, str, int]:  # fmt: skip
     """Write index.parquet, one row group per shard, without holding more than one of them.
 
     Args:

@@ -75,7 +75,7 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Hash of `covers`, in hexadecimal."""
-        return hashlib.sha256(_canonical(self.covers)).hexdigest()
+        return hashlib.sha256(canonical(self.covers)).hexdigest()
 
     @property
     def views(self) -> list[str]:
@@ -111,6 +111,13 @@ class Manifest:
     def heif(self) -> bool:
         """Whether there are pictures that another package than Pillow decodes."""
         return "heif_decoder_version" in self.covers
+
+    def places_of(self, views: Iterable[str] | None, out: object) -> list[int]:
+        """Where a shard has some views, or all for None; ValueError for one it does not have."""
+        names = self.views if views is None else [str(view) for view in parse_views(views)]
+        if lacking := [name for name in names if name not in self.views]:
+            raise ValueError(f"{out}: has the views {', '.join(self.views)}, not {lacking[0]!r}")
+        return [self.views.index(name) for name in names]
 
     @property
     def shards(self) -> int:
@@ -169,11 +176,8 @@ def read_manifest(out: str | os.PathLike | Place, name: str = NAME) -> Manifest:
             classes=content["classes"],
             index_sha256=content["index_sha256"],
         )
-        sound = (
-            manifest.fingerprint == content["fingerprint"]
-            and manifest.shards == content["counts"]["shards"]
-            and manifest.views == content["views"]
-        )
+        said = content["fingerprint"], content["counts"]["shards"], content["views"]
+        sound = (manifest.fingerprint, manifest.shards, manifest.views) == said
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: damaged (entry {error}); restore it, or cache anew") from error
     if not sound:
@@ -236,7 +240,7 @@ def describe(
         **({"heif_decoder_version": pictures.heif_version()} if heif else {}),
     }
     # Through JSON once, so that tuples are lists as they are when read back.
-    return json.loads(_canonical(covers))
+    return json.loads(canonical(covers))
 
 
 def _precision(tokenizer: Tokenizer) -> str:
@@ -289,5 +293,6 @@ def check_same(found: Manifest, covers: dict[str, Any], shard_size: int, out: Pl
         )
 
 
-def _canonical(values: Any) -> bytes:
+def canonical(values: Any) -> bytes:
+    """As JSON: of equal values the same bytes."""
     return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

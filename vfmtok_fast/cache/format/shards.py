@@ -23,7 +23,7 @@ from safetensors.numpy import load, save
 
 from ...errors import one_line
 from ..store import Place
-from .manifest import BAD_TOKEN, Manifest
+from .manifest import BAD_TOKEN, Manifest, canonical
 
 META_KEY = "vfmtok_fast"
 
@@ -68,7 +68,7 @@ class Header:
 
     def digest(self) -> str:
         """Hash of the whole header, which through the checksums stands for the contents."""
-        return hashlib.sha256(_json(vars(self))).hexdigest()
+        return hashlib.sha256(canonical(vars(self))).hexdigest()
 
 
 def shard_path(out: Place, number: int) -> Place:
@@ -80,6 +80,13 @@ def shard_number(name: str) -> int | None:
     """The number of the shard that a file of this name is; None if it is none."""
     match = _NAME.fullmatch(name)
     return None if match is None else int(match[1])
+
+
+def strays(out: Place, manifest: Manifest) -> list[Place]:
+    """Shards in the folder that the cache does not have."""
+    known = {shard_path(out, number).name for number in range(manifest.shards)}
+    names = sorted(set((out / "shards").names()) - known)
+    return [out / "shards" / name for name in names if name.endswith(".safetensors")]
 
 
 def quarantine_path(out: Place, number: int) -> Place:
@@ -97,7 +104,7 @@ def write_shard(out: Place, fingerprint: str, shard: Shard) -> None:
         name: np.ascontiguousarray(getattr(shard, name), dtype) for name, dtype in _DTYPES.items()
     }
     checksums = {name: _sha256(array) for name, array in arrays.items()}
-    lines = b"".join(_json(entry) + b"\n" for entry in shard.quarantine)
+    lines = b"".join(canonical(entry) + b"\n" for entry in shard.quarantine)
     checksums["quarantine"] = hashlib.sha256(lines).hexdigest()
     header = Header(
         fingerprint, shard.number, len(shard.status), int((shard.status != OK).sum()), checksums
@@ -106,7 +113,7 @@ def write_shard(out: Place, fingerprint: str, shard: Shard) -> None:
         quarantine_path(out, shard.number).put(lines)
     else:
         quarantine_path(out, shard.number).remove()  # of a run that died before its commit
-    data = save(arrays, metadata={META_KEY: _json(vars(header)).decode()})
+    data = save(arrays, metadata={META_KEY: canonical(vars(header)).decode()})
     shard_path(out, shard.number).put(data)
 
 
@@ -187,14 +194,16 @@ def header_problem(header: Header, number: int, manifest: Manifest) -> str | Non
     return None
 
 
-def problems(header: Header, shard: Shard, manifest: Manifest) -> list[str]:
-    """All that is wrong inside a shard: dtypes, shapes, checksums, order, ranges, bad slots.
+def problems(header: Header, shard: Shard, number: int, manifest: Manifest) -> list[str]:
+    """All that is wrong with shard `number`: dtypes, shapes, checksums, order, ranges, bad slots.
 
     Returns:
         One line each; empty if the shard is sound. Agreement with the index and the quarantine list
         is for the caller, who has them.
     """
-    count, views = len(manifest.rows_of(header.number)), len(manifest.views)
+    if problem := header_problem(header, number, manifest):
+        return [problem]
+    count, views = len(manifest.rows_of(number)), len(manifest.views)
     shapes = dict.fromkeys(_DTYPES, (count,)) | {"tokens": (count, views, manifest.num_tokens)}
     found = []
     for name, dtype in _DTYPES.items():
@@ -207,7 +216,7 @@ def problems(header: Header, shard: Shard, manifest: Manifest) -> list[str]:
             found.append(f"{name} does not fit its checksum")
     if found:
         return found
-    if not np.array_equal(shard.index, np.asarray(manifest.rows_of(header.number))):
+    if not np.array_equal(shard.index, np.asarray(manifest.rows_of(number))):
         found.append("index is not the run of numbers that belongs to this shard")
     if not np.isin(shard.status, list(STATUS_NAMES)).all():
         found.append(f"status holds other values than {list(STATUS_NAMES)}")
@@ -223,7 +232,3 @@ def problems(header: Header, shard: Shard, manifest: Manifest) -> list[str]:
 
 def _sha256(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
-
-
-def _json(values: Any) -> bytes:
-    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

@@ -69,14 +69,9 @@ def encode_rows(
 
 
 def encode_parts(
-    source: Source,
-    parts: Iterable[tuple[int, Rows]],
-    manifest: Manifest,
-    tokenizer: Tokenizer,
-    workers: int,
-    advance: Advance | None = None,
-    waits: Waits | None = None,
-) -> Iterator[tuple[int, Rows, Encoded]]:
+    source: Source, parts: Iterable[tuple[int, Rows]], manifest: Manifest, tokenizer: Tokenizer,
+    workers: int, advance: Advance | None = None, waits: Waits | None = None,
+) -> Iterator[tuple[int, Rows, Encoded]]:  # fmt: skip
     """Encode shards, or runs of pictures that start where a batch starts.
 
     Args:
@@ -138,13 +133,9 @@ class _Device:
     """Batches on their way to the tokenizer: one is filled while others are encoded."""
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        manifest: Manifest,
-        plan: Plan,
-        waits: Waits,
+        self, tokenizer: Tokenizer, manifest: Manifest, plan: Plan, waits: Waits,
         advance: Advance | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.tokenizer, self.manifest, self.waits = tokenizer, manifest, waits
         self.advance = advance or (lambda number, new, bad: None)
         first = next(iter(tokenizer.parameters()), torch.empty(0, device="cpu"))

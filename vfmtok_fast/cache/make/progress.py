@@ -118,15 +118,12 @@ class State:
         )
 
     def _check_bad(self) -> None:
-        _check_bad(self.job, self._bad, self.max_bad)
-
-
-def _check_bad(job: Job, bad: int, max_bad: int | None) -> None:
-    if max_bad is not None and bad > max_bad:
-        raise TooManyBadImages(
-            f"{job.source.root}: {bad} pictures could not be read, more than max_bad={max_bad}; "
-            "repair them, or run again with a higher limit (finished shards are kept)"
-        )
+        if self.max_bad is not None and self._bad > self.max_bad:
+            raise TooManyBadImages(
+                f"{self.job.source.root}: {self._bad} pictures could not be read, more than "
+                f"max_bad={self.max_bad}; repair them, or run again with a higher limit (finished "
+                "shards are kept)"
+            )
 
 
 @contextmanager

@@ -48,13 +48,9 @@ class TokenCache:
     """
 
     def __init__(
-        self,
-        out: str | os.PathLike,
-        view: str | None = None,
-        *,
-        partial: bool = False,
+        self, out: str | os.PathLike, view: str | None = None, *, partial: bool = False,
         mirror: str | os.PathLike | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.out = place(out)
         self.manifest: Manifest = read_manifest(self.out)
         names = self.manifest.views
@@ -124,7 +120,7 @@ class TokenCache:
         copy = self._mirror / name
         if not copy.exists():
             data = path.read_bytes()
-            if wrong := shards.problems(*shards.parse_shard(data, path), self.manifest):
+            if wrong := shards.problems(*shards.parse_shard(data, path), number, self.manifest):
                 raise ValueError(f"{path}: {wrong[0]}; mend it with vfmtok-fast repair")
             self._mirror.make_folder()
             copy.put(data)

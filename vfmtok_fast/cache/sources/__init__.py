@@ -31,14 +31,9 @@ __all__ = ["KINDS", "BadImage", "Entry", "Source", "choices_of", "open_again", "
 
 
 def open_source(
-    images: str | os.PathLike,
-    kind: str | None = None,
-    *,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-    image_column: str | None = None,
-    label_column: str | None = None,
-) -> Source:
+    images: str | os.PathLike, kind: str | None = None, *, include: Iterable[str] = (),
+    exclude: Iterable[str] = (), image_column: str | None = None, label_column: str | None = None,
+) -> Source:  # fmt: skip
     """Find out what an input is, by its name and what lies in it.
 
     A file: `.tar` is a tar of class tars or of class folders, or a WebDataset shard if it holds
