@@ -84,9 +84,7 @@ def verify(
         raise ValueError("verify: encoding pictures again needs the tokenizer that made the cache")
     if sheet is not None and (images is None or not hasattr(tokenizer, "decode")):
         raise ValueError("verify: a contact sheet needs the pictures and a tokenizer that decodes")
-    source = None
-    if images is not None:
-        source = open_again(images, out / INDEX, input_kind)
+    source = None if images is None else open_again(images, out / INDEX, input_kind)
     if sample < 1:
         raise ValueError(f"verify: sample must be at least 1, got {sample}")
     if tokenizer is not None:
@@ -144,11 +142,6 @@ def _check_files(out: Place, found: Manifest, report: Report) -> list[int]:
 
 def shard_problems(out: Place, found: Manifest, number: int) -> tuple[list[str], int]:
     """Check one shard to the last byte, against itself, the index and its quarantine list.
-
-    Args:
-        out: the cache's folder.
-        found: its manifest.
-        number: which shard.
 
     Returns:
         What is wrong, one line each (nothing for a sound shard), and the number of bad pictures.

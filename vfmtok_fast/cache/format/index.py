@@ -179,24 +179,26 @@ def read_all(path: Place) -> Iterator[Rows]:
 
 def count_unlabelled(path: Place) -> int:
     """How many pictures have no class, label -1; raises like `read_rows`."""
-    with _opened(path) as file:
-        columns = (file.read_row_group(n, ["label"])[0] for n in range(file.num_row_groups))
-        return sum(pc.sum(pc.equal(column, NO_CLASS)).as_py() or 0 for column in columns)
+    labels = _column(path, "label")
+    return sum(pc.sum(pc.equal(column, NO_CLASS)).as_py() or 0 for column in labels)
 
 
 def used_labels(path: Place) -> set[int]:
     """The labels that pictures have; raises like `read_rows`."""
-    with _opened(path) as file:
-        columns = (file.read_row_group(n, ["label"])[0] for n in range(file.num_row_groups))
-        return {label for column in columns for label in pc.unique(column).to_pylist()}
+    return {label for column in _column(path, "label") for label in pc.unique(column).to_pylist()}
 
 
 def holds_suffix(path: Place, suffixes: Set[str]) -> bool:
     """Whether a picture's name ends so, in small letters or large; raises like `read_rows`."""
+    names = (name for column in _column(path, "path") for name in column.to_pylist())
+    return any(name.lower().endswith(tuple(suffixes)) for name in names)
+
+
+def _column(path: Place, name: str) -> Iterator[pa.ChunkedArray]:
+    """One column of each shard's rows."""
     with _opened(path) as file:
-        columns = (file.read_row_group(n, ["path"])[0] for n in range(file.num_row_groups))
-        names = (name for column in columns for name in column.to_pylist())
-        return any(name.lower().endswith(tuple(suffixes)) for name in names)
+        for shard in range(file.num_row_groups):
+            yield file.read_row_group(shard, [name])[0]
 
 
 def read_from(path: Place, start: int, end: int | None) -> Iterator[Entry]:

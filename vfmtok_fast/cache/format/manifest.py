@@ -54,6 +54,15 @@ class FingerprintMismatch(FileExistsError):
     """The folder holds a cache that was made by another tokenizer or with other settings."""
 
 
+def _covered(name: str, meaning: str, *default: Any) -> Any:
+    """A property: an entry of `covers`, KeyError where it is missing and has no default."""
+
+    def value(self: Manifest) -> Any:
+        return self.covers.get(name, *default) if default else self.covers[name]
+
+    return property(value, doc=meaning)
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Contents of manifest.json.
@@ -77,35 +86,14 @@ class Manifest:
         """Hash of `covers`, in hexadecimal."""
         return hashlib.sha256(canonical(self.covers)).hexdigest()
 
-    @property
-    def views(self) -> list[str]:
-        """Names of the V views, in the order in which shards hold them."""
-        return self.covers["views"]
-
-    @property
-    def num_tokens(self) -> int:
-        """T, tokens per view."""
-        return self.covers["num_tokens"]
-
-    @property
-    def codebook_size(self) -> int:
-        """Tokens are below this."""
-        return self.covers["codebook_size"]
-
-    @property
-    def image_size(self) -> int:
-        """Side of the square that is encoded, in pixels."""
-        return self.covers["image_size"]
-
-    @property
-    def batch_size(self) -> int:
-        """Views per call of `encode`; the last batch of a shard is padded to it."""
-        return self.covers["batch_size"]
-
-    @property
-    def seed(self) -> int:
-        """Seed of the random crops; 0 where there are none."""
-        return self.covers.get("seed", 0)
+    views = _covered("views", "Names of the V views, in the order in which shards hold them.")
+    num_tokens = _covered("num_tokens", "T, tokens per view.")
+    codebook_size = _covered("codebook_size", "Tokens are below this.")
+    image_size = _covered("image_size", "Side of the square that is encoded, in pixels.")
+    batch_size = _covered(
+        "batch_size", "Views per call of `encode`; the last batch of a shard is padded to it."
+    )
+    seed = _covered("seed", "Seed of the random crops; 0 where there are none.", 0)
 
     @property
     def heif(self) -> bool:

@@ -11,18 +11,19 @@ holding sorted JSON.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from ...errors import one_line
-from ..store import Place
+from ..store import Place, Tensors
 from .manifest import BAD_TOKEN, Manifest, canonical
 
 META_KEY = "vfmtok_fast"
@@ -117,6 +118,19 @@ def write_shard(out: Place, fingerprint: str, shard: Shard) -> None:
     shard_path(out, shard.number).put(data)
 
 
+@contextlib.contextmanager
+def _opened(path: Place, data: bytes | None = None) -> Iterator[tuple[Header, Tensors]]:
+    try:
+        file = Tensors(path if data is None else data)
+        if set(file.header) != set(_DTYPES):
+            raise ValueError(f"holds {sorted(file.header)}")
+        yield Header(**json.loads(file.meta[META_KEY])), file
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: this shard is missing") from error
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"{path}: damaged or not a shard ({one_line(error)})") from error
+
+
 def read_header(path: Place) -> Header:
     """Read what a shard says about itself; a truncated file is noticed, a flipped bit is not.
 
@@ -124,42 +138,22 @@ def read_header(path: Place) -> Header:
         FileNotFoundError: it is not there.
         ValueError: it is damaged or not a shard.
     """
-    try:
-        with path.tensors() as file:
-            content = json.loads((file.metadata() or {})[META_KEY])
-            if set(file.keys()) != set(_DTYPES):
-                raise ValueError(f"holds {sorted(file.keys())}")
-            return Header(**content)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: this shard is missing") from error
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: damaged or not a shard ({one_line(error)})") from error
+    with _opened(path) as (header, _):
+        return header
 
 
-def read_shard(path: Place) -> tuple[Header, Shard]:
+def read_shard(path: Place, data: bytes | None = None) -> tuple[Header, Shard]:
     """Read a shard whole, without its quarantine list and without checking (see `problems`).
+
+    Args:
+        path: the shard.
+        data: its bytes, where they have been read already.
 
     Raises:
         FileNotFoundError, ValueError: as `read_header`.
     """
-    header = read_header(path)
-    try:
-        with path.tensors() as file:
-            arrays = {name: file.get_tensor(name) for name in _DTYPES}
-    except (SafetensorError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: damaged or not a shard ({one_line(error)})") from error
-    return header, Shard(header.number, **arrays)
-
-
-def parse_shard(data: bytes, path: Place) -> tuple[Header, Shard]:
-    """As `read_shard`, of a shard's bytes; `path` is where they are from."""
-    try:
-        end = 8 + int.from_bytes(data[:8], "little")
-        header = Header(**json.loads(json.loads(data[8:end])["__metadata__"][META_KEY]))
-        arrays = load(data)
-        return header, Shard(header.number, **{name: arrays[name] for name in _DTYPES})
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: damaged or not a shard ({one_line(error)})") from error
+    with _opened(path, data) as (header, file):
+        return header, Shard(header.number, **{name: file.get(name) for name in _DTYPES})
 
 
 def read_quarantine(out: Place, number: int) -> tuple[list[dict[str, Any]], str]:

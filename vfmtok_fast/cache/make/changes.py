@@ -43,18 +43,12 @@ class ImagesChanged(ValueError):
 def check_unchanged(
     source: Source, path: Place, classes: list[str], quarantined: Set[str] = frozenset()
 ) -> None:
-    """Refuse to go on with an input that has other pictures than the index.
+    """Refuse to go on with an input that has other pictures than the index at `path`.
 
     A picture that has gone from a folder is no reason to refuse: its tokens may be cached already,
     and where they are not, its slot is quarantined. A picture that came, or whose size changed, is,
-    because the cache could not say so; but for one that is quarantined, and has no tokens yet. Of
-    an archive, the size of every file must be the same.
-
-    Args:
-        source: the input.
-        path: the index.
-        classes: their names.
-        quarantined: paths of pictures that could not be read.
+    because the cache could not say so; but for one of the paths `quarantined`, which has no tokens
+    yet. Of an archive, the size of every file must be the same.
 
     Raises:
         ImagesChanged: one line with what changed, how often, and the first case.
@@ -166,13 +160,7 @@ def extend(source: Source, out: Place, found: Manifest, workers: int) -> Manifes
     """Add the pictures that came since a cache was indexed; `encode_shards` makes their tokens.
 
     Quarantined pictures of another size, which somebody has mended, are indexed anew in their
-    place, and their shards go.
-
-    Args:
-        source: the input, with what was added.
-        out: the cache.
-        found: its manifest; the index fits it.
-        workers: threads that read, where the index holds hashes.
+    place, and their shards go. Where the index holds hashes, `workers` threads read.
 
     Returns:
         The manifest that holds from now on; `found` where nothing was added.

@@ -96,7 +96,8 @@ def encode_parts(
     device = _Device(tokenizer, manifest, plan, waits or Waits(), advance)
     pictures = _decode_ahead(source, iter(parts), manifest, plan, workers)
     with evaluating(tokenizer), device, contextlib.closing(pictures):
-        for number, rows in _parts_of(pictures, device):
+        while (part := device.wait_for_data(pictures)) is not None:
+            number, rows = part
             encoded = Encoded(
                 np.full((len(rows), len(plan.cuts), manifest.num_tokens), BAD_TOKEN, np.uint16),
                 np.zeros(len(rows), np.uint8),
@@ -107,12 +108,6 @@ def encode_parts(
                 device.add(position, device.wait_for_data(pictures))
             device.end()
             yield number, rows, encoded
-
-
-def _parts_of(pictures: Iterator, device: _Device) -> Iterator[tuple[int, Rows]]:
-    """What `_decode_ahead` announces before the pictures of each part."""
-    while (part := device.wait_for_data(pictures)) is not None:
-        yield part
 
 
 # Batches that are encoded at a time. On a GPU each has a stream, so that one's copy, its checks and

@@ -21,7 +21,7 @@ import torch
 from ..format import shards
 from ..format.complete import COMPLETE
 from ..format.manifest import Manifest, read_manifest
-from ..store import LocalPlace, Place, place
+from ..store import LocalPlace, Place, Tensors, place
 
 # Shards that are held open at a time; systems allow a thousand files or so.
 MOST_OPEN = 256
@@ -109,9 +109,9 @@ class TokenCache:
             raise
         if problem := shards.header_problem(header, number, self.manifest):
             raise ValueError(f"{path}: {problem}")
-        with path.tensors() as file:
-            good = file.get_tensor("status") == shards.OK
-            return header.digest(), file.get_tensor("index")[good], file.get_tensor("label")[good]
+        file = Tensors(path)
+        good = file.get("status") == shards.OK
+        return header.digest(), file.get("index")[good], file.get("label")[good]
 
     def _copy(self, number: int) -> Place:
         """The local copy of a shard; fetched and checked to the last byte, if it is not there."""
@@ -120,7 +120,7 @@ class TokenCache:
         copy = self._mirror / name
         if not copy.exists():
             data = path.read_bytes()
-            if wrong := shards.problems(*shards.parse_shard(data, path), number, self.manifest):
+            if wrong := shards.problems(*shards.read_shard(path, data), number, self.manifest):
                 raise ValueError(f"{path}: {wrong[0]}; mend it with vfmtok-fast repair")
             self._mirror.make_folder()
             copy.put(data)
@@ -144,7 +144,7 @@ class _Rows:
 
     def __init__(self, path: Place) -> None:
         self.path, self.file = path, path.open_bytes()
-        tensors = path.tensors()
+        tensors = Tensors(path)
         tokens = tensors.header["tokens"]
         self.start, self.shape = tensors.start + tokens["data_offsets"][0], tokens["shape"][1:]
         self.size = math.prod(self.shape) * np.dtype(np.uint16).itemsize

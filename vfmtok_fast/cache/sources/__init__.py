@@ -111,11 +111,7 @@ def open_again(images: str | os.PathLike, index: Place, kind: str | None = None)
 
 
 def choices_of(path: Place) -> tuple[str | None, dict[str, Any]]:
-    """Kind and further arguments with which `open_source` opens a cache's input again.
-
-    Args:
-        path: the cache's index.
-    """
+    """Kind and further arguments with which `open_source` opens the input of an index again."""
     try:
         origin = read_origin(path)
     except ValueError:  # damaged, as whoever checks the index will say
