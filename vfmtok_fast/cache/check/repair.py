@@ -67,9 +67,8 @@ def _readable_again(job: Job, number: int) -> int:
     found = job.manifest
     plan = plan_views(parse_views(found.views), found.image_size)
     rows = read_rows(job.out / INDEX, number)
-    entries = rows.entries()
-    quarantined = read_quarantine(job.out, number)[0]
-    again = (decode(job.source, entries[e["index"] - rows.first], plan, found) for e in quarantined)
+    places = (bad["index"] - rows.first for bad in read_quarantine(job.out, number)[0])
+    again = (decode(job.source, rows.entries[place], plan, found) for place in places)
     return sum(not isinstance(picture, BadImage) for picture in again)
 
 

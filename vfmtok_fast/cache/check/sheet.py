@@ -33,7 +33,7 @@ def contact_sheet(
         if not len(good):
             continue
         row = int(good[min(np.searchsorted(good, row), len(good) - 1)])
-        (entry,) = index.read_rows(out / INDEX, number)[row : row + 1].entries()
+        entry = index.read_rows(out / INDEX, number).entries[row]
         try:
             image = decode_image(source.read(entry))
         except (BadImage, ValueError):

@@ -159,7 +159,7 @@ def shard_problems(out: Place, found: Manifest, number: int) -> tuple[list[str],
     if rows.labels != shard.label.tolist():
         wrong.append("labels do not agree with the index")
     bad = np.flatnonzero(shard.status != shards.OK)
-    expected = [(rows.first + int(i), rows.paths[i], int(shard.status[i])) for i in bad]
+    expected = [(rows.first + int(i), rows.entries[i].path, int(shard.status[i])) for i in bad]
     listed = [(entry.get("index"), entry.get("path"), entry.get("status")) for entry in entries]
     if listed != expected or checksum != header.checksums.get("quarantine"):
         wrong.append(f"does not agree with {shards.quarantine_path(out, number)}")
@@ -201,7 +201,7 @@ def _check_sample(
             now = again.reasons.get(int(position), "can be read now")
             then = shards.STATUS_NAMES[int(shard.status[part][position])]
             report.problems.append(
-                f"{source.root}: {rows.paths[position]!r} is cached as {then}, but: {now}"
+                f"{source.root}: {rows.entries[position].path!r} is cached as {then}, but: {now}"
             )
         both = (again.status == shards.OK) & (shard.status[part] == shards.OK)
         equal += int((again.tokens[both] == shard.tokens[part][both]).sum())

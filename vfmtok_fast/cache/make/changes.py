@@ -184,7 +184,7 @@ def extend(source: Source, out: Place, found: Manifest, workers: int) -> Manifes
         mended = {entry.path: entry for entry in hashed_entries(source, mended.values(), workers)}
     runs = origin.runs if new is None else (*origin.runs, found.images)
     later = replace(origin, files=source.files(), runs=runs)
-    old = chain.from_iterable(rows.entries() for rows in index.read_all(path))
+    old = chain.from_iterable(rows.entries for rows in index.read_all(path))
     places: list[int] = []
     entries = chain(_replaced(old, mended, places), new or ())
     written = index.write_index(out / NEXT_INDEX, entries, found.shard_size, later, hashed)

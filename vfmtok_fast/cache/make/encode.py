@@ -257,7 +257,7 @@ def _decode_ahead(
     def submit() -> Iterator[None]:
         for part in parts:
             waiting.append(part)
-            for entry in part[1].entries():
+            for entry in part[1].entries:
                 waiting.append(pool.submit(decode, source, entry, plan, manifest))
                 yield
 

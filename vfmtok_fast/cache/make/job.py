@@ -115,7 +115,7 @@ def _commit(job: Job, number: int, rows: index.Rows, encoded: Encoded) -> None:
     quarantine = [
         {
             "index": rows.first + position,
-            "path": rows.paths[position],
+            "path": rows.entries[position].path,
             "reason": reason,
             "status": int(encoded.status[position]),
         }

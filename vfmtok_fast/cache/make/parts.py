@@ -61,7 +61,7 @@ def _every(
     number, last = 0, None
     while _is_part(folder / f"{number:05d}.parquet", mark, hashed):
         for rows in index.read_all(folder / f"{number:05d}.parquet"):
-            for last in rows.entries():
+            for last in rows.entries:
                 yield last
         number += 1
     part = []

@@ -130,12 +130,12 @@ class State:
 def reporting(
     progress: bool | Callable[[Progress], None], total: int, done: int
 ) -> Iterator[Callable[[Progress], None]]:
-    if callable(progress):
-        yield progress
+    if callable(progress) or not progress:
+        # Without a bar no tqdm: forked processes share its lock, and one that is killed may keep it.
+        yield progress or (lambda state: None)
         return
     # disable=None: tqdm's word for "off where stderr is no terminal".
-    off = None if progress else True
-    with tqdm(total=total, initial=done, unit="img", desc="cache", disable=off) as bar:
+    with tqdm(total=total, initial=done, unit="img", desc="cache", disable=None) as bar:
 
         def report(state: Progress) -> None:
             bar.update(state.done - bar.n)
