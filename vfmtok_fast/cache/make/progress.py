@@ -131,7 +131,7 @@ def reporting(
     progress: bool | Callable[[Progress], None], total: int, done: int
 ) -> Iterator[Callable[[Progress], None]]:
     if callable(progress) or not progress:
-        # Without a bar no tqdm: forked processes share its lock, and one that is killed may keep it.
+        # No tqdm without a bar: forked processes share its lock, and one that is killed keeps it.
         yield progress or (lambda state: None)
         return
     # disable=None: tqdm's word for "off where stderr is no terminal".
