@@ -65,8 +65,8 @@ class TokenCache:
         self._mirror = None
         if self.out.remote:
             self._mirror = _default_mirror(self.out) if mirror is None else LocalPlace(mirror)
-        numbers = range(self.manifest.shards)
-        for number, found in zip(numbers, self.out.spread(self._look, numbers), strict=True):
+        found_in = self.out.spread(self._look, range(self.manifest.shards))
+        for number, found in enumerate(found_in):
             if found is not None:
                 self._digests[number], good_rows, good_labels = found
                 rows.append(good_rows)
