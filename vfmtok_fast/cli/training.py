@@ -182,7 +182,7 @@ def run_to_end(
             note(f"going on from {path}")
         if rank == 0:
             work.reports = list(reports(options, out, work.trainer.steps, work.steps))
-            if (warmup := work.trainer.settings.warmup_steps) >= work.steps:
+            if (warmup := work.trainer.settings.warmup_steps) > work.steps:
                 note(f"note: the rate rises over {warmup} steps, and the run has {work.steps}")
         try:
             work.train()
@@ -246,6 +246,10 @@ def _together(rank: int, world_size: int, device: str | None) -> Iterator[None]:
     dist.init_process_group(backend, rank=rank, world_size=world_size)
     try:
         yield
+    except RuntimeError as error:
+        if "closed by peer" not in str(error):
+            raise
+        raise ConnectionError("another process of this run has ended; it says why") from error
     finally:
         dist.destroy_process_group()
 
