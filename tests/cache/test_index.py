@@ -112,7 +112,11 @@ def test_names_that_are_not_utf8(tmp_path):
     make(tmp_path / "p", tmp_path / "index.parquet")
     rows = read_rows(tmp_path / "index.parquet", 0)
     assert rows.paths == ["b\\xff.png", "caf\\xe9/x.png", "ok.png"]
-    assert rows.sizes == [NOT_UTF8, NOT_UTF8, 1] and rows.labels == [-1, 0, -1]
+    assert [entry.size for entry in rows.entries] == [NOT_UTF8, NOT_UTF8, 1] and rows.labels == [
+        -1,
+        0,
+        -1,
+    ]
 
 
 def test_very_deep_folders(tmp_path):

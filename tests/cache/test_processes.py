@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 from scripts import START
+from tqdm import tqdm
 
 import vfmtok_fast
 from vfmtok_fast import cache
 from vfmtok_fast.cache.format import shards
+from vfmtok_fast.cache.make.progress import reporting
 
 SMALL = {"batch_size": 3, "shard_size": 2, "workers": 1}
 
@@ -207,3 +209,17 @@ def test_bad_pictures_of_other_processes_count(tmp_path, out, tokenizer, fake):
     assert states[-1].rate > 0 and states[-1].eta == 0
     with pytest.raises(cache.TooManyBadImages):
         cache.build(tree, out, tokenizer, max_bad=3, **SMALL)
+
+
+def test_a_run_without_a_bar_waits_for_no_lock():
+    """Of tqdm: forked processes share it, and one that was killed holds it for ever."""
+
+    def report() -> None:
+        with reporting(False, total=2, done=0) as tell:
+            tell(cache.Progress(done=1, bad=0, total=2))
+
+    with tqdm.get_lock():
+        thread = threading.Thread(target=report, daemon=True)
+        thread.start()
+        thread.join(timeout=10)
+        assert not thread.is_alive()

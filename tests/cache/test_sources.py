@@ -367,7 +367,7 @@ def test_the_checksum_covers_places_and_files(tmp_path):
     ):
         count, checksum, _ = index.write_index(tmp_path / "i", [entry], 4, origin)
         assert (count, checksum) == index.index_checksum(tmp_path / "i")
-        assert index.read_rows(tmp_path / "i", 0).entries() == [entry]
+        assert index.read_rows(tmp_path / "i", 0).entries == [entry]
         checksums.add(checksum)
     assert len(checksums) == 5
 

@@ -114,6 +114,42 @@ def test_probe(run, photos: Path, model: Path, tmp_path: Path):
         assert f"{value:.4f}" in next(row for row in text.splitlines() if row.startswith(name))
 
 
+def test_what_cannot_end_well_does_not_begin(
+    run, model: Path, pictures: np.ndarray, tmp_path: Path
+):
+    good = {"mu": np.zeros(12), "sigma": np.eye(12)}
+    broken = {
+        "hold NaN": {"mu": good["mu"] * np.nan},
+        "must be real numbers": {"mu": good["mu"].astype("U1")},
+        "is not symmetric": {"sigma": np.triu(np.ones((12, 12)))},
+        "mu: Object arrays": {"mu": good["mu"].astype(object)},
+    }
+    samples = tmp_path / "a.npz"
+    np.savez(samples, arr_0=pictures, arr_1=np.arange(24))
+    line = ("generation", samples, "--size", 32, "--out", tmp_path / "x.json")
+    for number, (message, change) in enumerate(broken.items()):
+        reference = tmp_path / f"{number}.npz"
+        np.savez(reference, **good | change)
+        code, _, errors = run(*line, "--num", 5, "--reference", reference)
+        assert code == 2 and f"{reference}: " in errors and message in errors, errors
+    gpt = GPT(
+        GPTConfig(num_layers=1, num_heads=2, dim=16, vocab_size=256, block_size=16, num_classes=3)
+    )
+    gpt.save_pretrained(tmp_path / "gpt")
+    models = ("--model", model, "--gpt", tmp_path / "gpt", "--reference", samples)
+    code, _, errors = run("sweep", tmp_path / "sweep", *models, "--num", 3, "--size", 32)
+    assert code == 2 and "--num: 3 pictures are too few, the figures need 4" in errors
+    assert not (tmp_path / "sweep").exists()
+    nowhere = ("--out", tmp_path / "a.npz" / "x.json")
+    code, _, errors = run(*line[:-2], *nowhere, "--num", 5, "--reference", samples)
+    assert code == 2 and "cannot write" in errors and "random weights" not in errors
+    np.savez(tmp_path / "negative.npz", arr_0=pictures, arr_1=np.arange(24) - 1)
+    code, _, errors = run(
+        "generation", tmp_path / "negative.npz", *line[2:], "--num", 5, "--reference", samples
+    )
+    assert code == 2 and "must be whole numbers of at least 0" in errors
+
+
 def test_mistakes_are_one_line(run, photos: Path, pictures: np.ndarray, tmp_path: Path):
     np.savez(tmp_path / "a.npz", arr_0=pictures)
     (tmp_path / "b.npz").write_text("text")

@@ -141,3 +141,15 @@ def test_compiles(trained: bool):
     got = torch.compile(call, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(got, call(x))
     assert got.requires_grad == trained
+
+
+@pytest.mark.slow
+def test_inductor_takes_it_too():
+    """Its own lowering refuses oneDNN's product of weights that it does not know as constants."""
+    x, weight, bias = make(4)
+    weight.requires_grad_()
+    call = lambda x: ops.linear(x, weight, bias)  # noqa: E731
+    got, expected = torch.compile(call, fullgraph=True)(x), call(x)
+    torch.testing.assert_close(got, expected)
+    grads = (torch.autograd.grad(y.square().sum(), weight)[0] for y in (got, expected))
+    torch.testing.assert_close(*grads)

@@ -21,7 +21,9 @@ from vfmtok_fast.training import (
     Stopped,
     TokenizerTrainer,
     checkpoints,
+    processes,
     reconstructions,
+    signals,
 )
 
 Begin = Callable[..., Run]
@@ -119,6 +121,48 @@ def test_a_signal_saves_first(begin: Begin, whole: Run, tmp_path: Path):
     assert second.resume() is not None and second.trainer.steps == first.trainer.steps
     second.train()
     check_equal(whole, second)
+
+
+def test_a_signal_that_comes_twice_at_once_counts_once(monkeypatch):
+    """A scheduler tells all processes, and torchrun tells its own again."""
+    was = signal.getsignal(signal.SIGHUP)
+    monkeypatch.setattr(signals, "SAME", 60)
+    with signals.collected() as came:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
+            signal.raise_signal(number)
+        assert came == [signal.SIGTERM, signal.SIGTERM, signal.SIGHUP]
+        monkeypatch.setattr(signals, "SAME", -1)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGHUP) == was
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with signals.collected() as came:
+            signal.raise_signal(signal.SIGHUP)
+        assert came == []
+    finally:
+        signal.signal(signal.SIGHUP, was)
+
+
+def test_a_log_has_each_step_once(begin: Begin, whole: Run, tmp_path: Path):
+    run = begin(tmp_path / "run", steps=1)
+    run.train()
+    with open(run.out / "log.jsonl", "a") as file:
+        file.write('{"step": 2, "not_finite": []}\n{"step": 2, "total": 1}\n{"step": 3, "to')
+    again = begin(run.out, steps=2)
+    assert again.resume() and again.train() is None
+    assert [line["step"] for line in lines(again)] == [1, 2, 2]
+    assert "not_finite" in lines(again)[1] and terms(lines(again)[2]) == terms(lines(whole)[1])
+
+
+def test_checkpoints_that_are_none_or_not_the_same(begin: Begin, tmp_path: Path, monkeypatch):
+    run = begin(tmp_path)
+    checkpoints.save(tmp_path / "checkpoints", 7, {"weights": 1})
+    with pytest.raises(ValueError, match=r"step-00000007\.pt: no checkpoint of a run; remove it"):
+        run.resume()
+    monkeypatch.setattr(processes, "gather", lambda values: [*values, None])
+    with pytest.raises(ValueError, match=r"disk that all processes share; .*-00000007\.pt, None"):
+        run.resume()
 
 
 def test_nan_stops_with_the_pictures_and_the_state_before(begin: Begin, tmp_path: Path):

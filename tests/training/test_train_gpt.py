@@ -6,16 +6,19 @@ import functools
 import itertools
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from vfmtok_fast import GPT, GPTConfig, VFMTok, VFMTokConfig, cli
 from vfmtok_fast.cache import TokenCacheDataset, build
-from vfmtok_fast.training import Codes, GPTTrainer, GPTTraining
+from vfmtok_fast.cli import training_reports
+from vfmtok_fast.training import Codes, GPTTrainer, GPTTraining, NotFinite
 from vfmtok_fast.training.estimate import estimate_gpt
 
 CONFIG = {"num_layers": 2, "num_heads": 2, "dim": 32, "ffn_multiple_of": 32}
@@ -122,6 +125,11 @@ def test_refusals(cache, photos, config, tokenizer, tmp_path, tiny, capsys):
     few = tmp_path / "few.json"
     few.write_text(json.dumps({**CONFIG, "num_classes": 1}))
     cases = [
+        (("--epochs", "inf"), config, "--epochs must be a number above 0, got inf"),
+        (("--epochs", "-1"), config, "--epochs must be a number above 0"),
+        (("--warmup-epochs", "inf"), config, "--warmup-epochs must be a number of at least 0"),
+        (("--seed", str(2**70)), config, "--seed must be in [-2^63, 2^64)"),
+        (("--show-every", "-1"), config, "--show-every must be at least 0"),
         (("--tokenizer", tmp_path / "other"), config, "its tokens are of another tokenizer than"),
         ((), narrow, "of vocab_size 128 cannot learn from tokens of another codebook"),
         ((), few, "has 2 classes, more than the generator's 1"),
@@ -131,7 +139,10 @@ def test_refusals(cache, photos, config, tokenizer, tmp_path, tiny, capsys):
         (("--views", "random-0"), config, "has the views center, center-flip, not 'random-0'"),
     ]
     for number, (more, file, message) in enumerate(cases):
-        assert cli.main(line(cache, tmp_path / f"run{number}", file, *more)) == 2, message
+        words = line(cache, tmp_path / f"run{number}", file, *more)
+        if "--epochs" in more:
+            del words[words.index("--steps") : words.index("--steps") + 2]
+        assert cli.main(words) == 2, message
         assert message in capsys.readouterr().err
         assert not (tmp_path / f"run{number}").exists()
 
@@ -226,6 +237,98 @@ def test_float16_leaves_out_a_step_whose_gradients_are_too_large(make: Make, bat
     for _ in range(30):
         terms = trainer.step(*batch)
     assert terms["grad_norm"] < 100 and not torch.equal(trainer.model.head.weight, before)
+
+
+def test_float16_goes_on_after_a_nan_and_not_for_ever_with_one(make: Make, batch):
+    trainer = make(precision="float16")
+    loss = trainer.model.loss
+    trainer.model.loss = lambda *given: loss(*given) * math.nan
+    with pytest.raises(NotFinite, match=r"step 1: not finite: loss \(nan\)"):
+        trainer.step(*batch)
+
+    def without_gradient(*given: Tensor) -> Tensor:
+        value = loss(*given)
+        value.register_hook(lambda grad: grad * math.nan)
+        return value
+
+    trainer.model.loss = without_gradient
+    assert math.isnan(trainer.step(*batch)["grad_norm"])
+    with pytest.raises(NotFinite, match=r"not finite: grad_norm \(nan\)"):
+        losses(trainer, batch, 40)
+    trainer.model.loss = loss
+    assert math.isfinite(trainer.step(*batch)["grad_norm"])
+    assert trainer.left_out({"grad_norm": [1.0, math.inf, math.nan]}) == {"left_out": 2}
+
+
+def test_a_log_is_json_where_float16_left_steps_out(cache, config, tmp_path):
+    more = ("--precision", "float16", "--lr", "100", "--clip", "0", "--steps", "4")
+    assert cli.main(line(cache, tmp_path / "run", config, *more)) == 0
+    text = (tmp_path / "run" / "log.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert sum(line["left_out"] for line in log(tmp_path / "run")) > 0
+
+
+def test_dropout_and_drop_path_together(cache, config, tmp_path):
+    names = ("token_dropout", "residual_dropout", "ffn_dropout", "drop_path")
+    for number, (more, expected) in enumerate(
+        [
+            (("--drop-path", "0"), [0.1, 0.1, 0.1, 0]),
+            (("--dropout", "0.3", "--drop-path", "0.2"), [0.3, 0, 0, 0.2]),
+            (("--dropout", "0.3"), [0.3, 0.3, 0.3, 0]),
+        ]
+    ):
+        out = tmp_path / str(number)
+        assert cli.main(line(cache, out, config, *more, "--steps", "1")) == 0
+        has = json.loads((out / "model" / "config.json").read_text())
+        assert [has[name] for name in names] == expected
+
+
+def test_what_lies_in_the_folder(cache, photos, config, tokenizer, tiny, tmp_path, capsys):
+    """Another tokenizer's codes; a run killed before its first checkpoint; others' files."""
+    out = tmp_path / "run"
+    assert cli.main(line(photos, out, config, "--tokenizer", tokenizer)) == 0
+    VFMTok(tiny).save_pretrained(tmp_path / "other")
+    assert cli.main(line(photos, out, config, "--tokenizer", tmp_path / "other")) == 2
+    assert "step-00000003.pt: tokens was '" in capsys.readouterr().err
+    for path in (out / "checkpoints").iterdir():
+        path.unlink()
+    assert cli.main(line(cache, out, config)) == 2, "a model without its checkpoints"
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / "log.jsonl").write_text('{"step": 1, "loss": 3}\n{"ste')
+    assert cli.main(line(cache, killed, config)) == 0
+    assert [line["step"] for line in log(killed)] == [1, 2, 3]
+    (tmp_path / "file").write_text("")
+    assert cli.main(line(cache, tmp_path / "file", config)) == 2
+    assert "file is a file; choose a new folder" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_does_not_end_a_run(cache, config, tmp_path, monkeypatch, capsys):
+    def closed(text: object, *, flush: bool = False) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(training_reports, "say", closed)
+    monkeypatch.setattr(training_reports.os, "dup2", lambda *numbers: None)
+    monkeypatch.setattr(training_reports.sys, "stdout", sys.__stdout__)
+    assert cli.main(line(cache, tmp_path / "run", config, "--json", "--warmup-steps", "9")) == 0
+    error = capsys.readouterr().err
+    assert "3 steps, 1.50 epochs" in error and "the rate rises over 9 steps" in error
+
+
+def test_a_sharded_model_as_a_whole(batch, tmp_path):
+    """What --overfit asks at the end, when the other processes have gone."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**CONFIG, block_size=16, vocab_size=64, num_classes=3))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        trainer = GPTTrainer(model, sharded=True)
+        trainer.step(*batch)
+        whole = trainer.whole(trainer.model)
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(whole.head.weight, trainer.model.head.weight.to_local())
+    assert whole.generate([0, 1], greedy=True).shape == (2, 16)
+    assert not whole.training and whole.loss(*batch) > 0
 
 
 def test_drop_path_skips_branches_of_some_samples_and_keeps_the_mean(make: Make):

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from .cache import open_input
 from .evaluate_options import add_generation, add_probe, add_reconstruction, add_sweep
-from .models import checked_device, load_gpt, load_tokenizer, policy
-from .output import note, say
+from .models import check_seed, checked_device, load_gpt, load_tokenizer, policy
+from .output import check_writable, note, say
 from .sample import check_together, fill
 
 if TYPE_CHECKING:
@@ -41,9 +41,12 @@ def run(options: argparse.Namespace) -> int:
     if small := [name for name, value in given.items() if value is not None and value < 1]:
         names = (f"--{name.replace('_', '-')}" for name in small)
         raise ValueError(f"{', '.join(names)} must be at least 1")
+    check_seed(getattr(options, "seed", None))
     out = Path(options.out).expanduser()
-    if options.what != "sweep" and out.exists():
-        raise FileExistsError(f"{out} is there already; choose another name")
+    if options.what != "sweep":
+        if out.exists():
+            raise FileExistsError(f"{out} is there already; choose another name")
+        check_writable(out)
     WHAT[options.what][2](options, out)
     return 0
 
@@ -99,7 +102,7 @@ def _sweep(options: argparse.Namespace, out: Path) -> None:
     for scale in options.cfg_scale:
         settings = {"cfg_scale": scale, **same}
         job = sample_folder.Job(
-            gpt, tokenizer, out / f"cfg-{scale:g}", ids, protocol.size, settings
+            gpt, tokenizer, out / f"cfg-{scale:.12g}", ids, protocol.size, settings
         )
         sample_folder.prepare(job)
         fill(options, job, sample_folder.pending(job), None)
@@ -110,13 +113,13 @@ def _sweep(options: argparse.Namespace, out: Path) -> None:
                 advance=bar.update,
             )  # fmt: skip
         results.append({"cfg_scale": scale, **found})
-    _write(out / "sweep.json", {"drawn_labels": options.labels, "results": results})
-    if not evaluation.plot_sweep(out / "sweep.png", results):
-        note("note: no plot without matplotlib: pip install 'vfmtok-fast[eval]'")
     _warn(line for result in results for line in result["warnings"])
     _say_row("scale", *results[0]["metrics"])
     for result in results:
         _say_row(result["cfg_scale"], *result["metrics"].values())
+    _write(out / "sweep.json", {"drawn_labels": options.labels, "results": results})
+    if not evaluation.plot_sweep(out / "sweep.png", results):
+        note("note: no plot without matplotlib: pip install 'vfmtok-fast[eval]'")
     say(f"wrote {out}/sweep.json: {_named(results[0])}")
 
 
@@ -195,11 +198,12 @@ def _bar(total: int | None, what: str) -> tqdm:
 
 def _report(result: dict[str, Any], out: Path) -> None:
     """A table on stdout, all there is in a file."""
-    _write(out, result)
     _warn(result["warnings"])
     width = max(map(len, result["metrics"]))
     for name, value in result["metrics"].items():
         say(f"{name:<{width}}  {_shown(value)}")
+    # Last, so that a full disk does not take the figures too.
+    _write(out, result)
     say(f"wrote {out}: {_named(result)}")
 
 

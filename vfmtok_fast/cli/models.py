@@ -128,6 +128,12 @@ def _moved(model: torch.nn.Module, name: str | None) -> torch.nn.Module:
     return model.eval().to(checked_device(name or ("cuda" if torch.cuda.is_available() else "cpu")))
 
 
+def check_seed(seed: int | None) -> None:
+    """Require one that torch's generators take."""
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ValueError(f"--seed must be in [-2^63, 2^64), got {seed}")
+
+
 def checked_device(name: str) -> torch.device:
     """The device of a name; ValueError for one that is not here."""
     import torch

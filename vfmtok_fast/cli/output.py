@@ -8,6 +8,8 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
 
 # File names may hold anything; a terminal must not be told to do things by them.
@@ -37,6 +39,21 @@ def make_streams_safe() -> None:
             setattr(sys, name, open(os.devnull, "w"))
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def check_writable(path: Path) -> None:
+    """Require that a file can be made, before the work whose result it takes."""
+    import tempfile
+
+    from ..cache.store import CacheWriteError, LocalPlace
+
+    folder = LocalPlace(path).parent
+    folder.make_folder()
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        raise CacheWriteError(path, error) from error
 
 
 def write_png(path: str | os.PathLike, picture: np.ndarray) -> None:

@@ -59,7 +59,6 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from .. import images, sample_folder
-    from ..checks import check_class_ids
     from ..generator import Sampling
 
     if min(options.num, options.batch_size or 1, options.size) < 1:
@@ -69,11 +68,13 @@ def run(options: argparse.Namespace) -> int:
     rank, world_size, device = among_processes(options.device)
     gpt, tokenizer = load_gpt(options, device), load_tokenizer(options, device)
     check_together(gpt, tokenizer)
-    classes = torch.tensor(options.classes or range(gpt.config.num_classes))
+    count = gpt.config.num_classes
+    if wrong := [number for number in options.classes or () if not 0 <= number < count]:
+        raise ValueError(f"--classes must be in [0, {count}), got {wrong[0]}")
+    classes = torch.tensor(options.classes or range(count))
     names = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "greedy", "seed")
     settings = {name: getattr(options, name) for name in names}
     # All that can be wrong is found before the long work, and before anything is written.
-    check_class_ids("--classes", classes, gpt.config.num_classes)
     Sampling(**settings).check()
     kv_dtype = torch.int8 if options.kv_int8 else None
     class_ids = classes[torch.arange(options.num) % len(classes)]

@@ -10,8 +10,9 @@ from . import training
 from .cache import add_choices
 from .choices import PRESETS
 from .convert import read_config
-from .models import add_input_option, policy
+from .models import add_input_option
 from .output import say
+from .training_reports import conclude
 
 if TYPE_CHECKING:
     import torch
@@ -76,25 +77,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..checkpoint import official_gpt
-
     if options.overfit is not None and options.overfit < 1:
         raise ValueError("--overfit must be at least 1")
-    done = training.run_to_end(options, _prepare, _dry_run)
-    if isinstance(done, int):
-        return done
-    work, model = done
-    training.save_official(work.out / OFFICIAL, official_gpt(model))
-    trainer, epochs = work.trainer, work.trainer.steps / work.data.order.steps_per_epoch
-    folder = work.out / "model"
-    say(f"{work.out}: {trainer.steps} steps, {epochs:.2f} epochs; the generator is {folder}")
-    return 0 if options.overfit is None else _check_learned(options, work)
+    return training.run_to_end(options, _prepare, _dry_run, _finish)
 
 
 def _prepare(options: argparse.Namespace, out: Path, rank: int, world_size: int) -> Run:
     """What is quick to check comes first."""
     import torch
 
+    from ..cache.format.manifest import weights_checksum
     from ..generator import GPT
     from ..training import GPTTrainer, Run, generated
     from ..training.estimate import estimate_gpt
@@ -111,13 +103,32 @@ def _prepare(options: argparse.Namespace, out: Path, rank: int, world_size: int)
     trainer = GPTTrainer(model.to(device), settings, sharded=options.sharded)
     arguments = {name: getattr(options, name) for name in ("batch_size", "seed", "overfit")}
     arguments |= {"pictures": data.order.count}
-    arguments["tokens"] = manifest.fingerprint if manifest else "of pictures"
+    # Another tokenizer's codes are another language.
+    arguments["tokens"] = (
+        manifest.fingerprint if manifest else weights_checksum(tokenizer.state_dict())
+    )
     peak = training.speed(device, settings.precision, world_size)
     return Run(
         trainer, data, out, settings.total_steps, arguments=arguments,
         show=None if tokenizer is None else generated(tokenizer),
         flops=peak and estimate_gpt(config, settings).flops, peak=peak,
     )  # fmt: skip
+
+
+def _finish(options: argparse.Namespace, work: Run, model: GPT, rank: int) -> int:
+    from ..checkpoint import official_gpt
+
+    trainer, overfit = work.trainer, options.overfit is not None
+    learned = trainer.whole(trainer.model) if overfit else None
+    if rank:
+        return 0
+    training.save_official(work.out / OFFICIAL, official_gpt(model))
+    epochs, folder = trainer.steps / work.data.order.steps_per_epoch, work.out / "model"
+    conclude(
+        options,
+        f"{work.out}: {trainer.steps} steps, {epochs:.2f} epochs; the generator is {folder}",
+    )
+    return _check_learned(options, work, learned.eval()) if overfit else 0
 
 
 def _data(
@@ -211,12 +222,14 @@ def _config(
     if options.overfit is not None:
         names = ("class_dropout", "token_dropout", "residual_dropout", "ffn_dropout", "drop_path")
         changed = dict.fromkeys(names, 0.0)
-    elif options.drop_path is not None:
-        names = {"residual_dropout": 0.0, "ffn_dropout": 0.0, "drop_path": options.drop_path}
-        changed = names
-    elif options.dropout is not None:
-        names = ("token_dropout", "residual_dropout", "ffn_dropout")
-        changed = dict.fromkeys(names, options.dropout)
+    else:
+        if options.dropout is not None:
+            names = ("token_dropout", "residual_dropout", "ffn_dropout")
+            changed = dict.fromkeys(names, options.dropout)
+        if options.drop_path is not None:
+            changed["drop_path"] = options.drop_path
+        if options.drop_path:
+            changed |= {"residual_dropout": 0.0, "ffn_dropout": 0.0}
     if options.class_dropout is not None:
         changed["class_dropout"] = options.class_dropout
     return dataclasses.replace(config, **changed)
@@ -230,17 +243,23 @@ def _settings(
     return GPTTraining(**training.fields_of(options, steps_per_epoch, device))
 
 
-def _check_learned(options: argparse.Namespace, work: Run) -> int:
+def _check_learned(options: argparse.Namespace, work: Run, model: GPT) -> int:
     """Does the generator give the codes back that it was shown?"""
     import torch
 
-    model: GPT = work.trainer.model.eval()
     batch = work.data.batch(range(options.overfit))
     codes, classes = work.data.arguments(batch, model.device)
-    with torch.no_grad(), policy(options):
-        loss = float(model.loss(codes, classes))
+    loss = 0.0
+    with torch.no_grad():
+        for some, of in zip(
+            *(part.split(options.batch_size) for part in (codes, classes)), strict=True
+        ):
+            loss += float(model.loss(some, of)) * len(some) / len(codes)
         same = float((model.generate(classes, greedy=True) == codes).float().mean())
-    say(f"loss {loss:.3g} (asked: {LEARNED}); greedy generation gives {same:.2%} of the codes back")
+    conclude(
+        options,
+        f"loss {loss:.3g} (asked: {LEARNED}); greedy generation gives {same:.2%} of the codes back",
+    )
     return 0 if loss < LEARNED and same == 1 else 1
 
 

@@ -12,9 +12,11 @@ from .choices import UNTRAINED
 from .convert import read_config
 from .models import add_input_option
 from .output import note, say
+from .training_reports import conclude
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor, nn
 
     from ..tokenizer import VFMTok, VFMTokConfig
     from ..training import (
@@ -100,24 +102,33 @@ def _add_losses(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    return training.run_to_end(options, _prepare, _dry_run, _finish)
+
+
+def _finish(options: argparse.Namespace, work: Run, model: VFMTok, rank: int) -> int:
     from ..checkpoint import official_tokenizer
 
-    done = training.run_to_end(options, _prepare, _dry_run)
-    if isinstance(done, int):
-        return done
-    work, model = done
+    if rank:
+        return 0
     trainer, pictures = work.trainer, work.data
     training.save_official(work.out / OFFICIAL, official_tokenizer(model))
     if pictures.bad:
-        note(f"note: {len(pictures.bad)} pictures could not be read; others took their places")
-    epochs = trainer.steps / pictures.order.steps_per_epoch
-    folder = work.out / "model"
-    say(f"{work.out}: {trainer.steps} steps, {epochs:.2f} epochs; the tokenizer is {folder}")
+        path, reason = next(iter(pictures.bad.items()))
+        note(
+            f"note: {len(pictures.bad)} pictures could not be read, such as {path} ({reason}); "
+            "others took their places"
+        )
+    epochs, folder = trainer.steps / pictures.order.steps_per_epoch, work.out / "model"
+    conclude(
+        options,
+        f"{work.out}: {trainer.steps} steps, {epochs:.2f} epochs; the tokenizer is {folder}",
+    )
     return 0
 
 
 def _prepare(options: argparse.Namespace, out: Path, rank: int, world_size: int) -> Run:
     """What is quick to check comes first."""
+    from ..cache.format.manifest import weights_checksum
     from ..training import Run, TokenizerTrainer, reconstructions
     from ..training.estimate import estimate_tokenizer
 
@@ -133,6 +144,10 @@ def _prepare(options: argparse.Namespace, out: Path, rank: int, world_size: int)
     )
     names = ("batch_size", "seed", "discriminator", "lpips_dropout")
     arguments = {name: getattr(options, name) for name in names}
+    # No checkpoint holds what does not learn.
+    frozen = {"backbone": model.backbone, "lpips": lpips, "dino": discriminator}
+    for name, part in frozen.items():
+        arguments[name] = None if part is None else weights_checksum(_frozen(part))
     peak = training.speed(device, settings.precision, world_size)
     return Run(
         trainer, pictures, out, settings.total_steps,
@@ -140,6 +155,10 @@ def _prepare(options: argparse.Namespace, out: Path, rank: int, world_size: int)
         flops=peak and estimate_tokenizer(config, settings, _kind(options)).flops, peak=peak,
         arguments=arguments | {"pictures": len(pictures.entries)},
     )  # fmt: skip
+
+
+def _frozen(part: nn.Module) -> dict[str, Tensor]:
+    return {name: w for name, w in part.named_parameters() if not w.requires_grad}
 
 
 def _dry_run(options: argparse.Namespace) -> int:
@@ -196,6 +215,8 @@ def _config(options: argparse.Namespace) -> VFMTokConfig:
     from ..untrained import TOKENIZERS
 
     if options.start_from is not None:
+        if options.config is not None:
+            raise ValueError("--start-from brings its own config; leave out --config")
         config = VFMTok.from_pretrained(options.start_from).config
     elif options.config is not None:
         config = config_from_mapping(VFMTokConfig, read_config(Path(options.config).expanduser()))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cache import open_input
-from .models import checked_device, policy
+from .models import check_seed, checked_device, policy
 from .output import note, say
 from .processes import among_processes
+from .training_reports import EVENTS, reports, told
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -101,12 +102,15 @@ def check_options(options: argparse.Namespace) -> None:
     counts = ("batch_size", "workers", "save_every", "keep", "log_every")
     if small := [f"--{name.replace('_', '-')}" for name in counts if getattr(options, name) < 1]:
         raise ValueError(f"{', '.join(small)} must be at least 1")
-    if options.deterministic:
-        import torch
-
-        # Without, cuBLAS has no order of sums; it must stand before the first product.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    if options.show_every < 0:
+        raise ValueError(f"--show-every must be at least 0, got {options.show_every}")
+    if not 0 < options.epochs < math.inf:
+        raise ValueError(f"--epochs must be a number above 0, got {options.epochs}")
+    if not 0 <= options.warmup_epochs < math.inf:
+        raise ValueError(
+            f"--warmup-epochs must be a number of at least 0, got {options.warmup_epochs}"
+        )
+    check_seed(options.seed)
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
@@ -147,37 +151,39 @@ def run_to_end(
     options: argparse.Namespace,
     prepare: Callable[[argparse.Namespace, Path, int, int], Run],
     dry_run: Callable[[argparse.Namespace], int],
-) -> tuple[Run, nn.Module] | int:
-    """Begin a run or go on with it, among all processes, and train.
+    finish: Callable[[argparse.Namespace, Run, nn.Module, int], int],
+) -> int:
+    """Begin a run or go on with it, among all processes, train, and save the averaged model.
 
     Args:
         prepare: given the options, the folder, this process's rank and how many there are.
         dry_run: what --dry-run does instead.
+        finish: what is left to do when it has trained, on all processes; given the options, the
+            run, the averaged model and the rank, returns an exit code.
 
     Returns:
-        The run and the averaged model, which is saved; on the other processes, and where a signal
-        came, an exit code.
+        The exit code; where a signal came, its own.
     """
-    from ..training import Stopped, checkpoints
-    from ..training.loop import CHECKPOINTS
+    from ..training import Stopped
 
     check_options(options)
     if options.dry_run:
         return dry_run(options)
     out = Path(options.out).expanduser()
-    if out.is_dir() and any(out.iterdir()) and checkpoints.latest(out / CHECKPOINTS) is None:
-        raise FileExistsError(f"{out} is neither empty nor a run to go on with; choose a new one")
+    _check_out(out)
     rank, world_size, options.device = among_processes(options.device)
     if options.sharded and world_size == 1:
         raise ValueError("--sharded needs several processes, as torchrun starts them")
-    with _together(rank, world_size, options.device), policy(options):
+    with _deterministic(options), _together(rank, world_size, options.device), policy(options):
         work = prepare(options, out, rank, world_size)
         work.save_every, work.log_every = options.save_every, options.log_every
         work.show_every, work.keep = options.show_every, options.keep
         if (path := work.resume(changed=options.accept_changes)) and rank == 0:
             note(f"going on from {path}")
         if rank == 0:
-            work.reports = list(_reports(options, out, work.trainer.steps, work.steps))
+            work.reports = list(reports(options, out, work.trainer.steps, work.steps))
+            if (warmup := work.trainer.settings.warmup_steps) > work.steps:
+                note(f"note: the rate rises over {warmup} steps, and the run has {work.steps}")
         try:
             work.train()
         except Stopped as stopped:
@@ -187,7 +193,37 @@ def run_to_end(
         model = work.trainer.averaged()
         if rank == 0:
             model.save_pretrained(out / "model")
-    return (work, model) if rank == 0 else 0
+        return finish(options, work, model, rank)
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a folder that is no run's. One that ended before its first checkpoint begins anew."""
+    from ..cache.store import atomic
+    from ..training import checkpoints
+    from ..training.loop import CHECKPOINTS, LOG, PICTURES
+
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; choose a new folder")
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    names = {name for name in names if not atomic.is_temporary(name)}
+    begun = LOG in names and names <= {CHECKPOINTS, LOG, PICTURES, EVENTS}
+    if names and not begun and checkpoints.latest(out / CHECKPOINTS) is None:
+        raise FileExistsError(f"{out} is neither empty nor a run to go on with; choose a new one")
+
+
+@contextlib.contextmanager
+def _deterministic(options: argparse.Namespace) -> Iterator[None]:
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    if options.deterministic:
+        # Without, cuBLAS has no order of sums; it must stand before the first product.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def save_official(path: Path, weights: dict[str, Tensor]) -> None:
@@ -220,59 +256,12 @@ def _together(rank: int, world_size: int, device: str | None) -> Iterator[None]:
     dist.init_process_group(backend, rank=rank, world_size=world_size)
     try:
         yield
+    except RuntimeError as error:
+        if "closed by peer" not in str(error):
+            raise
+        raise ConnectionError("another process of this run has ended; it says why") from error
     finally:
         dist.destroy_process_group()
-
-
-def _reports(
-    options: argparse.Namespace, out: Path, done: int, steps: int
-) -> Iterator[Callable[[dict], None]]:
-    """Who is told of each line of the log."""
-    from tqdm import tqdm
-
-    bar = tqdm(total=steps, initial=done, unit="step", disable=None)
-
-    def show(line: dict) -> None:
-        bar.set_postfix_str(told(line))
-        bar.update(line["step"] - bar.n)
-
-    yield show
-    if options.json:
-        yield lambda line: say(json.dumps(line), flush=True)
-    if options.tensorboard:
-        yield _tensorboard(out)
-
-
-def _tensorboard(out: Path) -> Callable[[dict], None]:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("--tensorboard needs pip install 'vfmtok-fast[train]'") from error
-    writer = SummaryWriter(str(out / "tensorboard"))
-
-    def write(line: dict) -> None:
-        for name, value in line.items():
-            writer.add_scalar(name, value, line["step"])
-        writer.flush()
-
-    return write
-
-
-def told(line: dict) -> str:
-    """The terms that a person looks at, in a row."""
-    names = (
-        *("loss", "total", "rec", "perceptual", "semantic", "generator", "grad_norm", "usage"),
-        "perplexity",
-    )
-    words = [f"{name} {line[name]:.3g}" for name in names if name in line]
-    if "images_per_second" in line:
-        words.append(f"{line['images_per_second']:.1f} img/s")
-    if "tokens_per_second" in line:
-        words.append(f"{line['tokens_per_second']:.3g} tokens/s")
-    stages = ("data", "codes", "encode", "decode", "discriminator")
-    shares = {"mfu": line.get("mfu")} | {name: line.get(f"{name}_share") for name in stages}
-    words += [f"{name} {share:.0%}" for name, share in shares.items() if share is not None]
-    return ", ".join(words)
 
 
 def try_steps(options: argparse.Namespace, trainer: Trainer, data: Data) -> None:

@@ -46,8 +46,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
-    # oneDNN takes no layer without numbers.
-    if 0 in x.shape or 0 in weight.shape:
+    # oneDNN takes no layer without numbers, and inductor's lowering none whose weights it does not
+    # know as constants; it chooses for itself.
+    if 0 in x.shape or 0 in weight.shape or torch.compiler.is_compiling():
         y = x @ weight.T if bias is None else x @ weight.T + bias
         return torch.nn.functional.gelu(y) if activation == "gelu" else y
     return torch.ops.mkldnn._linear_pointwise(

@@ -76,7 +76,7 @@ def open_reference(path: str | os.PathLike, protocol: Generation, inception: Inc
 
     Raises:
         FileNotFoundError, ValueError: it is not there, has pictures of another size, statistics of
-            other features, or neither pictures nor statistics.
+            other features, or neither pictures nor statistics; or there are too few pictures.
     """
     real = Archive(path)
     statistics = {which: real.statistics(which) for which in STATISTICS}
@@ -93,6 +93,11 @@ def open_reference(path: str | os.PathLike, protocol: Generation, inception: Inc
             f"{real.path}: is no reference: it holds neither pictures (arr_0) nor statistics (mu "
             "and sigma)"
         )
+    # Found before the work. A covariance takes two pictures, a k-th neighbour more than k.
+    least = protocol.neighbours + 1 if real.count else 2
+    for name, count in (("--num", protocol.num), (real.path, real.count)):
+        if count < least and (name == "--num" or count):
+            raise ValueError(f"{name}: {count} pictures are too few, the figures need {least}")
     return real
 
 

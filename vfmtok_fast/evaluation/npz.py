@@ -75,9 +75,9 @@ class Archive:
                 f"{self.width}x{self.height}; --size evaluates others"
             )
         if self.count < count:
+            evaluates = f"; --num {self.count} evaluates those, and says so" if self.count else ""
             raise ValueError(
-                f"{self.path}: {count} pictures were asked for, it holds {self.count}; --num "
-                f"{self.count} evaluates those, and says so"
+                f"{self.path}: {count} pictures were asked for, it holds {self.count}{evaluates}"
             )
 
     def pictures(self, count: int, batch_size: int) -> Iterator[np.ndarray]:
@@ -102,10 +102,11 @@ class Archive:
                 f"{self.path}: holds no labels ({LABELS}); --no-labels evaluates it without"
             )
         labels = self._array(LABELS)
-        if labels.ndim != 1 or len(labels) < count or labels.dtype.kind not in "iu":
+        whole = labels.ndim == 1 and labels.dtype.kind in "iu" and (labels >= 0).all()
+        if not whole or len(labels) < count:
             raise ValueError(
-                f"{self.path}: {LABELS} must be whole numbers, one a picture, is {labels.dtype} "
-                f"{list(labels.shape)} for {self.count} pictures"
+                f"{self.path}: {LABELS} must be whole numbers of at least 0, one a picture, is "
+                f"{labels.dtype} {list(labels.shape)} for {self.count} pictures"
             )
         return labels[:count].astype(np.int64)
 
@@ -113,7 +114,8 @@ class Archive:
         """Of "pool" or "spatial" features, where the file has them.
 
         Raises:
-            ValueError: a mean without a covariance, or shapes that do not belong together.
+            ValueError: a mean without a covariance, shapes that do not belong together, or values
+                that are no covariance.
         """
         names = STATISTICS[which]
         there = [name for name in names if name in self.members]
@@ -121,17 +123,31 @@ class Archive:
             return None
         if len(there) == 1:
             raise ValueError(f"{self.path}: has {there[0]}, but not both of {' and '.join(names)}")
-        mean, covariance = (torch.from_numpy(self._array(n).astype(np.float64)) for n in names)
+        arrays = [self._array(name) for name in names]
+        if any(array.dtype.kind not in "fiu" for array in arrays):
+            raise ValueError(
+                f"{self.path}: {' and '.join(names)} must be real numbers, are "
+                f"{arrays[0].dtype} and {arrays[1].dtype}"
+            )
+        mean, covariance = (torch.from_numpy(array.astype(np.float64)) for array in arrays)
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(
                 f"{self.path}: {' and '.join(names)} must be [D] and [D, D], are "
                 f"{list(mean.shape)} and {list(covariance.shape)}"
             )
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise ValueError(f"{self.path}: {' and '.join(names)} hold NaN or infinite values")
+        # Published ones are symmetric but for rounding.
+        if not torch.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-6):
+            raise ValueError(f"{self.path}: {names[1]} is no covariance: it is not symmetric")
         return Statistics(mean, covariance)
 
     def _array(self, name: str) -> np.ndarray:
         with self._open(name) as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
+            try:
+                return np.lib.format.read_array(file, allow_pickle=False)
+            except ValueError as error:
+                raise ValueError(f"{self.path}: {name}: {error}") from error
 
     @contextlib.contextmanager
     def _member(self, name: str) -> Iterator[tuple[BinaryIO, tuple[int, ...], np.dtype]]:

@@ -56,9 +56,9 @@ class Pictures:
         entries = list(source.entries())
         num = len(entries) if num is None else num
         if not 0 < num <= len(entries):
+            evaluates = f"; --num {len(entries)} evaluates those, and says so" if entries else ""
             raise ValueError(
-                f"{source.root}: {num} pictures were asked for, it holds {len(entries)}; --num "
-                f"{len(entries)} evaluates those, and says so"
+                f"{source.root}: {num} pictures were asked for, it holds {len(entries)}{evaluates}"
             )
         self.entries = [entries[i * len(entries) // num] for i in range(num)]
         if labelled and (without := [e.path for e in self.entries if e.label == NO_CLASS]):

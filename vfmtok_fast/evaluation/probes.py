@@ -213,6 +213,7 @@ def evaluate_probe(
         if not len(held):
             raise ValueError(f"{train.root}: no class has five pictures; name others with --test")
     classes = max(len(names), int(truth.max()) + 1)
+    bad = sum(len(some.bad) for some in sets)
     linear = linear_probe(known, labels, held, classes, probe)
     votes = nearest_neighbours(known, labels, held, classes, probe)
     return {
@@ -221,7 +222,7 @@ def evaluate_probe(
             "train": str(train.root), "train_pictures": len(known),
             "test": str(test.root) if test else "every fifth picture of a class",
             "test_pictures": len(held), "classes": classes,
-            "unreadable": sum(len(some.bad) for some in sets),
+            "unreadable": bad,
             "features_sha256": weights_checksum({"train": known, "test": held}),
         },
         "tokenizer": {
@@ -232,7 +233,7 @@ def evaluate_probe(
             f"{probe.neighbours} neighbours, top 1": accuracy(votes, truth),
             "chance, the largest class": float(truth.bincount().max() / len(truth)),
         },
-        "warnings": [],
+        "warnings": [f"{bad} pictures could not be read and were left out"] if bad else [],
     }  # fmt: skip
 
 

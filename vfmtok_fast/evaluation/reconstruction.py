@@ -18,7 +18,7 @@ from ..cache.sources.choice import named_split
 from ..images import to_float
 from ..tokenizer import VFMTok
 from .features import Activations, Inception
-from .metrics import frechet_distance, inception_score, psnr, ssim
+from .metrics import WINDOW, frechet_distance, inception_score, psnr, ssim
 from .pictures import Pictures, compared, model_input
 from .protocols import Reconstruction
 
@@ -57,6 +57,11 @@ def evaluate_reconstruction(
         source, tokenizer.config.image_size, num=protocol.num, crop=protocol.crop,
         size=protocol.size, workers=workers,
     )  # fmt: skip
+    # Found before the work.
+    if inception is not None and protocol.num < 2:
+        raise ValueError(f"--num must be at least 2, which rFID needs, got {protocol.num}")
+    if protocol.size < WINDOW:
+        raise ValueError(f"--size must be at least {WINDOW}, SSIM's window, got {protocol.size}")
     sums = _Sums(protocol, tokenizer, inception, lpips)
     for batch in pictures.batches(batch_size):
         images = model_input(batch.squares, tokenizer.device, tokenizer.dtype)

@@ -24,6 +24,7 @@ from ..cache.sources import BadImage, Source
 from ..cache.sources.parquet import ParquetSource
 from ..images import center_crop, decode_image, to_float
 from ..tokenizer import VFMTok
+from . import processes
 
 # Batches that are read while one is trained on.
 AHEAD = 2
@@ -165,7 +166,8 @@ class Pictures:
         return (to_float(batch.items.to(device)),)
 
     def progress(self, images: int) -> dict[str, float]:
-        """How far a run is that has seen so many pictures."""
+        """How far a run is that has seen so many pictures; all processes must ask."""
+        self.bad.update(processes.gather(list(self.bad.items())))
         return {"bad_pictures": len(self.bad)}
 
     def centre(self, place: int) -> np.ndarray:

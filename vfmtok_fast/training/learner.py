@@ -51,11 +51,21 @@ class Learner:
             lr=settings.lr if lr is None else lr,
             betas=settings.betas,
         )
+        self.scaler = self._new_scaler()
+
+    def _new_scaler(self) -> torch.amp.GradScaler:
         device = next(iter(self.weights.values())).device.type
-        self.scaler = torch.amp.GradScaler(device, enabled=settings.precision == "float16")
+        return torch.amp.GradScaler(device, enabled=self.settings.precision == "float16")
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
+
+    def forget(self) -> None:
+        """Leave a step's gradients, at which a scaler would not look twice."""
+        self.zero_grad()
+        before, self.scaler = self.scaler.state_dict(), self._new_scaler()
+        if before:
+            self.scaler.load_state_dict(before)
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,19 +16,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..cache.store import LocalPlace
+from ..cache.store import CacheWriteError, LocalPlace
 from ..images import image_grid, to_float
 from ..tokenizer import VFMTok
 from ..visualize import reconstruction_grid
 from . import checkpoints, processes
 from .data import Batch, Order, Pictures
+from .signals import collected
 from .trainer import NotFinite, Trainer
 
 CHECKPOINTS, LOG, PICTURES = "checkpoints", "log.jsonl", "pictures"
 # Pictures and regions of a tokenizer's grids, columns (and rows) of a generator's.
 SHOWN, REGIONS, COLUMNS = 4, 5, 4
-# What a scheduler sends before it takes the machine away, and what a user does.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 # Called with a line of the log.
 Report = Callable[[dict[str, Any]], None]
@@ -90,14 +90,25 @@ class Run:
         """Go on from the folder's newest checkpoint; None if there is none.
 
         Raises:
-            ValueError: the model, or unless ``changed`` a setting or an argument, is another.
+            ValueError: the model, or unless ``changed`` a setting or an argument, is another; the
+                file is no checkpoint of a run, or not the same for all processes.
         """
         path = checkpoints.latest(self.out / CHECKPOINTS)
+        newest = processes.gather([path and path.name])
+        if len(set(newest)) > 1:
+            raise ValueError(
+                f"{self.out}: must lie on a disk that all processes share; their newest "
+                f"checkpoints there are {', '.join(map(str, newest))}"
+            )
         if path is None:
             return None
         state = checkpoints.load(path)
+        if not isinstance(state, dict) or not {"trainer", "arguments"} <= state.keys():
+            raise ValueError(
+                f"{path}: no checkpoint of a run; remove it to go on from the one before"
+            )
         before = state["arguments"]
-        names = [name for name in self.arguments if before.get(name) != self.arguments[name]]
+        names = [n for n, value in self.arguments.items() if before.get(n, value) != value]
         if names and not changed:
             differ = (f"{n} was {before.get(n)!r}, is {self.arguments[n]!r}" for n in names)
             raise ValueError(f"resuming {path}: {', '.join(differ)}")
@@ -120,10 +131,11 @@ class Run:
         """
         trainer = self.trainer
         LocalPlace(self.out).make_folder()
+        self._begin_log()
         batches = self.data.batches(trainer.steps)
         sums: dict[str, list[float]] = {}
         trainer.clock.read()
-        with contextlib.closing(batches), _signals() as came:
+        with contextlib.closing(batches), collected() as came:
             while trainer.steps < self.steps:
                 with trainer.clock.stage("data"):
                     batch = next(batches)
@@ -166,8 +178,9 @@ class Run:
             "step": trainer.steps,
             "epoch": round(trainer.steps / order.steps_per_epoch, 4),
             "images": trainer.images,
-            **{name: sum(values) / len(values) for name, values in sums.items()},
+            **{name: _mean(values) for name, values in sums.items()},
             **{name: sums[name][-1] for name in ("lr", "usage") if name in sums},
+            **trainer.left_out(sums),
             **trainer.report(),
             **self.data.progress(trainer.images),
             **trainer.rates(rate),
@@ -181,10 +194,27 @@ class Run:
         for report in self.reports:
             report(line)
 
+    def _begin_log(self) -> None:
+        """Leave the lines of steps that are done; others come again, or were cut off."""
+        if processes.rank():
+            return
+        path, kept = LocalPlace(self.out / LOG), []
+        if path.exists():
+            for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError):
+                    line = json.loads(text)
+                    if line["step"] <= self.trainer.steps or "not_finite" in line:
+                        kept.append(f"{text}\n")
+        path.put("".join(kept).encode())
+
     def _write(self, line: dict[str, Any]) -> None:
-        if processes.rank() == 0:
+        if processes.rank():
+            return
+        try:
             with open(self.out / LOG, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise CacheWriteError(self.out / LOG, error) from error
 
     def _show(self) -> None:
         # Of a sharded model all processes must ask.
@@ -198,6 +228,12 @@ class Run:
         folder.make_folder()
         with (folder / f"step-{self.trainer.steps:08d}.png").writing() as file:
             picture.save(file, format="PNG")
+
+
+def _mean(values: list[float]) -> float | None:
+    """Of the finite ones: of float16 some steps have no norm."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else None
 
 
 def reconstructions(pictures: Pictures) -> Callable[[nn.Module], np.ndarray]:
@@ -221,26 +257,3 @@ def generated(tokenizer: VFMTok, cfg_scale: float = 1.5) -> Callable[[nn.Module]
         return image_grid(tokenizer.decode_to_uint8(codes, size).cpu(), columns=COLUMNS)
 
     return show
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect signals for the time of a block; a second one does what it would have done."""
-    came: list[int] = []
-    before = {}
-
-    def note(number: int, frame: object) -> None:
-        came.append(number)
-        signal.signal(number, before[number])
-
-    try:
-        for number in SIGNALS:
-            before[number] = signal.getsignal(number)
-            signal.signal(number, note)
-    except ValueError:  # not the main thread, which alone hears signals
-        pass
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -90,6 +90,11 @@ class TokenizerTrainer(Trainer):
         # How often each code was used since the last report.
         self._counts = torch.zeros_like(self.last_used)
 
+    @property
+    def learners(self) -> dict[str, Learner]:
+        found = super().learners
+        return found if self.judge is None else found | {"disc_grad_norm": self.judge}
+
     def layers(self, model: VFMTok) -> list[nn.Module]:
         pixels = model.pixel_decoder
         both = (*model.region_encoder.layers, *model.token_decoder.layers)

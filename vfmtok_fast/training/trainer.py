@@ -19,6 +19,8 @@ from .learner import Average, Learner
 from .settings import Training
 
 Sums = dict[str, Tensor]
+# Of float16. Where gradients are infinite even then it is not the scale's fault.
+SMALLEST_SCALE = 2.0**-14
 
 
 class NotFinite(ValueError):
@@ -71,6 +73,11 @@ class Trainer:
         """A model with the averaged weights, in eval mode."""
         return self.average.model
 
+    @property
+    def learners(self) -> dict[str, Learner]:
+        """What learns, by the name of its gradients' norm."""
+        return {"grad_norm": self.learner}
+
     def layers(self, model: nn.Module) -> list[nn.Module]:
         """What is compiled on its own, and of a sharded model brought together on its own."""
         raise NotImplementedError
@@ -104,15 +111,28 @@ class Trainer:
         values = torch.stack([value.double() for value in sums.values()])
         processes.average([values])  # a NaN of one process stops all
         terms = dict(zip(sums, values.tolist(), strict=True))
-        scaled = self.settings.precision == "float16"
         wrong = [
             f"{name} ({value})"
             for name, value in terms.items()
-            if not math.isfinite(value) and not (scaled and name.endswith("grad_norm"))
+            if not math.isfinite(value) and not self._scaled(name)
         ]
         if wrong:
+            for learner in self.learners.values():
+                learner.forget()
             raise NotFinite(f"step {number}: not finite: {', '.join(wrong)}")
         return terms
+
+    def _scaled(self, name: str) -> bool:
+        """Whether a term is the norm of gradients whose scale can still go down."""
+        if self.settings.precision != "float16" or name not in self.learners:
+            return False
+        return self.learners[name].scaler.get_scale() > SMALLEST_SCALE
+
+    def left_out(self, terms: Mapping[str, list[float]]) -> dict[str, int]:
+        """Of float16, how many of some steps moved nothing, for their gradients were infinite."""
+        if self.settings.precision != "float16":
+            return {}
+        return {"left_out": sum(not math.isfinite(norm) for norm in terms["grad_norm"])}
 
     def report(self) -> dict[str, float]:
         """What is told beside the terms of the steps; counts what came since the last time."""
@@ -158,13 +178,17 @@ class Trainer:
         self.steps, self.images = state["steps"], state["images"]
 
     def averaged(self) -> nn.Module:
-        """`ema`; of a sharded model a whole copy, for which all processes must ask."""
+        """`ema`, as `whole` gives it."""
+        return self.whole(self.ema)
+
+    def whole(self, model: nn.Module) -> nn.Module:
+        """A model; of a sharded one a whole copy, for which all processes must ask."""
         if not self.sharded:
-            return self.ema
-        weights = {key: processes.whole(value) for key, value in self.ema.state_dict().items()}
-        model = type(self.model)(self.model.config)
-        model.load_state_dict(weights)
-        return model.to(self.device).eval()
+            return model
+        weights = {key: processes.whole(value) for key, value in model.state_dict().items()}
+        copy = type(model)(model.config)
+        copy.load_state_dict(weights)
+        return copy.to(self.device).eval()
 
     def _learned(self, model: nn.Module) -> dict[str, Tensor]:
         return {key: processes.whole(value) for key, value in self._named(model).items()}

@@ -10,7 +10,7 @@ from ...images import quiet_pillow
 from ..format.complete import COMPLETE
 from ..format.index import INDEX, read_rows
 from ..format.manifest import Tokenizer, read_manifest
-from ..format.shards import read_quarantine, shard_path
+from ..format.shards import read_quarantine, shard_path, strays
 from ..format.views import parse_views, plan_views
 from ..make.changes import extend
 from ..make.encode import decode
@@ -67,9 +67,8 @@ def _readable_again(job: Job, number: int) -> int:
     found = job.manifest
     plan = plan_views(parse_views(found.views), found.image_size)
     rows = read_rows(job.out / INDEX, number)
-    entries = list(rows.entries())
-    quarantined = read_quarantine(job.out, number)[0]
-    again = (decode(job.source, entries[e["index"] - rows.first], plan, found) for e in quarantined)
+    places = (bad["index"] - rows.first for bad in read_quarantine(job.out, number)[0])
+    again = (decode(job.source, rows.entries[place], plan, found) for place in places)
     return sum(not isinstance(picture, BadImage) for picture in again)
 
 
@@ -87,8 +86,6 @@ def _damaged(job: Job, tell: Callable[[str], None]) -> list[int]:
             (job.out / COMPLETE).remove()
             path.remove()
             numbers.append(number)
-    known = {shard_path(job.out, number).name for number in range(job.manifest.shards)}
-    for name in sorted(set((job.out / "shards").names()) - known):
-        if name.endswith(".safetensors"):
-            tell(f"{job.out / 'shards' / name}: does not belong to this cache, and is left alone")
+    for stray in strays(job.out, job.manifest):
+        tell(f"{stray}: does not belong to this cache, and is left alone")
     return numbers

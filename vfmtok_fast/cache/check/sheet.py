@@ -21,14 +21,7 @@ PAIRS = 4
 def contact_sheet(
     out: Place, found: Manifest, numbers: list[int], tokenizer: Tokenizer, source: Source
 ) -> np.ndarray | None:
-    """Pairs of a picture's first view and its decoded tokens, spread evenly over a cache.
-
-    Args:
-        out: the cache.
-        found: its manifest.
-        numbers: its sound shards.
-        tokenizer: has `decode`.
-        source: what the cache was made from.
+    """Pairs of a picture's first view and its decoded tokens, evenly from the shards `numbers`.
 
     Returns:
         uint8 [rows * side, 8 * side, 3]; None where no picture can be read any more.
@@ -40,7 +33,7 @@ def contact_sheet(
         if not len(good):
             continue
         row = int(good[min(np.searchsorted(good, row), len(good) - 1)])
-        (entry,) = index.read_rows(out / INDEX, number)[row : row + 1].entries()
+        entry = index.read_rows(out / INDEX, number).entries[row]
         try:
             image = decode_image(source.read(entry))
         except (BadImage, ValueError):

@@ -62,29 +62,19 @@ def status(out: str | os.PathLike) -> Status:
     if begun and not (out / NAME).exists():
         return Status("indexing", 0, 0, 0, 0, 0, (), writing, ())
     found = read_manifest(out)
-    done = bad = finished = 0
-    damaged = []
-
-    def look(number: int) -> shards.Header | None:
-        return _header(out, number, found)
-
-    for number, header in enumerate(out.spread(look, range(found.shards))):
-        if header is None:
-            if shards.shard_path(out, number).exists():
-                damaged.append(number)
-            continue
-        finished += 1
-        done += header.count
-        bad += header.bad
-    complete = finished == found.shards and (out / COMPLETE).exists()
+    numbers = range(found.shards)
+    headers = list(out.spread(lambda number: _header(out, number, found), numbers))
+    finished = [header for header in headers if header is not None]
+    missing = [number for number in numbers if headers[number] is None]
+    complete = not missing and (out / COMPLETE).exists()
     return Status(
         state="complete" if complete else "incomplete",
         images=found.images,
-        done=done,
-        bad=bad,
+        done=sum(header.count for header in finished),
+        bad=sum(header.bad for header in finished),
         shards=found.shards,
-        shards_done=finished,
-        damaged=tuple(damaged),
+        shards_done=len(finished),
+        damaged=tuple(n for n in missing if shards.shard_path(out, n).exists()),
         writing=writing,
         views=tuple(found.views),
     )

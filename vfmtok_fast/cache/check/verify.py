@@ -84,9 +84,7 @@ def verify(
         raise ValueError("verify: encoding pictures again needs the tokenizer that made the cache")
     if sheet is not None and (images is None or not hasattr(tokenizer, "decode")):
         raise ValueError("verify: a contact sheet needs the pictures and a tokenizer that decodes")
-    source = None
-    if images is not None:
-        source = open_again(images, out / INDEX, input_kind)
+    source = None if images is None else open_again(images, out / INDEX, input_kind)
     if sample < 1:
         raise ValueError(f"verify: sample must be at least 1, got {sample}")
     if tokenizer is not None:
@@ -137,20 +135,13 @@ def _check_files(out: Place, found: Manifest, report: Report) -> list[int]:
         )
     elif len(sound) == found.shards:
         _check_completion(out, found, report)
-    known = {shards.shard_path(out, number).name for number in range(found.shards)}
-    for name in sorted(set((out / "shards").names()) - known):
-        if name.endswith(".safetensors"):
-            report.problems.append(f"{out / 'shards' / name}: does not belong to this cache")
+    for stray in shards.strays(out, found):
+        report.problems.append(f"{stray}: does not belong to this cache")
     return sound
 
 
 def shard_problems(out: Place, found: Manifest, number: int) -> tuple[list[str], int]:
     """Check one shard to the last byte, against itself, the index and its quarantine list.
-
-    Args:
-        out: the cache's folder.
-        found: its manifest.
-        number: which shard.
 
     Returns:
         What is wrong, one line each (nothing for a sound shard), and the number of bad pictures.
@@ -158,9 +149,7 @@ def shard_problems(out: Place, found: Manifest, number: int) -> tuple[list[str],
     path = shards.shard_path(out, number)
     try:
         header, shard = shards.read_shard(path)
-        if problem := shards.header_problem(header, number, found):
-            return [problem], 0
-        if wrong := shards.problems(header, shard, found):
+        if wrong := shards.problems(header, shard, number, found):
             return wrong, 0
         entries, checksum = shards.read_quarantine(out, number)
     except (FileNotFoundError, ValueError) as error:
@@ -170,7 +159,7 @@ def shard_problems(out: Place, found: Manifest, number: int) -> tuple[list[str],
     if rows.labels != shard.label.tolist():
         wrong.append("labels do not agree with the index")
     bad = np.flatnonzero(shard.status != shards.OK)
-    expected = [(rows.first + int(i), rows.paths[i], int(shard.status[i])) for i in bad]
+    expected = [(rows.first + int(i), rows.entries[i].path, int(shard.status[i])) for i in bad]
     listed = [(entry.get("index"), entry.get("path"), entry.get("status")) for entry in entries]
     if listed != expected or checksum != header.checksums.get("quarantine"):
         wrong.append(f"does not agree with {shards.quarantine_path(out, number)}")
@@ -191,15 +180,9 @@ def _check_completion(out: Place, found: Manifest, report: Report) -> None:
 
 
 def _check_sample(
-    out: Place,
-    found: Manifest,
-    report: Report,
-    sound: list[int],
-    tokenizer: Tokenizer,
-    source: Source,
-    sample: int,
-    workers: int,
-) -> None:
+    out: Place, found: Manifest, report: Report, sound: list[int], tokenizer: Tokenizer,
+    source: Source, sample: int, workers: int,
+) -> None:  # fmt: skip
     # Pieces that start and end where batches do, so that the very same batches are formed again.
     views = len(found.views)
     piece = found.batch_size // math.gcd(found.batch_size, views)
@@ -218,7 +201,7 @@ def _check_sample(
             now = again.reasons.get(int(position), "can be read now")
             then = shards.STATUS_NAMES[int(shard.status[part][position])]
             report.problems.append(
-                f"{source.root}: {rows.paths[position]!r} is cached as {then}, but: {now}"
+                f"{source.root}: {rows.entries[position].path!r} is cached as {then}, but: {now}"
             )
         both = (again.status == shards.OK) & (shard.status[part] == shards.OK)
         equal += int((again.tokens[both] == shard.tokens[part][both]).sum())

@@ -44,35 +44,26 @@ _HASH = [pa.field("sha256", pa.binary(), nullable=False)]
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one shard: global index of the first, then path, size (bytes), label of each.
-
-    `files` and `offsets` are empty where each picture is a file of its own, `hashes` where there
-    are none.
-    """
+    """The pictures of one shard, and the global index of the first."""
 
     first: int
-    paths: list[str]
-    sizes: list[int]
-    labels: list[int]
-    files: list[str]
-    offsets: list[int]
-    hashes: list[bytes]
+    entries: list[Entry]
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.entries)
 
     def __getitem__(self, part: slice) -> Rows:
-        columns = self.paths, self.sizes, self.labels, self.files, self.offsets, self.hashes
-        first = self.first + part.indices(len(self))[0]
-        return Rows(first, *(column[part] for column in columns))
+        return Rows(self.first + part.indices(len(self))[0], self.entries[part])
 
-    def entries(self) -> list[Entry]:
-        """The rows as `Source.read` takes them."""
-        count = len(self)
-        files, offsets = (self.files, self.offsets) if self.files else ([""] * count, [0] * count)
-        hashes = self.hashes or [b""] * count
-        columns = zip(self.paths, self.sizes, self.labels, files, offsets, hashes, strict=True)
-        return [Entry(*values) for values in columns]
+    @property
+    def paths(self) -> list[str]:
+        """Relative path of each."""
+        return [entry.path for entry in self.entries]
+
+    @property
+    def labels(self) -> list[int]:
+        """Class number of each, or -1."""
+        return [entry.label for entry in self.entries]
 
 
 @dataclass(frozen=True)
@@ -105,12 +96,9 @@ class Origin:
 
 
 def write_index(
-    path: Place,
-    entries: Iterable[Entry],
-    shard_size: int,
-    origin: Origin | None = None,
+    path: Place, entries: Iterable[Entry], shard_size: int, origin: Origin | None = None,
     hashed: bool = False,
-) -> tuple[int, str, int]:
+) -> tuple[int, str, int]:  # fmt: skip
     """Write index.parquet, one row group per shard, without holding more than one of them.
 
     Args:
@@ -127,26 +115,19 @@ def write_index(
         CacheWriteError: the file cannot be written.
     """
     origin = origin or Origin()
-    placed = origin.files is not None
-    fields = _FIELDS + _PLACE * placed + _HASH * hashed
+    fields = _FIELDS + _PLACE * (origin.files is not None) + _HASH * hashed
     schema = pa.schema(fields, metadata={**_MARK, **origin.metadata()})
     entries = iter(entries)
     digest = _new_digest(origin.metadata())
     count, highest = 0, -1
     with path.writing() as file, pq.ParquetWriter(file, schema) as writer:
         while chunk := list(islice(entries, shard_size)):
-            columns = [list(column) for column in zip(*chunk, strict=True)]
-            if not placed:
-                columns[3:5] = [[], []]
-            if not hashed:
-                columns[5] = []
-            rows = Rows(count, *columns)
-            numbers = list(range(count, count + len(rows)))
-            table = pa.table([numbers, *(c for c in columns if c)], schema=schema)
-            writer.write_table(table)
-            _digest(digest, rows)
-            count += len(rows)
-            highest = max(highest, *rows.labels)
+            columns = dict(zip(Entry._fields, zip(*chunk, strict=True), strict=True))
+            columns["index"] = range(count, count + len(chunk))
+            writer.write_table(pa.table([list(columns[n]) for n in schema.names], schema=schema))
+            _digest(digest, chunk, schema)
+            count += len(chunk)
+            highest = max(highest, *columns["label"])
     return count, digest.hexdigest(), highest
 
 
@@ -169,37 +150,38 @@ def read_rows(path: Place, shard: int) -> Rows:
     with _opened(path) as file:
         if not 0 <= shard < file.num_row_groups:
             raise ValueError(f"{path}: has {file.num_row_groups} shards, no shard {shard}")
-        table = file.read_row_group(shard)
-    return _rows(table.to_pydict())
+        return _rows(file.read_row_group(shard))
 
 
 def read_all(path: Place) -> Iterator[Rows]:
     """Read the rows of all shards, one shard at a time; raises like `read_rows`."""
     with _opened(path) as file:
         for shard in range(file.num_row_groups):
-            yield _rows(file.read_row_group(shard).to_pydict())
+            yield _rows(file.read_row_group(shard))
 
 
 def count_unlabelled(path: Place) -> int:
     """How many pictures have no class, label -1; raises like `read_rows`."""
-    with _opened(path) as file:
-        columns = (file.read_row_group(n, ["label"])[0] for n in range(file.num_row_groups))
-        return sum(pc.sum(pc.equal(column, NO_CLASS)).as_py() or 0 for column in columns)
+    labels = _column(path, "label")
+    return sum(pc.sum(pc.equal(column, NO_CLASS)).as_py() or 0 for column in labels)
 
 
 def used_labels(path: Place) -> set[int]:
     """The labels that pictures have; raises like `read_rows`."""
-    with _opened(path) as file:
-        columns = (file.read_row_group(n, ["label"])[0] for n in range(file.num_row_groups))
-        return {label for column in columns for label in pc.unique(column).to_pylist()}
+    return {label for column in _column(path, "label") for label in pc.unique(column).to_pylist()}
 
 
 def holds_suffix(path: Place, suffixes: Set[str]) -> bool:
     """Whether a picture's name ends so, in small letters or large; raises like `read_rows`."""
+    names = (name for column in _column(path, "path") for name in column.to_pylist())
+    return any(name.lower().endswith(tuple(suffixes)) for name in names)
+
+
+def _column(path: Place, name: str) -> Iterator[pa.ChunkedArray]:
+    """One column of each shard's rows."""
     with _opened(path) as file:
-        columns = (file.read_row_group(n, ["path"])[0] for n in range(file.num_row_groups))
-        names = (name for column in columns for name in column.to_pylist())
-        return any(name.lower().endswith(tuple(suffixes)) for name in names)
+        for shard in range(file.num_row_groups):
+            yield file.read_row_group(shard, [name])[0]
 
 
 def read_from(path: Place, start: int, end: int | None) -> Iterator[Entry]:
@@ -207,17 +189,18 @@ def read_from(path: Place, start: int, end: int | None) -> Iterator[Entry]:
     for rows in read_all(path):
         first = max(start - rows.first, 0)
         last = len(rows) if end is None else max(end - rows.first, 0)
-        yield from rows[first:last].entries()
+        yield from rows.entries[first:last]
 
 
 def index_checksum(path: Place) -> tuple[int, str]:
     """(number of pictures, checksum of the content), as `write_index` returned them."""
+    count = 0
     with _opened(path) as file:
         digest = _new_digest(file.schema_arrow.metadata)
-    count = 0
-    for rows in read_all(path):
-        _digest(digest, rows)
-        count += len(rows)
+        for shard in range(file.num_row_groups):
+            rows = _rows(file.read_row_group(shard))
+            _digest(digest, rows.entries, file.schema_arrow)
+            count += len(rows)
     return count, digest.hexdigest()
 
 
@@ -259,19 +242,21 @@ def _opened(path: Place) -> Iterator[pq.ParquetFile]:
         ) from error
 
 
-def _rows(table: dict[str, list]) -> Rows:
-    columns = [table[name] for name in ("path", "size", "label")]
-    columns += [table.get(name, []) for name in ("file", "offset", "sha256")]
-    return Rows(table["index"][0], *columns)
+def _rows(table: pa.Table) -> Rows:
+    columns = table.to_pydict()
+    for name, value in Entry._field_defaults.items():
+        columns.setdefault(name, [value] * len(table))
+    values = zip(*(columns[name] for name in Entry._fields), strict=True)
+    return Rows(columns["index"][0], list(map(Entry._make, values)))
 
 
 def _new_digest(metadata: dict[bytes, bytes]) -> Any:
     return hashlib.sha256(metadata.get(_ORIGIN, b""))
 
 
-def _digest(digest: Any, rows: Rows) -> None:
+def _digest(digest: Any, entries: list[Entry], schema: pa.Schema) -> None:
     # A picture that is a file of its own has no place inside one.
-    values = 5 if rows.files else 3
-    for entry in rows.entries():
+    values, hashed = 5 if "file" in schema.names else 3, "sha256" in schema.names
+    for entry in entries:
         text = "\0".join(map(str, entry[:values]))
-        digest.update((text + ("\0" + entry.sha256.hex()) * bool(rows.hashes) + "\n").encode())
+        digest.update((text + ("\0" + entry.sha256.hex()) * hashed + "\n").encode())

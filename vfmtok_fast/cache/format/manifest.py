@@ -54,6 +54,15 @@ class FingerprintMismatch(FileExistsError):
     """The folder holds a cache that was made by another tokenizer or with other settings."""
 
 
+def _covered(name: str, meaning: str, *default: Any) -> Any:
+    """A property: an entry of `covers`, KeyError where it is missing and has no default."""
+
+    def value(self: Manifest) -> Any:
+        return self.covers.get(name, *default) if default else self.covers[name]
+
+    return property(value, doc=meaning)
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Contents of manifest.json.
@@ -75,42 +84,28 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Hash of `covers`, in hexadecimal."""
-        return hashlib.sha256(_canonical(self.covers)).hexdigest()
+        return hashlib.sha256(canonical(self.covers)).hexdigest()
 
-    @property
-    def views(self) -> list[str]:
-        """Names of the V views, in the order in which shards hold them."""
-        return self.covers["views"]
-
-    @property
-    def num_tokens(self) -> int:
-        """T, tokens per view."""
-        return self.covers["num_tokens"]
-
-    @property
-    def codebook_size(self) -> int:
-        """Tokens are below this."""
-        return self.covers["codebook_size"]
-
-    @property
-    def image_size(self) -> int:
-        """Side of the square that is encoded, in pixels."""
-        return self.covers["image_size"]
-
-    @property
-    def batch_size(self) -> int:
-        """Views per call of `encode`; the last batch of a shard is padded to it."""
-        return self.covers["batch_size"]
-
-    @property
-    def seed(self) -> int:
-        """Seed of the random crops; 0 where there are none."""
-        return self.covers.get("seed", 0)
+    views = _covered("views", "Names of the V views, in the order in which shards hold them.")
+    num_tokens = _covered("num_tokens", "T, tokens per view.")
+    codebook_size = _covered("codebook_size", "Tokens are below this.")
+    image_size = _covered("image_size", "Side of the square that is encoded, in pixels.")
+    batch_size = _covered(
+        "batch_size", "Views per call of `encode`; the last batch of a shard is padded to it."
+    )
+    seed = _covered("seed", "Seed of the random crops; 0 where there are none.", 0)
 
     @property
     def heif(self) -> bool:
         """Whether there are pictures that another package than Pillow decodes."""
         return "heif_decoder_version" in self.covers
+
+    def places_of(self, views: Iterable[str] | None, out: object) -> list[int]:
+        """Where a shard has some views, or all for None; ValueError for one it does not have."""
+        names = self.views if views is None else [str(view) for view in parse_views(views)]
+        if lacking := [name for name in names if name not in self.views]:
+            raise ValueError(f"{out}: has the views {', '.join(self.views)}, not {lacking[0]!r}")
+        return [self.views.index(name) for name in names]
 
     @property
     def shards(self) -> int:
@@ -169,11 +164,8 @@ def read_manifest(out: str | os.PathLike | Place, name: str = NAME) -> Manifest:
             classes=content["classes"],
             index_sha256=content["index_sha256"],
         )
-        sound = (
-            manifest.fingerprint == content["fingerprint"]
-            and manifest.shards == content["counts"]["shards"]
-            and manifest.views == content["views"]
-        )
+        said = content["fingerprint"], content["counts"]["shards"], content["views"]
+        sound = (manifest.fingerprint, manifest.shards, manifest.views) == said
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: damaged (entry {error}); restore it, or cache anew") from error
     if not sound:
@@ -236,7 +228,7 @@ def describe(
         **({"heif_decoder_version": pictures.heif_version()} if heif else {}),
     }
     # Through JSON once, so that tuples are lists as they are when read back.
-    return json.loads(_canonical(covers))
+    return json.loads(canonical(covers))
 
 
 def _precision(tokenizer: Tokenizer) -> str:
@@ -289,5 +281,6 @@ def check_same(found: Manifest, covers: dict[str, Any], shard_size: int, out: Pl
         )
 
 
-def _canonical(values: Any) -> bytes:
+def canonical(values: Any) -> bytes:
+    """As JSON: of equal values the same bytes."""
     return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

@@ -11,19 +11,20 @@ holding sorted JSON.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from ...errors import one_line
-from ..store import Place
-from .manifest import BAD_TOKEN, Manifest
+from ..store import Place, Tensors
+from .manifest import BAD_TOKEN, Manifest, canonical
 
 META_KEY = "vfmtok_fast"
 
@@ -68,7 +69,7 @@ class Header:
 
     def digest(self) -> str:
         """Hash of the whole header, which through the checksums stands for the contents."""
-        return hashlib.sha256(_json(vars(self))).hexdigest()
+        return hashlib.sha256(canonical(vars(self))).hexdigest()
 
 
 def shard_path(out: Place, number: int) -> Place:
@@ -80,6 +81,13 @@ def shard_number(name: str) -> int | None:
     """The number of the shard that a file of this name is; None if it is none."""
     match = _NAME.fullmatch(name)
     return None if match is None else int(match[1])
+
+
+def strays(out: Place, manifest: Manifest) -> list[Place]:
+    """Shards in the folder that the cache does not have."""
+    known = {shard_path(out, number).name for number in range(manifest.shards)}
+    names = sorted(set((out / "shards").names()) - known)
+    return [out / "shards" / name for name in names if name.endswith(".safetensors")]
 
 
 def quarantine_path(out: Place, number: int) -> Place:
@@ -97,7 +105,7 @@ def write_shard(out: Place, fingerprint: str, shard: Shard) -> None:
         name: np.ascontiguousarray(getattr(shard, name), dtype) for name, dtype in _DTYPES.items()
     }
     checksums = {name: _sha256(array) for name, array in arrays.items()}
-    lines = b"".join(_json(entry) + b"\n" for entry in shard.quarantine)
+    lines = b"".join(canonical(entry) + b"\n" for entry in shard.quarantine)
     checksums["quarantine"] = hashlib.sha256(lines).hexdigest()
     header = Header(
         fingerprint, shard.number, len(shard.status), int((shard.status != OK).sum()), checksums
@@ -106,8 +114,21 @@ def write_shard(out: Place, fingerprint: str, shard: Shard) -> None:
         quarantine_path(out, shard.number).put(lines)
     else:
         quarantine_path(out, shard.number).remove()  # of a run that died before its commit
-    data = save(arrays, metadata={META_KEY: _json(vars(header)).decode()})
+    data = save(arrays, metadata={META_KEY: canonical(vars(header)).decode()})
     shard_path(out, shard.number).put(data)
+
+
+@contextlib.contextmanager
+def _opened(path: Place, data: bytes | None = None) -> Iterator[tuple[Header, Tensors]]:
+    try:
+        file = Tensors(path if data is None else data)
+        if set(file.header) != set(_DTYPES):
+            raise ValueError(f"holds {sorted(file.header)}")
+        yield Header(**json.loads(file.meta[META_KEY])), file
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: this shard is missing") from error
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"{path}: damaged or not a shard ({one_line(error)})") from error
 
 
 def read_header(path: Place) -> Header:
@@ -117,42 +138,22 @@ def read_header(path: Place) -> Header:
         FileNotFoundError: it is not there.
         ValueError: it is damaged or not a shard.
     """
-    try:
-        with path.tensors() as file:
-            content = json.loads((file.metadata() or {})[META_KEY])
-            if set(file.keys()) != set(_DTYPES):
-                raise ValueError(f"holds {sorted(file.keys())}")
-            return Header(**content)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: this shard is missing") from error
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: damaged or not a shard ({one_line(error)})") from error
+    with _opened(path) as (header, _):
+        return header
 
 
-def read_shard(path: Place) -> tuple[Header, Shard]:
+def read_shard(path: Place, data: bytes | None = None) -> tuple[Header, Shard]:
     """Read a shard whole, without its quarantine list and without checking (see `problems`).
+
+    Args:
+        path: the shard.
+        data: its bytes, where they have been read already.
 
     Raises:
         FileNotFoundError, ValueError: as `read_header`.
     """
-    header = read_header(path)
-    try:
-        with path.tensors() as file:
-            arrays = {name: file.get_tensor(name) for name in _DTYPES}
-    except (SafetensorError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: damaged or not a shard ({one_line(error)})") from error
-    return header, Shard(header.number, **arrays)
-
-
-def parse_shard(data: bytes, path: Place) -> tuple[Header, Shard]:
-    """As `read_shard`, of a shard's bytes; `path` is where they are from."""
-    try:
-        end = 8 + int.from_bytes(data[:8], "little")
-        header = Header(**json.loads(json.loads(data[8:end])["__metadata__"][META_KEY]))
-        arrays = load(data)
-        return header, Shard(header.number, **{name: arrays[name] for name in _DTYPES})
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: damaged or not a shard ({one_line(error)})") from error
+    with _opened(path, data) as (header, file):
+        return header, Shard(header.number, **{name: file.get(name) for name in _DTYPES})
 
 
 def read_quarantine(out: Place, number: int) -> tuple[list[dict[str, Any]], str]:
@@ -187,14 +188,16 @@ def header_problem(header: Header, number: int, manifest: Manifest) -> str | Non
     return None
 
 
-def problems(header: Header, shard: Shard, manifest: Manifest) -> list[str]:
-    """All that is wrong inside a shard: dtypes, shapes, checksums, order, ranges, bad slots.
+def problems(header: Header, shard: Shard, number: int, manifest: Manifest) -> list[str]:
+    """All that is wrong with shard `number`: dtypes, shapes, checksums, order, ranges, bad slots.
 
     Returns:
         One line each; empty if the shard is sound. Agreement with the index and the quarantine list
         is for the caller, who has them.
     """
-    count, views = len(manifest.rows_of(header.number)), len(manifest.views)
+    if problem := header_problem(header, number, manifest):
+        return [problem]
+    count, views = len(manifest.rows_of(number)), len(manifest.views)
     shapes = dict.fromkeys(_DTYPES, (count,)) | {"tokens": (count, views, manifest.num_tokens)}
     found = []
     for name, dtype in _DTYPES.items():
@@ -207,7 +210,7 @@ def problems(header: Header, shard: Shard, manifest: Manifest) -> list[str]:
             found.append(f"{name} does not fit its checksum")
     if found:
         return found
-    if not np.array_equal(shard.index, np.asarray(manifest.rows_of(header.number))):
+    if not np.array_equal(shard.index, np.asarray(manifest.rows_of(number))):
         found.append("index is not the run of numbers that belongs to this shard")
     if not np.isin(shard.status, list(STATUS_NAMES)).all():
         found.append(f"status holds other values than {list(STATUS_NAMES)}")
@@ -223,7 +226,3 @@ def problems(header: Header, shard: Shard, manifest: Manifest) -> list[str]:
 
 def _sha256(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
-
-
-def _json(values: Any) -> bytes:
-    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

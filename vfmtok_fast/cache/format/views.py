@@ -122,15 +122,7 @@ def _parse(name: str) -> list[View]:
 
 
 def rules(views: Iterable[View], seed: int) -> dict[str, Any]:
-    """What views depend on besides their names, for the fingerprint; nothing for `center`.
-
-    Args:
-        views: from `parse_views`.
-        seed: of the random crops.
-
-    Returns:
-        Plain JSON values.
-    """
+    """What views depend on besides their names, as plain JSON values; nothing for `center`."""
     kinds = {view.kind for view in views}
     found = {kind: RULES[kind] for kind in sorted(kinds & set(RULES))}
     return ({"view_rules": found} if found else {}) | ({"seed": seed} if "random" in kinds else {})
@@ -166,12 +158,7 @@ class Plan:
 
 
 def plan_views(views: tuple[View, ...], size: int) -> Plan:
-    """Say which squares a picture's views are cut from; views that can share one do.
-
-    Args:
-        views: from `parse_views`.
-        size: side of a view, in pixels.
-    """
+    """Which squares a picture's views of side `size` are cut from; views that can share one do."""
     keys: dict[Any, View] = {}
     large = int(size * TEN_CROP_RANGE)
     cuts = []
@@ -217,19 +204,7 @@ def make_bases(
 def make_views(
     image: Image.Image, views: tuple[View, ...], size: int, *, path: str = "", seed: int = 0
 ) -> np.ndarray:
-    """Cut the declared views out of a picture; what several views share is made once.
-
-    Args:
-        image, path, seed: as `make_bases`.
-        views: V views from `parse_views`.
-        size: side in pixels.
-
-    Returns:
-        uint8 array [V, size, size, 3].
-
-    Raises:
-        ValueError: as `make_bases`.
-    """
+    """Cut V views out of a picture: uint8 [V, size, size, 3]; arguments, errors as `make_bases`."""
     plan = plan_views(views, size)
     bases = make_bases(image, plan, path=path, seed=seed)
     out = np.empty((len(views), size, size, 3), np.uint8)

@@ -12,7 +12,8 @@ import contextlib
 import heapq
 from collections.abc import Iterator, Set
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 
 from ...images import HEIF_SUFFIXES
 from ..format import index
@@ -42,18 +43,12 @@ class ImagesChanged(ValueError):
 def check_unchanged(
     source: Source, path: Place, classes: list[str], quarantined: Set[str] = frozenset()
 ) -> None:
-    """Refuse to go on with an input that has other pictures than the index.
+    """Refuse to go on with an input that has other pictures than the index at `path`.
 
     A picture that has gone from a folder is no reason to refuse: its tokens may be cached already,
     and where they are not, its slot is quarantined. A picture that came, or whose size changed, is,
-    because the cache could not say so; but for one that is quarantined, and has no tokens yet. Of
-    an archive, the size of every file must be the same.
-
-    Args:
-        source: the input.
-        path: the index.
-        classes: their names.
-        quarantined: paths of pictures that could not be read.
+    because the cache could not say so; but for one of the paths `quarantined`, which has no tokens
+    yet. Of an archive, the size of every file must be the same.
 
     Raises:
         ImagesChanged: one line with what changed, how often, and the first case.
@@ -122,15 +117,12 @@ def _count(source: Source, path: Place, quarantined: Set[str]) -> tuple[int, int
     added = changed = gone = 0
     first = ""
     for old, new in _compare(source, path):
-        if old is None or (_is_changed(old, new) and old.path not in quarantined):
+        if new is None:
+            gone += 1
+        elif old is None or old.path not in quarantined:
             added, changed = added + (old is None), changed + (old is not None)
             first = first or new.path
-        gone += new is None
     return added, changed, gone, first
-
-
-def _is_changed(old: Entry | None, new: Entry | None) -> bool:
-    return old is not None and new is not None and old.size != new.size
 
 
 def quarantined_in(out: Place) -> Set[str]:
@@ -144,19 +136,17 @@ def quarantined_in(out: Place) -> Set[str]:
 
 
 def _compare(source: Source, path: Place) -> Iterator[tuple[Entry | None, Entry | None]]:
-    """Each picture of a folder as it was indexed and as it is now, None where it is not there."""
-    old_ones, new_ones = _sorted(path), source.entries()
-    old, new = next(old_ones, None), next(new_ones, None)
-    while old is not None or new is not None:
-        if new is None or (old is not None and old.path < new.path):
-            yield old, None
-            old = next(old_ones, None)
-        elif old is None or new.path < old.path:
-            yield None, new
-            new = next(new_ones, None)
-        else:
+    """The pictures of a folder that are not as they were indexed: as they were, and as they are.
+
+    None where one was or is not there.
+    """
+    then = ((entry.path, "then", entry) for entry in _sorted(path))
+    now = ((entry.path, "now", entry) for entry in source.entries())
+    for _, both in groupby(heapq.merge(now, then), key=itemgetter(0)):
+        found = {when: entry for _, when, entry in both}
+        old, new = found.get("then"), found.get("now")
+        if old is None or new is None or old.size != new.size:
             yield old, new
-            old, new = next(old_ones, None), next(new_ones, None)
 
 
 def _sorted(path: Place) -> Iterator[Entry]:
@@ -170,13 +160,7 @@ def extend(source: Source, out: Place, found: Manifest, workers: int) -> Manifes
     """Add the pictures that came since a cache was indexed; `encode_shards` makes their tokens.
 
     Quarantined pictures of another size, which somebody has mended, are indexed anew in their
-    place, and their shards go.
-
-    Args:
-        source: the input, with what was added.
-        out: the cache.
-        found: its manifest; the index fits it.
-        workers: threads that read, where the index holds hashes.
+    place, and their shards go. Where the index holds hashes, `workers` threads read.
 
     Returns:
         The manifest that holds from now on; `found` where nothing was added.
@@ -200,7 +184,7 @@ def extend(source: Source, out: Place, found: Manifest, workers: int) -> Manifes
         mended = {entry.path: entry for entry in hashed_entries(source, mended.values(), workers)}
     runs = origin.runs if new is None else (*origin.runs, found.images)
     later = replace(origin, files=source.files(), runs=runs)
-    old = chain.from_iterable(rows.entries() for rows in index.read_all(path))
+    old = chain.from_iterable(rows.entries for rows in index.read_all(path))
     places: list[int] = []
     entries = chain(_replaced(old, mended, places), new or ())
     written = index.write_index(out / NEXT_INDEX, entries, found.shard_size, later, hashed)
@@ -272,7 +256,7 @@ def _new_pictures(
             f"size, and {len(lost)} classes are gone; restore them, or cache into a new folder"
         )
     # Nothing else has another size.
-    mended = {new.path: new for old, new in _compare(source, path) if _is_changed(old, new)}
+    mended = {new.path: new for old, new in _compare(source, path) if old and new}
     classes = [*found.classes, *sorted(set(classes) - set(found.classes))]
     if not added and classes == found.classes:
         return None, classes, mended

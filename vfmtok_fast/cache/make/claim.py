@@ -32,38 +32,32 @@ def is_free(out: Place) -> bool:
         FileExistsError: it holds something else than what a run leaves that died before its
             manifest.
     """
-    try:
-        _check_ours(out)
-    except FileExistsError:
+    for name in sorted(out.names()):
+        if _is_ours(out / name):
+            continue
         if (out / manifest.NAME).exists():
             return False
-        raise
+        raise FileExistsError(
+            f"{out}: holds something else ({name!r}) and is left alone; "
+            "choose a new or empty folder"
+        )
     return True
 
 
-def _check_ours(out: Place) -> None:
-    for name in sorted(out.names()):
-        ours = atomic.is_temporary(name)
-        if name == INDEX:
-            ours = index.is_index(out / name) or _is_torn(out / name)
-        elif name in ("shards", "quarantine", parts.FOLDER):
-            inside = (out / name).names()
-            known = re.compile(r"\d{5}\.parquet") if name == parts.FOLDER else re.compile("(?!)")
-            ours = all(atomic.is_temporary(one) or known.fullmatch(one) for one in inside)
-            ours = ours and (inside or not (out / name).is_file())
-        if not ours:
-            raise FileExistsError(
-                f"{out}: holds something else ({name!r}) and is left alone; "
-                "choose a new or empty folder"
-            )
+def _is_ours(path: Place) -> bool:
+    if path.name == INDEX:
+        return index.is_index(path) or _is_torn(path)
+    if path.name not in ("shards", "quarantine", parts.FOLDER):
+        return atomic.is_temporary(path.name)
+    known = re.compile(r"\d{5}\.parquet" if path.name == parts.FOLDER else "(?!)")
+    ours = all(atomic.is_temporary(one) or known.fullmatch(one) for one in path.names())
+    return ours and not path.is_file()
 
 
 def remove_torn_manifest(out: Place) -> None:
     """What a store may keep of a manifest whose writer died; nothing was made of it yet."""
     path = out / manifest.NAME
-    if not out.remote:
-        return
-    if path.exists() and not (out / "shards").names():
+    if out.remote and path.exists() and not (out / "shards").names():
         try:
             json.loads(path.read_bytes())
         except ValueError:

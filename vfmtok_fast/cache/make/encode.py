@@ -69,14 +69,9 @@ def encode_rows(
 
 
 def encode_parts(
-    source: Source,
-    parts: Iterable[tuple[int, Rows]],
-    manifest: Manifest,
-    tokenizer: Tokenizer,
-    workers: int,
-    advance: Advance | None = None,
-    waits: Waits | None = None,
-) -> Iterator[tuple[int, Rows, Encoded]]:
+    source: Source, parts: Iterable[tuple[int, Rows]], manifest: Manifest, tokenizer: Tokenizer,
+    workers: int, advance: Advance | None = None, waits: Waits | None = None,
+) -> Iterator[tuple[int, Rows, Encoded]]:  # fmt: skip
     """Encode shards, or runs of pictures that start where a batch starts.
 
     Args:
@@ -101,7 +96,8 @@ def encode_parts(
     device = _Device(tokenizer, manifest, plan, waits or Waits(), advance)
     pictures = _decode_ahead(source, iter(parts), manifest, plan, workers)
     with evaluating(tokenizer), device, contextlib.closing(pictures):
-        for number, rows in _parts_of(pictures, device):
+        while (part := device.wait_for_data(pictures)) is not None:
+            number, rows = part
             encoded = Encoded(
                 np.full((len(rows), len(plan.cuts), manifest.num_tokens), BAD_TOKEN, np.uint16),
                 np.zeros(len(rows), np.uint8),
@@ -112,12 +108,6 @@ def encode_parts(
                 device.add(position, device.wait_for_data(pictures))
             device.end()
             yield number, rows, encoded
-
-
-def _parts_of(pictures: Iterator, device: _Device) -> Iterator[tuple[int, Rows]]:
-    """What `_decode_ahead` announces before the pictures of each part."""
-    while (part := device.wait_for_data(pictures)) is not None:
-        yield part
 
 
 # Batches that are encoded at a time. On a GPU each has a stream, so that one's copy, its checks and
@@ -138,13 +128,9 @@ class _Device:
     """Batches on their way to the tokenizer: one is filled while others are encoded."""
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        manifest: Manifest,
-        plan: Plan,
-        waits: Waits,
+        self, tokenizer: Tokenizer, manifest: Manifest, plan: Plan, waits: Waits,
         advance: Advance | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.tokenizer, self.manifest, self.waits = tokenizer, manifest, waits
         self.advance = advance or (lambda number, new, bad: None)
         first = next(iter(tokenizer.parameters()), torch.empty(0, device="cpu"))
@@ -271,7 +257,7 @@ def _decode_ahead(
     def submit() -> Iterator[None]:
         for part in parts:
             waiting.append(part)
-            for entry in part[1].entries():
+            for entry in part[1].entries:
                 waiting.append(pool.submit(decode, source, entry, plan, manifest))
                 yield
 

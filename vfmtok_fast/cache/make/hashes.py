@@ -14,10 +14,7 @@ from ..sources import BadImage, Entry, Source
 def hashed_entries(source: Source, entries: Iterable[Entry], workers: int) -> Iterator[Entry]:
     """Entries with the SHA-256 of each picture's bytes, in the same order; none for bad ones.
 
-    Args:
-        source: the input that the entries came from.
-        entries: taken a few ahead of what was handed out.
-        workers: threads that read.
+    They are taken a few ahead of what was handed out, and read by `workers` threads.
     """
 
     def hashed(entry: Entry) -> Entry:

@@ -45,9 +45,8 @@ def pending(job: Job) -> list[int]:
     Raises:
         FingerprintMismatch: a shard of another tokenizer lies in the folder.
     """
-    numbers = range(job.manifest.shards)
-    missing = job.out.spread(lambda number: is_missing(job, number), numbers)
-    return [number for number, gone in zip(numbers, missing, strict=True) if gone]
+    missing = job.out.spread(lambda number: is_missing(job, number), range(job.manifest.shards))
+    return [number for number, gone in enumerate(missing) if gone]
 
 
 def is_missing(job: Job, number: int) -> bool:
@@ -112,14 +111,10 @@ def _parts(job: Job, numbers: Iterable[int]) -> Iterator[tuple[int, index.Rows]]
 
 
 def _commit(job: Job, number: int, rows: index.Rows, encoded: Encoded) -> None:
+    paths, status = rows.paths, encoded.status.tolist()
     quarantine = [
-        {
-            "index": rows.first + position,
-            "path": rows.paths[position],
-            "reason": reason,
-            "status": int(encoded.status[position]),
-        }
-        for position, reason in sorted(encoded.reasons.items())
+        {"index": rows.first + i, "path": paths[i], "reason": reason, "status": status[i]}
+        for i, reason in sorted(encoded.reasons.items())
     ]
     positions = np.arange(rows.first, rows.first + len(rows), dtype=np.int64)
     labels = np.asarray(rows.labels, np.int32)

@@ -38,17 +38,10 @@ class ActorsLost(ConnectionError):
 
 
 def build_on_ray(
-    images: str | os.PathLike,
-    out: str | os.PathLike,
-    tokenizer: manifest.Tokenizer,
-    spec: CacheSpec | None = None,
-    *,
-    max_bad: int | None = None,
-    actors: int | None = None,
-    device: str | None = None,
-    progress: bool | Callable[[Progress], None] = False,
-    **settings: Any,
-) -> Summary:
+    images: str | os.PathLike, out: str | os.PathLike, tokenizer: manifest.Tokenizer,
+    spec: CacheSpec | None = None, *, max_bad: int | None = None, actors: int | None = None,
+    device: str | None = None, progress: bool | Callable[[Progress], None] = False, **settings: Any,
+) -> Summary:  # fmt: skip
     """Build a token cache with actors on a Ray cluster; the same bytes as `build` makes.
 
     Takes the Ray that the program is connected to, else the cluster of RAY_ADDRESS or of this

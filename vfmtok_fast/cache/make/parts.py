@@ -25,13 +25,9 @@ RULES = 2
 
 
 def write_in_parts(
-    path: Place,
-    entries: Callable[[Entry | None], Iterable[Entry]],
-    shard_size: int,
-    origin: index.Origin,
-    hashed: bool,
-    root: str | os.PathLike,
-) -> tuple[int, str, int]:
+    path: Place, entries: Callable[[Entry | None], Iterable[Entry]], shard_size: int,
+    origin: index.Origin, hashed: bool, root: str | os.PathLike,
+) -> tuple[int, str, int]:  # fmt: skip
     """As `index.write_index`, going on where an earlier call was interrupted.
 
     Args:
@@ -59,16 +55,13 @@ def remove_parts(out: Place) -> None:
 
 
 def _every(
-    folder: Place,
-    entries: Callable[[Entry | None], Iterable[Entry]],
-    shard_size: int,
-    mark: index.Origin,
-    hashed: bool,
-) -> Iterator[Entry]:
+    folder: Place, entries: Callable[[Entry | None], Iterable[Entry]], shard_size: int,
+    mark: index.Origin, hashed: bool,
+) -> Iterator[Entry]:  # fmt: skip
     number, last = 0, None
     while _is_part(folder / f"{number:05d}.parquet", mark, hashed):
         for rows in index.read_all(folder / f"{number:05d}.parquet"):
-            for last in rows.entries():
+            for last in rows.entries:
                 yield last
         number += 1
     part = []

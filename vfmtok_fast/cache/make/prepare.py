@@ -39,15 +39,9 @@ MAX_DEFAULT_WORKERS = 8
 
 
 def prepare(
-    images: str | os.PathLike,
-    out: str | os.PathLike,
-    tokenizer: manifest.Tokenizer,
-    spec: CacheSpec | None = None,
-    *,
-    rank: int = 0,
-    device: str | None = None,
-    **settings: Any,
-) -> Job:
+    images: str | os.PathLike, out: str | os.PathLike, tokenizer: manifest.Tokenizer,
+    spec: CacheSpec | None = None, *, rank: int = 0, device: str | None = None, **settings: Any,
+) -> Job:  # fmt: skip
     """Index the pictures and write the manifest, or check that those of an earlier run still fit.
 
     Args, Raises: as `vfmtok_fast.cache.build`; a rank above 0 leaves the indexing to rank 0 as

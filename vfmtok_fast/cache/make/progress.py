@@ -118,27 +118,24 @@ class State:
         )
 
     def _check_bad(self) -> None:
-        _check_bad(self.job, self._bad, self.max_bad)
-
-
-def _check_bad(job: Job, bad: int, max_bad: int | None) -> None:
-    if max_bad is not None and bad > max_bad:
-        raise TooManyBadImages(
-            f"{job.source.root}: {bad} pictures could not be read, more than max_bad={max_bad}; "
-            "repair them, or run again with a higher limit (finished shards are kept)"
-        )
+        if self.max_bad is not None and self._bad > self.max_bad:
+            raise TooManyBadImages(
+                f"{self.job.source.root}: {self._bad} pictures could not be read, more than "
+                f"max_bad={self.max_bad}; repair them, or run again with a higher limit (finished "
+                "shards are kept)"
+            )
 
 
 @contextmanager
 def reporting(
     progress: bool | Callable[[Progress], None], total: int, done: int
 ) -> Iterator[Callable[[Progress], None]]:
-    if callable(progress):
-        yield progress
+    if callable(progress) or not progress:
+        # No tqdm without a bar: forked processes share its lock, and one that is killed keeps it.
+        yield progress or (lambda state: None)
         return
     # disable=None: tqdm's word for "off where stderr is no terminal".
-    off = None if progress else True
-    with tqdm(total=total, initial=done, unit="img", desc="cache", disable=off) as bar:
+    with tqdm(total=total, initial=done, unit="img", desc="cache", disable=None) as bar:
 
         def report(state: Progress) -> None:
             bar.update(state.done - bar.n)

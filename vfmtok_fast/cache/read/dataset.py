@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..format.views import parse_views
 from .reader import TokenCache
 
 CHOICES = ("one", "each", "all")
@@ -43,24 +42,16 @@ class TokenCacheDataset(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self,
-        out: str | os.PathLike,
-        views: Iterable[str] | None = None,
-        *,
-        per_picture: str = "one",
-        seed: int = 0,
-        partial: bool = False,
+        self, out: str | os.PathLike, views: Iterable[str] | None = None, *,
+        per_picture: str = "one", seed: int = 0, partial: bool = False,
         mirror: str | os.PathLike | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if per_picture not in CHOICES:
             raise ValueError(f"per_picture must be one of {', '.join(CHOICES)}, got {per_picture}")
         self.cache = TokenCache(out, partial=partial, mirror=mirror)
-        known = self.cache.manifest.views
-        self.views = known if views is None else [str(view) for view in parse_views(views)]
-        if lacking := [view for view in self.views if view not in known]:
-            raise ValueError(f"{out}: has the views {', '.join(known)}, not {lacking[0]!r}")
         self.per_picture, self.seed = per_picture, seed
-        self._places = [known.index(view) for view in self.views]
+        self._places = self.cache.manifest.places_of(views, out)
+        self.views = [self.cache.manifest.views[place] for place in self._places]
         # Shared memory, so that workers that live on see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
 

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,6 @@ from ..format import index, shards
 from ..format.complete import COMPLETE
 from ..format.index import INDEX
 from ..format.manifest import Manifest, read_manifest
-from ..format.views import parse_views
 from ..store import CacheWriteError, Place, place
 from ..store.atomic import sync_folder, temporary_name
 
@@ -34,12 +33,9 @@ _Part = tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]
 
 
 def export(
-    out: str | os.PathLike,
-    target: str | os.PathLike,
-    format: str,
-    *,
+    out: str | os.PathLike, target: str | os.PathLike, format: str, *,
     views: Iterable[str] | None = None,
-) -> int:
+) -> int:  # fmt: skip
     """Write a complete cache in another program's format; it is there whole or not at all.
 
     Args:
@@ -61,9 +57,7 @@ def export(
     if format not in FORMATS:
         raise ValueError(f"export: format must be one of {', '.join(FORMATS)}, got {format!r}")
     found = read_manifest(out)
-    names = found.views if views is None else [str(view) for view in parse_views(views)]
-    if lacking := [name for name in names if name not in found.views]:
-        raise ValueError(f"{out}: has the views {', '.join(found.views)}, not {lacking[0]!r}")
+    places = found.places_of(views, out)
     if not (out / COMPLETE).exists():
         raise ValueError(f"{out}: not complete; finish it with vfmtok-fast cache")
     if target.remote and format == "llamagen":
@@ -73,7 +67,7 @@ def export(
     if target.occupied():
         raise FileExistsError(f"{target}: is there already; choose another name")
     target.parent.make_folder()
-    places = [found.views.index(name) for name in names]
+    names = [found.views[place] for place in places]
     return FORMATS[format](target, _parts(out, found, places), names)
 
 
@@ -82,8 +76,7 @@ def _parts(out: Place, found: Manifest, places: list[int]) -> Iterator[_Part]:
     for number in range(found.shards):
         path = shards.shard_path(out, number)
         header, shard = shards.read_shard(path)
-        problem = shards.header_problem(header, number, found)
-        if wrong := [problem] if problem else shards.problems(header, shard, found):
+        if wrong := shards.problems(header, shard, number, found):
             raise ValueError(f"{path}: {wrong[0]}; mend it with vfmtok-fast repair")
         good = np.flatnonzero(shard.status == shards.OK)
         paths = index.read_rows(out / INDEX, number).paths
@@ -147,8 +140,4 @@ def _parquet(target: Place, parts: Iterator[_Part], views: list[str]) -> int:
     return count
 
 
-FORMATS: dict[str, Callable[[Place, Iterator[_Part], list[str]], int]] = {
-    "llamagen": _llamagen,
-    "rar": _rar,
-    "parquet": _parquet,
-}
+FORMATS = {"llamagen": _llamagen, "rar": _rar, "parquet": _parquet}

@@ -21,7 +21,7 @@ import torch
 from ..format import shards
 from ..format.complete import COMPLETE
 from ..format.manifest import Manifest, read_manifest
-from ..store import LocalPlace, Place, place
+from ..store import LocalPlace, Place, Tensors, place
 
 # Shards that are held open at a time; systems allow a thousand files or so.
 MOST_OPEN = 256
@@ -48,13 +48,9 @@ class TokenCache:
     """
 
     def __init__(
-        self,
-        out: str | os.PathLike,
-        view: str | None = None,
-        *,
-        partial: bool = False,
+        self, out: str | os.PathLike, view: str | None = None, *, partial: bool = False,
         mirror: str | os.PathLike | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.out = place(out)
         self.manifest: Manifest = read_manifest(self.out)
         names = self.manifest.views
@@ -69,8 +65,8 @@ class TokenCache:
         self._mirror = None
         if self.out.remote:
             self._mirror = _default_mirror(self.out) if mirror is None else LocalPlace(mirror)
-        numbers = range(self.manifest.shards)
-        for number, found in zip(numbers, self.out.spread(self._look, numbers), strict=True):
+        found_in = self.out.spread(self._look, range(self.manifest.shards))
+        for number, found in enumerate(found_in):
             if found is not None:
                 self._digests[number], good_rows, good_labels = found
                 rows.append(good_rows)
@@ -113,9 +109,9 @@ class TokenCache:
             raise
         if problem := shards.header_problem(header, number, self.manifest):
             raise ValueError(f"{path}: {problem}")
-        with path.tensors() as file:
-            good = file.get_tensor("status") == shards.OK
-            return header.digest(), file.get_tensor("index")[good], file.get_tensor("label")[good]
+        file = Tensors(path)
+        good = file.get("status") == shards.OK
+        return header.digest(), file.get("index")[good], file.get("label")[good]
 
     def _copy(self, number: int) -> Place:
         """The local copy of a shard; fetched and checked to the last byte, if it is not there."""
@@ -124,7 +120,7 @@ class TokenCache:
         copy = self._mirror / name
         if not copy.exists():
             data = path.read_bytes()
-            if wrong := shards.problems(*shards.parse_shard(data, path), self.manifest):
+            if wrong := shards.problems(*shards.read_shard(path, data), number, self.manifest):
                 raise ValueError(f"{path}: {wrong[0]}; mend it with vfmtok-fast repair")
             self._mirror.make_folder()
             copy.put(data)
@@ -148,7 +144,7 @@ class _Rows:
 
     def __init__(self, path: Place) -> None:
         self.path, self.file = path, path.open_bytes()
-        tensors = path.tensors()
+        tensors = Tensors(path)
         tokens = tensors.header["tokens"]
         self.start, self.shape = tensors.start + tokens["data_offsets"][0], tokens["shape"][1:]
         self.size = math.prod(self.shape) * np.dtype(np.uint16).itemsize

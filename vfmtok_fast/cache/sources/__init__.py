@@ -31,14 +31,9 @@ __all__ = ["KINDS", "BadImage", "Entry", "Source", "choices_of", "open_again", "
 
 
 def open_source(
-    images: str | os.PathLike,
-    kind: str | None = None,
-    *,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-    image_column: str | None = None,
-    label_column: str | None = None,
-) -> Source:
+    images: str | os.PathLike, kind: str | None = None, *, include: Iterable[str] = (),
+    exclude: Iterable[str] = (), image_column: str | None = None, label_column: str | None = None,
+) -> Source:  # fmt: skip
     """Find out what an input is, by its name and what lies in it.
 
     A file: `.tar` is a tar of class tars or of class folders, or a WebDataset shard if it holds
@@ -116,11 +111,7 @@ def open_again(images: str | os.PathLike, index: Place, kind: str | None = None)
 
 
 def choices_of(path: Place) -> tuple[str | None, dict[str, Any]]:
-    """Kind and further arguments with which `open_source` opens a cache's input again.
-
-    Args:
-        path: the cache's index.
-    """
+    """Kind and further arguments with which `open_source` opens the input of an index again."""
     try:
         origin = read_origin(path)
     except ValueError:  # damaged, as whoever checks the index will say

@@ -118,12 +118,9 @@ def _holds_any(root: Path, name: str, choice: Choice) -> bool:
 
 
 def walk(
-    root: Path,
-    after: str = "",
-    choice: Choice = EVERYTHING,
-    extensions: frozenset[str] = EXTENSIONS,
-    left_out: Counter[str] | None = None,
-) -> Iterator[tuple[str, int]]:
+    root: Path, after: str = "", choice: Choice = EVERYTHING,
+    extensions: frozenset[str] = EXTENSIONS, left_out: Counter[str] | None = None,
+) -> Iterator[tuple[str, int]]:  # fmt: skip
     """List the pictures under `root` in index order.
 
     Args:

@@ -116,8 +116,13 @@ class ParquetSource(Source):
 
     def read(self, entry: Entry) -> bytes:
         check_known(entry)
+        place = entry.file, entry.offset
         with self._lock:
-            data = self._row(entry.file, entry.offset)
+            if place not in self._rows:
+                self._load(*place)
+            if place not in self._rows:
+                raise BadImage(GONE, "gone since it was indexed")
+            data = self._rows[place]
         if data is None:
             raise BadImage(BAD, "holds no bytes of a picture")
         return check_bytes(entry, data)
@@ -135,13 +140,6 @@ class ParquetSource(Source):
             rows = file.metadata.row_group(0).num_rows if file.num_row_groups else 1
         self._block, self._kept = max(1, min(rows, _MOST)), max(kept, _KEPT)
         return self._block
-
-    def _row(self, name: str, row: int) -> bytes | None:
-        if (name, row) not in self._rows:
-            self._load(name, row)
-        if (name, row) not in self._rows:
-            raise BadImage(GONE, "gone since it was indexed")
-        return self._rows[name, row]
 
     def _load(self, name: str, row: int) -> None:
         """Walk on to a row, or start anew where the walk is past it or far before it."""

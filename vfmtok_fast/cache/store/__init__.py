@@ -16,7 +16,7 @@ from .local import LocalPlace
 from .tensors import Tensors
 from .url import UrlPlace
 
-__all__ = ["CacheWriteError", "LocalPlace", "Place", "StoreError", "UrlPlace", "place"]
+__all__ = ["CacheWriteError", "LocalPlace", "Place", "StoreError", "Tensors", "UrlPlace", "place"]
 
 
 class Place(Protocol):
@@ -78,9 +78,6 @@ class Place(Protocol):
 
     def sweep(self) -> int:
         """Remove what processes that died left in a folder; how many files that were."""
-
-    def tensors(self) -> Tensors:
-        """A safetensors file, to be read in parts; raises like `Tensors`."""
 
     def spread(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         """`map`, in order; of a store with many requests under way."""

@@ -11,7 +11,6 @@ from typing import Any, BinaryIO, ClassVar
 
 from . import atomic
 from .errors import writes
-from .tensors import Tensors
 
 
 class LocalPlace(type(Path())):
@@ -63,9 +62,6 @@ class LocalPlace(type(Path())):
 
     def sweep(self) -> int:
         return atomic.sweep(self)
-
-    def tensors(self) -> Tensors:
-        return Tensors(self)
 
     def spread(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         return map(function, items)

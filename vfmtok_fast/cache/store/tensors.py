@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,14 @@ MAX_HEADER = 1 << 20
 _DTYPES = {"U8": np.uint8, "U16": np.uint16, "I32": np.int32, "I64": np.int64}
 
 
+class _Bytes(bytes):
+    def size(self) -> int:
+        return len(self)
+
+    def read_range(self, start: int, end: int) -> bytes:
+        return self[start:end]
+
+
 class Tensors:
     """A safetensors file of which only what is asked for is read; nothing is mapped.
 
@@ -24,21 +31,21 @@ class Tensors:
     of one line.
 
     Args:
-        path: a `Place`.
+        file: a `Place`, or the bytes of one.
 
     Raises:
         FileNotFoundError: it is not there.
         ValueError: it is cut short, or not such a file.
     """
 
-    def __init__(self, path: Any) -> None:
-        self.path = path
-        size, head = path.size(), path.read_range(0, HEAD)
+    def __init__(self, file: Any) -> None:
+        self.file = _Bytes(file) if isinstance(file, bytes) else file
+        size, head = self.file.size(), self.file.read_range(0, HEAD)
         (length,) = struct.unpack("<Q", head[:8]) if len(head) >= 8 else (MAX_HEADER + 1,)
         if length > MAX_HEADER:
             raise ValueError("no safetensors header")
         if 8 + length > len(head):
-            head = path.read_range(0, 8 + length)
+            head = self.file.read_range(0, 8 + length)
         self.start = 8 + length
         self.header = json.loads(head[8 : self.start])
         try:
@@ -52,20 +59,8 @@ class Tensors:
         if max(ends, default=self.start) != size:
             raise ValueError(f"holds {size} bytes instead of {max(ends, default=self.start)}")
 
-    def __enter__(self) -> Tensors:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Nothing is held open."""
-
-    def metadata(self) -> dict[str, str]:
-        return self.meta
-
-    def keys(self) -> Iterable[str]:
-        return self.header.keys()
-
-    def get_tensor(self, name: str) -> np.ndarray:
+    def get(self, name: str) -> np.ndarray:
         entry = self.header[name]
         start, end = (self.start + offset for offset in entry["data_offsets"])
-        data = self.path.read_range(start, end) if end > start else b""
+        data = self.file.read_range(start, end) if end > start else b""
         return np.frombuffer(bytearray(data), _DTYPES[entry["dtype"]]).reshape(entry["shape"])

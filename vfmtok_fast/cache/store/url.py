@@ -19,7 +19,6 @@ from typing import Any, BinaryIO, ClassVar
 
 from ...errors import one_line
 from .errors import StoreError, writes
-from .tensors import Tensors
 
 # Requests under way at a time where one answer does not wait for another.
 REQUESTS = 16
@@ -117,9 +116,6 @@ class UrlPlace:
 
     def sweep(self) -> int:
         return 0  # there are no such files
-
-    def tensors(self) -> Tensors:
-        return Tensors(self)
 
     def spread(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         with ThreadPoolExecutor(REQUESTS, thread_name_prefix="vfmtok-store") as pool:

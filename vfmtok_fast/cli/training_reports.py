@@ -1,0 +1,81 @@
+"""Who is told how a run goes: a progress bar, stdout, TensorBoard."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from .output import note, say
+
+# Of TensorBoard, in the run's folder.
+EVENTS = "tensorboard"
+
+
+def reports(
+    options: argparse.Namespace, out: Path, done: int, steps: int
+) -> Iterator[Callable[[dict], None]]:
+    """Who is told of each line of the log."""
+    from tqdm import tqdm
+
+    bar = tqdm(total=steps, initial=done, unit="step", disable=None)
+
+    def show(line: dict) -> None:
+        bar.set_postfix_str(told(line))
+        bar.update(line["step"] - bar.n)
+
+    yield show
+    if options.json:
+        yield _json
+    if options.tensorboard:
+        yield _tensorboard(out, done)
+
+
+def _json(line: dict) -> None:
+    try:
+        say(json.dumps(line), flush=True)
+    except BrokenPipeError:
+        # Who reads our output has seen enough, as in `| head`; the run goes on.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def conclude(options: argparse.Namespace, text: str) -> None:
+    """A line about a run that has ended; with --json stdout holds the log's lines alone."""
+    (note if options.json else say)(text)
+
+
+def _tensorboard(out: Path, done: int) -> Callable[[dict], None]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard needs pip install 'vfmtok-fast[train]'") from error
+    # Of a run that was killed the steps come again.
+    writer = SummaryWriter(str(out / EVENTS), purge_step=done + 1)
+
+    def write(line: dict) -> None:
+        for name, value in line.items():
+            if value is not None:
+                writer.add_scalar(name, value, line["step"])
+        writer.flush()
+
+    return write
+
+
+def told(line: dict) -> str:
+    """The terms that a person looks at, in a row."""
+    names = (
+        *("loss", "total", "rec", "perceptual", "semantic", "generator", "grad_norm", "usage"),
+        "perplexity",
+    )
+    words = [f"{name} {line[name]:.3g}" for name in names if line.get(name) is not None]
+    if "images_per_second" in line:
+        words.append(f"{line['images_per_second']:.1f} img/s")
+    if "tokens_per_second" in line:
+        words.append(f"{line['tokens_per_second']:.3g} tokens/s")
+    stages = ("data", "codes", "encode", "decode", "discriminator")
+    shares = {"mfu": line.get("mfu")} | {name: line.get(f"{name}_share") for name in stages}
+    words += [f"{name} {share:.0%}" for name, share in shares.items() if share is not None]
+    return ", ".join(words)
