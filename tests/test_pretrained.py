@@ -80,9 +80,10 @@ def test_pictures_that_it_was_not_trained_on_come_back(tokenizer, evaluate):
 
 
 def test_another_network_recognises_what_is_generated(tokenizer, gpt, evaluate):
+    """Measured on 40 of each group: 0.66; chance is 0.11; of real held-out pictures 0.67."""
     judge = evaluate.Classifier.load(EMOJI / "classifier.safetensors")
     drawn, labels, _ = evaluate.generate(gpt, tokenizer, 12, cfg_scale=2.0)
-    assert evaluate.accuracy(judge, drawn, labels) > ACCURACY_BOUND
+    assert evaluate.accuracy(judge, drawn, labels) > 0.45
     assert evaluate.accuracy(judge, drawn, labels.roll(12)) < 2 / evaluate.GROUPS
 
 

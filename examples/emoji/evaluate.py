@@ -51,6 +51,13 @@ def generate(
     return readable(torch.cat(made)), labels, codes
 
 
+@torch.no_grad()
+def by_group(model: Classifier, images: Tensor, labels: Tensor) -> list[float]:
+    """Accuracy of each group's pictures."""
+    right = (model(images).argmax(1) == labels).float()
+    return [round(right[labels == group].mean().item(), 2) for group in range(GROUPS)]
+
+
 def known(codes: Tensor, learned: Tensor) -> float:
     """Mean over pictures [N, R] of the most codes that one of [M, R] has in the same places."""
     same = torch.stack([(learned == one).float().mean(1).max() for one in codes])
@@ -82,6 +89,7 @@ def main() -> None:
         "PSNR of white": psnr(real, torch.full_like(real, 255)).mean().item(),
         "codes in use": len(codes.unique()),
         "accuracy, real": accuracy(judge, shrink(heldout.images), heldout.labels),
+        "accuracy, real, by group": by_group(judge, shrink(heldout.images), heldout.labels),
         "accuracy, reconstructed": accuracy(judge, readable(made), heldout.labels),
     }
     learned = None
@@ -94,6 +102,7 @@ def main() -> None:
         for scale in options.scales:
             drawn, labels, codes = generate(gpt, tokenizer, options.each, cfg_scale=scale)
             found[f"accuracy, generated, guidance {scale}"] = accuracy(judge, drawn, labels)
+            found[f"by group, guidance {scale}"] = by_group(judge, drawn, labels)
             if learned is not None:
                 name = f"codes of the nearest training picture, guidance {scale}"
                 found[name] = known(codes, learned)
