@@ -98,7 +98,7 @@ def test_a_layer_with_finished_locations_and_weights():
     check(out, truth, finished(value, levels, locations, weights))
 
 
-PAGES = ["CONTRIBUTING.md", "benchmarks/REPORT.md"]
+PAGES = ["CONTRIBUTING.md", "benchmarks/REPORT.md", "examples/emoji/README.md"]
 PAGES += [page.relative_to(ROOT).as_posix() for page in SHOWN]
 PAGES += [page.relative_to(ROOT).as_posix() for page in sorted((ROOT / "kernels").rglob("*.md"))]
 
