@@ -110,6 +110,9 @@ def test_probe(run, photos: Path, model: Path, tmp_path: Path):
     result = json.loads(out.read_text())
     assert result["compared"]["test_pictures"] == 10 and result["protocol"]["epochs"] == 12
     assert result["protocol"]["name"] == "probe-sgd, epochs=12"
+    assert run(*line[:-1], tmp_path / "some.json", "--num", 9)[0] == 0
+    some = json.loads((tmp_path / "some.json").read_text())
+    assert some["protocol"]["name"] == "probe-sgd, epochs=12, num=9"
     for name, value in result["metrics"].items():
         assert f"{value:.4f}" in next(row for row in text.splitlines() if row.startswith(name))
 

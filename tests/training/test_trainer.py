@@ -144,6 +144,16 @@ def test_before_its_start_the_discriminator_counts_steps_and_stays(make, images:
     assert float(moved.detach().abs().max()) == pytest.approx(expected, rel=1e-3)
 
 
+def test_float16_has_an_idle_discriminator_too(make, images: Tensor):
+    trainer = make(discriminator_start=3, precision="float16")
+    for step in (1, 2):
+        assert trainer.step(images)["disc_grad_norm"] == 0 and judge_steps(trainer) == step
+    assert trainer.judge.scaler.get_scale() == 65536
+    norms = [trainer.step(images)["disc_grad_norm"] for _ in range(4)]
+    learned = [norm for norm in norms if math.isfinite(norm)]  # others: the scale was too large
+    assert learned and min(learned) > 0 and judge_steps(trainer) == 2 + len(learned)
+
+
 def test_an_idle_discriminator_can_be_left_out(make, images: Tensor):
     trainer = make(discriminator_start=2, idle_discriminator=False)
     terms = trainer.step(images)

@@ -214,10 +214,11 @@ def evaluate_probe(
             raise ValueError(f"{train.root}: no class has five pictures; name others with --test")
     classes = max(len(names), int(truth.max()) + 1)
     bad = sum(len(some.bad) for some in sets)
+    name = probe.name if num is None else f"{probe.name}, num={num}"
     linear = linear_probe(known, labels, held, classes, probe)
     votes = nearest_neighbours(known, labels, held, classes, probe)
     return {
-        "protocol": dataclasses.asdict(probe) | {"features": which},
+        "protocol": dataclasses.asdict(probe) | {"name": name, "features": which},
         "compared": {
             "train": str(train.root), "train_pictures": len(known),
             "test": str(test.root) if test else "every fifth picture of a class",

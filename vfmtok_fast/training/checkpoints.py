@@ -6,11 +6,11 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from ..cache.store import CacheWriteError, LocalPlace
+from ..cache.store import LocalPlace
 from ..errors import first_line
 
 _NAME = re.compile(r"step-(\d{8,})\.pt")
@@ -34,13 +34,14 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 3) -> Pa
     place.make_folder()
     place.sweep()
     path = place / f"step-{step:08d}.pt"
-    try:
-        with path.writing() as file:
-            torch.save(dict(state), file)
-    except RuntimeError as error:  # torch's writer, of a disk that is full
-        if "inline_container" not in str(error) and "PytorchStream" not in str(error):
-            raise
-        raise CacheWriteError(path, OSError(first_line(error))) from error
+    with path.writing() as file:
+        target = _Target(file)
+        try:
+            torch.save(dict(state), target)
+        except RuntimeError as error:  # torch's writer, which does not tell what was wrong
+            if target.error is None:
+                raise
+            raise target.error from error
     for _, old in _found(folder)[:-keep]:
         LocalPlace(old).remove()
     return Path(path)
@@ -68,6 +69,21 @@ def load(path: Path) -> dict[str, Any]:
             f"{path}: a damaged checkpoint ({first_line(error)}); remove it to go on from the one "
             "before"
         ) from error
+
+
+class _Target:
+    """A file for torch's writer, which remembers why it could not be written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.flush = file, file.flush
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def _found(folder: Path) -> list[tuple[int, Path]]:

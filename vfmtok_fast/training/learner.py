@@ -52,12 +52,14 @@ class Learner:
             betas=settings.betas,
         )
         self.scaler = self._new_scaler()
+        self._idle = False
 
     def _new_scaler(self) -> torch.amp.GradScaler:
         device = next(iter(self.weights.values())).device.type
         return torch.amp.GradScaler(device, enabled=self.settings.precision == "float16")
 
     def zero_grad(self) -> None:
+        self._idle = False
         self.optimizer.zero_grad()
 
     def forget(self) -> None:
@@ -71,7 +73,8 @@ class Learner:
         self.scaler.scale(loss).backward()
 
     def no_gradient(self) -> None:
-        """Gradients of zero."""
+        """Gradients of zero, which no scale has to suit."""
+        self._idle = True
         for weight in self.weights.values():
             weight.grad = torch.zeros_like(weight)
 
@@ -85,7 +88,8 @@ class Learner:
         """
         grads = [weight.grad for weight in self.weights.values() if weight.grad is not None]
         processes.average(grad for grad in grads if not processes.is_sharded(grad))
-        self.scaler.unscale_(self.optimizer)
+        if not self._idle:
+            self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.weights.values(), self.settings.clip or math.inf)
         return processes.whole(norm)
 
@@ -93,6 +97,9 @@ class Learner:
         """Move the weights; None leaves the rate as it is."""
         for group in self.optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
+        if self._idle:
+            self.optimizer.step()
+            return
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
