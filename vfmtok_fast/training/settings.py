@@ -179,7 +179,8 @@ class GPTTraining(Training):
 def rae(steps_per_epoch: int) -> dict[str, Any]:
     """Fields of `TokenizerTraining` for the discriminator's schedule of RAE, arXiv 2510.11690.
 
-    It learns from epoch 6 on and counts from epoch 8 on, its weight adapts, rates fall by a cosine.
+    It learns from epoch 6 on and counts from epoch 8 on, its weight adapts; the tokenizer's
+    rate falls by a cosine, the discriminator's stays.
     """
     return {
         "discriminator_update_start": 6 * steps_per_epoch + 1,
