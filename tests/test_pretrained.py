@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -67,6 +68,25 @@ def test_the_shipped_weights_are_small():
     files = [path for path in PRETRAINED.rglob("*") if path.is_file()]
     assert {path.name for path in files} >= {"config.json", "model.safetensors", "LICENSE.md"}
     assert sum(path.stat().st_size for path in files) <= 12e6
+
+
+def test_the_page_says_what_was_measured():
+    found = json.loads((EMOJI / "figures.json").read_text())
+    page = (EMOJI / "README.md").read_text()
+    nearest = "codes of the nearest training picture"
+    own = found[f"{nearest}, held out"]
+    rows = [
+        f"| PSNR | {found['PSNR']:.1f} dB (a white square: {found['PSNR of white']:.1f}) |",
+        f"| SSIM | {found['SSIM']:.2f} |",
+        f"| codes in use, of 1,024 | {found['codes in use']} |",
+        f"| held-out pictures | {found['accuracy, real']:.2f} | {own:.2f} |",
+        f"| their reconstructions | {found['accuracy, reconstructed']:.2f} | |",
+    ]
+    for scale, name in ((1.0, "no guidance"), *((s, f"guidance {s:g}") for s in (1.5, 2.0, 3.0))):
+        accuracy = found[f"accuracy, generated, guidance {scale}"]
+        known = found[f"{nearest}, guidance {scale}"]
+        rows.append(f"| generated, {name} | {accuracy:.2f} | {known:.2f} |")
+    assert [row for row in rows if row not in page] == []
 
 
 def test_pictures_that_it_was_not_trained_on_come_back(tokenizer, evaluate):

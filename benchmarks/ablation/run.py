@@ -1,6 +1,7 @@
 """The paper's claims in miniature, on emoji: what makes codes easy to learn for a generator?
 
-    python benchmarks/ablation/run.py OUT [--steps 2500] [--gpt-steps 3000] [--seeds 0 1 2]
+    python examples/emoji/start.py FOUNDATION.pth examples/emoji/data/train.parquet START
+    python benchmarks/ablation/run.py OUT --start START [--steps 2500] [--gpt-steps 3000]
 
 Three tokenizers from one foundation model, alike but for one thing each:
 
@@ -25,6 +26,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import vfmtok_fast as vf
@@ -41,9 +43,9 @@ EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
 sys.path.insert(0, str(EMOJI))
 from classifier import Classifier, accuracy  # noqa: E402
 from evaluate import generate  # noqa: E402
+from pictures import read  # noqa: E402
 
 from vfmtok_fast.cache.sources import open_source  # noqa: E402
-from vfmtok_fast.images import center_crop, decode_image, to_float  # noqa: E402
 
 VARIANTS = ("whole", "no-semantic", "grid")
 PICTURES = EMOJI / "data" / "train.parquet"
@@ -70,8 +72,8 @@ def train_tokenizer(
     model: vf.VFMTok, variant: str, seed: int, steps: int, batch_size: int
 ) -> vf.VFMTok:
     settings = TokenizerTraining(
-        lr=1e-3, warmup_steps=100, schedule="cosine", total_steps=steps, min_lr=1e-5, ema=0.995,
-        pixel_loss="l1", perceptual_weight=0, revive_after=500, seed=seed,
+        lr=1e-3, warmup_steps=min(100, steps // 10), schedule="cosine", total_steps=steps,
+        min_lr=1e-5, ema=0.995, pixel_loss="l1", perceptual_weight=0, revive_after=500, seed=seed,
         semantic_weight=0.0 if variant == "no-semantic" else 1.0,
     )  # fmt: skip
     trainer = TokenizerTrainer(model, settings)
@@ -86,14 +88,12 @@ def train_tokenizer(
 @torch.no_grad()
 def codes_of(model: vf.VFMTok) -> tuple[Tensor, Tensor]:
     """Codes [2 N, R] and groups of all pictures, as they are and mirrored."""
-    source = open_source(PICTURES)
-    codes, labels = [], []
-    for entry in source.entries():
-        crop = center_crop(decode_image(source.read(entry)), model.config.image_size)
-        images = to_float(crop[None]).to(model.device)
-        codes += [model.encode(images), model.encode(images.flip(-1))]
-        labels += [entry.label] * 2
-    return torch.cat(codes), torch.tensor(labels, device=model.device)
+    emoji = read(PICTURES)
+    size = (model.config.image_size,) * 2
+    images = F.interpolate(emoji.images / 127.5 - 1, size, mode="bicubic", antialias=True)
+    images = torch.cat([images, images.flip(-1)]).clamp(-1, 1).split(64)
+    codes = torch.cat([model.encode(some.to(model.device)) for some in images])
+    return codes, torch.cat([emoji.labels, emoji.labels]).to(model.device)
 
 
 def train_generator(
@@ -113,7 +113,7 @@ def train_generator(
         if step % every == 0:
             point = {"step": step, "loss": sum(losses[-every:]) / every}
             for name, scale in (("accuracy", 1.0), ("accuracy_guided", guidance)):
-                drawn, groups = generate(trainer.ema, model, each, cfg_scale=scale)
+                drawn, groups, _ = generate(trainer.ema, model, each, cfg_scale=scale)
                 point[name] = accuracy(judge, drawn.cpu(), groups)
             curve.append(point)
     return curve

@@ -64,14 +64,15 @@ def test_a_state_holds_no_frozen_weights(make, images: Tensor):
 
 def test_another_model_or_setting_is_named(make, images: Tensor, tmp_path: Path):
     state = make().state_dict()
-    with pytest.raises(ValueError, match=r"settings have changed: lr was 0\.0001, is 0\.01, ema"):
+    named = r"ema \(there 0\.9999, here 0\.9\), lr \(there 0\.0001, here 0\.01\)"
+    with pytest.raises(ValueError, match=f"settings have changed: {named}"):
         make(lr=0.01, ema=0.9).load_state_dict(state)
     changed = make(lr=0.01, ema=0.9, discriminator_lr=0.02, betas=(0.5, 0.9))
     changed.load_state_dict(state, changed=True)
     assert changed.step(images)["lr"] == 0.01
     (group,) = changed.judge.optimizer.param_groups
     assert group["lr"] == 0.02 and group["betas"] == (0.5, 0.9)
-    with pytest.raises(ValueError, match=r"another one: decoder_dropout was 0\.0, is 0\.1"):
+    with pytest.raises(ValueError, match=r"another one: decoder_dropout \(there 0\.0, here 0\.1\)"):
         make(dropout=0.1).load_state_dict(state)
     with pytest.raises(ValueError, match="the run had a discriminator"):
         make(judge=False).load_state_dict(state)

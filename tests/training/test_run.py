@@ -183,9 +183,9 @@ def test_nan_stops_with_the_pictures_and_the_state_before(begin: Begin, tmp_path
 def test_changed_arguments_and_settings_are_named(begin: Begin, whole: Run):
     other = begin(whole.out)
     other.arguments = {"batch_size": 8}
-    with pytest.raises(ValueError, match=r"step-00000004\.pt: batch_size was 4, is 8"):
+    with pytest.raises(ValueError, match=r"step-00000004\.pt: batch_size \(there 4, here 8\)"):
         other.resume()
-    with pytest.raises(ValueError, match=r"settings have changed: lr was 0\.001, is 0\.1"):
+    with pytest.raises(ValueError, match=r"settings have changed: lr \(there 0\.001, here 0\.1\)"):
         begin(whole.out, lr=0.1).resume()
     changed = begin(whole.out, lr=0.1, steps=5)
     assert changed.resume(changed=True)

@@ -76,7 +76,7 @@ def test_a_run_on_a_cache_and_going_on_with_it(cache, config, tokenizer, tmp_pat
     assert torch.equal(theirs.head.weight, model.head.weight)
 
     assert cli.main(line(cache, out, config, *more, "--weight-decay", "0.1")) == 2
-    assert "settings have changed: weight_decay was 0.05, is 0.1\n" in capsys.readouterr().err
+    assert "settings have changed: weight_decay (there 0.05, here 0.1)\n" in capsys.readouterr().err
     assert cli.main(line(cache, out, config, *more, "--steps", "5", "--accept-changes")) == 0
     assert [line["step"] for line in log(out)] == [1, 2, 3, 4, 5]
     on = tmp_path / "on"
@@ -100,6 +100,18 @@ def test_overfitting_gives_the_codes_back(cache, config, tmp_path, capsys):
     assert cli.main(line(cache, tmp_path / "short", config, *more)) == 1
     assert cli.main(line(cache, tmp_path / "run", config, *more, "--steps", "90")) == 0
     assert "greedy generation gives 100.00% of the codes back" in capsys.readouterr().out
+
+
+def test_a_cache_in_half_precision_knows_its_tokenizer(
+    photos, config, tokenizer, tiny, tmp_path, capsys
+):
+    half = VFMTok.from_pretrained(tokenizer).set_precision("bfloat16")
+    build(photos, tmp_path / "cache", half)
+    VFMTok(tiny).save_pretrained(tmp_path / "other")
+    for folder, code in ((tokenizer, 0), (tmp_path / "other", 2)):
+        more = ("--tokenizer", folder, "--steps", "1", "--show-every", "0")
+        assert cli.main(line(tmp_path / "cache", tmp_path / f"run{code}", config, *more)) == code
+    assert "its tokens are of another tokenizer than" in capsys.readouterr().err
 
 
 def test_dry_run(cache, config, tmp_path, capsys):
@@ -289,7 +301,7 @@ def test_what_lies_in_the_folder(cache, photos, config, tokenizer, tiny, tmp_pat
     assert cli.main(line(photos, out, config, "--tokenizer", tokenizer)) == 0
     VFMTok(tiny).save_pretrained(tmp_path / "other")
     assert cli.main(line(photos, out, config, "--tokenizer", tmp_path / "other")) == 2
-    assert "step-00000003.pt: tokens was '" in capsys.readouterr().err
+    assert "step-00000003.pt: tokens (there " in capsys.readouterr().err
     for path in (out / "checkpoints").iterdir():
         path.unlink()
     assert cli.main(line(cache, out, config)) == 2, "a model without its checkpoints"

@@ -73,7 +73,7 @@ def _generation(options: argparse.Namespace, out: Path) -> None:
     from .. import evaluation
 
     protocol = _against(options)
-    inception = _inception(options, _device(options))
+    inception = _inception(options, checked_device(options.device))
     with _bar(None, "Inception") as bar:
         result = evaluation.evaluate_generation(
             options.samples, options.reference, protocol, inception,
@@ -182,12 +182,6 @@ def _lpips(options: argparse.Namespace) -> LPIPS | None:
     if options.lpips_linear is not None:
         raise ValueError("--lpips-linear goes with --vgg16")
     return None
-
-
-def _device(options: argparse.Namespace) -> torch.device:
-    import torch
-
-    return checked_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _bar(total: int | None, what: str) -> tqdm:

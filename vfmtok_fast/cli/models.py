@@ -123,9 +123,7 @@ def load_gpt(options: argparse.Namespace, device: str | None) -> GPT:
 
 def _moved(model: torch.nn.Module, name: str | None) -> torch.nn.Module:
     """The model on a device, in eval mode."""
-    import torch
-
-    return model.eval().to(checked_device(name or ("cuda" if torch.cuda.is_available() else "cpu")))
+    return model.eval().to(checked_device(name))
 
 
 def check_seed(seed: int | None) -> None:
@@ -134,10 +132,11 @@ def check_seed(seed: int | None) -> None:
         raise ValueError(f"--seed must be in [-2^63, 2^64), got {seed}")
 
 
-def checked_device(name: str) -> torch.device:
-    """The device of a name; ValueError for one that is not here."""
+def checked_device(name: str | None) -> torch.device:
+    """The device of a name, None is a GPU if there is one; ValueError for one that is not here."""
     import torch
 
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

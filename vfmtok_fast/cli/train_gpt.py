@@ -10,7 +10,7 @@ from . import training
 from .cache import add_choices
 from .choices import PRESETS
 from .convert import read_config
-from .models import add_input_option
+from .models import add_input_option, checked_device
 from .output import say
 from .training_reports import conclude
 
@@ -91,7 +91,7 @@ def _prepare(options: argparse.Namespace, out: Path, rank: int, world_size: int)
     from ..training import GPTTrainer, Run, generated
     from ..training.estimate import estimate_gpt
 
-    device = training.device_of(options)
+    device = checked_device(options.device)
     data, manifest, tokenizer = _data(options, device, rank, world_size)
     config = _config(options, *_sizes(manifest, tokenizer), data.num_classes)
     settings = _settings(options, data.order.steps_per_epoch, device)
@@ -169,14 +169,13 @@ def _data(
 
 def _check_tokenizer(tokenizer: VFMTok, manifest: Manifest, options: argparse.Namespace) -> None:
     """Refuse one whose codes are not those of the cache."""
+    import copy
+
     from ..cache.format.manifest import weights_checksum
 
-    precision = manifest.covers["dtype"]
-    if precision in ("float32", "tf32"):
-        same = weights_checksum(tokenizer.state_dict()) == manifest.covers["weights_sha256"]
-    else:  # The cache knows the weights as they were rounded; of them the codebook's size is left.
-        same = tokenizer.config.codebook_size == manifest.codebook_size
-    if not same:
+    # The cache knows the weights as they were rounded for it.
+    rounded = copy.deepcopy(tokenizer).set_precision(manifest.covers["dtype"])
+    if weights_checksum(rounded.state_dict()) != manifest.covers["weights_sha256"]:
         raise ValueError(
             f"{options.input_path}: its tokens are of another tokenizer than {options.tokenizer}; "
             "name that one, or make the cache anew"
@@ -272,7 +271,7 @@ def _dry_run(options: argparse.Namespace) -> int:
     from ..training.estimate import estimate_gpt
     from ..untrained import GPTS
 
-    device = training.device_of(options)
+    device = checked_device(options.device)
     data, manifest, tokenizer = _data(options, device, 0, 1)
     config = _config(options, *_sizes(manifest, tokenizer), data.num_classes)
     each = data.order.steps_per_epoch

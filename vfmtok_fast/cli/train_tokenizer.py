@@ -10,7 +10,7 @@ from . import training
 from .cache import add_choices
 from .choices import UNTRAINED
 from .convert import read_config
-from .models import add_input_option
+from .models import add_input_option, checked_device
 from .output import note, say
 from .training_reports import conclude
 
@@ -135,7 +135,7 @@ def _prepare(options: argparse.Namespace, out: Path, rank: int, world_size: int)
     _check_discriminator(options)
     config = _config(options)
     pictures = training.open_pictures(options, options.images, config.image_size, rank, world_size)
-    device = training.device_of(options)
+    device = checked_device(options.device)
     settings = _settings(options, pictures.order.steps_per_epoch, device)
     lpips, discriminator = _lpips(options), _discriminator(options)
     model = _tokenizer(options, config).to(device)
@@ -170,7 +170,7 @@ def _dry_run(options: argparse.Namespace) -> int:
     from ..training.estimate import estimate_tokenizer
     from ..untrained import TOKENIZERS
 
-    config, device = _config(options), training.device_of(options)
+    config, device = _config(options), checked_device(options.device)
     pictures = training.open_pictures(options, options.images, config.image_size)
     each = pictures.order.steps_per_epoch
     settings = _settings(options, each, device)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cache import open_input
-from .models import check_seed, checked_device, policy
+from .models import check_seed, policy
 from .output import note, say
 from .processes import among_processes
 from .training_reports import EVENTS, reports, told
@@ -111,12 +111,6 @@ def check_options(options: argparse.Namespace) -> None:
             f"--warmup-epochs must be a number of at least 0, got {options.warmup_epochs}"
         )
     check_seed(options.seed)
-
-
-def device_of(options: argparse.Namespace) -> torch.device:
-    import torch
-
-    return checked_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def open_pictures(

@@ -85,7 +85,7 @@ class GPTTrainer(Trainer):
             terms = self._finite(sums, number)
             with self.clock.stage("update"):
                 self.learner.step(settings.rate(number))
-                self.average.follow(self.learner)
+                self.average.follow()
             self.steps = number
             self.images += len(codes) * processes.world_size()
         return terms | {"lr": settings.rate(number)}

@@ -40,7 +40,7 @@ class Learner:
         lr: float | None = None,
         decays: Callable[[Tensor], bool] = lambda weight: True,
     ) -> None:
-        self.model, self.settings = model, settings
+        self.settings = settings
         self.weights = {name: w for name, w in model.named_parameters() if w.requires_grad}
         groups = [
             {"params": [w for w in self.weights.values() if decays(w) == decay], "weight_decay": by}
@@ -150,11 +150,17 @@ class Average:
         memo = {} if shared is None else {id(shared): shared}
         self.model, self.decay = copy.deepcopy(model, memo), decay
         self.model.eval().requires_grad_(False)
+        self._own: list[Tensor] = []
+        self._followed: list[Tensor] = []
 
-    def follow(self, learner: Learner) -> None:
-        """One update of the average."""
+    def begin(self, learner: Learner) -> None:
+        """Say whose weights are followed; after both models were sharded, which replaces them."""
         own = dict(self.model.named_parameters())
-        mine = [own[name] for name in learner.weights]
-        with torch.no_grad():
-            torch._foreach_mul_(mine, self.decay)
-            torch._foreach_add_(mine, list(learner.weights.values()), alpha=1 - self.decay)
+        self._own = [own[name] for name in learner.weights]
+        self._followed = list(learner.weights.values())
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """One update of the average."""
+        torch._foreach_mul_(self._own, self.decay)
+        torch._foreach_add_(self._own, self._followed, alpha=1 - self.decay)

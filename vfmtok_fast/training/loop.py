@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..cache.format.differences import differences
 from ..cache.store import CacheWriteError, LocalPlace
 from ..images import image_grid, to_float
 from ..tokenizer import VFMTok
@@ -107,11 +108,10 @@ class Run:
             raise ValueError(
                 f"{path}: no checkpoint of a run; remove it to go on from the one before"
             )
-        before = state["arguments"]
-        names = [n for n, value in self.arguments.items() if before.get(n, value) != value]
-        if names and not changed:
-            differ = (f"{n} was {before.get(n)!r}, is {self.arguments[n]!r}" for n in names)
-            raise ValueError(f"resuming {path}: {', '.join(differ)}")
+        # Arguments that the run did not know then are no change.
+        before = {name: state["arguments"].get(name, own) for name, own in self.arguments.items()}
+        if (problems := differences(before, self.arguments)) and not changed:
+            raise ValueError(f"resuming {path}: {problems}")
         self.trainer.load_state_dict(state["trainer"], changed=changed)
         return path
 

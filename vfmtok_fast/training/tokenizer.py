@@ -146,7 +146,7 @@ class TokenizerTrainer(Trainer):
             terms = self._finite(sums, number)
             with self.clock.stage("update"):
                 self.learner.step(settings.rate(number))
-                self.average.follow(self.learner)
+                self.average.follow()
                 if judged:
                     self.judge.step()
             self.steps = number

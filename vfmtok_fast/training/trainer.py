@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..cache.format.differences import differences
 from ..tokenizer.precision import computing
 from . import processes
 from .clock import Clock
@@ -67,6 +68,7 @@ class Trainer:
         for layer in self.layers(model) if settings.compile else ():
             layer.compile()
         self.learner = Learner(model, settings, decays=self.decays)
+        self.average.begin(self.learner)
 
     @property
     def ema(self) -> nn.Module:
@@ -209,9 +211,3 @@ def add(sums: Sums, terms: Mapping[str, Tensor], share: float) -> None:
     """Add a micro-batch's terms by its share of the batch."""
     for name, value in terms.items():
         sums[name] = sums.get(name, 0.0) + share * value.detach()
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Each field that differs, in words."""
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return ", ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
