@@ -1,9 +1,10 @@
 """The paper's claims in miniature, on emoji: what makes codes easy to learn for a generator?
 
-    python examples/emoji/start.py FOUNDATION.pth examples/emoji/data/train.parquet START
-    python benchmarks/ablation/run.py OUT --start START [--steps 2500] [--gpt-steps 3000]
+    python benchmarks/ablation/run.py OUT [--steps 800] [--gpt-steps 800]
+    python benchmarks/ablation/plot.py OUT
 
-Three tokenizers from one foundation model, alike but for one thing each:
+Three tokenizers that read the foundation model of the emoji model that comes with the package,
+trained from nothing otherwise, alike but for one thing each:
 
 - `whole`: as the paper has it;
 - `no-semantic`: without the semantic loss, so that codes need to hold pixels alone;
@@ -14,7 +15,7 @@ with and without guidance; a classifier that saw neither model names their group
 is how many of the generator's steps it takes until so many are recognised (`plot.py`).
 
 OUT gets a file `<variant>-<seed>.json` a run, when it is done; those that are there are not run
-again, so that it may be stopped.
+again, so that it may be stopped, and processes with other seeds may share OUT.
 """
 
 from __future__ import annotations
@@ -42,29 +43,33 @@ from vfmtok_fast.training import (
 EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
 sys.path.insert(0, str(EMOJI))
 from classifier import Classifier, accuracy  # noqa: E402
-from evaluate import generate  # noqa: E402
+from evaluate import generate, readable, reconstruct  # noqa: E402
 from pictures import read  # noqa: E402
+from start import look, place  # noqa: E402
 
 from vfmtok_fast.cache.sources import open_source  # noqa: E402
+from vfmtok_fast.evaluation.metrics import psnr  # noqa: E402
+from vfmtok_fast.images import load_images, to_uint8  # noqa: E402
 
 VARIANTS = ("whole", "no-semantic", "grid")
-PICTURES = EMOJI / "data" / "train.parquet"
+PICTURES, HELDOUT = EMOJI / "data" / "train.parquet", EMOJI / "data" / "heldout"
 CLASSIFIER = EMOJI / "classifier.safetensors"
 
 
-def tokenizer_of(variant: str, seed: int, start: str, device: torch.device) -> vf.VFMTok:
+def tokenizer_of(variant: str, seed: int, device: torch.device) -> vf.VFMTok:
     """An untrained tokenizer; ``grid``'s regions look at their own places, and stay there."""
-    model = vf.VFMTok.from_pretrained(start)
-    # All but the foundation model and what the start has placed by it depends on the seed.
+    trained = vf.VFMTok.from_pretrained("emoji")
+    # Of the trained one nothing but what never learned anything from a tokenizer.
     torch.manual_seed(seed)
-    fresh = vf.VFMTok(model.config)
-    model.pixel_decoder.load_state_dict(fresh.pixel_decoder.state_dict())
-    model.token_decoder.layers.load_state_dict(fresh.token_decoder.layers.state_dict())
+    model = vf.VFMTok(trained.config)
+    model.backbone.load_state_dict(trained.backbone.state_dict())
     if variant == "grid":
         for layer in model.region_encoder.layers:
             for part in (layer.cross_attention.offsets, layer.cross_attention.weights):
                 for weight in part.parameters():
                     torch.nn.init.zeros_(weight).requires_grad_(False)
+    place(model)
+    look(model.eval(), read(PICTURES).images)
     return model.to(device)
 
 
@@ -96,6 +101,20 @@ def codes_of(model: vf.VFMTok) -> tuple[Tensor, Tensor]:
     return codes, torch.cat([emoji.labels, emoji.labels]).to(model.device)
 
 
+@torch.no_grad()
+def quality(model: vf.VFMTok) -> dict[str, float]:
+    """Of reconstructed held-out pictures: decibels, and how many have their group recognised."""
+    files = sorted(HELDOUT.glob("*/*.webp"))
+    images = load_images(files, model.config.image_size)
+    made, codes = reconstruct(model, images.to(model.device))
+    judge, labels = Classifier.load(CLASSIFIER), read(HELDOUT).labels
+    return {
+        "psnr": psnr(to_uint8(images), made.cpu()).mean().item(),
+        "accuracy": accuracy(judge, readable(made.cpu()), labels),
+        "codes_in_use": len(codes.unique()),
+    }
+
+
 def train_generator(
     model: vf.VFMTok, seed: int, steps: int, every: int, each: int, guidance: float
 ) -> list[dict[str, float]]:
@@ -122,13 +141,12 @@ def train_generator(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--start", required=True, help="the folder that start.py wrote")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=2500, help="of a tokenizer (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="(%(default)s)")
-    parser.add_argument("--gpt-steps", type=int, default=3000, help="(%(default)s)")
-    parser.add_argument("--every", type=int, default=200, help="steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=800, help="of a tokenizer (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="(%(default)s)")
+    parser.add_argument("--gpt-steps", type=int, default=800, help="(%(default)s)")
+    parser.add_argument("--every", type=int, default=100, help="steps (%(default)s)")
     parser.add_argument("--each", type=int, default=40, help="pictures a group (%(default)s)")
     parser.add_argument("--guidance", type=float, default=2.0, help="(%(default)s)")
     options = parser.parse_args()
@@ -140,20 +158,21 @@ def main() -> None:
             if path.exists():
                 continue
             begin = time.perf_counter()
-            model = tokenizer_of(variant, seed, options.start, device)
+            model = tokenizer_of(variant, seed, device)
             with vf.enable():
                 model = train_tokenizer(model, variant, seed, options.steps, options.batch_size)
+                made = quality(model)
                 curve = train_generator(
                     model, seed, options.gpt_steps, options.every, options.each, options.guidance
                 )
             record = {
-                "variant": variant, "seed": seed, "curve": curve,
+                "variant": variant, "seed": seed, "reconstructed": made, "curve": curve,
                 "tokenizer_steps": options.steps, "batch_size": options.batch_size,
                 "guidance": options.guidance, "pictures_a_group": options.each,
                 "device": str(device), "seconds": round(time.perf_counter() - begin, 1),
             }  # fmt: skip
             path.write_text(json.dumps(record, indent=1) + "\n")
-            print(f"{path}: {curve[-1]}", flush=True)
+            print(f"{path}: {made} {curve[-1]}", flush=True)
 
 
 if __name__ == "__main__":
