@@ -60,7 +60,8 @@ class ReleaseStyle(nn.Module):
             weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
             x = x + attention.out((weights @ cache.values).transpose(1, 2).flatten(2))
             n = block.ffn_norm(x)
-            x = x + ffn.down(F.silu(ffn.gate(n)) * ffn.up(n))
+            gate, up = ffn.gate_up.weight.chunk(2)
+            x = x + ffn.down(F.silu(F.linear(n, gate)) * F.linear(n, up))
         return F.linear(rms_norm(x, model.norm.weight, model.norm.eps), model.head.weight)[:, -1]
 
     @torch.no_grad()

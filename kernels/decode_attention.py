@@ -6,6 +6,7 @@ cleared before it. A program owns a row, the R queries of one key-value head, an
 live positions:
 
     _attend_matrix  half precision: matrix unit, queries padded to 16, the cache read once for all
+    _attend_pairs   the same for one row and head after the other, in one loop over their tiles
     _attend_vector  float32, R = 1: products and sums; every lane of a tile keeps a softmax of its
                     own, so that threads exchange nothing before the last key
     _merge          the program that finishes last adds up the shares, always in the same order
@@ -40,19 +41,22 @@ from .tuning import Space
 # has queries of its own; else products and sums are float32's. Half precision by the matrix unit on
 # an H200, 8192 values and 2 stages against 3: GPT-L, 128 rows, 26.7 and 29.0 us, 2 rows 6.1 both;
 # GPT-3B, 128 rows, 93 and 103 us, and 82 with 4096 values. Not by the batch: an image must not
-# depend on it.
+# depend on it. ``resident``: programs of a multiprocessor, which go from one row and head to the
+# next; 0 is a program each. Not measured yet.
 _TILES = {"values": (2048, 4096, 8192, 16384), "stages": (1, 2, 3), "warps": (2, 4, 8)}
 
 
 def _fits(setting) -> bool:
     """Sums of a tile in at most 64 registers a thread, and tiles on their way in shared memory."""
+    if getattr(setting, "resident", 0) and not setting.matrix:
+        return False
     return setting.values <= 2048 * setting.warps and setting.values * setting.stages <= 24576
 
 
 HALF = Space(
     "decode_attention.half",
-    {**_TILES, "matrix": (0, 1)},
-    {80: {"values": 8192, "stages": 2, "warps": 4, "matrix": 1}},
+    {**_TILES, "matrix": (0, 1), "resident": (0, 2, 3, 4)},
+    {80: {"values": 8192, "stages": 2, "warps": 4, "matrix": 1, "resident": 0}},
     bits=("values", "warps", "matrix"),
     valid=_fits,
 )
@@ -128,6 +132,26 @@ def _attend_vector(
 
 
 @triton.jit
+def _and_tile(b_q, k, v, k_scale, v_scale, m_key, b_top, b_sum, b_acc, D: tl.constexpr):
+    """The softmax so far [ROWS], [ROWS], [ROWS, C], and one more tile; scales are loaded or None.
+
+    Keys and values of 8 bits are whole numbers, which every type of q holds.
+    """
+    score = tl.dot(b_q, tl.trans(k.to(b_q.dtype)), input_precision="ieee") * (LOG2_E * D**-0.5)
+    if k_scale is not None:
+        score *= k_scale[None, :]
+    score = tl.where(m_key[None, :], score, float("-inf"))
+    top = tl.maximum(b_top, tl.max(score, axis=1))
+    old, new = _weights(b_top, top), _weights(score, top[:, None])
+    b_sum = b_sum * old + tl.sum(new, axis=1)
+    if v_scale is not None:
+        new *= v_scale[None, :]
+    b_acc *= old[:, None]
+    b_acc = tl.dot(new.to(b_q.dtype), v.to(b_q.dtype), acc=b_acc, input_precision="ieee")
+    return top, b_sum, b_acc
+
+
+@triton.jit
 def _attend_matrix(
     p_q, p_k, p_v, k_scale, v_scale, first, last, live,
     R: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, C: tl.constexpr, K_ROW: tl.constexpr,
@@ -150,21 +174,65 @@ def _attend_matrix(
         start = i_tile * width
         m_key = start + o_key < live
         m = m_key[:, None] & m_dim[None, :]
-        # Of 8 bits they are whole numbers, which every type of q holds.
-        k = tl.load(p_k + start * K_ROW, mask=m, other=0).to(b_q.dtype)
-        v = tl.load(p_v + start * V_ROW, mask=m, other=0).to(b_q.dtype)
-        score = tl.dot(b_q, tl.trans(k), input_precision="ieee") * (LOG2_E * D**-0.5)
+        k = tl.load(p_k + start * K_ROW, mask=m, other=0)
+        v = tl.load(p_v + start * V_ROW, mask=m, other=0)
+        k_s = k_scale
+        v_s = v_scale
         if k_scale is not None:
-            score *= tl.load(k_scale + start + o_key, mask=m_key, other=0.0)[None, :]
-        score = tl.where(m_key[None, :], score, float("-inf"))
-        top = tl.maximum(b_top, tl.max(score, axis=1))
-        old, new = _weights(b_top, top), _weights(score, top[:, None])
-        b_sum = b_sum * old + tl.sum(new, axis=1)
-        if v_scale is not None:
-            new *= tl.load(v_scale + start + o_key, mask=m_key, other=0.0)[None, :]
-        b_acc = tl.dot(new.to(v.dtype), v, acc=b_acc * old[:, None], input_precision="ieee")
-        b_top = top
+            k_s = tl.load(k_scale + start + o_key, mask=m_key, other=0.0)
+            v_s = tl.load(v_scale + start + o_key, mask=m_key, other=0.0)
+        b_top, b_sum, b_acc = _and_tile(b_q, k, v, k_s, v_s, m_key, b_top, b_sum, b_acc, D)
     return b_top, b_sum, b_acc
+
+
+@triton.jit
+def _attend_pairs(
+    q, keys, values, k_scale, v_scale, out, first, last, live, heads, capacity,
+    k_batch, k_head, v_batch, v_head,
+    R: tl.constexpr, ROWS: tl.constexpr, SHARING: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
+    K_ROW: tl.constexpr, V_ROW: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`_attend_matrix` of pairs of a row and a head, first to last, with what comes of it stored.
+
+    In one loop over the tiles of all: the next pair's are on their way while one is worked on.
+    """
+    o_row = tl.arange(0, ROWS)
+    o_key = tl.arange(0, TILE)
+    o_dim = tl.arange(0, C)
+    m_dim = o_dim < D
+    m_q = (o_row < R)[:, None] & m_dim[None, :]
+    o_q = o_row[:, None] * D + o_dim[None, :]
+    o_k = o_key.to(tl.int64)[:, None] * K_ROW + o_dim[None, :]
+    o_v = o_key.to(tl.int64)[:, None] * V_ROW + o_dim[None, :]
+    b_top = tl.full((ROWS,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((ROWS,), tl.float32)
+    b_acc = tl.zeros((ROWS, C), tl.float32)
+    # A pair without a live position is one tile of none: 0 / 0 is what it gives.
+    tiles = tl.maximum(tl.cdiv(live, TILE), 1)
+    for i in tl.range(0, (last - first).to(tl.int32) * tiles, num_stages=STAGES):
+        i_pair = first + i // tiles
+        i_row, i_head = i_pair // heads, i_pair % heads // SHARING
+        start = (i % tiles).to(tl.int64) * TILE
+        m_key = start + o_key < live
+        m = m_key[:, None] & m_dim[None, :]
+        b_q = tl.load(q + i_pair * (R * D) + o_q, mask=m_q, other=0.0)
+        p_k = keys + i_row * k_batch + i_head * k_head + start * K_ROW
+        p_v = values + i_row * v_batch + i_head * v_head + start * V_ROW
+        k = tl.load(p_k + o_k, mask=m, other=0)
+        v = tl.load(p_v + o_v, mask=m, other=0)
+        k_s = k_scale
+        v_s = v_scale
+        if k_scale is not None:
+            at = i_pair // SHARING * capacity + start + o_key
+            k_s = tl.load(k_scale + at, mask=m_key, other=0.0)
+            v_s = tl.load(v_scale + at, mask=m_key, other=0.0)
+        goes_on = start > 0
+        b_top = tl.where(goes_on, b_top, float("-inf"))
+        b_sum = tl.where(goes_on, b_sum, 0.0)
+        b_acc = tl.where(goes_on, b_acc, 0.0)
+        b_top, b_sum, b_acc = _and_tile(b_q, k, v, k_s, v_s, m_key, b_top, b_sum, b_acc, D)
+        if i % tiles == tiles - 1:
+            _store(out + i_pair * (R * D), b_acc, b_sum, R, D)
 
 
 @triton.jit
@@ -207,13 +275,15 @@ def _store(out, acc, total, R: tl.constexpr, D: tl.constexpr):
 # The length is never specialised: it changes with every step, and 1 or 16 would compile anew.
 @triton.jit(do_not_specialize=["length"])
 def _decode(
-    q, keys, values, k_scale, v_scale, length, out, parts, arrived, heads, capacity,
+    q, keys, values, k_scale, v_scale, length, out, parts, arrived, pairs, heads, capacity,
     k_batch, k_head, v_batch, v_head,
     LENGTHS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, SHARING: tl.constexpr,
     D: tl.constexpr, C: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, TILE: tl.constexpr,
-    SPLITS: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, RESIDENT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """R queries of one row and one share of their keys; SHARING programs read the same keys.
+
+    RESIDENT: a program has its share of the pairs of a row and a head, one after the other.
 
     LENGTHS: 0 an int, 1 a tensor of one for all rows, 2 a tensor of one per row.
     """
@@ -229,6 +299,14 @@ def _decode(
     elif LENGTHS == 2:
         live = tl.load(length + i_row)
     live = tl.minimum(tl.maximum(live.to(tl.int64), 0), capacity).to(tl.int32)
+    if RESIDENT:
+        programs = tl.num_programs(0)
+        _attend_pairs(
+            q, keys, values, k_scale, v_scale, out, i_pair * pairs // programs,
+            (i_pair + 1) * pairs // programs, live, heads, capacity, k_batch, k_head, v_batch,
+            v_head, R, ROWS, SHARING, D, C, K_ROW, V_ROW, TILE, STAGES,
+        )  # fmt: skip
+        return
     # The shares are whole tiles of what is live, not of what there could be: all end together.
     tiles = tl.cdiv(live, TILE)
     each = tl.maximum(tl.cdiv(tiles, SPLITS), 1)
@@ -250,23 +328,9 @@ def _decode(
             )
         else:
             top, total, acc = _attend_matrix(
-                p_q,
-                p_k,
-                p_v,
-                k_scale,
-                v_scale,
-                first,
-                last,
-                live,
-                R,
-                ROWS,
-                D,
-                C,
-                K_ROW,
-                V_ROW,
-                TILE,
-                STAGES,
-            )
+                p_q, p_k, p_v, k_scale, v_scale, first, last, live, R, ROWS, D, C, K_ROW, V_ROW,
+                TILE, STAGES,
+            )  # fmt: skip
         p_out = out + i_pair * (R * D)
         used = tl.cdiv(tiles, each)
         if SPLITS == 1:
@@ -386,11 +450,15 @@ def _attend(
     if lengths is not None:
         kind = 2 if lengths.numel() > 1 else 1
         length = lengths.contiguous()
+    # Bits do not depend on this: a pair is one whoever has it.
+    most = setting.resident * WANTED_PROGRAMS if matrix and splits == 1 and kind < 2 else 0
+    resident = 0 < most < B * heads
     with on(device):
-        _decode[(B * heads, splits)](
-            q, k_cache, v_cache, k_scale, v_scale, length, out, parts, arrived, heads, T,
+        _decode[(most if resident else B * heads, splits)](
+            q, k_cache, v_cache, k_scale, v_scale, length, out, parts, arrived, B * heads, heads, T,
             k_cache.stride(0), k_cache.stride(1), v_cache.stride(0), v_cache.stride(1),
             LENGTHS=kind, K_ROW=k_cache.stride(2), V_ROW=v_cache.stride(2), SPLITS=splits,
-            STAGES=setting.stages, **constants, **overlap(device), num_warps=setting.warps,
+            STAGES=setting.stages, RESIDENT=resident, **constants, **overlap(device),
+            num_warps=setting.warps,
         )  # fmt: skip
     return out

@@ -310,9 +310,9 @@ def sampling(dtype: torch.dtype) -> None:
 def step(dtype: torch.dtype) -> None:
     """Few rows, more, and many; full and int8 caches."""
     table, norm = floats(10, 32, dtype=dtype), floats(32, dtype=dtype)
-    shapes = ((96, 32), (32, 32), (40, 32), (40, 32), (32, 40), (50, 32))
-    qkv, out, gate, up, down, head = (floats(*shape, dtype=dtype) for shape in shapes)
-    block = BlockWeights(norm, qkv, out, norm, gate, up, down)
+    shapes = ((96, 32), (32, 32), (80, 32), (32, 40), (50, 32))
+    qkv, out, gate_up, down, head = (floats(*shape, dtype=dtype) for shape in shapes)
+    block = BlockWeights(norm, qkv, out, norm, gate_up, down)
     weights = StepWeights((block,), norm, head, floats(6, 8, 2))
     for rows in (2, 8, 80):
         shape = (rows, 2, 6, 16)

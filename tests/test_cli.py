@@ -22,7 +22,7 @@ from PIL import Image
 
 import vfmtok_fast as vf
 from vfmtok_fast import cli
-from vfmtok_fast.checkpoint import GPT_NAMES, OFFICIAL_FILES, OFFICIAL_REPO, official_name
+from vfmtok_fast.checkpoint import OFFICIAL_FILES, OFFICIAL_REPO, official_gpt
 from vfmtok_fast.cli.doctor import OPTIONAL
 from vfmtok_fast.untrained import untrained_gpt, untrained_tokenizer
 
@@ -346,8 +346,7 @@ def test_sample_refuses_bad_settings(run, tmp_path: Path, options, expected: str
 
 def test_convert_then_sample(run, tmp_path: Path) -> None:
     gpt = untrained_gpt("small")
-    official = {official_name(key, GPT_NAMES): v for key, v in gpt.state_dict().items()}
-    torch.save({"model": official, "steps": 7}, tmp_path / "gpt.pt")
+    torch.save({"model": official_gpt(gpt), "steps": 7}, tmp_path / "gpt.pt")
     (tmp_path / "gpt.json").write_text(
         json.dumps(
             {"num_layers": 3, "num_heads": 4, "dim": 128, "vocab_size": 1024, "num_classes": 10}
@@ -371,8 +370,7 @@ def test_paths_from_home_and_a_config_of_windows(run, photos, tmp_path, monkeypa
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     gpt = untrained_gpt("small")
-    official = {official_name(key, GPT_NAMES): v for key, v in gpt.state_dict().items()}
-    torch.save(official, tmp_path / "gpt.pt")
+    torch.save(official_gpt(gpt), tmp_path / "gpt.pt")
     fields = json.dumps(dataclasses.asdict(gpt.config))
     (tmp_path / "gpt.json").write_text("\ufeff" + fields, "utf-8")
     arguments = ["--file=~/gpt.pt", "--config=~/gpt.json"]

@@ -128,11 +128,10 @@ def official(tmp_path) -> list[str]:
     """The arguments that convert a small generator in the authors' layout."""
     import json
 
-    from vfmtok_fast.checkpoint import GPT_NAMES, official_name
+    from vfmtok_fast.checkpoint import official_gpt
 
     gpt = untrained.untrained_gpt("small")
-    theirs = {official_name(key, GPT_NAMES): value for key, value in gpt.state_dict().items()}
-    torch.save({"model": theirs}, tmp_path / "gpt.pt")
+    torch.save({"model": official_gpt(gpt)}, tmp_path / "gpt.pt")
     (tmp_path / "config.json").write_text(json.dumps(vars(gpt.config)))
     return ["--file", str(tmp_path / "gpt.pt"), "--config", str(tmp_path / "config.json")]
 

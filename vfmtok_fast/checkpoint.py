@@ -194,6 +194,19 @@ def load_backbone(model: Model, backbone: str | Path | Mapping | None = None) ->
     return model
 
 
+def _split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A `GPT`'s weights with the two factors of a feed-forward layer apart, as the authors' are."""
+    parts = {}
+    for key, value in state.items():
+        if ".gate_up." in key:
+            parts[key.replace("gate_up", "gate")], parts[key.replace("gate_up", "up")] = (
+                half.clone() for half in value.chunk(2)
+            )
+        else:
+            parts[key] = value
+    return parts
+
+
 def load_gpt(model: Model, checkpoint: str | Path | Mapping) -> Model:
     """Fill a `GPT` from one of the authors' GPT files; raises as `load_tokenizer` does.
 
@@ -203,15 +216,20 @@ def load_gpt(model: Model, checkpoint: str | Path | Mapping) -> Model:
             "model": {...}}`` or plain.
     """
     tensors = read_tensors(checkpoint, ("ema", "module", "state_dict", "model"), "GPT checkpoint")
-    own = model.state_dict()
+    own = _split(model.state_dict())
     keys = {official_name(key, GPT_NAMES): key for key in own}
-    model.load_state_dict(_translate(tensors, own, keys, (), "GPT checkpoint"), strict=True)
+    state = _translate(tensors, own, keys, (), "GPT checkpoint")
+    for key in [key for key in state if ".ffn.gate." in key]:
+        halves = state.pop(key), state.pop(key.replace(".gate.", ".up."))
+        state[key.replace(".gate.", ".gate_up.")] = torch.cat(halves)
+    model.load_state_dict(state, strict=True)
     return model.eval()
 
 
 def official_gpt(model: nn.Module) -> dict[str, Tensor]:
     """The weights of a `GPT` by the authors' names; saved as those of `official_tokenizer`."""
-    return {official_name(key, GPT_NAMES): value for key, value in model.state_dict().items()}
+    weights = _split(model.state_dict())
+    return {official_name(key, GPT_NAMES): value for key, value in weights.items()}
 
 
 def read_tensors(

@@ -38,15 +38,15 @@ def row_of(table: Tensor, position: int | Tensor) -> Tensor:
 class BlockWeights(NamedTuple):
     """One transformer block: x += attention(norm(x)); x += SwiGLU(norm(x)).
 
-    ``qkv`` has the rows of all heads' queries, then keys, then values.
+    ``qkv`` has the rows of all heads' queries, then keys, then values; ``gate_up`` those of the
+    gate, whose silu is taken, then of what it is multiplied with.
     """
 
     attention_norm: Tensor  # [C], of an RMSNorm, as ffn_norm
     qkv: Tensor  # [3 H D, C]
     out: Tensor  # [C, H D]
     ffn_norm: Tensor  # [C]
-    gate: Tensor  # [F, C]
-    up: Tensor  # [F, C]
+    gate_up: Tensor  # [2 F, C]
     down: Tensor  # [C, F]
 
 

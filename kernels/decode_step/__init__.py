@@ -23,11 +23,12 @@ from torch import Tensor
 
 from ...decoding import KVCache, StepWeights
 from ..launch import on, overlap
+from ..linear import linear
 from ..registered import registered
 from ..tuning import Space
 from . import matrix, vector
 from .epilogue import ADDED, GATED, LOGITS, QKV
-from .many import _append, _embed, _gate, _rms_norm
+from .many import _append, _embed, _rms_norm
 from .matrix import _matrix
 from .vector import _vector
 
@@ -70,7 +71,6 @@ SOME = Space(
     **_MATRIX,
 )
 SPACES = QKV_ROWS, OUT_ROWS, GATE_ROWS, DOWN_ROWS, HEAD_ROWS, FEW, SOME
-BLOCK = 1024
 
 
 def unsupported_reason(
@@ -115,7 +115,7 @@ def decode_step(
         q = _queries(x, norm, block.qkv, weights.rotary, *layer, at, number, eps)
         mixed = attend(q, layer.keys, layer.values, length, **layer.scales)
         _add(x, mixed.flatten(1), block.out, True)
-        hidden = _hidden(x, block.ffn_norm, block.gate, block.up, eps)
+        hidden = _hidden(x, block.ffn_norm, block.gate_up, eps)
         _add(x, hidden, block.down, False)
     return _logits(x, weights.norm, weights.head, weights.eps)
 
@@ -125,10 +125,10 @@ def _kind(x: Tensor) -> str:
 
 
 def _product(
-    kind: int, space: Space, x: Tensor, norm: Tensor | None, first: Tensor, second: Tensor,
-    out: Tensor, N: int, eps: float = 0.0, cache: tuple = (None,) * 4, shape: tuple = (1, 2, 2),
+    kind: int, space: Space, x: Tensor, norm: Tensor | None, weight: Tensor, out: Tensor, N: int,
+    eps: float = 0.0, cache: tuple = (None,) * 4, shape: tuple = (1, 2, 2),
 ) -> None:  # fmt: skip
-    """One launch for the up to 64 rows of x: ``first`` and ``second`` are weights, or one twice.
+    """One launch for the up to 64 rows of x and N outputs.
 
     ``cache``: rotary table, position, keys and values; ``shape``: their H, T and D.
     """
@@ -143,7 +143,7 @@ def _product(
             chunk = min(chunk, vector.CHUNK, triton.next_power_of_2(K))
             tile, warps, chunk = _in_registers(tile, warps, chunk, K, kind < ADDED, x)
             _vector[(triton.cdiv(N, tile),)](
-                x, norm, first, second, out, rotary, position, keys, values,
+                x, norm, weight, out, rotary, position, keys, values,
                 rows, N, eps, KIND=kind, K=K, P=triton.next_power_of_2(rows), TILE=tile,
                 CHUNK=chunk, EARLY=bool(early), **what, num_warps=warps,
             )  # fmt: skip
@@ -154,7 +154,7 @@ def _product(
         padded = max(8, triton.next_power_of_2(rows))
         depth = _depth(tile, slices, piece, stages, padded, kind < ADDED, x)
         _matrix[(triton.cdiv(N, tile),)](
-            x, first, second, out, rotary, position, keys, values, rows, N,
+            x, weight, out, rotary, position, keys, values, rows, N,
             KIND=kind, K=K, P=padded, TILE=tile, DEPTH=depth, SLICES=slices, STAGES=stages, **what,
             num_warps=4,
         )  # fmt: skip
@@ -245,12 +245,12 @@ def _queries(
     x, norm = _ready(x, norm, eps)
     if rows <= matrix.MAX_ROWS and key_scale is None:
         cache, pairs = (rotary, position, keys, values), 3 * H * D // 2
-        _product(QKV, QKV_ROWS, x, norm, weight, weight, out, pairs, eps, cache, (H, T, D))
+        _product(QKV, QKV_ROWS, x, norm, weight, out, pairs, eps, cache, (H, T, D))
         return out
     # A scale is of a whole head, which no program of the product has.
     if rows <= matrix.MAX_ROWS:
         qkv = torch.empty(rows, 3 * H * D, dtype=x.dtype, device=x.device)
-        _product(LOGITS, QKV_ROWS, x, norm, weight, weight, qkv, 3 * H * D, eps)
+        _product(LOGITS, QKV_ROWS, x, norm, weight, qkv, 3 * H * D, eps)
     else:
         qkv = F.linear(x, weight)
     half = triton.next_power_of_2(D // 2)
@@ -272,28 +272,24 @@ def _add(x: Tensor, y: Tensor, weight: Tensor, attention: bool) -> None:
         torch.addmm(x, y, weight.T, out=x)
         return
     space = OUT_ROWS if attention else DOWN_ROWS
-    _product(ADDED, space, y, None, weight, weight, x, weight.shape[0])
+    _product(ADDED, space, y, None, weight, x, weight.shape[0])
 
 
 @registered(
-    "decode_step_hidden(Tensor x, Tensor norm, Tensor gate, Tensor up, float eps) -> Tensor",
-    lambda x, norm, gate, *rest: x.new_empty(x.shape[0], gate.shape[0]),
+    "decode_step_hidden(Tensor x, Tensor norm, Tensor weight, float eps) -> Tensor",
+    lambda x, norm, weight, *rest: x.new_empty(x.shape[0], weight.shape[0] // 2),
 )
-def _hidden(x: Tensor, norm: Tensor, gate: Tensor, up: Tensor, eps: float) -> Tensor:
+def _hidden(x: Tensor, norm: Tensor, weight: Tensor, eps: float) -> Tensor:
     """silu(gate) * up of RMSNorm(x)."""
-    out = torch.empty(x.shape[0], gate.shape[0], dtype=x.dtype, device=x.device)
+    N = weight.shape[0] // 2
+    out = torch.empty(x.shape[0], N, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     x, norm = _ready(x, norm, eps)
     if x.shape[0] <= matrix.MAX_ROWS:
-        _product(GATED, GATE_ROWS, x, norm, gate, up, out, gate.shape[0], eps)
+        _product(GATED, GATE_ROWS, x, norm, weight, out, N, eps)
         return out
-    products = F.linear(x, gate), F.linear(x, up)
-    with on(x.device):
-        _gate[(triton.cdiv(out.numel(), BLOCK),)](
-            *products, out, out.numel(), BLOCK=BLOCK, num_warps=4
-        )
-    return out
+    return linear(x, weight, None, "swiglu")
 
 
 @registered(
@@ -307,7 +303,7 @@ def _logits(x: Tensor, norm: Tensor, weight: Tensor, eps: float) -> Tensor:
         return out
     x, norm = _ready(x, norm, eps)
     if rows <= matrix.MAX_ROWS:
-        _product(LOGITS, HEAD_ROWS, x, norm, weight, weight, out, N, eps)
+        _product(LOGITS, HEAD_ROWS, x, norm, weight, out, N, eps)
         return out
     if x.is_cuda and x.dtype != torch.float32:
         return torch.mm(x, weight.T, out_dtype=torch.float32)

@@ -17,15 +17,15 @@ def _position(position, ON_DEVICE: tl.constexpr):
 
 
 @triton.jit
-def _row_of(o_n, KIND: tl.constexpr):
-    """Rows of the weights ``w_a`` and ``w_b`` that make outputs ``o_n``: their first, their second.
+def _rows_of(o_n, N, KIND: tl.constexpr):
+    """Rows of the weight that make outputs ``o_n``, their first and their second.
 
-    Of q, k and v an output is a pair of neighbours, both of them in one weight.
+    Of q, k and v an output is a pair of neighbours; of a gate all first ones come before.
     """
     row = o_n.to(tl.int64)
     if KIND == 0:
         return 2 * row, 2 * row + 1
-    return row, row
+    return row, row + N
 
 
 @triton.jit

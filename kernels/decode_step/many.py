@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..launch import _let_next_begin, _wait_for_last
-from .epilogue import _gated, _position
+from .epilogue import _position
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -93,13 +93,3 @@ def _append(
                 _put(first, second, k_cache, k_scale, place, m_h, D, HALF)
             else:
                 _put(first, second, out, None, row * H + head, m_h, D, HALF)
-
-
-@triton.jit
-def _gate(gate, up, out, count, BLOCK: tl.constexpr):
-    """SwiGLU's gate alone."""
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = o < count
-    g = tl.load(gate + o, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(up + o, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + o, _gated(g, u).to(out.dtype.element_ty), mask=mask)

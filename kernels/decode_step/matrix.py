@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..launch import _let_next_begin, _wait_for_last
-from .epilogue import _finish, _others, _row_of
+from .epilogue import _finish, _others, _rows_of
 
 MAX_ROWS = 64
 # Up to here programs share K, for there are few of them, and beyond they share x.
@@ -51,7 +51,7 @@ def _pieces(p, k, o_k, m, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "position"])
 def _matrix(
-    x, w_a, w_b, out, rotary, position, k_cache, v_cache, rows, N,
+    x, w, out, rotary, position, k_cache, v_cache, rows, N,
     KIND: tl.constexpr, K: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
     SLICES: tl.constexpr, STAGES: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
     ON_DEVICE: tl.constexpr, OVERLAP: tl.constexpr,
@@ -61,38 +61,38 @@ def _matrix(
     o_n = tl.program_id(0) * TILE + tl.arange(0, TILE)
     m_n = o_n < N
     o_r = tl.arange(0, P)
-    first, second = _row_of(o_n, KIND)
+    first, second = _rows_of(o_n, N, KIND)
     if SLICES > 1:
         o_k = (tl.arange(0, SLICES) * DEPTH)[:, None, None] + tl.arange(0, DEPTH)[None, None, :]
-        p_a = w_a + first[None, :, None] * K + o_k
-        p_b = w_b + second[None, :, None] * K + o_k
+        p_a = w + first[None, :, None] * K + o_k
+        p_b = w + second[None, :, None] * K + o_k
         p_x = x + o_r.to(tl.int64)[None, :, None] * K + o_k
         m_w, m_x = m_n[None, :, None], (o_r < rows)[None, :, None]
         a = tl.zeros((SLICES, TILE, P), tl.float32)
     else:
         o_k = tl.arange(0, DEPTH)[None, :]
-        p_a = w_a + first[:, None] * K + o_k
-        p_b = w_b + second[:, None] * K + o_k
+        p_a = w + first[:, None] * K + o_k
+        p_b = w + second[:, None] * K + o_k
         p_x = x + o_r.to(tl.int64)[:, None] * K + o_k
         m_w, m_x = m_n[:, None], (o_r < rows)[:, None]
         a = tl.zeros((TILE, P), tl.float32)
     b = a
     if OVERLAP:
         each: tl.constexpr = FETCH // 2 if PAIRS else FETCH
-        _fetch_rows(w_a, first, m_n, K, TILE, each)
+        _fetch_rows(w, first, m_n, K, TILE, each)
         if PAIRS:
-            _fetch_rows(w_b, second, m_n, K, TILE, each)
+            _fetch_rows(w, second, m_n, K, TILE, each)
         _wait_for_last()
         _let_next_begin()
     at, one, two = _others(o_n, m_n, o_r, rows, N, out, rotary, position, KIND, H, T, D, ON_DEVICE)
     for k in tl.range(0, K, SLICES * DEPTH, num_stages=STAGES):
         value = _pieces(p_x, k, o_k, m_x, K)
         value = tl.permute(value, (0, 2, 1)) if SLICES > 1 else tl.trans(value)
-        w = _pieces(p_a, k, o_k, m_w, K)
-        a = tl.dot(w, value, a, input_precision="ieee")
+        piece = _pieces(p_a, k, o_k, m_w, K)
+        a = tl.dot(piece, value, a, input_precision="ieee")
         if PAIRS:
-            w = _pieces(p_b, k, o_k, m_w, K)
-            b = tl.dot(w, value, b, input_precision="ieee")
+            piece = _pieces(p_b, k, o_k, m_w, K)
+            b = tl.dot(piece, value, b, input_precision="ieee")
     if SLICES > 1:
         a = tl.sum(a, axis=0)
         b = tl.sum(b, axis=0)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ..launch import _let_next_begin, _wait_for_last
-from .epilogue import _finish, _others, _row_of
+from .epilogue import _finish, _others, _rows_of
 
 MAX_ROWS = 4
 # Columns that a program holds at once at most: more would not fit into registers.
@@ -62,7 +62,7 @@ def _sums(a, b, squares, PAIRS: tl.constexpr, SQUARES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "position"])
 def _vector(
-    x, norm, w_a, w_b, out, rotary, position, k_cache, v_cache, rows, N, eps,
+    x, norm, w, out, rotary, position, k_cache, v_cache, rows, N, eps,
     KIND: tl.constexpr, K: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     EARLY: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
     ON_DEVICE: tl.constexpr, OVERLAP: tl.constexpr,
@@ -76,9 +76,9 @@ def _vector(
     m_n = o_n < N
     o_r = tl.arange(0, P)
     o_k = tl.arange(0, CHUNK)
-    first, second = _row_of(o_n, KIND)
-    p_a = w_a + first[:, None] * K + o_k[None, :]
-    p_b = w_b + second[:, None] * K + o_k[None, :]
+    first, second = _rows_of(o_n, N, KIND)
+    p_a = w + first[:, None] * K + o_k[None, :]
+    p_b = w + second[:, None] * K + o_k[None, :]
     m_k = o_k < K
     mask = m_n[:, None] & m_k[None, :]
     # Weights are read once; they need not push activations out of the L2 cache. Nothing writes

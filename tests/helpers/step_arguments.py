@@ -33,8 +33,7 @@ def make(
 
     blocks = tuple(
         BlockWeights(
-            norm(), weight(3 * C, C), weight(C, C), norm(), weight(ffn, C), weight(ffn, C),
-            weight(C, ffn),
+            norm(), weight(3 * C, C), weight(C, C), norm(), weight(2 * ffn, C), weight(C, ffn),
         )
         for _ in range(layers)
     )  # fmt: skip

@@ -20,7 +20,6 @@ from vfmtok_fast import GPT, BackboneConfig, GPTConfig, VFMTok, VFMTokConfig, ch
 from vfmtok_fast.checkpoint import (
     BACKBONE_PREFIX,
     DINOV2_UNUSED,
-    GPT_NAMES,
     TOKENIZER_NAMES,
     TOKENIZER_UNUSED,
     official_name,
@@ -62,8 +61,10 @@ def tokenizer(tiny: VFMTokConfig) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def gpt() -> dict[str, Tensor]:
     torch.manual_seed(2)
-    state = GPT(GPT_CONFIG).state_dict()
-    return {official_name(key, GPT_NAMES): torch.randn_like(v) for key, v in state.items()}
+    return {
+        key: torch.randn_like(value)
+        for key, value in checkpoint.official_gpt(GPT(GPT_CONFIG)).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -314,12 +315,15 @@ def test_names_are_one_to_one(case: str):
             model = GPT(GPTConfig(num_layers=3, num_heads=4, dim=128, **sizes))
         else:
             model = GPT("GPT-B")
-    names = GPT_NAMES if case.startswith("gpt") else TOKENIZER_NAMES
     state = model.state_dict()
-    ours = [key for key in state if not key.startswith("backbone.")]
-    theirs = [official_name(key, names) for key in ours]
-    for key, other in zip(ours, theirs, strict=True):
-        assert list(state[key].shape) == shapes[other], key
+    named = (
+        checkpoint.official_gpt(model)
+        if case.startswith("gpt")
+        else checkpoint.official_tokenizer(model)
+    )
+    theirs = [key for key in named if key not in TOKENIZER_UNUSED]
+    for key in theirs:
+        assert list(named[key].shape) == shapes[key], key
     if case.startswith("tokenizer"):
         vit = [key.removeprefix("backbone.vit.") for key in state if key.startswith("backbone.")]
         vit = ["register_tokens" if key == "reg_token" else key for key in vit]

@@ -285,7 +285,7 @@ def test_weights_that_change_count_at_once():
     model = make()
     base = fast(model, CLASSES[:2], seed=1)
     with torch.no_grad():
-        model.blocks[0].ffn.up.weight.mul_(-1)  # in place
+        model.blocks[0].ffn.gate_up.weight.mul_(-1)  # in place
     changed = fast(model, CLASSES[:2], seed=1)
     assert not torch.equal(changed, base)
     assert torch.equal(changed, model.generate(CLASSES[:2], seed=1))

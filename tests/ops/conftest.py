@@ -80,7 +80,7 @@ def float32_bounds() -> Callable[..., list[Tensor]]:
 
     Args:
         part: "queries", "add", "hidden" or "logits".
-        wide: x, the norm's weight, weights in full, and what else the part reads, in float64.
+        wide: x, the norm's weight, the weight in full, and what else the part reads, in float64.
         roundings: n of the kernel, those of RMSNorm included.
     """
 
@@ -88,13 +88,13 @@ def float32_bounds() -> Callable[..., list[Tensor]]:
         if part == "add":
             x, weight, residual = wide
             return [gamma(roundings + 1) * (x.abs() @ weight.abs().T + residual.abs())]
-        x, norm, first, *rest = wide
+        x, norm, weight, *rest = wide
         x = x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm
-        total, off = x @ first.T, gamma(roundings) * (x.abs() @ first.abs().T)
+        total, off = x @ weight.T, gamma(roundings) * (x.abs() @ weight.abs().T)
         if part == "logits":
             return [off]
         if part == "hidden":
-            up, off_up = x @ rest[0].T, gamma(roundings) * (x.abs() @ rest[0].abs().T)
+            (total, up), (off, off_up) = total.chunk(2, dim=-1), off.chunk(2, dim=-1)
             gate, off_gate = F.silu(total), SLOPE * off
             # The exponential's argument is rounded twice, so its value is off by 2 |g|; the rest,
             # approximate exponential and division among it, is 8 at most.

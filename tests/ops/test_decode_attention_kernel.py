@@ -137,7 +137,7 @@ def test_tile_borders(dtype: torch.dtype, check, tile_of):
 @pytest.mark.parametrize("matrix", [0, 1])
 @pytest.mark.parametrize("D", [64, 100] if GPU else [60])
 def test_half_precision_with_and_without_the_matrix_unit(D, matrix, stages, check, launches):
-    values = {"values": 4096, "stages": stages, "warps": 4, "matrix": matrix}
+    values = {"values": 4096, "stages": stages, "warps": 4, "matrix": matrix, "resident": 0}
     with kernel.HALF.using(kernel.HALF.setting(values)):
         for length in (1, 16, 33, 70):
             check(*make(D=D, dtype=HALF), length)
@@ -145,6 +145,28 @@ def test_half_precision_with_and_without_the_matrix_unit(D, matrix, stages, chec
         check(*make(H=4, D=D, dtype=HALF), 37)
     rows = [constants["ROWS"] for constants in launches.constants]
     assert rows == [16 if matrix else 1] * 4 + [16]
+
+
+@runs
+@pytest.mark.parametrize(
+    ("H", "G", "D", "eight"), [(2, 2, 64, False), (6, 2, 24, False), (3, 3, 24, True)]
+)
+def test_programs_that_go_from_head_to_head_change_no_bit(H, G, D, eight, launches, monkeypatch):
+    monkeypatch.setattr(kernel, "WANTED_PROGRAMS", 2)
+    q, k, v = make(B=5, H=H, G=G, D=D)
+    (k, k_scale), (v, v_scale) = (in_8_bits(x) if eight else (x.to(HALF), None) for x in (k, v))
+    scales = {"k_scale": k_scale.to(DEVICE), "v_scale": v_scale.to(DEVICE)} if eight else {}
+    tensors = [x.to(DEVICE) for x in (q.to(HALF), k, v)]
+    default, got = kernel.HALF.defaults[80], {0: [], 2: []}
+    for resident, made in got.items():
+        with kernel.HALF.using(default._replace(resident=resident)):
+            for length in (1, 16, 33, torch.tensor([70]), torch.tensor([0]), torch.tensor([9] * 5)):
+                length = length.to(DEVICE) if isinstance(length, Tensor) else length
+                made.append(kernel.decode_attention(*tensors, length, **scales))
+    for one, other in zip(*got.values(), strict=True):
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+    # Rows with lengths of their own have a program each.
+    assert [c["RESIDENT"] for c in launches.constants] == [False] * 6 + [True] * 5 + [False]
 
 
 @runs

@@ -60,11 +60,8 @@ def oracle(code, embedding, weights, cache, position) -> tuple[Tensor, list[tupl
         share = (torch.einsum("rhd,rhtd->rht", q, keys) / D**0.5).softmax(-1)
         x = x + torch.einsum("rht,rhtd->rhd", share, values).flatten(1) @ block.out.double().T
         y = normalised(x, block.ffn_norm)
-        x = (
-            x
-            + (F.silu(y @ block.gate.double().T) * (y @ block.up.double().T))
-            @ block.down.double().T
-        )
+        gate, up = (y @ block.gate_up.double().T).chunk(2, dim=-1)
+        x = x + (F.silu(gate) * up) @ block.down.double().T
     return normalised(x, weights.norm) @ weights.head.double().T, written
 
 
@@ -444,9 +441,14 @@ def every_layer(cache: KVCache, change: Callable[[Tensor], Tensor]) -> KVCache:
             "keys of layer 1 must be torch.float32, as embedding is, got",
         ),
         (
-            {"weights": lambda w: with_block(w, up=w.blocks[1].up[:5])},
+            {"weights": lambda w: with_block(w, gate_up=w.blocks[1].gate_up[:5])},
             ValueError,
-            r"up of block 1 must have shape \(20, 16\), got \(5, 16\)",
+            r"gate_up of block 1 must have shape \(4, 16\), got \(5, 16\)",
+        ),
+        (
+            {"weights": lambda w: with_block(w, gate_up=w.blocks[1].gate_up[:6])},
+            ValueError,
+            r"down of block 1 must have shape \(16, 3\), got \(16, 20\)",
         ),
         (
             {"weights": lambda w: with_block(w, out=w.blocks[1].out.half())},
@@ -464,9 +466,9 @@ def every_layer(cache: KVCache, change: Callable[[Tensor], Tensor]) -> KVCache:
             "down of block 1 must be on cpu, as embedding is, got meta",
         ),
         (
-            {"weights": lambda w: with_block(w, gate=w.blocks[1].gate[0])},
+            {"weights": lambda w: with_block(w, gate_up=w.blocks[1].gate_up[0])},
             ValueError,
-            r"gate of block 1 must have shape \(16, 16\), got \(16,\)",
+            r"gate_up of block 1 must have shape \(16, 16\), got \(16,\)",
         ),
         (
             {"weights": lambda w: with_block(w, qkv=w.blocks[1].qkv[:9])},

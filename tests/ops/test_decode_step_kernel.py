@@ -49,50 +49,47 @@ def moved(tensor: Tensor) -> Tensor:
 
 def inputs(
     part: str, rows: int, K: int, N: int, dtype: torch.dtype, seed: int = 0
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-    """x, the norm's weight, the weights, and the residual or the rotary table."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, the norm's weight, the weight, and the residual or the rotary table."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw)
 
-    def weight(N: int) -> Tensor:
-        return (normal(N, K) / K**0.5).to(dtype)
-
-    outputs = {"queries": 3 * H * D, "add": N, "hidden": N, "logits": N}[part]
-    weights = [weight(outputs) for _ in range(2 if part == "hidden" else 1)]
+    outputs = {"queries": 3 * H * D, "hidden": 2 * N}.get(part, N)
+    weight = (normal(outputs, K) / K**0.5).to(dtype)
     last = normal(T, D // 2, 2) if part == "queries" else normal(rows, N).to(dtype)
-    return normal(rows, K).to(dtype), 1 + 0.2 * normal(K).to(dtype), weights, last
+    return normal(rows, K).to(dtype), 1 + 0.2 * normal(K).to(dtype), weight, last
 
 
-def oracle(part: str, x: Tensor, norm: Tensor, weights: list[Tensor], last: Tensor) -> list[Tensor]:
+def oracle(part: str, x: Tensor, norm: Tensor, weight: Tensor, last: Tensor) -> list[Tensor]:
     if part == "add":
-        return [last + F.linear(x, weights[0])]
+        return [last + F.linear(x, weight)]
     x = rms_norm(x, norm, EPS)
     if part == "logits":
-        y = F.linear(x, weights[0])
+        y = F.linear(x, weight)
         return [y if y.dtype == torch.float64 else y.float()]
     if part == "hidden":
-        return [F.silu(F.linear(x, weights[0])) * F.linear(x, weights[1])]
-    q, k, v = F.linear(x, weights[0]).unflatten(-1, (3, H, D)).unbind(1)
+        gate, up = F.linear(x, weight).chunk(2, dim=-1)
+        return [F.silu(gate) * up]
+    q, k, v = F.linear(x, weight).unflatten(-1, (3, H, D)).unbind(1)
     return [rotate(q, last[3]), rotate(k, last[3]), v]
 
 
-def call(part: str, x: Tensor, norm: Tensor, weights: list[Tensor], last: Tensor) -> list[Tensor]:
+def call(part: str, x: Tensor, norm: Tensor, weight: Tensor, last: Tensor) -> list[Tensor]:
     """What the kernel gives, on the CPU; of the cache only the new position is written."""
-    x, norm, last = (t.to(DEVICE) for t in (x, norm, last))
-    flat = [weight.to(DEVICE) for weight in weights]
+    x, norm, weight, last = (t.to(DEVICE) for t in (x, norm, weight, last))
     if part == "add":
-        kernel._add(last, x, *flat, True)
+        kernel._add(last, x, weight, True)
         out = [last]
     elif part == "logits":
-        out = [kernel._logits(x, norm, *flat, EPS)]
+        out = [kernel._logits(x, norm, weight, EPS)]
     elif part == "hidden":
-        out = [kernel._hidden(x, norm, *flat, EPS)]
+        out = [kernel._hidden(x, norm, weight, EPS)]
     else:
         shape = (x.shape[0], H, T, D)
         caches = [x.new_full(shape, float("nan")) for _ in range(2)]
-        q = kernel._queries(x, norm, *flat, last, *caches, None, None, None, 3, EPS)
+        q = kernel._queries(x, norm, weight, last, *caches, None, None, None, 3, EPS)
         others = [at for at in range(T) if at != 3]
         assert all(bool(cache[:, :, others].isnan().all()) for cache in caches)
         out = [q, *(cache[:, :, 3] for cache in caches)]
@@ -115,18 +112,18 @@ def check(check_error, check_bound, float32_bounds) -> Callable[..., None]:
     """Results within the float32 bound, or of half precision twice the reference's error."""
 
     def run(part: str, rows: int, K: int, N: int, dtype: torch.dtype, **options) -> None:
-        x, norm, weights, last = inputs(part, rows, K, N, dtype, **options)
-        wide = [x.double(), norm.double(), [w.double() for w in weights]]
+        x, norm, weight, last = inputs(part, rows, K, N, dtype, **options)
+        wide = [x.double(), norm.double(), weight.double()]
         truth = oracle(part, *wide, last if part == "queries" else last.double())
-        got = call(part, x, norm, weights, last.clone())
+        got = call(part, x, norm, weight, last.clone())
         if dtype == torch.float32:
-            given = [wide[0], *wide[2], last.double()] if part == "add" else [*wide[:2], *wide[2]]
+            given = [wide[0], wide[2], last.double()] if part == "add" else wide[:3]
             given += [last] if part == "queries" else []
             bounds = float32_bounds(part, given, roundings(part, K))
             for one, exact, bound in zip(got, truth, bounds, strict=True):
                 check_bound(one, exact, bound)
         else:
-            ruler = oracle(part, x, norm, weights, last)
+            ruler = oracle(part, x, norm, weight, last)
             for one, exact, own in zip(got, truth, ruler, strict=True):
                 check_error(one, exact, own)
 
@@ -155,17 +152,17 @@ def test_every_form(part, rows, dtype, check, record):
 )  # fmt: skip
 @settings(max_examples=25 if GPU else 12, deadline=None)
 def test_any_shape(part, rows, K, N, half, seed, check_error, check_bound, float32_bounds):
-    x, norm, weights, last = inputs(part, rows, K, N, torch.float32, seed)
+    x, norm, weight, last = inputs(part, rows, K, N, torch.float32, seed)
     if half:
         x, norm = x.half(), norm.half()
-        weights = [w.half() for w in weights]
+        weight = weight.half()
         last = last if part == "queries" else last.half()
-    wide = [w.double() for w in weights]
+    wide = weight.double()
     exact_last = last if part == "queries" else last.double()
     truth = oracle(part, x.double(), norm.double(), wide, exact_last)
-    ruler = oracle(part, x, norm, weights, last)
+    ruler = oracle(part, x, norm, weight, last)
     for one, exact, own in zip(
-        call(part, x, norm, weights, last.clone()), truth, ruler, strict=True
+        call(part, x, norm, weight, last.clone()), truth, ruler, strict=True
     ):
         error, allowed = (float((t.double() - exact).abs().max()) for t in (one, own))
         eps = torch.finfo(x.dtype).eps
@@ -196,9 +193,9 @@ def test_every_setting(space, check):
 @pytest.mark.parametrize("rows", [2, 6])
 def test_the_norm_leaves_float16_no_overflow(part, size, rows):
     """x times the norm's weight would be infinite, or lose its digits."""
-    x, norm, weights, last = inputs(part, rows, 64, 16, torch.float16)
-    given = [x.clamp(-1, 1) * size, norm * 8, weights, last]
-    wide = [w.double() for w in weights]
+    x, norm, weight, last = inputs(part, rows, 64, 16, torch.float16)
+    given = [x.clamp(-1, 1) * size, norm * 8, weight, last]
+    wide = weight.double()
     truth = oracle(part, given[0].double(), given[1].double(), wide, last)
     for one, exact in zip(call(part, *given), truth, strict=True):
         assert bool(one.isfinite().all())
@@ -209,20 +206,23 @@ def test_the_norm_leaves_float16_no_overflow(part, size, rows):
 @pytest.mark.parametrize("part", PARTS)
 def test_a_row_does_not_depend_on_the_others(part):
     """Bit for bit, within the form that the number of rows takes; whatever else the rows hold."""
-    x, norm, weights, last = inputs(part, 9, 200, 40, torch.float32)
+    x, norm, weight, last = inputs(part, 9, 200, 40, torch.float32)
 
     def rows(which: slice | list[int]) -> list[Tensor]:
         own = last if part == "queries" else last[which].clone()
-        return call(part, x[which], norm, weights, own)
+        return call(part, x[which], norm, weight, own)
 
-    four, nine = rows(slice(0, 4)), rows(slice(0, 9))
+    # numpy's products, which the interpreter has, may round by how many columns there are: five and
+    # eight rows are padded to as many, nine to more.
+    last_row = 8 if GPU else 7
+    four, many = rows(slice(0, 4)), rows(slice(0, last_row + 1))
     for i in range(4):
         for alone, together in zip(rows([i]), four, strict=True):
             assert torch.equal(alone[0], together[i])
         for two, together in zip(rows([(i + 1) % 4, i]), four, strict=True):
             assert torch.equal(two[1], together[i])
-    for few, together in zip(rows([8, 3, 2, 1, 0]), nine, strict=True):
-        assert torch.equal(few, together[[8, 3, 2, 1, 0]])
+    for few, together in zip(rows([last_row, 3, 2, 1, 0]), many, strict=True):
+        assert torch.equal(few, together[[last_row, 3, 2, 1, 0]])
 
 
 @runs
@@ -230,7 +230,7 @@ def test_a_row_does_not_depend_on_the_others(part):
 @pytest.mark.parametrize("position", [0, 4, torch.tensor([1]), torch.tensor(2, dtype=torch.int32)])
 def test_position_on_the_host_or_the_device(position, rows):
     """And rows of a larger cache: the rest of the batch stays as it is."""
-    x, norm, (weight,), table = inputs("queries", rows, 64, 0, torch.float32)
+    x, norm, weight, table = inputs("queries", rows, 64, 0, torch.float32)
     at, number = (position.to(DEVICE), 0) if isinstance(position, Tensor) else (None, position)
     caches = [torch.full((rows + 2, H, T, D), 7.0, device=DEVICE) for _ in range(2)]
     q = kernel._queries(
@@ -238,7 +238,7 @@ def test_position_on_the_host_or_the_device(position, rows):
         *(cache[:rows] for cache in caches), None, None, at, number, EPS,
     )  # fmt: skip
     rolled = table.roll(3 - int(position), 0)
-    truth = oracle("queries", x, norm, [weight], rolled)
+    truth = oracle("queries", x, norm, weight, rolled)
     for got, want in zip((q, *(c[:rows, :, int(position)] for c in caches)), truth, strict=True):
         torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-5)
     for cache in caches:
@@ -342,7 +342,7 @@ def test_torch_knows_the_ops(options):
     check(kernel._embedded, (code, embedding, 2))
     check(kernel._queries, (x, block.attention_norm, block.qkv, weights.rotary, *layer, at, 0, EPS))
     check(kernel._add, (x, x.clone(), block.out, True))
-    check(kernel._hidden, (x, block.ffn_norm, block.gate, block.up, EPS))
+    check(kernel._hidden, (x, block.ffn_norm, block.gate_up, EPS))
     check(kernel._logits, (x, weights.norm, weights.head, EPS))
 
 
@@ -364,13 +364,13 @@ def test_compiles_without_graph_breaks():
 @pytest.mark.parametrize("part", PARTS)
 def test_the_bound_tells_float32_from_less(part, check_bound, float32_bounds):
     """Products of TF32 operands, ten bits, break it: it is not so wide that it means nothing."""
-    x, norm, weights, last = inputs(part, 3, 200, 40, torch.float32)
-    wide = [x.double(), norm.double(), [w.double() for w in weights]]
+    x, norm, weight, last = inputs(part, 3, 200, 40, torch.float32)
+    wide = [x.double(), norm.double(), weight.double()]
     exact_last = last if part == "queries" else last.double()
     truth = oracle(part, *wide, exact_last)
-    given = [wide[0], *wide[2], exact_last] if part == "add" else [*wide[:2], *wide[2], exact_last]
+    given = [wide[0], wide[2], exact_last] if part == "add" else [*wide, exact_last]
     bounds = float32_bounds(part, given, roundings(part, 200))
-    cut = [(w.view(torch.int32) & ~0x1FFF).view(torch.float32) for w in weights]
+    cut = (weight.view(torch.int32) & ~0x1FFF).view(torch.float32)
     with contextlib.suppress(AssertionError):
         for one, exact, bound in zip(oracle(part, x, norm, cut, last), truth, bounds, strict=True):
             check_bound(one, exact, bound)

@@ -74,9 +74,9 @@ def queries(
 
 def hidden(x: Tensor, block: BlockWeights) -> Tensor:
     """SwiGLU's gated products [R, F]."""
-    gate = F.silu(product(x, block.gate), inplace=True)
+    gate, up = product(x, block.gate_up).chunk(2, dim=-1)
     # Both may lie the other way round; the product of the two sets that right.
-    return torch.mul(gate, product(x, block.up), out=gate.new_empty(gate.shape))
+    return torch.mul(F.silu(gate, inplace=True), up, out=gate.new_empty(gate.shape))
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

@@ -75,13 +75,14 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.gate = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.up = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        # Both factors in one product: rows of the gate, then of what it lets through.
+        self.gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
         self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
         self.dropout = nn.Dropout(config.ffn_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.down(F.silu(self.gate(x)) * self.up(x)))
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.dropout(self.down(F.silu(gate) * up))
 
 
 class Block(nn.Module):
@@ -111,7 +112,7 @@ class Block(nn.Module):
         attention, ffn = self.attention, self.ffn
         return BlockWeights(
             self.attention_norm.weight, attention.qkv.weight, attention.out.weight,
-            self.ffn_norm.weight, ffn.gate.weight, ffn.up.weight, ffn.down.weight,
+            self.ffn_norm.weight, ffn.gate_up.weight, ffn.down.weight,
         )  # fmt: skip
 
 

@@ -97,10 +97,10 @@ def _check(
         parts = {"keys": (layer.keys, layer.key_scale), "values": (layer.values, layer.value_scale)}
         for part, (tensor, scale) in parts.items():
             _check_part(f"{part} of layer {i}", tensor, (R, H, T, D), embedding, scale)
-        F = block.gate.shape[0]
+        F = block.gate_up.shape[0] // 2
         shapes = {
             "attention_norm": (C,), "qkv": (3 * H * D, C), "out": (C, H * D),
-            "ffn_norm": (C,), "gate": (F, C), "up": (F, C), "down": (C, F),
+            "ffn_norm": (C,), "gate_up": (2 * F, C), "down": (C, F),
         }  # fmt: skip
         for part, shape in shapes.items():
             _check_part(f"{part} of block {i}", getattr(block, part), shape, embedding)

@@ -41,4 +41,5 @@ def attention(
 
 def feed_forward(x: Tensor, block: BlockWeights, eps: float) -> Tensor:
     x = rms_norm(x, block.ffn_norm, eps)
-    return F.linear(F.silu(F.linear(x, block.gate)) * F.linear(x, block.up), block.down)
+    gate, up = F.linear(x, block.gate_up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, block.down)

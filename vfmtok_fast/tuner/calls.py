@@ -141,7 +141,7 @@ def _decode_step(
     D = C // H
 
     blocks = tuple(
-        BlockWeights(new(C), new(3 * C, C), new(C, C), new(C), new(F, C), new(F, C), new(C, F))
+        BlockWeights(new(C), new(3 * C, C), new(C, C), new(C), new(2 * F, C), new(C, F))
         for _ in range(layers)
     )
     rotary = new(T, D // 2, 2, dtype=torch.float32)
