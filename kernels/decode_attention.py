@@ -55,7 +55,7 @@ def _fits(setting) -> bool:
 
 HALF = Space(
     "decode_attention.half",
-    {**_TILES, "matrix": (0, 1), "resident": (0, 2, 3, 4)},
+    {**_TILES, "matrix": (0, 1), "resident": (0, 2, 3, 5)},
     {80: {"values": 8192, "stages": 2, "warps": 4, "matrix": 1, "resident": 0}},
     bits=("values", "warps", "matrix"),
     valid=_fits,
