@@ -285,7 +285,7 @@ def test_processes_compile_what_launches_need_and_say_what_fails(tmp_path, monke
     (tmp_path / "sitecustomize.py").write_text("print('hello')")
     monkeypatch.syspath_prepend(tmp_path)
     call = next(c for c in every_call() if c.op == "decode_attention")
-    good = {"values": 4096, "stages": 2, "warps": 4, "matrix": 1}
+    good = {"values": 4096, "stages": 2, "warps": 4, "matrix": 1, "resident": 3}
     jobs = [(call, "decode_attention.half", good),
             (call, "decode_attention.half", {**good, "values": 1})]  # fmt: skip
     found = {json.dumps(job[2]): why for job, why in compile.compile_in_processes(jobs, 90)}
