@@ -344,6 +344,16 @@ def test_sample_refuses_bad_settings(run, tmp_path: Path, options, expected: str
     assert not (tmp_path / "out").exists()
 
 
+def test_processes_that_come_one_after_the_other_make_all_samples(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("vfmtok_fast.sample_folder.SHARD", 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert run("sample", tmp_path / "out", "--num", 3, "--size", 8, *SMALL)[0] == 0
+    assert (tmp_path / "out" / "samples.npz").exists()
+
+
 def test_convert_then_sample(run, tmp_path: Path) -> None:
     gpt = untrained_gpt("small")
     torch.save({"model": official_gpt(gpt), "steps": 7}, tmp_path / "gpt.pt")

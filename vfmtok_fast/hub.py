@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
@@ -58,9 +59,32 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         return self
 
     def save_pretrained(self, save_directory: str | Path, *, config=None, **options) -> str | None:
-        """Write config.json and model.safetensors; see `PyTorchModelHubMixin.save_pretrained`."""
+        """Write config.json and model.safetensors; see `PyTorchModelHubMixin.save_pretrained`.
+
+        A new folder comes whole; in one that is there config.json comes last, and what it held
+        stays where something goes wrong before.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         folder = Path(save_directory).expanduser()
-        return super().save_pretrained(folder, config=config or self.config, **options)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        there = folder.exists()
+        near = folder if there else folder.parent
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=near) as temporary:
+            finished = Path(temporary) / "model"
+            options["repo_id"] = options.get("repo_id") or folder.name
+            try:
+                pushed = super().save_pretrained(finished, config=config or self.config, **options)
+            except SafetensorError as error:
+                raise OSError(f"{folder}: cannot be written ({first_line(error)})") from error
+            if there:
+                # It may be a mount, or somebody's working directory.
+                for path in sorted(finished.iterdir(), key=lambda path: path.name == "config.json"):
+                    path.replace(folder / path.name)
+            else:
+                finished.rename(folder)
+        return pushed
 
     @classmethod
     def from_pretrained(

@@ -38,7 +38,7 @@ def test_all_and_each(built):
 
 
 def test_one_view_an_epoch(built):
-    every, data = cache.TokenCache(built), cache.TokenCacheDataset(built, seed=3)
+    every, data = cache.TokenCache(built), cache.TokenCacheDataset(built, seed=np.int64(3))
     shown = []
     for epoch in range(200):
         data.set_epoch(epoch)

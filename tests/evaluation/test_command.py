@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -101,11 +102,23 @@ def test_a_sweep_and_one_of_its_folders_again(
     assert again["metrics"] == pytest.approx(results[1]["metrics"])
     assert again["compared"] == results[1]["compared"]
 
+    # A folder of other samples is found before a picture of the scale before it is made.
+    line = ("sweep", out, *models, *reference, "--num", 8, "--size", 32, "--cfg-scale", 2, 3)
+    code, _, errors = run(*line, "--seed", 1)
+    assert code == 2 and "cfg-3 holds other samples" in errors
+    assert not list((out / "cfg-2").rglob("*.npy"))
+
 
 def test_probe(run, photos: Path, model: Path, tmp_path: Path):
     out = tmp_path / "probe.json"
     line = ("probe", photos, "--model", model, "--features", "codes", "--epochs", 12, "--out", out)
-    code, text, _ = run(*line, "--test", photos)
+    code, _, errors = run(*line, "--test", photos)
+    assert code == 2 and "those are the training pictures; name others" in errors
+    others = tmp_path / "others"
+    shutil.copytree(photos, others)
+    # What is left out of the training pictures is not left out of these.
+    one = sorted(photos.rglob("*.png"))[0].name
+    code, text, _ = run(*line, "--exclude", f"**/{one}", "--test", others)
     assert code == 0 and "probe-sgd" in text
     result = json.loads(out.read_text())
     assert result["compared"]["test_pictures"] == 10 and result["protocol"]["epochs"] == 12

@@ -21,6 +21,7 @@ from vfmtok_fast.evaluation import (
 )
 from vfmtok_fast.evaluation.features import Activations
 from vfmtok_fast.evaluation.pictures import Pictures, compared
+from vfmtok_fast.evaluation.reconstruction import _Sums
 
 VFMTOK = PROTOCOLS["reconstruction-vfmtok"]
 
@@ -96,3 +97,13 @@ def test_which_pictures(photos: Path, tmp_path: Path):
     ]
     with pytest.raises(ValueError, match=r"2 pictures have no label, such as 'black.png'"):
         Pictures(open_source(tmp_path), 64, labelled=True)
+
+
+def test_equal_pictures_are_counted_and_not_in_the_mean(tokenizer: VFMTok):
+    sums = _Sums(VFMTOK, tokenizer, None, None)
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    made = pictures.copy()
+    made[1:] //= 2
+    sums.add(pictures, made, torch.zeros(3, 4, dtype=torch.int64))
+    expected = float(psnr(pictures[1:], made[1:]).double().mean())
+    assert sums.equal == 1 and sums.metrics()["PSNR"] == pytest.approx(expected)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants, save_torch_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vfmtok_fast import GPT, BackboneConfig, GPTConfig, VFMTok, VFMTokConfig
@@ -63,6 +64,23 @@ def test_round_trip_of_the_tokenizer(tmp_path: Path, config: VFMTokConfig):
     # Twice over, as a user does who changes a model and saves it where it was.
     loaded.save_pretrained(tmp_path)
     assert VFMTok.from_pretrained(str(tmp_path)).config == config
+
+
+def test_a_folder_stays_where_a_new_one_cannot_be_written(tmp_path: Path, monkeypatch):
+    """As on a full disk: neither the old model is lost nor a new one there in part."""
+    GPT(GENERATOR).save_pretrained(tmp_path / "old")
+    names = sorted(path.name for path in (tmp_path / "old").iterdir())
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(GPT, "_save_pretrained", full)
+    for folder in ("old", "new"):
+        with pytest.raises(OSError, match=f"{folder}: cannot be written .*No space left"):
+            GPT(GENERATOR).save_pretrained(tmp_path / folder)
+    assert sorted(path.name for path in (tmp_path / "old").iterdir()) == names
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    GPT.from_pretrained(tmp_path / "old")
 
 
 def test_round_trip_of_the_generator(tmp_path: Path):

@@ -72,8 +72,15 @@ def test_another_model_or_setting_is_named(make, images: Tensor, tmp_path: Path)
     assert changed.step(images)["lr"] == 0.01
     (group,) = changed.judge.optimizer.param_groups
     assert group["lr"] == 0.02 and group["betas"] == (0.5, 0.9)
-    with pytest.raises(ValueError, match=r"another one: decoder_dropout \(there 0\.0, here 0\.1\)"):
+    with pytest.raises(ValueError, match=r"changed: decoder_dropout \(there 0\.0, here 0\.1\)"):
         make(dropout=0.1).load_state_dict(state)
+    make(dropout=0.1).load_state_dict(state, changed=True)
+    older = {**state, "config": {**state["config"], "decoder_depth": 7}}
+    with pytest.raises(ValueError, match=r"another one: decoder_depth \(there 7, here"):
+        make().load_state_dict(older, changed=True)
+    names = {f"old.{name}": weight for name, weight in state["model"].items()}
+    with pytest.raises(ValueError, match=r"another version, .* other names: .*; begin a new one"):
+        make().load_state_dict({**state, "model": names})
     with pytest.raises(ValueError, match="the run had a discriminator"):
         make(judge=False).load_state_dict(state)
 
@@ -113,3 +120,18 @@ def test_a_damaged_one_is_named(tmp_path: Path):
         checkpoints.load(path)
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         checkpoints.load(tmp_path / "step-00000006.pt")
+
+
+@pytest.mark.parametrize(
+    "trouble", [PermissionError(13, "Permission denied"), RuntimeError("can't allocate memory")]
+)
+def test_trouble_of_the_machine_is_no_damage(tmp_path: Path, monkeypatch, trouble: Exception):
+    path = checkpoints.save(tmp_path, 5, {"weight": torch.ones(10)})
+
+    def load(*_, **__):
+        raise trouble
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(type(trouble)) as raised:
+        checkpoints.load(path)
+    assert raised.value is trouble

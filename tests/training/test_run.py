@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -114,11 +115,30 @@ def test_a_signal_saves_first(begin: Begin, whole: Run, tmp_path: Path):
     handler = signal.getsignal(number)
     first = begin(tmp_path / "stopped")
     first.reports.append(lambda line: line["step"] == 1 and os.kill(os.getpid(), number))
+    # Pictures take time that there may not be.
+    first.show_every, first.show = 1000, lambda model: pytest.fail("shown before the end")
     with pytest.raises(Stopped, match=r"SIGTERM: saved .*step-0000000[12]\.pt") as stopped:
         first.train()
     assert stopped.value.number == number and signal.getsignal(number) == handler
     second = begin(tmp_path / "stopped")
     assert second.resume() is not None and second.trainer.steps == first.trainer.steps
+    second.train()
+    check_equal(whole, second)
+
+
+def test_an_input_that_goes_away_saves_first(begin: Begin, whole: Run, tmp_path: Path):
+    first = begin(tmp_path / "gone")
+    batches = first.data.batches
+
+    def some(done: int):
+        yield from itertools.islice(batches(done), 3)
+        raise OSError(5, "Input/output error")
+
+    first.data.batches = some
+    with pytest.raises(OSError, match="Input/output error"):
+        first.train()
+    second = begin(tmp_path / "gone")
+    assert second.resume() == tmp_path / "gone" / "checkpoints" / "step-00000003.pt"
     second.train()
     check_equal(whole, second)
 

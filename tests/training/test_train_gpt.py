@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +150,7 @@ def test_refusals(cache, photos, config, tokenizer, tmp_path, tiny, capsys):
         (("--batch-size", "11"), config, "10 pictures are fewer than a batch of 11"),
         (("--sharded",), config, "--sharded needs several processes"),
         (("--views", "random-0"), config, "has the views center, center-flip, not 'random-0'"),
+        (("--split", "train", "--input", "lmdb"), config, "--input, --split: of pictures; "),
     ]
     for number, (more, file, message) in enumerate(cases):
         words = line(cache, tmp_path / f"run{number}", file, *more)
@@ -157,6 +159,27 @@ def test_refusals(cache, photos, config, tokenizer, tmp_path, tiny, capsys):
         assert cli.main(words) == 2, message
         assert message in capsys.readouterr().err
         assert not (tmp_path / f"run{number}").exists()
+
+
+def test_other_pictures_or_views_are_another_run(
+    cache, photos, config, tokenizer, tmp_path, capsys
+):
+    """As many pictures of other places or classes; other views of the same ones."""
+
+    def refused(given: Path, out: str, *more: object) -> str:
+        assert cli.main(line(given, tmp_path / out, config, "--steps", "1", *more)) == 2
+        return capsys.readouterr().err
+
+    assert cli.main(line(cache, tmp_path / "cached", config, "--views", "center")) == 0
+    assert "views (there center, here center+center-flip)" in refused(cache, "cached")
+    moved = tmp_path / "moved"
+    shutil.copytree(photos, moved)
+    first = min(path for path in moved.iterdir() if path.is_dir())
+    online = ("--tokenizer", tokenizer)
+    assert cli.main(line(moved, tmp_path / "online", config, *online)) == 0
+    first.rename(moved / "zebra")
+    assert "pictures_sha256 (there " in refused(moved, "online", *online)
+    assert "--views is of a token cache" in refused(photos, "none", *online, "--views", "center")
 
 
 def test_an_epoch_has_every_picture_once_and_draws_its_view(cache: Path):

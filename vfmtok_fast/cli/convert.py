@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .choices import OFFICIAL_FILES, OFFICIAL_REPO
 from .output import say
-
-if TYPE_CHECKING:
-    from ..generator import GPT
-    from ..tokenizer import VFMTok
 
 SUMMARY = "turn one of the authors' files into a folder that everything reads"
 
@@ -55,24 +49,9 @@ def run(options: argparse.Namespace) -> int:
         model = VFMTok.from_official(file, options.backbone, config)
     else:
         model = GPT.from_official(file, config or options.what)
-    _save(model, out)
+    model.save_pretrained(out)
     say(f"wrote {out}/config.json and {out}/model.safetensors")
     return 0
-
-
-def _save(model: VFMTok | GPT, out: Path) -> None:
-    """A new folder comes whole; in one that is there config.json comes last."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    there = out.exists()
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=out if there else out.parent) as temporary:
-        finished = Path(temporary) / "model"
-        model.save_pretrained(finished)
-        if not there:
-            finished.rename(out)
-            return
-        # Its folder cannot be replaced: it may be a mount, or somebody's working directory.
-        for path in sorted(finished.iterdir(), key=lambda path: path.name == "config.json"):
-            path.rename(out / path.name)
 
 
 def read_config(path: Path) -> dict:

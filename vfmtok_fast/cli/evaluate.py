@@ -98,13 +98,15 @@ def _sweep(options: argparse.Namespace, out: Path) -> None:
     for scale in options.cfg_scale:
         Sampling(cfg_scale=scale, **same).check()
     ids = evaluation.class_ids(options.labels, protocol.num, gpt.config.num_classes, options.seed)
-    results = []
+    jobs = []
     for scale in options.cfg_scale:
-        settings = {"cfg_scale": scale, **same}
-        job = sample_folder.Job(
-            gpt, tokenizer, out / f"cfg-{scale:.12g}", ids, protocol.size, settings
-        )
+        settings, folder = {"cfg_scale": scale, **same}, out / f"cfg-{scale:.12g}"
+        job = sample_folder.Job(gpt, tokenizer, folder, ids, protocol.size, settings)
         sample_folder.prepare(job)
+        sample_folder.pending(job)
+        jobs.append(job)
+    results = []
+    for scale, job in zip(options.cfg_scale, jobs, strict=True):
         fill(options, job, sample_folder.pending(job), None)
         sample_folder.finish(job)
         with _bar(None, f"Inception, scale {scale:g}") as bar:
@@ -125,10 +127,19 @@ def _sweep(options: argparse.Namespace, out: Path) -> None:
 
 def _probe(options: argparse.Namespace, out: Path) -> None:
     from .. import evaluation
+    from ..cache.sources import open_source
 
     probe = evaluation.PROBES[options.protocol].changed(epochs=options.epochs, seed=options.seed)
     train = open_input(options, options.images)
-    test = None if options.test is None else open_input(options, options.test)
+    test = None
+    if options.test is not None:
+        # What is chosen of the training pictures, a split for one, is not for these.
+        test = open_source(
+            options.test, options.input, image_column=options.image_column,
+            label_column=options.label_column,
+        )  # fmt: skip
+        if (test.root, test.chosen) == (train.root, train.chosen):
+            raise ValueError(f"--test {options.test}: those are the training pictures; name others")
     tokenizer = load_tokenizer(options, options.device)
     with policy(options), _bar(options.num, "features") as bar:
         result = evaluation.evaluate_probe(

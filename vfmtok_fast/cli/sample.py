@@ -82,7 +82,8 @@ def run(options: argparse.Namespace) -> int:
         gpt, tokenizer, Path(options.out).expanduser(), class_ids, options.size, settings, kv_dtype
     )
     sample_folder.prepare(job)
-    mine = sample_folder.pending(job)[rank::world_size]
+    # By number: a process that comes late finds fewer left, and would take others.
+    mine = [number for number in sample_folder.pending(job) if number % world_size == rank]
     count = fill(options, job, mine, options.batch_size, hidden=rank > 0)
     if not sample_folder.finish(job):
         left = len(sample_folder.pending(job))

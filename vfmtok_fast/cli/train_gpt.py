@@ -102,11 +102,14 @@ def _prepare(options: argparse.Namespace, out: Path, rank: int, world_size: int)
         model = GPT(config)
     trainer = GPTTrainer(model.to(device), settings, sharded=options.sharded)
     arguments = {name: getattr(options, name) for name in ("batch_size", "seed", "overfit")}
-    arguments |= {"pictures": data.order.count}
     # Another tokenizer's codes are another language.
-    arguments["tokens"] = (
-        manifest.fingerprint if manifest else weights_checksum(tokenizer.state_dict())
-    )
+    if manifest:
+        arguments |= {"tokens": manifest.fingerprint, "pictures_sha256": manifest.index_sha256}
+        arguments["views"] = list(data.data.views)
+    else:
+        arguments["tokens"] = weights_checksum(tokenizer.state_dict())
+        arguments["pictures_sha256"] = data.pictures.sha256
+    arguments |= {"pictures": data.order.count, "classes": data.num_classes}
     peak = training.speed(device, settings.precision, world_size)
     return Run(
         trainer, data, out, settings.total_steps, arguments=arguments,
@@ -145,6 +148,10 @@ def _data(
     if options.tokenizer is not None:
         tokenizer = VFMTok.from_pretrained(options.tokenizer)
     if (place(options.input_path) / NAME).exists():
+        choices = ("input", "split", "include", "exclude", "image_column", "label_column")
+        if given := [name for name in choices if getattr(options, name)]:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"{names}: of pictures; {options.input_path} is a token cache")
         data = TokenCacheDataset(options.input_path, options.views, seed=options.seed)
         manifest = data.cache.manifest
         if tokenizer is not None:
@@ -160,8 +167,9 @@ def _data(
             f"{options.input_path}: no token cache; make one with vfmtok-fast cache, or name the "
             "--tokenizer that makes the codes of these pictures"
         )
-    if options.overfit is not None:
-        raise ValueError("--overfit learns from a token cache")
+    if options.overfit is not None or options.views is not None:
+        name = "--views" if options.overfit is None else "--overfit"
+        raise ValueError(f"{name} is of a token cache; {options.input_path} holds pictures")
     size = tokenizer.config.image_size
     pictures = training.open_pictures(options, options.input_path, size, rank, world_size)
     return OnlineCodes(pictures, tokenizer.to(device)), None, tokenizer

@@ -153,7 +153,8 @@ def _prepare(options: argparse.Namespace, out: Path, rank: int, world_size: int)
         trainer, pictures, out, settings.total_steps,
         show=reconstructions(pictures) if options.show_every else None,
         flops=peak and estimate_tokenizer(config, settings, _kind(options)).flops, peak=peak,
-        arguments=arguments | {"pictures": len(pictures.entries)},
+        arguments=arguments
+        | {"pictures": len(pictures.entries), "pictures_sha256": pictures.sha256},
     )  # fmt: skip
 
 

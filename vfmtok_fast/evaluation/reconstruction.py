@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +74,10 @@ def evaluate_reconstruction(
     if not sums.count:
         raise ValueError(f"{source.root}: no picture could be read")
     warnings = []
+    if sums.equal:
+        warnings.append(
+            f"{sums.equal} pictures equal their reconstructions; PSNR is the mean of the others"
+        )
     if pictures.bad:
         warnings.append(f"{len(pictures.bad)} pictures could not be read and were left out")
     if named_split(str(source.root)) == "train":
@@ -105,7 +108,7 @@ class _Sums:
         lpips: Callable[[Tensor, Tensor], Tensor] | None,
     ):  # fmt: skip
         self.protocol, self.inception, self.lpips = protocol, inception, lpips
-        self.count = 0
+        self.count = self.equal = 0
         self.used = torch.zeros(tokenizer.config.codebook_size, dtype=torch.bool)
         self.digests = hashlib.sha256(), hashlib.sha256()
         self.sums: dict[str, float] = {}
@@ -116,7 +119,10 @@ class _Sums:
         self.count += len(made)
         self.used[codes.flatten().cpu()] = True
         pair = [torch.from_numpy(one).to(self.device) for one in (originals, made)]
-        terms = {"PSNR": psnr(*pair)}
+        decibels = psnr(*pair)
+        # Those of equal pictures are infinite.
+        self.equal += int(decibels.isinf().sum())
+        terms = {"PSNR": decibels[decibels.isfinite()]}
         for data_range in self.protocol.ssim_ranges:
             terms[f"SSIM, range {data_range}"] = ssim(*pair, data_range)
         if self.lpips is not None:
@@ -137,6 +143,6 @@ class _Sums:
             logits = self.inception.logits(self.seen[1].pool)
             found["rIS"] = inception_score(logits, self.protocol.split)
         for name, total in self.sums.items():
-            # JSON has no infinity, the PSNR of equal pictures.
-            found[name] = total / self.count if math.isfinite(total) else None
+            count = self.count - (self.equal if name == "PSNR" else 0)
+            found[name] = total / count if count else None
         return found | {"codebook usage": float(self.used.double().mean())}

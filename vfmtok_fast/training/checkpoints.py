@@ -58,13 +58,16 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: the file is damaged.
-        FileNotFoundError: it is not there.
+        OSError, RuntimeError: it is not there, or cannot be read now; memory does not suffice.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError) as error:
+        # A sound file, of which nobody should be told to remove it.
+        if getattr(error, "errno", None) is not None or "can't allocate memory" in str(error):
+            raise
         raise ValueError(
             f"{path}: a damaged checkpoint ({first_line(error)}); remove it to go on from the one "
             "before"

@@ -133,6 +133,15 @@ class Pictures:
         )  # fmt: skip
         self.bad: dict[str, str] = {}
 
+    @property
+    def sha256(self) -> str:
+        """Of the pictures' places in the input, and of their classes."""
+        digest = hashlib.sha256()
+        for entry in self.entries:
+            line = f"{entry.path}\0{entry.label}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
     def _blocks(self) -> np.ndarray | None:
         """Of Parquet a row alone takes as long as its row group."""
         if not isinstance(self.source, ParquetSource):
@@ -239,13 +248,15 @@ class Codes:
             with the cache's classes.
 
     Raises:
-        ValueError: as `Order`, or pictures without a class.
+        ValueError: as `Order`, pictures without a class, or data of another kind.
     """
 
     def __init__(
         self, data: TokenCacheDataset, batch_size: int, *, few: int | None = None, seed: int = 0,
         rank: int = 0, world_size: int = 1,
     ) -> None:  # fmt: skip
+        if data.per_picture != "one":
+            raise ValueError(f'Codes: data must have per_picture="one", got "{data.per_picture}"')
         if few is None:
             check_labels(data.cache.labels, data.cache.out)
         elif few > len(data):

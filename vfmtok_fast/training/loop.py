@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..cache.format.differences import differences
 from ..cache.store import CacheWriteError, LocalPlace
+from ..generator.decoder import Kept
 from ..images import image_grid, to_float
 from ..tokenizer import VFMTok
 from ..visualize import reconstruction_grid
@@ -128,17 +129,26 @@ class Run:
         Raises:
             NotFinite: told with the pictures of that batch; the state before it is saved.
             Stopped: by a signal, after the step that it met; that state is saved.
+
+        What else goes wrong while one process reads is raised too, when the state is saved.
         """
         trainer = self.trainer
         LocalPlace(self.out).make_folder()
         self._begin_log()
         batches = self.data.batches(trainer.steps)
         sums: dict[str, list[float]] = {}
+        saved = trainer.steps
         trainer.clock.read()
         with contextlib.closing(batches), collected() as came:
             while trainer.steps < self.steps:
-                with trainer.clock.stage("data"):
-                    batch = next(batches)
+                try:
+                    with trainer.clock.stage("data"):
+                        batch = next(batches)
+                except Exception:
+                    # Of several processes the others cannot know.
+                    if processes.world_size() == 1 and trainer.steps > saved:
+                        self.save()
+                    raise
                 for name, value in self._step(batch).items():
                     sums.setdefault(name, []).append(value)
                 # A signal may reach one process only, and all must stop at the same step.
@@ -148,12 +158,13 @@ class Run:
                 if number % self.log_every == 0 or last:
                     self._log(sums)
                     sums = {}
-                if self.show and self.show_every and (number % self.show_every == 0 or last):
-                    self._show()
+                # Before anything is shown, which takes time that a signal may not leave.
                 if number % self.save_every == 0 or last:
-                    path = self.save()
+                    path, saved = self.save(), number
                 if stop:
                     raise Stopped(stop, path)
+                if self.show and self.show_every and (number % self.show_every == 0 or last):
+                    self._show()
 
     def _step(self, batch: Batch) -> dict[str, float]:
         try:
@@ -253,6 +264,7 @@ def generated(tokenizer: VFMTok, cfg_scale: float = 1.5) -> Callable[[nn.Module]
     def show(model: nn.Module) -> np.ndarray:
         classes = torch.arange(COLUMNS**2) % min(model.config.num_classes, COLUMNS**2)
         codes = model.generate(classes, cfg_scale)
+        model.kept = Kept()  # Its keys and values would stay for the rest of the run.
         size = tokenizer.config.image_size
         return image_grid(tokenizer.decode_to_uint8(codes, size).cpu(), columns=COLUMNS)
 

@@ -246,7 +246,8 @@ class TokenizerTrainer(Trainer):
         for held in (codebook, self.ema.quantizer.codebook):
             _set_rows(held, unused, rows)
         moments = self.learner.moments(codebook)
-        for name in ("exp_avg", "exp_avg_sq"):
+        # None yet where float16 has left all steps out so far.
+        for name in moments.keys() & {"exp_avg", "exp_avg_sq"}:
             _set_rows(moments[name], unused, torch.zeros_like(rows))
         self.revived_at[unused] = self.images
         return len(unused)

@@ -169,9 +169,14 @@ class Trainer:
         Raises:
             ValueError: another model or changed settings; the line names all that differ.
         """
-        if problems := differences(state["config"], dataclasses.asdict(self.model.config)):
+        configs = [state["config"], dataclasses.asdict(self.model.config)]
+        # How often training leaves something out changes no weight's shape.
+        rates = [{k: v for k, v in each.items() if _is_rate(k)} for each in configs]
+        configs = [{k: v for k, v in each.items() if not _is_rate(k)} for each in configs]
+        if problems := differences(*configs):
             raise ValueError(f"resuming: the model is another one: {problems}")
-        problems = differences(state["settings"], dataclasses.asdict(self.settings))
+        settings = (state["settings"], dataclasses.asdict(self.settings))
+        problems = differences(*(a | b for a, b in zip(settings, rates, strict=True)))
         if problems and not changed:
             raise ValueError(f"resuming: settings have changed: {problems}")
         self._load_learned(self.model, state["model"])
@@ -197,7 +202,11 @@ class Trainer:
 
     def _load_learned(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         own = self._named(model)
-        assert own.keys() == tensors.keys(), "two models of one config"
+        if other := sorted(own.keys() ^ tensors.keys()):
+            raise ValueError(
+                f"resuming: the run is of another version, whose weights have other names: "
+                f"{', '.join(other[:4])}{' ...' if len(other) > 4 else ''}; begin a new one"
+            )
         with torch.no_grad():
             for key, value in own.items():
                 value.copy_(processes.as_part_of(value, tensors[key]))
@@ -205,6 +214,11 @@ class Trainer:
     def _named(self, model: nn.Module) -> dict[str, Tensor]:
         frozen = () if self._frozen is None else (f"{self._frozen}.",)
         return {k: v for k, v in model.state_dict().items() if not k.startswith(frozen)}
+
+
+def _is_rate(field: str) -> bool:
+    """Whether a field of a model's config is a rate of dropout."""
+    return field.endswith("dropout") or field == "drop_path"
 
 
 def add(sums: Sums, terms: Mapping[str, Tensor], share: float) -> None:

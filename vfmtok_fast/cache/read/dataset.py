@@ -49,7 +49,7 @@ class TokenCacheDataset(torch.utils.data.Dataset):
         if per_picture not in CHOICES:
             raise ValueError(f"per_picture must be one of {', '.join(CHOICES)}, got {per_picture}")
         self.cache = TokenCache(out, partial=partial, mirror=mirror)
-        self.per_picture, self.seed = per_picture, seed
+        self.per_picture, self.seed = per_picture, operator.index(seed)
         self._places = self.cache.manifest.places_of(views, out)
         self.views = [self.cache.manifest.views[place] for place in self._places]
         # Shared memory, so that workers that live on see a new epoch.
