@@ -71,6 +71,8 @@ def test_cache_verify_and_status(run, photos: Path, tmp_path: Path) -> None:
     code, text, _ = run("status", out)
     assert code == 0
     assert "complete" in text and "3 of 3" in text and "center-flip" in text
+    for line in (("verify", out, "--images", photos), ("repair", photos, out)):
+        assert "name the one that made them with --model" in refusal(run(*line))
     code, text, problems = run("verify", out, "--images", photos, *SMALL)
     assert (code, problems) == (0, [])
     assert "100.0000% of tokens agree" in text

@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import cache, images, ops, training
+    from . import cache, evaluation, images, ops, switch, training
     from .generator import GPT, GPTConfig
     from .switch import disable, enable, status
     from .tokenizer import BackboneConfig, VFMTok, VFMTokConfig
@@ -31,14 +31,16 @@ __all__ = [
     "cache",
     "disable",
     "enable",
+    "evaluation",
     "images",
     "ops",
     "status",
+    "switch",
     "training",
     "tune",
 ]
 
-_MODULES = {"cache", "images", "ops", "training"}
+_MODULES = {"cache", "evaluation", "images", "ops", "switch", "training"}
 _HOMES = {
     "generator": {"GPT", "GPTConfig"},
     "switch": {"disable", "enable", "status"},

@@ -311,6 +311,10 @@ def _find(cls: type, source: str, name: str, download: Mapping) -> Path:
         )
     if folder.is_dir():
         if not (folder / name).is_file():
+            if (folder / "model" / name).is_file():
+                raise FileNotFoundError(
+                    f"{cls.__name__}: {source} is a run; its model is {source}/model"
+                )
             raise FileNotFoundError(
                 f"{cls.__name__}: the folder {source} has no {name}; save_pretrained and "
                 "vfmtok-fast convert write one"

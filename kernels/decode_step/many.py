@@ -1,4 +1,8 @@
-"""What stands between cuBLAS's products where a step has many rows, and what begins a step."""
+"""Small kernels of a step beside its products.
+
+`_embed` begins every step; `_rms_norm` comes before products from 5 rows on; `_append` after the
+product of q, k and v where there are more than 64 rows or the cache has 8 bits.
+"""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     out = Path(options.out).expanduser()
     if options.what != "sweep":
         if out.exists():
-            raise FileExistsError(f"{out} is there already; choose another name")
+            raise FileExistsError(f"{out} is there already; choose another name with --out")
         check_writable(out)
     WHAT[options.what][2](options, out)
     return 0

@@ -15,6 +15,7 @@ from .output import note
 if TYPE_CHECKING:
     import torch
 
+    from ..cache.format.manifest import Manifest
     from ..generator import GPT
     from ..tokenizer import VFMTok
 
@@ -100,6 +101,16 @@ def load_tokenizer(options: argparse.Namespace, device: str | None) -> VFMTok:
     return _moved(model.set_precision(options.precision), device)
 
 
+def check_named(options: argparse.Namespace, manifest: Manifest) -> None:
+    """Refuse to take the authors' tokenizer, and download it, for a cache that another one made."""
+    made = (manifest.image_size, manifest.num_tokens, manifest.codebook_size)
+    if made != (336, 256, 16_384) and not (options.model or options.tokenizer or options.untrained):
+        raise ValueError(
+            f"{options.out}: {made[1]} tokens of {made[2]} from {made[0]} pixels are not of the "
+            "authors' tokenizer; name the one that made them with --model"
+        )
+
+
 def load_gpt(options: argparse.Namespace, device: str | None) -> GPT:
     import torch
 
@@ -112,7 +123,8 @@ def load_gpt(options: argparse.Namespace, device: str | None) -> GPT:
         gpt = untrained.untrained_gpt(options.untrained)
     elif options.gpt is None:
         raise ValueError(
-            "--gpt names the generator: a folder made by `vfmtok-fast convert GPT-L FOLDER`"
+            "--gpt names the generator: a folder made by `vfmtok-fast convert GPT-L FOLDER`, the "
+            "model folder of a train-gpt run, or emoji, which comes with the package"
         )
     else:
         gpt = GPT.from_pretrained(options.gpt)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .models import add_input_option, add_tokenizer_options, check_input, load_tokenizer, policy
+from .models import (
+    add_input_option,
+    add_tokenizer_options,
+    check_input,
+    check_named,
+    load_tokenizer,
+    policy,
+)
 from .output import note, say
 
 SUMMARY = "check every byte of a cache, and tokenise a sample of it again"
@@ -29,8 +36,9 @@ def run(options: argparse.Namespace) -> int:
 
     if options.sheet is not None and Path(options.sheet).suffix.lower() != ".png":
         raise ValueError(f"--sheet: the picture to write must be named .png, got {options.sheet}")
-    cache.read_manifest(options.out)
+    manifest = cache.read_manifest(options.out)
     if options.images:
+        check_named(options, manifest)
         check_input(options)
     chosen = options.model or options.tokenizer or options.untrained
     tokenizer = load_tokenizer(options, options.device) if options.images or chosen else None

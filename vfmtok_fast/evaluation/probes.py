@@ -195,6 +195,11 @@ def evaluate_probe(
     Raises:
         ValueError: pictures without labels, other classes in ``test``, or none left to test on.
     """
+    if probe.epochs <= probe.warmup_epochs:
+        raise ValueError(
+            f"probe: {probe.epochs} epochs end within the protocol's {probe.warmup_epochs} of "
+            "warm-up; take more"
+        )
     side = tokenizer.config.image_size
     sets = [Pictures(train, side, num=num, workers=workers, labelled=True)]
     names = train.classes(max(entry.label for entry in sets[0].entries))

@@ -110,7 +110,7 @@ class Decoder:
         model, settings = self._model(), Sampling(**sampling)
         if model is None:
             raise RuntimeError("decoder: its model is gone; keep the model as long as the decoder")
-        class_ids, image_ids = check_images(model, class_ids, image_ids, settings)
+        class_ids, image_ids = checked_ids(model, class_ids, image_ids, settings)
         B = len(class_ids)
         if B > self.batch:
             raise ValueError(f"decoder: at most {self.batch} images at a time, got {B}")
@@ -220,7 +220,7 @@ class Decoder:
         return sum(part.nbytes for layer in self.cache for part in layer if part is not None)
 
 
-def check_images(
+def checked_ids(
     model: GPT, class_ids: Tensor | Sequence[int], image_ids: Tensor | None, sampling: Sampling
 ) -> tuple[Tensor, Tensor]:
     """Check what is to be generated; class ids and image ids int64 [B] on the model's device."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .decoder import Progress, check_images, check_kv_dtype
+from .decoder import Progress, check_kv_dtype, checked_ids
 from .memory import fastest_batch
 from .sampling import Sampling
 
@@ -22,7 +22,7 @@ def batches(
     kv_dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
     """Check everything now, and return the iterator of finished batches and their codes."""
-    class_ids, image_ids = check_images(model, class_ids, image_ids, sampling)
+    class_ids, image_ids = checked_ids(model, class_ids, image_ids, sampling)
     check_kv_dtype("generate", model, kv_dtype)
     count, guided = len(class_ids), sampling.guided(0)
     size = fastest_batch(model, count, guided, batch_size, memory, kv_dtype)

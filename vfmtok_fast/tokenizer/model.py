@@ -100,7 +100,7 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what follows the backbone, and best of images; see `precision`."""
+        """Of all that follows the backbone; images in it need no conversion. See `precision`."""
         return self.quantizer.codebook.dtype
 
     @property

@@ -69,7 +69,10 @@ class Order:
                 "multiple of them"
             )
         if count < batch_size:
-            raise ValueError(f"training: {count} pictures are fewer than a batch of {batch_size}")
+            raise ValueError(
+                f"training: {count} pictures are fewer than a batch of {batch_size}; choose a "
+                "batch size of no more than that"
+            )
         self.count, self.batch_size, self.seed, self.blocks = count, batch_size, seed, blocks
         self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = count // batch_size

@@ -178,7 +178,10 @@ class Trainer:
         settings = (state["settings"], dataclasses.asdict(self.settings))
         problems = differences(*(a | b for a, b in zip(settings, rates, strict=True)))
         if problems and not changed:
-            raise ValueError(f"resuming: settings have changed: {problems}")
+            raise ValueError(
+                f"resuming: settings have changed: {problems}; to go on with the new ones: "
+                "--accept-changes, or changed=True"
+            )
         self._load_learned(self.model, state["model"])
         self._load_learned(self.ema, state["ema"])
         self.learner.load_state_dict(state["optimizer"])
