@@ -250,7 +250,7 @@ def report_path() -> Path:
 
 
 # Folders of results that are no device's.
-KINDS = ("aot", "precision")
+KINDS = ("ablation", "aot", "precision")
 
 
 def devices_of(results: Path) -> list[Path]:

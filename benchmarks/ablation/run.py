@@ -1,6 +1,6 @@
 """The paper's claims in miniature, on emoji: what makes codes easy to learn for a generator?
 
-    python benchmarks/ablation/run.py OUT [--steps 800] [--gpt-steps 800]
+    python benchmarks/ablation/run.py OUT [--steps 2500] [--gpt-steps 3000]
     python benchmarks/ablation/plot.py OUT
 
 Three tokenizers that read the foundation model of the emoji model that comes with the package,
@@ -143,9 +143,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=800, help="of a tokenizer (%(default)s)")
+    parser.add_argument("--steps", type=int, default=2500, help="of a tokenizer (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="(%(default)s)")
-    parser.add_argument("--gpt-steps", type=int, default=800, help="(%(default)s)")
+    parser.add_argument("--gpt-steps", type=int, default=3000, help="(%(default)s)")
     parser.add_argument("--every", type=int, default=100, help="steps (%(default)s)")
     parser.add_argument("--each", type=int, default=40, help="pictures a group (%(default)s)")
     parser.add_argument("--guidance", type=float, default=2.0, help="(%(default)s)")
