@@ -162,10 +162,13 @@ def test_a_generator_is_no_tokenizer(folder: Path):
         GPT.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("source", ["/no/such/folder", "./here", "nobody/nothing", "a b", "x/y/z"])
+@pytest.mark.parametrize("source", ["/no/such/folder", "./here", "nobody/nothing", "a b", "GPT-L", "x/y/z"])
 def test_no_folder_and_no_repo(offline: None, source: str):
     message = refused(FileNotFoundError, source)
     assert f"no folder {source}" in message and "config.json" in message
+    if "/" not in source:
+        # Nobody is asked for it: a name alone is that of no repo.
+        assert "come with the package are emoji" in message and "from_official" in message
 
 
 def test_a_config_as_transformers_and_windows_write_it(folder: Path):
