@@ -324,9 +324,9 @@ def _find(cls: type, source: str, name: str, download: Mapping) -> Path:
     if "/" not in source:
         shipped = sorted(path.name for path in PRETRAINED.iterdir() if path.is_dir())
         raise FileNotFoundError(
-            f"{cls.__name__}: there is no folder {source} with {name}, and the models that come with the "
-            f"package are {', '.join(shipped)}; a Hugging Face repo is owner/name, and the "
-            "authors' models are read by from_official and vfmtok-fast convert"
+            f"{cls.__name__}: there is no folder {source} with {name}, and the models that come "
+            f"with the package are {', '.join(shipped)}; a Hugging Face repo is owner/name, and "
+            "the authors' models are read by from_official and vfmtok-fast convert"
         )
     if source.startswith(("/", ".", "~")) or source.endswith("/") or source.count("/") > 1:
         raise FileNotFoundError(
