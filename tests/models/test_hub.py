@@ -162,7 +162,9 @@ def test_a_generator_is_no_tokenizer(folder: Path):
         GPT.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("source", ["/no/such/folder", "./here", "nobody/nothing", "a b", "GPT-L", "x/y/z"])
+@pytest.mark.parametrize(
+    "source", ["/no/such/folder", "./here", "nobody/nothing", "a b", "GPT-L", "x/y/z"]
+)
 def test_no_folder_and_no_repo(offline: None, source: str):
     message = refused(FileNotFoundError, source)
     assert f"no folder {source}" in message and "config.json" in message
