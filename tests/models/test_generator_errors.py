@@ -176,3 +176,11 @@ def test_load_is_strict(tmp_path, model):
     save_file(tensors, tmp_path / "model.safetensors")
     with refuses(ValueError, "GPT: .*missing blocks.0.attention.qkv.weight, norm.weight"):
         GPT.from_pretrained(tmp_path)
+
+
+def test_a_setting_that_does_not_exist(model: GPT):
+    for name, call in (("stream", model.stream), ("decoder", model.decoder(2).generate)):
+        with refuses(
+            TypeError, f"{name}: no setting cfg; there are cfg_scale, cfg_interval, .*seed"
+        ):
+            call([1], cfg=2.0)

@@ -107,7 +107,7 @@ class Decoder:
                 ``guided``; another stream, dtype or device than this was made for.
             RuntimeError: another call has not ended, or the model is gone.
         """
-        model, settings = self._model(), Sampling(**sampling)
+        model, settings = self._model(), Sampling.of("decoder", sampling)
         if model is None:
             raise RuntimeError("decoder: its model is gone; keep the model as long as the decoder")
         class_ids, image_ids = checked_ids(model, class_ids, image_ids, settings)

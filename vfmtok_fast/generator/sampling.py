@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -21,6 +23,14 @@ class Sampling:
     top_p: float = 1.0
     greedy: bool = False
     seed: int = 0
+
+    @classmethod
+    def of(cls, who: str, settings: Mapping[str, Any]) -> Sampling:
+        """From keywords that a user gave."""
+        known = cls.__dataclass_fields__
+        if unknown := [name for name in settings if name not in known]:
+            raise TypeError(f"{who}: no setting {', '.join(unknown)}; there are {', '.join(known)}")
+        return cls(**settings)
 
     def check(self) -> None:
         """Raise one line for a setting outside its range."""

@@ -339,8 +339,8 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
             if batch_size < 1:
                 raise ValueError(f"stream: batch_size must be at least 1, got {batch_size}")
         return batches(
-            self, class_ids, image_ids, Sampling(**sampling), batch_size=batch_size, memory=memory,
-            progress=progress, kv_dtype=kv_dtype,
+            self, class_ids, image_ids, Sampling.of("stream", sampling), batch_size=batch_size,
+            memory=memory, progress=progress, kv_dtype=kv_dtype,
         )  # fmt: skip
 
     @classmethod
