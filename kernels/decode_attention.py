@@ -272,8 +272,9 @@ def _store(out, acc, total, R: tl.constexpr, D: tl.constexpr):
     tl.store(out + o_row[:, None] * D + o_dim[None, :], value, mask=m)
 
 
-# The length is never specialised: it changes with every step, and 1 or 16 would compile anew.
-@triton.jit(do_not_specialize=["length"])
+# Never specialised: the length changes with every step, the pairs with the batch, and 1 or 16 would
+# compile anew.
+@triton.jit(do_not_specialize=["length", "pairs"])
 def _decode(
     q, keys, values, k_scale, v_scale, length, out, parts, arrived, pairs, heads, capacity,
     k_batch, k_head, v_batch, v_head,

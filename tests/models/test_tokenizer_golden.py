@@ -191,7 +191,9 @@ def test_enabled_gradients(case: Case):
     assert calls("deformable_sample") == {FAST: case.model.config.encoder_depth}
     for key, exact in truth.grads.items():
         allowed, error = (float((x.grads[key] - exact).norm()) for x in (ruler, ours))
-        assert error <= 2 * allowed + FLOAT32 * float(exact.norm()), key
+        # Which sample lies on an edge depends on a processor's last bits.
+        more = EDGE if key.startswith("encode_transformer.") else FLOAT32
+        assert error <= 2 * allowed + more * float(exact.norm()), key
 
 
 @dataclasses.dataclass

@@ -19,12 +19,18 @@ def fast(taking):
     yield from taking("linear")
 
 
+needs_bfloat16 = pytest.mark.skipif(
+    not cpu.BFLOAT16, reason="this processor has no instructions for bfloat16"
+)
+BFLOAT16 = pytest.param(torch.bfloat16, marks=needs_bfloat16)
+
+
 def make(*rows: int, K: int = 24, N: int = 17, dtype=torch.float32) -> list[Tensor]:
     draw = torch.Generator().manual_seed(0)
     return [torch.randn(s, generator=draw).to(dtype) for s in ((*rows, K), (N, K), (N,))]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("biased", [True, False])
 def test_against_float64(activation, biased: bool, dtype: torch.dtype, check_error):
@@ -62,7 +68,7 @@ def test_strides_and_what_is_not_finite(activation):
     assert got[1].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 def test_gate(dtype: torch.dtype, check_error):
     """silu of the first half times the second."""
     draw = torch.Generator().manual_seed(0)
@@ -94,6 +100,7 @@ def test_gradients(activation, trained: tuple[int, ...], check_error):
         check_error(*one)
 
 
+@needs_bfloat16
 def test_autocast_casts_as_torchs_own_layer_does():
     x, weight, bias = make(5)
     with torch.autocast("cpu", torch.bfloat16):

@@ -77,7 +77,10 @@ def test_a_run_on_a_cache_and_going_on_with_it(cache, config, tokenizer, tmp_pat
     assert torch.equal(theirs.head.weight, model.head.weight)
 
     assert cli.main(line(cache, out, config, *more, "--weight-decay", "0.1")) == 2
-    assert "settings have changed: weight_decay (there 0.05, here 0.1)\n" in capsys.readouterr().err
+    assert (
+        "settings have changed: weight_decay (there 0.05, here 0.1); to go on"
+        in capsys.readouterr().err
+    )
     assert cli.main(line(cache, out, config, *more, "--steps", "5", "--accept-changes")) == 0
     assert [line["step"] for line in log(out)] == [1, 2, 3, 4, 5]
     on = tmp_path / "on"
