@@ -102,10 +102,7 @@ def instructions(code: str) -> list[tuple[str, str]]:
 # those of weights: no kernel of a step writes them. A name in neither list is taken to touch
 # registers only, so a chip or compiler with new names for memory needs them added here.
 MEMORY = re.compile(r"^(LD|ST|ATOM|RED|CCTL|UBLK|UTMA|SUST|SULD|TEX|CALL|JMP|BRX|JMX|RET|EXIT)")
-# Shared memory (LDS, STS, ATOMS) is a program's own.
-HARMLESS = re.compile(
-    r"^(LDC|LDCU|LDC\..*|LDCU\..*|CCTL\.E\.PF2|LDG\.E\.EF(\..*)?|(LDS|STS|ATOMS)(\..*)?)$"
-)
+HARMLESS = re.compile(r"^(LDC|LDCU|LDC\..*|LDCU\..*|CCTL\.E\.PF2|LDG\.E\.EF(\..*)?)$")
 
 
 def early_accesses(code: str) -> list[str]:

@@ -48,8 +48,6 @@ _TILES = {"values": (2048, 4096, 8192, 16384), "stages": (1, 2, 3), "warps": (2,
 
 def _fits(setting) -> bool:
     """Sums of a tile in at most 64 registers a thread, and tiles on their way in shared memory."""
-    if getattr(setting, "resident", 0) and not setting.matrix:
-        return False
     return setting.values <= 2048 * setting.warps and setting.values * setting.stages <= 24576
 
 
@@ -58,7 +56,7 @@ HALF = Space(
     {**_TILES, "matrix": (0, 1), "resident": (0, 2, 3, 5)},
     {80: {"values": 8192, "stages": 2, "warps": 4, "matrix": 1, "resident": 0}},
     bits=("values", "warps", "matrix"),
-    valid=_fits,
+    valid=lambda s: _fits(s) and (s.matrix == 1 or s.resident == 0),
 )
 FLOAT32 = Space(
     "decode_attention.float32",
@@ -132,7 +130,7 @@ def _attend_vector(
 
 
 @triton.jit
-def _and_tile(b_q, k, v, k_scale, v_scale, m_key, b_top, b_sum, b_acc, D: tl.constexpr):
+def _with_tile(b_q, k, v, k_scale, v_scale, m_key, b_top, b_sum, b_acc, D: tl.constexpr):
     """The softmax so far [ROWS], [ROWS], [ROWS, C], and one more tile; scales are loaded or None.
 
     Keys and values of 8 bits are whole numbers, which every type of q holds.
@@ -181,7 +179,7 @@ def _attend_matrix(
         if k_scale is not None:
             k_s = tl.load(k_scale + start + o_key, mask=m_key, other=0.0)
             v_s = tl.load(v_scale + start + o_key, mask=m_key, other=0.0)
-        b_top, b_sum, b_acc = _and_tile(b_q, k, v, k_s, v_s, m_key, b_top, b_sum, b_acc, D)
+        b_top, b_sum, b_acc = _with_tile(b_q, k, v, k_s, v_s, m_key, b_top, b_sum, b_acc, D)
     return b_top, b_sum, b_acc
 
 
@@ -230,7 +228,7 @@ def _attend_pairs(
         b_top = tl.where(goes_on, b_top, float("-inf"))
         b_sum = tl.where(goes_on, b_sum, 0.0)
         b_acc = tl.where(goes_on, b_acc, 0.0)
-        b_top, b_sum, b_acc = _and_tile(b_q, k, v, k_s, v_s, m_key, b_top, b_sum, b_acc, D)
+        b_top, b_sum, b_acc = _with_tile(b_q, k, v, k_s, v_s, m_key, b_top, b_sum, b_acc, D)
         if i % tiles == tiles - 1:
             _store(out + i_pair * (R * D), b_acc, b_sum, R, D)
 
@@ -284,9 +282,8 @@ def _decode(
 ):  # fmt: skip
     """R queries of one row and one share of their keys; SHARING programs read the same keys.
 
-    RESIDENT: a program has its share of the pairs of a row and a head, one after the other.
-
     LENGTHS: 0 an int, 1 a tensor of one for all rows, 2 a tensor of one per row.
+    RESIDENT: a program has its share of the pairs of a row and a head, one after the other.
     """
     if OVERLAP:
         _wait_for_last()

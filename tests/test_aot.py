@@ -156,7 +156,7 @@ WAITING = """
         ("CCTL.E.PF2 [R2]", "LDG.E.128 R4, desc[UR4][R2.64]", "LDG.E.128"),
         ("CCTL.E.PF2 [R2]", "@P1 LDGSTS.E [R1], desc[UR4][R2.64]", "LDGSTS.E"),
         ("CCTL.E.PF2 [R2]", "STG.E desc[UR4][R2.64], R4", "STG.E"),
-        ("CCTL.E.PF2 [R2]", "LDS R4, [R1]", None),
+        ("CCTL.E.PF2 [R2]", "LDS R4, [R1]", "LDS R4"),
         ("CCTL.E.PF2 [R2]", "CCTL.IVALL", "CCTL.IVALL"),
         ("PREEXIT", "@P2 EXIT", "@P2 EXIT"),
         ("BRA `(.L_x_0)", "BRA `(.L_x_1)", "BRA `(.L_x_1)"),

@@ -52,17 +52,8 @@ ALLOWED["evaluation"] = BASE | {"cache"}
 ALLOWED["training"] = BASE | {"visualize", "cache", "evaluation"}
 # What a user imports: the models, the switch and the cache; the tools stand beside that.
 ALLOWED["__init__"] = {
-    *(
-        "switch",
-        "images",
-        "ops",
-        "tokenizer",
-        "generator",
-        "cache",
-        "tuner",
-        "training",
-        "evaluation",
-    ),
+    *("switch", "images", "ops", "tokenizer", "generator", "cache"),
+    *("tuner", "training", "evaluation"),
 }
 ALLOWED["cli"] = BASE | {
     *("untrained", "visualize", "cache", "sample_folder", "tuner", "evaluation", "training"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -179,3 +180,13 @@ def test_the_committed_records_are_of_one_device_and_commit_a_file():
             assert r["op"] == path.stem
             if r["gb_s"] is not None:
                 assert abs(r["percent_of_copy"] - 100 * r["gb_s"] / copy) < 0.11
+
+
+def test_the_ablations_page_has_the_table_of_its_records():
+    pytest.importorskip("matplotlib")
+    folder = BENCHMARKS / "ablation"
+    plot = runpy.run_path(str(folder / "plot.py"))
+    files = sorted((BENCHMARKS / "results" / "ablation").glob("*-*.json"))
+    records = [json.loads(file.read_text()) for file in files]
+    records.sort(key=lambda record: (record["seed"], record["variant"]))
+    assert len(records) >= 6 and plot["table"](records, 0.25) in (folder / "README.md").read_text()

@@ -195,15 +195,17 @@ def load_backbone(model: Model, backbone: str | Path | Mapping | None = None) ->
 
 
 def _split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A `GPT`'s weights with the two factors of a feed-forward layer apart, as the authors' are."""
+    """A `GPT`'s weights with the two factors of a feed-forward layer apart, as the authors' are.
+
+    Views of the same memory.
+    """
     parts = {}
     for key, value in state.items():
-        if ".gate_up." in key:
-            parts[key.replace("gate_up", "gate")], parts[key.replace("gate_up", "up")] = (
-                half.clone() for half in value.chunk(2)
-            )
-        else:
+        if ".gate_up." not in key:
             parts[key] = value
+            continue
+        for name, half in zip(("gate", "up"), value.chunk(2), strict=True):
+            parts[key.replace("gate_up", name)] = half
     return parts
 
 

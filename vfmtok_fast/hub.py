@@ -73,6 +73,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         near = folder if there else folder.parent
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=near) as temporary:
             finished = Path(temporary) / "model"
+            # Of push_to_hub=True, which would take the name of the folder that is given here.
             options["repo_id"] = options.get("repo_id") or folder.name
             try:
                 pushed = super().save_pretrained(finished, config=config or self.config, **options)

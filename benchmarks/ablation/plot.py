@@ -23,21 +23,24 @@ def reached(curve: list[dict], column: str, accuracy: float) -> int | None:
 
 
 def table(records: list[dict], accuracy: float) -> str:
-    """A row a variant; a run that never got there is told as such."""
+    """A row a variant, in it a number a seed; a run that never got there is told as such."""
     lines = [
-        f"| tokenizer | seeds | steps to {accuracy:.0%} | guided | at the end | guided |",
-        "|---|---|---|---|---|---|",
+        "| tokenizer | seeds | PSNR, held out | their group recognised | generated | guided | "
+        f"guided steps to {accuracy:.0%} |",
+        "|---|---|---|---|---|---|---|",
     ]
     for variant in dict.fromkeys(record["variant"] for record in records):
         runs = [record for record in records if record["variant"] == variant]
-        cells = [variant, str(len(runs))]
-        for column in COLUMNS:
-            steps = [reached(run["curve"], column, accuracy) for run in runs]
-            cells.append(", ".join("never" if step is None else f"{step:,}" for step in steps))
-        for column in COLUMNS:
-            last = [run["curve"][-1][column] for run in runs]
-            cells.append(", ".join(f"{value:.1%}" for value in last))
-        lines.append(f"| {' | '.join(cells)} |")
+        made, last = ([run["reconstructed"] for run in runs], [run["curve"][-1] for run in runs])
+        steps = [reached(run["curve"], "accuracy_guided", accuracy) for run in runs]
+        cells = [
+            [f"{run['seed']}" for run in runs],
+            [f"{one['psnr']:.1f} dB" for one in made],
+            [f"{one['accuracy']:.0%}" for one in made],
+            *([f"{point[column]:.0%}" for point in last] for column in COLUMNS),
+            ["never" if step is None else f"{step:,}" for step in steps],
+        ]
+        lines.append(f"| {' | '.join([variant, *map(', '.join, cells)])} |")
     return "\n".join(lines) + "\n"
 
 

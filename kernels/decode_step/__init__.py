@@ -281,15 +281,13 @@ def _add(x: Tensor, y: Tensor, weight: Tensor, attention: bool) -> None:
 )
 def _hidden(x: Tensor, norm: Tensor, weight: Tensor, eps: float) -> Tensor:
     """silu(gate) * up of RMSNorm(x)."""
+    if x.shape[0] > matrix.MAX_ROWS:
+        return linear(_normalised(x, norm, eps), weight, None, "swiglu")
     N = weight.shape[0] // 2
     out = torch.empty(x.shape[0], N, dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out
-    x, norm = _ready(x, norm, eps)
-    if x.shape[0] <= matrix.MAX_ROWS:
-        _product(GATED, GATE_ROWS, x, norm, weight, out, N, eps)
-        return out
-    return linear(x, weight, None, "swiglu")
+    if out.numel() > 0:
+        _product(GATED, GATE_ROWS, *_ready(x, norm, eps), weight, out, N, eps)
+    return out
 
 
 @registered(

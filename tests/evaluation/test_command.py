@@ -114,6 +114,9 @@ def test_probe(run, photos: Path, model: Path, tmp_path: Path):
     line = ("probe", photos, "--model", model, "--features", "codes", "--epochs", 12, "--out", out)
     code, _, errors = run(*line, "--test", photos)
     assert code == 2 and "those are the training pictures; name others" in errors
+    # The rate of so few would never have risen.
+    code, _, errors = run(*line, "--epochs", 3)
+    assert code == 2 and "3 epochs end within the protocol's 10 of warm-up" in errors
     others = tmp_path / "others"
     shutil.copytree(photos, others)
     # What is left out of the training pictures is not left out of these.

@@ -173,6 +173,12 @@ def test_no_folder_and_no_repo(offline: None, source: str):
         assert "come with the package are emoji" in message and "from_official" in message
 
 
+def test_a_runs_folder_names_its_model(tmp_path: Path):
+    GPT(GENERATOR).save_pretrained(tmp_path / "run" / "model")
+    with pytest.raises(FileNotFoundError, match=r"run is a run; its model is .*run/model$"):
+        GPT.from_pretrained(tmp_path / "run")
+
+
 def test_a_config_as_transformers_and_windows_write_it(folder: Path):
     path = folder / "config.json"
     config = json.loads(path.read_text())

@@ -9,20 +9,22 @@ a bad result.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import vfmtok_fast
 from vfmtok_fast import BackboneConfig, VFMTok, VFMTokConfig
 from vfmtok_fast.checkpoint import TOKENIZER_NAMES, official_name
 from vfmtok_fast.images import to_float
+from vfmtok_fast.tokenizer.region_encoder import RegionEncoder
 
 CONFIGS = {
     "tokenizer_small": VFMTokConfig(
@@ -41,8 +43,9 @@ FLOAT32 = torch.finfo(torch.float32).eps
 # a row). 24 blocks of about 16 roundings each, then 6 + 6 layers and 25 convolutions, stay below
 # 1000 in a row; the factor 8 is for sums inside an operation, which round more than once.
 DEEPEST = 8 * 1000**0.5 * FLOAT32
-# Of a gradient that passes through the sampling: a sample that lies on the edge of a cell takes its
-# slope from one side in float32 and from the other in float64. A few of 1.5 million do.
+# Of a gradient that passes through the region encoder: a sample that lies on the edge of a cell, or
+# a ReLU that is given zero but for rounding, takes its slope from one side in float32 and from the
+# other in float64. One or a few of millions do.
 EDGE = 1e-3
 # What `enable` takes on a CPU: the kernels where Triton's interpreter runs them.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -189,20 +192,27 @@ def test_enabled_gradients(case: Case):
     with vfmtok_fast.enable(ENCODE, strict=True):
         ours = train_once(case, case.model, count=1)
     assert calls("deformable_sample") == {FAST: case.model.config.encoder_depth}
+    kinks = sum(int((a != b).sum()) for a, b in zip(ours.sides, truth.sides, strict=True))
+    assert kinks <= 5
     for key, exact in truth.grads.items():
         allowed, error = (float((x.grads[key] - exact).norm()) for x in (ruler, ours))
-        # Which sample lies on an edge depends on a processor's last bits.
-        more = EDGE if key.startswith("encode_transformer.") else FLOAT32
-        assert error <= 2 * allowed + more * float(exact.norm()), key
+        # Which of them do depends on a processor's last bits.
+        kinked = key.startswith("encode_transformer.") and kinks > 0
+        more = EDGE if kinked else FLOAT32
+        assert error <= 2 * allowed + more * float(exact.norm()), (key, kinks)
 
 
 @dataclasses.dataclass
 class Branch:
-    """One training step of the encoder, the quantiser and the semantic branch."""
+    """One training step of the encoder, the quantiser and the semantic branch.
+
+    ``sides``: of each ReLU of the region encoder which values passed, and of each sample its cell.
+    """
 
     losses: dict[str, Tensor]
     semantic: Tensor
     grads: dict[str, Tensor]
+    sides: list[Tensor]
 
 
 def train_once(
@@ -217,7 +227,9 @@ def train_once(
     maps = [seen[f"level{i}"][:count] for i in range(4)]
     model.zero_grad(set_to_none=True)
     model.train()
-    quantized = model.quantizer(model.quantizer.queries(model.region_encoder(maps)))
+    with sides_of(model.region_encoder) as sides:
+        regions = model.region_encoder(maps)
+    quantized = model.quantizer(model.quantizer.queries(regions))
     semantic, loss = semantic_pass(maps[3], model, quantized.vectors)
     losses = {
         "loss_semantic": loss,
@@ -229,7 +241,33 @@ def train_once(
     named = {official_name(k, TOKENIZER_NAMES): p for k, p in model.named_parameters()}
     kept = [name.split("/")[1] for name in case.golden if name.startswith("gradnorm/")]
     grads = {key: named[key].grad.flatten().clone() for key in kept}
-    return Branch({k: v.detach() for k, v in losses.items()}, semantic.detach(), grads)
+    return Branch({k: v.detach() for k, v in losses.items()}, semantic.detach(), grads, sides)
+
+
+@contextlib.contextmanager
+def sides_of(encoder: RegionEncoder) -> Iterator[list[Tensor]]:
+    """Where a slope changes, on which side the values of a forward pass are."""
+    sides: list[Tensor] = []
+
+    def passed(_module, _given, made: Tensor) -> None:
+        sides.append(made.detach() > 0)
+
+    def cells(_module, _given, made: Tensor) -> None:
+        shape = encoder.layers[0].cross_attention.shape
+        offsets = made.detach().double().unflatten(-1, (*shape, 2))
+        sizes = torch.tensor([(w, h) for h, w in encoder.spatial_shapes]).double()[:, None]
+        points = encoder.reference_points.double()[:, :, None, :, None]
+        sides.append((points * sizes + offsets - 0.5).floor())
+
+    hooks = [m.register_forward_hook(passed) for m in encoder.modules() if isinstance(m, nn.ReLU)]
+    for layer in encoder.layers:
+        hooks.append(layer.up.register_forward_hook(passed))
+        hooks.append(layer.cross_attention.offsets.register_forward_hook(cells))
+    try:
+        yield sides
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def semantic_pass(target: Tensor, model: VFMTok, vectors: Tensor) -> tuple[Tensor, Tensor]:

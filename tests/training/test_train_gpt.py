@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from torch import Tensor
 from vfmtok_fast import GPT, GPTConfig, VFMTok, VFMTokConfig, cli
 from vfmtok_fast.cache import TokenCacheDataset, build
 from vfmtok_fast.cli import training_reports
-from vfmtok_fast.training import Codes, GPTTrainer, GPTTraining, NotFinite
+from vfmtok_fast.training import Codes, GPTTrainer, GPTTraining, NotFinite, generated
 from vfmtok_fast.training.estimate import estimate_gpt
 
 CONFIG = {"num_layers": 2, "num_heads": 2, "dim": 32, "ffn_multiple_of": 32}
@@ -377,6 +378,14 @@ def test_drop_path_skips_branches_of_some_samples_and_keeps_the_mean(make: Make)
     assert float(kept.mean()) == pytest.approx(1, abs=0.1)
     assert block.eval()._kept(branch) is branch
     assert make(drop_path=0.5).model.blocks[0].drop_path == 0
+
+
+def test_pictures_of_the_way_leave_no_keys_and_values(cache, config, tokenizer, tmp_path):
+    data = TokenCacheDataset(cache)
+    fields = {**CONFIG, "vocab_size": data.cache.manifest.codebook_size, "num_classes": 2}
+    model = GPT(GPTConfig(**fields, block_size=data.cache.manifest.num_tokens)).eval()
+    assert generated(VFMTok.from_pretrained(tokenizer))(model).dtype == np.uint8
+    assert model.kept.nbytes == 0
 
 
 def test_only_matrices_decay(make: Make):

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..errors import one_line
+from ..errors import is_out_of_memory, one_line
 from . import (
     cache,
     convert,
@@ -81,8 +81,7 @@ def _explained(error: Exception) -> str | None:
         return f"out of memory ({text})" if str(error) else "out of memory"
     if not isinstance(error, RuntimeError) or hasattr(error, "exit_code"):
         return text
-    # torch's own, which it raises for the CPU's memory as a plain RuntimeError.
-    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+    if is_out_of_memory(error):
         return (
             f"{text}; a smaller --batch-size needs less; a cache with another one is a new folder"
         )

@@ -66,12 +66,25 @@ def _renamed(value: str) -> str:
     raise argparse.ArgumentTypeError(f"is called --precision now: --precision {value}")
 
 
-def check_input(options: argparse.Namespace) -> None:
-    """Before the model, which may have to be downloaded: is the cache's input there?"""
+def check_input(options: argparse.Namespace, manifest: Manifest) -> None:
+    """Before the model, which may have to be downloaded: is the cache's input there?
+
+    And may it be the authors' tokenizer, which is meant where none is named?
+    """
     from ..cache.format.index import INDEX
     from ..cache.sources import open_again
     from ..cache.store import place
+    from ..tokenizer import VFMTokConfig
 
+    theirs = VFMTokConfig()
+    made = (manifest.image_size, manifest.num_tokens, manifest.codebook_size)
+    if made != (theirs.image_size, theirs.num_regions, theirs.codebook_size) and not (
+        options.model or options.tokenizer or options.untrained
+    ):
+        raise ValueError(
+            f"{options.out}: {made[1]} tokens of {made[2]} from {made[0]} pixels are not of the "
+            "authors' tokenizer; name the one that made them with --model"
+        )
     open_again(options.images, place(options.out) / INDEX, options.input)
 
 
@@ -99,16 +112,6 @@ def load_tokenizer(options: argparse.Namespace, device: str | None) -> VFMTok:
         file = options.tokenizer or checkpoint.fetch_official("tokenizer", "--tokenizer")
         model = VFMTok.from_official(file, options.backbone)
     return _moved(model.set_precision(options.precision), device)
-
-
-def check_named(options: argparse.Namespace, manifest: Manifest) -> None:
-    """Refuse to take the authors' tokenizer, and download it, for a cache that another one made."""
-    made = (manifest.image_size, manifest.num_tokens, manifest.codebook_size)
-    if made != (336, 256, 16_384) and not (options.model or options.tokenizer or options.untrained):
-        raise ValueError(
-            f"{options.out}: {made[1]} tokens of {made[2]} from {made[0]} pixels are not of the "
-            "authors' tokenizer; name the one that made them with --model"
-        )
 
 
 def load_gpt(options: argparse.Namespace, device: str | None) -> GPT:

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .models import (
-    add_input_option,
-    add_tokenizer_options,
-    check_input,
-    check_named,
-    load_tokenizer,
-    policy,
-)
+from .models import add_input_option, add_tokenizer_options, check_input, load_tokenizer, policy
 from .output import note, say
 
 SUMMARY = "tokenise again the shards of a cache that verify finds damaged"
@@ -28,8 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from .. import cache
 
-    check_named(options, cache.read_manifest(options.out))
-    check_input(options)
+    check_input(options, cache.read_manifest(options.out))
     tokenizer = load_tokenizer(options, options.device)
     with policy(options):
         made = cache.repair(

@@ -5,14 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .models import (
-    add_input_option,
-    add_tokenizer_options,
-    check_input,
-    check_named,
-    load_tokenizer,
-    policy,
-)
+from .models import add_input_option, add_tokenizer_options, check_input, load_tokenizer, policy
 from .output import note, say
 
 SUMMARY = "check every byte of a cache, and tokenise a sample of it again"
@@ -38,8 +31,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--sheet: the picture to write must be named .png, got {options.sheet}")
     manifest = cache.read_manifest(options.out)
     if options.images:
-        check_named(options, manifest)
-        check_input(options)
+        check_input(options, manifest)
     chosen = options.model or options.tokenizer or options.untrained
     tokenizer = load_tokenizer(options, options.device) if options.images or chosen else None
     with policy(options):

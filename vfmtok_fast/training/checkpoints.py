@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..cache.store import LocalPlace
-from ..errors import first_line
+from ..errors import first_line, is_out_of_memory
 
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 
@@ -66,7 +66,7 @@ def load(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError) as error:
         # A sound file, of which nobody should be told to remove it.
-        if getattr(error, "errno", None) is not None or "can't allocate memory" in str(error):
+        if getattr(error, "errno", None) is not None or is_out_of_memory(error):
             raise
         raise ValueError(
             f"{path}: a damaged checkpoint ({first_line(error)}); remove it to go on from the one "

@@ -25,7 +25,7 @@ from ..visualize import reconstruction_grid
 from . import checkpoints, processes
 from .data import Batch, Order, Pictures
 from .signals import collected
-from .trainer import NotFinite, Trainer
+from .trainer import ACCEPT, NotFinite, Trainer
 
 CHECKPOINTS, LOG, PICTURES = "checkpoints", "log.jsonl", "pictures"
 # Pictures and regions of a tokenizer's grids, columns (and rows) of a generator's.
@@ -112,7 +112,7 @@ class Run:
         # Arguments that the run did not know then are no change.
         before = {name: state["arguments"].get(name, own) for name, own in self.arguments.items()}
         if (problems := differences(before, self.arguments)) and not changed:
-            raise ValueError(f"resuming {path}: {problems}")
+            raise ValueError(f"resuming {path}: {problems}; {ACCEPT}")
         self.trainer.load_state_dict(state["trainer"], changed=changed)
         return path
 

@@ -246,9 +246,11 @@ class TokenizerTrainer(Trainer):
         for held in (codebook, self.ema.quantizer.codebook):
             _set_rows(held, unused, rows)
         moments = self.learner.moments(codebook)
-        # None yet where float16 has left all steps out so far.
-        for name in moments.keys() & {"exp_avg", "exp_avg_sq"}:
-            _set_rows(moments[name], unused, torch.zeros_like(rows))
+        # None yet where float16 has left all steps out so far. In one order on all processes,
+        # which exchange those of a sharded codebook.
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in moments:
+                _set_rows(moments[name], unused, torch.zeros_like(rows))
         self.revived_at[unused] = self.images
         return len(unused)
 

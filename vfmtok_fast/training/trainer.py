@@ -22,6 +22,8 @@ from .settings import Training
 Sums = dict[str, Tensor]
 # Of float16. Where gradients are infinite even then it is not the scale's fault.
 SMALLEST_SCALE = 2.0**-14
+# What to do about a run that is another one now.
+ACCEPT = "to go on all the same: --accept-changes, or changed=True"
 
 
 class NotFinite(ValueError):
@@ -169,19 +171,16 @@ class Trainer:
         Raises:
             ValueError: another model or changed settings; the line names all that differ.
         """
-        configs = [state["config"], dataclasses.asdict(self.model.config)]
-        # How often training leaves something out changes no weight's shape.
-        rates = [{k: v for k, v in each.items() if _is_rate(k)} for each in configs]
-        configs = [{k: v for k, v in each.items() if not _is_rate(k)} for each in configs]
+        there, here = dict(state["settings"]), dataclasses.asdict(self.settings)
+        configs = dict(state["config"]), dataclasses.asdict(self.model.config)
+        for config, settings in zip(configs, (there, here), strict=True):
+            # Rates of dropout stand in the model's config, and change none of its weights.
+            for name in [name for name in config if _is_rate(name)]:
+                settings[name] = config.pop(name)
         if problems := differences(*configs):
             raise ValueError(f"resuming: the model is another one: {problems}")
-        settings = (state["settings"], dataclasses.asdict(self.settings))
-        problems = differences(*(a | b for a, b in zip(settings, rates, strict=True)))
-        if problems and not changed:
-            raise ValueError(
-                f"resuming: settings have changed: {problems}; to go on with the new ones: "
-                "--accept-changes, or changed=True"
-            )
+        if (problems := differences(there, here)) and not changed:
+            raise ValueError(f"resuming: settings have changed: {problems}; {ACCEPT}")
         self._load_learned(self.model, state["model"])
         self._load_learned(self.ema, state["ema"])
         self.learner.load_state_dict(state["optimizer"])
