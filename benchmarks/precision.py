@@ -65,6 +65,17 @@ def product(layer: torch.nn.Linear, x: Tensor, kind: str | None) -> Tensor:
     return y if kind == "tf32" else narrow(y, kind)
 
 
+def attended(q: Tensor, k: Tensor, v: Tensor, kind: str | None, causal: bool = False) -> Tensor:
+    """Scores stay wide inside of a fused kernel; weights are rounded for the second product."""
+    if kind is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    q, k, v = (narrow(x, kind) for x in (q, k, v))
+    scores = q * q.shape[-1] ** -0.5 @ k.mT
+    if causal:
+        scores += scores.new_full(scores.shape[-2:], -math.inf).triu(1)
+    return narrow(narrow(scores.softmax(-1), kind) @ v, kind)
+
+
 def read(tok: VFMTok, images: Tensor, kinds: dict[str, str]) -> list[Tensor]:
     """The backbone's maps, with the parts that ``kinds`` names rounded."""
     backbone, vit = tok.backbone, tok.backbone.vit
@@ -80,12 +91,7 @@ def read(tok: VFMTok, images: Tensor, kinds: dict[str, str]) -> list[Tensor]:
         attention = block.attn
         qkv = product(attention.qkv, block.norm1(narrow(x, stream)), kinds.get("qkv"))
         q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        kind = kinds.get("attention")
-        # Scores and weights stay wide inside of a fused kernel; weights are rounded for the second
-        # product.
-        weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) if kind else None
-        mixed = narrow(weights, kind) @ v if kind else F.scaled_dot_product_attention(q, k, v)
-        mixed = narrow(mixed.transpose(1, 2).flatten(2), kind)
+        mixed = attended(q, k, v, kinds.get("attention")).transpose(1, 2).flatten(2)
         x = narrow(x, stream) + block.ls1(product(attention.proj, mixed, kinds.get("proj")))
         h = product(block.mlp.fc1, block.norm2(narrow(x, stream)), kinds.get("fc1"))
         h = product(block.mlp.fc2, narrow(F.gelu(h), kinds.get("fc1")), kinds.get("fc2"))
@@ -96,8 +102,8 @@ def read(tok: VFMTok, images: Tensor, kinds: dict[str, str]) -> list[Tensor]:
     return maps
 
 
-class RoundedLinear(TorchFunctionMode):
-    """Rounds both factors of every linear layer inside."""
+class Rounded(TorchFunctionMode):
+    """Rounds both factors of every linear layer inside; beside TF32 attention is float16."""
 
     def __init__(self, kind: str):
         super().__init__()
@@ -107,6 +113,8 @@ class RoundedLinear(TorchFunctionMode):
         if func is F.linear:
             x, weight, *bias = args
             args = (narrow(x, self.kind), narrow(weight, self.kind), *bias)
+        if func is F.scaled_dot_product_attention and self.kind == "tf32":
+            return attended(*args, "float16", causal=kwargs["is_causal"])
         return func(*args, **(kwargs or {}))
 
 
@@ -119,14 +127,14 @@ EMULATED: dict[str, tuple[dict[str, str], str | None]] = {
     "mixed": (all_products("float16"), "tf32"),
     "mixed, no tf32": (all_products("float16"), None),
     "mixed of bfloat16": (all_products("bfloat16"), None),
-    "tf32": (all_products("tf32"), "tf32"),
+    "tf32": (all_products("tf32") | {"attention": "float16"}, "tf32"),
     "float16": (all_products("float16") | {"stream": "float16"}, "float16"),
     "bfloat16": (all_products("bfloat16") | {"stream": "bfloat16"}, "bfloat16"),
 }
 
 
 def queries_of(tok: VFMTok, maps: list[Tensor], kind: str | None) -> Tensor:
-    with RoundedLinear(kind) if kind else contextlib.nullcontext():
+    with Rounded(kind) if kind else contextlib.nullcontext():
         return tok.quantizer.queries(tok.region_encoder(maps))
 
 
@@ -304,20 +312,25 @@ def main() -> None:
     described = {"weights": str(source), "emulated": not harness.GPU, "images": options.images.name}
     content = json.loads(path.read_text()) if path.exists() else {}
     if {key: content.get(key) for key in described} != described:
-        content = {**described, "crops": 0, "tokens_per_crop": tok.config.num_regions, "found": {}}
+        content = {**described, "tokens_per_crop": tok.config.num_regions, "found": {}}
     variants = real(model, device) if harness.GPU else emulations(options.parts)
     if options.only:
         variants = {name: variants[name] for name in options.only}
     batch = 64 if harness.GPU else BATCH
     fast = vfmtok_fast.enable(None if harness.GPU else "linear")
     with torch.inference_mode(), fast:
-        while content["crops"] < options.crops:
-            done = content["crops"]
-            count = min(batch, options.crops - done)
+        while True:
+            found = content["found"]
+            has = {name: len(found[name]["equal"]) if name in found else 0 for name in variants}
+            done = min(has.values())
+            if done >= options.crops:
+                break
+            # Each goes on where it ended itself.
+            count = min(batch, options.crops - done, *(n - done for n in has.values() if n > done))
+            behind = {name: variants[name] for name in variants if has[name] == done}
             views = np.stack(list(crops(options.images, tok.config.image_size, done, count)))
             decode = 0 if options.parts else max(0, min(count, DECODED - done))
-            measure(tok, to_float(views).to(device), variants, content["found"], decode)
-            content["crops"] = done + count
+            measure(tok, to_float(views).to(device), behind, found, decode)
             content["environment"] = harness.environment()
             harness.write_json(path, content)
 

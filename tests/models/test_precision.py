@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from vfmtok_fast import BackboneConfig, VFMTok, VFMTokConfig, cache
+from vfmtok_fast.tokenizer.attention import attend
 from vfmtok_fast.tokenizer.precision import PRECISIONS, computing, products
 
 SMALL = {
@@ -109,6 +111,25 @@ def test_the_process_keeps_its_own_switches(tf32, expected):
     assert switches() == before
     with computing(make()):  # On a CPU there is nothing to set.
         assert switches() == before
+
+
+def test_attention_beside_tf32_is_float16_where_no_gradient_is_asked_for():
+    q, k, v = torch.randn(3, 2, 4, 9, 16, generator=torch.Generator().manual_seed(0))
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    narrow = F.scaled_dot_product_attention(q.half(), k.half(), v.half(), is_causal=True).float()
+    assert not torch.equal(narrow, exact)
+    with computing(SimpleNamespace(device=torch.device("cuda"), tf32=True)):
+        assert torch.equal(attend(q, k, v, is_causal=True), exact)
+        with torch.no_grad():
+            got = attend(q, k, v, is_causal=True)
+            assert got.dtype == torch.float32 and torch.equal(got, narrow)
+            assert attend(q.double(), k.double(), v.double()).dtype == torch.float64
+            with computing(SimpleNamespace(device=torch.device("cuda"), tf32=False)):
+                assert torch.equal(attend(q, k, v, is_causal=True), exact)
+            compiled = torch.compile(attend, backend="eager", fullgraph=True)
+            assert torch.equal(compiled(q, k, v, is_causal=True), exact)
+    with torch.no_grad():
+        assert torch.equal(attend(q, k, v, is_causal=True), exact)
 
 
 def test_a_cache_holds_it(tmp_path):

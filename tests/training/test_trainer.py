@@ -145,13 +145,13 @@ def test_before_its_start_the_discriminator_counts_steps_and_stays(make, images:
 
 
 def test_float16_has_an_idle_discriminator_too(make, images: Tensor):
-    trainer = make(discriminator_start=3, precision="float16")
-    for step in (1, 2):
-        assert trainer.step(images)["disc_grad_norm"] == 0 and judge_steps(trainer) == step
+    # One picture: some processors' convolutions have no fast gradient in float16.
+    trainer, image = make(discriminator_start=2, precision="float16"), images[:1]
+    assert trainer.step(image)["disc_grad_norm"] == 0 and judge_steps(trainer) == 1
     assert trainer.judge.scaler.get_scale() == 65536
-    norms = [trainer.step(images)["disc_grad_norm"] for _ in range(4)]
+    norms = [trainer.step(image)["disc_grad_norm"] for _ in range(4)]
     learned = [norm for norm in norms if math.isfinite(norm)]  # others: the scale was too large
-    assert learned and min(learned) > 0 and judge_steps(trainer) == 2 + len(learned)
+    assert learned and min(learned) > 0 and judge_steps(trainer) == 1 + len(learned)
 
 
 def test_an_idle_discriminator_can_be_left_out(make, images: Tensor):
@@ -262,9 +262,9 @@ def test_codes_without_use_start_anew_at_queries(make, images: Tensor):
 
 
 def test_codes_start_anew_where_float16_has_left_all_steps_out(make, images: Tensor):
-    trainer = make(judge=False, revive_after=6, precision="float16")
+    trainer = make(judge=False, revive_after=2, precision="float16")
     trainer.learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
-    terms = [trainer.step(images) for _ in range(2)]
+    terms = [trainer.step(images[:1]) for _ in range(2)]
     assert not math.isfinite(terms[1]["grad_norm"]) and terms[1]["revived"] > 0
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..bars import bar
 from .cache import open_input
 from .evaluate_options import add_generation, add_probe, add_reconstruction, add_sweep
 from .models import check_seed, checked_device, load_gpt, load_tokenizer, policy
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     import torch
-    from tqdm import tqdm
 
     from ..evaluation import Generation, Inception
     from ..training import LPIPS
@@ -60,11 +60,11 @@ def _reconstruction(options: argparse.Namespace, out: Path) -> None:
     lpips = _lpips(options)
     tokenizer = load_tokenizer(options, options.device)
     inception = None if options.no_inception else _inception(options, tokenizer.device)
-    with policy(options), _bar(protocol.num, "reconstruct") as bar:
+    with policy(options), bar(protocol.num, "img", "reconstruct") as shown:
         result = evaluation.evaluate_reconstruction(
             tokenizer, source, protocol, inception,
             lpips=None if lpips is None else lpips.to(tokenizer.device),
-            batch_size=options.batch_size, workers=options.workers, advance=bar.update,
+            batch_size=options.batch_size, workers=options.workers, advance=shown.update,
         )  # fmt: skip
     _report(result, out)
 
@@ -74,10 +74,10 @@ def _generation(options: argparse.Namespace, out: Path) -> None:
 
     protocol = _against(options)
     inception = _inception(options, checked_device(options.device))
-    with _bar(None, "Inception") as bar:
+    with bar(None, "img", "Inception") as shown:
         result = evaluation.evaluate_generation(
             options.samples, options.reference, protocol, inception,
-            labelled=not options.no_labels, batch_size=options.batch_size, advance=bar.update,
+            labelled=not options.no_labels, batch_size=options.batch_size, advance=shown.update,
         )  # fmt: skip
     _report(result, out)
 
@@ -109,10 +109,10 @@ def _sweep(options: argparse.Namespace, out: Path) -> None:
     for scale, job in zip(options.cfg_scale, jobs, strict=True):
         fill(options, job, sample_folder.pending(job), None)
         sample_folder.finish(job)
-        with _bar(None, f"Inception, scale {scale:g}") as bar:
+        with bar(None, "img", f"Inception, scale {scale:g}") as shown:
             found = evaluation.evaluate_generation(
                 job.out, options.reference, protocol, inception, batch_size=options.batch_size,
-                advance=bar.update,
+                advance=shown.update,
             )  # fmt: skip
         results.append({"cfg_scale": scale, **found})
     _warn(line for result in results for line in result["warnings"])
@@ -141,10 +141,10 @@ def _probe(options: argparse.Namespace, out: Path) -> None:
         if (test.root, test.chosen) == (train.root, train.chosen):
             raise ValueError(f"--test {options.test}: those are the training pictures; name others")
     tokenizer = load_tokenizer(options, options.device)
-    with policy(options), _bar(options.num, "features") as bar:
+    with policy(options), bar(options.num, "img", "features") as shown:
         result = evaluation.evaluate_probe(
             tokenizer, train, test, probe, options.features, num=options.num,
-            batch_size=options.batch_size, workers=options.workers, advance=bar.update,
+            batch_size=options.batch_size, workers=options.workers, advance=shown.update,
         )  # fmt: skip
     _report(result, out)
 
@@ -193,12 +193,6 @@ def _lpips(options: argparse.Namespace) -> LPIPS | None:
     if options.lpips_linear is not None:
         raise ValueError("--lpips-linear goes with --vgg16")
     return None
-
-
-def _bar(total: int | None, what: str) -> tqdm:
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="img", desc=what, disable=None)
 
 
 def _report(result: dict[str, Any], out: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..bars import bar
 from .choices import PRECISIONS
 from .models import add_tokenizer_options, load_gpt, load_tokenizer, policy
 from .output import say, write_png
@@ -115,18 +116,14 @@ def fill(
     hidden: bool = False,
 ) -> int:
     """Make some shards of a prepared folder behind a progress bar; how many images they hold."""
-    from tqdm import tqdm
-
     from .. import sample_folder
 
     count = sum(len(job.rows(number)) for number in numbers)
-    # None: hidden where there is no terminal.
-    bar = tqdm(total=count, unit="img", desc="sample", disable=hidden or None)
-    with policy(options), bar:
+    with policy(options), bar(count, "img", "sample", hidden=hidden) as shown:
 
         def generating(done: int, codes: int) -> None:
-            bar.set_postfix_str(f"codes {done / codes:.0%}", refresh=False)
-            bar.update(0)  # Drawn as often as bars are.
+            shown.set_postfix_str(f"codes {done / codes:.0%}", refresh=False)
+            shown.update(0)  # Drawn as often as bars are.
 
-        sample_folder.make_shards(job, numbers, batch_size, bar.update, generating)
+        sample_folder.make_shards(job, numbers, batch_size, shown.update, generating)
     return count

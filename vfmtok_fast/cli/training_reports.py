@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..bars import bar
 from .output import note, say
 
 # Of TensorBoard, in the run's folder.
@@ -19,13 +20,11 @@ def reports(
     options: argparse.Namespace, out: Path, done: int, steps: int
 ) -> Iterator[Callable[[dict], None]]:
     """Who is told of each line of the log."""
-    from tqdm import tqdm
-
-    bar = tqdm(total=steps, initial=done, unit="step", disable=None)
+    shown = bar(steps, "step", done=done)
 
     def show(line: dict) -> None:
-        bar.set_postfix_str(told(line))
-        bar.update(line["step"] - bar.n)
+        shown.set_postfix_str(told(line), refresh=False)
+        shown.update(line["step"] - shown.n)
 
     yield show
     if options.json:

@@ -1,4 +1,4 @@
-"""Causal self-attention, shared by region encoder and token decoder."""
+"""Attention: torch's fused one, and the causal layer of region encoder and token decoder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .layers import Linear
+from .precision import attention_dtype
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    """Fused softmax attention of [B, heads, T, D] in the dtype that the precision asks for."""
+    dtype = attention_dtype(q)
+    mixed = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), **options)
+    return mixed.to(q.dtype)
 
 
 class CausalSelfAttention(nn.Module):
@@ -31,5 +39,5 @@ class CausalSelfAttention(nn.Module):
             for project in (self.q, self.k, self.v)
         )
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        mixed = attend(q, k, v, dropout_p=dropout, is_causal=True)
         return self.out(rearrange(mixed, "b h t d -> b t (h d)"))

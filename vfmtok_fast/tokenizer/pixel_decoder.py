@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from .. import ops
 from ..functional import through
+from .attention import attend
 from .config import VFMTokConfig
 
 
@@ -55,7 +55,7 @@ class SpatialAttention(nn.Module):
         h = rearrange(self.norm(x), "b c y x -> b 1 (y x) c").contiguous()
         q, k, v = (_rows(project, h) for project in (self.q, self.k, self.v))
         # One head over all pixels.
-        mixed = _rows(self.out, F.scaled_dot_product_attention(q, k, v))
+        mixed = _rows(self.out, attend(q, k, v))
         return x + rearrange(mixed, "b 1 (y x) c -> b c y x", y=x.shape[2])
 
 

@@ -1,10 +1,11 @@
 """In which precision a tokenizer computes: what its weights are held in, and TF32 or not.
 
 - ``float32``: exact; on a GPU without TF32, which cuDNN's convolutions would else take.
-- ``tf32``: float32 weights, products of 10-bit mantissas on a GPU's matrix unit; on a CPU float32.
+- ``tf32``: float32 weights, products of 10-bit mantissas on a GPU's matrix unit, attention in
+  float16, which has as many bits; on a CPU float32.
 - ``float16``, ``bfloat16``: all weights.
 - ``mixed``: float16 products in the foundation model, which are nearly all of `encode`; its
-  residual stream and norms, and all that follows, are float32, with TF32 products on a GPU.
+  residual stream and norms, and all that follows, are float32, on a GPU as in ``tf32``.
 
 README.md has the share of tokens that each leaves as they are, docs/exactness.md which part costs
 how many.
@@ -13,15 +14,17 @@ how many.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import threading
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16", "mixed")
 # torch's switches for TF32 are the process's: one call at a time sets them.
 _switches = threading.RLock()
+_tf32 = contextvars.ContextVar("tf32", default=False)
 
 
 def products(vit: nn.Module) -> Iterator[nn.Module]:
@@ -77,7 +80,8 @@ def precision_of(model: nn.Module) -> str:
 def computing(model: nn.Module) -> Iterator[None]:
     """Float32 products on a GPU with or without TF32, as ``model`` has it, for the time of a block.
 
-    Calls of several threads take turns. Under torch.compile the process's own switches count.
+    `attention_dtype` follows. Calls of several threads take turns. Under torch.compile the
+    process's own switches count.
     """
     if torch.compiler.is_compiling() or not model.device.type == "cuda":
         yield
@@ -87,7 +91,25 @@ def computing(model: nn.Module) -> Iterator[None]:
     with _switches:
         before = matmul.fp32_precision, conv.fp32_precision
         matmul.fp32_precision = conv.fp32_precision = wanted
+        token = _tf32.set(model.tf32)
         try:
             yield
         finally:
+            _tf32.reset(token)
             matmul.fp32_precision, conv.fp32_precision = before
+
+
+def attention_dtype(x: Tensor) -> torch.dtype:
+    """What to attend in: that of ``x``, but float16 for float32 where products are TF32.
+
+    torch's fused attention keeps float32 by three TF32 products for one, on an H200 at a sixth of
+    float16's rate (predicted). Gradients need float32's range.
+    """
+    if (
+        x.dtype != torch.float32
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or not _tf32.get()
+    ):
+        return x.dtype
+    return torch.float16

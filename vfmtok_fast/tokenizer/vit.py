@@ -7,10 +7,10 @@ products in half precision is a matter of which dtype the weights are held in.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .attention import attend
 
 
 def is_plain(vit: nn.Module) -> bool:
@@ -118,5 +118,4 @@ def _attend(attention: nn.Module, x: Tensor) -> Tensor:
     qkv = _product(attention.qkv, x).unflatten(-1, (3, attention.num_heads, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     q, k = attention.q_norm(q), attention.k_norm(k)
-    mixed = F.scaled_dot_product_attention(q, k, v)
-    return _product(attention.proj, mixed.transpose(1, 2).flatten(2))
+    return _product(attention.proj, attend(q, k, v).transpose(1, 2).flatten(2))

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from tqdm import tqdm
-
+from ...bars import bar
 from ..format import shards
 from .encode import Waits
 from .job import Job, is_missing
@@ -131,15 +130,14 @@ def reporting(
     progress: bool | Callable[[Progress], None], total: int, done: int
 ) -> Iterator[Callable[[Progress], None]]:
     if callable(progress) or not progress:
-        # No tqdm without a bar: forked processes share its lock, and one that is killed keeps it.
+        # No tqdm without need: forked processes share its lock, and one that is killed keeps it.
         yield progress or (lambda state: None)
         return
-    # disable=None: tqdm's word for "off where stderr is no terminal".
-    with tqdm(total=total, initial=done, unit="img", desc="cache", disable=None) as bar:
+    with bar(total, "img", "cache", done) as shown:
 
         def report(state: Progress) -> None:
-            bar.update(state.done - bar.n)
             waits = f"{state.data_wait:.0%} data, {state.device_wait:.0%} device"
-            bar.set_postfix(bad=state.bad, waiting=waits, refresh=False)
+            shown.set_postfix(bad=state.bad, waiting=waits, refresh=False)
+            shown.update(state.done - shown.n)
 
         yield report

@@ -1,0 +1,54 @@
+"""How far a command has come: a bar in a terminal, a line a minute in a log."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+from tqdm import tqdm
+
+# Seconds between lines where stderr is no terminal; what is done sooner prints none.
+INTERVAL = 60
+
+
+def bar(
+    total: int | None, unit: str, desc: str | None = None, done: int = 0, hidden: bool = False
+) -> tqdm:
+    """A started bar on stderr, of which ``done`` is done; to be closed."""
+    hidden = hidden or sys.stderr is None or sys.stderr.closed
+    kind = tqdm if hidden or sys.stderr.isatty() else _Lines
+    return kind(total=total, initial=done, unit=unit, desc=desc, disable=hidden)
+
+
+LINE = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
+
+class _Lines(tqdm):
+    """Plain lines, as logs of batch jobs want them."""
+
+    def __init__(self, **options):
+        super().__init__(
+            **options,
+            delay=INTERVAL,
+            mininterval=INTERVAL,
+            miniters=0,
+            bar_format=LINE,
+            leave=False,
+        )
+
+    @staticmethod
+    def status_printer(file):
+        def write(text: str) -> None:
+            if text:
+                print(text, file=file, flush=True)
+
+        return write
+
+    def close(self) -> None:
+        if self.disable:
+            return
+        if self._time() >= self.start_t + self.delay:
+            self.refresh()
+        # A bar is wiped away with what would stand in a log.
+        self.fp = io.StringIO()
+        super().close()
