@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import os
 import re
 from pathlib import Path
 
@@ -59,6 +61,22 @@ def test_a_run_and_going_on_with_it(photos: Path, config: Path, tmp_path: Path, 
     del line[line.index("--config") : line.index("--config") + 2]
     assert cli.main(line) == 0
     assert VFMTok.from_pretrained(tmp_path / "on" / "model").config == model.config
+
+
+def test_two_runs_do_not_share_a_folder(photos: Path, config: Path, tmp_path: Path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    folder = os.open(out, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    assert cli.main(arguments(photos, out, config, *SMALL)) == 2
+    assert f"{out}: another process trains there" in capsys.readouterr().err
+    assert list(out.iterdir()) == []
+    os.close(folder)
+    assert cli.main(arguments(photos, out, config, *SMALL, "--lr", "-1")) == 2
+    assert "lr must be" in capsys.readouterr().err and out.is_dir()
+    new = tmp_path / "new"
+    assert cli.main(arguments(photos, new, config, *SMALL, "--lr", "-1")) == 2
+    assert not new.exists()
 
 
 @pytest.mark.slow

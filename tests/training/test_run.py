@@ -143,6 +143,22 @@ def test_an_input_that_goes_away_saves_first(begin: Begin, whole: Run, tmp_path:
     check_equal(whole, second)
 
 
+def test_pictures_that_cannot_be_shown_lose_no_steps(begin: Begin, whole: Run, tmp_path: Path):
+    first = begin(tmp_path / "blind")
+    first.show_every = 3
+
+    def show(model: torch.nn.Module):
+        raise RuntimeError("out of memory")
+
+    first.show = show
+    with pytest.raises(RuntimeError, match="out of memory"):
+        first.train()
+    second = begin(tmp_path / "blind")
+    assert second.resume() == tmp_path / "blind" / "checkpoints" / "step-00000003.pt"
+    second.train()
+    check_equal(whole, second)
+
+
 def test_a_signal_that_comes_twice_at_once_counts_once(monkeypatch):
     """A scheduler tells all processes, and torchrun tells its own again."""
     was = signal.getsignal(signal.SIGHUP)

@@ -62,7 +62,7 @@ def log(out: Path) -> list[dict]:
 
 def test_a_run_on_a_cache_and_going_on_with_it(cache, config, tokenizer, tmp_path, capsys):
     out = tmp_path / "run"
-    more = ("--tokenizer", tokenizer, "--show-every", "3")
+    more = ("--model", tokenizer, "--show-every", "3")
     assert cli.main(line(cache, out, config, *more)) == 0, capsys.readouterr().err
     assert "3 steps, 1.50 epochs" in capsys.readouterr().out
     lines = log(out)
@@ -92,7 +92,7 @@ def test_a_run_on_a_cache_and_going_on_with_it(cache, config, tokenizer, tmp_pat
 
 
 def test_pictures_instead_of_a_cache(photos, config, tokenizer, tmp_path, capsys):
-    assert cli.main(line(photos, tmp_path / "run", config, "--tokenizer", tokenizer)) == 0
+    assert cli.main(line(photos, tmp_path / "run", config, "--model", tokenizer)) == 0
     (last,) = log(tmp_path / "run")[-1:]
     assert last["bad_pictures"] == 0 and last["codes_share"] > 0
     assert cli.main(line(photos, tmp_path / "other", config)) == 2
@@ -114,7 +114,7 @@ def test_a_cache_in_half_precision_knows_its_tokenizer(
     build(photos, tmp_path / "cache", half)
     VFMTok(tiny).save_pretrained(tmp_path / "other")
     for folder, code in ((tokenizer, 0), (tmp_path / "other", 2)):
-        more = ("--tokenizer", folder, "--steps", "1", "--show-every", "0")
+        more = ("--model", folder, "--steps", "1", "--show-every", "0")
         assert cli.main(line(tmp_path / "cache", tmp_path / f"run{code}", config, *more)) == code
     assert "its tokens are of another tokenizer than" in capsys.readouterr().err
 
@@ -147,7 +147,7 @@ def test_refusals(cache, photos, config, tokenizer, tmp_path, tiny, capsys):
         (("--warmup-epochs", "inf"), config, "--warmup-epochs must be a number of at least 0"),
         (("--seed", str(2**70)), config, "--seed must be in [-2^63, 2^64)"),
         (("--show-every", "-1"), config, "--show-every must be at least 0"),
-        (("--tokenizer", tmp_path / "other"), config, "its tokens are of another tokenizer than"),
+        (("--model", tmp_path / "other"), config, "its tokens are of another tokenizer than"),
         ((), narrow, "of vocab_size 128 cannot learn from tokens of another codebook"),
         ((), few, "has 2 classes, more than the generator's 1"),
         (("--overfit", "11"), config, "has 10 pictures, not 11"),
@@ -179,7 +179,7 @@ def test_other_pictures_or_views_are_another_run(
     moved = tmp_path / "moved"
     shutil.copytree(photos, moved)
     first = min(path for path in moved.iterdir() if path.is_dir())
-    online = ("--tokenizer", tokenizer)
+    online = ("--model", tokenizer)
     assert cli.main(line(moved, tmp_path / "online", config, *online)) == 0
     first.rename(moved / "zebra")
     assert "pictures_sha256 (there " in refused(moved, "online", *online)
@@ -325,9 +325,9 @@ def test_dropout_and_drop_path_together(cache, config, tmp_path):
 def test_what_lies_in_the_folder(cache, photos, config, tokenizer, tiny, tmp_path, capsys):
     """Another tokenizer's codes; a run killed before its first checkpoint; others' files."""
     out = tmp_path / "run"
-    assert cli.main(line(photos, out, config, "--tokenizer", tokenizer)) == 0
+    assert cli.main(line(photos, out, config, "--model", tokenizer)) == 0
     VFMTok(tiny).save_pretrained(tmp_path / "other")
-    assert cli.main(line(photos, out, config, "--tokenizer", tmp_path / "other")) == 2
+    assert cli.main(line(photos, out, config, "--model", tmp_path / "other")) == 2
     assert "step-00000003.pt: tokens (there " in capsys.readouterr().err
     for path in (out / "checkpoints").iterdir():
         path.unlink()

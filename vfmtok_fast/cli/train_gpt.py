@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "input_path",
         metavar="CACHE",
-        help="what `cache` made; or pictures as `cache` reads them, with --tokenizer, which then "
+        help="what `cache` made; or pictures as `cache` reads them, with --model, which then "
         "makes their codes at each step",
     )
     parser.add_argument("out", metavar="OUT", help="the run: a new folder, or one to go on with")
@@ -43,9 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--views", nargs="+", metavar="VIEW", help="of the cache, of which each epoch draws; all"
     )
     parser.add_argument(
-        "--tokenizer",
-        metavar="FOLDER",
-        help="of the cache, in the format of from_pretrained: checked, and used to show pictures",
+        "--model",
+        metavar="TOKENIZER",
+        help="the cache's tokenizer, a folder, a hub repo or emoji: checked, and used to show "
+        "pictures",
     )
     parser.add_argument(
         "--overfit",
@@ -66,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     source = group.add_mutually_exclusive_group()
-    source.add_argument("--gpt", choices=PRESETS, default="GPT-B", help="its size (%(default)s)")
+    source.add_argument("--preset", choices=PRESETS, default="GPT-B", help="its size (%(default)s)")
     source.add_argument("--config", metavar="FILE", help="JSON with fields of GPTConfig")
     source.add_argument("--start-from", metavar="FOLDER", help="a generator to train on")
     group.add_argument("--dropout", type=float, help="of embeddings and branches (0.1)")
@@ -145,8 +146,8 @@ def _data(
     from ..training import Codes, OnlineCodes
 
     tokenizer = None
-    if options.tokenizer is not None:
-        tokenizer = VFMTok.from_pretrained(options.tokenizer)
+    if options.model is not None:
+        tokenizer = VFMTok.from_pretrained(options.model)
     if (place(options.input_path) / NAME).exists():
         choices = ("input", "split", "include", "exclude", "image_column", "label_column")
         if given := [name for name in choices if getattr(options, name)]:
@@ -165,7 +166,7 @@ def _data(
     if tokenizer is None:
         raise ValueError(
             f"{options.input_path}: no token cache; make one with vfmtok-fast cache, or name the "
-            "--tokenizer that makes the codes of these pictures"
+            "--model that makes the codes of these pictures"
         )
     if options.overfit is not None or options.views is not None:
         name = "--views" if options.overfit is None else "--overfit"
@@ -185,7 +186,7 @@ def _check_tokenizer(tokenizer: VFMTok, manifest: Manifest, options: argparse.Na
     rounded = copy.deepcopy(tokenizer).set_precision(manifest.covers["dtype"])
     if weights_checksum(rounded.state_dict()) != manifest.covers["weights_sha256"]:
         raise ValueError(
-            f"{options.input_path}: its tokens are of another tokenizer than {options.tokenizer}; "
+            f"{options.input_path}: its tokens are of another tokenizer than {options.model}; "
             "name that one, or make the cache anew"
         )
 
@@ -213,7 +214,7 @@ def _config(
         fields = read_config(Path(options.config).expanduser())
         config = config_from_mapping(GPTConfig, {**own, **fields})
     else:
-        config = GPTConfig.preset(options.gpt, **own)
+        config = GPTConfig.preset(options.preset, **own)
     for name in ("vocab_size", "block_size"):
         if getattr(config, name) != own[name]:
             raise ValueError(

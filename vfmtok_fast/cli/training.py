@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import math
 import os
 from pathlib import Path
@@ -168,7 +169,10 @@ def run_to_end(
     rank, world_size, options.device = among_processes(options.device)
     if options.sharded and world_size == 1:
         raise ValueError("--sharded needs several processes, as torchrun starts them")
-    with _deterministic(options), _together(rank, world_size, options.device), policy(options):
+    with (
+        _deterministic(options), _together(rank, world_size, options.device), _alone(out, rank),
+        policy(options),
+    ):  # fmt: skip
         work = prepare(options, out, rank, world_size)
         work.save_every, work.log_every = options.save_every, options.log_every
         work.show_every, work.keep = options.show_every, options.keep
@@ -203,6 +207,33 @@ def _check_out(out: Path) -> None:
     begun = LOG in names and names <= {CHECKPOINTS, LOG, PICTURES, EVENTS}
     if names and not begun and checkpoints.latest(out / CHECKPOINTS) is None:
         raise FileExistsError(f"{out} is neither empty nor a run to go on with; choose a new one")
+
+
+@contextlib.contextmanager
+def _alone(out: Path, rank: int) -> Iterator[None]:
+    """Lock a run's folder, for its first process; the system unlocks it when that ends."""
+    from ..cache.store import LocalPlace
+
+    if rank:
+        yield
+        return
+    new = not out.exists()
+    LocalPlace(out).make_folder()
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(
+                f"{out}: another process trains there; wait for it, or choose another folder"
+            ) from error
+        except OSError:
+            pass  # Some network disks lock no folders.
+        yield
+    finally:
+        os.close(folder)
+        if new:  # If the run was refused, it is empty.
+            LocalPlace(out).remove_folder()
 
 
 @contextlib.contextmanager

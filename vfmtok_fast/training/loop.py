@@ -87,6 +87,8 @@ class Run:
     peak: float | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
+    # Steps of the newest checkpoint, or those that the run began with.
+    _saved: int = field(default=0, init=False, repr=False)
 
     def resume(self, *, changed: bool = False) -> Path | None:
         """Go on from the folder's newest checkpoint; None if there is none.
@@ -119,9 +121,11 @@ class Run:
     def save(self) -> Path:
         """Write a checkpoint of now; of several processes the first one does."""
         state = {"trainer": self.trainer.state_dict(), "arguments": self.arguments}
-        if processes.rank():
-            return self.out / CHECKPOINTS
-        return checkpoints.save(self.out / CHECKPOINTS, self.trainer.steps, state, self.keep)
+        path = self.out / CHECKPOINTS
+        if processes.rank() == 0:
+            path = checkpoints.save(path, self.trainer.steps, state, self.keep)
+        self._saved = self.trainer.steps
+        return path
 
     def train(self) -> None:
         """Step by step to the end; the last state is saved.
@@ -130,25 +134,19 @@ class Run:
             NotFinite: told with the pictures of that batch; the state before it is saved.
             Stopped: by a signal, after the step that it met; that state is saved.
 
-        What else goes wrong while one process reads is raised too, when the state is saved.
+        What else goes wrong while one process reads or shows is raised when the state is saved.
         """
         trainer = self.trainer
         LocalPlace(self.out).make_folder()
         self._begin_log()
         batches = self.data.batches(trainer.steps)
         sums: dict[str, list[float]] = {}
-        saved = trainer.steps
+        self._saved = trainer.steps
         trainer.clock.read()
         with contextlib.closing(batches), collected() as came:
             while trainer.steps < self.steps:
-                try:
-                    with trainer.clock.stage("data"):
-                        batch = next(batches)
-                except Exception:
-                    # Of several processes the others cannot know.
-                    if processes.world_size() == 1 and trainer.steps > saved:
-                        self.save()
-                    raise
+                with self._saving(), trainer.clock.stage("data"):
+                    batch = next(batches)
                 for name, value in self._step(batch).items():
                     sums.setdefault(name, []).append(value)
                 # A signal may reach one process only, and all must stop at the same step.
@@ -160,11 +158,23 @@ class Run:
                     sums = {}
                 # Before anything is shown, which takes time that a signal may not leave.
                 if number % self.save_every == 0 or last:
-                    path, saved = self.save(), number
+                    path = self.save()
                 if stop:
                     raise Stopped(stop, path)
                 if self.show and self.show_every and (number % self.show_every == 0 or last):
-                    self._show()
+                    with self._saving():
+                        self._show()
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Around what happens between steps: where it goes wrong, they are not lost."""
+        try:
+            yield
+        except Exception:
+            # Of several processes the others cannot know.
+            if processes.world_size() == 1 and self.trainer.steps > self._saved:
+                self.save()
+            raise
 
     def _step(self, batch: Batch) -> dict[str, float]:
         try:

@@ -58,7 +58,10 @@ class TokenCache:
             raise ValueError(f"{out}: has the views {', '.join(names)}, not {view!r}")
         self._view = slice(None) if view is None else names.index(view)
         if not partial and not (self.out / COMPLETE).exists():
-            raise ValueError(f"{out}: not complete; finish it, or pass partial=True")
+            raise ValueError(
+                f"{out}: not complete; finish it with `vfmtok-fast cache`; in Python partial=True "
+                "takes what is there"
+            )
         rows, labels = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
         self._files: dict[int, _Rows] = {}
         self._partial, self._digests = partial, {}
