@@ -24,6 +24,7 @@ from .make.spec import CacheSpec
 from .read.dataset import TokenCacheDataset
 from .read.export import export
 from .read.reader import TokenCache, read_tokens
+from .sources import open_source
 from .store import CacheWriteError
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "failures",
     "finish",
     "known_views",
+    "open_source",
     "pending",
     "prepare",
     "read_manifest",

@@ -113,7 +113,7 @@ class Pictures:
     noted in ``bad``, and the one that follows it in the input takes its place.
 
     Args:
-        source: from `vfmtok_fast.cache.sources.open_source`.
+        source: from `vfmtok_fast.cache.open_source`.
         batch_size, seed, rank, world_size: see `Order`; the seed is of the crops too.
         size: of the crops.
         workers: threads that read.
