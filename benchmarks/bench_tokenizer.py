@@ -204,7 +204,7 @@ def check(what: str, B: int, precision: str, provider: str, got: Tensor) -> dict
     if what == "encode":
         same = float((got == want).float().mean())
         # Random weights have more near ties than trained ones.
-        least = {"float32": 0.999, "tf32": 0.98}.get(precision, 0.85)
+        least = {"float32": 0.999, "tf32": 0.98, "bfloat16": 0.75}.get(precision, 0.85)
         assert same >= least, f"{same:.4f} of the codes are the float32 reference's"
         return {"codes_as_float32": round(same, 4)}
     error = float((got.float() - want.float()).abs().max() / want.abs().max())
