@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -128,6 +129,19 @@ def device_name() -> str:
 
 
 @functools.cache
+def processor() -> str:
+    """Its name, and the widest instructions that products on it have."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = re.search(r"^model name\s*: (.+)$", text, re.M)
+    flags = set(text.partition("\nflags")[2].partition("\n")[0].split())
+    kinds = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
+    widest = next((kind for kind in kinds if kind in flags), "")
+    return ", ".join(part for part in (name and name[1], widest) if part) or platform.machine()
+
+
 def environment() -> dict[str, object]:
     """Device, versions and commit; the numbers of two environments are never mixed."""
 
@@ -144,7 +158,7 @@ def environment() -> dict[str, object]:
         versions |= {"triton": triton.__version__, "cuda": torch.version.cuda}
     return {
         "device": device_name(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "versions": versions,
         "commit": git("rev-parse", "--short", "HEAD") or None,

@@ -33,8 +33,10 @@ SHOWN = (
     ("tokenizer", "decode B=64 bf16", ("reference",)),
     ("tokenizer", "encode B=64 tf32", ("release style", "reference")),
     ("tokenizer", "decode B=64 tf32", ("release style", "reference")),
-    ("tokenizer", "encode B=2 fp32", ("release style",)),
-    ("tokenizer", "decode B=2 fp32", ("release style",)),
+    ("tokenizer", "encode B=4 fp32", ("release style",)),
+    ("tokenizer", "decode B=4 fp32", ("release style",)),
+    ("tokenizer", "encode B=4 bf16", ("reference",)),
+    ("tokenizer", "decode B=4 bf16", ("reference",)),
     ("generate", "GPT-B B=2 guided, 256 codes", ("release style",)),
     ("generate", "GPT-L B=1 guided, 256 codes", RELEASE),
     ("generate", "GPT-L B=64 guided, 256 codes", RELEASE),
@@ -54,11 +56,14 @@ def measured(path: Path) -> list[str]:
     content = json.loads(path.read_text())
     environment, ceilings = content["environment"], content["ceilings"]
     versions = ", ".join(f"{name} {value}" for name, value in environment["versions"].items())
+    processor = environment.get("processor")
+    # Of older records "x86_64", which says nothing.
+    known = f" ({processor})" if processor and " " in processor else ""
     threads = f", {environment['threads']} threads" if environment["threads"] else ""
     lines = [
         f"### {path.stem}",
         "",
-        f"{environment['device']}{threads}; {versions}; commit {commit_of(environment)}; "
+        f"{environment['device']}{known}{threads}; {versions}; commit {commit_of(environment)}; "
         f"{environment['date']}. Ceilings: copy {ceilings['copy_gb_s']} GB/s, "
         f"{ceilings['matmul_dtype']} product {ceilings['matmul_tflop_s']} TFLOP/s.",
         "",
