@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,6 +23,14 @@ def check_device(op: str, name: str, value: Tensor, device: torch.device) -> Non
 
 def check_images(op: str, images: object, size: int, device: torch.device) -> None:
     """Require floating images [B, 3, size, size] in [-1, 1], give or take `LARGEST_PIXEL`."""
+    watch_images(op, images, size, device)()
+
+
+def watch_images(op: str, images: object, size: int, device: torch.device) -> Callable[[], None]:
+    """As `check_images`, but a GPU's values are waited for by the function that is returned.
+
+    What is launched before it is called keeps the GPU busy meanwhile.
+    """
     check_tensor(op, "images", images, f"[B, 3, {size}, {size}]", 4)
     if tuple(images.shape[1:]) != (3, size, size):
         raise ValueError(
@@ -29,8 +38,27 @@ def check_images(op: str, images: object, size: int, device: torch.device) -> No
         )
     check_device(op, "images", images, device)
     if not readable(images):
-        return
-    largest = float(images.detach().abs().amax())
+        return lambda: None
+    edges = torch.stack(torch.aminmax(images.detach()))
+    if not images.is_cuda:
+        _check_edges(op, edges)
+        return lambda: None
+    with torch.cuda.device(images.device):
+        here = torch.empty(2, dtype=edges.dtype, device="cpu", pin_memory=True)
+        here.copy_(edges, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+    def finish() -> None:
+        arrived.synchronize()
+        _check_edges(op, here)
+
+    return finish
+
+
+def _check_edges(op: str, edges: Tensor) -> None:
+    """The least and the largest pixel."""
+    largest = float(edges.abs().amax())
     if math.isnan(largest):
         raise ValueError(f"{op}: images must be in [-1, 1], got NaN")
     if largest > LARGEST_PIXEL:

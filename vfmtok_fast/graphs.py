@@ -37,14 +37,21 @@ def state_of(model: nn.Module) -> tuple | None:
 
     A replay would call no hook.
     """
-    state = []
-    for module in model.modules():
+    # Of a full tokenizer `modules()` takes more time than all that is asked here.
+    state, left, seen = [], [model], set()
+    while left:
+        module = left.pop()
+        if module in seen or module is None:
+            continue
+        seen.add(module)
         if module._forward_hooks or module._forward_pre_hooks:
             return None
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                version = 0 if tensor.is_inference() else tensor._version
-                state.append((tensor.data_ptr(), version))
+        left += module._modules.values()
+        for kind in (module._parameters, module._buffers):
+            for tensor in kind.values():
+                if tensor is not None:
+                    version = 0 if tensor.is_inference() else tensor._version
+                    state.append((tensor.data_ptr(), version))
     return tuple(state)
 
 

@@ -108,6 +108,22 @@ def test_streams_threads_and_inference_mode(tok):
 
 
 @pytest.mark.gpu
+def test_bad_pictures_are_told_whatever_runs_already(tok):
+    """Values are looked at while the batch is encoded."""
+    images = pictures(2)
+    bad = images.clone()
+    bad[1, 2, 5, 5] = float("nan")
+    with vfmtok_fast.enable():
+        want = tok.encode(images)
+        for _ in range(3):
+            with pytest.raises(ValueError, match="got NaN"):
+                tok.encode(bad)
+            with pytest.raises(ValueError, match="got a magnitude of 255"):
+                tok.encode(images * 0 + 255)
+            assert torch.equal(tok.encode(images), want)
+
+
+@pytest.mark.gpu
 def test_memory_does_not_grow(tok):
     with vfmtok_fast.enable():
         for B in (1, 2, 3, 4, 1, 2):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import switch
 from ..checkpoint import fetch_official, load_tokenizer
-from ..checks import check_codes, check_images
+from ..checks import check_codes, check_images, watch_images
 from ..configs import config_from_mapping
 from ..graphs import Replayed
 from ..hub import HubModel
@@ -143,9 +143,11 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
             TypeError: not a floating tensor.
             ValueError: wrong shape, device or range, or NaN.
         """
-        check_images("VFMTok", images, self.config.image_size, self.device)
+        finish = watch_images("VFMTok", images, self.config.image_size, self.device)
         with computing(self):
-            return self._replayed("encode", self._codes, images)
+            codes = self._replayed("encode", self._codes, images)
+        finish()
+        return codes
 
     @torch.no_grad()
     def encode_regions(self, images: Tensor) -> tuple[Tensor, Tensor]:

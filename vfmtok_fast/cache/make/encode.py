@@ -225,13 +225,15 @@ def _encode_batch(tokenizer: Tokenizer, batch: Batch, manifest: Manifest) -> np.
             f"tokenizer.encode must return integers of shape {list(expected)}, "
             f"got {tokens.dtype} {list(tokens.shape)}"
         )
+    # One wait for the device, not one a question.
+    tokens = tokens.cpu().numpy()
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= manifest.codebook_size:
         raise TokenError(
             f"tokenizer.encode must return tokens of 0 to {manifest.codebook_size - 1}, "
             f"got {low if low < 0 else high}; nothing was written for this shard"
         )
-    return tokens.cpu().numpy().astype(np.uint16)
+    return tokens.astype(np.uint16)
 
 
 @contextlib.contextmanager
