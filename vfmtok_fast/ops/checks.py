@@ -129,7 +129,7 @@ def check_range(op: str, name: str, value: Tensor, low: int, high: int) -> None:
     if not readable(value):
         return
     # torch has no comparisons of the wider unsigned types, uint16 of the token cache among them.
-    smallest, largest = (int(edge) for edge in torch.aminmax(value.long()))
+    smallest, largest = torch.stack(torch.aminmax(value.long())).tolist()
     if smallest < low or largest >= high:
         wrong = smallest if smallest < low else largest
         raise ValueError(f"{op}: {name} must be in [{low}, {high}), got {wrong}")
