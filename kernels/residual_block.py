@@ -82,9 +82,11 @@ def residual_block(
     x = _last(x)
     h = _last(F.conv2d(norm_silu(x, None, *norm1, num_groups, eps), conv1[0], padding=1))
     h = norm_silu(h, conv1[1], *norm2, num_groups, eps)
-    if torch.is_grad_enabled() and (h.requires_grad or conv2[0].requires_grad):
+    wanted = (x, h, *conv2, *(shortcut or ()))
+    if torch.is_grad_enabled() and any(part.requires_grad for part in wanted):
         h = F.conv2d(h, *conv2, padding=1)
-        return h + (x if shortcut is None else F.conv2d(x, *shortcut))
+        # Under autocast x may be wider.
+        return h + (x if shortcut is None else F.conv2d(x, *shortcut)).to(h.dtype)
     h = _last(F.conv2d(h, conv2[0], padding=1))
     if shortcut is None:
         add_in_place(h, conv2[1], x, None)

@@ -245,7 +245,8 @@ def _sample_token(
     """One row, or a share of its codes, of which ``out`` [B, SHARES] receives the best as a number
     that is larger for a larger key, then for a lower code.
 
-    What does nothing is None: uncond, temperature, top_k, top_p.
+    What does nothing is None: uncond, temperature, top_k, top_p; and seed_high where seed_low is an
+    address of both.
     """
     if OVERLAP:
         _wait_for_last()
@@ -262,7 +263,11 @@ def _sample_token(
         if step.dtype.is_ptr():
             step = tl.load(step)
         c1, c2, c3 = step.to(tl.uint32), image.to(tl.uint32), (image >> 32).to(tl.uint32)
-        k0, k1 = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
+        if seed_low.dtype.is_ptr():
+            seed = tl.load(seed_low)
+            k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+        else:
+            k0, k1 = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
 
     each: tl.constexpr = (V + SHARES * CHUNK - 1) // (SHARES * CHUNK) * CHUNK
     first = tl.program_id(1) * each if SHARES > 1 else 0
@@ -312,7 +317,7 @@ def _best_share(shares, out, rows, SHARES: tl.constexpr, ROWS: tl.constexpr, OVE
 def unsupported_reason(
     logits: Tensor, image_ids: Tensor, step: int | Tensor, *, uncond_logits: Tensor | None = None,
     cfg_scale: float = 1.0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-    greedy: bool = False, seed: int = 0,
+    greedy: bool = False, seed: int | Tensor = 0,
 ) -> str | None:  # fmt: skip
     """Why this cannot take the call, or None."""
     if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -329,14 +334,15 @@ def unsupported_reason(
 def sample_token(
     logits: Tensor, image_ids: Tensor, step: int | Tensor, *, uncond_logits: Tensor | None = None,
     cfg_scale: float = 1.0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-    greedy: bool = False, seed: int = 0,
+    greedy: bool = False, seed: int | Tensor = 0,
 ) -> Tensor:  # fmt: skip
     """See `vfmtok_fast.ops.sample_token`; takes what `unsupported_reason` lets pass."""
     at, number = (step, 0) if isinstance(step, Tensor) else (None, step)
+    key, seed = (seed, 0) if isinstance(seed, Tensor) else (None, seed)
     # torch passes integers as signed ones of 64 bits.
     seed = seed - 2**64 if seed >= 2**63 else seed
     return _draw(
-        logits, uncond_logits, image_ids, at, number, seed,
+        logits, uncond_logits, image_ids, at, number, key, seed,
         cfg_scale, temperature, top_k, top_p, bool(greedy),
     )  # fmt: skip
 
@@ -370,13 +376,14 @@ def _rows(logits: Tensor | None) -> Tensor | None:
 
 @registered(
     "sample_token_triton(Tensor logits, Tensor? uncond, Tensor image_ids, Tensor? at, SymInt step, "
-    "SymInt seed, float cfg_scale, float temperature, SymInt top_k, float top_p, bool greedy) "
-    "-> Tensor",
+    "Tensor? key, SymInt seed, float cfg_scale, float temperature, SymInt top_k, float top_p, "
+    "bool greedy) -> Tensor",
     lambda logits, *rest: logits.new_empty(logits.shape[0], dtype=torch.int64),
 )
 def _draw(
     logits: Tensor, uncond: Tensor | None, image_ids: Tensor, at: Tensor | None, step: int,
-    seed: int, cfg_scale: float, temperature: float, top_k: int, top_p: float, greedy: bool,
+    key: Tensor | None, seed: int, cfg_scale: float, temperature: float, top_k: int, top_p: float,
+    greedy: bool,
 ) -> Tensor:  # fmt: skip
     B, V = logits.shape
     out = torch.empty(B, dtype=torch.int64, device=logits.device)
@@ -396,7 +403,8 @@ def _draw(
             logits, uncond, image_ids.contiguous(),
             _signed(step) if at is None else at.to(logits.device),
             best, logits.stride(0), uncond.stride(0) if guided else None,
-            _signed(seed), _signed(seed >> 32), cfg_scale if guided else None,
+            *((_signed(seed), _signed(seed >> 32)) if key is None else (key, None)),
+            cfg_scale if guided else None,
             None if greedy or temperature == 1 else max(temperature, 1e-5),
             top_k if takes_k else None, top_p if takes_p else None,
             V=V, BLOCK=block if takes_k or takes_p else 0, CHUNK=min(chunk, block // shares),
@@ -417,7 +425,7 @@ def _mark_discrete(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def _no_gradient(ctx, grad: Tensor) -> tuple[None, ...]:
-    return (None,) * 11
+    return (None,) * 12
 
 
 torch.library.register_autograd(

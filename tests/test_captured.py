@@ -513,6 +513,7 @@ def test_a_decoding_step(enabled, dtype, guided):
         decoder, weights = Decoder(model, 3, guided=guided), model.step_weights()
         rows = (integers(6 if guided else 3), model.class_embedding.weight)
         decoder._advance(weights, decoder.cache, settings, *rows, 0)
+        decoder._advance(weights, decoder.cache, settings, *rows, decoder.at)
         rest = (decoder.code, model.token_embedding.weight, decoder.at)
         decoder._advance(weights, decoder.cache, settings, *rest)
         decoder._advance(weights, decoder.cache.first_rows(3), settings, *rest)
@@ -539,5 +540,5 @@ def test_steps_are_captured_on_the_device_of_the_model():
         patch.setattr(torch.cuda, "synchronize", ended.append)
         decoder.graphs = {(): None}
         decoder.end()
-    assert steps == [[GPU]] * (model.config.block_size - 1)
+    assert steps == [[GPU]] * model.config.block_size
     assert ended == [GPU] and not inside and not decoder.graphs

@@ -26,10 +26,21 @@ def capture(fn: Callable[[], None]) -> torch.cuda.CUDAGraph:
         fn()
     here.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # Other threads may go on meanwhile.
-    with _capture, torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-        fn()
+    with _capture:
+        # torch keeps cuBLAS's workspace of a stream, and a graph has its address: it is to lie in
+        # the graph's own memory, not where the next capture on this stream would find and free it.
+        torch._C._cuda_clearCublasWorkspaces()
+        # Other threads may go on meanwhile.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            fn()
+        torch._C._cuda_clearCublasWorkspaces()
     return graph
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a device, which would break the capture that another thread is in."""
+    with _capture:
+        torch.cuda.synchronize(device)
 
 
 def state_of(model: nn.Module) -> tuple | None:
@@ -118,7 +129,7 @@ class Replayed:
     def _drop(self, key: Hashable) -> None:
         """Give up a recording, after it has ended: it may still be running."""
         if key in self._recorded:
-            torch.cuda.synchronize(self._recorded[key][2].device)
+            synchronize(self._recorded[key][2].device)
             del self._recorded[key]
 
     def __reduce__(self) -> tuple:

@@ -197,6 +197,24 @@ def test_block(O, grad, check_error, record):  # noqa: E741
 
 @runs
 @pytest.mark.usefixtures("exact_convolutions")
+def test_a_block_of_which_little_learns():
+    """Whatever wants a gradient has one."""
+    x = last(maps(2, 8, 5, 6).float()).to(DEVICE)
+    pairs = [tuple(t.to(DEVICE) for t in pair) for pair in block(8, 12, torch.float32)]
+    for number, pair in enumerate(pairs):
+        for one in pair:
+            one.requires_grad_()
+            gradients = []
+            for names in ("residual_block", []):
+                with vfmtok_fast.enable(names, strict=bool(names)):
+                    out = ops.residual_block(x, *pairs, num_groups=4)
+                gradients.append(torch.autograd.grad(out.square().sum(), one)[0])
+            assert torch.allclose(*gradients, rtol=1e-4, atol=1e-3), number
+            one.requires_grad_(False)
+
+
+@runs
+@pytest.mark.usefixtures("exact_convolutions")
 def test_upsampling_adds_its_bias_in_place(check_error, record):
     x, weight, bias = (
         t.to(DEVICE).float() for t in (maps(2, 8, 5, 6), maps(12, 8, 3, 3), maps(12))

@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+import vfmtok_fast
 from vfmtok_fast.functional import filter_logits
 from vfmtok_fast.ops import sample_token
 
@@ -156,6 +157,17 @@ def test_step_and_image_ids_in_every_form():
         assert torch.equal(sample_token(logits, ids(3).to(dtype), 200, seed=1), want)
 
 
+@pytest.mark.parametrize("seed", [0, 2**32 + 7, 2**63 + 5, 2**64 - 1])
+def test_a_seed_may_be_a_tensor(seed):
+    logits = torch.zeros(3, 50)
+    want = sample_token(logits, ids(3), 200, seed=seed)
+    signed = torch.tensor(seed - 2**64 * (seed >= 2**63))
+    for form in (signed, signed[None]):
+        assert torch.equal(sample_token(logits, ids(3), 200, seed=form), want)
+        with vfmtok_fast.enable("sample_token", strict=True):
+            assert torch.equal(sample_token(logits, ids(3), 200, seed=form), want)
+
+
 def test_greedy_takes_the_guided_maximum_and_the_lowest_code_on_ties():
     logits = torch.tensor([[0.0, 1.0, 3.0, 3.0], [2.0, 2.0, 1.0, 0.0]])
     uncond = torch.tensor([[0.0, 0.0, 3.0, 2.0], [2.0, 2.0, 0.0, 0.0]])
@@ -297,6 +309,8 @@ NAN = float("nan")
         ({"seed": -1}, ValueError, r"seed must be in \[0, 2\^64\), got -1"),
         ({"seed": 2**64}, ValueError, r"seed must be in \[0, 2\^64\), got"),
         ({"seed": 0.5}, TypeError, "seed must be an int, got float"),
+        ({"seed": torch.tensor(1.0)}, ValueError, "seed must be an int or an int64 tensor of one"),
+        ({"seed": torch.arange(2)}, ValueError, "seed must be an int or an int64 tensor of one"),
     ],
 )
 def test_refuses_in_one_line(change, error, message):

@@ -200,6 +200,18 @@ def test_step_and_image_ids_in_every_form(launched):
 
 
 @runs
+@pytest.mark.parametrize("seed", [0, 2**32 + 7, 2**63 + 5, 2**64 - 1])
+def test_a_seed_may_be_a_tensor(seed, launched):
+    """What a graph reads, so that one serves all seeds."""
+    logits, ids = random(3, 400), torch.tensor([100, 0, 7])
+    want = draw(logits, ids, 200, seed=seed)
+    assert torch.equal(want, reference(logits, ids, 200, seed=seed))
+    signed = torch.tensor([seed - 2**64 * (seed >= 2**63)], device=DEVICE)
+    assert torch.equal(draw(logits, ids, 200, seed=signed), want)
+    assert len(launched) == 2
+
+
+@runs
 def test_rows_are_read_where_they_are(launched, check):
     wide = random(6, 2, 500).to(DEVICE)
     ids = torch.arange(3)
@@ -261,7 +273,8 @@ def test_opcheck(needs_grad: bool, at: int | None):
     logits = random(4, 300).to(DEVICE).requires_grad_(needs_grad)
     ids = torch.arange(2, device=DEVICE)
     step = None if at is None else torch.tensor([at], device=DEVICE)
-    arguments = logits[:2], logits[2:], ids, step, 3, -5, 1.5, 0.9, 20, 0.9, False
+    key = None if at is None else torch.tensor([-5], device=DEVICE)
+    arguments = logits[:2], logits[2:], ids, step, 3, key, -5, 1.5, 0.9, 20, 0.9, False
     torch.library.opcheck(torch.ops.vfmtok_fast.sample_token_triton, arguments)
 
 

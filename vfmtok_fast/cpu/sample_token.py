@@ -31,7 +31,7 @@ _kept = threading.local()
 def sample_token(
     logits: Tensor, image_ids: Tensor, step: int | Tensor, *, uncond_logits: Tensor | None = None,
     cfg_scale: float = 1.0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-    greedy: bool = False, seed: int = 0,
+    greedy: bool = False, seed: int | Tensor = 0,
 ) -> Tensor:  # fmt: skip
     """See `vfmtok_fast.ops.sample_token`."""
     logits = guided_logits(logits, uncond_logits, cfg_scale)
@@ -41,7 +41,9 @@ def sample_token(
     return (logits + gumbel_noise(seed, image_ids, step, logits.shape[-1])).argmax(dim=-1)
 
 
-def gumbel_noise(seed: int, image_ids: Tensor, step: int | Tensor, vocab_size: int) -> Tensor:
+def gumbel_noise(
+    seed: int | Tensor, image_ids: Tensor, step: int | Tensor, vocab_size: int
+) -> Tensor:
     """The reference's noise of (seed, image id, step, code): float32 [B, V], the same bits."""
     device = image_ids.device
     code = torch.arange(vocab_size, device=device)[None]
@@ -60,7 +62,7 @@ def gumbel_noise(seed: int, image_ids: Tensor, step: int | Tensor, vocab_size: i
     return noise.neg_().log1p_().neg_().log_().neg_()
 
 
-def _word(seed: int, *counters: Tensor) -> Tensor:
+def _word(seed: int | Tensor, *counters: Tensor) -> Tensor:
     """First word of Philox 4x32-10: int64 of the counters' common shape, good until the next call.
 
     c0 and c2 are below 2^32 in every round; c1 and c3 carry garbage above, which the mask drops.
@@ -68,6 +70,8 @@ def _word(seed: int, *counters: Tensor) -> Tensor:
     c0, c1, c2, c3, low0, low1 = _workspace(torch.broadcast_tensors(*counters)[0])
     for full, counter in zip((c0, c1, c2, c3), counters, strict=True):
         full.copy_(counter)
+    if isinstance(seed, Tensor):
+        seed = seed.reshape(())
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(9):
         torch.mul(c0, _MULTIPLIERS[0], out=low0)
@@ -79,7 +83,7 @@ def _word(seed: int, *counters: Tensor) -> Tensor:
     return _mix(torch.mul(c2, _MULTIPLIERS[1], out=low1), c1, k0, out=c0)
 
 
-def _mix(product: Tensor, other: Tensor, key: int, out: Tensor) -> Tensor:
+def _mix(product: Tensor, other: Tensor, key: int | Tensor, out: Tensor) -> Tensor:
     """High word of ``product`` xor the low word of ``other`` xor ``key``."""
     torch.bitwise_right_shift(product, 32, out=out)
     return out.bitwise_xor_(other).bitwise_xor_(key).bitwise_and_(_LOW)

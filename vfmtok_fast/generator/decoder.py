@@ -11,6 +11,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from .. import ops, switch
 from ..checks import check_class_ids
 from ..decoding import KVCache, StepWeights
-from ..graphs import capture
+from ..graphs import capture, synchronize
 from ..ops.checks import check_integers
 from .memory import told_if_out_of_memory
 from .sampling import Sampling
@@ -80,8 +81,11 @@ class Decoder:
                 config.block_size, config.head_dim, dtype=kv_dtype or model.dtype, device=device,
             )  # fmt: skip
             self.image_ids, self.codes = new(batch), new(batch, config.block_size)
+            # Of the first step, rows [conditional; unconditional].
+            self.classes = new(batch * (2 if guided else 1))
             # The last code of each image; the position of the next, and the length up to it.
             self.code, self.at = new(batch), new(2)
+            self.seed = new(1)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
 
     def generate(
@@ -150,23 +154,25 @@ class Decoder:
             self.end()
             self._addresses = addresses
         self.image_ids[:B].copy_(image_ids)
+        self.classes.fill_(config.num_classes)
         # Rows beyond the images compute along, of a class that exists.
-        classes = class_ids.new_zeros(self.batch)
-        classes[:B] = class_ids
-        if sampling.guided(0):  # Rows [conditional; unconditional].
-            classes = torch.cat([classes, torch.full_like(classes, config.num_classes)])
+        self.classes[: self.batch].zero_()
+        self.classes[:B].copy_(class_ids)
+        self.at.fill_(0)
+        self.at[1:].add_(1)
+        # torch holds no larger integers.
+        self.seed.fill_(sampling.seed - 2**64 * (sampling.seed >= 2**63))
         replayed = model.device.type == "cuda" and switch.policy().ops >= STEP_OPS
         for step in range(config.block_size):
             cache = self._rows(sampling.guided(step))
+            code, embedding = self.code, model.token_embedding.weight
             if step == 0:
-                self._advance(weights, cache, sampling, classes, model.class_embedding.weight, 0)
-                self.at.fill_(1)  # [1, 2]: the next position, and the length up to it
-                self.at[1:].add_(1)
-            elif replayed:
-                self._replay(weights, cache, sampling, model.token_embedding.weight)
+                code = self.classes[: len(cache.layers[0].keys)]
+                embedding = model.class_embedding.weight
+            if replayed:
+                self._replay(weights, cache, sampling, code, embedding)
             else:
-                code = self.code
-                self._advance(weights, cache, sampling, code, model.token_embedding.weight, step)
+                self._advance(weights, cache, sampling, code, embedding, step)
             tell(step)
         return self.codes[:B].clone()
 
@@ -179,12 +185,14 @@ class Decoder:
     ) -> None:  # fmt: skip
         """One step: ``code`` gives the code of position ``at``, an int or ``self.at``.
 
-        With a tensor no value is read on the host, so this can be captured.
+        With a tensor no value is read on the host, so this can be captured, for any seed.
         """
-        position, length = at.split(1) if isinstance(at, Tensor) else (at, at + 1)
+        captured = isinstance(at, Tensor)
+        position, length = at.split(1) if captured else (at, at + 1)
         logits = ops.decode_step(code, embedding, weights, cache, position, length)
-        self.code.copy_(sampling.draw(logits, self.image_ids, position))
-        if isinstance(at, Tensor):
+        seed = self.seed if captured else None
+        self.code.copy_(sampling.draw(logits, self.image_ids, position, seed))
+        if captured:
             self.codes.index_copy_(1, position, self.code[:, None])
             at.add_(1)
         else:
@@ -192,26 +200,29 @@ class Decoder:
             self.codes.select(1, at).copy_(self.code)
 
     def _replay(
-        self, weights: StepWeights, cache: KVCache, sampling: Sampling, embedding: Tensor
-    ) -> None:
+        self, weights: StepWeights, cache: KVCache, sampling: Sampling, code: Tensor,
+        embedding: Tensor,
+    ) -> None:  # fmt: skip
         """One step on a GPU: eagerly the first time, which warms up, then captured and replayed.
 
-        Settings are baked into a graph, and so is what the switch takes; a change captures anew.
+        Settings are baked into a graph, but for the seed, and so is what the switch takes; a change
+        captures anew.
         """
-        key = (sampling, switch.policy(), switch.generation(), len(cache.layers[0].keys))
+        settings, rows = replace(sampling, seed=0), len(cache.layers[0].keys)
+        key = (settings, switch.policy(), switch.generation(), rows, code is self.code)
         if key in self.graphs:
             self.graphs[key].replay()
             return
-        # Graphs of other settings would pile up: two are alive, guided and not.
+        # Graphs of other settings would pile up: three are alive, the first step's, guided and not.
         self.graphs = {old: graph for old, graph in self.graphs.items() if old[:3] == key[:3]}
-        step = (weights, cache, sampling, self.code, embedding, self.at)
+        step = (weights, cache, sampling, code, embedding, self.at)
         # The step that warms up counts, the one that is recorded does not run.
         self.graphs[key] = capture(lambda: self._advance(*step))
 
     def end(self) -> None:
         """Drop the graphs, after they have ended: they may still be running."""
         if self.graphs:
-            torch.cuda.synchronize(self.code.device)
+            synchronize(self.code.device)
             self.graphs = {}
 
     @property

@@ -44,9 +44,16 @@ class Sampling:
         """Whether code ``step`` is guided; step s is the release's decode step s - 1."""
         return self.cfg_scale != 1.0 and (self.cfg_interval == -1 or step - 1 <= self.cfg_interval)
 
-    def draw(self, logits: Tensor, image_ids: Tensor, step: int | Tensor) -> Tensor:
-        """One code [B] per image; with twice as many rows of logits the rest is unconditional."""
+    def draw(
+        self, logits: Tensor, image_ids: Tensor, step: int | Tensor, seed: Tensor | None = None
+    ) -> Tensor:
+        """One code [B] per image; with twice as many rows of logits the rest is unconditional.
+
+        ``seed`` takes the place of this one's.
+        """
         B = len(image_ids)
         settings = {k: v for k, v in vars(self).items() if k != "cfg_interval"}
+        if seed is not None:
+            settings["seed"] = seed
         uncond = logits[B:] if len(logits) > B else None
         return ops.sample_token(logits[:B], image_ids, step, uncond_logits=uncond, **settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from ..reference import sample_token as reference
@@ -24,7 +25,7 @@ def sample_token(
     top_k: int = 0,
     top_p: float = 1.0,
     greedy: bool = False,
-    seed: int = 0,
+    seed: int | Tensor = 0,
 ) -> Tensor:
     """Draw one code per row: guidance, temperature, top-k, top-p, then Gumbel-max.
 
@@ -44,7 +45,8 @@ def sample_token(
         top_k: keep the k largest and all ties at the threshold; 0 keeps all.
         top_p: then keep the largest that together first pass this probability; 1 keeps all.
         greedy: take the arg-max instead, the lowest code on ties.
-        seed: in [0, 2^64).
+        seed: in [0, 2^64); or an int64 tensor of one element that holds these 64 bits, on the
+            logits' device.
 
     Returns:
         int64 [B].
@@ -79,9 +81,17 @@ def sample_token(
             f"{name}: step must be an int or an integer tensor of one element, "
             f"got {step.dtype} {tuple(step.shape)}"
         )
+    known = 0 if isinstance(seed, Tensor) else seed
     check_sampling(
-        name, cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        name, cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p, seed=known
     )
+    if isinstance(seed, Tensor) and (
+        seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != logits.device
+    ):
+        raise ValueError(
+            f"{name}: seed must be an int or an int64 tensor of one element on {logits.device}, "
+            f"got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
+        )
     return _op(
         logits,
         image_ids,

@@ -19,16 +19,18 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _LOW, product & _LOW
 
 
-def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Tensor:
+def philox(seed: int | Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Tensor:
     """First output word of Philox 4x32-10, equal to that of ``tl.philox(seed, c0, c1, c2, c3)``.
 
     Args:
-        seed: 64-bit key.
+        seed: 64-bit key, an int or an int64 tensor of one element.
         c0, c1, c2, c3: int64 tensors that broadcast, each holding a 32-bit unsigned counter word.
 
     Returns:
         int64 tensor of the broadcast shape, values in [0, 2^32).
     """
+    if isinstance(seed, Tensor):
+        seed = seed.reshape(())
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(10):
         high0, low0 = _multiply(0xD2511F53, c0)
@@ -38,14 +40,16 @@ def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Tensor:
     return c0
 
 
-def gumbel_noise(seed: int, image_ids: Tensor, step: int | Tensor, vocab_size: int) -> Tensor:
+def gumbel_noise(
+    seed: int | Tensor, image_ids: Tensor, step: int | Tensor, vocab_size: int
+) -> Tensor:
     """Standard Gumbel noise that depends on (seed, image id, step, code) and on nothing else.
 
     -log(E) with E = -log(1 - u), u = (word + 1/2) / 2^32. The largest noise decides a sample, and
     it comes from the smallest E, where u is finest: the tail is not cut at 2^-24.
 
     Args:
-        seed: 64-bit key.
+        seed: 64-bit key, as `philox` takes it.
         image_ids: [B] int64.
         step: index of the code being sampled, an int or an integer tensor of one element.
         vocab_size: number of codes V; the code is the low counter word.

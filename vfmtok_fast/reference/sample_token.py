@@ -11,7 +11,7 @@ from .philox import gumbel_noise
 def sample_token(
     logits: Tensor, image_ids: Tensor, step: int | Tensor, *, uncond_logits: Tensor | None = None,
     cfg_scale: float = 1.0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-    greedy: bool = False, seed: int = 0,
+    greedy: bool = False, seed: int | Tensor = 0,
 ) -> Tensor:  # fmt: skip
     """See `vfmtok_fast.ops.sample_token`."""
     logits = guided_logits(logits, uncond_logits, cfg_scale)

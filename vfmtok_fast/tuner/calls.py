@@ -128,6 +128,7 @@ def _decode_attention(
 
 def _sample_token(new: New, device, *, B: int, V: int, guided: bool = True, **settings):
     step = torch.zeros(1, device=device, dtype=torch.int64)
+    settings["seed"] = torch.zeros(1, device=device, dtype=torch.int64)
     if guided:
         settings["uncond_logits"] = new(B, V)
     return (new(B, V), torch.arange(B, device=device), step), settings
