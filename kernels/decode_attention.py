@@ -7,14 +7,14 @@ live positions:
 
     _attend_matrix  half precision: matrix unit, queries padded to 16, the cache read once for all
     _attend_pairs   the same for one row and head after the other, in one loop over their tiles
-    _attend_vector  float32, R = 1: products and sums; every lane of a tile keeps a softmax of its
-                    own, so that threads exchange nothing before the last key
+    _attend_vector  float32, and half precision and 8 bits where that was measured to be faster,
+                    R = 1: products and sums; every lane of a tile keeps a softmax of its own, so
+                    that threads exchange nothing before the last key
     _merge          the program that finishes last adds up the shares, always in the same order
 
 The bits are a function of the input and of how it lies in memory: where heads or rows do not begin
-at multiples of 16 bytes, loads are narrower, a thread has other channels, and float32 (whose sums
-run over threads) is added in another order. Half precision is summed as the matrix unit has it.
-Neither depends on the batch, unless that changes in how many shares the keys are split.
+at multiples of 16 bytes, loads are narrower, a thread has other channels, and `_attend_vector`,
+whose sums run over threads, adds in another order. The matrix unit's sums have one. Neither depends on the batch, unless that changes in how many shares the keys are split.
 
 A cache of 8 bits has a scale for each key and each value: the one multiplies a score, the other a
 weight, so that the tiles themselves are whole numbers.

@@ -10,7 +10,7 @@ there are few rows up to eight programs share one, which all filter, and draw a 
 
 Bytes: V logits per row, twice that with guidance, read once; after the filters the draw finds them
 in the first-level cache. B = 64, V = 16,384, float32, guided: 8.4 MB, 2 us at an H200's 4.3 TB/s.
-The floor is the noise: 91 instructions per code, all V on one multiprocessor, 6.7 us (predicted),
+The floor is the noise: 95 instructions per code, all V on one multiprocessor, 7.0 us (predicted),
 which is why a row is shared where there are fewer rows than multiprocessors.
 sample_token.md has the measured times, the error of the noise, the searches and what was rejected.
 """
@@ -142,7 +142,7 @@ def _read(logits, uncond, code, V: tl.constexpr):
 
 @triton.jit
 def _guide(x, other, code, uncond, cfg_scale, temperature, V: tl.constexpr):
-    """Guided logits over temperature, rounded as in the reference; -inf past the end."""
+    """Guided logits over temperature, rounded as in the reference on a CPU; -inf past the end."""
     x = x.to(tl.float32)
     if uncond is not None:
         other = other.to(tl.float32)

@@ -78,11 +78,7 @@ VALUE_FLOAT32 = Space(
         "warps": (4,),
         "precision": ("tf32x3", "ieee"),
     },
-    {
-        chip: {"height": height, "tiles": 3, "step": 32, "warps": 4, "precision": "tf32x3"}
-        # On sm_90 a height of 2 spills 8 bytes (Triton 3.8).
-        for chip, height in ((80, 2), (90, 4), (100, 2))
-    },
+    {80: {"height": 2, "tiles": 3, "step": 32, "warps": 4, "precision": "tf32x3"}},
     bits=("height", "precision"),
 )
 SPACES = (GATHER, SAMPLES, SORT, VALUE, VALUE_FLOAT32, ADD)
