@@ -14,7 +14,8 @@ live positions:
 
 The bits are a function of the input and of how it lies in memory: where heads or rows do not begin
 at multiples of 16 bytes, loads are narrower, a thread has other channels, and `_attend_vector`,
-whose sums run over threads, adds in another order. The matrix unit's sums have one. Neither depends on the batch, unless that changes in how many shares the keys are split.
+whose sums run over threads, adds in another order. The matrix unit's sums have one.
+Neither depends on the batch, unless that changes in how many shares the keys are split.
 
 A cache of 8 bits has a scale for each key and each value: the one multiplies a score, the other a
 weight, so that the tiles themselves are whole numbers.
