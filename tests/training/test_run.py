@@ -161,23 +161,24 @@ def test_pictures_that_cannot_be_shown_lose_no_steps(begin: Begin, whole: Run, t
 
 def test_a_signal_that_comes_twice_at_once_counts_once(monkeypatch):
     """A scheduler tells all processes, and torchrun tells its own again."""
-    was = signal.getsignal(signal.SIGHUP)
-    monkeypatch.setattr(signals, "SAME", 60)
-    with signals.collected() as came:
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
-            signal.raise_signal(number)
-        assert came == [signal.SIGTERM, signal.SIGTERM, signal.SIGHUP]
-        monkeypatch.setattr(signals, "SAME", -1)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGHUP) == was
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    # These tests may run under nohup themselves.
+    outside = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
+        monkeypatch.setattr(signals, "SAME", 60)
+        with signals.collected() as came:
+            for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
+                signal.raise_signal(number)
+            assert came == [signal.SIGTERM, signal.SIGTERM, signal.SIGHUP]
+            monkeypatch.setattr(signals, "SAME", -1)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
         with signals.collected() as came:
             signal.raise_signal(signal.SIGHUP)
         assert came == []
     finally:
-        signal.signal(signal.SIGHUP, was)
+        signal.signal(signal.SIGHUP, outside)
 
 
 def test_a_log_has_each_step_once(begin: Begin, whole: Run, tmp_path: Path):
