@@ -203,9 +203,12 @@ def check(what: str, B: int, precision: str, provider: str, got: Tensor) -> dict
     assert got.shape == want.shape
     if what == "encode":
         same = float((got == want).float().mean())
-        # Random weights have more near ties than trained ones.
-        least = {"float32": 0.999, "tf32": 0.98, "bfloat16": 0.75}.get(precision, 0.85)
-        assert same >= least, f"{same:.4f} of the codes are the float32 reference's"
+        # Random weights have more near ties than trained ones. What the reference makes of them in
+        # half precision is a record, not right or wrong: 0.80 in bfloat16 with AMX, 0.92 on a GPU.
+        half = precision in ("float16", "bfloat16", "mixed")
+        least = {"float32": 0.999, "tf32": 0.98}.get(precision, 0.85)
+        right = same >= least or (half and provider == "reference")
+        assert right, f"{same:.4f} of the codes are the float32 reference's"
         return {"codes_as_float32": round(same, 4)}
     error = float((got.float() - want.float()).abs().max() / want.abs().max())
     if what == "decode":

@@ -128,7 +128,6 @@ def device_name() -> str:
     return f"cpu-{os.cpu_count()}-cores"
 
 
-@functools.cache
 def processor() -> str:
     """Its name, and the widest instructions that products on it have."""
     try:
@@ -142,6 +141,7 @@ def processor() -> str:
     return ", ".join(part for part in (name and name[1], widest) if part) or platform.machine()
 
 
+@functools.cache
 def environment() -> dict[str, object]:
     """Device, versions and commit; the numbers of two environments are never mixed."""
 

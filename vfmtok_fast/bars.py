@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 # Seconds between lines where stderr is no terminal; what is done sooner prints none.
 INTERVAL = 60
+LINE = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
 def bar(
@@ -18,9 +19,6 @@ def bar(
     hidden = hidden or sys.stderr is None or sys.stderr.closed
     kind = tqdm if hidden or sys.stderr.isatty() else _Lines
     return kind(total=total, initial=done, unit=unit, desc=desc, disable=hidden)
-
-
-LINE = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
 class _Lines(tqdm):

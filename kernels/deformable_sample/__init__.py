@@ -152,7 +152,7 @@ def _gathering(setting, offsets: Tensor, dim: int, kept: int = 0) -> dict[str, i
     samples = constants["L"] * triton.cdiv(constants["P"], step) * step
     most = min(128, 4096 // (kept * samples) if kept else 128, triton.next_power_of_2(Q))
     rows = max(1, min(setting.values // max(64, constants["C"]), most))
-    rows = 1 << (rows.bit_length() - 1)
+    rows = 1 << (rows.bit_length() - 1)  # as a range of Triton's must be
     # A thread has a sample of its own to locate, or several, and 16 bytes of its own to load: else
     # it would do what others do.
     loads = rows * constants["C"] * offsets.itemsize // 16

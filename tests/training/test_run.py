@@ -65,6 +65,13 @@ def check_equal(run: Run, other: Run) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*(j.values() for j in judges), strict=True))
 
 
+def check_goes_on(run: Run, whole: Run) -> None:
+    """From its third step, to what the run that was never stopped came to."""
+    assert run.resume() == run.out / "checkpoints" / "step-00000003.pt"
+    run.train()
+    check_equal(whole, run)
+
+
 @pytest.fixture(scope="module")
 def whole(begin: Begin, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = begin(tmp_path_factory.mktemp("runs") / "whole")
@@ -137,10 +144,7 @@ def test_an_input_that_goes_away_saves_first(begin: Begin, whole: Run, tmp_path:
     first.data.batches = some
     with pytest.raises(OSError, match="Input/output error"):
         first.train()
-    second = begin(tmp_path / "gone")
-    assert second.resume() == tmp_path / "gone" / "checkpoints" / "step-00000003.pt"
-    second.train()
-    check_equal(whole, second)
+    check_goes_on(begin(tmp_path / "gone"), whole)
 
 
 def test_pictures_that_cannot_be_shown_lose_no_steps(begin: Begin, whole: Run, tmp_path: Path):
@@ -153,10 +157,7 @@ def test_pictures_that_cannot_be_shown_lose_no_steps(begin: Begin, whole: Run, t
     first.show = show
     with pytest.raises(RuntimeError, match="out of memory"):
         first.train()
-    second = begin(tmp_path / "blind")
-    assert second.resume() == tmp_path / "blind" / "checkpoints" / "step-00000003.pt"
-    second.train()
-    check_equal(whole, second)
+    check_goes_on(begin(tmp_path / "blind"), whole)
 
 
 def test_a_signal_that_comes_twice_at_once_counts_once(monkeypatch):

@@ -81,17 +81,17 @@ def sample_token(
             f"{name}: step must be an int or an integer tensor of one element, "
             f"got {step.dtype} {tuple(step.shape)}"
         )
-    known = 0 if isinstance(seed, Tensor) else seed
+    known = seed
+    if isinstance(seed, Tensor):
+        known = 0  # Its value would have to be waited for, and all are right.
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != logits.device:
+            raise ValueError(
+                f"{name}: seed must be an int or an int64 tensor of one element on "
+                f"{logits.device}, got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
+            )
     check_sampling(
         name, cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p, seed=known
     )
-    if isinstance(seed, Tensor) and (
-        seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != logits.device
-    ):
-        raise ValueError(
-            f"{name}: seed must be an int or an int64 tensor of one element on {logits.device}, "
-            f"got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
-        )
     return _op(
         logits,
         image_ids,

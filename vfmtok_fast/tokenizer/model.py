@@ -113,9 +113,10 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
 
         Args:
             precision: "float32" is exact and the default. "tf32" lets a GPU round float32 products
-                to 10 bits, in `encode` and `decode`, whatever the process has set. "float16" and
-                "bfloat16" cast all weights. "mixed" casts those of the backbone's products to
-                float16 and leaves all else, the stream between them too, in float32 with TF32.
+                to 10 bits, in `encode` and `decode`, whatever the process has set, and attend in
+                float16, which has as many bits and ends at 65,504. "float16" and "bfloat16" cast
+                all weights. "mixed" casts those of the backbone's products to float16 and leaves
+                all else, the stream between them too, in float32, on a GPU as in "tf32".
 
         Raises:
             ValueError: no such precision, weights that were rounded already, or "mixed" with a
