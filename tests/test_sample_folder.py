@@ -157,6 +157,21 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         assert tree(other) == {name: b"tokens"}
 
 
+def test_a_process_that_comes_while_another_begins(tmp_path, monkeypatch):
+    """The settings appear between the look at the folder and the look at them."""
+    original = sample_folder._holds_something
+
+    def while_another_begins(out):
+        with monkeypatch.context() as patch:
+            patch.setattr(sample_folder, "_holds_something", original)
+            sample_folder.prepare(job(out))
+        return original(out)
+
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr(sample_folder, "_holds_something", while_another_begins)
+    assert run(tmp_path / "a")
+
+
 def test_many_processes_make_the_bytes_of_one(tmp_path):
     assert run(tmp_path / "a")
     # Each rank looks for what is missing when it starts; the second world finds one shard left.

@@ -90,6 +90,8 @@ def prepare(job: Job) -> None:
         **job.sampling,
     }
     path = job.out / SETTINGS
+    # Looked at before the settings, which another process may write meanwhile, and shards after.
+    foreign = job.out.exists() and (not job.out.is_dir() or _holds_something(job.out))
     if path.exists():
         try:
             there = json.loads(path.read_text())
@@ -100,7 +102,7 @@ def prepare(job: Job) -> None:
                 f"{job.out} holds other samples ({differences(there, described)}); "
                 "choose another folder"
             )
-    elif job.out.exists() and (not job.out.is_dir() or _holds_something(job.out)):
+    elif foreign:
         raise FileExistsError(f"{job.out} is there and not a folder of samples; choose another")
     for folder in (LocalPlace(job.out), LocalPlace(job.out / "shards")):
         folder.make_folder()

@@ -15,7 +15,7 @@ from tqdm import tqdm
 import vfmtok_fast
 from vfmtok_fast import cache
 from vfmtok_fast.cache.format import shards
-from vfmtok_fast.cache.make.progress import reporting
+from vfmtok_fast.cache.make.progress import State, reporting
 
 SMALL = {"batch_size": 3, "shard_size": 2, "workers": 1}
 
@@ -213,6 +213,19 @@ def test_bad_pictures_of_other_processes_count(tmp_path, out, tokenizer, fake):
     assert states[-1].rate > 0 and states[-1].eta == 0
     with pytest.raises(cache.TooManyBadImages):
         cache.build(tree, out, tokenizer, max_bad=3, **SMALL)
+
+
+def test_a_shard_that_comes_while_it_is_counted_counts_once(tmp_path, out, tokenizer, fake):
+    """Made by another process, or by an actor that committed it and died before it said so."""
+    tree = fake.make_tree(tmp_path / "p", bad=(3,))
+    job = cache.prepare(tree, out, tokenizer, **SMALL)
+    state = State(job, None)
+    state.advance(0, 1, 0)
+    cache.encode_shard(job, 0)
+    state.refresh()
+    state.advance(0, 1, 1)
+    progress = state.progress()
+    assert (progress.done, progress.bad, state.encoded) == (2, 1, 2)
 
 
 def test_a_run_without_a_bar_waits_for_no_lock():

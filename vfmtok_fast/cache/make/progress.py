@@ -59,7 +59,7 @@ class State:
         self.encoded = 0
         self.started = time.monotonic()
         self._done = self._bad = 0
-        self._seen: set[str] = set()  # shards that are there and counted
+        self._seen: set[int] = set()  # shards that are there and counted whole
         self._here: dict[int, tuple[int, int]] = {}  # others, begun here: pictures, bad ones
         self.refresh()
 
@@ -85,21 +85,24 @@ class State:
                 last, seen = time.monotonic(), len(self._seen)
 
     def advance(self, number: int, new: int, bad: int) -> None:
+        """Count pictures that were encoded here, unless their shard has come meanwhile."""
+        self.encoded += new
+        if number in self._seen:
+            return
         pictures, bad_ones = self._here.get(number, (0, 0))
         self._here[number] = pictures + new, bad_ones + bad
-        self.encoded += new
         self._done, self._bad = self._done + new, self._bad + bad
         self._check_bad()
 
     def refresh(self) -> None:
         """Look which shards have come; the header of each is read once."""
-        for name in set((self.job.out / "shards").names()) - self._seen:
-            number = shards.shard_number(name)
+        there = map(shards.shard_number, (self.job.out / "shards").names())
+        for number in set(there) - self._seen:
             if number is None or number >= self.job.manifest.shards:
                 continue
             if is_missing(self.job, number):  # damaged; it comes again under the same name
                 continue
-            self._seen.add(name)
+            self._seen.add(number)
             here, here_bad = self._here.pop(number, (0, 0))
             self._done += len(self.job.manifest.rows_of(number)) - here
             self._bad += shards.read_header(shards.shard_path(self.job.out, number)).bad - here_bad
