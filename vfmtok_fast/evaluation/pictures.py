@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..cache.format.entry import NO_CLASS, Entry
+from ..cache.format.index import NO_CLASS, Entry
 from ..cache.sources import BadImage, Source
 from ..images import center_crop, decode_image, to_float, to_uint8
 

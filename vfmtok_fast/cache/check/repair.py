@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ...images import quiet_pillow
-from ..format.complete import COMPLETE
 from ..format.index import INDEX, read_rows
 from ..format.manifest import Tokenizer, read_manifest
-from ..format.shards import read_quarantine, shard_path, strays
+from ..format.shards import COMPLETE, read_quarantine, shard_path, strays
 from ..format.views import parse_views, plan_views
 from ..make.changes import extend
 from ..make.encode import decode

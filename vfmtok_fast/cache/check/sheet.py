@@ -54,11 +54,8 @@ def contact_sheet(
 
 def _spread(found: Manifest, numbers: list[int]) -> list[tuple[int, int]]:
     """Shard and row of some pictures, the same ones at each call."""
-    counts = [len(found.rows_of(number)) for number in numbers]
-    total, ends = sum(counts), np.cumsum(counts)
-    places = []
-    for k in range(min(PICTURES, total)):
-        position = k * total // min(PICTURES, total)
-        which = int(np.searchsorted(ends, position, side="right"))
-        places.append((numbers[which], position - int(ends[which] - counts[which])))
-    return places
+    total = sum(len(found.rows_of(number)) for number in numbers)
+    count = min(PICTURES, total)
+    # All shards but the last are full.
+    places = (divmod(k * total // count, found.shard_size) for k in range(count))
+    return [(numbers[which], row) for which, row in places]

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..format import shards
-from ..format.complete import COMPLETE
 from ..format.index import INDEX
-from ..format.manifest import NAME, Manifest, read_manifest
-from ..store import Place, atomic, place
+from ..format.manifest import NAME, read_manifest
+from ..store import atomic, place
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,10 @@ def status(out: str | os.PathLike) -> Status:
         return Status("indexing", 0, 0, 0, 0, 0, (), writing, ())
     found = read_manifest(out)
     numbers = range(found.shards)
-    headers = list(out.spread(lambda number: _header(out, number, found), numbers))
+    headers = list(out.spread(lambda number: shards.finished(out, number, found), numbers))
     finished = [header for header in headers if header is not None]
     missing = [number for number in numbers if headers[number] is None]
-    complete = not missing and (out / COMPLETE).exists()
+    complete = not missing and (out / shards.COMPLETE).exists()
     return Status(
         state="complete" if complete else "incomplete",
         images=found.images,
@@ -78,15 +77,6 @@ def status(out: str | os.PathLike) -> Status:
         writing=writing,
         views=tuple(found.views),
     )
-
-
-def _header(out: Place, number: int, found: Manifest) -> shards.Header | None:
-    """The header of a shard that is finished; None where it is missing or damaged."""
-    try:
-        header = shards.read_header(shards.shard_path(out, number))
-    except (FileNotFoundError, ValueError):
-        return None
-    return None if shards.header_problem(header, number, found) else header
 
 
 def failures(out: str | os.PathLike) -> Iterator[dict[str, Any]]:

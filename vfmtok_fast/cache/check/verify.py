@@ -12,7 +12,6 @@ from PIL import Image
 
 from ...images import quiet_pillow
 from ..format import index, shards
-from ..format.complete import COMPLETE, completion
 from ..format.differences import differences
 from ..format.index import INDEX
 from ..format.manifest import FingerprintMismatch, Manifest, Tokenizer, describe, read_manifest
@@ -167,7 +166,7 @@ def shard_problems(out: Place, found: Manifest, number: int) -> tuple[list[str],
 
 
 def _check_completion(out: Place, found: Manifest, report: Report) -> None:
-    path = out / COMPLETE
+    path = out / shards.COMPLETE
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -175,7 +174,7 @@ def _check_completion(out: Place, found: Manifest, report: Report) -> None:
         return
     except ValueError:
         content = None
-    if content != completion(out, found):
+    if content != shards.completion(out, found):
         report.problems.append(f"{path}: does not agree with the shards; remove it and run again")
 
 

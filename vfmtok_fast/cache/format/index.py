@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 
 from ...errors import one_line
 from ..store import Place
-from .entry import NO_CLASS, Entry
 
 INDEX = "index.parquet"
+NO_CLASS = -1
 _MARK = {b"vfmtok_fast": b"token cache index 1"}
 _ORIGIN = b"vfmtok_fast.origin"
 _FIELDS = [
@@ -40,6 +40,24 @@ _PLACE = [
     pa.field("offset", pa.int64(), nullable=False),
 ]
 _HASH = [pa.field("sha256", pa.binary(), nullable=False)]
+
+
+class Entry(NamedTuple):
+    """One picture of an input.
+
+    `path` is unique and relative ("n01440764/n01440764_10026.JPEG", "train-0001.tar/000017.jpg");
+    `size` is in bytes, or one of the negative numbers of `sources.base`; `label` is the class's
+    number, or -1. Where pictures lie inside larger files, `file` is that file's name relative to
+    the input and `offset` the place in it: of a tar the data's first byte, of Parquet the row, of
+    LMDB the key. `sha256` is the hash of the picture's bytes, or empty.
+    """
+
+    path: str
+    size: int
+    label: int
+    file: str = ""
+    offset: int = 0
+    sha256: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -134,10 +152,9 @@ def write_index(
 def is_index(path: Place) -> bool:
     """Whether a file is an index that this module wrote."""
     try:
-        with _source(path) as file:
-            found = pq.read_schema(file).metadata or {}
-        return found.get(b"vfmtok_fast") == _MARK[b"vfmtok_fast"]
-    except (OSError, pa.ArrowInvalid):
+        with _opened(path):
+            return True
+    except ValueError:
         return False
 
 

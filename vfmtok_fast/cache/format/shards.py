@@ -24,9 +24,11 @@ from safetensors.numpy import save
 
 from ...errors import one_line
 from ..store import Place, Tensors
-from .manifest import BAD_TOKEN, Manifest, canonical
+from .manifest import BAD_TOKEN, FingerprintMismatch, Manifest, canonical
 
 META_KEY = "vfmtok_fast"
+# Written last: it says that every shard is there.
+COMPLETE = "COMPLETE.json"
 
 _NAME = re.compile(r"tokens-(\d{5,})\.safetensors")
 
@@ -188,6 +190,23 @@ def header_problem(header: Header, number: int, manifest: Manifest) -> str | Non
     return None
 
 
+def finished(out: Place, number: int, manifest: Manifest, *, refuse: bool = False) -> Header | None:
+    """The header of a shard that is there; None where it is missing or damaged, by its header.
+
+    Raises:
+        FingerprintMismatch: to `refuse`: it is a shard of another tokenizer.
+    """
+    path = shard_path(out, number)
+    try:
+        header = read_header(path)
+    except (FileNotFoundError, ValueError):
+        return None
+    problem = header_problem(header, number, manifest)
+    if refuse and problem and header.fingerprint != manifest.fingerprint:
+        raise FingerprintMismatch(f"{path}: {problem}; remove it and run again")
+    return None if problem else header
+
+
 def problems(header: Header, shard: Shard, number: int, manifest: Manifest) -> list[str]:
     """All that is wrong with shard `number`: dtypes, shapes, checksums, order, ranges, bad slots.
 
@@ -222,6 +241,21 @@ def problems(header: Header, shard: Shard, number: int, manifest: Manifest) -> l
     if (shard.tokens[~good] != BAD_TOKEN).any():
         found.append("holds tokens for bad pictures")
     return found
+
+
+def completion(out: Place, found: Manifest) -> dict[str, str | int]:
+    """What COMPLETE.json must say, from the headers of all shards; raises like `read_header`."""
+    digest, bad = hashlib.sha256(), 0
+    for header in out.spread(read_header, (shard_path(out, n) for n in range(found.shards))):
+        digest.update(header.digest().encode())
+        bad += header.bad
+    return {
+        "fingerprint": found.fingerprint,
+        "images": found.images,
+        "bad": bad,
+        "shards": found.shards,
+        "headers_sha256": digest.hexdigest(),
+    }
 
 
 def _sha256(array: np.ndarray) -> str:

@@ -17,15 +17,14 @@ from operator import itemgetter
 
 from ...images import HEIF_SUFFIXES
 from ..format import index
-from ..format.complete import COMPLETE
 from ..format.differences import differences
 from ..format.index import INDEX
 from ..format.manifest import NAME, Manifest, read_manifest
-from ..format.shards import read_quarantine, shard_path
+from ..format.shards import COMPLETE, read_quarantine, shard_path
 from ..sources import Entry, Source
 from ..sources.folder import label_of
 from ..store import Place
-from .hashes import hashed_entries
+from .ahead import hashed_entries
 
 NEXT_INDEX, NEXT_MANIFEST = "index-next.parquet", "manifest-next.json"
 
@@ -100,7 +99,7 @@ def _check_pictures(source: Source, path: Place, classes: list[str], quarantined
             f"({len(classes)} then, {len(now)} now; first: {differing[0]!r}); "
             f"{_advice(set(now) >= set(classes))}"
         )
-    added, changed, gone, first = _count(source, path, quarantined)
+    added, changed, gone, first, _ = _count(source, path, quarantined)
     if added or changed:
         raise ImagesChanged(
             f"{root}: changed since it was indexed ({added} added, {changed} with another size"
@@ -109,20 +108,24 @@ def _check_pictures(source: Source, path: Place, classes: list[str], quarantined
         )
 
 
-def _count(source: Source, path: Place, quarantined: Set[str]) -> tuple[int, int, int, str]:
+def _count(
+    source: Source, path: Place, quarantined: Set[str]
+) -> tuple[int, int, int, str, dict[str, Entry]]:
     """How many pictures were added, have another size, are gone; the first of the former two.
 
-    Of those that are quarantined the size does not count.
+    Those that are quarantined and have another size are not counted but named: they were mended.
     """
     added = changed = gone = 0
-    first = ""
+    first, mended = "", {}
     for old, new in _compare(source, path):
         if new is None:
             gone += 1
-        elif old is None or old.path not in quarantined:
+        elif old is not None and old.path in quarantined:
+            mended[new.path] = new
+        else:
             added, changed = added + (old is None), changed + (old is not None)
             first = first or new.path
-    return added, changed, gone, first
+    return added, changed, gone, first, mended
 
 
 def quarantined_in(out: Place) -> Set[str]:
@@ -246,8 +249,8 @@ def _new_pictures(
     source: Source, out: Place, found: Manifest
 ) -> tuple[Iterator[Entry] | None, list[str], dict[str, Entry]]:
     """What came, all classes, and the quarantined pictures that have another size."""
-    path, quarantined = out / INDEX, quarantined_in(out)
-    added, changed, _, _ = _count(source, path, quarantined)
+    path = out / INDEX
+    added, changed, _, _, mended = _count(source, path, quarantined_in(out))
     classes = source.classes(-1)
     lost = sorted(set(found.classes) - set(classes))
     if changed or lost:
@@ -255,8 +258,6 @@ def _new_pictures(
             f"{source.root}: only what is new can be added, but {changed} pictures have another "
             f"size, and {len(lost)} classes are gone; restore them, or cache into a new folder"
         )
-    # Nothing else has another size.
-    mended = {new.path: new for old, new in _compare(source, path) if old and new}
     classes = [*found.classes, *sorted(set(classes) - set(found.classes))]
     if not added and classes == found.classes:
         return None, classes, mended

@@ -17,6 +17,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from ..format.manifest import BAD_TOKEN, Manifest, Tokenizer
 from ..format.shards import BAD
 from ..format.views import Plan, make_bases, parse_views, plan_views
 from ..sources import BadImage, Entry, Source
+from .ahead import ahead
 from .batch import Batch, as_index
 
 # Called after each batch with the shard's number, how many pictures of it are finished by that
@@ -93,20 +95,36 @@ def encode_parts(
         OSError: reading failed for a reason that lies with the machine.
     """
     plan = plan_views(parse_views(manifest.views), manifest.image_size)
-    device = _Device(tokenizer, manifest, plan, waits or Waits(), advance)
-    pictures = _decode_ahead(source, iter(parts), manifest, plan, workers)
+    advance = advance or (lambda number, new, bad: None)
+    device = _Device(tokenizer, manifest, plan, waits or Waits())
+    pictures = _decode_ahead(source, parts, manifest, plan, workers)
+    views, size = len(plan.cuts), manifest.batch_size
     with evaluating(tokenizer), device, contextlib.closing(pictures):
         while (part := device.wait_for_data(pictures)) is not None:
             number, rows = part
             encoded = Encoded(
-                np.full((len(rows), len(plan.cuts), manifest.num_tokens), BAD_TOKEN, np.uint16),
+                np.full((len(rows), views, manifest.num_tokens), BAD_TOKEN, np.uint16),
                 np.zeros(len(rows), np.uint8),
                 {},
             )
-            device.begin(number, encoded)
-            for position in range(len(rows)):
-                device.add(position, device.wait_for_data(pictures))
-            device.end()
+            flat = encoded.tokens.reshape(-1, manifest.num_tokens)
+            for start in range(0, len(flat), size):
+                end, good, bad = min(start + size, len(flat)), [], 0
+                for row in range(start, end):
+                    position, view = divmod(row, views)
+                    if view == 0:
+                        picture = device.wait_for_data(pictures)
+                        if isinstance(picture, BadImage):
+                            encoded.status[position] = picture.status
+                            encoded.reasons[position] = str(picture)
+                            bad += 1
+                    if not isinstance(picture, BadImage):
+                        device.batches[0].add(row - start, picture, view)
+                        good.append(row)
+                finished = end // views - start // views
+                device.send(good, flat, partial(advance, number, finished, bad))
+            while device.running:
+                device.receive()
             yield number, rows, encoded
 
 
@@ -127,12 +145,8 @@ def _own_stream(device: torch.device) -> None:
 class _Device:
     """Batches on their way to the tokenizer: one is filled while others are encoded."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, manifest: Manifest, plan: Plan, waits: Waits,
-        advance: Advance | None,
-    ) -> None:  # fmt: skip
+    def __init__(self, tokenizer: Tokenizer, manifest: Manifest, plan: Plan, waits: Waits) -> None:
         self.tokenizer, self.manifest, self.waits = tokenizer, manifest, waits
-        self.advance = advance or (lambda number, new, bad: None)
         first = next(iter(tokenizer.parameters()), torch.empty(0, device="cpu"))
         self.in_flight = IN_FLIGHT[first.device.type]
         # Pinned, so that the copy to a GPU runs beside everything else.
@@ -142,7 +156,7 @@ class _Device:
         self.threads = ThreadPoolExecutor(
             self.in_flight, "vfmtok-encode", initializer=_own_stream, initargs=(first.device,)
         )
-        self.running: deque[tuple[Future | None, list[int], int, int]] = deque()
+        self.running: deque[tuple[Future | None, list[int], np.ndarray, Callable]] = deque()
         self.warm = False
 
     def __enter__(self) -> None:
@@ -157,58 +171,29 @@ class _Device:
         self.waits.data += time.perf_counter() - start
         return found
 
-    def begin(self, number: int, encoded: Encoded) -> None:
-        self.number, self.encoded = number, encoded
-        self.flat = encoded.tokens.reshape(-1, self.manifest.num_tokens)
-        self.row = self.finished = self.bad = 0
-        self.good: list[int] = []  # rows of the current batch that hold a picture
-
-    def add(self, position: int, picture: list[np.ndarray] | BadImage) -> None:
-        views, size = self.encoded.tokens.shape[1], self.manifest.batch_size
-        bad = isinstance(picture, BadImage)
-        if bad:
-            self.encoded.status[position] = picture.status
-            self.encoded.reasons[position] = str(picture)
-            self.bad += 1
-        for view in range(views):
-            if not bad:
-                self.batches[0].add(self.row % size, picture, view)
-                self.good.append(self.row)
-            self.row += 1
-            self.finished += view == views - 1
-            if self.row % size == 0:
-                self._send()
-
-    def end(self) -> None:
-        """Send the last batch, padded with black, and wait until all is encoded."""
-        if self.row % self.manifest.batch_size:
-            self._send()
-        while self.running:
-            self._receive()
-
-    def _send(self) -> None:
+    def send(self, rows: list[int], flat: np.ndarray, done: Callable[[], None]) -> None:
+        """Have the first batch encoded, which holds `rows` of `flat`; then `done` is called."""
         # The first by itself: two threads would compile the same kernels.
         while len(self.running) >= (self.in_flight if self.warm else 1):
-            self._receive()
+            self.receive()
         future = None
-        if self.good:
+        if rows:
             batch = self.batches[0]
             future = self.threads.submit(_encode_batch, self.tokenizer, batch, self.manifest)
-        self.running.append((future, self.good, self.finished, self.bad))
+        self.running.append((future, rows, flat, done))
         self.batches.rotate(-1)
         self.batches[0].clear()
-        self.good, self.finished, self.bad = [], 0, 0
 
-    def _receive(self) -> None:
-        future, good, finished, bad = self.running.popleft()
+    def receive(self) -> None:
+        future, rows, flat, done = self.running.popleft()
         if future is not None:
             self.warm = True
             start = time.perf_counter()
             tokens = future.result()
             self.waits.device += time.perf_counter() - start
-            places = [row % self.manifest.batch_size for row in good]
-            self.flat[as_index(good)] = tokens[as_index(places)]
-        self.advance(self.number, finished, bad)
+            places = [row % self.manifest.batch_size for row in rows]
+            flat[as_index(rows)] = tokens[as_index(places)]
+        done()
 
 
 def _encode_batch(tokenizer: Tokenizer, batch: Batch, manifest: Manifest) -> np.ndarray:
@@ -250,31 +235,16 @@ def evaluating(tokenizer: Tokenizer) -> Iterator[None]:
 
 
 def _decode_ahead(
-    source: Source, parts: Iterator[tuple[int, Rows]], manifest: Manifest, plan: Plan, workers: int
+    source: Source, parts: Iterable[tuple[int, Rows]], manifest: Manifest, plan: Plan, workers: int
 ) -> Iterator[tuple[int, Rows] | list[np.ndarray] | BadImage]:
     """Each part, then its pictures in order, decoded by threads up to a batch ahead."""
+
+    def decoded(item: tuple[int, Rows] | Entry) -> Any:
+        return decode(source, item, plan, manifest) if isinstance(item, Entry) else item
+
+    items = (item for part in parts for item in (part, *part[1].entries))
     window = -(-manifest.batch_size // len(plan.cuts)) + workers
-    waiting: deque[Future | tuple[int, Rows]] = deque()
-
-    def submit() -> Iterator[None]:
-        for part in parts:
-            waiting.append(part)
-            for entry in part[1].entries:
-                waiting.append(pool.submit(decode, source, entry, plan, manifest))
-                yield
-
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="vfmtok-decode")
-    submitting = submit()
-    try:
-        while True:
-            while len(waiting) < window and next(submitting, submit) is not submit:
-                pass
-            if not waiting:
-                return
-            item = waiting.popleft()
-            yield item.result() if isinstance(item, Future) else item
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    return ahead(decoded, items, workers, window, "vfmtok-decode")
 
 
 def decode(

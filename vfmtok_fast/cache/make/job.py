@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..format import index, manifest, shards
-from ..format.complete import COMPLETE, completion
 from ..format.index import INDEX
 from ..sources import Source
 from ..store import Place
@@ -45,21 +44,13 @@ def pending(job: Job) -> list[int]:
     Raises:
         FingerprintMismatch: a shard of another tokenizer lies in the folder.
     """
-    missing = job.out.spread(lambda number: is_missing(job, number), range(job.manifest.shards))
-    return [number for number, gone in enumerate(missing) if gone]
+    headers = job.out.spread(lambda number: finished(job, number), range(job.manifest.shards))
+    return [number for number, header in enumerate(headers) if header is None]
 
 
-def is_missing(job: Job, number: int) -> bool:
-    """Whether one shard is missing or damaged; raises like `pending`."""
-    path = shards.shard_path(job.out, number)
-    try:
-        header = shards.read_header(path)
-    except (FileNotFoundError, ValueError):
-        return True
-    problem = shards.header_problem(header, number, job.manifest)
-    if problem and header.fingerprint != job.manifest.fingerprint:
-        raise manifest.FingerprintMismatch(f"{path}: {problem}; remove it and run again")
-    return problem is not None
+def finished(job: Job, number: int) -> shards.Header | None:
+    """The header of one shard; None where it is missing or damaged; raises like `pending`."""
+    return shards.finished(job.out, number, job.manifest, refuse=True)
 
 
 def encode_shard(job: Job, number: int, advance: Advance | None = None) -> None:
@@ -106,7 +97,7 @@ def _parts(job: Job, numbers: Iterable[int]) -> Iterator[tuple[int, index.Rows]]
     for number in numbers:
         rows = index.read_rows(job.out / INDEX, number)
         # A cache with a shard to come is not complete, whatever an earlier run said.
-        (job.out / COMPLETE).remove()
+        (job.out / shards.COMPLETE).remove()
         yield number, rows
 
 
@@ -126,7 +117,7 @@ def _commit(job: Job, number: int, rows: index.Rows, encoded: Encoded) -> None:
     except ImagesChanged:
         # It may have come over the one of more pictures that another process has made meanwhile.
         shards.shard_path(job.out, number).remove()
-        (job.out / COMPLETE).remove()
+        (job.out / shards.COMPLETE).remove()
         raise
 
 
@@ -154,14 +145,14 @@ def finish(job: Job) -> int:
         raise ValueError(
             f"{job.out}: {len(missing)} of {job.manifest.shards} shards are missing; run again"
         )
-    content = completion(job.out, job.manifest)
+    content = shards.completion(job.out, job.manifest)
     if content["bad"] == job.manifest.images:
         raise ValueError(
             f"{job.source.root}: none of its {job.manifest.images} pictures could be read; "
             f"{job.out / 'quarantine'} says why"
         )
     data = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
-    path = job.out / COMPLETE
+    path = job.out / shards.COMPLETE
     if not path.exists() or path.read_bytes() != data:
         path.put(data)
     return content["bad"]

@@ -78,12 +78,12 @@ def build_on_ray(
             ):
                 room = _room(ray, actors, device, len(numbers))
                 sent = replace(job, tokenizer=None, workers=spec.workers or room.cores)
-                plan = _Plan(sent, room, switch.policy())
-                with contextlib.closing(_Crew(ray, plan, tokenizer)) as crew:
-                    for number, bad, waits in crew.encode(state.missing(numbers)):
+                with contextlib.closing(_Crew(ray, sent, room, tokenizer)) as crew:
+                    for number, waits in crew.encode(state.missing(numbers)):
                         state.waits.data += waits.data / room.actors
                         state.waits.device += waits.device / room.actors
-                        state.advance(number, len(job.manifest.rows_of(number)), bad)
+                        state.encoded += len(job.manifest.rows_of(number))
+                        state.refresh()
                         report(state.progress())
         bad = finish(job)
     seconds = time.monotonic() - started
@@ -152,68 +152,59 @@ def _room(ray: Any, actors: int | None, device: str | None, shards: int) -> _Roo
     return _Room(min(count, shards), share, 0)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What an actor is told: the job without its tokenizer, the device, what is enabled."""
-
-    job: Job
-    room: _Room
-    policy: switch.Policy
-
-
 class _Encoder:
-    """An actor: encodes and commits the shards that it is given, one after the other."""
+    """An actor: encodes and commits the shards that it is given, one after the other.
 
-    def __init__(self, plan: _Plan, tokenizer: manifest.Tokenizer) -> None:
+    It is told the job without its tokenizer, the device, and what is enabled.
+    """
+
+    def __init__(
+        self, job: Job, device: str, policy: switch.Policy, tokenizer: manifest.Tokenizer
+    ) -> None:
         # Nothing that can fail: an error here would reach the caller without its type.
-        self.plan, self.tokenizer = plan, tokenizer
+        self.job, self.device, self.policy = job, device, policy
+        self.tokenizer = tokenizer
 
     def open(self) -> None:
         """Load the model onto the device, and check that tokens made here are those of the cache.
 
         Another version of the decoder on this node, for one, would change them.
         """
-        job, policy = self.plan.job, self.plan.policy
         if hasattr(self.tokenizer, "to"):
-            self.tokenizer.to(self.plan.room.device)
-        switch.enable(policy.ops, strict=policy.strict)
-        found = job.manifest
+            self.tokenizer.to(self.device)
+        switch.enable(self.policy.ops, strict=self.policy.strict)
+        found = self.job.manifest
         covers = manifest.describe(
             self.tokenizer, found.views, found.batch_size, found.seed, found.heif
         )
-        manifest.check_same(found, covers, found.shard_size, job.out)
-        self.job = replace(job, tokenizer=self.tokenizer)
+        manifest.check_same(found, covers, found.shard_size, self.job.out)
+        self.job = replace(self.job, tokenizer=self.tokenizer)
 
-    def encode(self, number: int) -> tuple[int, Waits]:
-        """Encode a shard; how many of its pictures are bad, and what was waited for."""
-        waits, bad = Waits(), 0
-
-        def count(number: int, new: int, new_bad: int) -> None:
-            nonlocal bad
-            bad += new_bad
-
+    def encode(self, number: int) -> Waits:
+        """Encode a shard; what was waited for."""
+        waits = Waits()
         with quiet_pillow():
-            encode_shards(self.job, [number], count, waits)
-        return bad, waits
+            encode_shards(self.job, [number], waits=waits)
+        return waits
 
 
 class _Crew:
     """The actors, and which shard each is at."""
 
-    def __init__(self, ray: Any, plan: _Plan, tokenizer: manifest.Tokenizer) -> None:
-        self.ray, self.plan = ray, plan
-        self.tokenizer = ray.put(tokenizer)
+    def __init__(self, ray: Any, job: Job, room: _Room, tokenizer: manifest.Tokenizer) -> None:
+        self.ray, self.room, self.out = ray, room, job.out
+        self.told = job, room.device, switch.policy(), ray.put(tokenizer)
         self.kind = ray.remote(_Encoder).options(
-            num_cpus=plan.room.cores, num_gpus=plan.room.gpus, scheduling_strategy="SPREAD"
+            num_cpus=room.cores, num_gpus=room.gpus, scheduling_strategy="SPREAD"
         )
         self.idle: list[Any] = []
         # By the answer that is waited for: the actor, and its shard; None while it starts.
         self.busy: dict[Any, tuple[Any, int | None]] = {}
         self.lost: Counter[int | None] = Counter()
 
-    def encode(self, numbers: Iterator[int]) -> Iterator[tuple[int, int, Waits]]:
-        """Have shards encoded; number, bad pictures and waits of each as it is done."""
-        for _ in range(self.plan.room.actors):
+    def encode(self, numbers: Iterator[int]) -> Iterator[tuple[int, Waits]]:
+        """Have shards encoded; number and waits of each as it is done."""
+        for _ in range(self.room.actors):
             self._start()
         again: deque[int] = deque()
         heard = time.monotonic()
@@ -234,7 +225,7 @@ class _Crew:
                 heard = time.monotonic()
                 found = self._receive(answer, actor, number, again)
                 if found is not None and number is not None:
-                    yield number, *found
+                    yield number, found
 
     def close(self) -> None:
         """Let the actors go, in the midst of a shard too: what is not whole has no name yet."""
@@ -242,12 +233,12 @@ class _Crew:
             self.ray.kill(actor)
 
     def _start(self) -> None:
-        actor = self.kind.remote(self.plan, self.tokenizer)
+        actor = self.kind.remote(*self.told)
         self.busy[actor.open.remote()] = actor, None
 
     def _receive(
         self, answer: Any, actor: Any, number: int | None, again: deque[int]
-    ) -> tuple[int, Waits] | None:
+    ) -> Waits | None:
         errors = self.ray.exceptions
         try:
             found = self.ray.get(answer)
@@ -270,20 +261,19 @@ class _Crew:
     def _check_lost(self, number: int | None, error: Exception) -> None:
         if number is not None and self.lost[number] >= MOST_LOST_ON_A_SHARD:
             raise ActorsLost(
-                f"{self.plan.job.out}: {self.lost[number]} Ray actors died in shard {number}; see "
+                f"{self.out}: {self.lost[number]} Ray actors died in shard {number}; see "
                 f"Ray's logs, then run again (finished shards are kept): {first_line(error)}"
             ) from error
-        if self.lost[None] > 2 * self.plan.room.actors + 2:
+        if self.lost[None] > 2 * self.room.actors + 2:
             raise ActorsLost(
-                f"{self.plan.job.out}: {self.lost[None]} Ray actors in turn died as they started; "
+                f"{self.out}: {self.lost[None]} Ray actors in turn died as they started; "
                 f"see Ray's logs, then run again (finished shards are kept): {first_line(error)}"
             ) from error
 
     def _check_patience(self, heard: float) -> None:
         if time.monotonic() - heard > START_PATIENCE:
-            room = self.plan.room
             raise ActorsLost(
-                f"{self.plan.job.out}: in {START_PATIENCE:.0f} s Ray has started no actor of "
-                f"{room.cores} CPU cores and {room.gpus} GPUs; see `ray status`, then run again "
-                "(finished shards are kept)"
+                f"{self.out}: in {START_PATIENCE:.0f} s Ray has started no actor of "
+                f"{self.room.cores} CPU cores and {self.room.gpus} GPUs; see `ray status`, then "
+                "run again (finished shards are kept)"
             )

@@ -51,7 +51,8 @@ def remove_parts(out: Place) -> None:
     folder = out / FOLDER
     for name in sorted(folder.names(), reverse=True):
         (folder / name).remove()
-    folder.remove_folder()
+    if not out.remote:
+        folder.remove_folder()
 
 
 def _every(

@@ -7,7 +7,9 @@ last, says that the folder is a cache from then on.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -16,14 +18,13 @@ from typing import Any
 
 from ...images import HEIF_SUFFIXES, decode_image, heif_version
 from ..format import index, manifest
-from ..format.entry import Entry
-from ..format.index import INDEX
+from ..format.index import INDEX, Entry
 from ..sources import BadImage, Source
 from ..sources.base import LeftOutWarning
 from ..sources.folder import EXTENSIONS
-from ..store import Place, place
-from . import changes, claim, parts
-from .hashes import hashed_entries
+from ..store import Place, atomic, place
+from . import changes, parts
+from .ahead import hashed_entries
 from .job import Job
 from .spec import CacheSpec
 
@@ -53,13 +54,13 @@ def prepare(
     """
     spec, out = CacheSpec.of(spec, settings), place(out)
     source = spec.open(images)
-    claim.check_outside(Path(images).expanduser(), out)
+    _check_outside(Path(images).expanduser(), out)
     if rank:
         _await(out, (out / manifest.NAME).exists)
     changes.install(out)
-    claim.remove_torn_manifest(out)
+    _remove_torn_manifest(out)
     workers = spec.workers or min(_cpus(), MAX_DEFAULT_WORKERS)
-    resumed = (out / manifest.NAME).exists() or not claim.is_free(out)
+    resumed = (out / manifest.NAME).exists() or not _is_free(out)
     if not resumed:
         _check_any_readable(source)
         batch_size = spec.batch_size or _usual_batch_size(tokenizer, device)
@@ -73,6 +74,66 @@ def prepare(
         found = _resume(source, out, found, covers, spec, workers, rank)
         _make_folders(out)
     return Job(source, out, tokenizer, found, workers)
+
+
+def _check_outside(root: Path, out: Place) -> None:
+    """Refuse a cache inside of its own pictures, or in the place of a file."""
+    if out.remote:
+        return
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out}: must be a folder, is a file; choose another name")
+    if out.resolve().is_relative_to(root.resolve()):
+        raise ValueError(
+            f"{out}: lies inside the pictures' folder {root}, where it would become a class; "
+            "choose a folder outside"
+        )
+
+
+def _is_free(out: Place) -> bool:
+    """Whether a new cache may go here; False if another process has begun one just now.
+
+    Raises:
+        FileExistsError: it holds something else than what a run leaves that died before its
+            manifest.
+    """
+    for name in sorted(out.names()):
+        if _is_ours(out / name):
+            continue
+        if (out / manifest.NAME).exists():
+            return False
+        raise FileExistsError(
+            f"{out}: holds something else ({name!r}) and is left alone; "
+            "choose a new or empty folder"
+        )
+    return True
+
+
+def _is_ours(path: Place) -> bool:
+    if path.name == INDEX:
+        return index.is_index(path) or _is_torn(path)
+    if path.name not in ("shards", "quarantine", parts.FOLDER):
+        return atomic.is_temporary(path.name)
+    known = re.compile(r"\d{5}\.parquet" if path.name == parts.FOLDER else "(?!)")
+    ours = all(atomic.is_temporary(one) or known.fullmatch(one) for one in path.names())
+    return ours and (path.remote or not path.is_file())
+
+
+def _remove_torn_manifest(out: Place) -> None:
+    """What a store may keep of a manifest whose writer died; nothing was made of it yet."""
+    path = out / manifest.NAME
+    if out.remote and path.exists() and not (out / "shards").names():
+        try:
+            json.loads(path.read_bytes())
+        except ValueError:
+            path.remove()
+
+
+def _is_torn(path: Place) -> bool:
+    """Whether a store kept the first part of an index whose writer died."""
+    if not path.remote:
+        return False
+    data = path.read_bytes()
+    return b"PAR1".startswith(data[:4]) and not data.endswith(b"PAR1")
 
 
 def _index(
@@ -119,7 +180,8 @@ def _resume(
 def _make_folders(out: Place) -> None:
     for folder in (out, out / "shards", out / "quarantine"):
         folder.make_folder()
-        folder.sweep()
+        if not out.remote:
+            folder.sweep()
 
 
 def _usual_batch_size(tokenizer: manifest.Tokenizer, device: str | None) -> int:
@@ -164,7 +226,7 @@ def _await(out: Place, done: Callable[[], bool]) -> None:
     last, seen = time.monotonic(), None
     while not done() and time.monotonic() - last < INDEX_PATIENCE:
         # Of a store, nothing is seen of what is on its way.
-        local = out.is_dir()
+        local = not out.remote and out.is_dir()
         now = []
         for entry in os.scandir(out) if local else ():
             with contextlib.suppress(FileNotFoundError):  # it has just taken its final name

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ...bars import bar
 from ..format import shards
 from .encode import Waits
-from .job import Job, is_missing
+from .job import Job, finished
 
 # Seconds in which another process may finish a shard, where this one has not made any to compare;
 # and the least.
@@ -66,7 +66,7 @@ class State:
     def missing(self, numbers: Iterable[int]) -> Iterator[int]:
         """Those of some shards that are missing when their turn comes."""
         for number in numbers:
-            if is_missing(self.job, number):
+            if finished(self.job, number) is None:
                 yield number
                 self.refresh()
 
@@ -76,7 +76,7 @@ class State:
         pace = (time.monotonic() - self.started) / shards_here if shards_here else SLOW_SHARD
         patience = max(1.5 * pace, LEAST_PATIENCE)
         last, seen = time.monotonic(), len(self._seen)
-        while any(is_missing(self.job, number) for number in numbers):
+        while any(finished(self.job, number) is None for number in numbers):
             if time.monotonic() - last > patience:
                 return
             time.sleep(min(0.2, patience / 4))
@@ -100,12 +100,13 @@ class State:
         for number in set(there) - self._seen:
             if number is None or number >= self.job.manifest.shards:
                 continue
-            if is_missing(self.job, number):  # damaged; it comes again under the same name
+            header = finished(self.job, number)
+            if header is None:  # damaged; it comes again under the same name
                 continue
             self._seen.add(number)
             here, here_bad = self._here.pop(number, (0, 0))
-            self._done += len(self.job.manifest.rows_of(number)) - here
-            self._bad += shards.read_header(shards.shard_path(self.job.out, number)).bad - here_bad
+            self._done += header.count - here
+            self._bad += header.bad - here_bad
         self._check_bad()
 
     def progress(self) -> Progress:

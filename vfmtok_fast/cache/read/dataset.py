@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 
 from .reader import TokenCache
@@ -96,16 +95,15 @@ class TokenCacheDataset(torch.utils.data.Dataset):
     def view_of(self, picture: int) -> int:
         """Which of `views` a picture (by position) shows in this epoch."""
         row = int(self.cache.rows[picture])
-        return int(_mix(self.seed, self.epoch, row) % np.uint64(len(self.views)))
+        return _mix(self.seed, self.epoch, row) % len(self.views)
 
 
-def _mix(*numbers: int) -> np.uint64:
-    """A hash of whole numbers: SplitMix64's finaliser after each; a counter-based generator."""
-    state = np.uint64(0)
-    with np.errstate(over="ignore"):
-        for number in numbers:
-            state += np.uint64(number & 0xFFFFFFFFFFFFFFFF) + np.uint64(0x9E3779B97F4A7C15)
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state ^= state >> np.uint64(31)
+def _mix(*numbers: int) -> int:
+    """A hash of whole numbers, 64 bits: SplitMix64's finaliser after each."""
+    state, mask = 0, 0xFFFFFFFFFFFFFFFF
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & mask
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & mask
+        state ^= state >> 31
     return state

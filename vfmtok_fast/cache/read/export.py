@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..format import index, shards
-from ..format.complete import COMPLETE
 from ..format.index import INDEX
 from ..format.manifest import Manifest, read_manifest
 from ..store import CacheWriteError, Place, place
@@ -58,13 +57,13 @@ def export(
         raise ValueError(f"export: format must be one of {', '.join(FORMATS)}, got {format!r}")
     found = read_manifest(out)
     places = found.places_of(views, out)
-    if not (out / COMPLETE).exists():
+    if not (out / shards.COMPLETE).exists():
         raise ValueError(f"{out}: not complete; finish it with vfmtok-fast cache")
     if target.remote and format == "llamagen":
         raise ValueError(
             f"{target}: llamagen is two files to a picture; write it to a local folder, and pack it"
         )
-    if target.occupied():
+    if target.exists() or (not target.remote and target.is_symlink()):  # be it to nowhere
         raise FileExistsError(f"{target}: is there already; choose another name")
     target.parent.make_folder()
     names = [found.views[place] for place in places]

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from ..format import shards
-from ..format.complete import COMPLETE
 from ..format.manifest import Manifest, read_manifest
 from ..store import LocalPlace, Place, Tensors, place
 
@@ -57,7 +56,7 @@ class TokenCache:
         if view is not None and view not in names:
             raise ValueError(f"{out}: has the views {', '.join(names)}, not {view!r}")
         self._view = slice(None) if view is None else names.index(view)
-        if not partial and not (self.out / COMPLETE).exists():
+        if not partial and not (self.out / shards.COMPLETE).exists():
             raise ValueError(
                 f"{out}: not complete; finish it with `vfmtok-fast cache`; in Python partial=True "
                 "takes what is there"

@@ -11,19 +11,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..format.entry import Entry
-from ..format.index import read_origin
+from ..format.index import Entry, read_origin
 from ..store import Place
 from . import parquet
 from .base import BadImage, Source
 from .choice import EVERYTHING, Choice, check_splits, is_split
 from .columns import FIRST, find_columns
-from .contents import COMPRESSED, archives_in, check_shards, kind_of_folder
+from .contents import COMPRESSED, archives_in, check_shards, kind_of_folder, suffixes_in
 from .folder import FolderSource, class_folders, walk
 from .lmdb import LmdbSource
 from .parquet import ParquetSource
 from .tar import TarSource
-from .webdataset import WebDatasetSource, is_webdataset
+from .webdataset import WebDatasetSource
 
 KINDS = ("folder", "tar", "webdataset", "parquet", "lmdb")
 
@@ -159,7 +158,7 @@ def _nothing(choice: Choice) -> str:
 def _kind_of_file(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix == ".tar":
-        return "webdataset" if is_webdataset(path) else "tar"
+        return "webdataset" if ".cls" in suffixes_in(path) else "tar"
     if suffix == ".parquet":
         return "parquet"
     if suffix in (".mdb", ".lmdb"):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..format.entry import NO_CLASS, Entry
+from ..format.index import NO_CLASS, Entry
 from ..format.shards import BAD, GONE
 from .choice import Choice
 
@@ -76,25 +76,21 @@ class Source(Protocol):
 
     def read(self, entry: Entry) -> bytes:
         """A picture's bytes; BadImage where that picture cannot be read, OSError if nothing can."""
+        if entry.size in REASONS:
+            raise BadImage(BAD, REASONS[entry.size])
+        data = self.find(entry)
+        if entry.size != UNKNOWN and len(data) != entry.size:
+            raise BadImage(
+                GONE, f"changed since it was indexed: {entry.size} bytes then, {len(data)} now"
+            )
+        if not data:
+            raise BadImage(BAD, "empty file")
+        if entry.sha256 and hashlib.sha256(data).digest() != entry.sha256:
+            raise BadImage(GONE, "changed since it was indexed: as many bytes, but others")
+        return data
 
-
-def check_known(entry: Entry) -> None:
-    """Raise BadImage for an entry that was found bad while it was indexed."""
-    if entry.size in REASONS:
-        raise BadImage(BAD, REASONS[entry.size])
-
-
-def check_bytes(entry: Entry, data: bytes) -> bytes:
-    """Hand back a picture's bytes, if they are as many as were indexed and more than none."""
-    if entry.size != UNKNOWN and len(data) != entry.size:
-        raise BadImage(
-            GONE, f"changed since it was indexed: {entry.size} bytes then, {len(data)} now"
-        )
-    if not data:
-        raise BadImage(BAD, "empty file")
-    if entry.sha256 and hashlib.sha256(data).digest() != entry.sha256:
-        raise BadImage(GONE, "changed since it was indexed: as many bytes, but others")
-    return data
+    def find(self, entry: Entry) -> bytes:
+        """For `read`: the bytes that are there now, be they those that were indexed or not."""
 
 
 def behind(entries: Iterator[Entry], after: Entry | None) -> Iterator[Entry]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import deque
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -21,30 +21,6 @@ _MOST_NAMES = 50_000
 _SHARDS, _MEMBERS = 8, 64
 
 
-@dataclass
-class Contents:
-    """Relative paths of a folder's archives, by kind, and what is known of its pictures."""
-
-    archives: dict[str, list[str]] = field(default_factory=dict)
-    compressed: list[str] = field(default_factory=list)
-    pictures: int = 0
-    picture: str = ""
-    folders: set[str] = field(default_factory=set)  # those in the root that hold pictures
-
-    def add(self, path: str) -> None:
-        suffix = os.path.splitext(path)[1].lower()
-        if path.lower().endswith(COMPRESSED):
-            self.compressed.append(path)
-        elif suffix in SUFFIXES:
-            self.archives.setdefault(SUFFIXES[suffix], []).append(path)
-        elif suffix in EXTENSIONS:
-            self.pictures += 1
-            self.picture = self.picture or path
-            folder, slash, _ = path.partition("/")
-            if slash:
-                self.folders.add(folder)
-
-
 def kind_of_folder(root: Path, choice: Choice) -> str:
     """What a folder is, by what lies in it.
 
@@ -53,25 +29,34 @@ def kind_of_folder(root: Path, choice: Choice) -> str:
     """
     if (root / "data.mdb").is_file():
         return "lmdb"
-    found = _look(root, choice)
-    if found.compressed and (found.archives or not found.pictures):
+    archives, compressed, example = defaultdict(list), [], ""
+    pictures: Counter[str] = Counter()  # by the folder in the root, or "" for the root itself
+    for path in _look(root, choice):
+        suffix = os.path.splitext(path)[1].lower()
+        if path.lower().endswith(COMPRESSED):
+            compressed.append(path)
+        elif suffix in SUFFIXES:
+            archives[SUFFIXES[suffix]].append(path)
+        elif suffix in EXTENSIONS:
+            pictures[path.partition("/")[0] if "/" in path else ""] += 1
+            example = example or path
+    if compressed and (archives or not pictures):
         raise ValueError(
-            f"{root}: holds {len(found.compressed)} compressed tars ({found.compressed[0]}), which "
-            "cannot be read in place; decompress them to plain .tar, or leave them out with "
-            "--exclude"
+            f"{root}: holds {len(compressed)} compressed tars ({compressed[0]}), which cannot be "
+            "read in place; decompress them to plain .tar, or leave them out with --exclude"
         )
-    if not found.archives:
+    if not archives:
         return "folder"
-    if not found.pictures and len(found.archives) == 1:
-        (kind,) = found.archives
+    if not pictures and len(archives) == 1:
+        (kind,) = archives
         return kind
-    archives = [path for paths in found.archives.values() for path in paths]
-    if len(found.folders) > 1 and len(archives) == 1 and "/" not in archives[0]:
+    paths = [path for paths in archives.values() for path in paths]
+    if len(pictures.keys() - {""}) > 1 and len(paths) == 1 and "/" not in paths[0]:
         return "folder"  # class folders, and what they were unpacked from
-    held = [f"{len(paths)} {kind} files ({paths[0]})" for kind, paths in found.archives.items()]
-    kinds = list(found.archives)
-    if found.pictures:
-        held.append(f"{found.pictures} pictures ({found.picture})")
+    held = [f"{len(paths)} {kind} files ({paths[0]})" for kind, paths in archives.items()]
+    kinds = list(archives)
+    if pictures:
+        held.append(f"{pictures.total()} pictures ({example})")
         kinds.append("folder")
     raise ValueError(
         f"{root}: holds {' and '.join(held)}; say what is meant with --input "
@@ -79,8 +64,9 @@ def kind_of_folder(root: Path, choice: Choice) -> str:
     )
 
 
-def _look(root: Path, choice: Choice) -> Contents:
-    found, seen, known = Contents(), 0, set()
+def _look(root: Path, choice: Choice) -> Iterator[str]:
+    """Relative paths of a folder's files, outer folders first, until it is known by them."""
+    seen, known = 0, set()
     folders = deque([("", os.fspath(root))])
     while folders and seen < _MOST_NAMES:
         shown, folder = folders.popleft()
@@ -94,10 +80,9 @@ def _look(root: Path, choice: Choice) -> Contents:
             path = shown + name
             if not name.endswith("/"):
                 if choice.takes(path):
-                    found.add(path)
+                    yield path
             elif not choice.leaves_out(path.rstrip("/")):
                 folders.append((path, os.path.join(folder, odd.get(name, name))))
-    return found
 
 
 def archives_in(root: Path, suffix: str, choice: Choice) -> tuple[str, ...]:
@@ -113,7 +98,7 @@ def check_shards(root: Path, names: tuple[str, ...]) -> None:
     """
     alone = ""
     for name in names[:_SHARDS]:
-        suffixes = _suffixes(root / name)
+        suffixes = suffixes_in(root / name)
         if ".tar" in suffixes:
             raise ValueError(
                 f"{root}: holds tar files that are no WebDataset shards ({name} holds tars, as "
@@ -131,7 +116,7 @@ def check_shards(root: Path, names: tuple[str, ...]) -> None:
         )
 
 
-def _suffixes(path: Path) -> set[str]:
+def suffixes_in(path: Path) -> set[str]:
     """Of a tar's first members; none for a damaged one, which is refused where it is listed."""
     found = set()
     try:

@@ -22,7 +22,7 @@ from typing import Any
 
 from ...images import HEIF_SUFFIXES, HOW_TO_READ_HEIF, reads_heif
 from ..format.shards import BAD, GONE
-from .base import NO_CLASS, NO_SIZE, NOT_UTF8, BadImage, Entry, Source, check_bytes, check_known
+from .base import NO_CLASS, NO_SIZE, NOT_UTF8, BadImage, Entry, Source
 from .choice import EVERYTHING, Choice
 
 _PLAIN = frozenset(
@@ -79,13 +79,12 @@ class FolderSource(Source):
     def classes(self, highest: int) -> list[str]:
         return class_folders(self.root, self.choice)
 
-    def read(self, entry: Entry) -> bytes:
-        check_known(entry)
+    def find(self, entry: Entry) -> bytes:
         path = self.root / entry.path
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise BadImage(GONE, "no longer a regular file")
-            data = path.read_bytes()
+            return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError) as error:
             if not path.parent.is_dir():
                 raise FileNotFoundError(
@@ -99,7 +98,6 @@ class FolderSource(Source):
             if error.errno not in _ERRORS_OF_A_FILE:
                 raise
             raise BadImage(BAD, f"cannot be opened: {error.strerror}") from error
-        return check_bytes(entry, data)
 
 
 def class_folders(root: Path, choice: Choice = EVERYTHING) -> list[str]:

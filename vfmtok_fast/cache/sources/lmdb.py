@@ -20,18 +20,7 @@ from typing import Any
 
 from ...errors import one_line
 from ..format.shards import BAD, GONE
-from .base import (
-    BAD_LABEL,
-    DAMAGED,
-    NO_CLASS,
-    BadImage,
-    Entry,
-    Source,
-    check_bytes,
-    check_known,
-    check_label,
-    sizes_of,
-)
+from .base import BAD_LABEL, DAMAGED, NO_CLASS, BadImage, Entry, Source, check_label, sizes_of
 from .choice import EVERYTHING
 
 _VALUES = frozenset(
@@ -70,17 +59,15 @@ class LmdbSource(Source):
                 size, label = _look(records.get(str(number).encode()))
                 yield Entry(f"{number:08d}", size, label, next(iter(self.files())), number)
 
-    def read(self, entry: Entry) -> bytes:
-        check_known(entry)
+    def find(self, entry: Entry) -> bytes:
         with self._open().begin(buffers=True) as records:
             record = records.get(str(entry.offset).encode())
             if record is None:
                 raise BadImage(GONE, "gone since it was indexed")
             try:
-                image = plain_pickle(record)["image"]
+                return bytes(plain_pickle(record)["image"])
             except (NotPlain, TypeError, KeyError) as error:
                 raise BadImage(BAD, f"its record is damaged: {error}") from error
-            return check_bytes(entry, bytes(image))
 
     def _count(self) -> int:
         with self._open().begin() as records:

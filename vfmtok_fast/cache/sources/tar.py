@@ -45,11 +45,10 @@ class TarSource(Source):
     def _entries(self, after: Entry | None) -> Iterator[Entry]:
         """All pictures, but none of the inner tars before the one that a picture lies in."""
         self.left_out.clear()
-        contents = self._contents()
-        numbers = {name: number for number, name in enumerate(contents.classes)}
+        inner, classes, around = self._contents()
+        numbers = {name: number for number, name in enumerate(classes)}
         name = self.path.name
         with open(self.path, "rb") as file:
-            inner = contents.inner
             at = [after is not None and start <= after.offset < end for _, start, end in inner]
             for folder, start, end in inner[at.index(True) if True in at else 0 :]:
                 found = [
@@ -59,16 +58,21 @@ class TarSource(Source):
                 yield from sorted(found)
             for path, size, offset in pictures(file, self.path, 0, None, self.left_out):
                 if self.choice.takes(path):
-                    path = path.removeprefix(contents.around)
+                    path = path.removeprefix(around)
                     yield Entry(path, size, label_of(path, numbers), name, offset)
 
     def classes(self, highest: int) -> list[str]:
-        return self._contents().classes
+        return self._contents()[1]
 
-    def read(self, entry: Entry) -> bytes:
+    def find(self, entry: Entry) -> bytes:
         return read_member(self.path.parent, entry)
 
-    def _contents(self) -> _Contents:
+    def _contents(self) -> tuple[list[tuple[str, int, int]], list[str], str]:
+        """(class, first byte, end) of the inner tars, sorted; the classes; the path around them.
+
+        Classes are sorted, and a folder counts if there is a picture below it. The path ends with a
+        slash, or is nothing.
+        """
         inner, folders, around_inner = [], set(), set()
         with open(self.path, "rb") as file:
             for member in members(file, self.path):
@@ -87,22 +91,7 @@ class TarSource(Source):
         classes = {f"{folder}/".removeprefix(around).partition("/")[0] for folder in folders}
         check_splits(self.path, sorted(classes | around_inner), self.choice, whole=True)
         classes |= {folder for folder, _, _ in inner}
-        return _Contents(sorted(inner), sorted(classes - {""}), around)
-
-
-@dataclass(frozen=True)
-class _Contents:
-    """What a tar holds.
-
-    Args:
-        inner: (class, first byte, end) of the inner tars, sorted.
-        classes: sorted names; a folder counts if there is a picture below it.
-        around: the folders around all classes, with a slash at the end, or nothing.
-    """
-
-    inner: list[tuple[str, int, int]]
-    classes: list[str]
-    around: str
+        return sorted(inner), sorted(classes - {""}), around
 
 
 def _around(folders: set[str]) -> str:

@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
-from .archive import is_hidden, members, places, read_member
+from .archive import is_hidden, places, read_member
 from .base import BAD_LABEL, NO_CLASS, Entry, Source, behind, check_label, files_from, sizes_of
 from .choice import EVERYTHING, Choice
 from .folder import EXTENSIONS, UNREADABLE, shown
@@ -72,17 +72,8 @@ class WebDatasetSource(Source):
             size, label = (BAD_LABEL if size >= 0 else size), NO_CLASS
         return Entry(f"{name}/{key}{extension}", size, label, name, offset)
 
-    def read(self, entry: Entry) -> bytes:
+    def find(self, entry: Entry) -> bytes:
         return read_member(self.root, entry)
-
-
-def is_webdataset(path: Path) -> bool:
-    """Whether one of a tar's first members is a `.cls`; False for a damaged one."""
-    try:
-        with open(path, "rb") as file:
-            return any(m.name.endswith(".cls") for m in islice(members(file, path), 64))
-    except ValueError:
-        return False
 
 
 # (extension, size or why there is none, offset, class number or None) of one member

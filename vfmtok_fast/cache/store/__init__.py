@@ -14,13 +14,16 @@ from typing import Any, BinaryIO, ClassVar, Protocol, Self
 from .errors import CacheWriteError, StoreError
 from .local import LocalPlace
 from .tensors import Tensors
-from .url import UrlPlace
+from .url import UrlPlace, files_of
 
 __all__ = ["CacheWriteError", "LocalPlace", "Place", "StoreError", "Tensors", "UrlPlace", "place"]
 
 
 class Place(Protocol):
-    """A file or folder of a cache. What writes raises CacheWriteError, and leaves no half file."""
+    """A file or folder of a cache. What writes raises CacheWriteError, and leaves no half file.
+
+    What only a disk has (is_dir, sweep, remove_folder), a `LocalPlace` has besides.
+    """
 
     # Whether it is in a store: nothing is there to be mapped or renamed, and what a writer leaves
     # that dies may be a torn file under its own name.
@@ -33,15 +36,6 @@ class Place(Protocol):
     def __truediv__(self, name: str) -> Self: ...
 
     def exists(self) -> bool: ...
-
-    def is_dir(self) -> bool:
-        """Whether it is a local folder; a store has none."""
-
-    def is_file(self) -> bool:
-        """Whether it is a local file."""
-
-    def occupied(self) -> bool:
-        """Whether the name is taken, be it by a link to nowhere."""
 
     def read_bytes(self) -> bytes:
         """A file's bytes; FileNotFoundError where there is none."""
@@ -73,12 +67,6 @@ class Place(Protocol):
     def make_folder(self) -> None:
         """Create a folder and its parents if they are missing; a store has no folders."""
 
-    def remove_folder(self) -> None:
-        """Remove a folder if it is empty."""
-
-    def sweep(self) -> int:
-        """Remove what processes that died left in a folder; how many files that were."""
-
     def spread(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         """`map`, in order; of a store with many requests under way."""
 
@@ -102,4 +90,6 @@ def place(out: str | os.PathLike | Place) -> Place:
         return LocalPlace(out).expanduser().absolute()
     if protocol in ("file", "local"):
         return LocalPlace("/" + rest.lstrip("/"))
-    return UrlPlace.known(os.fspath(out).rstrip("/"))
+    url = os.fspath(out).rstrip("/")
+    files_of(url)
+    return UrlPlace(url)

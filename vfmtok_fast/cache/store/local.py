@@ -32,9 +32,6 @@ class LocalPlace(type(Path())):
     def names(self) -> list[str]:
         return os.listdir(self) if self.is_dir() else []
 
-    def occupied(self) -> bool:
-        return self.exists() or self.is_symlink()
-
     def writing(self) -> AbstractContextManager[BinaryIO]:
         return atomic.atomic_file(self)
 

@@ -36,12 +36,6 @@ class UrlPlace:
     url: str
     remote: ClassVar[bool] = True
 
-    @classmethod
-    def known(cls, url: str) -> UrlPlace:
-        """A place whose protocol can be read; ValueError for others."""
-        _files(url)
-        return cls(url)
-
     def __str__(self) -> str:
         return self.url
 
@@ -58,13 +52,6 @@ class UrlPlace:
 
     def exists(self) -> bool:
         return self._ask(lambda files, key: files.exists(key))
-
-    occupied = exists
-
-    def is_dir(self) -> bool:
-        return False
-
-    is_file = is_dir
 
     def size(self) -> int:
         return int(self._ask(lambda files, key: files.info(key)["size"]))
@@ -112,17 +99,12 @@ class UrlPlace:
     def make_folder(self) -> None:
         """A store has no folders."""
 
-    remove_folder = make_folder
-
-    def sweep(self) -> int:
-        return 0  # there are no such files
-
     def spread(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         with ThreadPoolExecutor(REQUESTS, thread_name_prefix="vfmtok-store") as pool:
             yield from pool.map(function, items)
 
     def _ask(self, question: Callable[[Any, str], Any], puts: bool = False) -> Any:
-        files, key = _files(self.url)
+        files, key = files_of(self.url)
         try:
             return question(files, key)
         except FileNotFoundError as error:
@@ -134,8 +116,8 @@ class UrlPlace:
             raise StoreError(self.url, error) from error
 
 
-def _files(url: str) -> tuple[Any, str]:
-    """The file system that fsspec has for a URL, and the URL as that wants it."""
+def files_of(url: str) -> tuple[Any, str]:
+    """The file system that fsspec has for a URL (or ValueError), and the URL as that wants it."""
     import fsspec
 
     protocol = url.partition("://")[0]
