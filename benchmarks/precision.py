@@ -224,9 +224,7 @@ def real(model: Callable[[], VFMTok], device: torch.device) -> dict[str, Callabl
         other = made(precision)
         return fast(other, images.to(other.dtype))
 
-    return {
-        name: lambda tok, images, name=name: queries(tok, images, name) for name in PRECISIONS
-    }
+    return {name: lambda tok, images, name=name: queries(tok, images, name) for name in PRECISIONS}
 
 
 def summary(row: dict, tokens: int) -> tuple[str, str]:
