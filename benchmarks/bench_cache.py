@@ -34,7 +34,7 @@ import torch
 from PIL import Image
 
 from vfmtok_fast import cache
-from vfmtok_fast.cache.format import views
+from vfmtok_fast.cache.format import crops, views
 from vfmtok_fast.cache.make import encode
 from vfmtok_fast.images import decode_image
 
@@ -117,7 +117,7 @@ def stage(name: str, workers: int, declared: list[str]) -> Callable[[], int]:
     plan = views.plan_views(views.parse_views(declared), SIZE)
 
     def resize(path: Path) -> None:
-        views.make_bases(decode_image(path.read_bytes()), plan, path=path.name)
+        crops.make_bases(decode_image(path.read_bytes()), plan, path=path.name)
 
     work = {
         "read": lambda path: path.read_bytes(),

@@ -258,7 +258,8 @@ def table() -> list[str]:
     for path in sorted(paths, key=lambda path: path.stem.endswith("-parts")):
         content = json.loads(path.read_text())
         how = "emulated on a CPU" if content["emulated"] else f"on {path.stem}"
-        said = f"Tokens: {how}, {content['weights']} weights, crops of {content['images']}/."
+        weights = content["weights"].replace("golden recipe", "random weights by the golden recipe")
+        said = f"Tokens: {how}, {weights}, crops of {content['images']}/."
         lines += [said] if said not in lines else []
         for name, row in content["found"].items():
             if name in rows and not rows[name][1]:

@@ -37,6 +37,6 @@ cat <<TEXT
 Done. Look at:
   $out/cache/               the token cache: manifest.json, index.parquet, shards/
   $out/reconstruction.png   picture | reconstruction | where the regions look
-  $out/samples/, guided/    samples as a PNG grid and as an .npz
+  $out/samples/, $out/guided/   samples as a PNG grid and as an .npz
 The model is a small one, trained in 80 minutes on two processor cores: examples/emoji/README.md.
 TEXT

@@ -97,6 +97,40 @@ def test_verify_draws_a_contact_sheet(run, photos: Path, tmp_path: Path) -> None
     assert run("verify", tmp_path / "out", *again, tmp_path / "sheet.png")[0] == 0
     assert Image.open(tmp_path / "sheet.png").size == (8 * 336, 336)
     assert "must be named .png" in refusal(run("verify", tmp_path / "out", *again, "sheet.jpg"))
+    drawn = (tmp_path / "sheet.png").read_bytes()
+    assert "is there already" in refusal(
+        run("verify", tmp_path / "out", *again, tmp_path / "sheet.png")
+    )
+    assert (tmp_path / "sheet.png").read_bytes() == drawn
+    for option in (["--sheet", tmp_path / "new.png"], ["--sample", "3"]):
+        assert f"{option[0]} goes with --images" in refusal(
+            run("verify", tmp_path / "out", *SMALL, *option)
+        )
+
+
+def test_reconstruct_writes_over_no_picture(run, photos: Path) -> None:
+    """As `reconstruct *.png` would of two photos."""
+    (photos / "a.png").write_bytes(b"a photo")
+    code, _, (line,) = run("reconstruct", photos, photos / "a.png", *SMALL)
+    assert code == 2 and "a.png is there already; choose another name" in line
+    assert (photos / "a.png").read_bytes() == b"a photo"
+
+
+def test_what_was_not_fast_is_told_once(photos: Path, tmp_path: Path, capsys) -> None:
+    def told(precision: str) -> str:
+        line = ["cache", str(photos), str(tmp_path / precision), *SMALL, "--precision", precision]
+        assert cli.main(line) == 0
+        return capsys.readouterr().err
+
+    said = "note: linear was not fast: cpu: it takes float32 and bfloat16, not torch.float16"
+    assert told("float16").count(said) == 1
+    exact = told("tf32")
+    assert "not fast" not in exact and exact.count("a CPU has no TF32") == 1
+
+
+def test_an_empty_path_is_not_the_current_folder(run, photos: Path, tmp_path: Path) -> None:
+    assert "an empty path" in refusal(run("cache", "", tmp_path / "out", *SMALL))
+    assert "an empty path" in refusal(run("cache", photos, "", *SMALL))
 
 
 def test_cache_quarantines_and_goes_on(run, photos: Path, tmp_path: Path) -> None:

@@ -26,6 +26,15 @@ def run(*arguments: object, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, timeout=300, **options)
 
 
+def test_status_imports_no_torch(tmp_path):
+    code = (
+        "import sys; from vfmtok_fast.cli import main; assert main(['status', sys.argv[1]]) == 2; "
+        "assert 'torch' not in sys.modules; from vfmtok_fast import cache; "
+        "assert all(hasattr(cache, name) for name in cache.__all__) and 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
 def test_help_imports_no_torch():
     code = (
         "import sys; from vfmtok_fast.cli import build_parser, main; build_parser().format_help()\n"

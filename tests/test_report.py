@@ -74,7 +74,7 @@ def test_measured_times_stand_beside_the_predicted_of_the_same_kernels(
 
 
 def test_readme_has_gpus_first_and_says_what_is_old(report):
-    shape = "N=65536 K=16384 d=12"
+    shape = "N=16384 K=16384 d=12"
     both = [record("reference", shape, 3600.0), record("fast", shape, 400.0)]
     note = "The kernels have been rewritten since."
     write(report.RESULTS / "nvidia-h200", "nearest_code", both, outdated=True, notes=[note])
@@ -82,7 +82,9 @@ def test_readme_has_gpus_first_and_says_what_is_old(report):
     write(report.RESULTS / "cpu-2-cores", "nearest_code", both[:1])
     images = "GPT-L B=1 guided, 256 codes"
     whole = [record("release style", images, 4e6), record("fast", images, 2e5, min_us=None)]
-    write(report.RESULTS / "cpu-2-cores", "generate", whole, commit="def5678")
+    many = images.replace("B=1", "B=64")
+    clocks = [record("release style", many, 4e6), record("fast", many, 2e5, timer="another")]
+    write(report.RESULTS / "cpu-2-cores", "generate", [*whole, *clocks], commit="def5678")
     lines = report.with_table(README, report.devices_of(report.RESULTS)).splitlines()
     assert lines[0] == "# Title" and lines[-1] == "rest"
     rows = [line for line in lines if line.startswith(("| nvidia", "| cpu"))]

@@ -231,6 +231,33 @@ def test_status_reads_as_text(fake_op):
         assert str(vf.status()).startswith("vfmtok_fast enabled, strict\n")
 
 
+def test_a_reference_that_nothing_is_faster_than_says_so(fake_op, monkeypatch):
+    monkeypatch.setattr(switch._registry["sample_token"], "reference_for", "cpu")
+    with vf.enable(strict=True):
+        ops.sample_token(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64), 0)
+    assert took("sample_token") == {"reference": 1}
+    assert vf.status().ops["sample_token"].slower == {"nothing known is faster for cpu tensors": 1}
+    assert "    took its reference 1x: nothing known is faster for cpu tensors" in str(vf.status())
+
+
+def test_replays_have_lines_of_their_own(fake_op):
+    with vf.enable():
+        switch.record_replay("encode")
+        switch.record_replay("encode")
+        assert vf.status().replays == {"encode": 2}
+        assert "  CUDA graph of encode: replayed 2x" in str(vf.status()).splitlines()
+    with vf.enable():
+        assert not vf.status().replays
+
+
+def test_what_does_not_exist_is_named():
+    for question in (switch.reference, switch.kernel, lambda op: switch.forecast(op, "cpu")):
+        with pytest.raises(ValueError, match=r"unknown op 'nothing'; the ops are \['add_norm'"):
+            question("nothing")
+    with pytest.raises(ValueError, match="device must be 'cuda' or 'cpu', got 'gpu'"):
+        switch.forecast("nearest_code", "gpu")
+
+
 def test_calls_from_before_do_not_look_like_those_of_now(fake_op):
     fake_op.unsupported_reason = lambda *args, **kwargs: "too few codes"
     call()

@@ -72,13 +72,15 @@ class Replayed:
     The first call with a shape runs as it is, the second is recorded, all others are replayed, on
     the stream that the recording belongs to. What a recording depends on is compared at every call:
     shape, dtype, stream, the policy of `switch`, torch's settings and all weights; where anything
-    is another the call runs as it is, once. A replay calls no Python: `status` counts none of it.
+    is another the call runs as it is, once. A replay calls no op; `status` counts replays by
+    ``name``.
     """
 
     # Recordings, each of which has buffers of its own; and calls that may come to be recorded.
     MOST, SEEN = 2, 8
 
-    def __init__(self):
+    def __init__(self, name: str):
+        self.name = name
         self._seen: dict[Hashable, tuple] = {}
         self._recorded: dict[Hashable, tuple[tuple, torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self._busy = threading.Lock()
@@ -107,6 +109,7 @@ class Replayed:
             with torch.cuda.device(given.device):
                 buffer.copy_(given)
                 graph.replay()
+                switch.record_replay(self.name)
                 return result.clone()
         self._drop(key)
         if self._seen.pop(key, None) != state:
@@ -123,6 +126,7 @@ class Replayed:
             buffer = given.clone()
             graph = capture(lambda: results.append(fn(buffer)))
             graph.replay()
+            switch.record_replay(self.name)
             self._recorded[key] = (state, graph, buffer, results[1])
             return results[1].clone()
 
@@ -134,4 +138,4 @@ class Replayed:
 
     def __reduce__(self) -> tuple:
         """A copy of the model has recorded nothing yet."""
-        return Replayed, ()
+        return Replayed, (self.name,)

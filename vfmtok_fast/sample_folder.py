@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from .cache.format.differences import differences
-from .cache.format.manifest import weights_checksum
+from .cache.format.fingerprint import weights_checksum
 from .cache.store import LocalPlace, atomic
 from .generator import GPT, Sampling
 from .generator.decoder import Progress
@@ -93,15 +93,7 @@ def prepare(job: Job) -> None:
     # Looked at before the settings, which another process may write meanwhile, and shards after.
     foreign = job.out.exists() and (not job.out.is_dir() or _holds_something(job.out))
     if path.exists():
-        try:
-            there = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); remove it and run again") from error
-        if there != described:
-            raise FileExistsError(
-                f"{job.out} holds other samples ({differences(there, described)}); "
-                "choose another folder"
-            )
+        _check_settings(path, described)
     elif foreign:
         raise FileExistsError(f"{job.out} is there and not a folder of samples; choose another")
     for folder in (LocalPlace(job.out), LocalPlace(job.out / "shards")):
@@ -109,6 +101,20 @@ def prepare(job: Job) -> None:
         folder.sweep()
     if not path.exists():
         LocalPlace(path).put((json.dumps(described, indent=1) + "\n").encode())
+    # Another process may have begun meanwhile.
+    _check_settings(path, described)
+
+
+def _check_settings(path: Path, described: dict[str, Any]) -> None:
+    try:
+        there = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it and run again") from error
+    if there != described:
+        raise FileExistsError(
+            f"{path.parent} holds other samples ({differences(there, described)}); "
+            "choose another folder"
+        )
 
 
 def _holds_something(out: Path) -> bool:

@@ -63,6 +63,7 @@ _registry: dict[str, Op] = {}
 _calls: Counter[tuple[str, str]] = Counter()
 _fallbacks: Counter[tuple[str, str]] = Counter()
 _slower: Counter[tuple[str, str]] = Counter()
+_replays: Counter[str] = Counter()
 _warned: set[tuple[str, str]] = set()
 _generation = 0
 _lock = threading.RLock()
@@ -101,6 +102,12 @@ def _ops() -> dict[str, Op]:
     """All ops, which register themselves as they are imported."""
     importlib.import_module(f"{__package__}.ops")
     return _registry
+
+
+def _known(who: str, name: str) -> Op:
+    if name not in _ops():
+        raise ValueError(f"{who}: unknown op {name!r}; the ops are {sorted(_registry)}")
+    return _registry[name]
 
 
 def enable(ops: str | Iterable[str] | None = None, *, strict: bool = False) -> Handle:
@@ -346,7 +353,8 @@ class Op:
             reasons.append(f"{candidate.name}: {reason}")
         if not served and device != self.reference_for:
             reasons.append(f"this version has no fast implementation of it for {device} tensors")
-        return self.reference, "reference", tuple(reasons), None
+        best = None if reasons else f"nothing known is faster for {device} tensors"
+        return self.reference, "reference", tuple(reasons), best
 
 
 def _record(op: str, implementation: str, reasons: tuple[str, ...], slower: str | None) -> None:
@@ -366,6 +374,12 @@ def _record(op: str, implementation: str, reasons: tuple[str, ...], slower: str 
         )
 
 
+def record_replay(what: str) -> None:
+    """Count one replay of a CUDA graph, which calls no op."""
+    with _lock:
+        _replays[what] += 1
+
+
 def _record_trace(
     op: str, implementation: str, reasons: tuple[str, ...], slower: str | None
 ) -> None:
@@ -380,7 +394,8 @@ _record_trace._dynamo_marked_constant = True
 class OpStatus:
     """What one op would take, and has taken since the outermost `enable` or `reset_records`.
 
-    ``slower``: how often a kernel was left alone because a table says that the reference is faster.
+    ``slower``: how often the reference was taken because it is the fastest, by a table of
+    measurements or for want of anything faster, which is no fallback.
     """
 
     enabled: bool
@@ -396,13 +411,15 @@ class Status:
     """A snapshot of the policy and of the record of calls; print it to read it.
 
     ``tables`` names the measurements that kernels take their settings from, per GPU, and those that
-    were found and do not count, with the reason.
+    were found and do not count, with the reason. ``replays`` counts CUDA graphs: an op's calls
+    count when a graph is recorded, not when it is replayed.
     """
 
     enabled: bool
     strict: bool
     ops: dict[str, OpStatus]
     tables: tuple[str, ...]
+    replays: dict[str, int]
 
     def __str__(self) -> str:
         head = "disabled: every op takes its reference"
@@ -418,6 +435,7 @@ class Status:
             lines += [f"    {note}" for note in op.notes]
             lines += [f"    fell back {n}x: {reason}" for reason, n in op.fallbacks.items()]
             lines += [f"    took its reference {n}x: {why}" for why, n in op.slower.items()]
+        lines += [f"  CUDA graph of {what}: replayed {n}x" for what, n in self.replays.items()]
         lines += [f"  {table}" for table in self.tables]
         return "\n".join(lines)
 
@@ -426,6 +444,7 @@ def status() -> Status:
     """Return what is enabled, what each op has, took and could not take, and why."""
     with _lock:
         policy, calls, fallbacks, slower = _active, dict(_calls), dict(_fallbacks), dict(_slower)
+        replays = dict(_replays)
     ops = {}
     for name, op in _ops().items():
         there = [c.name for c in op.candidates if c.exists]
@@ -443,7 +462,7 @@ def status() -> Status:
             fallbacks={reason: n for (op_name, reason), n in fallbacks.items() if op_name == name},
             slower={reason: n for (op_name, reason), n in slower.items() if op_name == name},
         )
-    return Status(bool(policy.ops), policy.strict, ops, tables())
+    return Status(bool(policy.ops), policy.strict, ops, tables(), replays)
 
 
 def tables() -> tuple[str, ...]:
@@ -460,18 +479,21 @@ def tables() -> tuple[str, ...]:
 
 def forecast(op: str, device: str) -> str:
     """Say what a call of ``op`` would take on ``device`` ("cuda" or "cpu") if it were enabled."""
-    _ops()[op].load()
-    return _registry[op].forecast(device)
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f"forecast: device must be 'cuda' or 'cpu', got {device!r}")
+    found = _known("forecast", op)
+    found.load()
+    return found.forecast(device)
 
 
 def reference(op: str) -> Callable:
     """The reference of ``op``, whatever is enabled; it takes validated arguments."""
-    return _ops()[op].reference
+    return _known("reference", op).reference
 
 
 def kernel(op: str) -> ModuleType:
     """The module of an op's Triton kernels; ImportError where it cannot be imported."""
-    candidate = _ops()[op].candidates[0]
+    candidate = _known("kernel", op).candidates[0]
     candidate.load()
     if candidate.module is None:
         raise ImportError(f"{op}: {candidate.note}")
@@ -484,6 +506,7 @@ def reset_records() -> None:
         _calls.clear()
         _fallbacks.clear()
         _slower.clear()
+        _replays.clear()
         _warned.clear()
 
 
@@ -491,6 +514,6 @@ def _forget_calls() -> None:
     """So that calls from before do not look like those of what is enabled now."""
     # A trace is recorded once, when it is made, and is there to be called again.
     traced = {key: count for key, count in _calls.items() if key[1].endswith(COMPILED)}
-    for record in (_calls, _fallbacks, _slower):
+    for record in (_calls, _fallbacks, _slower, _replays):
         record.clear()
     _calls.update(traced)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vfmtok_fast.cache.format.views import make_bases, make_views, parse_views, plan_views
+from vfmtok_fast.cache.format.crops import make_bases, make_views
+from vfmtok_fast.cache.format.views import parse_views, plan_views
 from vfmtok_fast.cache.make.batch import Batch
 from vfmtok_fast.images import to_float
 

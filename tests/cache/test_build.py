@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
+import threading
 import time
 
 import numpy as np
@@ -16,7 +18,7 @@ from safetensors import safe_open
 
 from vfmtok_fast import cache
 from vfmtok_fast.cache.format import index
-from vfmtok_fast.cache.format.manifest import weights_checksum
+from vfmtok_fast.cache.format.fingerprint import weights_checksum
 from vfmtok_fast.cache.make import encode
 from vfmtok_fast.cache.make.encode import encode_rows
 from vfmtok_fast.cache.make.prepare import prepare
@@ -368,15 +370,17 @@ def test_the_batch_size_is_the_caches_own(tree, out, tokenizer):
 @pytest.mark.parametrize("in_flight", [2, 3])
 def test_batches_in_flight_change_no_byte(in_flight, tree, tmp_path, fake, monkeypatch):
     """As on a GPU: encoded beside each other, but for the first, and taken in order."""
-    running, most, calls = [], [], []
+    running, most, calls = [], [], itertools.count()
 
     class Slow(fake.FakeTokenizer):
         def encode(self, images):
-            calls.append(len(calls))
-            running.append(calls[-1])
+            call = next(calls)
+            running.append(call)
             most.append(len(running))
+            if 1 <= call <= number:
+                together.wait(60)  # for as many as there may be, whatever the machine's pace
             # The later ones are done first.
-            time.sleep(0.05 / (1 + calls[-1] % 2))
+            time.sleep(0.05 / (1 + call % 2))
             tokens = super().encode(images)
             running.pop()
             return tokens
@@ -385,7 +389,8 @@ def test_batches_in_flight_change_no_byte(in_flight, tree, tmp_path, fake, monke
     for number in (1, in_flight):
         monkeypatch.setitem(encode.IN_FLIGHT, "cpu", number)
         out = tmp_path / str(number)
-        most.clear(), calls.clear()
+        most.clear()
+        calls, together = itertools.count(), threading.Barrier(number)
         cache.build(tree, out, Slow(), batch_size=2, shard_size=11, workers=2)
         assert max(most) == number and most[0] == 1
         want[number] = fake.read_tree(out)

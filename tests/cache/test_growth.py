@@ -416,3 +416,105 @@ def test_processes_take_mended_pictures_in_together(tmp_path, out, tokenizer, fa
         first = cache.build(tree, out, tokenizer, rank=0, **settings)
         assert (first.bad, other.result(60).bad) == (0, 0)
     assert cache.verify(out, tokenizer, tree).agreement == 1.0
+
+
+# ---- several processes at once; another one does its work between two looks of this one
+
+
+def extended(tree, out, fake):
+    return cache.build(tree, out, fake.FakeTokenizer(), extend=True, **SMALL)
+
+
+def test_mended_shards_are_gone_before_the_manifest_says_so(tmp_path, out, fake, monkeypatch):
+    tree = fake.make_tree(tmp_path / "p", bad=(2, 9))
+    cache.build(tree, out, fake.FakeTokenizer(), **SMALL)
+    for number in (2, 9):
+        fake.write_picture(tree / f"class{number % 3}" / f"{number:03d}.png", number)
+    install, others = changes.install, []
+
+    def and_another_looks(place):
+        coming = (place / changes.NEXT_MANIFEST).exists()
+        install(place)
+        if coming:
+            others.append(cache.build(tree, place, fake.FakeTokenizer(), **SMALL))
+
+    monkeypatch.setattr(changes, "install", and_another_looks)
+    assert (extended(tree, out, fake).bad, others[0].bad) == (0, 0)
+    assert cache.verify(out, fake.FakeTokenizer(), tree).ok
+
+
+def test_an_index_that_another_extends_is_not_damaged(tree, out, tokenizer, fake, monkeypatch):
+    cache.build(tree, out, tokenizer, **SMALL)
+    add(fake, tree, "class0/0.png")
+    check = PREPARE.manifest.check_same
+
+    def meanwhile(*arguments):
+        monkeypatch.undo()
+        cache.prepare(tree, out, fake.FakeTokenizer(), extend=True, **SMALL)
+        check(*arguments)
+
+    monkeypatch.setattr(PREPARE.manifest, "check_same", meanwhile)
+    assert cache.prepare(tree, out, tokenizer, **SMALL).manifest.images == 12
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_manifest_is_that_of_the_index(tree, out, tokenizer, fake, monkeypatch, rank):
+    cache.build(tree, out, tokenizer, **SMALL)
+    add(fake, tree, "class0/0.png")
+    name = "check_unchanged" if rank else "extend"
+    original = getattr(changes, name)
+
+    def meanwhile(*arguments):
+        monkeypatch.undo()
+        cache.prepare(tree, out, fake.FakeTokenizer(), extend=True, **SMALL)
+        return original(*arguments)
+
+    monkeypatch.setattr(changes, name, meanwhile)
+    job = cache.prepare(tree, out, tokenizer, extend=True, rank=rank, **SMALL)
+    assert job.manifest.images == 12
+
+
+def test_two_that_extend_at_once_lose_nothing(tree, out, tokenizer, fake, monkeypatch):
+    cache.build(tree, out, tokenizer, **SMALL)
+    add(fake, tree, "class0/0.png")
+    write = index.write_index
+
+    def meanwhile(path, entries, *rest):
+        monkeypatch.undo()
+        first = next(entries)
+        extended(tree, out, fake)
+        return write(path, itertools.chain([first], entries), *rest)
+
+    monkeypatch.setattr(index, "write_index", meanwhile)
+    assert extended(tree, out, fake).images == 12 and cache.verify(out).ok
+
+
+def test_one_that_began_before_completes_no_extended_cache(tmp_path, out, tokenizer, fake):
+    """Its shards are full ones, and those of the extended cache too."""
+    tree = fake.make_tree(tmp_path / "p", count=12)
+    cache.build(tree, out, tokenizer, **SMALL)
+    slow = cache.prepare(tree, out, tokenizer, **SMALL)
+    add(fake, tree, "class0/0.png")
+    extended(tree, out, fake)
+    with pytest.raises(cache.ImagesChanged, match="run again"):
+        cache.finish(slow)
+    assert cache.verify(out).ok
+
+
+def test_the_end_of_one_listing_breaks_no_other(tree, out, tokenizer, fake, monkeypatch):
+    monkeypatch.setattr(parts, "PART", 2)
+    write, calls = index.write_index, []
+
+    def meanwhile(path, entries, *rest):
+        calls.append(path.name)
+        if len(calls) != 3:
+            return write(path, entries, *rest)
+
+        def and_another_lists():
+            cache.prepare(tree, out, fake.FakeTokenizer(), **SMALL)
+            yield from entries
+
+        return write(path, and_another_lists(), *rest)
+
+    monkeypatch.setattr(index, "write_index", meanwhile)
+    assert cache.prepare(tree, out, tokenizer, **SMALL).manifest.images == 11

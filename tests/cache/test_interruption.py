@@ -88,7 +88,7 @@ def run_harness(fake, mode, images, out):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return int(done.stdout.split()[-1])

@@ -16,6 +16,7 @@ import vfmtok_fast
 from vfmtok_fast import cache
 from vfmtok_fast.cache.format import shards
 from vfmtok_fast.cache.make.progress import State, reporting
+from vfmtok_fast.cache.store import LocalPlace
 
 SMALL = {"batch_size": 3, "shard_size": 2, "workers": 1}
 
@@ -23,11 +24,13 @@ SMALL = {"batch_size": 3, "shard_size": 2, "workers": 1}
 HARNESS = (
     START
     + """
-from vfmtok_fast.cache.make import progress
+from vfmtok_fast.cache.make import prepare, progress
 
 images, out = sys.argv[2], Path(sys.argv[3])
 # Who has encoded nothing waits for so long for the one that was killed: a minute, but here.
 progress.SLOW_SHARD = 1
+# Where it was killed before it had indexed, too.
+prepare.INDEX_PATIENCE = 1
 
 class Slow(fake.FakeTokenizer):
     def encode(self, images):
@@ -74,7 +77,7 @@ def test_killed_worlds_of_changing_size(tmp_path, fake):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 6
@@ -226,6 +229,39 @@ def test_a_shard_that_comes_while_it_is_counted_counts_once(tmp_path, out, token
     state.advance(0, 1, 1)
     progress = state.progress()
     assert (progress.done, progress.bad, state.encoded) == (2, 1, 2)
+
+
+def test_another_takes_the_completion_away_as_it_is_read(tree, out, tokenizer, monkeypatch):
+    """Whoever has a shard to come does so."""
+    cache.build(tree, out, tokenizer, **SMALL)
+    job = cache.prepare(tree, out, tokenizer, **SMALL)
+    read = LocalPlace.read_bytes
+
+    def gone(path):
+        if path.name == "COMPLETE.json":
+            path.unlink()
+        return read(path)
+
+    monkeypatch.setattr(LocalPlace, "read_bytes", gone)
+    cache.finish(job)
+    monkeypatch.undo()
+    assert cache.verify(out).ok
+
+
+def test_a_shard_that_goes_while_it_is_counted(tree, out, tokenizer, monkeypatch):
+    job = cache.prepare(tree, out, tokenizer, **SMALL)
+    state = State(job, None)
+    cache.encode_shard(job, 0)
+    read = shards.read_header
+
+    def once(path):
+        header = read(path)
+        path.unlink()
+        return header
+
+    monkeypatch.setattr(shards, "read_header", once)
+    state.refresh()
+    assert state.progress().done == 2
 
 
 def test_a_run_without_a_bar_waits_for_no_lock():

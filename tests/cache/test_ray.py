@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import types
 
 import pytest
 
@@ -138,6 +139,62 @@ def test_the_command(cluster, tmp_path, tree, out, capsys):
     assert lines[-1]["state"] == "complete" and lines[-1]["encoded"] == 11
     assert cli.main([*asked, "--device", "cpu"]) == 0
     assert ", 0 encoded now" in capsys.readouterr().out
+
+
+class LostCluster:
+    """Ray whose first actor starts and is lost with its node; no other one ever starts."""
+
+    class exceptions:
+        class RayError(Exception):
+            pass
+
+        class RayTaskError(RayError):
+            pass
+
+    class Method:
+        def __init__(self, name):
+            self.name = name
+
+        def remote(self, *arguments):
+            return self.name, object()
+
+    def __init__(self):
+        self.opened = self.waits = 0
+
+    def remote(self, kind):
+        return types.SimpleNamespace(options=lambda **settings: self.Kind())
+
+    class Kind:
+        def remote(self, *arguments):
+            method = LostCluster.Method
+            return types.SimpleNamespace(open=method("open"), encode=method("encode"))
+
+    def put(self, value):
+        return value
+
+    def kill(self, actor):
+        pass
+
+    def wait(self, answers, timeout):
+        self.waits += 1
+        assert self.waits < 50, "waits for ever"
+        ready = [answer for answer in answers if answer[0] == "encode" or not self.opened]
+        self.opened += bool(ready)
+        return ready, []
+
+    def get(self, answer):
+        if answer[0] == "encode":
+            raise self.exceptions.RayError("its node died")
+
+
+def test_a_cluster_that_starts_no_actor_any_more_is_not_waited_for_for_ever(monkeypatch):
+    job, ray = types.SimpleNamespace(out="tokens"), LostCluster()
+    crew = on_ray._Crew(ray, job, on_ray._Room(1, 1, 0), None)
+    check = crew._check_patience
+    monkeypatch.setattr(on_ray, "START_PATIENCE", 0.0)
+    monkeypatch.setattr(crew, "_check_patience", lambda heard: ray.opened and check(heard - 1))
+    with pytest.raises(cache.ActorsLost, match="has started no actor"):
+        list(crew.encode(iter([0])))
 
 
 def test_what_the_cluster_is_asked_for(monkeypatch):

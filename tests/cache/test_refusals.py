@@ -10,7 +10,7 @@ import torch
 
 import vfmtok_fast
 from vfmtok_fast import cache
-from vfmtok_fast.cache.format.manifest import describe
+from vfmtok_fast.cache.format.fingerprint import describe
 
 SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2}
 

@@ -11,7 +11,8 @@ from PIL import Image
 from torchvision.transforms import functional
 
 from vfmtok_fast import cache
-from vfmtok_fast.cache.format.views import View, _draw, make_views, parse_views
+from vfmtok_fast.cache.format.crops import _draw, make_views
+from vfmtok_fast.cache.format.views import View, parse_views
 from vfmtok_fast.images import center_crop, resize_short_side
 
 SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2}

@@ -102,8 +102,11 @@ def test_a_sweep_and_one_of_its_folders_again(
     assert again["metrics"] == pytest.approx(results[1]["metrics"])
     assert again["compared"] == results[1]["compared"]
 
-    # A folder of other samples is found before a picture of the scale before it is made.
     line = ("sweep", out, *models, *reference, "--num", 8, "--size", 32, "--cfg-scale", 2, 3)
+    code, _, errors = run(*line)
+    assert code == 2 and "sweep.json has scale 1 too; name it as well" in errors
+    # A folder of other samples is found before a picture of the scale before it is made.
+    (out / "sweep.json").unlink()
     code, _, errors = run(*line, "--seed", 1)
     assert code == 2 and "cfg-3 holds other samples" in errors
     assert not list((out / "cfg-2").rglob("*.npy"))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from vfmtok_fast import BackboneConfig, VFMTok, VFMTokConfig, cache, images
-from vfmtok_fast.cache.format import manifest
+from vfmtok_fast.cache.format import fingerprint
 from vfmtok_fast.checkpoint import TOKENIZER_NAMES, official_name
 from vfmtok_fast.tokenizer.backbone import Backbone
 from vfmtok_fast.visualize import reconstruction_grid
@@ -240,7 +240,7 @@ def test_a_cache(tmp_path: Path, tiny: VFMTokConfig):
 
 def test_caches_from_before_the_field_go_on(tiny: VFMTokConfig):
     """Their fingerprint covers the config, so an option that is not taken must not be in it."""
-    covers = manifest.describe(VFMTok(tiny), ["center"], 4)
+    covers = fingerprint.describe(VFMTok(tiny), ["center"], 4)
     before = json.loads(json.dumps(dataclasses.asdict(tiny)))
     del before["grid"]
     assert covers["config"] == before

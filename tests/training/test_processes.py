@@ -73,24 +73,25 @@ def alone(command) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--sharded"]], ids=["whole", "sharded"])
 def test_two_processes_are_one_with_twice_the_batch(command, alone: dict, more: list[str]):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     line, folder = command(name := f"two{len(more)}")
-    pair = [
-        start(
-            folder / f"{name}-{rank}.pt",
-            [*line, *more],
-            RANK=rank,
-            WORLD_SIZE=2,
-            LOCAL_RANK=rank,
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-        )  # fmt: skip
-        for rank in (0, 1)
-    ]
-    for process in pair:
-        finish(process)
+    with socket.socket() as taken:
+        # Kept, so that nobody else is given this port; torch may listen there all the same.
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", 0))
+        pair = [
+            start(
+                folder / f"{name}-{rank}.pt",
+                [*line, *more],
+                RANK=rank,
+                WORLD_SIZE=2,
+                LOCAL_RANK=rank,
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=taken.getsockname()[1],
+            )  # fmt: skip
+            for rank in (0, 1)
+        ]
+        for process in pair:
+            finish(process)
 
     # Of a sharded model too: a state is whole.
     first, second = (torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1))

@@ -48,10 +48,10 @@ COMMANDS = {
 MOST_CHARACTERS = 1000
 # Those that go on where they stopped.
 RESUMING = {"cache", "repair", "sample", "train-tokenizer", "train-gpt"}
-EXIT_CODES = """exit codes: 0 done; 1 verify found a problem, or status: not complete; 2 wrong input
-or an error; 3 cache complete, but some pictures could not be read (0 under torchrun, which takes
-others for a crash); 4 more of them than --max-bad; 130 interrupted, 143 terminated (a cache goes on
-where it stopped)"""
+EXIT_CODES = """exit codes: 0 done; 1 verify found a problem, status: not complete, or train-gpt
+--overfit failed; 2 wrong input or an error; 3 done, but some pictures could not be read (0 under
+torchrun, which takes others for a crash); 4 more of them than --max-bad; 130 interrupted, 143
+terminated (a cache goes on where it stopped)"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

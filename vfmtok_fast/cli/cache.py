@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["center"],
         metavar="VIEW",
-        help=f"of {', '.join(VIEWS)}; random-0..7 for eight (center)",
+        help=f"of {', '.join(VIEWS)}; random-0..7 for eight; behind OUT, or before another option "
+        "(center)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of random crops (%(default)s)")
     parser.add_argument(

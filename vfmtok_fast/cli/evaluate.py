@@ -87,6 +87,7 @@ def _sweep(options: argparse.Namespace, out: Path) -> None:
     from .. import evaluation, sample_folder
     from ..generator import Sampling
 
+    _check_scales(options.cfg_scale, out / "sweep.json")
     protocol = _against(options)
     gpt, tokenizer = load_gpt(options, options.device), load_tokenizer(options, options.device)
     check_together(gpt, tokenizer)
@@ -123,6 +124,20 @@ def _sweep(options: argparse.Namespace, out: Path) -> None:
     if not evaluation.plot_sweep(out / "sweep.png", results):
         note("note: no plot without matplotlib: pip install 'vfmtok-fast[eval]'")
     say(f"wrote {out}/sweep.json: {_named(results[0])}")
+
+
+def _check_scales(scales: list[float], path: Path) -> None:
+    """Refuse to write over the figures of scales that are not asked for."""
+    if not path.exists():
+        return
+    try:
+        there = [float(result["cfg_scale"]) for result in json.loads(path.read_text())["results"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged; remove it and run again") from error
+    if left := [scale for scale in there if scale not in scales]:
+        raise FileExistsError(
+            f"{path} has scale {left[0]:g} too; name it as well, or choose another folder"
+        )
 
 
 def _probe(options: argparse.Namespace, out: Path) -> None:
@@ -234,4 +249,5 @@ def _say_row(*values: object) -> None:
 def _shown(value: object) -> str:
     if value is None:
         return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    # Of -0.0 too: an sFID of the same pictures.
+    return f"{round(value, 4) + 0.0:.4f}" if isinstance(value, float) else str(value)

@@ -7,7 +7,7 @@ import argparse
 from .cache import add_choices
 from .choices import GENERATION, LABELS, PRECISIONS, PROBED, PROBES, RECONSTRUCTION
 from .models import add_input_option, add_tokenizer_options
-from .sample import add_sampling
+from .sample import GPT_HELP, add_sampling
 
 
 def _add_common(parser: argparse.ArgumentParser, num: str) -> None:
@@ -16,7 +16,7 @@ def _add_common(parser: argparse.ArgumentParser, num: str) -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="pictures (%(default)s)")
 
 
-def _add_inception(parser: argparse.ArgumentParser) -> None:
+def _add_inception(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--inception",
         metavar="FILE",
@@ -50,8 +50,9 @@ def add_reconstruction(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lpips-linear", metavar="FILE", help="lpips' vgg.pth; else the installed package's"
     )
-    _add_inception(parser)
-    parser.add_argument("--no-inception", action="store_true", help="no rFID and rIS")
+    inception = parser.add_mutually_exclusive_group()
+    _add_inception(inception)
+    inception.add_argument("--no-inception", action="store_true", help="no rFID and rIS")
     add_tokenizer_options(parser)
 
 
@@ -79,9 +80,13 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
 
 def add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="folder for samples, sweep.json and sweep.png")
-    parser.add_argument("--gpt", help="generator: a folder made by convert, or a hub repo")
+    parser.add_argument("--gpt", help=GPT_HELP)
     parser.add_argument(
-        "--cfg-scale", type=float, nargs="+", default=[1.0, 1.25, 1.5], help="(1.0 1.25 1.5)"
+        "--cfg-scale",
+        type=float,
+        nargs="+",
+        default=[1.0, 1.25, 1.5],
+        help="behind OUT, or before another option (1.0 1.25 1.5)",
     )
     add_sampling(parser)
     parser.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -92,9 +92,21 @@ def policy(options: argparse.Namespace) -> AbstractContextManager:
     """The fast implementations for the time of a block, unless --no-fast."""
     from .. import switch
 
-    # `doctor` and `status()` tell what runs fast; here the warnings would drown the progress.
+    # As they come they would drown the progress.
     warnings.simplefilter("ignore", switch.FallbackWarning)
-    return switch.enable() if options.fast else contextlib.nullcontext()
+    return _telling() if options.fast else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _telling() -> Iterator[None]:
+    """Enabled for a block; what fell back in it is told once, at the end."""
+    from .. import switch
+
+    with switch.enable():
+        yield
+        for name, op in switch.status().ops.items():
+            for reason in op.fallbacks:
+                note(f"note: {name} was not fast: {reason}")
 
 
 def load_tokenizer(options: argparse.Namespace, device: str | None) -> VFMTok:
@@ -111,7 +123,10 @@ def load_tokenizer(options: argparse.Namespace, device: str | None) -> VFMTok:
     else:
         file = options.tokenizer or checkpoint.fetch_official("tokenizer", "--tokenizer")
         model = VFMTok.from_official(file, options.backbone)
-    return _moved(model.set_precision(options.precision), device)
+    model = _moved(model.set_precision(options.precision), device)
+    if options.precision == "tf32" and model.device.type == "cpu":
+        note("note: a CPU has no TF32; it computes in float32, and a cache is named tf32")
+    return model
 
 
 def load_gpt(options: argparse.Namespace, device: str | None) -> GPT:

@@ -28,6 +28,8 @@ def run(options: argparse.Namespace) -> int:
     out = Path(options.out).expanduser()
     if out.suffix.lower() != ".png":
         raise ValueError(f"the picture to write must be named .png, got {out}")
+    if out.exists():  # Perhaps a photo, as of `reconstruct *.png`.
+        raise FileExistsError(f"{out} is there already; choose another name")
     if options.limit < 1 or options.regions < 1:
         raise ValueError("--limit and --regions must be at least 1")
     photos = _photos(Path(options.images).expanduser(), options.limit)

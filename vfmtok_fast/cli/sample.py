@@ -17,15 +17,22 @@ if TYPE_CHECKING:
     from ..sample_folder import Job
     from ..tokenizer import VFMTok
 
+GPT_HELP = (
+    "generator: a folder made by convert, the model folder of a train-gpt run, a hub repo, or emoji"
+)
 SUMMARY = "generate new images: OUT/samples.npz and a grid; resumes, by 64"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="folder to write to")
-    parser.add_argument("--gpt", help="generator: a folder made by convert, a hub repo, or emoji")
+    parser.add_argument("--gpt", help=GPT_HELP)
     parser.add_argument("--num", type=int, default=16, help="images (%(default)s)")
     parser.add_argument(
-        "--classes", type=int, nargs="+", metavar="ID", help="class ids, in turn; all by default"
+        "--classes",
+        type=int,
+        nargs="+",
+        metavar="ID",
+        help="class ids, in turn; behind OUT, or before another option (all)",
     )
     parser.add_argument(
         "--batch-size", type=int, help="images generated at a time; by default what is fastest"
@@ -62,7 +69,8 @@ def run(options: argparse.Namespace) -> int:
     from .. import images, sample_folder
     from ..generator import Sampling
 
-    if min(options.num, options.batch_size or 1, options.size) < 1:
+    batch_size = 1 if options.batch_size is None else options.batch_size
+    if min(options.num, batch_size, options.size) < 1:
         raise ValueError("--num, --batch-size and --size must be at least 1")
     if Path(options.out).suffix.lower() in (".png", ".jpg", ".jpeg", ".npz"):
         raise ValueError(f"OUT is a folder, which gets samples.png and samples.npz: {options.out}")

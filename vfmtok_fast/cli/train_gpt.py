@@ -87,7 +87,7 @@ def _prepare(options: argparse.Namespace, out: Path, rank: int, world_size: int)
     """What is quick to check comes first."""
     import torch
 
-    from ..cache.format.manifest import weights_checksum
+    from ..cache.format.fingerprint import weights_checksum
     from ..generator import GPT
     from ..training import GPTTrainer, Run, generated
     from ..training.estimate import estimate_gpt
@@ -180,7 +180,7 @@ def _check_tokenizer(tokenizer: VFMTok, manifest: Manifest, options: argparse.Na
     """Refuse one whose codes are not those of the cache."""
     import copy
 
-    from ..cache.format.manifest import weights_checksum
+    from ..cache.format.fingerprint import weights_checksum
 
     # The cache knows the weights as they were rounded for it.
     rounded = copy.deepcopy(tokenizer).set_precision(manifest.covers["dtype"])

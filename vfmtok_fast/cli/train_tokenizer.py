@@ -128,7 +128,7 @@ def _finish(options: argparse.Namespace, work: Run, model: VFMTok, rank: int) ->
 
 def _prepare(options: argparse.Namespace, out: Path, rank: int, world_size: int) -> Run:
     """What is quick to check comes first."""
-    from ..cache.format.manifest import weights_checksum
+    from ..cache.format.fingerprint import weights_checksum
     from ..training import Run, TokenizerTrainer, reconstructions
     from ..training.estimate import estimate_tokenizer
 
@@ -258,6 +258,8 @@ def _check_discriminator(options: argparse.Namespace) -> None:
             "--discriminator dino needs --dino-vits16 FILE (dino_deitsmall16_pretrain.pth of "
             "facebookresearch/dino); --discriminator patch and none need no file"
         )
+    if options.discriminator != "dino" and options.dino_vits16 is not None:
+        raise ValueError(f"--dino-vits16 is not for --discriminator {options.discriminator}")
 
 
 def _kind(options: argparse.Namespace) -> type[DinoDiscriminator | PatchDiscriminator] | None:

@@ -224,6 +224,7 @@ def _alone(out: Path, rank: int) -> Iterator[None]:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            new = False  # It is the other's.
             raise FileExistsError(
                 f"{out}: another process trains there; wait for it, or choose another folder"
             ) from error
@@ -231,9 +232,9 @@ def _alone(out: Path, rank: int) -> Iterator[None]:
             pass  # Some network disks lock no folders.
         yield
     finally:
-        os.close(folder)
-        if new:  # If the run was refused, it is empty.
+        if new:  # If the run was refused, it is empty. Locked still, so that nobody begins there.
             LocalPlace(out).remove_folder()
+        os.close(folder)
 
 
 @contextlib.contextmanager

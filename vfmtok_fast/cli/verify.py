@@ -8,14 +8,14 @@ from pathlib import Path
 from .models import add_input_option, add_tokenizer_options, check_input, load_tokenizer, policy
 from .output import note, say
 
-SUMMARY = "check every byte of a cache, and tokenise a sample of it again"
+SUMMARY = "check every byte of a cache; with --images tokenise a sample of it again"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="CACHE", help="its folder or URL")
     parser.add_argument("--images", help="the pictures' folder or archive: tokenise a sample again")
     add_input_option(parser)
-    parser.add_argument("--sample", type=int, default=64, help="how many pictures (%(default)s)")
+    parser.add_argument("--sample", type=int, help="with --images: how many pictures (64)")
     parser.add_argument(
         "--sheet",
         metavar="OUT.png",
@@ -27,8 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from .. import cache
 
-    if options.sheet is not None and Path(options.sheet).suffix.lower() != ".png":
-        raise ValueError(f"--sheet: the picture to write must be named .png, got {options.sheet}")
+    if options.sheet is not None:
+        sheet = Path(options.sheet).expanduser()
+        if sheet.suffix.lower() != ".png":
+            raise ValueError(f"--sheet: the picture to write must be named .png, got {sheet}")
+        if not options.images:
+            raise ValueError("--sheet goes with --images, the pictures to draw")
+        if sheet.exists():
+            raise FileExistsError(f"--sheet: {sheet} is there already; choose another name")
+    if options.sample is not None and not options.images:
+        raise ValueError("--sample goes with --images, the pictures to tokenise again")
     manifest = cache.read_manifest(options.out)
     if options.images:
         check_input(options, manifest)
@@ -40,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
             tokenizer,
             options.images,
             input_kind=options.input,
-            sample=options.sample,
+            sample=64 if options.sample is None else options.sample,
             sheet=options.sheet,
         )
     for problem in report.problems:
@@ -57,6 +65,8 @@ def run(options: argparse.Namespace) -> int:
         f"{options.out}: {verdict}; {report.images} pictures in {report.shards} shards, "
         f"{report.bad} could not be read{again}"
     )
+    if options.sheet is not None and report.ok:
+        say(f"wrote {options.sheet}: picture | what its tokens decode to")
     if not report.ok:
         return 1
     return 3 if report.bad else 0

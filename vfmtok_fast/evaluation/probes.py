@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..cache.format.manifest import weights_checksum
+from ..cache.format.fingerprint import weights_checksum
 from ..cache.sources import Source
 from ..tokenizer import VFMTok
 from .pictures import Pictures, model_input

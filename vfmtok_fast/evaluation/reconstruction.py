@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cache.format.manifest import weights_checksum
+from ..cache.format.fingerprint import weights_checksum
 from ..cache.sources import Source
 from ..cache.sources.choice import named_split
 from ..images import to_float

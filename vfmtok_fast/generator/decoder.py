@@ -212,6 +212,7 @@ class Decoder:
         key = (settings, switch.policy(), switch.generation(), rows, code is self.code)
         if key in self.graphs:
             self.graphs[key].replay()
+            switch.record_replay("a decode step")
             return
         # Graphs of other settings would pile up: three are alive, the first step's, guided and not.
         self.graphs = {old: graph for old, graph in self.graphs.items() if old[:3] == key[:3]}

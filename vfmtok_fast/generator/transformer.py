@@ -360,6 +360,7 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         if config is None:
             raise ValueError(
                 "GPT.from_official: config must be a preset's name, a GPTConfig or its fields, "
-                f"as in GPT.from_official({str(checkpoint)[:80]!r}, 'GPT-L')"
+                f"as in GPT.from_official({str(checkpoint)[:80]!r}, 'GPT-L'); presets are "
+                f"{sorted(PRESETS)}"
             )
         return load_gpt(cls(config), checkpoint)

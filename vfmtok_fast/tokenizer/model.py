@@ -96,7 +96,7 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         self.pixel_decoder = PixelDecoder(config)
         # Whether float32 products may take TF32 on a GPU, see `set_precision`.
         self.tf32 = False
-        self._graphs = {"encode": Replayed(), "decode": Replayed()}
+        self._graphs = {what: Replayed(what) for what in ("encode", "decode")}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -225,8 +225,8 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         Returns:
             uint8 [B, size, size, 3].
         """
-        if size < 1:
-            raise ValueError(f"decode_to_uint8: size must be at least 1 pixel, got {size}")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"decode_to_uint8: size must be a whole number of pixels, got {size}")
         images = F.interpolate(self.decode(codes).float(), size=(size, size), mode="bicubic")
         return (127.5 * images + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 

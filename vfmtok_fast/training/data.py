@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..cache import TokenCacheDataset
-from ..cache.format.views import View, make_views
+from ..cache.format.crops import make_views
+from ..cache.format.views import View
 from ..cache.sources import BadImage, Source
 from ..cache.sources.parquet import ParquetSource
 from ..images import center_crop, decode_image, to_float

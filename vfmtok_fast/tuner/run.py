@@ -147,7 +147,8 @@ def _models(models: Any) -> tuple[VFMTokConfig | None, list[tuple[str, GPTConfig
             generators.append((model, GPTConfig.preset(model)))
         else:
             raise ValueError(
-                f"tune: unknown model {model!r}; give a model, 'VFMTok' or one of {sorted(PRESETS)}"
+                f"tune: unknown model {model!r}; give a model of your own, or a name of "
+                f"{['VFMTok', *sorted(PRESETS)]}"
             )
     return tokenizer, generators
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ...images import quiet_pillow
+from ..format.fingerprint import Tokenizer
 from ..format.index import INDEX, read_rows
-from ..format.manifest import Tokenizer, read_manifest
+from ..format.manifest import read_manifest
 from ..format.shards import COMPLETE, read_quarantine, shard_path, strays
 from ..format.views import parse_views, plan_views
 from ..make.changes import extend

@@ -7,9 +7,11 @@ import torch
 
 from ...images import decode_image, image_grid, to_uint8
 from ..format import index, shards
+from ..format.crops import make_views
+from ..format.fingerprint import Tokenizer
 from ..format.index import INDEX
-from ..format.manifest import Manifest, Tokenizer
-from ..format.views import make_views, parse_views
+from ..format.manifest import Manifest
+from ..format.views import parse_views
 from ..sources import BadImage, Source
 from ..store import Place
 

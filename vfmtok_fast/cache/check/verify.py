@@ -13,8 +13,9 @@ from PIL import Image
 from ...images import quiet_pillow
 from ..format import index, shards
 from ..format.differences import differences
+from ..format.fingerprint import Tokenizer, describe
 from ..format.index import INDEX
-from ..format.manifest import FingerprintMismatch, Manifest, Tokenizer, describe, read_manifest
+from ..format.manifest import FingerprintMismatch, Manifest, read_manifest
 from ..make.encode import encode_rows, evaluating
 from ..sources import Source, open_again
 from ..store import Place, place
@@ -90,7 +91,8 @@ def verify(
         covers = describe(tokenizer, found.views, found.batch_size, found.seed, found.heif)
         if differing := differences(found.covers, covers):
             raise FingerprintMismatch(
-                f"{out}: was not made by this tokenizer and program: {differing}"
+                f"{out}: was not made by this tokenizer and program: {differing}; name the model "
+                "and precision that made it, with the fast ops on or off as then"
             )
     report = Report(images=found.images, shards=found.shards)
     sound = _check_files(out, found, report)
@@ -130,7 +132,7 @@ def _check_files(out: Place, found: Manifest, report: Report) -> list[int]:
     if missing:
         report.problems.append(
             f"{out}: {len(missing)} of {found.shards} shards are missing (first: {missing[0]}); "
-            "run again"
+            "run cache again"
         )
     elif len(sound) == found.shards:
         _check_completion(out, found, report)
@@ -170,12 +172,14 @@ def _check_completion(out: Place, found: Manifest, report: Report) -> None:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        report.problems.append(f"{path}: missing although all shards are there; run again")
+        report.problems.append(f"{path}: missing although all shards are there; run cache again")
         return
     except ValueError:
         content = None
     if content != shards.completion(out, found):
-        report.problems.append(f"{path}: does not agree with the shards; remove it and run again")
+        report.problems.append(
+            f"{path}: does not agree with the shards; remove it and run cache again"
+        )
 
 
 def _check_sample(

@@ -18,19 +18,11 @@ other pictures, views, processes or versions of a generator.
 
 from __future__ import annotations
 
-import hashlib
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from typing import Any
-
-import numpy as np
-from PIL import Image
-
-from ...images import center_crop, resize_short_side
 
 FLIP = "-flip"
 TEN_CROP_RANGE = Fraction("1.1")
@@ -174,66 +166,8 @@ def plan_views(views: tuple[View, ...], size: int) -> Plan:
     return Plan(size, tuple(keys.values()), sides, tuple(cuts))
 
 
-def make_bases(
-    image: Image.Image, plan: Plan, *, path: str = "", seed: int = 0
-) -> list[np.ndarray]:
-    """Make the squares that a picture's views are cut from, one resize each.
-
-    Args:
-        image: Pillow image of mode RGB.
-        plan: from `plan_views`.
-        path: the picture's relative path; random crops depend on it.
-        seed: of the random crops.
-
-    Returns:
-        uint8 arrays [side, side, 3], one for each of `plan.bases`.
-
-    Raises:
-        ValueError: the picture cannot be cropped (see `vfmtok_fast.images.center_crop`).
-    """
-    found = []
-    for view, side in zip(plan.bases, plan.sides, strict=True):
-        if view.kind == "random":
-            draw = partial(_draw, seed, view.number, path)
-            found.append(_random_crop(image, plan.size, draw))
-        else:
-            found.append(center_crop(image, side))
-    return found
-
-
-def make_views(
-    image: Image.Image, views: tuple[View, ...], size: int, *, path: str = "", seed: int = 0
-) -> np.ndarray:
-    """Cut V views out of a picture: uint8 [V, size, size, 3]; arguments, errors as `make_bases`."""
-    plan = plan_views(views, size)
-    bases = make_bases(image, plan, path=path, seed=seed)
-    out = np.empty((len(views), size, size, 3), np.uint8)
-    for place, cut in enumerate(plan.cuts):
-        part = bases[cut.base][cut.top : cut.top + size, cut.left : cut.left + size]
-        out[place] = part[:, ::-1] if cut.flip else part
-    return out
-
-
 def _corner(number: int, far: int) -> tuple[int, int]:
     """Top and left of one of the five crops of a square that is `far` larger than they are."""
     # round: where the margin is odd, torchvision's crops take the even one of both halves.
     middle = round(far / 2)
     return ((0, 0), (0, far), (far, 0), (far, far), (middle, middle))[number]
-
-
-def _random_crop(image: Image.Image, size: int, draw: Any) -> np.ndarray:
-    short = size + draw(0, math.ceil(size / LEAST_RANDOM_CROP) - size + 1)
-    image = resize_short_side(image, short)
-    top, left = draw(1, image.height - size + 1), draw(2, image.width - size + 1)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
-def _draw(seed: int, number: int, path: str, step: int, count: int) -> int:
-    """A uniform whole number below `count`, of its own for every argument.
-
-    A hash instead of a generator with a state; that 2**64 is no multiple of `count` shifts a
-    frequency by 1e-16.
-    """
-    text = f"vfmtok_fast random crop 1\0{seed}\0{number}\0{step}\0{path}"
-    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "little") % count

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...images import quiet_pillow
-from ..format.manifest import Tokenizer
+from ..format.fingerprint import Tokenizer
 from ..store import Place
 from .job import Job, encode_shards, finish, pending
 from .prepare import prepare
@@ -70,7 +70,7 @@ def build(
             `vfmtok_fast.cache.sources.open_source`).
         out: the cache; a new or empty folder, or a cache made with the same settings. May be a URL
             that fsspec knows (s3://bucket/tokens).
-        tokenizer: see `vfmtok_fast.cache.format.manifest.Tokenizer`.
+        tokenizer: see `vfmtok_fast.cache.format.fingerprint.Tokenizer`.
         spec: the settings; or give its fields by name, as in ``views=("center", "center-flip")``.
         max_bad: give up when more pictures than this have to be quarantined; None: never.
         rank, world_size: which of how many processes this is; each takes its share of the shards,

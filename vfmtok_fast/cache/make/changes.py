@@ -172,6 +172,16 @@ def extend(source: Source, out: Place, found: Manifest, workers: int) -> Manifes
         ImagesChanged: pictures have changed, classes are gone, or it is an input that cannot
             be added to.
     """
+    while (extended := _extended(source, out, found, workers)) is None:
+        install(out)
+        if (now := read_manifest(out)) == found:
+            raise ValueError(f"{out / INDEX}: damaged; restore it, or cache anew")
+        found = now
+    return extended
+
+
+def _extended(source: Source, out: Place, found: Manifest, workers: int) -> Manifest | None:
+    """As `extend`; None where another process was faster: what was read may be half of it."""
     path = out / INDEX
     origin, hashed = index.read_origin(path), index.read_hashed(path)
     _check_kind(source, origin)
@@ -181,7 +191,7 @@ def extend(source: Source, out: Place, found: Manifest, workers: int) -> Manifes
     else:
         new, classes = _new_files(source, origin), None
     if new is None and not mended:
-        return found
+        return found if _is_current(out, found) else None
     if hashed:
         new = None if new is None else hashed_entries(source, new, workers)
         mended = {entry.path: entry for entry in hashed_entries(source, mended.values(), workers)}
@@ -204,13 +214,22 @@ def extend(source: Source, out: Place, found: Manifest, workers: int) -> Manifes
             f"{source.root}: a cache without .heic and .heif pictures cannot get any, for its "
             "fingerprint lacks the version of what reads them; cache into a new folder"
         )
+    if not _is_current(out, found):
+        return None
     (out / COMPLETE).remove()
-    Manifest(found.covers, found.shard_size, count, classes, checksum).write(out, NEXT_MANIFEST)
-    install(out)
-    # Where this is cut off, `repair` still finds that they can be read now.
+    # Before the manifest, or whoever sees that would find them there. Where this is cut off,
+    # `repair` still finds that they can be read now.
     for number in {place // found.shard_size for place in places}:
         shard_path(out, number).remove()
+    Manifest(found.covers, found.shard_size, count, classes, checksum).write(out, NEXT_MANIFEST)
+    install(out)
     return read_manifest(out)
+
+
+def _is_current(out: Place, found: Manifest) -> bool:
+    """Whether a cache still is what it was when its manifest was read."""
+    there = index.index_checksum(out / INDEX)
+    return read_manifest(out) == found and there == (found.images, found.index_sha256)
 
 
 def _replaced(old: Iterator[Entry], mended: dict[str, Entry], places: list[int]) -> Iterator[Entry]:
@@ -238,9 +257,11 @@ def install(out: Place) -> None:
             raise
         (out / NEXT_MANIFEST).remove()  # torn: what it was to bring is not there yet
         return
-    if (out / NEXT_INDEX).exists():
+    wanted = coming.images, coming.index_sha256
+    # Where it is in place, another process may be writing the next one.
+    if index.index_checksum(out / INDEX) != wanted and (out / NEXT_INDEX).exists():
         (out / INDEX).take_over(out / NEXT_INDEX)
-    if index.index_checksum(out / INDEX) != (coming.images, coming.index_sha256):
+    if index.index_checksum(out / INDEX) != wanted:
         raise ValueError(f"{out / NEXT_MANIFEST}: does not fit the index; cache into a new folder")
     (out / NAME).take_over(out / NEXT_MANIFEST)
 

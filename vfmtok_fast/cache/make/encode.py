@@ -24,10 +24,12 @@ import numpy as np
 import torch
 
 from ...images import decode_image
+from ..format.crops import make_bases
+from ..format.fingerprint import Tokenizer
 from ..format.index import Rows
-from ..format.manifest import BAD_TOKEN, Manifest, Tokenizer
+from ..format.manifest import BAD_TOKEN, Manifest
 from ..format.shards import BAD
-from ..format.views import Plan, make_bases, parse_views, plan_views
+from ..format.views import Plan, parse_views, plan_views
 from ..sources import BadImage, Entry, Source
 from .ahead import ahead
 from .batch import Batch, as_index

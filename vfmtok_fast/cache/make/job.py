@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..format import index, manifest, shards
+from ..format.fingerprint import Tokenizer
 from ..format.index import INDEX
 from ..sources import Source
 from ..store import Place
@@ -33,7 +34,7 @@ class Job:
 
     source: Source
     out: Place
-    tokenizer: manifest.Tokenizer
+    tokenizer: Tokenizer
     manifest: manifest.Manifest
     workers: int
 
@@ -152,7 +153,10 @@ def finish(job: Job) -> int:
             f"{job.out / 'quarantine'} says why"
         )
     data = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
-    path = job.out / shards.COMPLETE
-    if not path.exists() or path.read_bytes() != data:
+    _check_current(job)
+    path, there = job.out / shards.COMPLETE, None
+    with contextlib.suppress(FileNotFoundError):  # whoever has a shard to come removes it
+        there = path.read_bytes()
+    if there != data:
         path.put(data)
     return content["bad"]

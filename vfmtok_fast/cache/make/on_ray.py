@@ -20,6 +20,7 @@ from ... import switch
 from ...errors import first_line
 from ...images import quiet_pillow
 from ..format import manifest
+from ..format.fingerprint import Tokenizer, describe
 from .build import Summary, exit_on_sigterm
 from .encode import Waits
 from .job import Job, encode_shards, finish
@@ -38,7 +39,7 @@ class ActorsLost(ConnectionError):
 
 
 def build_on_ray(
-    images: str | os.PathLike, out: str | os.PathLike, tokenizer: manifest.Tokenizer,
+    images: str | os.PathLike, out: str | os.PathLike, tokenizer: Tokenizer,
     spec: CacheSpec | None = None, *, max_bad: int | None = None, actors: int | None = None,
     device: str | None = None, progress: bool | Callable[[Progress], None] = False, **settings: Any,
 ) -> Summary:  # fmt: skip
@@ -158,9 +159,7 @@ class _Encoder:
     It is told the job without its tokenizer, the device, and what is enabled.
     """
 
-    def __init__(
-        self, job: Job, device: str, policy: switch.Policy, tokenizer: manifest.Tokenizer
-    ) -> None:
+    def __init__(self, job: Job, device: str, policy: switch.Policy, tokenizer: Tokenizer) -> None:
         # Nothing that can fail: an error here would reach the caller without its type.
         self.job, self.device, self.policy = job, device, policy
         self.tokenizer = tokenizer
@@ -174,9 +173,7 @@ class _Encoder:
             self.tokenizer.to(self.device)
         switch.enable(self.policy.ops, strict=self.policy.strict)
         found = self.job.manifest
-        covers = manifest.describe(
-            self.tokenizer, found.views, found.batch_size, found.seed, found.heif
-        )
+        covers = describe(self.tokenizer, found.views, found.batch_size, found.seed, found.heif)
         manifest.check_same(found, covers, found.shard_size, self.job.out)
         self.job = replace(self.job, tokenizer=self.tokenizer)
 
@@ -191,7 +188,7 @@ class _Encoder:
 class _Crew:
     """The actors, and which shard each is at."""
 
-    def __init__(self, ray: Any, job: Job, room: _Room, tokenizer: manifest.Tokenizer) -> None:
+    def __init__(self, ray: Any, job: Job, room: _Room, tokenizer: Tokenizer) -> None:
         self.ray, self.room, self.out = ray, room, job.out
         self.told = job, room.device, switch.policy(), ray.put(tokenizer)
         self.kind = ray.remote(_Encoder).options(
@@ -215,7 +212,7 @@ class _Crew:
                     break
                 actor = self.idle.pop()
                 self.busy[actor.encode.remote(number)] = actor, number
-            if not again and all(number is None for _, number in self.busy.values()):
+            if all(number is None for _, number in self.busy.values()):
                 if self.idle:
                     return  # nothing is left to hand out, and nothing is on its way
                 self._check_patience(heard)

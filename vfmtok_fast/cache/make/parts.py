@@ -7,13 +7,14 @@ whole, they go. Inputs of fewer pictures than that have none.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from ..format import index
 from ..sources import Entry
-from ..store import Place
+from ..store import CacheWriteError, Place, atomic
 
 FOLDER = "index.parts"
 # Listing takes a second or so for as many on a local disk, a minute on a slow network; the memory
@@ -49,8 +50,11 @@ def write_in_parts(
 def remove_parts(out: Place) -> None:
     """Remove what is left of an interrupted indexing; the last first, so the rest stays whole."""
     folder = out / FOLDER
+    if not out.remote:
+        folder.sweep()
     for name in sorted(folder.names(), reverse=True):
-        (folder / name).remove()
+        if not atomic.is_temporary(name):  # of another process, that is listing still
+            (folder / name).remove()
     if not out.remote:
         folder.remove_folder()
 
@@ -70,13 +74,26 @@ def _every(
         yield entry
         part.append(entry)
         if len(part) == PART:
-            folder.make_folder()
-            index.write_index(folder / f"{number:05d}.parquet", part, shard_size, mark, hashed)
+            _keep(folder / f"{number:05d}.parquet", part, shard_size, mark, hashed)
             part, number = [], number + 1
 
 
 def _is_part(path: Place, mark: index.Origin, hashed: bool) -> bool:
     """Whether this is a whole part of an index of this input."""
-    if not index.is_index(path):
+    try:
+        known = index.is_index(path) and index.read_origin(path) == mark
+        return known and index.read_hashed(path) == hashed
+    except ValueError:  # another process has done with it, meanwhile
         return False
-    return index.read_origin(path) == mark and index.read_hashed(path) == hashed
+
+
+def _keep(
+    path: Place, part: list[Entry], shard_size: int, mark: index.Origin, hashed: bool
+) -> None:
+    try:
+        path.parent.make_folder()
+        index.write_index(path, part, shard_size, mark, hashed)
+    except CacheWriteError as error:
+        # Another process that has listed everything has removed the folder: no part is needed.
+        if error.errno != errno.ENOENT:
+            raise

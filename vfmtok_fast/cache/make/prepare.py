@@ -18,6 +18,7 @@ from typing import Any
 
 from ...images import HEIF_SUFFIXES, decode_image, heif_version
 from ..format import index, manifest
+from ..format.fingerprint import Tokenizer, check_tokenizer, describe
 from ..format.index import INDEX, Entry
 from ..sources import BadImage, Source
 from ..sources.base import LeftOutWarning
@@ -40,7 +41,7 @@ MAX_DEFAULT_WORKERS = 8
 
 
 def prepare(
-    images: str | os.PathLike, out: str | os.PathLike, tokenizer: manifest.Tokenizer,
+    images: str | os.PathLike, out: str | os.PathLike, tokenizer: Tokenizer,
     spec: CacheSpec | None = None, *, rank: int = 0, device: str | None = None, **settings: Any,
 ) -> Job:  # fmt: skip
     """Index the pictures and write the manifest, or check that those of an earlier run still fit.
@@ -52,6 +53,7 @@ def prepare(
     Returns:
         What `encode_shard` needs.
     """
+    check_tokenizer(tokenizer)
     spec, out = CacheSpec.of(spec, settings), place(out)
     source = spec.open(images)
     _check_outside(Path(images).expanduser(), out)
@@ -64,13 +66,13 @@ def prepare(
     if not resumed:
         _check_any_readable(source)
         batch_size = spec.batch_size or _usual_batch_size(tokenizer, device)
-        covers = manifest.describe(tokenizer, spec.views, batch_size, spec.seed)
+        covers = describe(tokenizer, spec.views, batch_size, spec.seed)
         _make_folders(out)
         found = _index(source, out, covers, spec, workers)
     else:
         found = manifest.read_manifest(out)
         batch_size = spec.batch_size or found.batch_size
-        covers = manifest.describe(tokenizer, spec.views, batch_size, spec.seed, found.heif)
+        covers = describe(tokenizer, spec.views, batch_size, spec.seed, found.heif)
         found = _resume(source, out, found, covers, spec, workers, rank)
         _make_folders(out)
     return Job(source, out, tokenizer, found, workers)
@@ -166,7 +168,11 @@ def _resume(
     """Check that a cache is still the one that is asked for; with what came since, if so told."""
     manifest.check_same(found, covers, spec.shard_size, out)
     if index.index_checksum(out / INDEX) != (found.images, found.index_sha256):
-        raise ValueError(f"{out / INDEX}: damaged; restore it, or cache anew")
+        changes.install(out)
+        if (now := manifest.read_manifest(out)) == found:
+            raise ValueError(f"{out / INDEX}: damaged; restore it, or cache anew")
+        # Another process has extended it since its manifest was read.
+        return _resume(source, out, now, covers, spec, workers, rank)
     if spec.hashed and not index.read_hashed(out / INDEX):
         raise ValueError(
             f"{out}: was indexed without hashes; leave them out, or cache into a new folder"
@@ -184,7 +190,7 @@ def _make_folders(out: Place) -> None:
             folder.sweep()
 
 
-def _usual_batch_size(tokenizer: manifest.Tokenizer, device: str | None) -> int:
+def _usual_batch_size(tokenizer: Tokenizer, device: str | None) -> int:
     first = next(iter(tokenizer.parameters()), None)
     here = "cpu" if first is None else first.device.type
     return BATCH_SIZES.get(device or here, CPU_BATCH_SIZE)
@@ -214,7 +220,8 @@ def _extend(
     if rank:  # Strictly: for mended pictures too the first one makes another index.
         try:
             changes.check_unchanged(source, out / INDEX, found.classes)
-            return found
+            changes.install(out)  # or the index is the new one, and the manifest not yet
+            return manifest.read_manifest(out)
         except changes.ImagesChanged:
             _await(out, lambda: manifest.read_manifest(out) != found)
             found = manifest.read_manifest(out)

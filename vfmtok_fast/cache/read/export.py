@@ -74,7 +74,10 @@ def _parts(out: Place, found: Manifest, places: list[int]) -> Iterator[_Part]:
     """The readable pictures of each shard, checked to the last byte."""
     for number in range(found.shards):
         path = shards.shard_path(out, number)
-        header, shard = shards.read_shard(path)
+        try:
+            header, shard = shards.read_shard(path)
+        except FileNotFoundError as error:
+            raise ValueError(f"{error}; mend it with vfmtok-fast repair") from error
         if wrong := shards.problems(header, shard, number, found):
             raise ValueError(f"{path}: {wrong[0]}; mend it with vfmtok-fast repair")
         good = np.flatnonzero(shard.status == shards.OK)

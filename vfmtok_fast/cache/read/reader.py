@@ -81,6 +81,14 @@ class TokenCache:
         """Names of the classes; a label is a place in this list, -1 is none."""
         return self.manifest.classes
 
+    def __repr__(self) -> str:
+        every = self.manifest.views
+        views = every if self._view == slice(None) else [every[self._view]]
+        return (
+            f"TokenCache({str(self.out)!r}): {len(self)} pictures of {len(self.classes)} classes, "
+            f"{self.manifest.num_tokens} tokens of each view: {', '.join(views)}"
+        )
+
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -56,6 +56,8 @@ def open_source(
         ValueError: no such kind, or it is not of the kind that was said; or more than one thing
             could be meant.
     """
+    if not str(images):
+        raise ValueError("an empty path: name the pictures, or . for the current folder")
     if "://" in str(images):
         raise ValueError(
             f"{images}: pictures are read from local files; mount this, or copy it (a cache itself "

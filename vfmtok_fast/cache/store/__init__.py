@@ -87,6 +87,8 @@ def place(out: str | os.PathLike | Place) -> Place:
             raise ValueError(
                 f"{out}: give a URL as a string; pathlib.Path takes one of its slashes"
             )
+        if not os.fspath(out):
+            raise ValueError("an empty path: name a folder, or . for the current one")
         return LocalPlace(out).expanduser().absolute()
     if protocol in ("file", "local"):
         return LocalPlace("/" + rest.lstrip("/"))

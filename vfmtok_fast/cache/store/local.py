@@ -30,7 +30,10 @@ class LocalPlace(type(Path())):
         return open(self, "rb")
 
     def names(self) -> list[str]:
-        return os.listdir(self) if self.is_dir() else []
+        try:
+            return os.listdir(self)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def writing(self) -> AbstractContextManager[BinaryIO]:
         return atomic.atomic_file(self)

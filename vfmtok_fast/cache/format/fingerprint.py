@@ -1,0 +1,133 @@
+"""The fingerprint of a tokenizer and its settings: everything that a cache's tokens depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from ... import images as pictures
+from ... import switch
+from ...tokenizer.model import ENCODE_OPS
+from .manifest import BAD_TOKEN, canonical
+from .views import parse_views, rules
+
+# What torch.compile and DistributedDataParallel put before or into the names of weights.
+WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<![^.])_orig_mod\.")
+
+
+class Tokenizer(Protocol):
+    """What a cache needs of a tokenizer; `vfmtok_fast.VFMTok` has it.
+
+    `config` is a dataclass with image_size (pixels), num_regions (T, tokens per view) and
+    codebook_size; `encode` takes floating-point [B, 3, image_size, image_size] in [-1, 1] and
+    returns integer [B, T].
+    """
+
+    config: Any
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor: ...
+
+    def state_dict(self) -> Mapping[str, torch.Tensor]: ...
+
+    def parameters(self) -> Any: ...
+
+
+def describe(
+    tokenizer: Tokenizer, views: Iterable[str], batch_size: int, seed: int = 0, heif: bool = False
+) -> dict[str, Any]:
+    """List everything that changes tokens.
+
+    The batch size is among it: matrix products round differently in another batch shape, which
+    flips codes that are nearly tied.
+
+    Args:
+        tokenizer: see `Tokenizer`.
+        views: names of the views.
+        batch_size: views per call of `encode`.
+        seed: of the random crops; counts only where there are any.
+        heif: whether there are pictures that another package than Pillow decodes.
+
+    Returns:
+        Plain JSON values; every entry is explained by its name.
+
+    Raises:
+        ValueError: the codebook does not fit 16-bit tokens. TypeError: not a tokenizer.
+    """
+    check_tokenizer(tokenizer)
+    config = tokenizer.config
+    if not 0 < config.codebook_size <= BAD_TOKEN:
+        raise ValueError(
+            f"cache: codebook_size must be 1 to {BAD_TOKEN} (tokens are stored in 16 bits, "
+            f"{BAD_TOKEN} marks a bad picture), got {config.codebook_size}"
+        )
+    parsed = parse_views(views)
+    covers = {
+        "weights_sha256": weights_checksum(tokenizer.state_dict()),
+        # Without options that are not taken: caches of before there were such go on.
+        "config": {k: v for k, v in dataclasses.asdict(config).items() if v is not None},
+        "codebook_size": config.codebook_size,
+        "num_tokens": config.num_regions,
+        # A VFMTok's precision; what it is called here is older than that.
+        "dtype": (precision := _precision(tokenizer)),
+        **_fast_ops(precision),
+        "views": [str(view) for view in parsed],
+        **rules(parsed, seed),
+        "image_size": config.image_size,
+        "interpolation": pictures.INTERPOLATION,
+        "decoder": pictures.DECODER,
+        "decoder_version": pictures.DECODER_VERSION,
+        "batch_size": batch_size,
+        **({"heif_decoder_version": pictures.heif_version()} if heif else {}),
+    }
+    # Through JSON once, so that tuples are lists as they are when read back.
+    return json.loads(canonical(covers))
+
+
+def check_tokenizer(tokenizer: object) -> None:
+    """Require what `Tokenizer` names."""
+    config = getattr(tokenizer, "config", None)
+    if not hasattr(config, "codebook_size") or not hasattr(tokenizer, "encode"):
+        raise TypeError(
+            "cache: tokenizer must be a VFMTok, or have its encode, config and parameters, "
+            f"got {type(tokenizer).__name__}"
+        )
+
+
+def _precision(tokenizer: Tokenizer) -> str:
+    named = getattr(tokenizer, "precision", None)
+    if isinstance(named, str):
+        return named
+    first = next(iter(tokenizer.parameters()), None)
+    return str(torch.float32 if first is None else first.dtype).removeprefix("torch.")
+
+
+def _fast_ops(precision: str) -> dict[str, list[str]]:
+    """In half precision, the enabled ops: they round differently, and tokens differ by that."""
+    ops = sorted(switch.policy().ops & ENCODE_OPS)
+    return {"fast_ops": ops} if precision in ("float16", "bfloat16", "mixed") and ops else {}
+
+
+def weights_checksum(state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a state dict, in sorted order of the names.
+
+    Args:
+        state: tensors of any dtype, shape and device.
+
+    Returns:
+        Hexadecimal digest; equal for equal weights wherever they lie.
+    """
+    digest = hashlib.sha256()
+    state = {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
+    for name in sorted(state):
+        tensor = state[name].detach()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
+        flat = tensor.cpu().contiguous().reshape(-1)
+        if flat.numel():
+            digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,31 @@
+"""Packages whose names are imported when they are first asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Collection, Mapping
+
+
+def attach(
+    package: str, homes: Mapping[str, Collection[str]], modules: Collection[str] = ()
+) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """A package's ``__getattr__`` and ``__dir__``.
+
+    Args:
+        package: its ``__name__``.
+        homes: of each module in it, the names that the package hands out.
+        modules: modules that it hands out themselves.
+    """
+    names = {name: home for home, found in homes.items() for name in found}
+
+    def get(name: str) -> object:
+        if name in modules:
+            return importlib.import_module(f".{name}", package)
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f".{names[name]}", package), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return get, lambda: sorted({*vars(sys.modules[package]), *names, *modules})
