@@ -268,12 +268,20 @@ def read_tensors(
     return unwrapped(content, what)
 
 
-def _read_file(path: Path, what: str) -> object:
-    if found := weights_in(path):
-        return read_safetensors(found, what)
-    if not path.is_file():
+def check_there(source: str | Path | Mapping | None, what: str) -> None:
+    """Refuse a file that is not there; before a model is made, which takes seconds."""
+    if source is None or isinstance(source, Mapping):
+        return
+    path = Path(source).expanduser()
+    if not path.is_file() and not weights_in(path):
         kind = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{what}: {path} {kind}, expected a checkpoint file")
+
+
+def _read_file(path: Path, what: str) -> object:
+    check_there(path, what)
+    if found := weights_in(path):
+        return read_safetensors(found, what)
     if path.name.endswith((".safetensors", ".safetensors.index.json")):
         return read_safetensors(path, what)
     try:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import itertools
 import json
 import math
 import shutil
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,12 +18,21 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 
 from vfmtok_fast import GPT, GPTConfig, VFMTok, VFMTokConfig, cli
-from vfmtok_fast.cache import TokenCacheDataset, build
+from vfmtok_fast.cache import TokenCacheDataset, build, open_source
 from vfmtok_fast.cli import training_reports
-from vfmtok_fast.training import Codes, GPTTrainer, GPTTraining, NotFinite, generated
+from vfmtok_fast.training import (
+    Codes,
+    GPTTrainer,
+    GPTTraining,
+    NotFinite,
+    OnlineCodes,
+    Pictures,
+    generated,
+)
 from vfmtok_fast.training.estimate import estimate_gpt
 
 CONFIG = {"num_layers": 2, "num_heads": 2, "dim": 32, "ffn_multiple_of": 32}
@@ -184,6 +196,29 @@ def test_other_pictures_or_views_are_another_run(
     first.rename(moved / "zebra")
     assert "pictures_sha256 (there " in refused(moved, "online", *online)
     assert "--views is of a token cache" in refused(photos, "none", *online, "--views", "center")
+
+
+def test_online_one_bad_label_is_a_bad_picture(tmp_path: Path, tokenizer: Path):
+    """As in a cache; a picture without any is refused."""
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for number, label in enumerate(("0", "1", "cat", "1")):
+            picture = io.BytesIO()
+            Image.new("RGB", (80, 80), (60 * number, 9, 9)).save(picture, "PNG")
+            for name, data in (("cls", label.encode()), ("png", picture.getvalue())):
+                member = tarfile.TarInfo(f"{number:04d}.{name}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    tok = VFMTok.from_pretrained(tokenizer)
+    pictures = Pictures(open_source(tmp_path), 2, size=tok.config.image_size)
+    online = OnlineCodes(pictures, tok)
+    with contextlib.closing(online.batches(0)) as batches:
+        for batch in itertools.islice(batches, 4):
+            codes, classes = online.arguments(batch, torch.device("cpu"))
+            assert codes.shape == (2, tok.config.num_regions) and int(classes.min()) >= 0
+    assert list(pictures.bad) == ["train-0.tar/0002.png"]
+    pictures.entries[0] = pictures.entries[0]._replace(label=-1)
+    with pytest.raises(ValueError, match="1 of 3 pictures have no class"):
+        OnlineCodes(pictures, tok)
 
 
 def test_an_epoch_has_every_picture_once_and_draws_its_view(cache: Path):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vfmtok_fast import VFMTok, VFMTokConfig
 from vfmtok_fast.training import NotFinite, TokenizerTrainer, TokenizerTraining
@@ -229,6 +229,19 @@ def test_nan_stops_before_any_weight_has_moved(make, images: Tensor):
         assert same(values, optimizer["state"][number])
     trainer.lpips = lpips
     assert math.isfinite(trainer.step(images)["total"])
+
+
+def test_a_refused_step_moves_no_spectral_norm(make, images: Tensor):
+    """Each forward pass in training mode moves their vectors."""
+    trainer = make()
+    for layer in trainer.discriminator.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.utils.parametrizations.spectral_norm(layer)
+    before = state(trainer)
+    trainer.lpips = lambda x, y: x.new_full((len(x),), math.nan)
+    with pytest.raises(NotFinite):
+        trainer.step(images)
+    assert any(key.endswith("._u") for key in before) and same(before, state(trainer))
 
 
 def test_usage_counts_the_codes_of_late(make, images: Tensor):

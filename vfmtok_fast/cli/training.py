@@ -178,12 +178,14 @@ def run_to_end(
         work.show_every, work.keep = options.show_every, options.keep
         if (path := work.resume(changed=options.accept_changes)) and rank == 0:
             note(f"going on from {path}")
-        if rank == 0:
-            work.reports = list(reports(options, out, work.trainer.steps, work.steps))
-            if (warmup := work.trainer.settings.warmup_steps) > work.steps:
-                note(f"note: the rate rises over {warmup} steps, and the run has {work.steps}")
+        if rank == 0 and (warmup := work.trainer.settings.warmup_steps) > work.steps:
+            note(f"note: the rate rises over {warmup} steps, and the run has {work.steps}")
         try:
-            work.train()
+            with contextlib.ExitStack() as stack:
+                if rank == 0:
+                    shown = reports(options, out, work.trainer.steps, work.steps)
+                    work.reports = stack.enter_context(shown)
+                work.train()
         except Stopped as stopped:
             if rank == 0:
                 note(f"vfmtok-fast {options.command}: {stopped}; run it again to go on")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -16,21 +17,24 @@ from .output import note, say
 EVENTS = "tensorboard"
 
 
+@contextlib.contextmanager
 def reports(
     options: argparse.Namespace, out: Path, done: int, steps: int
-) -> Iterator[Callable[[dict], None]]:
-    """Who is told of each line of the log."""
-    shown = bar(steps, "step", done=done)
+) -> Iterator[list[Callable[[dict], None]]]:
+    """Who is told of each line of the log, for the time of a run."""
+    with contextlib.ExitStack() as stack:
+        shown = stack.enter_context(bar(steps, "step", done=done))
 
-    def show(line: dict) -> None:
-        shown.set_postfix_str(told(line), refresh=False)
-        shown.update(line["step"] - shown.n)
+        def show(line: dict) -> None:
+            shown.set_postfix_str(told(line), refresh=False)
+            shown.update(line["step"] - shown.n)
 
-    yield show
-    if options.json:
-        yield _json
-    if options.tensorboard:
-        yield _tensorboard(out, done)
+        found = [show]
+        if options.json:
+            found.append(_json)
+        if options.tensorboard:
+            found.append(stack.enter_context(_tensorboard(out, done)))
+        yield found
 
 
 def _json(line: dict) -> None:
@@ -46,21 +50,22 @@ def conclude(options: argparse.Namespace, text: str) -> None:
     (note if options.json else say)(text)
 
 
-def _tensorboard(out: Path, done: int) -> Callable[[dict], None]:
+@contextlib.contextmanager
+def _tensorboard(out: Path, done: int) -> Iterator[Callable[[dict], None]]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError("--tensorboard needs pip install 'vfmtok-fast[train]'") from error
     # Of a run that was killed the steps come again.
-    writer = SummaryWriter(str(out / EVENTS), purge_step=done + 1)
+    with SummaryWriter(str(out / EVENTS), purge_step=done + 1) as writer:
 
-    def write(line: dict) -> None:
-        for name, value in line.items():
-            if value is not None:
-                writer.add_scalar(name, value, line["step"])
-        writer.flush()
+        def write(line: dict) -> None:
+            for name, value in line.items():
+                if value is not None:
+                    writer.add_scalar(name, value, line["step"])
+            writer.flush()
 
-    return write
+        yield write
 
 
 def told(line: dict) -> str:

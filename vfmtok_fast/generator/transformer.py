@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .. import ops
-from ..checkpoint import fetch_official, load_gpt
+from ..checkpoint import check_there, fetch_official, load_gpt
 from ..checks import check_class_ids, check_codes, check_device
 from ..configs import config_from_mapping
 from ..decoding import BlockWeights, StepWeights
@@ -363,4 +363,5 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
                 f"as in GPT.from_official({str(checkpoint)[:80]!r}, 'GPT-L'); presets are "
                 f"{sorted(PRESETS)}"
             )
+        check_there(checkpoint, "GPT checkpoint")
         return load_gpt(cls(config), checkpoint)

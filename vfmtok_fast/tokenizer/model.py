@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import switch
-from ..checkpoint import fetch_official, load_tokenizer
+from ..checkpoint import check_there, fetch_official, load_tokenizer
 from ..checks import check_codes, check_images, watch_images
 from ..configs import config_from_mapping
 from ..graphs import Replayed
@@ -310,4 +310,6 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         """
         if tokenizer is None:
             tokenizer = fetch_official("tokenizer", "tokenizer=")
+        check_there(tokenizer, "tokenizer")
+        check_there(backbone, "backbone")
         return load_tokenizer(cls(config), tokenizer, backbone)

@@ -22,6 +22,7 @@ from ..cache import TokenCacheDataset
 from ..cache.format.crops import make_views
 from ..cache.format.views import View
 from ..cache.sources import BadImage, Source
+from ..cache.sources.base import REASONS
 from ..cache.sources.parquet import ParquetSource
 from ..images import center_crop, decode_image, to_float
 from ..tokenizer import VFMTok
@@ -219,7 +220,9 @@ class OnlineCodes:
     """
 
     def __init__(self, pictures: Pictures, tokenizer: VFMTok) -> None:
-        check_labels(np.array([entry.label for entry in pictures.entries]), pictures.source.root)
+        # One that is bad, be it for its label, is left out as any other that cannot be read.
+        good = [entry for entry in pictures.entries if entry.size not in REASONS]
+        check_labels(np.array([entry.label for entry in good]), pictures.source.root)
         self.pictures, self.tokenizer = pictures, tokenizer
         self.order = pictures.order
 

@@ -15,7 +15,7 @@ from ..tokenizer.precision import precision_of
 from . import losses, processes
 from .learner import Learner
 from .settings import TokenizerTraining
-from .trainer import Sums, Trainer, add
+from .trainer import NotFinite, Sums, Trainer, add
 
 # Codes over which the codebook's usage is told, as the authors count it; at least a batch's.
 USAGE_WINDOW = 65_536
@@ -130,7 +130,7 @@ class TokenizerTrainer(Trainer):
         judged = self.judge is not None and (
             settings.idle_discriminator or number >= settings.update_start
         )
-        with self._step(number):
+        with self._step(number), self._buffers_kept():
             self.learner.zero_grad()
             outputs = [
                 self._learn(piece, number, len(piece) / len(images), sums, found)
@@ -151,6 +151,18 @@ class TokenizerTrainer(Trainer):
                     self.judge.step()
             self.steps = number
             return terms | {"lr": settings.rate(number)} | self._use_codes(found, len(images))
+
+    @contextlib.contextmanager
+    def _buffers_kept(self) -> Iterator[None]:
+        """Of a step that is refused, what passes move besides: spectral norms' vectors."""
+        buffers = [] if self.discriminator is None else list(self.discriminator.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        try:
+            yield
+        except NotFinite:
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+            raise
 
     def _learn(self, images: Tensor, number: int, share: float, sums: Sums, found: list) -> Tensor:
         """Gradients of the tokenizer's loss; returns the reconstructions for the discriminator."""
