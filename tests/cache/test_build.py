@@ -367,6 +367,22 @@ def test_the_batch_size_is_the_caches_own(tree, out, tokenizer):
     assert job.manifest.batch_size == 64
 
 
+def test_until_the_first_shard_the_batch_size_may_change(tree, tmp_path, out, tokenizer, fake):
+    """As after a first run that was out of memory."""
+    slow = cache.prepare(tree, out, tokenizer, batch_size=64, shard_size=4)
+    with pytest.raises(cache.FingerprintMismatch, match="views"):
+        cache.prepare(tree, out, tokenizer, batch_size=3, shard_size=4, views=["center-flip"])
+    assert cache.read_manifest(out) == slow.manifest
+    cache.prepare(tree, out, tokenizer, batch_size=3, shard_size=4)
+    with pytest.raises(cache.ImagesChanged, match="with a batch size of 3 instead of 64; run aga"):
+        cache.encode_shard(slow, 0)
+    cache.build(tree, out, tokenizer, **SMALL)
+    cache.build(tree, tmp_path / "new", tokenizer, **SMALL)
+    assert fake.read_tree(out) == fake.read_tree(tmp_path / "new")
+    with pytest.raises(cache.FingerprintMismatch, match=r"batch_size \(there 3, here 2\)"):
+        cache.prepare(tree, out, tokenizer, batch_size=2, shard_size=4)
+
+
 @pytest.mark.parametrize("in_flight", [2, 3])
 def test_batches_in_flight_change_no_byte(in_flight, tree, tmp_path, fake, monkeypatch):
     """As on a GPU: encoded beside each other, but for the first, and taken in order."""

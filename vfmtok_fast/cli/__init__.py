@@ -82,9 +82,7 @@ def _explained(error: Exception) -> str | None:
     if not isinstance(error, RuntimeError) or hasattr(error, "exit_code"):
         return text
     if is_out_of_memory(error):
-        return (
-            f"{text}; a smaller --batch-size needs less; a cache with another one is a new folder"
-        )
+        return f"{text}; a smaller --batch-size needs less (a cache keeps that of its first shard)"
     return None
 
 

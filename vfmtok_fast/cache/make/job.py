@@ -123,8 +123,13 @@ def _commit(job: Job, number: int, rows: index.Rows, encoded: Encoded) -> None:
 
 
 def _check_current(job: Job) -> None:
-    """Refuse to write into a cache that another process has extended since this one began."""
+    """Refuse to write into a cache that another process has changed since this one began."""
     now = manifest.read_manifest(job.out)
+    if now.covers != job.manifest.covers:
+        raise ImagesChanged(
+            f"{job.out}: another run has begun it with a batch size of {now.batch_size} instead of "
+            f"{job.manifest.batch_size}; run again, all with the same one"
+        )
     if now != job.manifest:
         raise ImagesChanged(
             f"{job.out}: another run has extended it from {job.manifest.images} to {now.images} "

@@ -13,6 +13,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,14 @@ def _resume(
     workers: int, rank: int,
 ) -> manifest.Manifest:  # fmt: skip
     """Check that a cache is still the one that is asked for; with what came since, if so told."""
-    manifest.check_same(found, covers, spec.shard_size, out)
+    asked = found
+    if covers["batch_size"] != found.batch_size and not (out / "shards").names():
+        # Nothing depends on it yet, as where the first run was out of memory.
+        asked = replace(found, covers={**found.covers, "batch_size": covers["batch_size"]})
+    manifest.check_same(asked, covers, spec.shard_size, out)
+    if asked != found:
+        asked.write(out)
+        found = asked
     if index.index_checksum(out / INDEX) != (found.images, found.index_sha256):
         changes.install(out)
         if (now := manifest.read_manifest(out)) == found:
