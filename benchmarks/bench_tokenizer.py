@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vfmtok_fast
 from vfmtok_fast import VFMTok, ops
 from vfmtok_fast.cpu.linear import BFLOAT16
-from vfmtok_fast.tokenizer.precision import computing
+from vfmtok_fast.tf32 import computing
 from vfmtok_fast.untrained import untrained_tokenizer
 
 SHORT = {"float32": "fp32", "tf32": "tf32", "float16": "fp16", "bfloat16": "bf16", "mixed": "mixed"}
@@ -103,7 +103,7 @@ def product_rate(precision: str) -> float:
     a, b = (torch.randn(size, size, device=DEVICE) for _ in range(2))
     if kind:
         a, b = a.to(getattr(torch, kind)), b.to(getattr(torch, kind))
-    with computing(model(precision)):
+    with computing(model(precision).device, model(precision).tf32):
         a @ b
         best = min(harness.rounds_of(lambda: a @ b, rounds=9)[0])
     return 2 * size**3 / best / 1e12
@@ -227,15 +227,9 @@ def check(what: str, B: int, precision: str, provider: str, got: Tensor) -> dict
 @contextlib.contextmanager
 def release_switches(provider: str) -> Iterator[None]:
     """TF32 as the release sets it, for the process."""
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends if provider == "release style" and GPU else ():
-            backend.fp32_precision = "tf32"
+    there = provider == "release style" and GPU
+    with computing(torch.device(DEVICE), True) if there else contextlib.nullcontext():
         yield
-    finally:
-        for backend, was in zip(backends, before, strict=True):
-            backend.fp32_precision = was
 
 
 def measure(benchmark, B: int, precision: str, **options) -> None:
@@ -281,7 +275,7 @@ def policy(provider: str) -> contextlib.AbstractContextManager:
 @functools.lru_cache(maxsize=1)
 def stage_calls(precision: str) -> dict[str, tuple[int, Callable[[], object]]]:
     tok = model(precision)
-    with torch.no_grad(), vfmtok_fast.enable([]), computing(tok):
+    with torch.no_grad(), vfmtok_fast.enable([]), computing(tok.device, tok.tf32):
         vectors = tok.quantizer.lookup(inputs("decode", STAGE_BATCH))
         return stages(tok, inputs("encode", STAGE_BATCH), vectors)
 
@@ -302,7 +296,8 @@ def bench_stages(benchmark, precision: str, stage: str, provider: str):
         return {"batch": batch}
 
     images = 3 * 336 * 336 * 4 * batch
-    with torch.no_grad(), policy(provider), computing(model(precision)):
+    tok = model(precision)
+    with torch.no_grad(), policy(provider), computing(tok.device, tok.tf32):
         measure(
             benchmark, batch, precision, shape=f"{stage} B={batch} {SHORT[precision]}",
             provider=provider, fn=fn, check=check_stage,

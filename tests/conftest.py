@@ -28,6 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # tests of Ctrl-C need Python's own handling.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Torch looks at it once, at a process's first product; tests of deterministic mode need it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if os.environ.get("TRITON_INTERPRET") == "1":
         import faster_interpreter
 

@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "bars": set(),
     "lazy": set(),
     "switch": set(),
+    "tf32": set(),
     "graphs": {"switch"},
     "decoding": set(),
     "functional": set(),
@@ -36,12 +37,12 @@ ALLOWED: dict[str, set[str]] = {
     "checks": {"ops"},
     "checkpoint": {"errors", "functional", "hub"},
     "tokenizer": {
-        *("errors", "switch", "graphs", "functional", "configs", "hub", "checks", "checkpoint"),
-        "ops",
+        *("errors", "switch", "tf32", "graphs", "functional", "configs", "hub", "checks"),
+        *("checkpoint", "ops"),
     },
     "generator": {
-        *("switch", "graphs", "decoding", "functional", "configs", "hub", "checks", "checkpoint"),
-        "ops",
+        *("switch", "tf32", "graphs", "decoding", "functional", "configs", "hub", "checks"),
+        *("checkpoint", "ops"),
     },
 }
 BASE = set(ALLOWED)
@@ -70,6 +71,7 @@ ROOMS = ("store", "format", "sources", "make", "read", "check", "__init__")
 OUTSIDE: dict[str, set[str]] = {
     "lazy": set(),
     "switch": {"torch"},
+    "tf32": {"torch"},
     "graphs": {"torch"},
     "decoding": {"torch"},
     "errors": set(),

@@ -181,7 +181,7 @@ def to_float(images: np.ndarray | torch.Tensor) -> torch.Tensor:
     # Divisors are tensors on purpose: a division by a Python number is turned into a multiplication
     # by the rounded reciprocal on CUDA, which differs in the last bit for some of the 256 values.
     planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    return planes.div_(planes.new_tensor(255.0)).sub_(0.5).div_(planes.new_tensor(0.5))
+    return planes.div_(planes.new_full((), 255.0)).sub_(0.5).div_(planes.new_full((), 0.5))
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

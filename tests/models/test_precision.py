@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from vfmtok_fast import BackboneConfig, VFMTok, VFMTokConfig, cache
+from vfmtok_fast.tf32 import computing
 from vfmtok_fast.tokenizer.attention import attend
-from vfmtok_fast.tokenizer.precision import PRECISIONS, computing, products
+from vfmtok_fast.tokenizer.precision import PRECISIONS, products
 
 SMALL = {
     "image_size": 112, "dim": 64, "encoder_depth": 2, "decoder_depth": 2, "num_heads": 4,
@@ -100,16 +100,19 @@ def switches() -> tuple[str, str]:
 def test_the_process_keeps_its_own_switches(tf32, expected):
     """Whatever it had set, also after an error; calls within calls."""
     before = switches()
-    model = SimpleNamespace(device=torch.device("cuda"), tf32=tf32)
-    other = SimpleNamespace(device=torch.device("cuda"), tf32=not tf32)
-    with pytest.raises(KeyError), computing(model):
+    cuda = torch.device("cuda")
+    with pytest.raises(KeyError), computing(cuda, tf32):
         assert switches() == (expected, expected)
-        with computing(other):
+        # As inductor asks; they raise where the old and the new names say different things.
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+        with computing(cuda, not tf32):
             assert switches() != (expected, expected)
         assert switches() == (expected, expected)
         raise KeyError
     assert switches() == before
-    with computing(make()):  # On a CPU there is nothing to set.
+    assert not torch.backends.cuda.matmul.allow_tf32
+    with computing(torch.device("cpu"), tf32):  # On a CPU there is nothing to set.
         assert switches() == before
 
 
@@ -118,13 +121,13 @@ def test_attention_beside_tf32_is_float16_where_no_gradient_is_asked_for():
     exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     narrow = F.scaled_dot_product_attention(q.half(), k.half(), v.half(), is_causal=True).float()
     assert not torch.equal(narrow, exact)
-    with computing(SimpleNamespace(device=torch.device("cuda"), tf32=True)):
+    with computing(torch.device("cuda"), True):
         assert torch.equal(attend(q, k, v, is_causal=True), exact)
         with torch.no_grad():
             got = attend(q, k, v, is_causal=True)
             assert got.dtype == torch.float32 and torch.equal(got, narrow)
             assert attend(q.double(), k.double(), v.double()).dtype == torch.float64
-            with computing(SimpleNamespace(device=torch.device("cuda"), tf32=False)):
+            with computing(torch.device("cuda"), False):
                 assert torch.equal(attend(q, k, v, is_causal=True), exact)
             compiled = torch.compile(attend, backend="eager", fullgraph=True)
             assert torch.equal(compiled(q, k, v, is_causal=True), exact)

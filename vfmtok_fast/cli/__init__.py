@@ -82,7 +82,10 @@ def _explained(error: Exception) -> str | None:
     if not isinstance(error, RuntimeError) or hasattr(error, "exit_code"):
         return text
     if is_out_of_memory(error):
-        return f"{text}; a smaller --batch-size needs less (a cache keeps that of its first shard)"
+        return (
+            f"{text}; a smaller --batch-size needs less, in training --micro-batch too (a cache "
+            "keeps the size of its first shard)"
+        )
     return None
 
 

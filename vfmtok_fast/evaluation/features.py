@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import read_tensors
 from ..hub import check_tensors
-from ..tokenizer.precision import computing
+from ..tf32 import computing
 from .metrics import Moments
 
 # The published conversion of the graph; torch-fidelity and pytorch-fid offer the same weights.
@@ -42,7 +42,6 @@ class Inception:
 
     # Features of each kind.
     sizes: ClassVar = {"pool": 2048, "spatial": 17 * 17 * SPATIAL_CHANNELS}
-    tf32 = False  # as `computing` asks
 
     def __init__(self, weights: str | Path | None = None, device: str | torch.device = "cpu"):
         self.device = torch.device(device)
@@ -75,7 +74,7 @@ class Inception:
             channels last, as published statistics have them.
         """
         planes = torch.as_tensor(pictures).permute(0, 3, 1, 2).to(self.device)
-        with computing(self):
+        with computing(self.device, tf32=False):
             (pool,) = self.network(planes)
         spatial = self._spatial[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         self._spatial = None
@@ -84,7 +83,7 @@ class Inception:
     @torch.no_grad()
     def logits(self, pool: Tensor) -> Tensor:
         """pool_3 [N, 2048] to logits without bias [N, 1008], as IS takes them."""
-        with computing(self):
+        with computing(self.device, tf32=False):
             return pool.to(self.device) @ self.network.fc.weight.T
 
 

@@ -15,6 +15,7 @@ from ..cache.format.fingerprint import weights_checksum
 from ..cache.sources import Source
 from ..cache.sources.choice import named_split
 from ..images import to_float
+from ..tf32 import computing
 from ..tokenizer import VFMTok
 from .features import Activations, Inception
 from .metrics import WINDOW, frechet_distance, inception_score, psnr, ssim
@@ -126,7 +127,8 @@ class _Sums:
         for data_range in self.protocol.ssim_ranges:
             terms[f"SSIM, range {data_range}"] = ssim(*pair, data_range)
         if self.lpips is not None:
-            terms["LPIPS"] = self.lpips(*map(to_float, pair))
+            with computing(self.device, tf32=False):
+                terms["LPIPS"] = self.lpips(*map(to_float, pair))
         for name, values in terms.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(values.double().sum())
         for number, some in enumerate((originals, made)):

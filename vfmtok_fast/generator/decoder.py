@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import ops, switch
+from .. import ops, switch, tf32
 from ..checks import check_class_ids
 from ..decoding import KVCache, StepWeights
 from ..graphs import capture, synchronize
@@ -218,7 +218,9 @@ class Decoder:
         self.graphs = {old: graph for old, graph in self.graphs.items() if old[:3] == key[:3]}
         step = (weights, cache, sampling, code, embedding, self.at)
         # The step that warms up counts, the one that is recorded does not run.
-        self.graphs[key] = capture(lambda: self._advance(*step))
+        # Beside a tokenizer that decodes in another thread: its TF32 would stay in the graph.
+        with tf32.settled():
+            self.graphs[key] = capture(lambda: self._advance(*step))
 
     def end(self) -> None:
         """Drop the graphs, after they have ended: they may still be running."""

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..tf32 import attention_dtype
 from .layers import Linear
-from .precision import attention_dtype
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:

@@ -17,10 +17,11 @@ from ..checks import check_codes, check_images, watch_images
 from ..configs import config_from_mapping
 from ..graphs import Replayed
 from ..hub import HubModel
+from ..tf32 import computing
 from .backbone import Backbone
 from .config import VFMTokConfig
 from .pixel_decoder import PixelDecoder
-from .precision import computing, precision_of, set_precision
+from .precision import precision_of, set_precision
 from .quantizer import Quantizer
 from .region_encoder import RegionEncoder
 from .token_decoder import TokenDecoder
@@ -145,7 +146,7 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
             ValueError: wrong shape, device or range, or NaN.
         """
         finish = watch_images("VFMTok", images, self.config.image_size, self.device)
-        with computing(self):
+        with computing(self.device, self.tf32):
             codes = self._replayed("encode", self._codes, images)
         finish()
         return codes
@@ -158,7 +159,7 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
             Unit queries [B, 256, 12] and the foundation model's last map [B, 576, 1024].
         """
         check_images("VFMTok", images, self.config.image_size, self.device)
-        with computing(self):
+        with computing(self.device, self.tf32):
             maps = self.backbone(images)
             return self.quantizer.queries(self.region_encoder(maps)), maps[-1]
 
@@ -186,7 +187,7 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
                 f"probe_features: which must be one of {', '.join(PROBED)}, got {which!r}"
             )
         check_images("VFMTok", images, self.config.image_size, self.device)
-        with computing(self):
+        with computing(self.device, self.tf32):
             regions = self.region_encoder(self.backbone(images))
             if which == "regions":
                 return regions.mean(dim=1)
@@ -211,7 +212,7 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         """
         R, K = self.config.num_regions, self.config.codebook_size
         check_codes("VFMTok", codes, R, K, self.device)
-        with computing(self):
+        with computing(self.device, self.tf32):
             return self._replayed("decode", self._pictures, codes)
 
     @torch.no_grad()
@@ -226,7 +227,7 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
             uint8 [B, size, size, 3].
         """
         if not isinstance(size, int) or size < 1:
-            raise ValueError(f"decode_to_uint8: size must be a whole number of pixels, got {size}")
+            raise ValueError(f"decode_to_uint8: size must be at least 1 pixel, a whole number, got {size}")
         images = F.interpolate(self.decode(codes).float(), size=(size, size), mode="bicubic")
         return (127.5 * images + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 

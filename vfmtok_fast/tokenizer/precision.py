@@ -13,18 +13,12 @@ how many.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import threading
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16", "mixed")
-# torch's switches for TF32 are the process's: one call at a time sets them.
-_switches = threading.RLock()
-_tf32 = contextvars.ContextVar("tf32", default=False)
 
 
 def products(vit: nn.Module) -> Iterator[nn.Module]:
@@ -74,42 +68,3 @@ def precision_of(model: nn.Module) -> str:
         if inside == narrow:
             return "mixed"
     return " and ".join(dtypes)
-
-
-@contextlib.contextmanager
-def computing(model: nn.Module) -> Iterator[None]:
-    """Float32 products on a GPU with or without TF32, as ``model`` has it, for the time of a block.
-
-    `attention_dtype` follows. Calls of several threads take turns. Under torch.compile the
-    process's own switches count.
-    """
-    if torch.compiler.is_compiling() or not model.device.type == "cuda":
-        yield
-        return
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    wanted = "tf32" if model.tf32 else "ieee"
-    with _switches:
-        before = matmul.fp32_precision, conv.fp32_precision
-        matmul.fp32_precision = conv.fp32_precision = wanted
-        token = _tf32.set(model.tf32)
-        try:
-            yield
-        finally:
-            _tf32.reset(token)
-            matmul.fp32_precision, conv.fp32_precision = before
-
-
-def attention_dtype(x: Tensor) -> torch.dtype:
-    """What to attend in: that of ``x``, but float16 for float32 where products are TF32.
-
-    torch's fused attention keeps float32 by three TF32 products for one, on an H200 at a sixth of
-    float16's rate (predicted). Gradients need float32's range.
-    """
-    if (
-        x.dtype != torch.float32
-        or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or not _tf32.get()
-    ):
-        return x.dtype
-    return torch.float16

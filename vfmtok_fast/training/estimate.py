@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import switch
 from ..generator import GPT, GPTConfig
+from ..tf32 import computing
 from ..tokenizer import VFMTok, VFMTokConfig
 from .gpt import GPTTrainer
 from .losses import LPIPS
@@ -113,14 +114,9 @@ def product_rate(device: torch.device, precision: str) -> float:
     half = precision in ("float16", "bfloat16")
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if half else torch.float32)
     best = float("inf")
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee" if precision == "float32" else "tf32"
-    try:
+    with computing(device, tf32=precision != "float32"):
         for _ in range(5):
             start = time.perf_counter()
             float((a @ a)[0, 0])  # waits for the device
             best = min(best, time.perf_counter() - start)
-    finally:
-        matmul.fp32_precision = before
     return 2 * size**3 / best

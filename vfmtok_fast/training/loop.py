@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .. import switch
 from ..cache.format.differences import differences
 from ..cache.store import CacheWriteError, LocalPlace
 from ..generator.decoder import Kept
@@ -263,7 +264,8 @@ def reconstructions(pictures: Pictures) -> Callable[[nn.Module], np.ndarray]:
     images = to_float(np.stack([pictures.centre(place) for place in places]))
 
     def show(model: nn.Module) -> np.ndarray:
-        return reconstruction_grid(model, images, min(REGIONS, model.config.num_regions))
+        with switch.enable(()):  # No CUDA graphs of weights that are others at the next step.
+            return reconstruction_grid(model, images, min(REGIONS, model.config.num_regions))
 
     return show
 
@@ -274,8 +276,9 @@ def generated(tokenizer: VFMTok, cfg_scale: float = 1.5) -> Callable[[nn.Module]
     def show(model: nn.Module) -> np.ndarray:
         classes = torch.arange(COLUMNS**2) % min(model.config.num_classes, COLUMNS**2)
         codes = model.generate(classes, cfg_scale)
-        model.kept = Kept()  # Its keys and values would stay for the rest of the run.
-        size = tokenizer.config.image_size
-        return image_grid(tokenizer.decode_to_uint8(codes, size).cpu(), columns=COLUMNS)
+        # To the host, so that all has ended that keys, values and graphs are needed for.
+        pictures = tokenizer.decode_to_uint8(codes, tokenizer.config.image_size).cpu()
+        model.kept = Kept()  # They would stay for the rest of the run.
+        return image_grid(pictures, columns=COLUMNS)
 
     return show

@@ -135,6 +135,8 @@ class LPIPS(nn.Module):
 
     def parts(self, x: Tensor, y: Tensor) -> Tensor:
         """The five terms of the sum, [B, 5]."""
+        if x.is_cuda:  # As cuDNN's convolutions want them, and the pixel decoder makes them.
+            x, y = (one.contiguous(memory_format=torch.channels_last) for one in (x, y))
         terms = []
         for weight, a, b in zip(self.weights, self._read(x), self._read(y), strict=True):
             square = F.dropout((a - b).square(), self.dropout, self.training)

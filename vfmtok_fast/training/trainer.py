@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.format.differences import differences
-from ..tokenizer.precision import computing
+from ..tf32 import computing
 from . import processes
 from .clock import Clock
 from .learner import Average, Learner
@@ -99,7 +99,7 @@ class Trainer:
         text = f"vfmtok_fast training {self.settings.seed} {number} {processes.rank()}"
         digest = hashlib.sha256(text.encode()).digest()
         devices = [self.device.index] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), computing(self):
+        with torch.random.fork_rng(devices), computing(self.device, self.tf32):
             torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
             yield
 

@@ -134,14 +134,15 @@ def encode_parts(
 # the launches of its kernels, which wait for the host or let it wait, run beside the other's work.
 IN_FLIGHT = defaultdict(lambda: 1, cuda=2)
 _kept = threading.local()
+# Streams of runs that have ended, for the next ones: a model's CUDA graphs belong to a stream.
+_idle: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
 
 
-def _own_stream(device: torch.device) -> None:
+def _own_stream(streams: list[torch.cuda.Stream]) -> None:
     """Give this thread a stream of its own; a thread starts on GPU 0, whatever its parent chose."""
-    _kept.stream = None
-    if device.type == "cuda":
-        _kept.stream = torch.cuda.Stream(device)
-        _kept.stream.wait_stream(torch.cuda.default_stream(device))
+    _kept.stream = streams.pop() if streams else None
+    if _kept.stream is not None:
+        _kept.stream.wait_stream(torch.cuda.default_stream(_kept.stream.device))
 
 
 class _Device:
@@ -155,8 +156,13 @@ class _Device:
         self.batches = deque(
             Batch(plan, manifest.batch_size, first.is_cuda) for _ in range(self.in_flight + 1)
         )
+        idle = self.idle = _idle[first.device]
+        self.streams = [
+            idle.pop() if idle else torch.cuda.Stream(first.device)
+            for _ in range(self.in_flight if first.is_cuda else 0)
+        ]
         self.threads = ThreadPoolExecutor(
-            self.in_flight, "vfmtok-encode", initializer=_own_stream, initargs=(first.device,)
+            self.in_flight, "vfmtok-encode", _own_stream, (list(self.streams),)
         )
         self.running: deque[tuple[Future | None, list[int], np.ndarray, Callable]] = deque()
         self.warm = False
@@ -166,6 +172,7 @@ class _Device:
 
     def __exit__(self, *error: object) -> None:
         self.threads.shutdown(wait=True, cancel_futures=True)
+        self.idle += self.streams
 
     def wait_for_data(self, pictures: Iterator) -> Any:
         start = time.perf_counter()
