@@ -227,7 +227,7 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
             uint8 [B, size, size, 3].
         """
         if not isinstance(size, int) or size < 1:
-            raise ValueError(f"decode_to_uint8: size must be at least 1 pixel, a whole number, got {size}")
+            raise ValueError(f"decode_to_uint8: size must be at least 1 and whole, got {size}")
         images = F.interpolate(self.decode(codes).float(), size=(size, size), mode="bicubic")
         return (127.5 * images + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
