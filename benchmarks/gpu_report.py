@@ -32,6 +32,7 @@ TESTS = (
     "tests/models",
     "tests/training/test_gpu.py",
     "tests/cache/test_batch.py",
+    "tests/test_cli_gpu.py",
     "tests/test_images.py",
     "tests/test_sample_folder.py",
     "tests/test_timing.py",
