@@ -47,7 +47,7 @@ def step_calls() -> list[Call]:
         model = GPTConfig.preset(preset)
         what = " ".join([preset, f"rows={2 * B}", *options])
         sizes = {"C": model.dim, "H": model.num_heads, "F": model.ffn_dim, "V": model.vocab_size}
-        sizes |= {"B": B, "rows": 2 * B, "layers": 1, "T": 256, "position": 128, **options}
+        sizes |= {"rows": 2 * B, "layers": 1, "T": 256, "position": 128, **options}
         calls.append(Call("decode_step", what, dtype, sizes))
     return calls
 

@@ -319,7 +319,7 @@ def step(dtype: torch.dtype) -> None:
         small = (integers(*shape, dtype=torch.int8) for _ in range(2))
         for layer in (full, LayerCache(*small, floats(*shape[:3]), floats(*shape[:3]))):
             for at in (3, integers(1)):
-                ops.decode_step(integers(rows // 2), table, weights, KVCache((layer,)), at)
+                ops.decode_step(integers(rows), table, weights, KVCache((layer,)), at)
 
 
 def last(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -510,12 +510,12 @@ def test_a_decoding_step(enabled, dtype, guided):
     settings = Sampling(cfg_scale=1.5 if guided else 1.0, top_k=7, top_p=0.9)
     with vf.enable(enabled, strict=True), capturing():
         decoder, weights = Decoder(model, 3, guided=guided), model.step_weights()
-        rows = (integers(6 if guided else 3), model.class_embedding.weight)
-        decoder._advance(weights, decoder.cache, settings, *rows, 0)
-        decoder._advance(weights, decoder.cache, settings, *rows, decoder.at)
-        rest = (decoder.code, model.token_embedding.weight, decoder.at)
-        decoder._advance(weights, decoder.cache, settings, *rest)
-        decoder._advance(weights, decoder.cache.first_rows(3), settings, *rest)
+        classes = model.class_embedding.weight
+        decoder._advance(weights, decoder.cache, settings, classes, 0)
+        decoder._advance(weights, decoder.cache, settings, classes, decoder.at)
+        rest = (settings, model.token_embedding.weight, decoder.at)
+        decoder._advance(weights, decoder.cache, *rest)
+        decoder._advance(weights, decoder.cache.first_rows(3), *rest)
     assert decoder.codes.is_cuda
 
 

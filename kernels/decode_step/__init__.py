@@ -28,7 +28,7 @@ from ..registered import registered
 from ..tuning import Space
 from . import matrix, vector
 from .epilogue import ADDED, GATED, LOGITS, QKV
-from .many import _append, _embed, _rms_norm
+from .many import _append, _rms_norm
 from .matrix import _matrix
 from .vector import _vector
 
@@ -82,7 +82,7 @@ def unsupported_reason(
         return f"it takes float32, float16 and bfloat16, not {embedding.dtype}"
     if weights.rotary.dtype != torch.float32 or not weights.rotary.is_contiguous():
         return f"it takes a contiguous float32 rotary table, not {weights.rotary.dtype}"
-    parts = [code, embedding, weights.norm, weights.head]
+    parts = [weights.norm, weights.head]
     for block in weights.blocks:
         # Not +=, which torch 2.11 cannot compile of a list and a named tuple.
         parts.extend(block)
@@ -100,7 +100,7 @@ def tuning_key(
     **options: object,
 ) -> tuple[str, int]:  # fmt: skip
     """What a measurement of the whole counts for: see `tuning`."""
-    return f"{_kind(embedding)} C={embedding.shape[1]}", cache.layers[0].keys.shape[0]
+    return f"{_kind(embedding)} C={embedding.shape[1]}", len(code)
 
 
 def decode_step(
@@ -109,7 +109,7 @@ def decode_step(
 ) -> Tensor:  # fmt: skip
     """See `vfmtok_fast.ops.decode_step`; takes what `unsupported_reason` lets pass."""
     at, number = (position, 0) if isinstance(position, Tensor) else (None, position)
-    x = _embedded(code, embedding, cache.layers[0].keys.shape[0])
+    x = embedding.index_select(0, code)
     for block, layer in zip(weights.blocks, cache, strict=True):
         norm, eps = block.attention_norm, weights.eps
         q = _queries(x, norm, block.qkv, weights.rotary, *layer, at, number, eps)
@@ -206,22 +206,6 @@ def _ready(x: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
     if x.shape[0] <= vector.MAX_ROWS:
         return x, norm
     return _normalised(x, norm, eps), None
-
-
-@registered(
-    "decode_step_embed(Tensor code, Tensor embedding, int rows) -> Tensor",
-    lambda code, embedding, rows: embedding.new_empty(rows, embedding.shape[1]),
-)
-def _embedded(code: Tensor, embedding: Tensor, rows: int) -> Tensor:
-    C = embedding.shape[1]
-    x = torch.empty(rows, C, dtype=embedding.dtype, device=embedding.device)
-    if rows and C:
-        with on(x.device):
-            _embed[(rows,)](
-                code, embedding, x, len(code), C=C, WIDTH=triton.next_power_of_2(C),
-                **overlap(x.device), num_warps=4,
-            )  # fmt: skip
-    return x
 
 
 @registered(

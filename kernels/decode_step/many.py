@@ -1,7 +1,7 @@
 """Small kernels of a step beside its products.
 
-`_embed` begins every step; `_rms_norm` comes before products from 5 rows on; `_append` after the
-product of q, k and v where there are more than 64 rows or the cache has 8 bits.
+`_rms_norm` comes before products from 5 rows on; `_append` after the product of q, k and v where
+there are more than 64 rows or the cache has 8 bits.
 """
 
 from __future__ import annotations
@@ -11,19 +11,6 @@ import triton.language as tl
 
 from ..launch import _let_next_begin, _wait_for_last
 from .epilogue import _position
-
-
-@triton.jit(do_not_specialize=["B"])
-def _embed(code, embedding, x, B, C: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr):
-    """One row of x: the embedding of its image's code."""
-    if OVERLAP:
-        _wait_for_last()
-        _let_next_begin()
-    row = tl.program_id(0).to(tl.int64)
-    o_c = tl.arange(0, WIDTH)
-    m_c = o_c < C
-    which = tl.load(code + row % B)
-    tl.store(x + row * C + o_c, tl.load(embedding + which * C + o_c, mask=m_c), mask=m_c)
 
 
 @triton.jit

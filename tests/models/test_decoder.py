@@ -366,9 +366,9 @@ def test_steps_with_positions_on_the_device_make_the_same_codes(model, settings,
     made = model.decoder(2, guided=sampling.guided(0), kv_dtype=kv_dtype)
     weights, advance = model.step_weights(), made._advance
 
-    def on_device(weights, cache, sampling, code, embedding, at) -> None:
+    def on_device(weights, cache, sampling, embedding, at) -> None:
         assert made.at.tolist() == [at, at + 1]
-        advance(weights, cache, sampling, code, embedding, made.at)
+        advance(weights, cache, sampling, embedding, made.at)
 
     made._advance = on_device
     assert torch.equal(made.generate(CLASSES[:2], **settings), want)
@@ -416,14 +416,14 @@ def replaying(monkeypatch) -> Callable[[Decoder], Decoder]:
     def take(decoder: Decoder) -> Decoder:
         advance = decoder._advance
 
-        def advanced(weights, cache, sampling, code, embedding, at) -> None:
+        def advanced(weights, cache, sampling, embedding, at) -> None:
             if recording:
-                step = (weights, cache, sampling, code, embedding, at)
+                step = (weights, cache, sampling, embedding, at)
                 recording[-1].steps.append(lambda: advance(*step))
             elif isinstance(at, int):
-                decoder._replay(weights, cache, sampling, code, embedding)
+                decoder._replay(weights, cache, sampling, embedding)
             else:
-                advance(weights, cache, sampling, code, embedding, at)
+                advance(weights, cache, sampling, embedding, at)
 
         decoder._advance = advanced
         return decoder

@@ -69,7 +69,7 @@ class Decoder:
         # Of the weights that graphs were captured with.
         self._addresses: tuple[int, ...] | None = None
         self._busy = threading.Lock()
-        config, device = model.config, model.device
+        config, device, rows = model.config, model.device, batch * (2 if guided else 1)
 
         def new(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
@@ -77,14 +77,14 @@ class Decoder:
         # Tensors of inference mode cannot be written to outside of it, where the next call may be.
         with told_if_out_of_memory(batch), torch.inference_mode(False):
             self.cache = KVCache.empty(
-                config.num_layers, batch * (2 if guided else 1), config.num_heads,
-                config.block_size, config.head_dim, dtype=kv_dtype or model.dtype, device=device,
+                config.num_layers, rows, config.num_heads, config.block_size, config.head_dim,
+                dtype=kv_dtype or model.dtype, device=device,
             )  # fmt: skip
             self.image_ids, self.codes = new(batch), new(batch, config.block_size)
-            # Of the first step, rows [conditional; unconditional].
-            self.classes = new(batch * (2 if guided else 1))
-            # The last code of each image; the position of the next, and the length up to it.
-            self.code, self.at = new(batch), new(2)
+            # The last code of each row, at first its class; rows are [conditional; unconditional].
+            self.code = new(rows)
+            # The position of the next code, and the length up to it.
+            self.at = new(2)
             self.seed = new(1)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
 
@@ -154,69 +154,65 @@ class Decoder:
             self.end()
             self._addresses = addresses
         self.image_ids[:B].copy_(image_ids)
-        self.classes.fill_(config.num_classes)
+        self.code.fill_(config.num_classes)
         # Rows beyond the images compute along, of a class that exists.
-        self.classes[: self.batch].zero_()
-        self.classes[:B].copy_(class_ids)
+        self.code[: self.batch].zero_()
+        self.code[:B].copy_(class_ids)
         self.at.fill_(0)
         self.at[1:].add_(1)
         # torch holds no larger integers.
         self.seed.fill_(sampling.seed - 2**64 * (sampling.seed >= 2**63))
         replayed = model.device.type == "cuda" and switch.policy().ops >= STEP_OPS
         for step in range(config.block_size):
-            cache = self._rows(sampling.guided(step))
-            code, embedding = self.code, model.token_embedding.weight
-            if step == 0:
-                code = self.classes[: len(cache.layers[0].keys)]
-                embedding = model.class_embedding.weight
+            guided = sampling.guided(step)
+            cache = self.cache if guided == self.guided else self.cache.first_rows(self.batch)
+            embedding = (model.token_embedding if step else model.class_embedding).weight
             if replayed:
-                self._replay(weights, cache, sampling, code, embedding)
+                self._replay(weights, cache, sampling, embedding)
             else:
-                self._advance(weights, cache, sampling, code, embedding, step)
+                self._advance(weights, cache, sampling, embedding, step)
             tell(step)
         return self.codes[:B].clone()
 
-    def _rows(self, guided: bool) -> KVCache:
-        return self.cache if guided == self.guided else self.cache.first_rows(self.batch)
-
     def _advance(
-        self, weights: StepWeights, cache: KVCache, sampling: Sampling, code: Tensor,
-        embedding: Tensor, at: int | Tensor,
+        self, weights: StepWeights, cache: KVCache, sampling: Sampling, embedding: Tensor,
+        at: int | Tensor,
     ) -> None:  # fmt: skip
-        """One step: ``code`` gives the code of position ``at``, an int or ``self.at``.
+        """One step: ``self.code`` gives the code of position ``at``, an int or ``self.at``.
 
         With a tensor no value is read on the host, so this can be captured, for any seed.
         """
         captured = isinstance(at, Tensor)
         position, length = at.split(1) if captured else (at, at + 1)
+        code = self.code[: len(cache.layers[0].keys)]
         logits = ops.decode_step(code, embedding, weights, cache, position, length)
         seed = self.seed if captured else None
-        self.code.copy_(sampling.draw(logits, self.image_ids, position, seed))
+        drawn = sampling.draw(logits, self.image_ids, position, seed)
+        self.code.view(-1, self.batch).copy_(drawn)
         if captured:
-            self.codes.index_copy_(1, position, self.code[:, None])
+            self.codes.index_copy_(1, position, drawn[:, None])
             at.add_(1)
         else:
             # Not codes[:, at], of which torch.compile makes a variant for every position.
-            self.codes.select(1, at).copy_(self.code)
+            self.codes.select(1, at).copy_(drawn)
 
     def _replay(
-        self, weights: StepWeights, cache: KVCache, sampling: Sampling, code: Tensor,
-        embedding: Tensor,
-    ) -> None:  # fmt: skip
+        self, weights: StepWeights, cache: KVCache, sampling: Sampling, embedding: Tensor
+    ) -> None:
         """One step on a GPU: eagerly the first time, which warms up, then captured and replayed.
 
         Settings are baked into a graph, but for the seed, and so is what the switch takes; a change
         captures anew.
         """
         settings, rows = replace(sampling, seed=0), len(cache.layers[0].keys)
-        key = (settings, switch.policy(), switch.generation(), rows, code is self.code)
+        key = (settings, switch.policy(), switch.generation(), rows, embedding.data_ptr())
         if key in self.graphs:
             self.graphs[key].replay()
             switch.record_replay("a decode step")
             return
         # Graphs of other settings would pile up: three are alive, the first step's, guided and not.
         self.graphs = {old: graph for old, graph in self.graphs.items() if old[:3] == key[:3]}
-        step = (weights, cache, sampling, code, embedding, self.at)
+        step = (weights, cache, sampling, embedding, self.at)
         # The step that warms up counts, the one that is recorded does not run.
         self.graphs[key] = capture(lambda: self._advance(*step))
 
