@@ -21,7 +21,7 @@ from .. import ops, switch
 from ..checks import check_class_ids
 from ..decoding import KVCache, StepWeights
 from ..graphs import capture, synchronize
-from ..ops.checks import check_integers
+from ..ops.checks import check_int, check_integers
 from .memory import told_if_out_of_memory
 from .sampling import Sampling
 
@@ -60,8 +60,7 @@ class Decoder:
         guided: bool = False,
         kv_dtype: torch.dtype | None = None,
     ):
-        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-            raise ValueError(f"decoder: batch must be an int of at least 1, got {batch!r}")
+        check_int("decoder", "batch", batch, 2**31, 1)
         check_kv_dtype("decoder", model, kv_dtype)
         self.batch, self.guided, self.kv_dtype = batch, guided, kv_dtype
         self._model = weakref.ref(model)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -32,8 +30,6 @@ def decode_step(
     cache: KVCache,
     position: int | Tensor,
     length: int | Tensor | None = None,
-    *,
-    attend: Callable[..., Tensor] = decode_attention,
 ) -> Tensor:
     """Logits of the code after ``code``, whose keys and values go into the cache, in place.
 
@@ -49,7 +45,6 @@ def decode_step(
         position: in 0..T - 1: an int, or an integer tensor of one element that stays on its device
             (its value is not checked, which would need a synchronisation).
         length: ``position + 1``, of the same kind, for who has it: on a GPU it is a launch.
-        attend: what is called as `ops.decode_attention`, which it is unless you have another.
 
     Returns:
         float32 [R, V] (float64 of float64).
@@ -64,7 +59,7 @@ def decode_step(
     if length is None:
         length = position + 1
     _check(code, embedding, weights, cache, position, length)
-    return _op(code, embedding, weights, cache, position, length, attend)
+    return _op(code, embedding, weights, cache, position, length, decode_attention)
 
 
 def _check(
@@ -124,8 +119,7 @@ def _check_part(
     what: str, part: Tensor, shape: tuple[int, ...], like: Tensor, scale: Tensor | None = None
 ) -> None:
     """Require that shape, and the dtype of ``like``; or int8 of a cache that has scales."""
-    if tuple(part.shape) != shape:
-        raise ValueError(f"decode_step: {what} must have shape {shape}, got {tuple(part.shape)}")
+    check_shape("decode_step", what, part, shape)
     if part.dtype != (like.dtype if scale is None else torch.int8):
         wanted = f"{like.dtype}, as embedding is" if scale is None else "int8, as it has a scale"
         alone = " without a scale" if part.dtype == torch.int8 else ""
