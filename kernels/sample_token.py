@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import _let_next_begin, _wait_for_last, on, overlap
-from .registered import library, registered
+from .registered import registered
 from .tuning import Space
 
 # Codes of one turn of the draw, 8 in each thread, and programs of one row at most. The codes that
@@ -401,7 +401,7 @@ def _draw(
     with on(logits.device):
         _sample_token[(B, shares)](
             logits, uncond, image_ids.contiguous(),
-            _signed(step) if at is None else at.to(logits.device),
+            _signed(step) if at is None else at,
             best, logits.stride(0), uncond.stride(0) if guided else None,
             *((_signed(seed), _signed(seed >> 32)) if key is None else (key, None)),
             cfg_scale if guided else None,
@@ -418,16 +418,3 @@ def _draw(
                 best, out, B, SHARES=shares, ROWS=BEST_ROWS, **overlap(logits.device), num_warps=1
             )
     return out
-
-
-def _mark_discrete(ctx, inputs: tuple, output: Tensor) -> None:
-    ctx.mark_non_differentiable(output)
-
-
-def _no_gradient(ctx, grad: Tensor) -> tuple[None, ...]:
-    return (None,) * 12
-
-
-torch.library.register_autograd(
-    _draw.default, _no_gradient, setup_context=_mark_discrete, lib=library
-)
