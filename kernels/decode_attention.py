@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .launch import _let_next_begin, _wait_for_last, on, overlap
 from .registered import registered
-from .tuning import Space
+from .tuning import Space, dtype_name
 
 # Keys times padded head dim of a tile; as much again of values. ``stages`` - 1 tiles are on their
 # way while one is worked on. ``matrix``: whether half precision takes the matrix unit where a head
@@ -321,7 +321,7 @@ def tuning_key(
 ) -> tuple[str, int]:
     """What a measurement counts for: see `tuning`."""
     cache = " int8 cache" if k_cache.dtype == torch.int8 else ""
-    return f"{str(q.dtype)[6:]} D={q.shape[2]}{cache}", k_cache.shape[2]
+    return f"{dtype_name(q)} D={q.shape[2]}{cache}", k_cache.shape[2]
 
 
 def _setting(q: Tensor, k_cache: Tensor) -> NamedTuple:

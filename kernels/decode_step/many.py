@@ -49,8 +49,8 @@ def _put(even, odd, cache, scales, place, m, D: tl.constexpr, HALF: tl.constexpr
 @triton.jit(do_not_specialize=["position"])
 def _append(
     qkv, rotary, position, out, k_cache, v_cache, k_scale, v_scale,
-    H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ON_DEVICE: tl.constexpr,
-    HEADS: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr,
+    H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+    HALF: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Rotate and append products [rows, 3 H D] that are there already: HEADS heads of a row."""
     if OVERLAP:
@@ -61,7 +61,7 @@ def _append(
     o_pair = tl.arange(0, HALF)
     m_h, m_pair = head < H, o_pair < D // 2
     mask = m_h[:, None] & m_pair[None, :]
-    at = _position(position, ON_DEVICE)
+    at = _position(position)
     p_table = rotary + (at * (D // 2) + o_pair) * 2
     cos = tl.load(p_table, mask=m_pair, other=1.0)[None, :]
     sin = tl.load(p_table + 1, mask=m_pair, other=0.0)[None, :]

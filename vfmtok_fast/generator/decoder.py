@@ -232,8 +232,8 @@ def checked_ids(
 ) -> tuple[Tensor, Tensor]:
     """Check what is to be generated; class ids and image ids int64 [B] on the model's device."""
     if isinstance(class_ids, list | tuple | range):
-        kind = None if class_ids else torch.int64
-        class_ids = torch.tensor(class_ids, dtype=kind, device="cpu")
+        dtype = None if class_ids else torch.int64
+        class_ids = torch.tensor(class_ids, dtype=dtype, device="cpu")
     check_class_ids("generate", class_ids, model.config.num_classes)
     sampling.check()
     if image_ids is None:
