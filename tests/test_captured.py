@@ -525,13 +525,13 @@ def test_steps_are_captured_on_the_device_of_the_model():
     model, inside, steps = generator(torch.float32), [], []
 
     @contextlib.contextmanager
-    def current(device: torch.device) -> Iterator[None]:
-        inside.append(torch.device(device))
+    def current(tensor: Tensor) -> Iterator[None]:
+        inside.append(tensor.device)
         yield
         inside.pop()
 
     with vf.enable(strict=True), capturing(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "device", current)
+        patch.setattr(torch.cuda, "device_of", current)
         decoder = model.decoder(2)
         decoder._replay = lambda *step: steps.append(list(inside))
         decoder.generate(integers(2), image_ids=integers(2))

@@ -121,31 +121,24 @@ class Decoder:
             raise ValueError("decoder: guidance needs a decoder made with guided=True")
         if _made_for(model) != self._made_for:
             raise ValueError("decoder: the model or the current stream is another; make a new one")
-
-        def tell(step: int) -> None:
-            if progress is not None:
-                progress(B * (step + 1), B * model.config.block_size)
-
-        return self.run(class_ids, image_ids, settings, tell)
+        return self.run(class_ids, image_ids, settings, progress)
 
     @torch.no_grad()
     def run(
-        self, class_ids: Tensor, image_ids: Tensor, sampling: Sampling, tell: Callable[[int], None]
+        self, class_ids: Tensor, image_ids: Tensor, sampling: Sampling, progress: Progress | None
     ) -> Tensor:
-        """`generate` for arguments that were checked; ``tell`` hears of each position."""
+        """`generate` for arguments that were checked."""
         if not self._busy.acquire(blocking=False):
             raise RuntimeError("decoder: another call of it has not ended; make one for each")
-        device = self.code.device
-        # Streams and captures are the current device's, which may be another one.
-        there = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         try:
-            with there, told_if_out_of_memory(self.batch):
-                return self._run(class_ids, image_ids, sampling, tell)
+            # Streams and captures are the current device's, which may be another one.
+            with torch.cuda.device_of(self.code), told_if_out_of_memory(self.batch):
+                return self._run(class_ids, image_ids, sampling, progress)
         finally:
             self._busy.release()
 
     def _run(
-        self, class_ids: Tensor, image_ids: Tensor, sampling: Sampling, tell: Callable[[int], None]
+        self, class_ids: Tensor, image_ids: Tensor, sampling: Sampling, progress: Progress | None
     ) -> Tensor:
         model, B = self._model(), len(class_ids)
         config, weights = model.config, model.step_weights()
@@ -170,7 +163,8 @@ class Decoder:
                 self._replay(weights, cache, sampling, embedding)
             else:
                 self._advance(weights, cache, sampling, embedding, step)
-            tell(step)
+            if progress is not None:
+                progress(B * (step + 1), B * config.block_size)
         return self.codes[:B].clone()
 
     def _advance(
