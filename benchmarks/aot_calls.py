@@ -47,13 +47,13 @@ def step_calls() -> list[Call]:
         model = GPTConfig.preset(preset)
         what = " ".join([preset, f"rows={2 * B}", *options])
         sizes = {"C": model.dim, "H": model.num_heads, "F": model.ffn_dim, "V": model.vocab_size}
-        sizes |= {"B": B, "rows": 2 * B, "layers": 1, "T": 256, "position": 128, **options}
+        sizes |= {"rows": 2 * B, "layers": 1, "T": 256, "position": 128, **options}
         calls.append(Call("decode_step", what, dtype, sizes))
     return calls
 
 
 def decode_attention_calls() -> list[Call]:
-    """A guided step of 64 images at length 128 of 256; one in float32; one with split keys."""
+    """A guided step of 64 images at length 128 of 256; one in float32; one of groups."""
     names = ("B", "H", "G", "T", "D", "length")
     return [
         Call("decode_attention", what, dtype, dict(zip(names, sizes, strict=True)))
@@ -61,7 +61,7 @@ def decode_attention_calls() -> list[Call]:
             ("GPT-L", "bfloat16", 128, 16, 16, 256, 64, 128),
             ("GPT-3B", "bfloat16", 128, 32, 32, 256, 100, 128),
             ("GPT-L", "float32", 128, 16, 16, 256, 64, 128),
-            ("grouped", "bfloat16", 2, 32, 8, 32768, 128, 32768),
+            ("grouped", "bfloat16", 2, 32, 8, 256, 128, 256),
         )
     ]
 

@@ -152,26 +152,3 @@ def bench_decode_attention(benchmark, shape: Shape, provider: str):
         work=shape.work,
         enabled="decode_attention" if provider.startswith("fast") else None,
     )
-
-
-@pytest.mark.skipif(not GPU, reason="the launch settings are a GPU's")
-@pytest.mark.parametrize("splits", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("T", [1024, 2048, 4096, 8192])
-def bench_splits(benchmark, monkeypatch, T: int, splits: int):
-    """Tuning: where `SPLIT_FROM` and `SPLIT_BYTES` should lie. One row, 8 heads, half full."""
-    from vfmtok_fast.kernels import decode_attention as kernel
-
-    monkeypatch.setattr(kernel, "SPLIT_FROM", 0)
-    monkeypatch.setattr(kernel, "SPLIT_BYTES", 1)
-    monkeypatch.setattr(kernel, "MAX_SPLITS", splits)
-    shape = Shape("few heads", 1, 8, 8, T, 64, T // 2)
-    q, k, v = inputs(shape)
-    harness.measure(
-        benchmark,
-        op="decode_attention_splits",
-        shape=str(shape),
-        provider=f"splits={splits}",
-        fn=lambda: kernel.decode_attention(q, k, v, shape.length),
-        check=lambda got: checked(shape, got),
-        work=shape.work,
-    )

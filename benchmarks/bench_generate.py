@@ -200,7 +200,7 @@ def step_ops(gpt: GPT, rows: int, position: int) -> dict[str, Callable[[], objec
     ids = torch.arange(half, device=DEVICE)
     weights, embedding = gpt.step_weights(), gpt.token_embedding.weight
     return {
-        "decode_step": lambda: ops.decode_step(ids, embedding, weights, cache, position),
+        "decode_step": lambda: ops.decode_step(ids.repeat(2), embedding, weights, cache, position),
         "decode_attention": lambda: [
             ops.decode_attention(q, layer.keys, layer.values, position + 1) for layer in cache
         ],

@@ -1,21 +1,19 @@
 """Triton `ops.decode_attention`: one query per row and head against the live part of a KV cache.
 
 What it computes: out[b, h] = sum over t < length of softmax(q[b, h] . k[b, g, t] / sqrt(D)) v[b, g,
-t] with g = h G / H; softmax in float32, base 2. One launch; where keys are split, a counter is
-cleared before it. A program owns a row, the R queries of one key-value head, and a share of the
-live positions:
+t] with g = h G / H; softmax in float32, base 2. One launch. A program owns a row and the R queries
+of one key-value head:
 
     _attend_matrix  half precision: matrix unit, queries padded to 16, the cache read once for all
     _attend_pairs   the same for one row and head after the other, in one loop over their tiles
     _attend_vector  float32, and half precision and 8 bits where that was measured to be faster,
                     R = 1: products and sums; every lane of a tile keeps a softmax of its own, so
                     that threads exchange nothing before the last key
-    _merge          the program that finishes last adds up the shares, always in the same order
 
 The bits are a function of the input and of how it lies in memory: where heads or rows do not begin
 at multiples of 16 bytes, loads are narrower, a thread has other channels, and `_attend_vector`,
 whose sums run over threads, adds in another order. The matrix unit's sums have one.
-Neither depends on the batch, unless that changes in how many shares the keys are split.
+Neither depends on the batch.
 
 A cache of 8 bits has a scale for each key and each value: the one multiplies a score, the other a
 weight, so that the tiles themselves are whole numbers.
@@ -35,7 +33,7 @@ from torch import Tensor
 
 from .launch import _let_next_begin, _wait_for_last, on, overlap
 from .registered import registered
-from .tuning import Space
+from .tuning import Space, dtype_name
 
 # Keys times padded head dim of a tile; as much again of values. ``stages`` - 1 tiles are on their
 # way while one is worked on. ``matrix``: whether half precision takes the matrix unit where a head
@@ -71,12 +69,6 @@ SPACES = HALF, FLOAT32
 MAX_KEYS = 256
 # Queries of one program; where more look at a head, their largest factor up to this.
 MAX_ROWS = 32
-# Bytes of a head's keys and values from which on they are split, and of each share at least: one
-# program streams 73 GB/s, splitting costs 3 us, both predicted (decode_attention.md, "When keys are
-# split").
-SPLIT_FROM = 512 * 1024
-SPLIT_BYTES = 64 * 1024
-MAX_SPLITS = 16
 # One program for each multiprocessor of an H100 or H200; a constant, for the same bits everywhere.
 WANTED_PROGRAMS = 132
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -90,11 +82,11 @@ def _weights(scores, top):
 
 @triton.jit
 def _attend_vector(
-    p_q, p_k, p_v, k_scale, v_scale, first, last, live,
+    p_q, p_k, p_v, k_scale, v_scale, live,
     D: tl.constexpr, C: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, TILE: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Largest score [1], sum of weights [1], weighted values [1, C] of tiles first to last."""
+    """Sum of weights [1] and weighted values [1, C] of the live positions."""
     o_key = tl.arange(0, TILE)
     o_dim = tl.arange(0, C)
     m_dim = o_dim < D
@@ -105,7 +97,7 @@ def _attend_vector(
     b_sum = tl.zeros((TILE,), tl.float32)
     b_acc = tl.zeros((TILE, C), tl.float32)
     width = tl.full((), TILE, tl.int64)
-    for i_tile in tl.range(first, last, num_stages=STAGES):
+    for i_tile in tl.range(0, tl.cdiv(live, TILE), num_stages=STAGES):
         start = i_tile * width
         m_key = start + o_key < live
         # Dead positions are not loaded: they may hold NaN, which a weight of 0 does not silence.
@@ -127,7 +119,7 @@ def _attend_vector(
     top = tl.max(b_top[None, :], axis=1)
     share = _weights(b_top, top)
     total = tl.sum((b_sum * share)[None, :], axis=1)
-    return top, total, tl.sum(b_acc * share[:, None], axis=0)[None, :]
+    return total, tl.sum(b_acc * share[:, None], axis=0)[None, :]
 
 
 @triton.jit
@@ -152,11 +144,11 @@ def _with_tile(b_q, k, v, k_scale, v_scale, m_key, b_top, b_sum, b_acc, D: tl.co
 
 @triton.jit
 def _attend_matrix(
-    p_q, p_k, p_v, k_scale, v_scale, first, last, live,
+    p_q, p_k, p_v, k_scale, v_scale, live,
     R: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, C: tl.constexpr, K_ROW: tl.constexpr,
     V_ROW: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The same for the R queries of a head, padded to ROWS: [ROWS], [ROWS], [ROWS, C]."""
+    """The same for the R queries of a head, padded to ROWS: [ROWS] and [ROWS, C]."""
     o_row = tl.arange(0, ROWS)
     o_key = tl.arange(0, TILE)
     o_dim = tl.arange(0, C)
@@ -169,7 +161,7 @@ def _attend_matrix(
     b_sum = tl.zeros((ROWS,), tl.float32)
     b_acc = tl.zeros((ROWS, C), tl.float32)
     width = tl.full((), TILE, tl.int64)
-    for i_tile in tl.range(first, last, num_stages=STAGES):
+    for i_tile in tl.range(0, tl.cdiv(live, TILE), num_stages=STAGES):
         start = i_tile * width
         m_key = start + o_key < live
         m = m_key[:, None] & m_dim[None, :]
@@ -181,7 +173,7 @@ def _attend_matrix(
             k_s = tl.load(k_scale + start + o_key, mask=m_key, other=0.0)
             v_s = tl.load(v_scale + start + o_key, mask=m_key, other=0.0)
         b_top, b_sum, b_acc = _with_tile(b_q, k, v, k_s, v_s, m_key, b_top, b_sum, b_acc, D)
-    return b_top, b_sum, b_acc
+    return b_sum, b_acc
 
 
 @triton.jit
@@ -235,34 +227,6 @@ def _attend_pairs(
 
 
 @triton.jit
-def _merge(p_part, used, R: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
-    """Shares 0..used of one row and head as one: sum of weights [ROWS], weighted values [ROWS, C].
-
-    Past the first-level cache, which other multiprocessors' stores do not reach.
-    """
-    o_split = tl.arange(0, S)
-    o_row = tl.arange(0, ROWS)
-    o_dim = tl.arange(0, C)
-    m_row = o_row < R
-    m = (o_split < used)[:, None] & m_row[None, :]
-    p = p_part + o_split[:, None] * (R * (C + 2)) + o_row[None, :]
-    tops = tl.load(p, mask=m, other=float("-inf"), cache_modifier=".cg")
-    sums = tl.load(p + R, mask=m, other=0.0, cache_modifier=".cg")
-    top = tl.max(tops, axis=0)
-    total = tl.sum(sums * _weights(tops, top[None, :]), axis=0)
-    acc = tl.zeros((ROWS, C), tl.float32)
-    for i in tl.static_range(S):
-        p_i = p_part + i * (R * (C + 2)) + o_row
-        m_i = m_row & (i < used)
-        share = _weights(tl.load(p_i, mask=m_i, other=float("-inf"), cache_modifier=".cg"), top)
-        p_acc = p_part + i * (R * (C + 2)) + 2 * R + o_row[:, None] * C + o_dim[None, :]
-        part = tl.load(p_acc, mask=m_i[:, None] & (o_dim >= 0)[None, :], other=0.0,
-                       cache_modifier=".cg")  # fmt: skip
-        acc += part * share[:, None]
-    return total, acc
-
-
-@triton.jit
 def _store(out, acc, total, R: tl.constexpr, D: tl.constexpr):
     o_row = tl.arange(0, acc.shape[0])
     o_dim = tl.arange(0, acc.shape[1])
@@ -275,28 +239,25 @@ def _store(out, acc, total, R: tl.constexpr, D: tl.constexpr):
 # compile anew.
 @triton.jit(do_not_specialize=["length", "pairs"])
 def _decode(
-    q, keys, values, k_scale, v_scale, length, out, parts, arrived, pairs, heads, capacity,
+    q, keys, values, k_scale, v_scale, length, out, pairs, heads, capacity,
     k_batch, k_head, v_batch, v_head,
-    LENGTHS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, SHARING: tl.constexpr,
+    EACH: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, SHARING: tl.constexpr,
     D: tl.constexpr, C: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, TILE: tl.constexpr,
-    SPLITS: tl.constexpr, STAGES: tl.constexpr, RESIDENT: tl.constexpr, OVERLAP: tl.constexpr,
+    STAGES: tl.constexpr, RESIDENT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """R queries of one row and one share of their keys; SHARING programs read the same keys.
+    """R queries of one row; SHARING programs read the same keys.
 
-    LENGTHS: 0 an int, 1 a tensor of one for all rows, 2 a tensor of one per row.
+    length: an int, or the address of one for all rows; of one for EACH row.
     RESIDENT: a program has its share of the pairs of a row and a head, one after the other.
     """
     if OVERLAP:
         _wait_for_last()
         _let_next_begin()
     i_pair = tl.program_id(0).to(tl.int64)
-    i_split = tl.program_id(1)
     i_row, i_head = i_pair // heads, i_pair % heads // SHARING
     live = length
-    if LENGTHS == 1:
-        live = tl.load(length)
-    elif LENGTHS == 2:
-        live = tl.load(length + i_row)
+    if length.dtype.is_ptr():
+        live = tl.load(length + i_row * EACH)
     live = tl.minimum(tl.maximum(live.to(tl.int64), 0), capacity).to(tl.int32)
     if RESIDENT:
         programs = tl.num_programs(0)
@@ -305,14 +266,7 @@ def _decode(
             (i_pair + 1) * pairs // programs, live, heads, capacity, k_batch, k_head, v_batch,
             v_head, R, ROWS, SHARING, D, C, K_ROW, V_ROW, TILE, STAGES,
         )  # fmt: skip
-        return
-    # The shares are whole tiles of what is live, not of what there could be: all end together.
-    tiles = tl.cdiv(live, TILE)
-    each = tl.maximum(tl.cdiv(tiles, SPLITS), 1)
-    first = i_split * each
-    last = tl.minimum(first + each, tiles)
-    # The first share goes on with nothing to read too: 0 / 0 is what no position gives.
-    if (first < tiles) | (i_split == 0):
+    else:
         p_q = q + i_pair * (R * D)
         p_k = keys + i_row * k_batch + i_head * k_head
         p_v = values + i_row * v_batch + i_head * v_head
@@ -322,38 +276,15 @@ def _decode(
             k_scale += at
             v_scale += at
         if ROWS == 1:
-            top, total, acc = _attend_vector(
-                p_q, p_k, p_v, k_scale, v_scale, first, last, live, D, C, K_ROW, V_ROW, TILE, STAGES
+            total, acc = _attend_vector(
+                p_q, p_k, p_v, k_scale, v_scale, live, D, C, K_ROW, V_ROW, TILE, STAGES
             )
         else:
-            top, total, acc = _attend_matrix(
-                p_q, p_k, p_v, k_scale, v_scale, first, last, live, R, ROWS, D, C, K_ROW, V_ROW,
-                TILE, STAGES,
-            )  # fmt: skip
-        p_out = out + i_pair * (R * D)
-        used = tl.cdiv(tiles, each)
-        if SPLITS == 1:
-            _store(p_out, acc, total, R, D)
-        elif used <= 1:
-            _store(p_out, acc, total, R, D)
-        else:
-            o_row = tl.arange(0, ROWS)
-            o_dim = tl.arange(0, C)
-            m_row = o_row < R
-            p_part = parts + i_pair * (SPLITS * R * (C + 2))
-            p = p_part + i_split * (R * (C + 2)) + o_row
-            tl.store(p, top, mask=m_row)
-            tl.store(p + R, total, mask=m_row)
-            p_acc = p_part + i_split * (R * (C + 2)) + 2 * R + o_row[:, None] * C + o_dim[None, :]
-            tl.store(p_acc, acc, mask=m_row[:, None] & (o_dim >= 0)[None, :])
-            # Release: one thread counts for all, so all must have stored. Acquire: who counts last
-            # sees what the others stored before they counted. decode_attention.md, "The last to
-            # arrive".
-            tl.debug_barrier()
-            before = tl.atomic_add(arrived + i_pair, 1, sem="acq_rel", scope="gpu")
-            if before == used - 1:
-                total, acc = _merge(p_part, used, R, ROWS, C, SPLITS)
-                _store(p_out, acc, total, R, D)
+            total, acc = _attend_matrix(
+                p_q, p_k, p_v, k_scale, v_scale, live, R, ROWS, D, C, K_ROW, V_ROW, TILE, STAGES
+            )
+        # No live position gives 0 / 0.
+        _store(out + i_pair * (R * D), acc, total, R, D)
 
 
 def unsupported_reason(
@@ -385,20 +316,12 @@ def decode_attention(
     return _attend(q, k_cache, v_cache, k_scale, v_scale, lengths, length)
 
 
-def _splits(programs: int, size: int) -> int:
-    """Shares of ``size`` bytes, a power of two. By shapes alone: the device has the length."""
-    if size < SPLIT_FROM:
-        return 1
-    wanted = max(1, min(MAX_SPLITS, WANTED_PROGRAMS // programs, size // SPLIT_BYTES))
-    return 1 << (wanted.bit_length() - 1)
-
-
 def tuning_key(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor, **scales: Tensor | None
 ) -> tuple[str, int]:
     """What a measurement counts for: see `tuning`."""
     cache = " int8 cache" if k_cache.dtype == torch.int8 else ""
-    return f"{str(q.dtype)[6:]} D={q.shape[2]}{cache}", k_cache.shape[2]
+    return f"{dtype_name(q)} D={q.shape[2]}{cache}", k_cache.shape[2]
 
 
 def _setting(q: Tensor, k_cache: Tensor) -> NamedTuple:
@@ -437,26 +360,17 @@ def _attend(
     # Queries that share a head's keys read them once, which only the matrix unit can.
     matrix = q.itemsize == 2 and (H > G or setting.matrix == 1)
     constants = _constants(H // G, D, matrix, setting.values)
-    heads, width = H // constants["R"], constants["R"] * (constants["C"] + 2)
-    splits = _splits(B * heads, 2 * T * D * k_cache.itemsize)
-    parts = arrived = None
-    if splits > 1:
-        parts = torch.empty(B * heads, splits, width, dtype=torch.float32, device=device)
-        # Anew for each call: whatever stopped an earlier one or runs beside this one, in another
-        # stream or graph, this counter begins at 0 and nobody else counts on it.
-        arrived = torch.zeros(B * heads, dtype=torch.int32, device=device)
-    kind = 0
+    heads, each = H // constants["R"], False
     if lengths is not None:
-        kind = 2 if lengths.numel() > 1 else 1
-        length = lengths.contiguous()
+        length, each = lengths.contiguous(), lengths.numel() > 1
     # Bits do not depend on this: a pair is one whoever has it.
-    most = setting.resident * WANTED_PROGRAMS if matrix and splits == 1 and kind < 2 else 0
+    most = setting.resident * WANTED_PROGRAMS if matrix and not each else 0
     resident = 0 < most < B * heads
     with on(device):
-        _decode[(most if resident else B * heads, splits)](
-            q, k_cache, v_cache, k_scale, v_scale, length, out, parts, arrived, B * heads, heads, T,
+        _decode[(most if resident else B * heads,)](
+            q, k_cache, v_cache, k_scale, v_scale, length, out, B * heads, heads, T,
             k_cache.stride(0), k_cache.stride(1), v_cache.stride(0), v_cache.stride(1),
-            LENGTHS=kind, K_ROW=k_cache.stride(2), V_ROW=v_cache.stride(2), SPLITS=splits,
+            EACH=int(each), K_ROW=k_cache.stride(2), V_ROW=v_cache.stride(2),
             STAGES=setting.stages, RESIDENT=resident, **constants, **overlap(device),
             num_warps=setting.warps,
         )  # fmt: skip

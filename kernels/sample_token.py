@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import _let_next_begin, _wait_for_last, on, overlap
-from .registered import library, registered
-from .tuning import Space
+from .registered import registered
+from .tuning import Space, dtype_name
 
 # Codes of one turn of the draw, 8 in each thread, and programs of one row at most. The codes that
 # are drawn depend on neither.
@@ -347,15 +347,15 @@ def sample_token(
     )  # fmt: skip
 
 
-def _kind(logits: Tensor) -> tuple[str, int]:
-    return f"{str(logits.dtype)[6:]} V={logits.shape[1]}", logits.shape[0]
+def _draw_key(logits: Tensor) -> tuple[str, int]:
+    return f"{dtype_name(logits)} V={logits.shape[1]}", logits.shape[0]
 
 
 def tuning_key(logits: Tensor, *rest: object, **settings: object) -> tuple[str, int]:
     """What a measurement of the op counts for: see `tuning`. Rows do not: an image must not depend
     on the batch that it is in."""
     filtered = settings.get("top_k") or settings.get("top_p", 1.0) < 1
-    return _kind(logits)[0] + (" filtered" if filtered else ""), 1
+    return _draw_key(logits)[0] + (" filtered" if filtered else ""), 1
 
 
 def _signed(word: int) -> int:
@@ -393,7 +393,7 @@ def _draw(
     guided = uncond is not None
     takes_k, takes_p = not greedy and 0 < top_k < V, not greedy and top_p < 1
     block = triton.next_power_of_2(V)
-    chunk, most = DRAW.at(logits.device, *_kind(logits))
+    chunk, most = DRAW.at(logits.device, *_draw_key(logits))
     chunk = FILTERED_CHUNK if takes_k or takes_p else chunk
     shares = 1 if greedy else _shares(B, V, most)
     best = out if shares == 1 else torch.empty(B, shares, dtype=torch.int64, device=logits.device)
@@ -401,7 +401,7 @@ def _draw(
     with on(logits.device):
         _sample_token[(B, shares)](
             logits, uncond, image_ids.contiguous(),
-            _signed(step) if at is None else at.to(logits.device),
+            _signed(step) if at is None else at,
             best, logits.stride(0), uncond.stride(0) if guided else None,
             *((_signed(seed), _signed(seed >> 32)) if key is None else (key, None)),
             cfg_scale if guided else None,
@@ -418,16 +418,3 @@ def _draw(
                 best, out, B, SHARES=shares, ROWS=BEST_ROWS, **overlap(logits.device), num_warps=1
             )
     return out
-
-
-def _mark_discrete(ctx, inputs: tuple, output: Tensor) -> None:
-    ctx.mark_non_differentiable(output)
-
-
-def _no_gradient(ctx, grad: Tensor) -> tuple[None, ...]:
-    return (None,) * 12
-
-
-torch.library.register_autograd(
-    _draw.default, _no_gradient, setup_context=_mark_discrete, lib=library
-)

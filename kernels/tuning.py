@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .tables import Table, load_tables
 
@@ -93,6 +94,11 @@ def forget_tables() -> None:
     _has_faster.cache_clear()
     for space in Space.made:
         space.forget()
+
+
+def dtype_name(x: Tensor) -> str:
+    """The type of ``x`` as tables have it: "float32"."""
+    return str(x.dtype)[6:]
 
 
 class Space:

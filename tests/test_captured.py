@@ -292,10 +292,9 @@ def nearest(dtype: torch.dtype) -> None:
 
 
 def attention(dtype: torch.dtype) -> None:
-    for T in (16, 2**14):  # The second is split over programs.
-        q, cache = floats(2, 4, 16, dtype=dtype), floats(2, 2, T, 16, dtype=dtype)
-        for length in (3, integers(1), integers(2)):
-            ops.decode_attention(q, cache, cache, length)
+    q, cache = floats(2, 4, 16, dtype=dtype), floats(2, 2, 16, 16, dtype=dtype)
+    for length in (3, integers(1), integers(2)):
+        ops.decode_attention(q, cache, cache, length)
 
 
 def sampling(dtype: torch.dtype) -> None:
@@ -320,7 +319,7 @@ def step(dtype: torch.dtype) -> None:
         small = (integers(*shape, dtype=torch.int8) for _ in range(2))
         for layer in (full, LayerCache(*small, floats(*shape[:3]), floats(*shape[:3]))):
             for at in (3, integers(1)):
-                ops.decode_step(integers(rows // 2), table, weights, KVCache((layer,)), at)
+                ops.decode_step(integers(rows), table, weights, KVCache((layer,)), at)
 
 
 def last(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -511,12 +510,12 @@ def test_a_decoding_step(enabled, dtype, guided):
     settings = Sampling(cfg_scale=1.5 if guided else 1.0, top_k=7, top_p=0.9)
     with vf.enable(enabled, strict=True), capturing():
         decoder, weights = Decoder(model, 3, guided=guided), model.step_weights()
-        rows = (integers(6 if guided else 3), model.class_embedding.weight)
-        decoder._advance(weights, decoder.cache, settings, *rows, 0)
-        decoder._advance(weights, decoder.cache, settings, *rows, decoder.at)
-        rest = (decoder.code, model.token_embedding.weight, decoder.at)
-        decoder._advance(weights, decoder.cache, settings, *rest)
-        decoder._advance(weights, decoder.cache.first_rows(3), settings, *rest)
+        classes = model.class_embedding.weight
+        decoder._advance(weights, decoder.cache, settings, classes, 0)
+        decoder._advance(weights, decoder.cache, settings, classes, decoder.at)
+        rest = (settings, model.token_embedding.weight, decoder.at)
+        decoder._advance(weights, decoder.cache, *rest)
+        decoder._advance(weights, decoder.cache.first_rows(3), *rest)
     assert decoder.codes.is_cuda
 
 
@@ -526,13 +525,13 @@ def test_steps_are_captured_on_the_device_of_the_model():
     model, inside, steps = generator(torch.float32), [], []
 
     @contextlib.contextmanager
-    def current(device: torch.device) -> Iterator[None]:
-        inside.append(torch.device(device))
+    def current(tensor: Tensor) -> Iterator[None]:
+        inside.append(tensor.device)
         yield
         inside.pop()
 
     with vf.enable(strict=True), capturing(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "device", current)
+        patch.setattr(torch.cuda, "device_of", current)
         decoder = model.decoder(2)
         decoder._replay = lambda *step: steps.append(list(inside))
         decoder.generate(integers(2), image_ids=integers(2))

@@ -25,10 +25,10 @@ from ...decoding import KVCache, StepWeights
 from ..launch import on, overlap
 from ..linear import linear
 from ..registered import registered
-from ..tuning import Space
+from ..tuning import Space, dtype_name
 from . import matrix, vector
 from .epilogue import ADDED, GATED, LOGITS, QKV
-from .many import _append, _embed, _rms_norm
+from .many import _append, _rms_norm
 from .matrix import _matrix
 from .vector import _vector
 
@@ -82,7 +82,7 @@ def unsupported_reason(
         return f"it takes float32, float16 and bfloat16, not {embedding.dtype}"
     if weights.rotary.dtype != torch.float32 or not weights.rotary.is_contiguous():
         return f"it takes a contiguous float32 rotary table, not {weights.rotary.dtype}"
-    parts = [code, embedding, weights.norm, weights.head]
+    parts = [weights.norm, weights.head]
     for block in weights.blocks:
         # Not +=, which torch 2.11 cannot compile of a list and a named tuple.
         parts.extend(block)
@@ -100,7 +100,7 @@ def tuning_key(
     **options: object,
 ) -> tuple[str, int]:  # fmt: skip
     """What a measurement of the whole counts for: see `tuning`."""
-    return f"{_kind(embedding)} C={embedding.shape[1]}", cache.layers[0].keys.shape[0]
+    return f"{dtype_name(embedding)} C={embedding.shape[1]}", len(code)
 
 
 def decode_step(
@@ -109,7 +109,7 @@ def decode_step(
 ) -> Tensor:  # fmt: skip
     """See `vfmtok_fast.ops.decode_step`; takes what `unsupported_reason` lets pass."""
     at, number = (position, 0) if isinstance(position, Tensor) else (None, position)
-    x = _embedded(code, embedding, cache.layers[0].keys.shape[0])
+    x = embedding.index_select(0, code)
     for block, layer in zip(weights.blocks, cache, strict=True):
         norm, eps = block.attention_norm, weights.eps
         q = _queries(x, norm, block.qkv, weights.rotary, *layer, at, number, eps)
@@ -120,43 +120,34 @@ def decode_step(
     return _logits(x, weights.norm, weights.head, weights.eps)
 
 
-def _kind(x: Tensor) -> str:
-    return str(x.dtype)[6:]
-
-
 def _product(
-    kind: int, space: Space, x: Tensor, norm: Tensor | None, weight: Tensor, out: Tensor, N: int,
-    eps: float = 0.0, cache: tuple = (None,) * 4, shape: tuple = (1, 2, 2),
+    epilogue: int, space: Space, x: Tensor, norm: Tensor | None, weight: Tensor, out: Tensor,
+    N: int, eps: float = 0.0, rotary: Tensor | None = None, position: int | Tensor = 0,
+    keys: Tensor | None = None, values: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """One launch for the up to 64 rows of x and N outputs.
-
-    ``cache``: rotary table, position, keys and values; ``shape``: their H, T and D.
-    """
+    """One launch for the up to 64 rows of x and N outputs; the last four are for q, k and v."""
     (rows, K), device = x.shape, x.device
-    rotary, position, keys, values = cache
-    H, T, D = shape
-    what = {"H": H, "T": T, "D": D, "ON_DEVICE": isinstance(position, Tensor), **overlap(device)}
-    position = 0 if position is None else position
+    H, T, D = (1, 2, 2) if keys is None else keys.shape[1:]
+    what = {"EPILOGUE": epilogue, "H": H, "T": T, "D": D, **overlap(device)}
     with on(device):
         if rows <= vector.MAX_ROWS:
-            tile, warps, chunk, early = space.at(device, _kind(x), K)
+            tile, warps, chunk, early = space.at(device, dtype_name(x), K)
             chunk = min(chunk, vector.CHUNK, triton.next_power_of_2(K))
-            tile, warps, chunk = _in_registers(tile, warps, chunk, K, kind < ADDED, x)
+            tile, warps, chunk = _in_registers(tile, warps, chunk, K, epilogue < ADDED, x)
             _vector[(triton.cdiv(N, tile),)](
-                x, norm, weight, out, rotary, position, keys, values,
-                rows, N, eps, KIND=kind, K=K, P=triton.next_power_of_2(rows), TILE=tile,
-                CHUNK=chunk, EARLY=bool(early), **what, num_warps=warps,
+                x, norm, weight, out, rotary, position, keys, values, rows, N, eps,
+                K=K, P=triton.next_power_of_2(rows), TILE=tile, CHUNK=chunk,
+                EARLY=bool(early), **what, num_warps=warps,
             )  # fmt: skip
             return
         # One setting is measured for all layers of a step; the nearest K counts.
         space = FEW if rows <= matrix.FEW_ROWS else SOME
-        tile, slices, piece, stages = space.at(device, _kind(x), K)
+        tile, slices, piece, stages = space.at(device, dtype_name(x), K)
         padded = max(8, triton.next_power_of_2(rows))
-        depth = _depth(tile, slices, piece, stages, padded, kind < ADDED, x)
+        depth = _depth(tile, slices, piece, stages, padded, epilogue < ADDED, x)
         _matrix[(triton.cdiv(N, tile),)](
-            x, weight, out, rotary, position, keys, values, rows, N,
-            KIND=kind, K=K, P=padded, TILE=tile, DEPTH=depth, SLICES=slices, STAGES=stages, **what,
-            num_warps=4,
+            x, weight, out, rotary, position, keys, values, rows, N, K=K, P=padded, TILE=tile,
+            DEPTH=depth, SLICES=slices, STAGES=stages, **what, num_warps=4,
         )  # fmt: skip
 
 
@@ -191,37 +182,17 @@ def _depth(
     return depth
 
 
-def _normalised(x: Tensor, norm: Tensor, eps: float) -> Tensor:
+def _ready(x: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
+    """x and the norm that is left to the product: few rows are normalised there."""
+    if x.shape[0] <= vector.MAX_ROWS:
+        return x, norm
     out = torch.empty_like(x)
     with on(x.device):
         _rms_norm[(x.shape[0],)](
             x, norm, out, eps, K=x.shape[1], WIDTH=triton.next_power_of_2(x.shape[1]),
             **overlap(x.device), num_warps=4,
         )  # fmt: skip
-    return out
-
-
-def _ready(x: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
-    """x and the norm that is left to the product: few rows are normalised there."""
-    if x.shape[0] <= vector.MAX_ROWS:
-        return x, norm
-    return _normalised(x, norm, eps), None
-
-
-@registered(
-    "decode_step_embed(Tensor code, Tensor embedding, int rows) -> Tensor",
-    lambda code, embedding, rows: embedding.new_empty(rows, embedding.shape[1]),
-)
-def _embedded(code: Tensor, embedding: Tensor, rows: int) -> Tensor:
-    C = embedding.shape[1]
-    x = torch.empty(rows, C, dtype=embedding.dtype, device=embedding.device)
-    if rows and C:
-        with on(x.device):
-            _embed[(rows,)](
-                code, embedding, x, len(code), C=C, WIDTH=triton.next_power_of_2(C),
-                **overlap(x.device), num_warps=4,
-            )  # fmt: skip
-    return x
+    return out, None
 
 
 @registered(
@@ -244,8 +215,8 @@ def _queries(
         return out
     x, norm = _ready(x, norm, eps)
     if rows <= matrix.MAX_ROWS and key_scale is None:
-        cache, pairs = (rotary, position, keys, values), 3 * H * D // 2
-        _product(QKV, QKV_ROWS, x, norm, weight, out, pairs, eps, cache, (H, T, D))
+        cache = rotary, position, keys, values
+        _product(QKV, QKV_ROWS, x, norm, weight, out, 3 * H * D // 2, eps, *cache)
         return out
     # A scale is of a whole head, which no program of the product has.
     if rows <= matrix.MAX_ROWS:
@@ -258,7 +229,7 @@ def _queries(
     with on(x.device):
         _append[(rows, triton.cdiv(H, heads))](
             qkv, rotary, position, out, keys, values, key_scale, value_scale, H=H, T=T, D=D,
-            ON_DEVICE=at is not None, HEADS=heads, HALF=half, **overlap(x.device), num_warps=2,
+            HEADS=heads, HALF=half, **overlap(x.device), num_warps=2,
         )  # fmt: skip
     return out
 
@@ -282,7 +253,7 @@ def _add(x: Tensor, y: Tensor, weight: Tensor, attention: bool) -> None:
 def _hidden(x: Tensor, norm: Tensor, weight: Tensor, eps: float) -> Tensor:
     """silu(gate) * up of RMSNorm(x)."""
     if x.shape[0] > matrix.MAX_ROWS:
-        return linear(_normalised(x, norm, eps), weight, None, "swiglu")
+        return linear(_ready(x, norm, eps)[0], weight, None, "swiglu")
     N = weight.shape[0] // 2
     out = torch.empty(x.shape[0], N, dtype=x.dtype, device=x.device)
     if out.numel() > 0:

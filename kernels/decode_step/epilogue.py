@@ -10,20 +10,21 @@ QKV, GATED, ADDED, LOGITS = 0, 1, 2, 3
 
 
 @triton.jit
-def _position(position, ON_DEVICE: tl.constexpr):
-    if ON_DEVICE:
-        return tl.load(position).to(tl.int64)
+def _position(position):
+    """A number, or what lies at its address."""
+    if position.dtype.is_ptr():
+        position = tl.load(position)
     return position.to(tl.int64)
 
 
 @triton.jit
-def _rows_of(o_n, N, KIND: tl.constexpr):
+def _rows_of(o_n, N, EPILOGUE: tl.constexpr):
     """Rows of the weight that make outputs ``o_n``, their first and their second.
 
     Of q, k and v an output is a pair of neighbours; of a gate all first ones come before.
     """
     row = o_n.to(tl.int64)
-    if KIND == 0:
+    if EPILOGUE == 0:
         return 2 * row, 2 * row + 1
     return row, row + N
 
@@ -31,21 +32,21 @@ def _rows_of(o_n, N, KIND: tl.constexpr):
 @triton.jit
 def _others(
     o_n, m_n, o_r, rows, N, out, rotary, position,
-    KIND: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ON_DEVICE: tl.constexpr,
+    EPILOGUE: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """What `_finish` needs beside the sums; asked for before these, so that nobody waits for it.
 
     Of q, k and v the position, cosines and sines; of what is added to its old values, twice.
     """
-    if KIND == 0:
-        at = _position(position, ON_DEVICE)
+    if EPILOGUE == 0:
+        at = _position(position)
         half: tl.constexpr = D // 2
         turns = m_n & (o_n // (H * half) < 2)
         p_table = rotary + (at * half + o_n % half) * 2
         cos = tl.load(p_table, mask=turns, other=1.0)
         sin = tl.load(p_table + 1, mask=turns, other=0.0)
         return at, cos[:, None], sin[:, None]
-    elif KIND == 2:
+    elif EPILOGUE == 2:
         # In place: nobody else has these elements.
         p_out = out + o_r.to(tl.int64)[None, :] * N + o_n[:, None]
         old = tl.load(p_out, mask=m_n[:, None] & (o_r < rows)[None, :], other=0.0).to(tl.float32)
@@ -57,16 +58,16 @@ def _others(
 @triton.jit
 def _finish(
     a, b, at, one, two, o_n, m_n, o_r, rows, N, out, k_cache, v_cache,
-    KIND: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    EPILOGUE: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Put the sums ``a`` and ``b`` [outputs, rows] of ``o_n`` and ``o_r`` where they belong.
 
     ``at``, ``one`` and ``two`` are what `_others` gave.
     """
-    kind = out.dtype.element_ty
+    dtype = out.dtype.element_ty
     row = o_r.to(tl.int64)[None, :]
     mask = m_n[:, None] & (o_r < rows)[None, :]
-    if KIND == 0:
+    if EPILOGUE == 0:
         half: tl.constexpr = D // 2
         width: tl.constexpr = H * half
         part = o_n // width
@@ -76,24 +77,18 @@ def _finish(
         second = b * one + a * two
         p_q = out + row * (2 * width) + 2 * (o_n % width)[:, None]
         m_q = mask & (part == 0)[:, None]
-        tl.store(p_q, first.to(kind), mask=m_q)
-        tl.store(p_q + 1, second.to(kind), mask=m_q)
+        tl.store(p_q, first.to(dtype), mask=m_q)
+        tl.store(p_q + 1, second.to(dtype), mask=m_q)
         place = ((row * H + head[:, None]) * T + at) * D + 2 * pair[:, None]
         m_k = mask & (part == 1)[:, None]
-        tl.store(k_cache + place, first.to(kind), mask=m_k)
-        tl.store(k_cache + place + 1, second.to(kind), mask=m_k)
+        tl.store(k_cache + place, first.to(dtype), mask=m_k)
+        tl.store(k_cache + place + 1, second.to(dtype), mask=m_k)
         m_v = mask & (part == 2)[:, None]
-        tl.store(v_cache + place, a.to(kind), mask=m_v)
-        tl.store(v_cache + place + 1, b.to(kind), mask=m_v)
+        tl.store(v_cache + place, a.to(dtype), mask=m_v)
+        tl.store(v_cache + place + 1, b.to(dtype), mask=m_v)
     else:
-        if KIND == 1:
-            a = _gated(a, b)
-        elif KIND == 2:
+        if EPILOGUE == 1:
+            a = a / (1.0 + tl.exp(-a)) * b
+        elif EPILOGUE == 2:
             a += one
-        tl.store(out + row * N + o_n[:, None], a.to(kind), mask=mask)
-
-
-@triton.jit
-def _gated(gate, up):
-    """SwiGLU."""
-    return gate / (1.0 + tl.exp(-gate)) * up
+        tl.store(out + row * N + o_n[:, None], a.to(dtype), mask=mask)

@@ -1,7 +1,7 @@
 """Small kernels of a step beside its products.
 
-`_embed` begins every step; `_rms_norm` comes before products from 5 rows on; `_append` after the
-product of q, k and v where there are more than 64 rows or the cache has 8 bits.
+`_rms_norm` comes before products from 5 rows on; `_append` after the product of q, k and v where
+there are more than 64 rows or the cache has 8 bits.
 """
 
 from __future__ import annotations
@@ -11,19 +11,6 @@ import triton.language as tl
 
 from ..launch import _let_next_begin, _wait_for_last
 from .epilogue import _position
-
-
-@triton.jit(do_not_specialize=["B"])
-def _embed(code, embedding, x, B, C: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr):
-    """One row of x: the embedding of its image's code."""
-    if OVERLAP:
-        _wait_for_last()
-        _let_next_begin()
-    row = tl.program_id(0).to(tl.int64)
-    o_c = tl.arange(0, WIDTH)
-    m_c = o_c < C
-    which = tl.load(code + row % B)
-    tl.store(x + row * C + o_c, tl.load(embedding + which * C + o_c, mask=m_c), mask=m_c)
 
 
 @triton.jit
@@ -62,8 +49,8 @@ def _put(even, odd, cache, scales, place, m, D: tl.constexpr, HALF: tl.constexpr
 @triton.jit(do_not_specialize=["position"])
 def _append(
     qkv, rotary, position, out, k_cache, v_cache, k_scale, v_scale,
-    H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ON_DEVICE: tl.constexpr,
-    HEADS: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr,
+    H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+    HALF: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Rotate and append products [rows, 3 H D] that are there already: HEADS heads of a row."""
     if OVERLAP:
@@ -74,7 +61,7 @@ def _append(
     o_pair = tl.arange(0, HALF)
     m_h, m_pair = head < H, o_pair < D // 2
     mask = m_h[:, None] & m_pair[None, :]
-    at = _position(position, ON_DEVICE)
+    at = _position(position)
     p_table = rotary + (at * (D // 2) + o_pair) * 2
     cos = tl.load(p_table, mask=m_pair, other=1.0)[None, :]
     sin = tl.load(p_table + 1, mask=m_pair, other=0.0)[None, :]

@@ -52,16 +52,16 @@ def _pieces(p, k, o_k, m, K: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "position"])
 def _matrix(
     x, w, out, rotary, position, k_cache, v_cache, rows, N,
-    KIND: tl.constexpr, K: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
-    SLICES: tl.constexpr, STAGES: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
-    ON_DEVICE: tl.constexpr, OVERLAP: tl.constexpr,
+    EPILOGUE: tl.constexpr, K: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
+    DEPTH: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr, H: tl.constexpr,
+    T: tl.constexpr, D: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Outputs [P, TILE] of x [rows, K]; see `_finish`."""
-    PAIRS: tl.constexpr = KIND < 2
+    PAIRS: tl.constexpr = EPILOGUE < 2
     o_n = tl.program_id(0) * TILE + tl.arange(0, TILE)
     m_n = o_n < N
     o_r = tl.arange(0, P)
-    first, second = _rows_of(o_n, N, KIND)
+    first, second = _rows_of(o_n, N, EPILOGUE)
     if SLICES > 1:
         o_k = (tl.arange(0, SLICES) * DEPTH)[:, None, None] + tl.arange(0, DEPTH)[None, None, :]
         p_a = w + first[None, :, None] * K + o_k
@@ -84,7 +84,7 @@ def _matrix(
             _fetch_rows(w, second, m_n, K, TILE, each)
         _wait_for_last()
         _let_next_begin()
-    at, one, two = _others(o_n, m_n, o_r, rows, N, out, rotary, position, KIND, H, T, D, ON_DEVICE)
+    at, one, two = _others(o_n, m_n, o_r, rows, N, out, rotary, position, EPILOGUE, H, T, D)
     for k in tl.range(0, K, SLICES * DEPTH, num_stages=STAGES):
         value = _pieces(p_x, k, o_k, m_x, K)
         value = tl.permute(value, (0, 2, 1)) if SLICES > 1 else tl.trans(value)
@@ -96,4 +96,4 @@ def _matrix(
     if SLICES > 1:
         a = tl.sum(a, axis=0)
         b = tl.sum(b, axis=0)
-    _finish(a, b, at, one, two, o_n, m_n, o_r, rows, N, out, k_cache, v_cache, KIND, H, T, D)
+    _finish(a, b, at, one, two, o_n, m_n, o_r, rows, N, out, k_cache, v_cache, EPILOGUE, H, T, D)

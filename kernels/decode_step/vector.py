@@ -24,11 +24,6 @@ CHUNK = 4096
 
 
 @triton.jit
-def _add(a, x):
-    return a + x
-
-
-@triton.jit
 def _add_two(a, b, x, y):
     return a + x, b + y
 
@@ -52,23 +47,21 @@ def _sums(a, b, squares, PAIRS: tl.constexpr, SQUARES: tl.constexpr):
         else:
             a, squares = tl.reduce((a, squares), 1, _add_two)
             return a, a, squares
-    elif PAIRS:
-        a, b = tl.reduce((a, b), 1, _add_two)
-        return a, b, b
     else:
-        a = tl.reduce(a, 1, _add)
+        tl.static_assert(not PAIRS, "what has pairs has a norm")
+        a = tl.sum(a, axis=1)
         return a, a, a
 
 
 @triton.jit(do_not_specialize=["rows", "position"])
 def _vector(
     x, norm, w, out, rotary, position, k_cache, v_cache, rows, N, eps,
-    KIND: tl.constexpr, K: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
-    EARLY: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
-    ON_DEVICE: tl.constexpr, OVERLAP: tl.constexpr,
+    EPILOGUE: tl.constexpr, K: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
+    CHUNK: tl.constexpr, EARLY: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Outputs [P, TILE] of RMSNorm(x) [rows, K], or of x where ``norm`` is None; see `_finish`."""
-    PAIRS: tl.constexpr = KIND < 2
+    PAIRS: tl.constexpr = EPILOGUE < 2
     SQUARES: tl.constexpr = norm is not None
     if OVERLAP and EARLY:
         _let_next_begin()
@@ -76,7 +69,7 @@ def _vector(
     m_n = o_n < N
     o_r = tl.arange(0, P)
     o_k = tl.arange(0, CHUNK)
-    first, second = _rows_of(o_n, N, KIND)
+    first, second = _rows_of(o_n, N, EPILOGUE)
     p_a = w + first[:, None] * K + o_k[None, :]
     p_b = w + second[:, None] * K + o_k[None, :]
     m_k = o_k < K
@@ -93,7 +86,7 @@ def _vector(
         _wait_for_last()
         if not EARLY:
             _let_next_begin()
-    at, one, two = _others(o_n, m_n, o_r, rows, N, out, rotary, position, KIND, H, T, D, ON_DEVICE)
+    at, one, two = _others(o_n, m_n, o_r, rows, N, out, rotary, position, EPILOGUE, H, T, D)
     # Of each row of x one after the other: products with a, with b, and squares.
     totals = ()
     for start in tl.static_range(0, K, CHUNK):
@@ -135,5 +128,5 @@ def _vector(
         sum_a = tl.where((o_r == r)[None, :], of_a[:, None], sum_a)
         sum_b = tl.where((o_r == r)[None, :], of_b[:, None], sum_b)
     _finish(
-        sum_a, sum_b, at, one, two, o_n, m_n, o_r, rows, N, out, k_cache, v_cache, KIND, H, T, D
+        sum_a, sum_b, at, one, two, o_n, m_n, o_r, rows, N, out, k_cache, v_cache, EPILOGUE, H, T, D
     )

@@ -29,7 +29,7 @@ from torch import Tensor
 from .. import tuning
 from ..launch import on
 from ..registered import library, registered
-from ..tuning import Space
+from ..tuning import Space, dtype_name
 from .rescan import _rescan
 from .screen import LANES, _insert, _prepare, _screen
 
@@ -108,7 +108,7 @@ def tuning_key(
     z: Tensor, codebook: Tensor, *, k: int = 1, normalize: bool = True, return_score: bool = False
 ) -> tuple[str, int]:
     """What a measurement counts for: see `tuning`."""
-    kind = f"{str(z.dtype)[6:]} d={z.shape[1]} K={_power(codebook.shape[0])}"
+    kind = f"{dtype_name(z)} d={z.shape[1]} K={_power(codebook.shape[0])}"
     return kind if k == 1 else f"{kind} k={k}", max(1, z.shape[0])
 
 

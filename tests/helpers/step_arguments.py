@@ -14,12 +14,10 @@ EPS = 1e-5
 
 
 def make(
-    B=2, rows=None, H=2, D=8, T=6, ffn=20, V=11, layers=2, dtype=torch.float32, int8_cache=False,
-    seed=0,
+    rows=2, H=2, D=8, T=6, ffn=20, V=11, layers=2, dtype=torch.float32, int8_cache=False, seed=0,
 ) -> list:  # fmt: skip
-    """For position 3, by default R = B; NaN everywhere in the caches from there on."""
+    """For position 3; NaN everywhere in the caches from there on."""
     draw = torch.Generator().manual_seed(seed)
-    rows = B if rows is None else rows
     C = H * D
 
     def normal(*shape: int) -> Tensor:
@@ -51,7 +49,7 @@ def make(
     angle = normal(T, D // 2)
     rotary = torch.stack([angle.cos(), angle.sin()], dim=-1).float()
     weights = StepWeights(blocks, norm(), weight(V, C), rotary, EPS)
-    code = torch.randint(0, 7, (B,), generator=draw)
+    code = torch.randint(0, 7, (rows,), generator=draw)
     return [code, normal(7, C).to(dtype), weights, KVCache(tuple(cached)), 3]
 
 

@@ -72,11 +72,8 @@ def refuses(error: type[Exception], message: str):
         ),
         ({"image_ids": torch.arange(2.0)}, TypeError, "image_ids must hold integers, got torch.fl"),
         ({"image_ids": [0, 1]}, TypeError, "image_ids must be a torch.Tensor, got list"),
-        (
-            {"cfg_interval": -2},
-            ValueError,
-            "cfg_interval must be an integer from -1, got -2",
-        ),
+        ({"cfg_interval": -2}, ValueError, r"cfg_interval must be in \[-1, 2\^31\), got -2"),
+        ({"cfg_interval": 1.0}, TypeError, "cfg_interval must be an int, got float"),
         (
             {"kv_dtype": torch.float16},
             ValueError,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from where_kernels_run import DEVICE, GPU, HERE, INTERPRETED, in_the_interpreter, runs
+from where_kernels_run import DEVICE, GPU, INTERPRETED, in_the_interpreter, runs
 
 import vfmtok_fast
 from vfmtok_fast import ops
@@ -25,8 +24,6 @@ pytestmark = pytest.mark.usefixtures("poison")
 HALF = torch.bfloat16 if GPU else torch.float16
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
 GARBAGE = (float("nan"), float("inf"), float("-inf"), 1e30)
-# Positions of launch arguments.
-PARTS, ARRIVED = 7, 8
 
 
 test_in_the_interpreter = in_the_interpreter(__file__)
@@ -57,15 +54,6 @@ def tile_of():
 @pytest.fixture
 def launches(record):
     return record(kernel, "_decode")["_decode"]
-
-
-@pytest.fixture
-def split(monkeypatch):
-    """Splits keys however few they are, over up to four programs."""
-    monkeypatch.setattr(kernel, "SPLIT_FROM", 0)
-    monkeypatch.setattr(kernel, "SPLIT_BYTES", 1)
-    monkeypatch.setattr(kernel, "MAX_SPLITS", 4)
-    monkeypatch.setattr(kernel, "WANTED_PROGRAMS", 10**6)
 
 
 def make(B=2, H=2, G=2, T=70, D=64, dtype=torch.float32, seed=0) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,13 +166,13 @@ def test_lengths_of_any_form(integer: torch.dtype, check, launches):
     check(q, k, v, torch.tensor([60, 0, 16, 0, 3, 0], dtype=integer)[::2])
     one = [check(q, k, v, length) for length in (torch.tensor([37]), torch.tensor(37), 37)]
     assert torch.equal(one[0], one[1]) and torch.equal(one[0], one[2])
-    assert [constants["LENGTHS"] for constants in launches.constants] == [2, 2, 2, 1, 1, 0]
+    assert [constants["EACH"] for constants in launches.constants] == [1, 1, 1, 0, 0, 0]
 
 
 @runs
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("H", "G", "D"), [(2, 2, 64), (6, 2, 100), (3, 1, 12)])
-def test_caches_of_8_bits(H: int, G: int, D: int, dtype: torch.dtype, check_error, split):
+def test_caches_of_8_bits(H: int, G: int, D: int, dtype: torch.dtype, check_error):
     """Dead positions hold NaN as scales; the truth has the caches in full."""
     q, k, v = make(H=H, G=G, D=D)
     (k, k_scale), (v, v_scale) = in_8_bits(k), in_8_bits(v)
@@ -211,65 +199,7 @@ def test_dead_positions_do_not_matter(garbage: float, check):
 
 @runs
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
-@pytest.mark.parametrize(("H", "G", "D"), [(2, 2, 64), (6, 2, 100)])
-def test_split_keys(H: int, G: int, D: int, dtype, check, launches, split, tile_of):
-    """All numbers of live shares; those without keys neither write nor count."""
-    tile = tile_of(H // G, D, dtype)
-    q, k, v = make(H=H, G=G, T=5 * tile, D=D, dtype=dtype)
-    for length in (1, tile, tile + 1, 3 * tile, 4 * tile, 5 * tile - 1):
-        check(q, k, v, length)
-        arguments, splits = launches.launches[-1], launches.constants[-1]["SPLITS"]
-        tiles = -(-length // tile)
-        used = -(-tiles // -(-tiles // splits))
-        assert splits == 4
-        assert (arguments[ARRIVED] == (used if used > 1 else 0)).all()
-        written = ~arguments[PARTS].isnan().all(-1)
-        assert (written.sum(-1) == (used if used > 1 else 0)).all()
-    check(q, k, v, torch.tensor([k.shape[2], 2]))
-
-
-@runs
-@pytest.mark.parametrize("dtype", [torch.float32, HALF])
-def test_split_keys_give_the_same_bits_every_time(dtype: torch.dtype, split):
-    q, k, v = make(B=3, H=4, G=2, T=96, dtype=dtype)
-    want = attend(q, k, v, 90)
-    for _ in range(500 if GPU else 2):
-        assert torch.equal(attend(q, k, v, 90), want)
-
-
-@HERE
-@pytest.mark.parametrize("dtype", [torch.float32, HALF])
-def test_the_order_of_arrival_does_not_change_a_bit(dtype: torch.dtype, split, monkeypatch):
-    from triton.runtime.interpreter import interpreter_builder
-
-    q, k, v = make(T=96, dtype=dtype)
-    want, place = attend(q, k, v, 90), interpreter_builder.set_grid_idx
-    for order in itertools.islice(itertools.permutations(range(4)), 1, None, 5):
-        arrived = []
-
-        def shuffled(x: int, y: int, z: int, order=order, arrived=arrived) -> None:
-            arrived.append(order[y])
-            place(x, order[y], z)
-
-        monkeypatch.setattr(interpreter_builder, "set_grid_idx", shuffled)
-        assert torch.equal(attend(q, k, v, 90), want)
-        assert arrived[:4] == list(order)
-
-
-@runs
-def test_when_keys_are_split():
-    """By shapes alone, never where programs are many, never VFMTok's own 256 positions."""
-    for programs, capacity, D, itemsize, splits in (
-        (2 * 12, 256, 64, 2, 1), (2 * 32, 256, 100, 2, 1), (1, 256, 128, 4, 1),
-        (16, 2048, 64, 2, 8), (16, 8192, 128, 2, 8), (1, 65536, 128, 2, 16), (60, 8192, 128, 2, 2),
-        (132, 65536, 128, 2, 1), (10**6, 65536, 128, 2, 1),
-    ):  # fmt: skip
-        assert kernel._splits(programs, 2 * capacity * D * itemsize) == splits
-
-
-@runs
-@pytest.mark.parametrize("dtype", [torch.float32, HALF])
-def test_no_live_position_gives_nan_as_the_reference_does(dtype: torch.dtype, split):
+def test_no_live_position_gives_nan_as_the_reference_does(dtype: torch.dtype):
     q, k, v = make(dtype=dtype)
     none = torch.tensor([0, 5])
     got, want = attend(q, k, v, none), reference(q, k, v, none)
@@ -278,10 +208,7 @@ def test_no_live_position_gives_nan_as_the_reference_does(dtype: torch.dtype, sp
 
 @runs
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
-@pytest.mark.parametrize("splitting", [False, True])
-def test_live_values_that_are_not_finite_show_as_in_the_reference(dtype, splitting, request):
-    if splitting:
-        request.getfixturevalue("split")
+def test_live_values_that_are_not_finite_show_as_in_the_reference(dtype: torch.dtype):
     q, k, v = make(B=6, T=40, dtype=dtype)
     q[:, :, 0] = q[:, :, 0].abs() + 1
     k[0, 0, 20, 3] = float("nan")
@@ -362,19 +289,15 @@ def test_no_rows():
 
 @runs
 @given(data=st.data(), G=st.integers(1, 2), group=st.sampled_from([1, 2, 3, 33]),
-       T=st.integers(1, 50), D=st.integers(1, 128), half=st.booleans(), splitting=st.booleans(),
+       T=st.integers(1, 50), D=st.integers(1, 128), half=st.booleans(),
        seed=st.integers(0, 2**31))  # fmt: skip
 @settings(max_examples=12, deadline=None)
-def test_any_shape(data, G, group, T, D, half, splitting, seed):
+def test_any_shape(data, G, group, T, D, half, seed):
     q, k, v = make(2, G * group, G, T, D, HALF if half else torch.float32, seed)
     lengths = data.draw(st.lists(st.integers(1, T), min_size=2, max_size=2))
     length = data.draw(st.sampled_from([lengths[0], torch.tensor(lengths)]))
     lengths = as_lengths(length, 2)
-    with pytest.MonkeyPatch.context() as patch:
-        if splitting:
-            patch.setattr(kernel, "SPLIT_FROM", 0)
-            patch.setattr(kernel, "SPLIT_BYTES", 1)
-        got = attend(q, spoil(k, lengths), spoil(v, lengths), length)
+    got = attend(q, spoil(k, lengths), spoil(v, lengths), length)
     truth = reference(q.double(), k.double(), v.double(), torch.tensor(lengths))
     ruler = (reference(q, k, v, torch.tensor(lengths)) - truth).abs().max()
     rounding = torch.finfo(q.dtype).eps * truth.abs().max()
@@ -450,9 +373,9 @@ def test_lengths_share_compiled_kernels():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("T", [256, 4096])
-def test_cuda_graph_counts_on(T: int, check_error):
-    """A graph that is replayed with its length moving on, split (T = 4096) and not."""
+def test_cuda_graph_counts_on(check_error):
+    """A graph that is replayed with its length moving on."""
+    T = 256
     q, k, v = make(B=2, H=4, G=4, T=T, dtype=torch.bfloat16)
     at = torch.ones(1, dtype=torch.int64, device="cuda")
     arguments = [x.cuda() for x in (q, k, v)]
@@ -465,20 +388,6 @@ def test_cuda_graph_counts_on(T: int, check_error):
         graph.replay()
         truth = reference(q.double(), k.double(), v.double(), length)
         check_error(captured.cpu(), truth, reference(q, k, v, length))
-
-
-@pytest.mark.gpu
-def test_streams_do_not_share_a_counter():
-    q, k, v = (x.cuda() for x in make(B=1, H=4, G=4, T=8192, D=128, dtype=torch.bfloat16))
-    want = kernel.decode_attention(q, k, v, 8000)
-    streams = [torch.cuda.Stream() for _ in range(4)]
-    torch.cuda.synchronize()
-    got = []
-    for i in range(400):
-        with torch.cuda.stream(streams[i % 4]):
-            got.append(kernel.decode_attention(q, k, v, 8000))
-    torch.cuda.synchronize()
-    assert all(torch.equal(x, want) for x in got)
 
 
 @pytest.mark.gpu

@@ -38,7 +38,7 @@ def oracle(code, embedding, weights, cache, position) -> tuple[Tensor, list[tupl
         return x / (x.square().mean(1, keepdim=True) + weights.eps).sqrt() * weight.double()
 
     rows, H, _, D = cache.layers[0].keys.shape
-    x = embedding.double()[code].repeat(rows // max(len(code), 1), 1)
+    x = embedding.double()[code]
     turn = torch.complex(*weights.rotary[position].double().unbind(-1))
     written = []
     for block, layer in zip(weights.blocks, cache, strict=True):
@@ -94,12 +94,9 @@ def check(arguments: list, slack: float = 1.0) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("B", "rows"),
-    [(1, 1), (1, 2), (2, 2), (3, 3), (2, 4), (5, 5), (3, 6), (7, 7), (4, 8), (20, 40)],
-)
-def test_against_plain_mathematics(B, rows, dtype):
-    check(make(B=B, rows=rows, dtype=dtype))
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 40])
+def test_against_plain_mathematics(rows, dtype):
+    check(make(rows, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -107,14 +104,14 @@ def test_against_plain_mathematics(B, rows, dtype):
 @pytest.mark.parametrize("rows", [1, 4, 6])
 def test_sizes_that_take_other_ways(rows, sizes, dtype):
     """Products of whole vectors, of long rows, and of none."""
-    check(make(B=rows, dtype=dtype, **sizes))
+    check(make(rows, dtype=dtype, **sizes))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("sizes", [{}, WORDS, {"H": 1, "D": 38, "ffn": 37}], ids=str)
 @pytest.mark.parametrize("rows", [1, 4, 7, 33])
 def test_rounds_no_worse_than_the_reference(rows, sizes, dtype, implementation, check_error):
-    arguments = make(B=rows, dtype=dtype, **sizes)
+    arguments = make(rows, dtype=dtype, **sizes)
     want, _ = oracle(*arguments)
     ruler = reference.decode_step(*copied(arguments), arguments[4] + 1, decode_attention)
     got = ops.decode_step(*copied(arguments))
@@ -126,13 +123,13 @@ def test_rounds_no_worse_than_the_reference(rows, sizes, dtype, implementation, 
 def test_a_cache_of_8_bits(dtype):
     """Scales are float32 in every type; in half precision values are rounded to a neighbour."""
     slack = {torch.float64: 1e9, torch.float16: 4}.get(dtype, 1)
-    check(make(B=3, dtype=dtype, int8_cache=True), slack)
+    check(make(3, dtype=dtype, int8_cache=True), slack)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_rotates_in_float32(dtype):
     """Keys are the turned ones of an idle table, rounded once more."""
-    arguments = make(B=3, layers=1, dtype=dtype)
+    arguments = make(3, layers=1, dtype=dtype)
     turned, idle = copied(arguments), copied(arguments)
     table = torch.tensor([1.0, 0.0]).expand(6, 4, 2).contiguous()
     idle[2] = idle[2]._replace(rotary=table)
@@ -149,7 +146,7 @@ def test_rotates_in_float32(dtype):
 @pytest.mark.parametrize("size", [3e4, 1e-3])
 def test_the_norm_leaves_float16_no_overflow(size):
     """x squared would be infinite, or lose its digits."""
-    code, embedding, weights, cache, position = make(B=3, layers=1, dtype=torch.float16)
+    code, embedding, weights, cache, position = make(3, layers=1, dtype=torch.float16)
     embedding = embedding.clamp(-1, 1) * size
     arguments = [code, embedding, weights, cache, position]
     _, ((k, v),) = oracle(*arguments)
@@ -172,14 +169,14 @@ def test_eps_counts(dtype):
 
 
 @given(
-    B=st.integers(1, 4), guided=st.booleans(), H=st.integers(1, 3), half=st.integers(1, 6),
+    rows=st.integers(1, 8), H=st.integers(1, 3), half=st.integers(1, 6),
     ffn=st.integers(1, 30), V=st.integers(1, 30), position=st.integers(0, 3),
     dtype=st.sampled_from(DTYPES[:2]), seed=st.integers(0, 2**31),
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
-def test_any_shape(B, guided, H, half, ffn, V, position, dtype, seed):
+def test_any_shape(rows, H, half, ffn, V, position, dtype, seed):
     """Of two channels a sum may nearly vanish, whose rounding the next norm magnifies."""
-    arguments = make(B, 2 * B if guided else B, H, 2 * half, 5, ffn, V, 1, dtype, seed=seed)
+    arguments = make(rows, H, 2 * half, 5, ffn, V, 1, dtype, seed=seed)
     check([*arguments[:4], position], slack=1e3)
 
 
@@ -187,7 +184,7 @@ def test_any_shape(B, guided, H, half, ffn, V, position, dtype, seed):
     "position", [torch.tensor([3]), torch.tensor(3), torch.tensor([3], dtype=torch.int32)], ids=str
 )
 def test_position_on_the_device(position):
-    arguments = make(rows=4)
+    arguments = make(4)
     want = ops.decode_step(*copied(arguments))
     for length in (None, position + 1):
         got = ops.decode_step(*copied(arguments)[:4], position, length)
@@ -230,7 +227,7 @@ def test_a_rotary_table_may_lie_anyhow_and_be_longer():
 
 def test_rows_of_a_larger_cache():
     """As guidance leaves it: a slice of the batch, written through to the whole."""
-    code, embedding, weights, small, position = make(B=2)
+    code, embedding, weights, small, position = make(2)
     large = KVCache(
         tuple(LayerCache(*(torch.cat([t, t + 1]) for t in layer[:2])) for layer in small)
     )
@@ -242,19 +239,10 @@ def test_rows_of_a_larger_cache():
         assert torch.equal(whole.keys[2:].nan_to_num(), old.keys[2:].nan_to_num())
 
 
-def test_guided_rows_start_from_the_same_codes():
-    code, embedding, weights, cache, position = make(B=2, rows=4)
-    for layer in cache:
-        for part in layer[:2]:
-            part[2:] = part[:2]
-    logits = ops.decode_step(code, embedding, weights, cache, position)
-    torch.testing.assert_close(logits[2:], logits[:2])
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, WORDS, {"int8_cache": True}], ids=str)
 def test_no_images(options, dtype):
-    arguments = make(B=0, dtype=dtype, **options)
+    arguments = make(0, dtype=dtype, **options)
     for position in (3, torch.tensor([3])):
         logits = ops.decode_step(*arguments[:4], position)
         assert logits.shape == (0, options.get("V", 11))
@@ -264,7 +252,7 @@ def test_no_images(options, dtype):
 @pytest.mark.parametrize("rows", [1, 3, 7])
 def test_it_needs_no_gradient_and_leaves_none(rows):
     """Weights are parameters, which need gradients as they come."""
-    arguments = make(B=rows)
+    arguments = make(rows)
     want = ops.decode_step(*copied(arguments))
 
     def learning(part):
@@ -297,7 +285,7 @@ def test_strided_weights():
 
 @pytest.mark.slow
 def test_torch_compile_takes_it_without_a_graph_break(implementation):
-    arguments = make(rows=4)
+    arguments = make(4)
     want = ops.decode_step(*copied(arguments)[:4], torch.tensor([3]))
     torch._dynamo.reset()
     compiled = torch.compile(ops.decode_step, backend="aot_eager", fullgraph=True)
@@ -349,21 +337,13 @@ def every_layer(cache: KVCache, change: Callable[[Tensor], Tensor]) -> KVCache:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        (
-            {"code": Tensor.int},
-            TypeError,
-            r"code must be an int64 tensor \[B\], got torch.int32 \[",
-        ),
-        (
-            {"code": lambda c: c[None]},
-            TypeError,
-            r"code must be an int64 tensor \[B\], got torch.int64 \[1, 2\]",
-        ),
-        ({"code": Tensor.tolist}, TypeError, r"code must be an int64 tensor \[B\], got list"),
+        ({"code": Tensor.int}, TypeError, "code must be torch.int64, got torch.int32"),
+        ({"code": Tensor.float}, TypeError, "code must hold integers, got torch.float32"),
+        ({"code": lambda c: c[None]}, ValueError, r"code must have shape \(2,\), got \(1, 2\)"),
+        ({"code": Tensor.tolist}, TypeError, "code must be a torch.Tensor, got list"),
         ({"code": lambda c: c + 7}, ValueError, r"code must be in \[0, 7\), got \d+"),
         ({"code": lambda c: c - 7}, ValueError, r"code must be in \[0, 7\), got -\d+"),
-        ({"code": lambda c: c[:0]}, ValueError, "the cache must have 0 or 0 rows, got 2"),
-        ({"code": lambda c: c.repeat(3)}, ValueError, "the cache must have 6 or 12 rows, got 2"),
+        ({"code": lambda c: c[:1]}, ValueError, r"code must have shape \(2,\), got \(1,\)"),
         ({"embedding": lambda e: e[0]}, ValueError, r"embedding must have shape \[N, C\], got"),
         ({"embedding": Tensor.int}, TypeError, "embedding must be floating point, got torch.int32"),
         ({"embedding": Tensor.double}, TypeError, "keys of layer 0 must be torch.float64, as"),
@@ -528,7 +508,7 @@ def every_layer(cache: KVCache, change: Callable[[Tensor], Tensor]) -> KVCache:
         (
             {"weights": lambda w: w._replace(rotary=w.rotary[:3])},
             ValueError,
-            "position must be in 0..2, got 3",
+            r"position must be in \[0, 3\), got 3",
         ),
         (
             {"weights": lambda w: w._replace(rotary=w.rotary[:, :2])},
@@ -540,10 +520,10 @@ def every_layer(cache: KVCache, change: Callable[[Tensor], Tensor]) -> KVCache:
         ({"weights": lambda w: w._replace(eps=math.inf)}, ValueError, "eps must be finite and at"),
         ({"weights": lambda w: w._replace(eps=None)}, TypeError, "eps must be a number, got None"),
         ({"weights": lambda w: w._replace(eps="a")}, TypeError, "eps must be a number, got str"),
-        ({"position": lambda p: 6}, ValueError, "position must be in 0..5, got 6"),
-        ({"position": lambda p: -1}, ValueError, "position must be in 0..5, got -1"),
-        ({"position": lambda p: True}, TypeError, "position must be an int or a tensor, got bool"),
-        ({"position": lambda p: 1.0}, TypeError, "position must be an int or a tensor, got float"),
+        ({"position": lambda p: 6}, ValueError, r"position must be in \[0, 6\), got 6"),
+        ({"position": lambda p: -1}, ValueError, r"position must be in \[0, 6\), got -1"),
+        ({"position": lambda p: True}, TypeError, "position must be an int, got bool"),
+        ({"position": lambda p: 1.0}, TypeError, "position must be an int, got float"),
         (
             {"position": lambda p: torch.tensor([1, 2])},
             ValueError,
@@ -575,9 +555,9 @@ def test_refuses_in_one_line(changes, error, message):
 @pytest.mark.parametrize(
     ("length", "error", "message"),
     [
-        (0, ValueError, "length must be in 1..6, got 0"),
-        (7, ValueError, "length must be in 1..6, got 7"),
-        (4.0, TypeError, "length must be an int or a tensor, got float"),
+        (0, ValueError, r"length must be in \[1, 7\), got 0"),
+        (7, ValueError, r"length must be in \[1, 7\), got 7"),
+        (4.0, TypeError, "length must be an int, got float"),
         (torch.tensor([4, 4]), ValueError, "length must have 1 elements, got shape"),
         (torch.tensor([4.0]), TypeError, "length must hold integers, got torch.float32"),
         (torch.tensor([4], device="meta"), ValueError, "length must be on cpu, as embedding is"),

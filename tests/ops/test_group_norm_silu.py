@@ -89,7 +89,7 @@ def test_autocast_mixes_dtypes_only_while_it_is_on():
         ({"bias": torch.zeros(8, dtype=torch.float16)}, TypeError, "bias must be torch.float32"),
         ({"bias": torch.zeros(8, device="meta")}, ValueError, "bias must be on cpu"),
         ({"num_groups": 3}, ValueError, "must divide the 8 channels, got 3"),
-        ({"num_groups": 0}, ValueError, "must divide the 8 channels, got 0"),
+        ({"num_groups": 0}, ValueError, r"num_groups must be in \[1, 2\^31\), got 0"),
         ({"num_groups": 2.0}, TypeError, "num_groups must be an int"),
         ({"eps": -1.0}, ValueError, "eps must be finite and at least 0"),
     ],

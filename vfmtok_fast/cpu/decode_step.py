@@ -37,10 +37,7 @@ def decode_step(
     position: int | Tensor, length: int | Tensor, attend: Callable[..., Tensor],
 ) -> Tensor:  # fmt: skip
     """See `vfmtok_fast.ops.decode_step`; ``attend`` is `ops.decode_attention`."""
-    rows = cache.layers[0].keys.shape[0]
     x = embedding.index_select(0, code)
-    if rows > len(code):
-        x = x.repeat(rows // len(code), 1)
     # Complex numbers: q and k rotate together, and pairs are never taken apart. A copy, for they
     # must lie at even places.
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -21,7 +21,7 @@ from .. import ops, switch, tf32
 from ..checks import check_class_ids
 from ..decoding import KVCache, StepWeights
 from ..graphs import capture, synchronize
-from ..ops.checks import check_integers
+from ..ops.checks import check_int, check_integers
 from .memory import told_if_out_of_memory
 from .sampling import Sampling
 
@@ -60,8 +60,7 @@ class Decoder:
         guided: bool = False,
         kv_dtype: torch.dtype | None = None,
     ):
-        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-            raise ValueError(f"decoder: batch must be an int of at least 1, got {batch!r}")
+        check_int("decoder", "batch", batch, 2**31, 1)
         check_kv_dtype("decoder", model, kv_dtype)
         self.batch, self.guided, self.kv_dtype = batch, guided, kv_dtype
         self._model = weakref.ref(model)
@@ -69,7 +68,7 @@ class Decoder:
         # Of the weights that graphs were captured with.
         self._addresses: tuple[int, ...] | None = None
         self._busy = threading.Lock()
-        config, device = model.config, model.device
+        config, device, rows = model.config, model.device, batch * (2 if guided else 1)
 
         def new(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
@@ -77,14 +76,14 @@ class Decoder:
         # Tensors of inference mode cannot be written to outside of it, where the next call may be.
         with told_if_out_of_memory(batch), torch.inference_mode(False):
             self.cache = KVCache.empty(
-                config.num_layers, batch * (2 if guided else 1), config.num_heads,
-                config.block_size, config.head_dim, dtype=kv_dtype or model.dtype, device=device,
+                config.num_layers, rows, config.num_heads, config.block_size, config.head_dim,
+                dtype=kv_dtype or model.dtype, device=device,
             )  # fmt: skip
             self.image_ids, self.codes = new(batch), new(batch, config.block_size)
-            # Of the first step, rows [conditional; unconditional].
-            self.classes = new(batch * (2 if guided else 1))
-            # The last code of each image; the position of the next, and the length up to it.
-            self.code, self.at = new(batch), new(2)
+            # The last code of each row, at first its class; rows are [conditional; unconditional].
+            self.code = new(rows)
+            # The position of the next code, and the length up to it.
+            self.at = new(2)
             self.seed = new(1)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
 
@@ -122,31 +121,24 @@ class Decoder:
             raise ValueError("decoder: guidance needs a decoder made with guided=True")
         if _made_for(model) != self._made_for:
             raise ValueError("decoder: the model or the current stream is another; make a new one")
-
-        def tell(step: int) -> None:
-            if progress is not None:
-                progress(B * (step + 1), B * model.config.block_size)
-
-        return self.run(class_ids, image_ids, settings, tell)
+        return self.run(class_ids, image_ids, settings, progress)
 
     @torch.no_grad()
     def run(
-        self, class_ids: Tensor, image_ids: Tensor, sampling: Sampling, tell: Callable[[int], None]
+        self, class_ids: Tensor, image_ids: Tensor, sampling: Sampling, progress: Progress | None
     ) -> Tensor:
-        """`generate` for arguments that were checked; ``tell`` hears of each position."""
+        """`generate` for arguments that were checked."""
         if not self._busy.acquire(blocking=False):
             raise RuntimeError("decoder: another call of it has not ended; make one for each")
-        device = self.code.device
-        # Streams and captures are the current device's, which may be another one.
-        there = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         try:
-            with there, told_if_out_of_memory(self.batch):
-                return self._run(class_ids, image_ids, sampling, tell)
+            # Streams and captures are the current device's, which may be another one.
+            with torch.cuda.device_of(self.code), told_if_out_of_memory(self.batch):
+                return self._run(class_ids, image_ids, sampling, progress)
         finally:
             self._busy.release()
 
     def _run(
-        self, class_ids: Tensor, image_ids: Tensor, sampling: Sampling, tell: Callable[[int], None]
+        self, class_ids: Tensor, image_ids: Tensor, sampling: Sampling, progress: Progress | None
     ) -> Tensor:
         model, B = self._model(), len(class_ids)
         config, weights = model.config, model.step_weights()
@@ -154,69 +146,66 @@ class Decoder:
             self.end()
             self._addresses = addresses
         self.image_ids[:B].copy_(image_ids)
-        self.classes.fill_(config.num_classes)
+        self.code.fill_(config.num_classes)
         # Rows beyond the images compute along, of a class that exists.
-        self.classes[: self.batch].zero_()
-        self.classes[:B].copy_(class_ids)
+        self.code[: self.batch].zero_()
+        self.code[:B].copy_(class_ids)
         self.at.fill_(0)
         self.at[1:].add_(1)
         # torch holds no larger integers.
         self.seed.fill_(sampling.seed - 2**64 * (sampling.seed >= 2**63))
         replayed = model.device.type == "cuda" and switch.policy().ops >= STEP_OPS
         for step in range(config.block_size):
-            cache = self._rows(sampling.guided(step))
-            code, embedding = self.code, model.token_embedding.weight
-            if step == 0:
-                code = self.classes[: len(cache.layers[0].keys)]
-                embedding = model.class_embedding.weight
+            guided = sampling.guided(step)
+            cache = self.cache if guided == self.guided else self.cache.first_rows(self.batch)
+            embedding = (model.token_embedding if step else model.class_embedding).weight
             if replayed:
-                self._replay(weights, cache, sampling, code, embedding)
+                self._replay(weights, cache, sampling, embedding)
             else:
-                self._advance(weights, cache, sampling, code, embedding, step)
-            tell(step)
+                self._advance(weights, cache, sampling, embedding, step)
+            if progress is not None:
+                progress(B * (step + 1), B * config.block_size)
         return self.codes[:B].clone()
 
-    def _rows(self, guided: bool) -> KVCache:
-        return self.cache if guided == self.guided else self.cache.first_rows(self.batch)
-
     def _advance(
-        self, weights: StepWeights, cache: KVCache, sampling: Sampling, code: Tensor,
-        embedding: Tensor, at: int | Tensor,
+        self, weights: StepWeights, cache: KVCache, sampling: Sampling, embedding: Tensor,
+        at: int | Tensor,
     ) -> None:  # fmt: skip
-        """One step: ``code`` gives the code of position ``at``, an int or ``self.at``.
+        """One step: ``self.code`` gives the code of position ``at``, an int or ``self.at``.
 
         With a tensor no value is read on the host, so this can be captured, for any seed.
         """
         captured = isinstance(at, Tensor)
         position, length = at.split(1) if captured else (at, at + 1)
+        code = self.code[: len(cache.layers[0].keys)]
         logits = ops.decode_step(code, embedding, weights, cache, position, length)
         seed = self.seed if captured else None
-        self.code.copy_(sampling.draw(logits, self.image_ids, position, seed))
+        drawn = sampling.draw(logits, self.image_ids, position, seed)
+        self.code.view(-1, self.batch).copy_(drawn)
         if captured:
-            self.codes.index_copy_(1, position, self.code[:, None])
+            self.codes.index_copy_(1, position, drawn[:, None])
             at.add_(1)
         else:
             # Not codes[:, at], of which torch.compile makes a variant for every position.
-            self.codes.select(1, at).copy_(self.code)
+            self.codes.select(1, at).copy_(drawn)
 
     def _replay(
-        self, weights: StepWeights, cache: KVCache, sampling: Sampling, code: Tensor,
-        embedding: Tensor,
-    ) -> None:  # fmt: skip
+        self, weights: StepWeights, cache: KVCache, sampling: Sampling, embedding: Tensor
+    ) -> None:
         """One step on a GPU: eagerly the first time, which warms up, then captured and replayed.
 
         Settings are baked into a graph, but for the seed, and so is what the switch takes; a change
         captures anew.
         """
         settings, rows = replace(sampling, seed=0), len(cache.layers[0].keys)
-        key = (settings, switch.policy(), switch.generation(), rows, code is self.code)
+        key = (settings, switch.policy(), switch.generation(), rows, embedding.data_ptr())
         if key in self.graphs:
             self.graphs[key].replay()
             switch.record_replay("a decode step")
             return
         # Graphs of other settings would pile up: three are alive, the first step's, guided and not.
         self.graphs = {old: graph for old, graph in self.graphs.items() if old[:3] == key[:3]}
-        step = (weights, cache, sampling, code, embedding, self.at)
+        step = (weights, cache, sampling, embedding, self.at)
         # The step that warms up counts, the one that is recorded does not run.
         # Beside a tokenizer that decodes in another thread: its TF32 would stay in the graph.
         with tf32.settled():
@@ -239,8 +228,8 @@ def checked_ids(
 ) -> tuple[Tensor, Tensor]:
     """Check what is to be generated; class ids and image ids int64 [B] on the model's device."""
     if isinstance(class_ids, list | tuple | range):
-        kind = None if class_ids else torch.int64
-        class_ids = torch.tensor(class_ids, dtype=kind, device="cpu")
+        dtype = None if class_ids else torch.int64
+        class_ids = torch.tensor(class_ids, dtype=dtype, device="cpu")
     check_class_ids("generate", class_ids, model.config.num_classes)
     sampling.check()
     if image_ids is None:

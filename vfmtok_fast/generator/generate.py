@@ -32,14 +32,13 @@ def batches(
         for first in range(0, count, size):
             images = slice(first, min(first + size, count))
 
-            def tell(step: int, images: slice = images) -> None:
+            def told(done: int, total: int, before: int = first * length) -> None:
                 if progress is not None:
-                    done = images.stop - images.start
-                    progress(images.start * length + done * (step + 1), count * length)
+                    progress(before + done, count * length)
 
             # The last batch, if smaller, fills the buffers and graphs of the others in part.
             with model.kept.decoder(model, min(size, count), guided, kv_dtype) as decoder:
-                codes = decoder.run(class_ids[images], image_ids[images], sampling, tell)
+                codes = decoder.run(class_ids[images], image_ids[images], sampling, told)
             yield images, codes
 
     return finished()

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import ops
+from ..ops.checks import check_int
 from ..ops.sample_token import check_sampling
 
 
@@ -34,11 +35,12 @@ class Sampling:
 
     def check(self) -> None:
         """Raise one line for a setting outside its range."""
-        settings = {k: v for k, v in vars(self).items() if k not in ("cfg_interval", "greedy")}
-        check_sampling("generate", **settings)
-        interval = self.cfg_interval
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < -1:
-            raise ValueError(f"generate: cfg_interval must be an integer from -1, got {interval!r}")
+        check_sampling(
+            "generate", cfg_scale=self.cfg_scale, temperature=self.temperature, top_k=self.top_k,
+            top_p=self.top_p,
+        )  # fmt: skip
+        check_int("generate", "seed", self.seed, 2**64)
+        check_int("generate", "cfg_interval", self.cfg_interval, 2**31, -1)
 
     def guided(self, step: int) -> bool:
         """Whether code ``step`` is guided; step s is the release's decode step s - 1."""

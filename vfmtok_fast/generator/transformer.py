@@ -18,6 +18,7 @@ from ..configs import config_from_mapping
 from ..decoding import BlockWeights, StepWeights
 from ..functional import rms_norm, rotate, through
 from ..hub import HubModel, register_constant
+from ..ops.checks import check_int
 from .config import PRESETS, GPTConfig
 from .decoder import Decoder, Kept, Progress
 from .generate import batches
@@ -332,12 +333,7 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
             MemoryError: ``batch_size`` images do not fit; the line says how many would.
         """
         if batch_size is not None:
-            if isinstance(batch_size, bool) or not isinstance(batch_size, int):
-                raise TypeError(
-                    f"stream: batch_size must be an int, got {type(batch_size).__name__}"
-                )
-            if batch_size < 1:
-                raise ValueError(f"stream: batch_size must be at least 1, got {batch_size}")
+            check_int("stream", "batch_size", batch_size, 2**31, 1)
         return batches(
             self, class_ids, image_ids, Sampling.of("stream", sampling), batch_size=batch_size,
             memory=memory, progress=progress, kv_dtype=kv_dtype,

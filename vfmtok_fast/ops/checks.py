@@ -64,13 +64,14 @@ def check_integers(op: str, name: str, value: object, shape: tuple[int, ...]) ->
         raise TypeError(f"{op}: {name} must hold integers, got {value.dtype}")
 
 
-def check_int(op: str, name: str, value: object, high: int) -> None:
-    """Require an int in [0, high)."""
+def check_int(op: str, name: str, value: object, high: int, low: int = 0) -> None:
+    """Require an int in [low, high)."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
-    if not 0 <= value < high:
-        # The bounds are powers of two.
-        raise ValueError(f"{op}: {name} must be in [0, 2^{high.bit_length() - 1}), got {value}")
+    if not low <= value < high:
+        # The large ones are powers of two.
+        bound = high if high < 2**31 else f"2^{high.bit_length() - 1}"
+        raise ValueError(f"{op}: {name} must be in [{low}, {bound}), got {value}")
 
 
 def check_number(op: str, name: str, value: object) -> None:
@@ -88,8 +89,8 @@ def check_eps(op: str, eps: object) -> None:
 
 def check_groups(op: str, groups: object, channels: int) -> None:
     """Require a number of groups that divides ``channels``."""
-    check_int(op, "num_groups", groups, 2**31)
-    if groups < 1 or channels % groups:
+    check_int(op, "num_groups", groups, 2**31, 1)
+    if channels % groups:
         raise ValueError(f"{op}: num_groups must divide the {channels} channels, got {groups}")
 
 
@@ -100,23 +101,18 @@ def check_position(
 
     The values of a tensor are not checked, which would need a synchronisation.
     """
+    if not isinstance(value, Tensor):
+        check_int(op, name, value, high, low)
+        return
+    if value.dtype not in INTEGER:
+        raise TypeError(f"{op}: {name} must hold integers, got {value.dtype}")
     ((other_name, other),) = like.items()
-    if isinstance(value, Tensor):
-        if value.dtype not in INTEGER:
-            raise TypeError(f"{op}: {name} must hold integers, got {value.dtype}")
-        if value.device != other.device:
-            raise ValueError(
-                f"{op}: {name} must be on {other.device}, as {other_name} is, got {value.device}"
-            )
-        if value.numel() not in counts:
-            allowed = " or ".join(str(count) for count in sorted(set(counts)))
-            raise ValueError(
-                f"{op}: {name} must have {allowed} elements, got shape {tuple(value.shape)}"
-            )
-    elif isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{op}: {name} must be an int or a tensor, got {type(value).__name__}")
-    elif not low <= value < high:
-        raise ValueError(f"{op}: {name} must be in {low}..{high - 1}, got {value}")
+    check_on(op, name, value, other_name, other)
+    if value.numel() not in counts:
+        allowed = " or ".join(str(count) for count in sorted(set(counts)))
+        raise ValueError(
+            f"{op}: {name} must have {allowed} elements, got shape {tuple(value.shape)}"
+        )
 
 
 def check_range(op: str, name: str, value: Tensor, low: int, high: int) -> None:

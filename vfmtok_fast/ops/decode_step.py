@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ..decoding import KVCache, StepWeights
 from ..reference import decode_step as reference
 from ..switch import Op
-from .checks import check_eps, check_on, check_position, check_range, check_shape, check_tensor
+from .checks import (
+    check_eps,
+    check_integers,
+    check_on,
+    check_position,
+    check_range,
+    check_shape,
+    check_tensor,
+)
 from .decode_attention import decode_attention
 
 _op = Op("decode_step", reference.decode_step)
@@ -24,8 +30,6 @@ def decode_step(
     cache: KVCache,
     position: int | Tensor,
     length: int | Tensor | None = None,
-    *,
-    attend: Callable[..., Tensor] = decode_attention,
 ) -> Tensor:
     """Logits of the code after ``code``, whose keys and values go into the cache, in place.
 
@@ -33,8 +37,7 @@ def decode_step(
     choice of its own. For inference: there is no backward pass.
 
     Args:
-        code: [B] int64, a row of ``embedding`` for each image; R = B, or 2 B with guidance, whose
-            rows of the cache are [conditional; unconditional] and start from the same codes.
+        code: [R] int64, a row of ``embedding`` for each row of the cache.
         embedding: [N, C], of codes, or of classes in the first step.
         weights: of all blocks and the head, of the embedding's dtype.
         cache: a layer for each block, R rows, of that dtype or int8; position ``position`` of all
@@ -42,13 +45,13 @@ def decode_step(
         position: in 0..T - 1: an int, or an integer tensor of one element that stays on its device
             (its value is not checked, which would need a synchronisation).
         length: ``position + 1``, of the same kind, for who has it: on a GPU it is a launch.
-        attend: what is called as `ops.decode_attention`, which it is unless you have another.
 
     Returns:
         float32 [R, V] (float64 of float64).
 
     Raises:
-        TypeError: not floating tensors, two dtypes, autocast, a position that is no integer.
+        TypeError: not floating tensors, two dtypes, codes that are not int64, autocast, a position
+            that is no integer.
         ValueError: shapes that do not fit each other, two devices, a position or code outside.
 
     Source: LlamaGen (arXiv 2406.06525), autoregressive/models/gpt.py.
@@ -56,7 +59,7 @@ def decode_step(
     if length is None:
         length = position + 1
     _check(code, embedding, weights, cache, position, length)
-    return _op(code, embedding, weights, cache, position, length, attend)
+    return _op(code, embedding, weights, cache, position, length, decode_attention)
 
 
 def _check(
@@ -65,12 +68,21 @@ def _check(
 ) -> None:  # fmt: skip
     name = "decode_step"
     check_tensor(name, "embedding", embedding, "[N, C]", 2)
-    if not isinstance(code, Tensor) or code.dtype != torch.int64 or code.ndim != 1:
-        got = (
-            f"{code.dtype} {list(code.shape)}" if isinstance(code, Tensor) else type(code).__name__
+    if len(cache) != len(weights.blocks) or not weights.blocks:
+        raise ValueError(
+            f"{name}: the cache must have a layer for each block, got {len(cache)} for "
+            f"{len(weights.blocks)}"
         )
-        raise TypeError(f"{name}: code must be an int64 tensor [B], got {got}")
+    keys, C = cache.layers[0].keys, embedding.shape[1]
+    if keys.ndim != 4 or keys.shape[3] % 2:
+        raise ValueError(
+            f"{name}: keys of layer 0 must have shape [R, H, T, D], D even, got {tuple(keys.shape)}"
+        )
+    R, H, T, D = keys.shape
+    check_integers(name, "code", code, (R,))
     check_on(name, "code", code, "embedding", embedding)
+    if code.dtype != torch.int64:
+        raise TypeError(f"{name}: code must be torch.int64, got {code.dtype}")
     if code.device.type == "cpu":  # Elsewhere it would have to be waited for.
         check_range(name, "code", code, 0, embedding.shape[0])
     if torch.is_autocast_enabled(embedding.device.type):
@@ -78,19 +90,6 @@ def _check(
             f"{name}: it must not be under autocast, which would change dtypes op by op; convert "
             "the model instead, as with gpt.bfloat16()"
         )
-    if len(cache) != len(weights.blocks) or not weights.blocks:
-        raise ValueError(
-            f"{name}: the cache must have a layer for each block, got {len(cache)} for "
-            f"{len(weights.blocks)}"
-        )
-    keys, B, C = cache.layers[0].keys, len(code), embedding.shape[1]
-    if keys.ndim != 4 or keys.shape[3] % 2:
-        raise ValueError(
-            f"{name}: keys of layer 0 must have shape [R, H, T, D], D even, got {tuple(keys.shape)}"
-        )
-    R, H, T, D = keys.shape
-    if R != B and R != 2 * B:
-        raise ValueError(f"{name}: the cache must have {B} or {2 * B} rows, got {R}")
     for i, (block, layer) in enumerate(zip(weights.blocks, cache, strict=True)):
         if (layer.key_scale is None) != (layer.value_scale is None):
             raise TypeError(f"{name}: keys and values of layer {i} must both have scales, or none")
@@ -120,8 +119,7 @@ def _check_part(
     what: str, part: Tensor, shape: tuple[int, ...], like: Tensor, scale: Tensor | None = None
 ) -> None:
     """Require that shape, and the dtype of ``like``; or int8 of a cache that has scales."""
-    if tuple(part.shape) != shape:
-        raise ValueError(f"decode_step: {what} must have shape {shape}, got {tuple(part.shape)}")
+    check_shape("decode_step", what, part, shape)
     if part.dtype != (like.dtype if scale is None else torch.int8):
         wanted = f"{like.dtype}, as embedding is" if scale is None else "int8, as it has a scale"
         alone = " without a scale" if part.dtype == torch.int8 else ""

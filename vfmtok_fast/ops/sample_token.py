@@ -9,7 +9,16 @@ from torch import Tensor
 
 from ..reference import sample_token as reference
 from ..switch import Op
-from .checks import INTEGER, check_int, check_integers, check_number, check_same, check_tensor
+from .checks import (
+    check_int,
+    check_integers,
+    check_number,
+    check_on,
+    check_position,
+    check_same,
+    check_shape,
+    check_tensor,
+)
 
 _op = Op("sample_token", reference.sample_token)
 
@@ -37,8 +46,8 @@ def sample_token(
     Args:
         logits: [B, V], conditional logits.
         image_ids: [B] integers, which image each row belongs to.
-        step: which code of the image this is; an int or an integer tensor of one element that
-            holds a number in [0, 2^32).
+        step: which code of the image this is; an int or an integer tensor of one element, on the
+            logits' device, that holds a number in [0, 2^32).
         uncond_logits: [B, V]; if given, ``uncond + cfg_scale * (logits - uncond)`` is sampled.
         cfg_scale: guidance scale; 1 is the conditional law.
         temperature: divides the logits, at least 1e-5.
@@ -52,8 +61,9 @@ def sample_token(
         int64 [B].
 
     Raises:
-        TypeError: logits not floating or of two dtypes, or image ids, top_k or seed no integers.
-        ValueError: shapes, or a setting outside its range.
+        TypeError: logits not floating or of two dtypes, or image ids, step, top_k or seed
+            no integers.
+        ValueError: shapes, two devices, or a setting outside its range.
 
     Source: LlamaGen's sampler (guidance, filters); Gumbel-max after Maddison et al. 2014.
     """
@@ -62,36 +72,16 @@ def sample_token(
     if uncond_logits is not None:
         check_tensor(name, "uncond_logits", uncond_logits, "[B, V]", 2)
         check_same(name, logits=logits, uncond_logits=uncond_logits)
-        if uncond_logits.shape != logits.shape:
-            raise ValueError(
-                f"{name}: uncond_logits must have shape {tuple(logits.shape)}, "
-                f"got {tuple(uncond_logits.shape)}"
-            )
+        check_shape(name, "uncond_logits", uncond_logits, tuple(logits.shape))
     if logits.shape[1] == 0:
         raise ValueError(f"{name}: logits must have at least one code, got {tuple(logits.shape)}")
     check_integers(name, "image_ids", image_ids, (logits.shape[0],))
-    if image_ids.device != logits.device:
-        raise ValueError(
-            f"{name}: image_ids must be on {logits.device}, as logits is, got {image_ids.device}"
-        )
-    if not isinstance(step, Tensor):
-        check_int(name, "step", step, 2**32)
-    elif step.dtype not in INTEGER or step.numel() != 1:
-        raise ValueError(
-            f"{name}: step must be an int or an integer tensor of one element, "
-            f"got {step.dtype} {tuple(step.shape)}"
-        )
-    known = seed
-    if isinstance(seed, Tensor):
-        known = 0  # Its value would have to be waited for, and all are right.
-        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != logits.device:
-            raise ValueError(
-                f"{name}: seed must be an int or an int64 tensor of one element on "
-                f"{logits.device}, got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
-            )
-    check_sampling(
-        name, cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p, seed=known
-    )
+    check_on(name, "image_ids", image_ids, "logits", logits)
+    check_position(name, "step", step, 0, 2**32, (1,), logits=logits)
+    check_position(name, "seed", seed, 0, 2**64, (1,), logits=logits)
+    if isinstance(seed, Tensor) and seed.dtype != torch.int64:
+        raise TypeError(f"{name}: seed must be torch.int64, got {seed.dtype}")
+    check_sampling(name, cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p)
     return _op(
         logits,
         image_ids,
@@ -107,7 +97,7 @@ def sample_token(
 
 
 def check_sampling(
-    op: str, *, cfg_scale: float, temperature: float, top_k: int, top_p: float, seed: int
+    op: str, *, cfg_scale: float, temperature: float, top_k: int, top_p: float
 ) -> None:
     """Raise one line for a sampling setting outside its range; ``op`` names the caller."""
     for name, value in (("cfg_scale", cfg_scale), ("temperature", temperature), ("top_p", top_p)):
@@ -119,4 +109,3 @@ def check_sampling(
     check_int(op, "top_k", top_k, 2**31)
     if not 0 < top_p <= 1:
         raise ValueError(f"{op}: top_p must be in (0, 1], got {top_p}")
-    check_int(op, "seed", seed, 2**64)

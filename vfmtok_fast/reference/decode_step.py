@@ -17,8 +17,7 @@ def decode_step(
     position: int | Tensor, length: int | Tensor, attend: Callable[..., Tensor],
 ) -> Tensor:  # fmt: skip
     """See `vfmtok_fast.ops.decode_step`; ``attend`` is `ops.decode_attention`."""
-    rows = cache.layers[0].keys.shape[0]
-    x = F.embedding(code, embedding).repeat(rows // max(len(code), 1), 1)
+    x = F.embedding(code, embedding)
     for block, layer in zip(weights.blocks, cache, strict=True):
         x = x + attention(x, block, layer, weights, position, length, attend)
         x = x + feed_forward(x, block, weights.eps)

@@ -135,10 +135,9 @@ def _sample_token(new: New, device, *, B: int, V: int, guided: bool = True, **se
 
 
 def _decode_step(
-    new: New, device, *, B: int, rows: int, layers: int, C: int, H: int, F: int, V: int, T: int,
+    new: New, device, *, rows: int, layers: int, C: int, H: int, F: int, V: int, T: int,
     position: int, int8_cache: bool = False,
 ):  # fmt: skip
-    """``rows``: of the cache, B or with guidance 2 B."""
     D = C // H
 
     blocks = tuple(
@@ -154,7 +153,7 @@ def _decode_step(
                 part.copy_(new(*part.shape, dtype=part.dtype))
     at = torch.full((2,), position, device=device, dtype=torch.int64)
     at[1:] += 1
-    code = torch.zeros(B, device=device, dtype=torch.int64)
+    code = torch.zeros(rows, device=device, dtype=torch.int64)
     weights = StepWeights(blocks, new(C), new(V, C), rotary)
     return (code, new(1, C), weights, cache, at[:1], at[1:]), {"attend": decode_attention}
 
@@ -244,6 +243,6 @@ def generator_calls(name: str, config: GPTConfig, dtype: str = "bfloat16") -> li
             sizes = {"B": B, "V": V, "cfg_scale": 1.5, **filters}
             calls.append(Call("sample_token", f"{B} guided{what}", "float32", sizes))
     for B in (1, 16, 64):
-        sizes = {"B": B, "rows": 2 * B, **step}
+        sizes = {"rows": 2 * B, **step}
         calls.append(Call("decode_step", f"{name} {B} guided", dtype, sizes))
     return calls
