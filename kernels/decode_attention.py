@@ -319,7 +319,7 @@ def decode_attention(
 def tuning_key(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor, **scales: Tensor | None
 ) -> tuple[str, int]:
-    """What a measurement counts for: see `tuning`. No batch: an image's bits do not depend on it."""
+    """What a measurement counts for (see `tuning`): no batch, on which no image's bits depend."""
     cache = " int8 cache" if k_cache.dtype == torch.int8 else ""
     return f"{dtype_name(q)} D={q.shape[2]}{cache}", k_cache.shape[2]
 
