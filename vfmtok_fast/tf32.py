@@ -25,7 +25,7 @@ def computing(device: torch.device, tf32: bool) -> Iterator[None]:
         yield
         return
     with _switches:
-        before = [setting.fp32_precision for setting in _settings()]
+        before, named = [setting.fp32_precision for setting in _settings()], _named()
         _set(["tf32" if tf32 else "ieee"] * len(before))
         token = _tf32.set(tf32)
         try:
@@ -33,11 +33,21 @@ def computing(device: torch.device, tf32: bool) -> Iterator[None]:
         finally:
             _tf32.reset(token)
             _set(before)
+            if named == "medium":  # Which no switch of `_set` knows.
+                torch.set_float32_matmul_precision(named)
 
 
 def settled() -> threading.RLock:
     """A lock: while it is held the switches are the process's own, and nobody moves them."""
     return _switches
+
+
+def _named() -> str | None:
+    """What `torch.set_float32_matmul_precision` was told; None where a new name says otherwise."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
 
 
 def _settings() -> tuple:

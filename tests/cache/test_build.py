@@ -377,6 +377,8 @@ def test_until_the_first_shard_the_batch_size_may_change(tree, tmp_path, out, to
     with pytest.raises(cache.ImagesChanged, match="with a batch size of 3 instead of 64; run aga"):
         cache.encode_shard(slow, 0)
     cache.build(tree, out, tokenizer, **SMALL)
+    with pytest.raises(cache.ImagesChanged, match="with a batch size of 3 instead of 64; run aga"):
+        cache.finish(slow)
     cache.build(tree, tmp_path / "new", tokenizer, **SMALL)
     assert fake.read_tree(out) == fake.read_tree(tmp_path / "new")
     with pytest.raises(cache.FingerprintMismatch, match=r"batch_size \(there 3, here 2\)"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,12 +12,10 @@ import pytest
 
 from vfmtok_fast import cache, cli
 from vfmtok_fast.cache.format import index, shards
-from vfmtok_fast.cache.make import changes, job, parts
+from vfmtok_fast.cache.make import changes, job, parts, prepare, progress
 from vfmtok_fast.cache.sources import open_source
 from vfmtok_fast.cache.store import atomic
 
-# The module; the package has a function of that name.
-PREPARE = sys.modules["vfmtok_fast.cache.make.prepare"]
 SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2}
 
 
@@ -166,9 +163,9 @@ def test_many_processes_extend_as_one(tree, out, tokenizer, fake, monkeypatch):
             job = cache.prepare(tree, out, fake.FakeTokenizer(), extend=True, **SMALL)
             assert done() and job.manifest.images == 12
 
-    monkeypatch.setattr(PREPARE, "_await", await_first)
+    monkeypatch.setattr(prepare, "_await", await_first)
     # Rank 0 is not there to do its shards.
-    monkeypatch.setattr(sys.modules["vfmtok_fast.cache.make.progress"], "SLOW_SHARD", 0.1)
+    monkeypatch.setattr(progress, "SLOW_SHARD", 0.1)
     extended = {"extend": True, "rank": 1, "world_size": 2}
     assert cache.build(tree, out, tokenizer, **extended, **SMALL).images == 12
     assert len(waited) == 1
@@ -250,7 +247,7 @@ def test_listing_goes_on_behind_the_last_part(tmp_path, tokenizer, fake, monkeyp
     for stop in range(2, total, 4):
         out = tmp_path / f"out{stop}"
         with monkeypatch.context() as patch:
-            patch.setattr(PREPARE, "_check_any_readable", lambda source: None)
+            patch.setattr(prepare, "_check_any_readable", lambda source: None)
             patch.setattr(type(open_source(root)), "entries", counted)
             listed.clear()
             with pytest.raises(Stop):
@@ -304,14 +301,25 @@ def test_parts_that_are_no_parts(tree, out, tokenizer):
         cache.build(tree, out, tokenizer, **SMALL)
 
 
-def test_install_refuses_what_does_not_fit(tree, out, tokenizer, fake):
+def test_an_extension_that_lost_its_index(tree, out, tokenizer, fake):
+    """It is forgotten, unless the index is not that of the cache either."""
     cache.build(tree, out, tokenizer, **SMALL)
     add(fake, tree, "class0/0.png")
     other = out.with_name("other")
     cache.build(tree, other, tokenizer, **SMALL)
     shutil.copy(other / "manifest.json", out / changes.NEXT_MANIFEST)
-    with pytest.raises(ValueError, match="manifest-next.json: does not fit the index"):
+    with pytest.raises(cache.ImagesChanged, match="1 added"):
         cache.build(tree, out, tokenizer, **SMALL)
+    assert not (out / changes.NEXT_MANIFEST).exists() and cache.verify(out).ok
+    assert extended(tree, out, fake).images == 12
+    add(fake, tree, "class0/1.png")
+    for folder in (out.with_name("more"), out.with_name("most")):
+        cache.build(tree, folder, tokenizer, **SMALL)
+        add(fake, tree, "class0/2.png")
+    shutil.copy(out.with_name("more") / "manifest.json", out / changes.NEXT_MANIFEST)
+    shutil.copy(out.with_name("most") / "index.parquet", out / "index.parquet")
+    with pytest.raises(ValueError, match="manifest-next.json: does not fit the index"):
+        cache.build(tree, out, tokenizer, extend=True, **SMALL)
 
 
 @pytest.mark.parametrize("how", ["repair", "extend", "extend with more"])
@@ -446,14 +454,14 @@ def test_mended_shards_are_gone_before_the_manifest_says_so(tmp_path, out, fake,
 def test_an_index_that_another_extends_is_not_damaged(tree, out, tokenizer, fake, monkeypatch):
     cache.build(tree, out, tokenizer, **SMALL)
     add(fake, tree, "class0/0.png")
-    check = PREPARE.manifest.check_same
+    check = prepare.manifest.check_same
 
     def meanwhile(*arguments):
         monkeypatch.undo()
         cache.prepare(tree, out, fake.FakeTokenizer(), extend=True, **SMALL)
         check(*arguments)
 
-    monkeypatch.setattr(PREPARE.manifest, "check_same", meanwhile)
+    monkeypatch.setattr(prepare.manifest, "check_same", meanwhile)
     assert cache.prepare(tree, out, tokenizer, **SMALL).manifest.images == 12
 
 
@@ -487,6 +495,49 @@ def test_two_that_extend_at_once_lose_nothing(tree, out, tokenizer, fake, monkey
 
     monkeypatch.setattr(index, "write_index", meanwhile)
     assert extended(tree, out, fake).images == 12 and cache.verify(out).ok
+
+
+def test_two_listings_at_once_leave_a_sound_cache(tree, out, tokenizer, fake, monkeypatch):
+    """The second writes its index over the first one's, which has no manifest yet."""
+    cache.build(tree, out, tokenizer, **SMALL)
+    add(fake, tree, "class0/a.png")
+    write, calls = index.write_index, []
+
+    def meanwhile(path, *rest):
+        found = write(path, *rest)
+        if path.name == changes.NEXT_INDEX:
+            calls.append(path)
+            if len(calls) == 1:
+                add(fake, tree, "class0/b.png")
+                with pytest.raises(Stop):
+                    cache.prepare(tree, out, fake.FakeTokenizer(), extend=True, **SMALL)
+            elif len(calls) == 2:
+                raise Stop
+        return found
+
+    monkeypatch.setattr(index, "write_index", meanwhile)
+    extended(tree, out, fake)
+    assert extended(tree, out, fake).images == 13 and cache.verify(out).ok
+
+
+def test_a_batch_size_and_an_extension_at_once(tree, out, tokenizer, fake, monkeypatch):
+    """Of a cache without a shard; the weights' hash takes long enough for both."""
+    cache.prepare(tree, out, tokenizer, **{**SMALL, "batch_size": 64})
+    add(fake, tree, "class0/a.png")
+    describe, jobs = prepare.describe, []
+
+    def slow(*arguments):
+        found = describe(*arguments)
+        if not jobs:
+            jobs.append(None)
+            jobs[0] = cache.prepare(tree, out, fake.FakeTokenizer(), extend=True, **SMALL)
+            cache.encode_shard(jobs[0], 0)
+        return found
+
+    monkeypatch.setattr(prepare, "describe", slow)
+    job = cache.prepare(tree, out, tokenizer, extend=True, rank=1, **SMALL)
+    assert job.manifest == jobs[0].manifest and job.manifest.images == 12
+    assert cache.build(tree, out, tokenizer, **SMALL).images == 12 and cache.verify(out).ok
 
 
 def test_one_that_began_before_completes_no_extended_cache(tmp_path, out, tokenizer, fake):

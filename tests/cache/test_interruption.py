@@ -16,6 +16,7 @@ from scripts import DIE_AT_RENAME, START
 
 import vfmtok_fast
 from vfmtok_fast import cache
+from vfmtok_fast.cache.sources.folder import walk
 from vfmtok_fast.cache.store import atomic
 
 SMALL = {"batch_size": 3, "shard_size": 2, "workers": 2}
@@ -233,7 +234,6 @@ def test_disk_full(tree, out, tokenizer, fake):
 
 
 def test_disk_full_while_indexing(tree, out, tokenizer, fake, monkeypatch):
-    walk = sys.modules["vfmtok_fast.cache.sources.folder"].walk
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     walks = []
 

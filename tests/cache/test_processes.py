@@ -15,6 +15,7 @@ from tqdm import tqdm
 import vfmtok_fast
 from vfmtok_fast import cache
 from vfmtok_fast.cache.format import shards
+from vfmtok_fast.cache.make import parts, prepare, progress
 from vfmtok_fast.cache.make.progress import State, reporting
 from vfmtok_fast.cache.store import LocalPlace
 
@@ -105,7 +106,7 @@ def test_what_others_did_meanwhile_is_not_done_again(tree, tmp_path, out, tokeni
 
 def test_a_rank_waits_for_what_another_is_at_work_on(tree, out, tokenizer, monkeypatch, fake):
     job = cache.prepare(tree, out, fake.FakeTokenizer(), **SMALL)
-    state = sys.modules["vfmtok_fast.cache.make.progress"].State
+    state = progress.State
     waited = []
 
     def wait_for(self, numbers):
@@ -128,8 +129,8 @@ def test_a_rank_alone_does_the_shards_of_the_others(tree, tmp_path, out, tokeniz
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "write_shard", noted)
-        patch.setattr(sys.modules["vfmtok_fast.cache.make.prepare"], "INDEX_PATIENCE", 0.3)
-        patch.setattr(sys.modules["vfmtok_fast.cache.make.progress"], "LEAST_PATIENCE", 0.1)
+        patch.setattr(prepare, "INDEX_PATIENCE", 0.3)
+        patch.setattr(progress, "LEAST_PATIENCE", 0.1)
         summary = cache.build(tree, out, tokenizer, rank=1, world_size=3, **SMALL)
     assert summary.encoded == 11 and written == [1, 4, 3, 2, 0, 5]
     assert cache.verify(out, tokenizer, tree).ok
@@ -164,7 +165,7 @@ def test_shares_that_will_not_do(tree, out, tokenizer, arguments, text):
 
 def test_other_ranks_leave_the_index_to_the_first(tree, out, tokenizer, monkeypatch, fake):
     indexed = []
-    write = sys.modules["vfmtok_fast.cache.make.parts"].write_in_parts
+    write = parts.write_in_parts
 
     def counted(*arguments):
         indexed.append(threading.current_thread().name)
@@ -183,7 +184,7 @@ def test_other_ranks_leave_the_index_to_the_first(tree, out, tokenizer, monkeypa
 @pytest.mark.parametrize("view", ["center", "center-flip"])
 def test_another_manifest_at_the_same_time(tree, out, tokenizer, monkeypatch, view):
     """Another process begins and ends its indexing during ours; harmless, if it does the same."""
-    write = sys.modules["vfmtok_fast.cache.make.parts"].write_in_parts
+    write = parts.write_in_parts
 
     def meanwhile(*arguments):
         monkeypatch.undo()

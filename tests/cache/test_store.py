@@ -161,6 +161,23 @@ print(killed)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("moment", ["before", "torn", "after"])
+def test_an_extension_that_dies_in_any_put_goes_on(tree, url, tokenizer, fake, moment):
+    cache.build(tree, url, tokenizer, **SMALL)
+    fake.write_picture(tree / "class0" / "zz.png", 77)
+    for at in itertools.count(1):
+        Faulty.arm(at, moment)
+        try:
+            cache.prepare(tree, url, tokenizer, extend=True, **SMALL)
+        except Killed:
+            continue
+        finally:
+            Faulty.arm(0)
+        break
+    assert at >= 3
+    assert cache.build(tree, url, tokenizer, **SMALL).images == 12 and cache.verify(url).ok
+
+
 def test_killed_at_random_moments_where_nothing_is_atomic(tmp_path, fake):
     tree = fake.make_tree(tmp_path / "p", count=30, bad=(3, 4, 11))
     cache.build(tree, tmp_path / "whole", fake.FakeTokenizer(), **{**SMALL, "shard_size": 2})

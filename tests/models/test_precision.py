@@ -116,6 +116,21 @@ def test_the_process_keeps_its_own_switches(tf32, expected):
         assert switches() == before
 
 
+@pytest.mark.parametrize("named", ["medium", "high", "highest"])
+def test_the_old_switch_comes_back_by_its_name(named):
+    cuda, others = torch.device("cuda"), (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [other.fp32_precision for other in others]
+    try:
+        torch.set_float32_matmul_precision(named)
+        with computing(cuda, True), computing(cuda, False):
+            assert switches() == ("ieee", "ieee")
+        assert torch.get_float32_matmul_precision() == named
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for other, value in zip(others, before, strict=True):
+            other.fp32_precision = value
+
+
 def test_attention_beside_tf32_is_float16_where_no_gradient_is_asked_for():
     q, k, v = torch.randn(3, 2, 4, 9, 16, generator=torch.Generator().manual_seed(0))
     exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)

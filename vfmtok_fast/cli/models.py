@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from .choices import INPUTS, PRECISIONS, UNTRAINED
 from .output import note
+from .processes import is_first
 
 if TYPE_CHECKING:
     import torch
@@ -94,19 +95,23 @@ def policy(options: argparse.Namespace) -> AbstractContextManager:
 
     # As they come they would drown the progress.
     warnings.simplefilter("ignore", switch.FallbackWarning)
-    return _telling() if options.fast else contextlib.nullcontext()
+    return _telling(options) if options.fast else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def _telling() -> Iterator[None]:
-    """Enabled for a block; what fell back in it is told once, at the end."""
+def _telling(options: argparse.Namespace) -> Iterator[None]:
+    """Enabled for a block; what fell back in it is told at the end, once in a command."""
     from .. import switch
 
     with switch.enable():
         yield
-        for name, op in switch.status().ops.items():
-            for reason in op.fallbacks:
-                note(f"note: {name} was not fast: {reason}")
+        ops = switch.status().ops.items() if is_first() else ()
+        found = [f"note: {name} was not fast: {why}" for name, op in ops for why in op.fallbacks]
+    told = vars(options).setdefault("told", set())
+    for line in found:
+        if line not in told:
+            told.add(line)
+            note(line)
 
 
 def load_tokenizer(options: argparse.Namespace, device: str | None) -> VFMTok:

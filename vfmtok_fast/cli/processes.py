@@ -22,17 +22,25 @@ def among_processes(device: str | None) -> Processes:
     """
     import torch
 
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    # A batch script's own process has the job's variables but no step's.
-    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
-        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     rank, world_size, local = (
-        _number(name, default) for name, default in zip(names, "010", strict=True)
+        _number(name, default) for name, default in zip(_names(), "010", strict=True)
     )
     if device in (None, "cuda") and torch.cuda.is_available():
         device = f"cuda:{local % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
     return Processes(rank, world_size, device)
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all of a job."""
+    return _number(_names()[0], "0") == 0
+
+
+def _names() -> tuple[str, str, str]:
+    # A batch script's own process has the job's variables but no step's.
+    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
+        return "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"
+    return "RANK", "WORLD_SIZE", "LOCAL_RANK"
 
 
 def exit_code(code: int) -> int:

@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
         f"{options.out}: {verdict}; {report.images} pictures in {report.shards} shards, "
         f"{report.bad} could not be read{again}"
     )
-    if options.sheet is not None and report.ok:
+    if options.sheet is not None and sheet.exists():
         say(f"wrote {options.sheet}: picture | what its tokens decode to")
     if not report.ok:
         return 1

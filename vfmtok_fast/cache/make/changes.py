@@ -228,8 +228,8 @@ def _extended(source: Source, out: Place, found: Manifest, workers: int) -> Mani
 
 def _is_current(out: Place, found: Manifest) -> bool:
     """Whether a cache still is what it was when its manifest was read."""
-    there = index.index_checksum(out / INDEX)
-    return read_manifest(out) == found and there == (found.images, found.index_sha256)
+    there = _is_index_of(found, out / INDEX)
+    return there and read_manifest(out) == found
 
 
 def _replaced(old: Iterator[Entry], mended: dict[str, Entry], places: list[int]) -> Iterator[Entry]:
@@ -257,13 +257,28 @@ def install(out: Place) -> None:
             raise
         (out / NEXT_MANIFEST).remove()  # torn: what it was to bring is not there yet
         return
-    wanted = coming.images, coming.index_sha256
     # Where it is in place, another process may be writing the next one.
-    if index.index_checksum(out / INDEX) != wanted and (out / NEXT_INDEX).exists():
+    if not _is_index_of(coming, out / INDEX):
+        if not _is_index_of(coming, out / NEXT_INDEX):
+            _give_up(out)
+            return
         (out / INDEX).take_over(out / NEXT_INDEX)
-    if index.index_checksum(out / INDEX) != wanted:
-        raise ValueError(f"{out / NEXT_MANIFEST}: does not fit the index; cache into a new folder")
     (out / NAME).take_over(out / NEXT_MANIFEST)
+
+
+def _is_index_of(found: Manifest, path: Place) -> bool:
+    """Whether the index of a manifest lies there, whole."""
+    try:
+        return index.index_checksum(path) == (found.images, found.index_sha256)
+    except ValueError:
+        return False
+
+
+def _give_up(out: Place) -> None:
+    """Forget an extension whose index another one, of other pictures, has written over."""
+    if not _is_index_of(read_manifest(out), out / INDEX):
+        raise ValueError(f"{out / NEXT_MANIFEST}: does not fit the index; cache into a new folder")
+    (out / NEXT_MANIFEST).remove()
 
 
 def _new_pictures(

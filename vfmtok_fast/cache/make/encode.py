@@ -156,10 +156,9 @@ class _Device:
         self.batches = deque(
             Batch(plan, manifest.batch_size, first.is_cuda) for _ in range(self.in_flight + 1)
         )
-        idle = self.idle = _idle[first.device]
+        self.idle = _idle[first.device]
         self.streams = [
-            idle.pop() if idle else torch.cuda.Stream(first.device)
-            for _ in range(self.in_flight if first.is_cuda else 0)
+            self._stream(first.device) for _ in range(self.in_flight if first.is_cuda else 0)
         ]
         self.threads = ThreadPoolExecutor(
             self.in_flight, "vfmtok-encode", _own_stream, (list(self.streams),)
@@ -172,7 +171,14 @@ class _Device:
 
     def __exit__(self, *error: object) -> None:
         self.threads.shutdown(wait=True, cancel_futures=True)
-        self.idle += self.streams
+        # The next run's first thread gets that of this one's.
+        self.idle += reversed(self.streams)
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+        try:
+            return self.idle.pop()
+        except IndexError:
+            return torch.cuda.Stream(device)
 
     def wait_for_data(self, pictures: Iterator) -> Any:
         start = time.perf_counter()

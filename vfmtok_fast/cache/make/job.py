@@ -51,7 +51,11 @@ def pending(job: Job) -> list[int]:
 
 def finished(job: Job, number: int) -> shards.Header | None:
     """The header of one shard; None where it is missing or damaged; raises like `pending`."""
-    return shards.finished(job.out, number, job.manifest, refuse=True)
+    try:
+        return shards.finished(job.out, number, job.manifest, refuse=True)
+    except manifest.FingerprintMismatch:
+        _check_current(job)  # Another run may have begun it anew, and the shard be right.
+        raise
 
 
 def encode_shard(job: Job, number: int, advance: Advance | None = None) -> None:
@@ -125,7 +129,7 @@ def _commit(job: Job, number: int, rows: index.Rows, encoded: Encoded) -> None:
 def _check_current(job: Job) -> None:
     """Refuse to write into a cache that another process has changed since this one began."""
     now = manifest.read_manifest(job.out)
-    if now.covers != job.manifest.covers:
+    if now.batch_size != job.manifest.batch_size:
         raise ImagesChanged(
             f"{job.out}: another run has begun it with a batch size of {now.batch_size} instead of "
             f"{job.manifest.batch_size}; run again, all with the same one"

@@ -71,9 +71,12 @@ def prepare(
         _make_folders(out)
         found = _index(source, out, covers, spec, workers)
     else:
-        found = manifest.read_manifest(out)
-        batch_size = spec.batch_size or found.batch_size
-        covers = describe(tokenizer, spec.views, batch_size, spec.seed, found.heif)
+        found = None
+        # Until it is the same before and after: hashing the weights takes seconds.
+        while (now := manifest.read_manifest(out)) != found:
+            found = now
+            batch_size = spec.batch_size or found.batch_size
+            covers = describe(tokenizer, spec.views, batch_size, spec.seed, found.heif)
         found = _resume(source, out, found, covers, spec, workers, rank)
         _make_folders(out)
     return Job(source, out, tokenizer, found, workers)
