@@ -257,7 +257,11 @@ def table() -> list[str]:
     paths = sorted((harness.ROOT / "benchmarks/results/precision").glob("*.json"))
     for path in sorted(paths, key=lambda path: path.stem.endswith("-parts")):
         content = json.loads(path.read_text())
-        how = "emulated on a CPU" if content["emulated"] else f"on {path.stem}"
+        how = (
+            "emulated on a CPU, float32 measured there"
+            if content["emulated"]
+            else f"on {path.stem}"
+        )
         weights = content["weights"].replace("golden recipe", "random weights by the golden recipe")
         said = f"Tokens: {how}, {weights}, crops of {content['images']}/."
         lines += [said] if said not in lines else []
