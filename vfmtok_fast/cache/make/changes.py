@@ -19,14 +19,13 @@ from ...images import HEIF_SUFFIXES
 from ..format import index
 from ..format.differences import differences
 from ..format.index import INDEX
-from ..format.manifest import NAME, Manifest, read_manifest
+from ..format.manifest import Manifest, read_manifest
 from ..format.shards import COMPLETE, read_quarantine, shard_path
 from ..sources import Entry, Source
 from ..sources.folder import label_of
 from ..store import Place
 from .ahead import hashed_entries
-
-NEXT_INDEX, NEXT_MANIFEST = "index-next.parquet", "manifest-next.json"
+from .install import NEXT_INDEX, NEXT_MANIFEST, install, is_index_of
 
 
 def _advice(only_added: bool) -> str:
@@ -228,7 +227,7 @@ def _extended(source: Source, out: Place, found: Manifest, workers: int) -> Mani
 
 def _is_current(out: Place, found: Manifest) -> bool:
     """Whether a cache still is what it was when its manifest was read."""
-    there = _is_index_of(found, out / INDEX)
+    there = is_index_of(found, out / INDEX)
     return there and read_manifest(out) == found
 
 
@@ -240,45 +239,6 @@ def _replaced(old: Iterator[Entry], mended: dict[str, Entry], places: list[int])
             now = mended[entry.path]
             entry = entry._replace(size=now.size, sha256=now.sha256)
         yield entry
-
-
-def install(out: Place) -> None:
-    """Put the index and manifest of an extension in place, if there is one that was cut off here.
-
-    Raises:
-        ValueError: the manifest that was to come does not fit the index.
-    """
-    try:
-        coming = read_manifest(out, NEXT_MANIFEST)
-    except FileNotFoundError:
-        return  # another process was faster
-    except ValueError:
-        if not out.remote:
-            raise
-        (out / NEXT_MANIFEST).remove()  # torn: what it was to bring is not there yet
-        return
-    # Where it is in place, another process may be writing the next one.
-    if not _is_index_of(coming, out / INDEX):
-        if not _is_index_of(coming, out / NEXT_INDEX):
-            _give_up(out)
-            return
-        (out / INDEX).take_over(out / NEXT_INDEX)
-    (out / NAME).take_over(out / NEXT_MANIFEST)
-
-
-def _is_index_of(found: Manifest, path: Place) -> bool:
-    """Whether the index of a manifest lies there, whole."""
-    try:
-        return index.index_checksum(path) == (found.images, found.index_sha256)
-    except ValueError:
-        return False
-
-
-def _give_up(out: Place) -> None:
-    """Forget an extension whose index another one, of other pictures, has written over."""
-    if not _is_index_of(read_manifest(out), out / INDEX):
-        raise ValueError(f"{out / NEXT_MANIFEST}: does not fit the index; cache into a new folder")
-    (out / NEXT_MANIFEST).remove()
 
 
 def _new_pictures(

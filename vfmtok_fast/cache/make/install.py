@@ -1,0 +1,49 @@
+"""Putting an extension in place: first its index, then its manifest, which says that it counts."""
+
+from __future__ import annotations
+
+from ..format import index
+from ..format.index import INDEX
+from ..format.manifest import NAME, Manifest, read_manifest
+from ..store import Place
+
+NEXT_INDEX, NEXT_MANIFEST = "index-next.parquet", "manifest-next.json"
+
+
+def install(out: Place) -> None:
+    """Put the index and manifest of an extension in place, if there is one that was cut off here.
+
+    Raises:
+        ValueError: the manifest that was to come does not fit the index.
+    """
+    try:
+        coming = read_manifest(out, NEXT_MANIFEST)
+    except FileNotFoundError:
+        return  # another process was faster
+    except ValueError:
+        if not out.remote:
+            raise
+        (out / NEXT_MANIFEST).remove()  # torn: what it was to bring is not there yet
+        return
+    # Where it is in place, another process may be writing the next one.
+    if not is_index_of(coming, out / INDEX):
+        if not is_index_of(coming, out / NEXT_INDEX):
+            _give_up(out)
+            return
+        (out / INDEX).take_over(out / NEXT_INDEX)
+    (out / NAME).take_over(out / NEXT_MANIFEST)
+
+
+def is_index_of(found: Manifest, path: Place) -> bool:
+    """Whether the index of a manifest lies there, whole."""
+    try:
+        return index.index_checksum(path) == (found.images, found.index_sha256)
+    except ValueError:
+        return False
+
+
+def _give_up(out: Place) -> None:
+    """Forget an extension whose index another one, of other pictures, has written over."""
+    if not is_index_of(read_manifest(out), out / INDEX):
+        raise ValueError(f"{out / NEXT_MANIFEST}: does not fit the index; cache into a new folder")
+    (out / NEXT_MANIFEST).remove()
