@@ -42,6 +42,22 @@ REFERENCE: dict[str, float] = {}
 COMPARED = ("rec", "semantic", "codebook", "total", "grad_norm")
 
 
+def compared(first: dict[str, float], expected: dict[str, float | None]) -> dict[str, float]:
+    """Hold a first step against the reference's; says nothing where that has not run.
+
+    In bfloat16 the gradients' norm may differ by more, as codes that are nearly tied do; how much
+    it does is recorded.
+    """
+    if None in expected.values():
+        return {}
+    wrong = 2e-2 if PRECISION == "bfloat16" else 1e-4
+    for name, value in expected.items():
+        wide = 10 if name == "grad_norm" and PRECISION == "bfloat16" else 1
+        assert first[name] == pytest.approx(value, rel=wide * wrong), name
+    off = abs(first["grad_norm"] / expected["grad_norm"] - 1)
+    return {"losses_as_reference": wrong, "grad_norm_off": round(off, 6)}
+
+
 @functools.cache
 def images() -> Tensor:
     coarse = torch.rand(BATCH, 3, 24, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -93,13 +109,9 @@ def bench_step(benchmark, provider: str):
         def check(terms: dict[str, float]) -> dict[str, object]:
             if provider == "reference":
                 REFERENCE.update(first)
-            wrong = 2e-2 if PRECISION == "bfloat16" else 1e-4
-            for name in COMPARED if REFERENCE else ():
-                # The norm adds up what rounds, and codes that are nearly tied.
-                allowed = 10 * wrong if name == "grad_norm" else wrong
-                assert first[name] == pytest.approx(REFERENCE[name], rel=allowed), name
             assert terms["total"] > 0
-            return {"images": BATCH, "precision": PRECISION, "losses_as_reference": wrong}
+            said = compared(first, {name: REFERENCE.get(name) for name in COMPARED})
+            return {"images": BATCH, "precision": PRECISION, **said}
 
         flops = estimate_tokenizer(made.model.config, SETTINGS, JUDGE).flops
         harness.measure(
@@ -132,11 +144,9 @@ def bench_gpt_step(benchmark, provider: str):
             assert first["loss"] == pytest.approx(math.log(config.vocab_size), rel=1e-3)
             if provider == "reference":
                 REFERENCE["gpt"] = first["grad_norm"]
-            wrong = 2e-2 if PRECISION == "bfloat16" else 1e-4
-            expected = REFERENCE.get("gpt", first["grad_norm"])  # It may have failed.
-            assert first["grad_norm"] == pytest.approx(expected, rel=10 * wrong)
             assert terms["loss"] < first["loss"]
-            return {"images": CODES, "precision": PRECISION, "losses_as_reference": wrong}
+            said = compared(first, {"grad_norm": REFERENCE.get("gpt")})
+            return {"images": CODES, "precision": PRECISION, **said}
 
         harness.measure(
             benchmark, op="train", provider=provider, fn=lambda: made.step(*given), check=check,

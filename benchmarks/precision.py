@@ -268,7 +268,6 @@ def table() -> list[str]:
         for name, row in content["found"].items():
             if name in rows and not rows[name][1]:
                 rows[name][1:3] = summary(row, content["tokens_per_crop"])
-    rows["float32"][1:3] = rows["float32"][1:3] if rows["float32"][1] else ("all", "the same")
     path = harness.ROOT / "benchmarks/results/nvidia-h200/tokenizer.json"
     content = json.loads(path.read_text())
     found = {(r["shape"], r["provider"]): r for r in content["records"]}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vfmtok_fast import cache, cli
+from vfmtok_fast import cache, cli, status
 
 pytestmark = pytest.mark.gpu
 
@@ -23,6 +23,11 @@ def run(*words: object, device: str = DEVICE) -> int:
 
 def log(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def took(op: str) -> set[str]:
+    """By what the calls of the last command were made."""
+    return set(status().ops[op].calls)
 
 
 TRAINING = (
@@ -46,6 +51,9 @@ def test_train_tokenizer(tmp_path, more):
     patch = ("--no-lpips", "--discriminator", "patch", "--discriminator-start", "2")
     line = ("train-tokenizer", PICTURES, tmp_path / "run", "--start-from", "emoji", *patch)
     assert run(*line, *TRAINING, *more) == 0
+    # "triton (compiled)" where layers are compiled.
+    found = took("deformable_sample")
+    assert found and all(name.startswith("triton") for name in found)
     first, last = log(tmp_path / "run")
     assert last["rec"] < 0.5 and last["generator"] is not None and first["step"] == 2
     # On from the checkpoint in the midst, as after a kill.
@@ -67,12 +75,14 @@ def test_train_gpt(tmp_path, more):
 def test_cache_and_sample(tmp_path):
     line = ("cache", HELDOUT, tmp_path / "here", "--model", "emoji", "--batch-size", "8")
     assert run(*line, "--views", "center", "center-flip") == 0
+    assert took("nearest_code") == took("deformable_sample") == {"triton"}
     assert run(*line[:2], tmp_path / "cpu", *line[3:], device="cpu") == 0
     here, there = cache.TokenCache(tmp_path / "here", "center"), cache.TokenCache(tmp_path / "cpu")
     equal = [here[i][0] == there[i][0] for i in range(len(there))]
     assert len(here) == len(there) and np.mean([e.float().mean() for e in equal]) > 0.999
     sample = ("sample", tmp_path / "s", "--model", "emoji", "--gpt", "emoji", "--num", "130")
     assert run(*sample, "--size", "32", "--cfg-scale", "1.5") == 0
+    assert took("decode_step") == took("sample_token") == {"triton"}
     with np.load(tmp_path / "s" / "samples.npz") as file:
         assert file["arr_0"].shape == (130, 32, 32, 3) and file["arr_0"].std() > 10
 

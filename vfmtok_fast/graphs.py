@@ -79,7 +79,7 @@ class Replayed:
     # Recordings, each of which has buffers of its own; and calls that may come to be recorded.
     MOST, SEEN = 2, 8
 
-    def __init__(self, name: str = ""):
+    def __init__(self, name: str):
         self.name = name
         self._seen: dict[Hashable, tuple] = {}
         self._recorded: dict[Hashable, tuple[tuple, torch.cuda.CUDAGraph, Tensor, Tensor]] = {}

@@ -73,6 +73,12 @@ def make_tree(root: Path, count: int = 11, bad: tuple[int, ...] = ()) -> Path:
     return root
 
 
+def add(tree: Path, *names: str) -> None:
+    """Pictures that come later."""
+    for name in names:
+        write_picture(tree / name, sum(name.encode()))
+
+
 def read_tree(out: Path) -> dict[str, bytes]:
     """Every file below a folder with its bytes."""
     return {

@@ -23,11 +23,6 @@ class Stop(BaseException):
     """Stands for kill -9."""
 
 
-def add(fake, tree, *names):
-    for name in names:
-        fake.write_picture(tree / name, sum(name.encode()))
-
-
 def tokens_by_path(out):
     found, tokens = {}, cache.TokenCache(out)
     paths = [path for rows in index.read_all(out / "index.parquet") for path in rows.paths]
@@ -42,7 +37,7 @@ def tokens_by_path(out):
 def test_extending_keeps_every_row_and_label(tree, out, tokenizer, fake):
     cache.build(tree, out, tokenizer, **SMALL)
     before, first = cache.read_tokens(out), fake.read_tree(out)
-    add(fake, tree, "class0/000a.png", "class2/zz.png", "class1b/new.png", "aaa/deep/x.png")
+    fake.add(tree, "class0/000a.png", "class2/zz.png", "class1b/new.png", "aaa/deep/x.png")
     with pytest.raises(cache.ImagesChanged, match=r"class folders changed .* extend the cache"):
         cache.build(tree, out, tokenizer, **SMALL)
     assert fake.read_tree(out) == first
@@ -64,7 +59,7 @@ def test_extending_keeps_every_row_and_label(tree, out, tokenizer, fake):
     anew = out.with_name("anew")
     cache.build(tree, anew, tokenizer, **SMALL)
     assert tokens_by_path(out) == tokens_by_path(anew)
-    add(fake, tree, "class0/0.png")
+    fake.add(tree, "class0/0.png")
     with pytest.raises(cache.ImagesChanged, match="1 added, 0 with another size; first: 'class0/0"):
         cache.build(tree, out, tokenizer, **SMALL)
     assert cache.build(tree, out, tokenizer, extend=True, **SMALL).encoded == 4
@@ -81,7 +76,7 @@ def test_extending_a_new_folder_is_building_it(tree, out, tokenizer, fake):
 def test_what_cannot_be_extended(tree, out, tokenizer, fake):
     cache.build(tree, out, tokenizer, **SMALL)
     before = fake.read_tree(out)
-    add(fake, tree, "class0/new.png")
+    fake.add(tree, "class0/new.png")
     (tree / "class1" / "001.png").write_bytes(b"other")
     with pytest.raises(cache.ImagesChanged, match="but 1 pictures have another size"):
         cache.build(tree, out, tokenizer, extend=True, **SMALL)
@@ -120,7 +115,7 @@ def test_an_interrupted_extension_goes_on(tmp_path, tokenizer, fake, monkeypatch
     """Killed before and after each rename of the extension: index, manifest, and both in place."""
     tree = fake.make_tree(tmp_path / "p")
     cache.build(tree, tmp_path / "base", tokenizer, **SMALL)
-    add(fake, tree, "class0/0.png", "class3/1.png")
+    fake.add(tree, "class0/0.png", "class3/1.png")
     whole = tmp_path / "whole"
     shutil.copytree(tmp_path / "base", whole)
     cache.build(tree, whole, tokenizer, extend=True, **SMALL)
@@ -154,7 +149,7 @@ def test_an_interrupted_extension_goes_on(tmp_path, tokenizer, fake, monkeypatch
 
 def test_many_processes_extend_as_one(tree, out, tokenizer, fake, monkeypatch):
     cache.build(tree, out, tokenizer, **SMALL)
-    add(fake, tree, "class0/0.png")
+    fake.add(tree, "class0/0.png")
     waited = []
 
     def await_first(out, done):
@@ -175,7 +170,7 @@ def test_many_processes_extend_as_one(tree, out, tokenizer, fake, monkeypatch):
 def test_commands(tree, out, fake, capsys):
     asked = ["cache", str(tree), str(out), "--untrained", "small", "--device", "cpu", "--hash"]
     assert cli.main(asked) == 0
-    add(fake, tree, "class0/0.png")
+    fake.add(tree, "class0/0.png")
     assert cli.main(asked) == 2
     assert "extend the cache (--extend)" in capsys.readouterr().err
     assert cli.main([*asked, "--extend"]) == 0
@@ -223,8 +218,8 @@ def test_hashes_notice_what_keeps_its_size(tmp_path, out, tokenizer, fake, kind)
 @pytest.mark.parametrize("hashed", [False, True])
 def test_listing_goes_on_behind_the_last_part(tmp_path, tokenizer, fake, monkeypatch, kind, hashed):
     tree = fake.make_tree(tmp_path / "p", count=23)
-    add(fake, tree, "class0/a.png", "class0/a.png.png", "class0/a/b.png", "class0-/x.png")
-    add(fake, tree, "loose.png")
+    fake.add(tree, "class0/a.png", "class0/a.png.png", "class0/a/b.png", "class0-/x.png")
+    fake.add(tree, "loose.png")
     if kind != "folder":
         shutil.rmtree(tree / "class0" / "a")
         shutil.rmtree(tree / "class0-")
@@ -304,18 +299,18 @@ def test_parts_that_are_no_parts(tree, out, tokenizer):
 def test_an_extension_that_lost_its_index(tree, out, tokenizer, fake):
     """It is forgotten, unless the index is not that of the cache either."""
     cache.build(tree, out, tokenizer, **SMALL)
-    add(fake, tree, "class0/0.png")
+    fake.add(tree, "class0/0.png")
     other = out.with_name("other")
     cache.build(tree, other, tokenizer, **SMALL)
     shutil.copy(other / "manifest.json", out / changes.NEXT_MANIFEST)
     with pytest.raises(cache.ImagesChanged, match="1 added"):
         cache.build(tree, out, tokenizer, **SMALL)
     assert not (out / changes.NEXT_MANIFEST).exists() and cache.verify(out).ok
-    assert extended(tree, out, fake).images == 12
-    add(fake, tree, "class0/1.png")
+    assert cache.build(tree, out, tokenizer, extend=True, **SMALL).images == 12
+    fake.add(tree, "class0/1.png")
     for folder in (out.with_name("more"), out.with_name("most")):
         cache.build(tree, folder, tokenizer, **SMALL)
-        add(fake, tree, "class0/2.png")
+        fake.add(tree, "class0/2.png")
     shutil.copy(out.with_name("more") / "manifest.json", out / changes.NEXT_MANIFEST)
     shutil.copy(out.with_name("most") / "index.parquet", out / "index.parquet")
     with pytest.raises(ValueError, match="manifest-next.json: does not fit the index"):
@@ -338,7 +333,7 @@ def test_quarantined_pictures_that_were_mended_heal(tmp_path, out, tokenizer, fa
         assert cache.repair(tree, out, tokenizer) >= 1
     else:
         if how == "extend with more":
-            add(fake, tree, "class0/new.png")
+            fake.add(tree, "class0/new.png")
         cache.build(tree, out, tokenizer, extend=True, **settings)
     report = cache.verify(out, tokenizer, tree)
     assert report.ok and report.agreement == 1.0 and report.bad == 1
@@ -356,7 +351,7 @@ def test_deleted_pictures_are_no_reason_to_refuse(tmp_path, out, tokenizer, fake
     cache.build(tree, out, tokenizer, **SMALL)
     for number in (0, 4):  # one whose tokens are cached, one that could not be read
         (tree / f"class{number % 3}" / f"{number:03d}.png").unlink()
-    add(fake, tree, "class2/new.png")
+    fake.add(tree, "class2/new.png")
     summary = cache.build(tree, out, tokenizer, extend=True, **SMALL)
     assert (summary.images, summary.bad) == (12, 1)
     assert cache.repair(tree, out, tokenizer) == 0 and cache.verify(out).ok
@@ -373,7 +368,7 @@ def test_what_extending_keeps_of_deleted_pictures(tmp_path, out, tokenizer, fake
     kept = (tree / last).read_bytes()
     for name in (first, last):
         (tree / name).unlink()
-    add(fake, tree, "class2/new.png")
+    fake.add(tree, "class2/new.png")
     assert cache.build(tree, out, tokenizer, extend=True, **SMALL).bad == 1
     (entry,) = shards.read_quarantine(out, len(names) - 1)[0]
     assert (entry["path"], entry["status"]) == (last, shards.GONE)
@@ -390,7 +385,7 @@ def test_a_slow_run_does_not_write_over_an_extended_cache(tree, out, tokenizer, 
     """It began before; its last shard has fewer pictures. Before its commit, and in the midst."""
     slow = cache.prepare(tree, out, tokenizer, **SMALL)
     cache.build(tree, out, tokenizer, **SMALL)
-    add(fake, tree, "class2/new.png")
+    fake.add(tree, "class2/new.png")
     cache.build(tree, out, tokenizer, extend=True, **SMALL)
     before = fake.read_tree(out)
     last = slow.manifest.shards - 1
@@ -424,148 +419,3 @@ def test_processes_take_mended_pictures_in_together(tmp_path, out, tokenizer, fa
         first = cache.build(tree, out, tokenizer, rank=0, **settings)
         assert (first.bad, other.result(60).bad) == (0, 0)
     assert cache.verify(out, tokenizer, tree).agreement == 1.0
-
-
-# ---- several processes at once; another one does its work between two looks of this one
-
-
-def extended(tree, out, fake):
-    return cache.build(tree, out, fake.FakeTokenizer(), extend=True, **SMALL)
-
-
-def test_mended_shards_are_gone_before_the_manifest_says_so(tmp_path, out, fake, monkeypatch):
-    tree = fake.make_tree(tmp_path / "p", bad=(2, 9))
-    cache.build(tree, out, fake.FakeTokenizer(), **SMALL)
-    for number in (2, 9):
-        fake.write_picture(tree / f"class{number % 3}" / f"{number:03d}.png", number)
-    install, others = changes.install, []
-
-    def and_another_looks(place):
-        coming = (place / changes.NEXT_MANIFEST).exists()
-        install(place)
-        if coming:
-            others.append(cache.build(tree, place, fake.FakeTokenizer(), **SMALL))
-
-    monkeypatch.setattr(changes, "install", and_another_looks)
-    assert (extended(tree, out, fake).bad, others[0].bad) == (0, 0)
-    assert cache.verify(out, fake.FakeTokenizer(), tree).ok
-
-
-def test_an_index_that_another_extends_is_not_damaged(tree, out, tokenizer, fake, monkeypatch):
-    cache.build(tree, out, tokenizer, **SMALL)
-    add(fake, tree, "class0/0.png")
-    check = prepare.manifest.check_same
-
-    def meanwhile(*arguments):
-        monkeypatch.undo()
-        cache.prepare(tree, out, fake.FakeTokenizer(), extend=True, **SMALL)
-        check(*arguments)
-
-    monkeypatch.setattr(prepare.manifest, "check_same", meanwhile)
-    assert cache.prepare(tree, out, tokenizer, **SMALL).manifest.images == 12
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_the_manifest_is_that_of_the_index(tree, out, tokenizer, fake, monkeypatch, rank):
-    cache.build(tree, out, tokenizer, **SMALL)
-    add(fake, tree, "class0/0.png")
-    name = "check_unchanged" if rank else "extend"
-    original = getattr(changes, name)
-
-    def meanwhile(*arguments):
-        monkeypatch.undo()
-        cache.prepare(tree, out, fake.FakeTokenizer(), extend=True, **SMALL)
-        return original(*arguments)
-
-    monkeypatch.setattr(changes, name, meanwhile)
-    job = cache.prepare(tree, out, tokenizer, extend=True, rank=rank, **SMALL)
-    assert job.manifest.images == 12
-
-
-def test_two_that_extend_at_once_lose_nothing(tree, out, tokenizer, fake, monkeypatch):
-    cache.build(tree, out, tokenizer, **SMALL)
-    add(fake, tree, "class0/0.png")
-    write = index.write_index
-
-    def meanwhile(path, entries, *rest):
-        monkeypatch.undo()
-        first = next(entries)
-        extended(tree, out, fake)
-        return write(path, itertools.chain([first], entries), *rest)
-
-    monkeypatch.setattr(index, "write_index", meanwhile)
-    assert extended(tree, out, fake).images == 12 and cache.verify(out).ok
-
-
-def test_two_listings_at_once_leave_a_sound_cache(tree, out, tokenizer, fake, monkeypatch):
-    """The second writes its index over the first one's, which has no manifest yet."""
-    cache.build(tree, out, tokenizer, **SMALL)
-    add(fake, tree, "class0/a.png")
-    write, calls = index.write_index, []
-
-    def meanwhile(path, *rest):
-        found = write(path, *rest)
-        if path.name == changes.NEXT_INDEX:
-            calls.append(path)
-            if len(calls) == 1:
-                add(fake, tree, "class0/b.png")
-                with pytest.raises(Stop):
-                    cache.prepare(tree, out, fake.FakeTokenizer(), extend=True, **SMALL)
-            elif len(calls) == 2:
-                raise Stop
-        return found
-
-    monkeypatch.setattr(index, "write_index", meanwhile)
-    extended(tree, out, fake)
-    assert extended(tree, out, fake).images == 13 and cache.verify(out).ok
-
-
-def test_a_batch_size_and_an_extension_at_once(tree, out, tokenizer, fake, monkeypatch):
-    """Of a cache without a shard; the weights' hash takes long enough for both."""
-    cache.prepare(tree, out, tokenizer, **{**SMALL, "batch_size": 64})
-    add(fake, tree, "class0/a.png")
-    describe, jobs = prepare.describe, []
-
-    def slow(*arguments):
-        found = describe(*arguments)
-        if not jobs:
-            jobs.append(None)
-            jobs[0] = cache.prepare(tree, out, fake.FakeTokenizer(), extend=True, **SMALL)
-            cache.encode_shard(jobs[0], 0)
-        return found
-
-    monkeypatch.setattr(prepare, "describe", slow)
-    job = cache.prepare(tree, out, tokenizer, extend=True, rank=1, **SMALL)
-    assert job.manifest == jobs[0].manifest and job.manifest.images == 12
-    assert cache.build(tree, out, tokenizer, **SMALL).images == 12 and cache.verify(out).ok
-
-
-def test_one_that_began_before_completes_no_extended_cache(tmp_path, out, tokenizer, fake):
-    """Its shards are full ones, and those of the extended cache too."""
-    tree = fake.make_tree(tmp_path / "p", count=12)
-    cache.build(tree, out, tokenizer, **SMALL)
-    slow = cache.prepare(tree, out, tokenizer, **SMALL)
-    add(fake, tree, "class0/0.png")
-    extended(tree, out, fake)
-    with pytest.raises(cache.ImagesChanged, match="run again"):
-        cache.finish(slow)
-    assert cache.verify(out).ok
-
-
-def test_the_end_of_one_listing_breaks_no_other(tree, out, tokenizer, fake, monkeypatch):
-    monkeypatch.setattr(parts, "PART", 2)
-    write, calls = index.write_index, []
-
-    def meanwhile(path, entries, *rest):
-        calls.append(path.name)
-        if len(calls) != 3:
-            return write(path, entries, *rest)
-
-        def and_another_lists():
-            cache.prepare(tree, out, fake.FakeTokenizer(), **SMALL)
-            yield from entries
-
-        return write(path, and_another_lists(), *rest)
-
-    monkeypatch.setattr(index, "write_index", meanwhile)
-    assert cache.prepare(tree, out, tokenizer, **SMALL).manifest.images == 11

@@ -25,7 +25,7 @@ from ..sources import Entry, Source
 from ..sources.folder import label_of
 from ..store import Place
 from .ahead import hashed_entries
-from .install import NEXT_INDEX, NEXT_MANIFEST, install, is_index_of
+from .install import NEXT_INDEX, NEXT_MANIFEST, install, is_index_of, read_newer
 
 
 def _advice(only_added: bool) -> str:
@@ -172,10 +172,7 @@ def extend(source: Source, out: Place, found: Manifest, workers: int) -> Manifes
             be added to.
     """
     while (extended := _extended(source, out, found, workers)) is None:
-        install(out)
-        if (now := read_manifest(out)) == found:
-            raise ValueError(f"{out / INDEX}: damaged; restore it, or cache anew")
-        found = now
+        found = read_newer(out, found)
     return extended
 
 

@@ -34,6 +34,18 @@ def install(out: Place) -> None:
     (out / NAME).take_over(out / NEXT_MANIFEST)
 
 
+def read_newer(out: Place, found: Manifest) -> Manifest:
+    """The manifest that another process has put in place since `found` was read.
+
+    Raises:
+        ValueError: there is none, so the index that does not fit `found` is damaged.
+    """
+    install(out)
+    if (now := read_manifest(out)) == found:
+        raise ValueError(f"{out / INDEX}: damaged; restore it, or cache anew")
+    return now
+
+
 def is_index_of(found: Manifest, path: Place) -> bool:
     """Whether the index of a manifest lies there, whole."""
     try:

@@ -27,6 +27,7 @@ from ..sources.folder import EXTENSIONS
 from ..store import Place, atomic, place
 from . import changes, parts
 from .ahead import hashed_entries
+from .install import install, is_index_of, read_newer
 from .job import Job
 from .spec import CacheSpec
 
@@ -60,7 +61,7 @@ def prepare(
     _check_outside(Path(images).expanduser(), out)
     if rank:
         _await(out, (out / manifest.NAME).exists)
-    changes.install(out)
+    install(out)
     _remove_torn_manifest(out)
     workers = spec.workers or min(_cpus(), MAX_DEFAULT_WORKERS)
     resumed = (out / manifest.NAME).exists() or not _is_free(out)
@@ -178,11 +179,8 @@ def _resume(
     if asked != found:
         asked.write(out)
         found = asked
-    if index.index_checksum(out / INDEX) != (found.images, found.index_sha256):
-        changes.install(out)
-        if (now := manifest.read_manifest(out)) == found:
-            raise ValueError(f"{out / INDEX}: damaged; restore it, or cache anew")
-        # Another process has extended it since its manifest was read.
+    if not is_index_of(found, out / INDEX):
+        now = read_newer(out, found)
         return _resume(source, out, now, covers, spec, workers, rank)
     if spec.hashed and not index.read_hashed(out / INDEX):
         raise ValueError(
@@ -231,7 +229,7 @@ def _extend(
     if rank:  # Strictly: for mended pictures too the first one makes another index.
         try:
             changes.check_unchanged(source, out / INDEX, found.classes)
-            changes.install(out)  # or the index is the new one, and the manifest not yet
+            install(out)  # or the index is the new one, and the manifest not yet
             return manifest.read_manifest(out)
         except changes.ImagesChanged:
             _await(out, lambda: manifest.read_manifest(out) != found)
