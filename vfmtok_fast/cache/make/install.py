@@ -42,6 +42,7 @@ def read_newer(out: Place, found: Manifest) -> Manifest:
     """
     install(out)
     if (now := read_manifest(out)) == found:
+        index.index_checksum(out / INDEX)  # Says it better where it cannot be read at all.
         raise ValueError(f"{out / INDEX}: damaged; restore it, or cache anew")
     return now
 
