@@ -61,10 +61,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def clean_switch() -> Iterator[None]:
     """Start and end every test with nothing enabled, and no calls or fallbacks recorded."""
     switch.disable()
-    switch.reset_records()
+    switch.record.clear()
     yield
     switch.disable()
-    switch.reset_records()
+    switch.record.clear()
 
 
 @pytest.fixture(scope="session")

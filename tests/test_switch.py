@@ -145,12 +145,12 @@ def test_a_fallback_warns_once_per_op_and_reason_where_it_was_called(fake_op):
     assert took() == {"reference": 4}
 
 
-def test_reset_records_forgets_and_warns_anew(fake_op):
+def test_a_cleared_record_forgets_and_warns_anew(fake_op):
     with vf.enable(ops="sample_token"):
         for _ in range(2):
             with pytest.warns(FallbackWarning, match="sample_token"):
                 ops.sample_token(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64), 0)
-            switch.reset_records()
+            switch.record.clear()
     assert not took("sample_token") and not vf.status().ops["sample_token"].fallbacks
 
 
@@ -242,8 +242,8 @@ def test_a_reference_that_nothing_is_faster_than_says_so(fake_op, monkeypatch):
 
 def test_replays_have_lines_of_their_own(fake_op):
     with vf.enable():
-        switch.record_replay("encode")
-        switch.record_replay("encode")
+        switch.record.replay("encode")
+        switch.record.replay("encode")
         assert vf.status().replays == {"encode": 2}
         assert "  CUDA graph of encode: replayed 2x" in str(vf.status()).splitlines()
     with vf.enable():

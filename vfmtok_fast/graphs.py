@@ -109,7 +109,7 @@ class Replayed:
             with torch.cuda.device(given.device):
                 buffer.copy_(given)
                 graph.replay()
-                switch.record_replay(self.name)
+                switch.record.replay(self.name)
                 return result.clone()
         self._drop(key)
         if self._seen.pop(key, None) != state:
@@ -126,7 +126,7 @@ class Replayed:
             buffer = given.clone()
             graph = capture(lambda: results.append(fn(buffer)))
             graph.replay()
-            switch.record_replay(self.name)
+            switch.record.replay(self.name)
             self._recorded[key] = (state, graph, buffer, results[1])
             return results[1].clone()
 

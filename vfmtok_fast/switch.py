@@ -25,22 +25,17 @@ import importlib.util
 import os
 import sys
 import threading
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import ModuleType, TracebackType
 
 import torch
 
+from .record import COMPILED, Record
+from .record import FallbackWarning as FallbackWarning
+
 # Importing another package may raise these: built for another torch, or missing a library.
 LIBRARY_ERRORS = (OSError, RuntimeError, NameError, AttributeError, TypeError)
-# Behind an implementation's name in the record: a call that torch.compile traced.
-COMPILED = " (compiled)"
-
-
-class FallbackWarning(UserWarning):
-    """An enabled op took its reference or a slower implementation; the text says why."""
 
 
 class FallbackError(RuntimeError):
@@ -60,11 +55,7 @@ _OFF = Policy()
 _active: Policy = _OFF
 _layers: list[Handle] = []
 _registry: dict[str, Op] = {}
-_calls: Counter[tuple[str, str]] = Counter()
-_fallbacks: Counter[tuple[str, str]] = Counter()
-_slower: Counter[tuple[str, str]] = Counter()
-_replays: Counter[str] = Counter()
-_warned: set[tuple[str, str]] = set()
+record = Record()
 _generation = 0
 _lock = threading.RLock()
 
@@ -139,7 +130,7 @@ def enable(ops: str | Iterable[str] | None = None, *, strict: bool = False) -> H
     handle = Handle(Policy(names, bool(strict)))
     with _lock:
         if not _layers:
-            _forget_calls()
+            record.begin_anew()
         _layers.append(handle)
         _activate()
     return handle
@@ -318,7 +309,7 @@ class Op:
                 "call enable(strict=False), or leave this op out of enable(ops=...))"
             )
         # Under torch.compile this is traced: note it once, when the trace is made, as a constant.
-        (_record_trace if torch.compiler.is_compiling() else _record)(
+        (_record_trace if torch.compiler.is_compiling() else record.call)(
             self.name, name, reasons, slower
         )
         return function(*args, **kwargs)
@@ -357,33 +348,10 @@ class Op:
         return self.reference, "reference", tuple(reasons), best
 
 
-def _record(op: str, implementation: str, reasons: tuple[str, ...], slower: str | None) -> None:
-    with _lock:
-        _calls[op, implementation] += 1
-        if slower is not None:
-            _slower[op, slower] += 1
-        if not reasons:
-            return
-        first = [reason for reason in reasons if (op, reason) not in _warned]
-        _warned.update((op, reason) for reason in reasons)
-        _fallbacks.update((op, reason) for reason in reasons)
-    for reason in first:
-        # Past this function, Op.__call__ and the public op, to the line that called it.
-        warnings.warn(
-            f"{op} fell back to {implementation}: {reason}", FallbackWarning, stacklevel=4
-        )
-
-
-def record_replay(what: str) -> None:
-    """Count one replay of a CUDA graph, which calls no op."""
-    with _lock:
-        _replays[what] += 1
-
-
 def _record_trace(
     op: str, implementation: str, reasons: tuple[str, ...], slower: str | None
 ) -> None:
-    _record(op, implementation + COMPILED, reasons, slower)
+    record.call(op, implementation + COMPILED, reasons, slower)
 
 
 # What torch.compiler.assume_constant_result does; calling that would import Triton.
@@ -392,7 +360,7 @@ _record_trace._dynamo_marked_constant = True
 
 @dataclass(frozen=True)
 class OpStatus:
-    """What one op would take, and has taken since the outermost `enable` or `reset_records`.
+    """What one op would take, and has taken since the outermost `enable` or `record.clear`.
 
     ``slower``: how often the reference was taken because it is the fastest, by a table of
     measurements or for want of anything faster, which is no fallback.
@@ -442,9 +410,7 @@ class Status:
 
 def status() -> Status:
     """Return what is enabled, what each op has, took and could not take, and why."""
-    with _lock:
-        policy, calls, fallbacks, slower = _active, dict(_calls), dict(_fallbacks), dict(_slower)
-        replays = dict(_replays)
+    policy, taken = _active, record.copy()
     ops = {}
     for name, op in _ops().items():
         there = [c.name for c in op.candidates if c.exists]
@@ -455,14 +421,9 @@ def status() -> Status:
                 "no Triton kernel in this version yet, so enable() cannot speed it up on a GPU"
             )
         ops[name] = OpStatus(
-            enabled=name in policy.ops,
-            implementations=("reference", *there),
-            notes=tuple(notes),
-            calls={took: n for (op_name, took), n in calls.items() if op_name == name},
-            fallbacks={reason: n for (op_name, reason), n in fallbacks.items() if op_name == name},
-            slower={reason: n for (op_name, reason), n in slower.items() if op_name == name},
+            name in policy.ops, ("reference", *there), tuple(notes), *taken.of(name)
         )
-    return Status(bool(policy.ops), policy.strict, ops, tables(), replays)
+    return Status(bool(policy.ops), policy.strict, ops, tables(), dict(taken.replays))
 
 
 def tables() -> tuple[str, ...]:
@@ -498,22 +459,3 @@ def kernel(op: str) -> ModuleType:
     if candidate.module is None:
         raise ImportError(f"{op}: {candidate.note}")
     return candidate.module
-
-
-def reset_records() -> None:
-    """Forget all recorded calls and fallbacks; each fallback warns anew."""
-    with _lock:
-        _calls.clear()
-        _fallbacks.clear()
-        _slower.clear()
-        _replays.clear()
-        _warned.clear()
-
-
-def _forget_calls() -> None:
-    """So that calls from before do not look like those of what is enabled now."""
-    # A trace is recorded once, when it is made, and is there to be called again.
-    traced = {key: count for key, count in _calls.items() if key[1].endswith(COMPILED)}
-    for record in (_calls, _fallbacks, _slower, _replays):
-        record.clear()
-    _calls.update(traced)

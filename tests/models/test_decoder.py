@@ -67,7 +67,7 @@ def test_codes_are_those_of_all_positions_every_time(model, settings, uncached):
 def test_each_op_of_a_step_is_a_choice_of_its_own(model):
     want = model.generate(CLASSES[:2], seed=1)
     for op in STEP_OPS:
-        vfmtok_fast.switch.reset_records()
+        vfmtok_fast.switch.record.clear()
         with vfmtok_fast.enable(op, strict=True):
             assert torch.equal(model.generate(CLASSES[:2], seed=1), want)
         took = {name: set(vfmtok_fast.status().ops[name].calls) for name in STEP_OPS}

@@ -69,7 +69,7 @@ class Golden:
     def check_steps(self, way: str) -> None:
         """Logits of each decoding step, given the codes so far, within the rule of all ops."""
         config, model = self.model.config, self.model
-        vfmtok_fast.switch.reset_records()
+        vfmtok_fast.switch.record.clear()
         with self.on(way) as device, torch.no_grad(), enabled(way):
             codes = self.want["tokens"].to(device).long()
             cache, weights = model.decoder(len(codes)).cache, model.step_weights()

@@ -62,7 +62,7 @@ def model() -> GPT:
 
 def fast(model: GPT, classes: torch.Tensor, **settings) -> torch.Tensor:
     """Codes made by Triton kernels and nothing else, on ``DEVICE``."""
-    switch.reset_records()
+    switch.record.clear()
     model.to(DEVICE)
     try:
         with vfmtok_fast.enable(STEP_OPS, strict=True):

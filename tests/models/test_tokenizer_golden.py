@@ -188,7 +188,7 @@ def test_enabled_gradients(case: Case):
     """Of the keys in the golden file, for one image: no further off than the reference's."""
     truth = train_once(case, copy.deepcopy(case.model).double(), case.double, count=1)
     ruler = train_once(case, case.model, count=1)
-    vfmtok_fast.switch.reset_records()
+    vfmtok_fast.switch.record.clear()
     with vfmtok_fast.enable(ENCODE, strict=True):
         ours = train_once(case, case.model, count=1)
     assert calls("deformable_sample") == {FAST: case.model.config.encoder_depth}

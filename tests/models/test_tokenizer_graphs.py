@@ -79,7 +79,7 @@ def test_hooks_training_and_other_policies_are_no_replay(tok):
         hook.remove()
         assert seen == [1]
     with vfmtok_fast.enable([]):
-        vfmtok_fast.switch.reset_records()
+        vfmtok_fast.switch.record.clear()
         tok.encode(images)
         assert set(vfmtok_fast.status().ops["nearest_code"].calls) == {"reference"}
 

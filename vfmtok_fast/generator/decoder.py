@@ -201,7 +201,7 @@ class Decoder:
         key = (settings, switch.policy(), switch.generation(), rows, embedding.data_ptr())
         if key in self.graphs:
             self.graphs[key].replay()
-            switch.record_replay("a decode step")
+            switch.record.replay("a decode step")
             return
         # Graphs of other settings would pile up: three are alive, the first step's, guided and not.
         self.graphs = {old: graph for old, graph in self.graphs.items() if old[:3] == key[:3]}

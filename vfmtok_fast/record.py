@@ -1,0 +1,89 @@
+"""What calls of ops took, and why: counted, and what fell back told once."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+
+# Behind an implementation's name: a call that torch.compile traced.
+COMPILED = " (compiled)"
+
+
+class FallbackWarning(UserWarning):
+    """An enabled op took its reference or a slower implementation; the text says why."""
+
+
+class Record:
+    """Counts, by op and by what was taken or why. Any thread may add to them.
+
+    ``calls``: (op, implementation). ``fallbacks``: (op, reason). ``slower``: (op, reason) of a
+    reference that is the fastest. ``replays``: CUDA graphs, by name.
+    """
+
+    def __init__(self) -> None:
+        self.calls: Counter[tuple[str, str]] = Counter()
+        self.fallbacks: Counter[tuple[str, str]] = Counter()
+        self.slower: Counter[tuple[str, str]] = Counter()
+        self.replays: Counter[str] = Counter()
+        self._warned: set[tuple[str, str]] = set()
+        self._lock = threading.RLock()
+
+    def call(
+        self, op: str, implementation: str, reasons: tuple[str, ...], slower: str | None
+    ) -> None:
+        """Count one call; to be made by `Op.__call__` alone, as a warning names its caller's."""
+        with self._lock:
+            self.calls[op, implementation] += 1
+            if slower is not None:
+                self.slower[op, slower] += 1
+            if not reasons:
+                return
+            first = [reason for reason in reasons if (op, reason) not in self._warned]
+            self._warned.update((op, reason) for reason in reasons)
+            self.fallbacks.update((op, reason) for reason in reasons)
+        for reason in first:
+            # Past this method, Op.__call__ and the public op, to the line that called it.
+            warnings.warn(
+                f"{op} fell back to {implementation}: {reason}", FallbackWarning, stacklevel=4
+            )
+
+    def replay(self, what: str) -> None:
+        """Count one replay of a CUDA graph, which calls no op."""
+        with self._lock:
+            self.replays[what] += 1
+
+    def copy(self) -> Record:
+        """The counts as they are now."""
+        now = Record()
+        with self._lock:
+            for theirs, ours in zip(now._counts(), self._counts(), strict=True):
+                theirs.update(ours)
+        return now
+
+    def of(self, op: str) -> Iterator[dict[str, int]]:
+        """One op's calls, fallbacks and slower calls."""
+        for counts in (self.calls, self.fallbacks, self.slower):
+            yield {what: n for (name, what), n in counts.items() if name == op}
+
+    def clear(self) -> None:
+        """Forget everything; each fallback warns anew."""
+        with self._lock:
+            self._clear()
+            self._warned.clear()
+
+    def begin_anew(self) -> None:
+        """So that calls from before do not look like those of what is enabled now."""
+        with self._lock:
+            # A trace is recorded once, when it is made, and is there to be called again.
+            traced = {key: n for key, n in self.calls.items() if key[1].endswith(COMPILED)}
+            self._clear()
+            self.calls.update(traced)
+
+    def _counts(self) -> tuple[Counter, ...]:
+        return self.calls, self.fallbacks, self.slower, self.replays
+
+    def _clear(self) -> None:
+        for counts in self._counts():
+            counts.clear()
