@@ -41,6 +41,8 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
 
     def __init__(self):
         super().__init__()
+        # Constants as they were before half precision, by name.
+        self._full: dict[str, Tensor] = {}
         self.register_load_state_dict_post_hook(_bring_constants)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -55,8 +57,16 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
             if new.is_meta:
                 module._buffers[own] = old
             else:
-                new.copy_(_with_values(self, name, old))
+                new.copy_(self._in_full(name, _with_values(self, name, old), new))
         return self
+
+    def _in_full(self, name: str, old: Tensor, new: Tensor) -> Tensor:
+        """A constant's values for ``new``: where half precision took digits, those from before."""
+        if new.dtype.itemsize < old.dtype.itemsize:
+            self._full[name] = old.detach().cpu()
+        full = self._full.get(name, old)
+        # Another value since then is somebody's will.
+        return full if torch.equal(full.to(old), old) else old
 
     def save_pretrained(self, save_directory: str | Path, *, config=None, **options) -> str | None:
         """Write config.json and model.safetensors; see `PyTorchModelHubMixin.save_pretrained`.
@@ -168,14 +178,13 @@ def _with_values(model: nn.Module, name: str, constant: Tensor) -> Tensor:
 
 
 def _bring_constants(model: nn.Module, keys: object) -> None:
-    """After a state dict was loaded: constants that wait on the CPU, to the weights it brought."""
+    """After a state dict was loaded: constants to where the weights are that it brought."""
     if any(weight.is_meta for weight in model.parameters()):
         return  # There is more to come.
     first = next(model.parameters())
     for name, module, own in _constants(model):
         constant = _with_values(model, name, module._buffers[own])
-        if constant.device.type == "cpu":
-            module._buffers[own] = constant.to(next(module.parameters(), first).device)
+        module._buffers[own] = constant.to(next(module.parameters(), first).device)
 
 
 def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from types import ModuleType, TracebackType
 
 import torch
+from torch.autograd import forward_ad
 
 from .record import COMPILED, Record
 from .record import FallbackWarning as FallbackWarning
@@ -318,6 +319,9 @@ class Op:
         self, args: tuple, kwargs: dict
     ) -> tuple[Callable, str, tuple[str, ...], str | None]:
         """Function, its name, why others were passed over, and why a kernel that could was not."""
+        if not torch.compiler.is_compiling() and _transformed():
+            why = "under torch.func and forward-mode derivatives only the reference is right"
+            return self.reference, "reference", (why,), None
         device = args[0].device.type
         reasons = []
         served = False
@@ -356,6 +360,15 @@ def _record_trace(
 
 # What torch.compiler.assume_constant_result does; calling that would import Triton.
 _record_trace._dynamo_marked_constant = True
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func or a forward-mode derivative is at work.
+
+    Of those a kernel's registration as a torch op knows nothing: a tangent would be lost silently.
+    """
+    stack = torch._C._functorch.peek_interpreter_stack()
+    return stack is not None or forward_ad._current_level >= 0
 
 
 @dataclass(frozen=True)

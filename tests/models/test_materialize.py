@@ -118,6 +118,27 @@ def test_a_part_at_a_time(built: torch.nn.Module):
     answer(built)
 
 
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_and_back_loses_no_digits(built: torch.nn.Module, half: torch.dtype):
+    """What no state dict holds could not be had back: a float32 model that is not exact."""
+    state, expected = copy.deepcopy(built.state_dict()), answer(built)
+    before = {name: value.clone() for name, value in constants(built).items()}
+    back = pickle.loads(pickle.dumps(copy.deepcopy(built.to(half)))).float()
+    assert all(torch.equal(value, before[name]) for name, value in constants(back).items())
+    back.load_state_dict(state)
+    assert torch.equal(answer(back), expected)
+
+
+def test_a_constant_that_somebody_changed_stays_so(built: torch.nn.Module):
+    if isinstance(built, GPT):
+        pytest.skip("it works its table out anew")
+    built.bfloat16()
+    name, value = next(iter(constants(built).items()))
+    value.add_(1)
+    changed = value.clone()
+    assert torch.equal(constants(built.float())[name], changed.float())
+
+
 def test_moves_change_constants_as_before(built: torch.nn.Module):
     before = {name: value.clone() for name, value in constants(built).items()}
     wide = built.double()

@@ -95,7 +95,7 @@ def test_matches_full_attention_of_many_heads(dtype):
 def test_length_in_every_form_and_garbage_beyond_it(data, B, G, group, T, D, garbage):
     q, k, v = make(B, G * group, G, T, D, dtype=torch.float64)
     lengths = data.draw(st.lists(st.integers(1, T), min_size=B, max_size=B))
-    integer = data.draw(st.sampled_from([torch.int64, torch.int32]))
+    integer = data.draw(st.sampled_from([torch.int64, torch.int32, torch.uint16]))
 
     def spoil(x: Tensor, lengths: list[int]) -> Tensor:
         x = x.clone()

@@ -123,9 +123,20 @@ def test_rows_without_a_direction_get_code_0(dtype, bad):
     assert torch.equal(code[keep], good[keep])
 
 
-def test_a_row_with_nan_gets_code_0_without_normalize():
-    z = torch.tensor([[float("nan"), 1.0], [0.0, 1.0]])
-    assert nearest_code(z, torch.eye(2), normalize=False).tolist() == [0, 1]
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_that_is_not_finite_gets_code_0_without_normalize(bad: float):
+    z = torch.tensor([[1.0, bad], [0.0, 1.0]])
+    code, score = nearest_code(z, torch.eye(2), normalize=False, return_score=True)
+    assert code.tolist() == [0, 1] and score.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rows_whose_squares_overflow(dtype):
+    z, codebook = normal(30, 12, seed=3, dtype=dtype), normal(90, 12, seed=4, dtype=dtype)
+    want = nearest_code(z, codebook)
+    assert torch.equal(nearest_code(z * 2.0**100, codebook), want)
+    codebook[::2] *= 2.0**90
+    assert torch.equal(nearest_code(z, codebook), want)
 
 
 @pytest.mark.parametrize("normalize", [True, False])

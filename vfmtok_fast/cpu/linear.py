@@ -51,6 +51,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "
     if 0 in x.shape or 0 in weight.shape or torch.compiler.is_compiling():
         y = x @ weight.T if bias is None else x @ weight.T + bias
         return torch.nn.functional.gelu(y) if activation == "gelu" else y
+    # It takes all three for dense, and does not ask.
+    bias = None if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise(
         x.contiguous(), weight.contiguous(), bias, activation, [], "none"
     )

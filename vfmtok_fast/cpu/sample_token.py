@@ -95,7 +95,8 @@ def _workspace(like: Tensor) -> tuple[Tensor, ...]:
     A fresh tensor of this size is a system call and a page fault for every 4 KB, which cost five
     times what is computed in it.
     """
-    if torch.compiler.is_compiling():
+    # A fake tensor of tracing is to leave nothing behind.
+    if torch.compiler.is_compiling() or type(like) is not Tensor:
         return torch.empty(6, *like.shape, dtype=torch.int64, device=like.device).unbind()
     kept = getattr(_kept, "tensor", None)
     if kept is None or kept.shape[1:] != like.shape or kept.device != like.device:

@@ -42,7 +42,7 @@ def nearest_code(
         the cosine, or without ``normalize`` ``z.e - |e|^2 / 2``, which orders as the distance does.
 
         With ``normalize`` a row of zeros has the score 0 with every code: codes 0 to k - 1. A row
-        that holds NaN (with ``normalize`` also infinity) gets codes 0 to k - 1 and the score NaN.
+        that holds NaN or infinity gets codes 0 to k - 1 and the score NaN.
         A codebook row that is not finite is no codebook: every finite query gets the first such
         row, then the lowest others, all with the score NaN.
 

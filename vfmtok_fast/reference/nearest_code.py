@@ -14,7 +14,7 @@ def nearest_code(
     # Half-precision input is taken as exact; rounding the scores to it would invent ties.
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     if normalize:
-        z, codebook = F.normalize(z.to(dtype), dim=-1), F.normalize(codebook.to(dtype), dim=-1)
+        z, codebook = _unit(z.to(dtype)), _unit(codebook.to(dtype))
         # argmin |z - e|^2 = argmax z.e when both have length one.
         scores = z @ codebook.T
     else:
@@ -22,13 +22,21 @@ def nearest_code(
         # small difference of large numbers, which float32 does not hold.
         z, codebook = z.double(), codebook.double()
         scores = z @ codebook.T - codebook.square().sum(-1) / 2
-        # Infinity minus infinity need not be NaN; a code that is not finite is to win as NaN does.
+        # Infinity minus infinity need not be NaN; a code that is not finite is to win as NaN does,
+        # and a query that is not finite has no distances.
         scores.masked_fill_(~codebook.isfinite().all(-1), torch.nan)
+        scores.masked_fill_(~z.isfinite().all(-1, keepdim=True), torch.nan)
     score, code = _largest(scores, k)
     score = score.to(dtype)
     if k == 1:
         score, code = score[:, 0], code[:, 0]
     return (code, score) if return_score else code
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows of length one; the squares of very long ones would overflow."""
+    long = rows.abs().amax(-1, keepdim=True) > 2.0**60
+    return F.normalize(torch.where(long, rows * 2.0**-80, rows), dim=-1)
 
 
 def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

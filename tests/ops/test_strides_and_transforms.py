@@ -1,0 +1,144 @@
+"""What holds of every op that is differentiable, whatever it takes: any strides, any transform.
+
+Run with TRITON_INTERPRET=1 this tries the kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+
+import vfmtok_fast as vf
+from vfmtok_fast import ops
+
+KERNELS = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def made(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    draw = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(shape, generator=draw) for shape in shapes)
+
+
+# Each a function of tensors, and tensors for it.
+CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+    "linear": (ops.linear, made((5, 16), (8, 16), (8,))),
+    **{
+        f"linear, {name}": (partial(ops.linear, activation=name), made((5, 16), (8, 16), (8,)))
+        for name in ("gelu", "relu", "swiglu")
+    },
+    "add_norm": (lambda *a: ops.add_norm(*a, eps=1e-6)[1], made((5, 16), (5, 16), (16,), (16,))),
+    "upsample_conv": (ops.upsample_conv, made((1, 16, 3, 4), (16, 16, 3, 3), (16,))),
+    "group_norm_silu": (
+        lambda x, w, b: ops.group_norm_silu(x, w, b, 4),
+        made((1, 16, 3, 4), (16,), (16,)),
+    ),
+    "residual_block": (
+        lambda x, w1, b1, c1, d1, w2, b2, c2, d2: ops.residual_block(
+            x, (w1, b1), (c1, d1), (w2, b2), (c2, d2), num_groups=4
+        ),
+        made(*[(1, 16, 3, 4), *2 * [(16,), (16,), (16, 16, 3, 3), (16,)]]),
+    ),
+    "linear_cross_entropy": (
+        lambda x, w, b: ops.linear_cross_entropy(x, w, torch.arange(5), bias=b),
+        made((5, 16), (24, 16), (24,)),
+    ),
+    "deformable_sample": (
+        lambda value, at, *how: ops.deformable_sample(value, ((4, 4),), at.sigmoid(), *how),
+        made((1, 16, 2, 16), (1, 3, 1, 2), (1, 3, 2, 1, 4, 2), (1, 3, 2, 4)),
+    ),
+}  # fmt: skip
+
+
+def spread(tensor: Tensor) -> Tensor:
+    """The same values, every other one of a tensor twice as large in the last dimension."""
+    return tensor.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+@pytest.fixture(autouse=True)
+def enabled(clean_switch):
+    with vf.enable(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", vf.switch.FallbackWarning)
+        yield
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_strides(name: str):
+    """Of each tensor alone, and of all at once: values, and the gradients."""
+    call, given = CASES[name]
+
+    def of(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        tensors = tuple(tensor.requires_grad_() for tensor in tensors)
+        out = call(*tensors)
+        return [out, *torch.autograd.grad(out.square().sum(), tensors)]
+
+    want = of(tuple(tensor.clone() for tensor in given))
+    chosen = [{i} for i in range(len(given))] + [set(range(len(given)))]
+    for which in chosen:
+        got = of(tuple(spread(t) if i in which else t.clone() for i, t in enumerate(given)))
+        for ours, theirs in zip(got, want, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    with torch.inference_mode():
+        torch.testing.assert_close(call(*map(spread, given)), want[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_row_for_all(name: str):
+    """A bias that is one number, expanded: its memory ends where others begin."""
+    call, given = CASES[name]
+    one = given[-1].flatten()[:1].expand(given[-1].numel()).view(given[-1].shape)
+    with torch.inference_mode():
+        got, want = call(*given[:-1], one), call(*given[:-1], one.clone())
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transforms_are_the_references(name: str):
+    """A kernel has no tangent and no batching rule; without a word it would be taken for zero."""
+    call, given = CASES[name]
+    tangents = made(*(tensor.shape for tensor in reversed(given)))[::-1]
+
+    def answers() -> list[Tensor]:
+        backward = torch.func.grad(lambda *tensors: call(*tensors).square().sum())(*given)
+        rows = torch.func.vmap(lambda x: call(x, *given[1:]))(torch.stack([given[0]] * 2))
+        if name == "deformable_sample":  # torch's grid_sample has no forward mode, and says so.
+            return [backward, rows]
+        with forward_ad.dual_level():
+            x = forward_ad.make_dual(given[0], tangents[0])
+            forward = forward_ad.unpack_dual(call(x, *given[1:])).tangent
+        return [backward, rows, forward, *torch.func.jvp(call, given, tangents)]
+
+    got = answers()
+    with vf.enable([]):
+        want = answers()
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.abs().sum() > 0
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    op = name.partition(",")[0]
+    assert any("torch.func" in why for why in vf.status().ops[op].fallbacks)
+
+
+def test_transforms_are_refused_where_a_fallback_is():
+    call, given = CASES["linear"]
+    with vf.enable(strict=True), pytest.raises(vf.switch.FallbackError, match=r"torch\.func"):
+        torch.func.jvp(call, given, given)
+
+
+@pytest.mark.skipif(KERNELS, reason="the interpreter runs kernels")
+def test_draws_under_tracing_leave_nothing_behind():
+    logits, ids = torch.randn(4, 50), torch.arange(4)
+    want = ops.sample_token(logits, ids, 1)
+    with FakeTensorMode() as mode:
+        assert ops.sample_token(mode.from_tensor(logits), mode.from_tensor(ids), 1).shape == (4,)
+    traced = torch.func.functionalize(lambda x: ops.sample_token(x, ids, 1))(logits)
+    assert torch.equal(traced, want)
+    with FakeTensorMode() as mode:  # another shape, which nothing was kept for
+        ops.sample_token(torch.randn(3, 50), torch.arange(3), 1)
+    assert torch.equal(ops.sample_token(logits[:3], ids[:3], 1), want[:3])
