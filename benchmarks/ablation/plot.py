@@ -49,11 +49,13 @@ def draw(records: list[dict], path: Path) -> None:
     variants = dict.fromkeys(record["variant"] for record in records)
     colours = {variant: f"C{number}" for number, variant in enumerate(variants)}
     for axis, column in zip(axes, COLUMNS, strict=True):
+        named = set()
         for record in records:
             steps = [point["step"] for point in record["curve"]]
             values = [point[column] for point in record["curve"]]
-            label = record["variant"] if record["seed"] == records[0]["seed"] else None
+            label = None if record["variant"] in named else record["variant"]
             axis.plot(steps, values, color=colours[record["variant"]], alpha=0.8, label=label)
+            named.add(record["variant"])
         axis.axhline(1 / 9, color="grey", linestyle=":", linewidth=1)
         axis.set_title("without guidance" if column == "accuracy" else "with guidance")
         axis.set_xlabel("steps of the generator")

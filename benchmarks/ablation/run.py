@@ -129,8 +129,9 @@ def train_generator(
     for step in range(1, steps + 1):
         rows = torch.randint(len(codes), (32,), generator=draw).to(model.device)
         losses.append(trainer.step(codes[rows], labels[rows])["loss"])
-        if step % every == 0:
-            point = {"step": step, "loss": sum(losses[-every:]) / every}
+        if step % every == 0 or step == steps:
+            some = losses[-every:]
+            point = {"step": step, "loss": sum(some) / len(some)}
             for name, scale in (("accuracy", 1.0), ("accuracy_guided", guidance)):
                 drawn, groups, _ = generate(trainer.ema, model, each, cfg_scale=scale)
                 point[name] = accuracy(judge, drawn.cpu(), groups)

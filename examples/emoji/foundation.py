@@ -116,8 +116,15 @@ def train(options: argparse.Namespace) -> None:
             speed = (step + 1 - done) * options.batch_size / (time.perf_counter() - start)
             print(f"step {step + 1}: {told}, {speed:.0f} images/s", flush=True)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state | {"step": step + 1}, kept)
-    torch.save(model.dinov2(), options.out)
+            store(state | {"step": step + 1}, kept)
+    store(model.dinov2(), options.out)
+
+
+def store(value: object, path: Path) -> None:
+    """All of it or nothing, so that a run that is stopped here goes on."""
+    part = path.with_name(f"{path.name}.part")
+    torch.save(value, part)
+    part.replace(path)
 
 
 def main() -> None:

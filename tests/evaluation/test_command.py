@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -117,6 +119,8 @@ def test_probe(run, photos: Path, model: Path, tmp_path: Path):
     line = ("probe", photos, "--model", model, "--features", "codes", "--epochs", 12, "--out", out)
     code, _, errors = run(*line, "--test", photos)
     assert code == 2 and "those are the training pictures; name others" in errors
+    (tmp_path / "link").symlink_to(photos)
+    assert "the training pictures" in run(*line, "--test", tmp_path / "link")[2]
     # The rate of so few would never have risen.
     code, _, errors = run(*line, "--epochs", 3)
     assert code == 2 and "3 epochs end within the protocol's 10 of warm-up" in errors
@@ -134,6 +138,28 @@ def test_probe(run, photos: Path, model: Path, tmp_path: Path):
     assert some["protocol"]["name"] == "probe-sgd, epochs=12, num=9"
     for name, value in result["metrics"].items():
         assert f"{value:.4f}" in next(row for row in text.splitlines() if row.startswith(name))
+
+
+def test_two_files_of_one_folder(run, photos: Path, model: Path, tmp_path: Path):
+    """They are two inputs, and results say which was taken; an unreadable one gives exit code 3."""
+    paths = sorted(photos.rglob("*.png"))
+    for name, some in (("train", paths[::2]), ("test", [*paths[1::2], photos / "none.png"])):
+        images = [{"bytes": one.read_bytes() if one.exists() else b"no picture"} for one in some]
+        labels = [int(path.parent.name == "class1") for path in some]
+        table = pa.table({"image": images, "label": labels})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    line = ("--model", model, "--epochs", 12, "--out", tmp_path / "probe.json")
+    train, test = tmp_path / "train.parquet", tmp_path / "test.parquet"
+    code, _, errors = run("probe", train, "--test", test, *line)
+    assert code == 3 and "1 pictures could not be read and were left out" in errors
+    compared = json.loads((tmp_path / "probe.json").read_text())["compared"]
+    assert (compared["train"], compared["test"]) == (str(train), str(test))
+    code, _, errors = run("probe", train, "--test", tmp_path / "." / "train.parquet", *line[:4])
+    assert code == 2 and "those are the training pictures" in errors
+    line = ("--model", model, "--num", 4, "--size", 16, "--no-inception")
+    code, _, errors = run("reconstruction", train, *line, "--out", tmp_path / "one.json")
+    assert code == 0 and "train.parquet is named as a training set" in errors
+    assert json.loads((tmp_path / "one.json").read_text())["compared"]["source"] == str(train)
 
 
 def test_what_cannot_end_well_does_not_begin(

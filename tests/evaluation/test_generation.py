@@ -72,6 +72,15 @@ def test_statistics_count_and_pictures_beside_them_only_for_neighbours(
     np.savez(reference, arr_0=pictures[12:], **values)
     both = evaluate_generation(samples, reference, SMALL, inception)["metrics"]
     assert both["FID"] == metrics["FID"] and both["sFID"] is None and both["recall"] > 0
+    # Statistics for sFID alone leave FID to the pictures.
+    spatial = moments["spatial"].statistics()
+    values = {"mu_s": spatial.mean.numpy(), "sigma_s": spatial.covariance.numpy()}
+    np.savez(reference, arr_0=pictures[12:], **values)
+    alone = evaluate_generation(samples, reference, SMALL, inception)["metrics"]
+    target = seen(inception, pictures[12:]).moments["pool"].statistics()
+    assert alone["FID"] == pytest.approx(frechet_distance(own, target))
+    own = seen(inception, pictures[:12]).moments["spatial"].statistics()
+    assert alone["sFID"] == pytest.approx(frechet_distance(own, spatial))
 
 
 def test_a_doubtful_reference_is_warned_of(files, inception, pictures: np.ndarray, tmp_path: Path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -109,5 +111,22 @@ def test_evaluate_probe(tokenizer: VFMTok, photos: Path, tmp_path: Path):
     (tmp_path / "green").mkdir()
     Image.new("RGB", (70, 80)).save(tmp_path / "green" / "x.png")
     other = open_source(tmp_path)
-    with pytest.raises(ValueError, match="its classes are not those of"):
+    with pytest.raises(ValueError, match="its classes are not those of .*: 'green' stands where"):
         evaluate_probe(tokenizer, source, other, QUICK, "codes")
+
+
+def test_labels_of_archives(tokenizer: VFMTok, photos: Path, tmp_path: Path):
+    """Classes without names are matched by number; of a damaged label one picture is left out."""
+    with tarfile.open(tmp_path / "shard-000.tar", "w") as archive:
+        for number, path in enumerate(sorted(photos.rglob("*.png"))):
+            label = "dog" if number == 3 else str(int(number >= 5))
+            for ending, data in ((".png", path.read_bytes()), (".cls", label.encode())):
+                member = tarfile.TarInfo(f"{number:03}{ending}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    shard = open_source(tmp_path / "shard-000.tar", "webdataset")
+    result = evaluate_probe(tokenizer, open_source(photos), shard, QUICK, "regions")
+    assert result["metrics"]["linear, top 1"] == 1.0
+    assert result["compared"]["unreadable"] == 1 and result["compared"]["test_pictures"] == 9
+    assert result["compared"]["test"].endswith("shard-000.tar")
+    assert any("matched by their numbers, as " in line for line in result["warnings"])

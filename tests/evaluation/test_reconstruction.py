@@ -78,6 +78,8 @@ def test_crops_and_raw_pictures_are_two_protocols(tokenizer, photos: Path, tmp_p
     assert result["compared"]["sha256"] == hashlib.sha256(kept).hexdigest()
     with pytest.raises(ValueError, match="takes crops of 48x48; raw pictures go with --protocol"):
         evaluate_reconstruction(tokenizer, raw, of_crops)
+    with pytest.raises(ValueError, match="--size must be at least 16, which LPIPS needs, got 15"):
+        evaluate_reconstruction(tokenizer, raw, VFMTOK.changed(num=10, size=15), lpips=torch.dist)
     with pytest.raises(ValueError, match="48x48 crops already.*reconstruction-crops takes them"):
         evaluate_reconstruction(tokenizer, crops, VFMTOK.changed(num=10, size=48))
 

@@ -78,6 +78,21 @@ def test_adaptive_weight():
     assert float(losses.adaptive_weight((6 * last).sum(), zero, last)) == 1e4
 
 
+def test_adaptive_weight_of_float16():
+    """Gradients below its smallest number, of large batches, count; those that overflow do not."""
+    wide = torch.ones(3, requires_grad=True)
+
+    def weight(scale: float) -> float:
+        last = wide.half()  # whose gradient is rounded on its way
+        small, other = 1e-9 * last.float().sum(), 1e-3 * last.float().sum()
+        return float(losses.adaptive_weight(small, other, wide, scale))
+
+    expected = 1e-9 * 3**0.5 / (1e-3 * 3**0.5 + 1e-4)
+    assert weight(1.0) == 0.0
+    assert weight(2.0**14) == pytest.approx(expected, rel=1e-2)
+    assert weight(2.0**40) == 0.0  # infinity by infinity
+
+
 def as_torchvision(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """VGG16 under torchvision's names, with a part of the classifier that is in its file."""
     convs = {k: v for k, v in weights.items() if k.startswith("net.")}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vfmtok_fast import VFMTok, VFMTokConfig
 from vfmtok_fast.training import NotFinite, TokenizerTrainer, TokenizerTraining
+from vfmtok_fast.training import tokenizer as tokenizer_trainer
 
 
 def state(trainer: TokenizerTrainer) -> dict[str, Tensor]:
@@ -252,6 +253,15 @@ def test_usage_counts_the_codes_of_late(make, images: Tensor):
     trainer.images = 10_000
     # 4096 pictures of 16 codes are the window; those of long ago do not count.
     assert trainer.step(images)["usage"] < 1
+
+
+@pytest.mark.parametrize(("pictures", "steps"), [(7, 1), (8, 2), (3, 1)])
+def test_usage_is_of_whole_steps(make, images: Tensor, pictures: int, steps: int, monkeypatch):
+    """A window that cuts through a step of four pictures leaves it out."""
+    trainer = make(judge=False)
+    monkeypatch.setattr(tokenizer_trainer, "USAGE_WINDOW", 16 * pictures)
+    told = [trainer.step(some)["usage"] for some in (images, images.flip(0), images.flip(-1))][-1]
+    assert told == float((trainer.last_used > 12 - 4 * steps).float().mean())
 
 
 def test_codes_without_use_start_anew_at_queries(make, images: Tensor):

@@ -49,9 +49,9 @@ MOST_CHARACTERS = 1000
 # Those that go on where they stopped.
 RESUMING = {"cache", "repair", "sample", "train-tokenizer", "train-gpt"}
 EXIT_CODES = """exit codes: 0 done; 1 verify found a problem, status: not complete, or train-gpt
---overfit failed; 2 wrong input or an error; 3 done, but some pictures could not be read (0 under
-torchrun, which takes others for a crash); 4 more of them than --max-bad; 130 interrupted, 143
-terminated (a cache goes on where it stopped)"""
+--overfit failed; 2 wrong input or an error; 3 done, but some pictures could not be read (0 of a
+training, which takes others in their place, and under torchrun, to which it is a crash); 4 more of
+them than --max-bad; 130 interrupted, 143 terminated (a cache goes on where it stopped)"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

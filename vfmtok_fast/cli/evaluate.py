@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from ..cache.sources import Source
     from ..evaluation import Generation, Inception
     from ..training import LPIPS
 
@@ -47,11 +48,10 @@ def run(options: argparse.Namespace) -> int:
         if out.exists():
             raise FileExistsError(f"{out} is there already; choose another name with --out")
         check_writable(out)
-    WHAT[options.what][2](options, out)
-    return 0
+    return WHAT[options.what][2](options, out)
 
 
-def _reconstruction(options: argparse.Namespace, out: Path) -> None:
+def _reconstruction(options: argparse.Namespace, out: Path) -> int:
     from .. import evaluation
 
     protocol = evaluation.protocol(options.protocol, evaluation.Reconstruction)
@@ -66,10 +66,10 @@ def _reconstruction(options: argparse.Namespace, out: Path) -> None:
             lpips=None if lpips is None else lpips.to(tokenizer.device),
             batch_size=options.batch_size, workers=options.workers, advance=shown.update,
         )  # fmt: skip
-    _report(result, out)
+    return _report(result, out)
 
 
-def _generation(options: argparse.Namespace, out: Path) -> None:
+def _generation(options: argparse.Namespace, out: Path) -> int:
     from .. import evaluation
 
     protocol = _against(options)
@@ -79,10 +79,10 @@ def _generation(options: argparse.Namespace, out: Path) -> None:
             options.samples, options.reference, protocol, inception,
             labelled=not options.no_labels, batch_size=options.batch_size, advance=shown.update,
         )  # fmt: skip
-    _report(result, out)
+    return _report(result, out)
 
 
-def _sweep(options: argparse.Namespace, out: Path) -> None:
+def _sweep(options: argparse.Namespace, out: Path) -> int:
     """Sample at each scale, or go on with what lies there; evaluate; plot."""
     from .. import evaluation, sample_folder
     from ..generator import Sampling
@@ -124,6 +124,7 @@ def _sweep(options: argparse.Namespace, out: Path) -> None:
     if not evaluation.plot_sweep(out / "sweep.png", results):
         note("note: no plot without matplotlib: pip install 'vfmtok-fast[eval]'")
     say(f"wrote {out}/sweep.json: {_named(results[0])}")
+    return 0
 
 
 def _check_scales(scales: list[float], path: Path) -> None:
@@ -140,7 +141,7 @@ def _check_scales(scales: list[float], path: Path) -> None:
         )
 
 
-def _probe(options: argparse.Namespace, out: Path) -> None:
+def _probe(options: argparse.Namespace, out: Path) -> int:
     from .. import evaluation
     from ..cache.sources import open_source
 
@@ -153,7 +154,7 @@ def _probe(options: argparse.Namespace, out: Path) -> None:
             options.test, options.input, image_column=options.image_column,
             label_column=options.label_column,
         )  # fmt: skip
-        if (test.root, test.chosen) == (train.root, train.chosen):
+        if _pictures_of(test) == _pictures_of(train):
             raise ValueError(f"--test {options.test}: those are the training pictures; name others")
     tokenizer = load_tokenizer(options, options.device)
     with policy(options), bar(options.num, "img", "features") as shown:
@@ -161,7 +162,12 @@ def _probe(options: argparse.Namespace, out: Path) -> None:
             tokenizer, train, test, probe, options.features, num=options.num,
             batch_size=options.batch_size, workers=options.workers, advance=shown.update,
         )  # fmt: skip
-    _report(result, out)
+    return _report(result, out)
+
+
+def _pictures_of(source: Source) -> tuple:
+    """What two inputs that hold the same pictures have in common, however they are spelled."""
+    return source.root.resolve(), source.files(), source.chosen
 
 
 # What is evaluated: a line of help, its options, and what it does.
@@ -210,8 +216,8 @@ def _lpips(options: argparse.Namespace) -> LPIPS | None:
     return None
 
 
-def _report(result: dict[str, Any], out: Path) -> None:
-    """A table on stdout, all there is in a file."""
+def _report(result: dict[str, Any], out: Path) -> int:
+    """A table on stdout, all there is in a file; the exit code."""
     _warn(result["warnings"])
     width = max(map(len, result["metrics"]))
     for name, value in result["metrics"].items():
@@ -219,6 +225,7 @@ def _report(result: dict[str, Any], out: Path) -> None:
     # Last, so that a full disk does not take the figures too.
     _write(out, result)
     say(f"wrote {out}: {_named(result)}")
+    return 3 if result["compared"].get("unreadable") else 0
 
 
 def _named(result: dict[str, Any]) -> str:

@@ -106,8 +106,9 @@ def _metrics(
 ) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     known = {which: real.statistics(which) for which in STATISTICS}
-    if not any(known.values()):
-        known = {which: moments.statistics() for which, moments in target.moments.items()}
+    if known["pool"] is None:
+        made = {which: moments.statistics() for which, moments in target.moments.items()}
+        known = {which: known[which] or made[which] for which in made}
     # Else none are made of the pictures, which ADM's statistics are not of.
     for name, which in (("FID", "pool"), ("sFID", "spatial")):
         own, against = seen.moments[which].statistics(), known[which]

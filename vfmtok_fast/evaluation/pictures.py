@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..cache.format.index import NO_CLASS, Entry
 from ..cache.sources import BadImage, Source
+from ..cache.sources.base import REASONS
 from ..images import center_crop, decode_image, to_float, to_uint8
 
 # Pictures that are looked at before the work begins.
@@ -58,13 +59,15 @@ class Pictures:
         if not 0 < num <= len(entries):
             evaluates = f"; --num {len(entries)} evaluates those, and says so" if entries else ""
             raise ValueError(
-                f"{source.root}: {num} pictures were asked for, it holds {len(entries)}{evaluates}"
+                f"{source.shown}: {num} pictures were asked for, it holds {len(entries)}{evaluates}"
             )
         self.entries = [entries[i * len(entries) // num] for i in range(num)]
-        if labelled and (without := [e.path for e in self.entries if e.label == NO_CLASS]):
+        # One whose label is damaged is left out as a bad picture, as training does.
+        without = [e.path for e in self.entries if e.label == NO_CLASS and e.size not in REASONS]
+        if labelled and without:
             raise ValueError(
-                f"{source.root}: {len(without)} pictures have no label, such as {without[0]!r}; "
-                "put them into class folders"
+                f"{source.shown}: {len(without)} pictures have no label, such as {without[0]!r}; "
+                "a probe needs a class for each"
             )
         if crop == "centre" and size is not None and size < side:
             self._refuse_crops()
@@ -112,7 +115,7 @@ class Pictures:
                 sizes.add(decode_image(self.source.read(entry)).size)
         if sizes == {(self.size, self.size)}:
             raise ValueError(
-                f"{self.source.root}: the pictures are {self.size}x{self.size} crops already, not "
+                f"{self.source.shown}: the pictures are {self.size}x{self.size} crops already, not "
                 "what the authors cut theirs from; --protocol reconstruction-crops takes them"
             )
 

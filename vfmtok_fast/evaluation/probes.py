@@ -168,7 +168,7 @@ def features(
         labels.append(torch.from_numpy(batch.labels))
         advance(len(batch.labels))
     if not found:
-        raise ValueError(f"{pictures.source.root}: no picture could be read")
+        raise ValueError(f"{pictures.source.shown}: no picture could be read")
     return torch.cat(found), torch.cat(labels)
 
 
@@ -203,11 +203,11 @@ def evaluate_probe(
     side = tokenizer.config.image_size
     sets = [Pictures(train, side, num=num, workers=workers, labelled=True)]
     names = train.classes(max(entry.label for entry in sets[0].entries))
+    warnings = []
     if test is not None:
         sets.append(Pictures(test, side, workers=workers, labelled=True))
         other = test.classes(max(entry.label for entry in sets[1].entries))
-        if other[: len(names)] != names[: len(other)]:
-            raise ValueError(f"{test.root}: its classes are not those of {train.root}")
+        warnings += _check_classes(names, other, f"{test.shown}", f"{train.shown}")
     found = [features(tokenizer, some, which, batch_size, advance) for some in sets]
     (known, labels), *rest = found
     if rest:
@@ -216,17 +216,18 @@ def evaluate_probe(
         out = _every_fifth(labels)
         (held, truth), (known, labels) = (known[out], labels[out]), (known[~out], labels[~out])
         if not len(held):
-            raise ValueError(f"{train.root}: no class has five pictures; name others with --test")
+            raise ValueError(f"{train.shown}: no class has five pictures; name others with --test")
     classes = max(len(names), int(truth.max()) + 1)
-    bad = sum(len(some.bad) for some in sets)
+    if bad := sum(len(some.bad) for some in sets):
+        warnings.append(f"{bad} pictures could not be read and were left out")
     name = probe.name if num is None else f"{probe.name}, num={num}"
     linear = linear_probe(known, labels, held, classes, probe)
     votes = nearest_neighbours(known, labels, held, classes, probe)
     return {
         "protocol": dataclasses.asdict(probe) | {"name": name, "features": which},
         "compared": {
-            "train": str(train.root), "train_pictures": len(known),
-            "test": str(test.root) if test else "every fifth picture of a class",
+            "train": str(train.shown), "chosen": train.chosen, "train_pictures": len(known),
+            "test": str(test.shown) if test else "every fifth picture of a class",
             "test_pictures": len(held), "classes": classes,
             "unreadable": bad,
             "features_sha256": weights_checksum({"train": known, "test": held}),
@@ -239,8 +240,22 @@ def evaluate_probe(
             f"{probe.neighbours} neighbours, top 1": accuracy(votes, truth),
             "chance, the largest class": float(truth.bincount().max() / len(truth)),
         },
-        "warnings": [f"{bad} pictures could not be read and were left out"] if bad else [],
+        "warnings": warnings,
     }  # fmt: skip
+
+
+def _check_classes(names: list[str], other: list[str], test: str, train: str) -> list[str]:
+    """Refuse other classes; warn where only the numbers can be compared."""
+    numbered = [all(name == str(i) for i, name in enumerate(some)) for some in (names, other)]
+    if numbered[0] != numbered[1]:
+        which = (test, train)[numbered[0]]
+        return [f"classes are matched by their numbers, as {which} has no names for them"]
+    for ours, theirs in zip(names, other, strict=False):
+        if ours != theirs:
+            raise ValueError(
+                f"{test}: its classes are not those of {train}: {theirs!r} stands where {ours!r} is"
+            )
+    return []
 
 
 def _every_fifth(labels: Tensor) -> Tensor:

@@ -22,6 +22,9 @@ from .metrics import WINDOW, frechet_distance, inception_score, psnr, ssim
 from .pictures import Pictures, compared, model_input
 from .protocols import Reconstruction
 
+# LPIPS's VGG16 halves a picture four times.
+HALVED = 16
+
 
 @torch.no_grad()
 def evaluate_reconstruction(
@@ -60,8 +63,9 @@ def evaluate_reconstruction(
     # Found before the work.
     if inception is not None and protocol.num < 2:
         raise ValueError(f"--num must be at least 2, which rFID needs, got {protocol.num}")
-    if protocol.size < WINDOW:
-        raise ValueError(f"--size must be at least {WINDOW}, SSIM's window, got {protocol.size}")
+    who, least = ("SSIM", WINDOW) if lpips is None else ("LPIPS", HALVED)
+    if protocol.size < least:
+        raise ValueError(f"--size must be at least {least}, which {who} needs, got {protocol.size}")
     sums = _Sums(protocol, tokenizer, inception, lpips)
     for batch in pictures.batches(batch_size):
         images = model_input(batch.squares, tokenizer.device, tokenizer.dtype)
@@ -73,7 +77,7 @@ def evaluate_reconstruction(
         sums.add(originals, made, codes)
         advance(len(made))
     if not sums.count:
-        raise ValueError(f"{source.root}: no picture could be read")
+        raise ValueError(f"{source.shown}: no picture could be read")
     warnings = []
     if sums.equal:
         warnings.append(
@@ -81,14 +85,15 @@ def evaluate_reconstruction(
         )
     if pictures.bad:
         warnings.append(f"{len(pictures.bad)} pictures could not be read and were left out")
-    if named_split(str(source.root)) == "train":
+    if named_split(str(source.shown)) == "train":
         warnings.append(
-            f"{source.root} is named as a training set; published rFIDs are of validation pictures"
+            f"{source.shown} is named as a training set; published rFIDs are of validation pictures"
         )
     return {
         "protocol": dataclasses.asdict(protocol),
         "compared": {
-            "source": str(source.root), "pictures": sums.count, "unreadable": len(pictures.bad),
+            "source": str(source.shown), "chosen": source.chosen, "pictures": sums.count,
+            "unreadable": len(pictures.bad),
             "sha256": sums.digests[0].hexdigest(),
             "reconstructions_sha256": sums.digests[1].hexdigest(),
         },

@@ -78,19 +78,26 @@ DISCRIMINATOR: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+def adaptive_weight(
+    reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, scale: float = 1.0
+) -> Tensor:
     """|grad of reconstruction| / (|grad of adversarial| + 1e-4) at the last layer, at most 1e4.
 
     Args:
         reconstruction: the pixel and perceptual loss, a scalar with its graph.
         adversarial: the generator's loss.
         last_layer: the weight whose gradients are compared.
+        scale: of both losses on their way back, as float16 needs; the result is without it. Where
+            gradients overflow then, those of the step do too, and the weight does not matter.
 
     Source: VQGAN, arXiv 2012.09841, section 3.1.
     """
-    (of_reconstruction,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    (of_adversarial,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (of_reconstruction.norm() / (of_adversarial.norm() + 1e-4)).clamp(max=1e4)
+    of_reconstruction, of_adversarial = (
+        torch.autograd.grad(scale * loss.float(), last_layer, retain_graph=True)[0].norm() / scale
+        for loss in (reconstruction, adversarial)
+    )
+    weight = (of_reconstruction / (of_adversarial + 1e-4)).clamp(max=1e4)
+    return weight if scale == 1 else weight.nan_to_num(0.0)
 
 
 class LPIPS(nn.Module):

@@ -207,7 +207,8 @@ class TokenizerTrainer(Trainer):
         if settings.adaptive_weight:
             rest = terms["rec"] + settings.perceptual_weight * terms.get("perceptual", 0.0)
             last = self.model.pixel_decoder.conv_out.weight
-            weight = weight * losses.adaptive_weight(rest, loss, last)
+            scale = self.learner.scaler.get_scale()
+            weight = weight * losses.adaptive_weight(rest, loss, last, scale)
         return weight * loss
 
     def _judge(self, images: Tensor, fake: Tensor, number: int, share: float, sums: Sums) -> None:
@@ -235,8 +236,9 @@ class TokenizerTrainer(Trainer):
         told = {}
         if self.settings.revive_after is not None:
             told["revived"] = float(self._revive(queries))
+        # Whole steps, this one at least.
         window = max(together, USAGE_WINDOW // self.model.config.num_regions)
-        recent = self.last_used > max(0, self.images - window)
+        recent = self.last_used >= max(1, self.images - window + together)
         return told | {"usage": float(recent.float().mean())}
 
     @torch.no_grad()

@@ -61,6 +61,12 @@ class Source(Protocol):
         """
         return self.choice.record()
 
+    @property
+    def shown(self) -> Path:
+        """What to call it: its only file, where it is one of several in a folder, or its root."""
+        files = self.files()
+        return self.root / next(iter(files)) if files and len(files) == 1 else self.root
+
     def files(self) -> dict[str, int] | None:
         """Size in bytes of every file that holds pictures; None where each picture is a file."""
 
