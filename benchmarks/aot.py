@@ -98,11 +98,11 @@ def instructions(code: str) -> list[tuple[str, str]]:
 
 
 # Names that touch memory or leave the kernel, and those of them that may stand before the wait:
-# loads of arguments, prefetches into L2, and loads that are marked to be evicted first, which are
-# those of weights: no kernel of a step writes them. A name in neither list is taken to touch
-# registers only, so a chip or compiler with new names for memory needs them added here.
+# loads of arguments, what stays in shared memory, prefetches into L2, and loads that are marked to
+# be evicted first, those of weights: no kernel of a step writes them. A name in neither list is
+# taken to touch registers only, so a chip or compiler with new names for memory needs them here.
 MEMORY = re.compile(r"^(LD|ST|ATOM|RED|CCTL|UBLK|UTMA|SUST|SULD|TEX|CALL|JMP|BRX|JMX|RET|EXIT)")
-HARMLESS = re.compile(r"^(LDC|LDCU|LDC\..*|LDCU\..*|CCTL\.E\.PF2|LDG\.E\.EF(\..*)?)$")
+HARMLESS = re.compile(r"^((LDC|LDCU|LDSM?|STSM?|ATOMS)(\..*)?|CCTL\.E\.PF2|LDG\.E\.EF(\..*)?)$")
 
 
 def early_accesses(code: str) -> list[str]:

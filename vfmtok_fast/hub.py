@@ -64,9 +64,11 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         """A constant's values for ``new``: where half precision took digits, those from before."""
         if new.dtype.itemsize < old.dtype.itemsize:
             self._full[name] = old.detach().cpu()
-        full = self._full.get(name, old)
-        # Another value since then is somebody's will.
-        return full if torch.equal(full.to(old), old) else old
+        elif new.dtype.itemsize > old.dtype.itemsize and name in self._full:
+            # Another value since then is somebody's will.
+            full = self._full[name]
+            return full if torch.equal(full.to(old), old) else old
+        return old
 
     def save_pretrained(self, save_directory: str | Path, *, config=None, **options) -> str | None:
         """Write config.json and model.safetensors; see `PyTorchModelHubMixin.save_pretrained`.

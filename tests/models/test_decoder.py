@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vfmtok_fast
 from vfmtok_fast import GPT, GPTConfig
@@ -245,6 +246,41 @@ def test_a_decoder_follows_its_model():
         decoder.generate(CLASSES[:2])
 
 
+def test_a_shallow_copy_makes_its_own_codes():
+    """It shares what is kept with its original, and may outlive it."""
+    first = make()
+    first.generate(CLASSES[:2], greedy=True)
+    copied = copy.copy(first)
+    copied._modules = first._modules | {"head": nn.Linear(64, 512, bias=False)}
+    fresh = GPT(first.config)
+    fresh.load_state_dict(copied.state_dict())
+    want = fresh.generate(CLASSES[:2], greedy=True)
+    assert torch.equal(copied.generate(CLASSES[:2], greedy=True), want)
+    first.generate(CLASSES[:2], greedy=True)
+    del first
+    gc.collect()
+    assert torch.equal(copied.generate(CLASSES[:2], greedy=True), want)
+
+
+def test_a_fake_call_is_not_kept():
+    model = make()
+    want = make().generate(CLASSES[:2])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.generate(CLASSES[:2])
+    got = model.generate(CLASSES[:2])
+    assert type(got) is torch.Tensor and torch.equal(got, want)
+
+
+def test_a_stream_keeps_its_own_ids(model):
+    ids, noise = torch.arange(4), torch.arange(4)
+    want = model.generate(ids.clone(), image_ids=noise.clone())
+    stream = model.stream(ids, image_ids=noise, batch_size=2)
+    first = next(stream)[1]
+    ids.fill_(0)
+    noise.fill_(7)
+    assert torch.equal(torch.cat([first, *(codes for _, codes in stream)]), want)
+
+
 def test_a_copy_of_a_model_has_no_decoder_yet():
     model = make()
     want = fast(model, CLASSES[:2], seed=1)
@@ -447,6 +483,20 @@ def test_graphs_make_the_same_codes_and_are_captured_once(model, settings, repla
         want = model.generate(classes, image_ids=ids, **other)
         assert torch.equal(decoder.generate(classes, image_ids=ids, **other), want)
     assert Graph.made == kinds
+
+
+def test_weights_that_are_computed_are_read_anew(replaying):
+    """A parametrization makes a weight at each call, and its parameters stay where they are."""
+    model, fresh = make(), make()
+    layer = torch.nn.utils.parametrizations.weight_norm(model.blocks[0].attention.qkv)
+    decoder = replaying(model.decoder(2))
+    decoder.generate(CLASSES[:2], seed=1)
+    with torch.no_grad():
+        layer.parametrizations.weight.original1.mul_(2 * torch.rand_like(layer.weight))
+    fresh.blocks[0].attention.qkv.weight = nn.Parameter(layer.weight.detach().clone())
+    want = fresh.generate(CLASSES[:2], seed=1)
+    for _ in range(2):
+        assert torch.equal(decoder.generate(CLASSES[:2], seed=1), want)
 
 
 def test_graphs_follow_what_is_baked_into_them(replaying):

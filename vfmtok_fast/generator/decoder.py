@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops, switch, tf32
 from ..checks import check_class_ids
@@ -65,8 +65,10 @@ class Decoder:
         self.batch, self.guided, self.kv_dtype = batch, guided, kv_dtype
         self._model = weakref.ref(model)
         self._made_for = _made_for(model)
-        # Of the weights that graphs were captured with.
+        # Of what graphs were captured with.
         self._addresses: tuple[int, ...] | None = None
+        # Weights that are made anew at each call, as by a parametrization: graphs read them.
+        self._computed: list[Tensor] = []
         self._busy = threading.Lock()
         config, device, rows = model.config, model.device, batch * (2 if guided else 1)
 
@@ -141,10 +143,12 @@ class Decoder:
         self, class_ids: Tensor, image_ids: Tensor, sampling: Sampling, progress: Progress | None
     ) -> Tensor:
         model, B = self._model(), len(class_ids)
-        config, weights = model.config, model.step_weights()
-        if (addresses := _addresses(model)) != self._addresses:
+        config, weights, embeddings = model.config, model.step_weights(), model.embeddings()
+        read = [*weights[1:-1], *embeddings, *(part for block in weights.blocks for part in block)]
+        if (addresses := tuple(part.data_ptr() for part in read)) != self._addresses:
             self.end()
             self._addresses = addresses
+            self._computed = [part for part in read if not isinstance(part, nn.Parameter)]
         self.image_ids[:B].copy_(image_ids)
         self.code.fill_(config.num_classes)
         # Rows beyond the images compute along, of a class that exists.
@@ -158,7 +162,7 @@ class Decoder:
         for step in range(config.block_size):
             guided = sampling.guided(step)
             cache = self.cache if guided == self.guided else self.cache.first_rows(self.batch)
-            embedding = (model.token_embedding if step else model.class_embedding).weight
+            embedding = embeddings[step > 0]
             if replayed:
                 self._replay(weights, cache, sampling, embedding)
             else:
@@ -236,7 +240,8 @@ def checked_ids(
         image_ids = torch.arange(len(class_ids), device="cpu")
     else:
         check_integers("generate", "image_ids", image_ids, tuple(class_ids.shape))
-    return class_ids.long().to(model.device), image_ids.long().to(model.device)
+    # Copies, as a stream reads them later.
+    return tuple(ids.to(model.device, torch.int64, copy=True) for ids in (class_ids, image_ids))
 
 
 def check_kv_dtype(who: str, model: GPT, kv_dtype: torch.dtype | None) -> None:
@@ -254,11 +259,6 @@ def _made_for(model: GPT) -> tuple:
     return model.dtype, device, stream
 
 
-def _addresses(model: GPT) -> tuple[int, ...]:
-    """What graphs depend on besides: where the weights are."""
-    return tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
-
-
 class Kept:
     """The last decoder of a model, for its next call. A copy of the model has none yet."""
 
@@ -274,6 +274,7 @@ class Kept:
         decoder = self._take()
         if decoder is None or not (
             (decoder.batch, decoder.guided, decoder.kv_dtype) == (batch, guided, kv_dtype)
+            and decoder._model() is model  # A shallow copy shares what is kept.
             and decoder._made_for == _made_for(model)
         ):
             if decoder is not None:
@@ -284,7 +285,8 @@ class Kept:
             yield decoder
         finally:
             other = self._take()  # Of a second thread, or of a call from ``progress``.
-            self._held.append(decoder)
+            if type(decoder.codes) is Tensor:  # None of a fake tensor mode.
+                self._held.append(decoder)
             if other is not None:
                 other.end()
 

@@ -39,6 +39,8 @@ class Sampling:
             "generate", cfg_scale=self.cfg_scale, temperature=self.temperature, top_k=self.top_k,
             top_p=self.top_p,
         )  # fmt: skip
+        if not isinstance(self.greedy, bool):
+            raise TypeError(f"generate: greedy must be True or False, got {self.greedy!r}")
         check_int("generate", "seed", self.seed, 2**64)
         check_int("generate", "cfg_interval", self.cfg_interval, 2**31, -1)
 

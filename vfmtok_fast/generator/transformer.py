@@ -111,10 +111,31 @@ class Block(nn.Module):
     def step_weights(self) -> BlockWeights:
         """What `ops.decode_step` reads of this."""
         attention, ffn = self.attention, self.ffn
-        return BlockWeights(
-            self.attention_norm.weight, attention.qkv.weight, attention.out.weight,
-            self.ffn_norm.weight, ffn.gate_up.weight, ffn.down.weight,
+        layers = (
+            self.attention_norm, attention.qkv, attention.out, self.ffn_norm, ffn.gate_up, ffn.down
         )  # fmt: skip
+        return BlockWeights(*map(_weight, layers))
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether all that a layer does is its class's product, norm or look-up, without a bias."""
+    known = (nn.Linear.forward, nn.Embedding.forward, RMSNorm.forward)
+    return (
+        type(layer).forward in known
+        and "forward" not in vars(layer)
+        and getattr(layer, "bias", None) is None
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+    )
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    """What a decoding step reads of a layer, whose forward pass it does not call."""
+    if not _is_plain(layer):
+        raise TypeError(
+            "generate: reads the weights of plain layers without bias or hooks, and got "
+            f"{type(layer).__name__}; merge adapters, and remove hooks and pruning, first"
+        )
+    return layer.weight
 
 
 class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
@@ -198,8 +219,13 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         Returns:
             scalar, float32 (float64 for a float64 model).
         """
-        hidden = self.hidden(self._teach(codes, class_ids))
-        return ops.linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, codes.flatten())
+        hidden, targets = self.hidden(self._teach(codes, class_ids)).flatten(0, 1), codes.flatten()
+        if not _is_plain(self.head):  # An adapter, for one.
+            logits = self.head(hidden)
+            return F.cross_entropy(
+                logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.long()
+            )
+        return ops.linear_cross_entropy(hidden, self.head.weight, targets)
 
     def _teach(self, codes: Tensor, class_ids: Tensor) -> Tensor:
         """The transformer's input; in training some classes are left out."""
@@ -237,11 +263,19 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         return self.norm(through(self.blocks, x, rotary, recompute=self.grad_checkpointing))
 
     def step_weights(self) -> StepWeights:
-        """All weights but the embeddings, as `ops.decode_step` reads them."""
+        """All weights but the embeddings, as `ops.decode_step` reads them.
+
+        Raises:
+            TypeError: a layer that was replaced, adapted or hooked.
+        """
         blocks = tuple(block.step_weights() for block in self.blocks)
         return StepWeights(
-            blocks, self.norm.weight, self.head.weight, self.rotary, self.config.norm_eps
+            blocks, _weight(self.norm), _weight(self.head), self.rotary, self.config.norm_eps
         )
+
+    def embeddings(self) -> tuple[Tensor, Tensor]:
+        """What a decoding step looks up: classes, of the first code, and codes."""
+        return _weight(self.class_embedding), _weight(self.token_embedding)
 
     def decoder(
         self, batch: int, *, guided: bool = False, kv_dtype: torch.dtype | None = None
@@ -292,7 +326,8 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
             int64 [B, block_size], on the model's device.
 
         Raises:
-            TypeError, ValueError: wrong shape, dtype, device or range.
+            TypeError, ValueError: wrong shape, dtype, device or range; a layer with an adapter or
+                a hook, for steps read weights and call no layer.
             MemoryError: not even one image fits into memory.
 
         Source: LlamaGen (arXiv 2406.06525), autoregressive/models/generate.py.
@@ -334,6 +369,8 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         """
         if batch_size is not None:
             check_int("stream", "batch_size", batch_size, 2**31, 1)
+        if memory is not None:
+            check_int("stream", "memory", memory, 2**63)
         return batches(
             self, class_ids, image_ids, Sampling.of("stream", sampling), batch_size=batch_size,
             memory=memory, progress=progress, kv_dtype=kv_dtype,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -76,7 +77,8 @@ def check_int(op: str, name: str, value: object, high: int, low: int = 0) -> Non
 
 def check_number(op: str, name: str, value: object) -> None:
     """Require a real number that is no tensor, which might have to be waited for."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    # A fraction is a number too, which no tensor can be multiplied with.
+    if isinstance(value, bool | Fraction) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
 
 

@@ -73,7 +73,10 @@ class Backbone(nn.Module):
 
         The last block's output passes the final LayerNorm; those in between do not.
         """
-        if self.cuts_plainly and images.shape[-1] == self.image_size:
+        # Layers may have been replaced since, by adapters or quantised ones.
+        is_plain = self.is_plain and (torch.compiler.is_compiling() or plain.is_plain(self.vit))
+        cuts_plainly = is_plain and self.cuts_plainly
+        if cuts_plainly and images.shape[-1] == self.image_size:
             projection = self.vit.patch_embed.proj
             patches = ops.patch_embed(
                 images, self.mean.flatten(), self.std.flatten(), projection.weight, projection.bias
@@ -86,7 +89,7 @@ class Backbone(nn.Module):
             wide = F.interpolate(wide, size=self.image_size, mode="bicubic", antialias=True)
             x = wide.clamp(0, 1).to(x.dtype)
         x = ((x - self.mean) / self.std).to(next(self.vit.patch_embed.parameters()).dtype)
-        if self.is_plain:
+        if is_plain:
             return plain.read(self.vit, self.vit.patch_embed(x), self.levels)
         last, maps = self.vit.forward_intermediates(
             x, indices=list(self.levels), norm=False, output_fmt="NLC"

@@ -7,31 +7,42 @@ products in half precision is a matter of which dtype the weights are held in.
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
+
 from torch import Tensor, nn
 
 from .. import ops
 from .attention import attend
 
 
+@functools.cache
+def _timm() -> SimpleNamespace:
+    """timm's classes, by name: some have moved from the model's file to the layers."""
+    # timm brings torchvision and with it Triton, which importing the package should not.
+    from timm import layers
+    from timm.models import vision_transformer
+
+    return SimpleNamespace(**vars(layers) | vars(vision_transformer))
+
+
 def is_plain(vit: nn.Module) -> bool:
     """Whether `read` computes what ``vit`` does: pre-norm blocks of attention and a GELU MLP.
 
     By exact classes, for a subclass may do anything: rotary positions, SwiGLU, parallel or
-    post-norm blocks and norms inside the attention or the MLP are not plain.
+    post-norm blocks and norms inside the attention or the MLP are not plain. Nor is what has hooks,
+    which `read` would not call.
     """
-    # timm brings torchvision and with it Triton, which importing the package should not.
-    from timm.models.vision_transformer import VisionTransformer
-
-    if type(vit) is not VisionTransformer or not _is_norm(vit.norm):
+    if any(part._forward_hooks or part._forward_pre_hooks for part in vit.modules()):
+        return False
+    if type(vit) is not _timm().VisionTransformer or not _is_norm(vit.norm):
         return False
     return all(_is_plain_block(block) for block in vit.blocks)
 
 
 def cuts_plainly(patches: nn.Module) -> bool:
     """Whether a ViT's ``patch_embed`` is what `ops.patch_embed` computes behind the pixels."""
-    from timm.layers import PatchEmbed
-
-    if type(patches) is not PatchEmbed or type(patches.proj) is not nn.Conv2d:
+    if type(patches) is not _timm().PatchEmbed or type(patches.proj) is not nn.Conv2d:
         return False
     projection, side = patches.proj, tuple(patches.patch_size)
     return (
@@ -47,19 +58,19 @@ def cuts_plainly(patches: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    from timm.layers import LayerNorm
-
-    known = type(module) in (nn.LayerNorm, LayerNorm) and not getattr(module, "_fast_norm", False)
-    return known and module.weight is not None and module.bias is not None
+    if type(module) not in (nn.LayerNorm, _timm().LayerNorm):
+        return False
+    faster = getattr(module, "_fast_norm", False)
+    return not faster and module.weight is not None and module.bias is not None
 
 
 def _is_plain_block(block: nn.Module) -> bool:
-    from timm.layers import Attention, LayerScale, Mlp
-    from timm.models.vision_transformer import Block
-
-    if type(block) is not Block or type(block.attn) is not Attention or type(block.mlp) is not Mlp:
+    timm = _timm()
+    if type(block) is not timm.Block:
         return False
     attention, mlp = block.attn, block.mlp
+    if type(attention) is not timm.Attention or type(mlp) is not timm.Mlp:
+        return False
     # Of timm from when the attention had neither.
     extras = (getattr(attention, name, None) for name in ("norm", "gate"))
     products = (attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
@@ -67,7 +78,7 @@ def _is_plain_block(block: nn.Module) -> bool:
         attention.fused_attn
         and all(type(extra) in (type(None), nn.Identity) for extra in extras)
         and all(type(product) is nn.Linear for product in products)
-        and all(type(scale) in (nn.Identity, LayerScale) for scale in (block.ls1, block.ls2))
+        and all(type(scale) in (nn.Identity, timm.LayerScale) for scale in (block.ls1, block.ls2))
         and type(mlp.norm) is nn.Identity
         and type(mlp.act) is nn.GELU
         and mlp.act.approximate == "none"
