@@ -112,15 +112,12 @@ class KVCache:
     ) -> KVCache:  # fmt: skip
         """Of ``rows`` sequences of at most ``length`` positions; int8 comes with scales."""
         shape = (rows, heads, length, head_dim)
-
-        def new(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+        parts = [(shape, dtype)] * 2
+        if dtype == torch.int8:
+            parts += [(shape[:3], torch.float32)] * 2
 
         def layer() -> LayerCache:
-            scales = (None, None)
-            if dtype == torch.int8:
-                scales = tuple(new(*shape[:3], dtype=torch.float32) for _ in range(2))
-            return LayerCache(new(*shape, dtype=dtype), new(*shape, dtype=dtype), *scales)
+            return LayerCache(*(torch.empty(s, dtype=d, device=device) for s, d in parts))
 
         return cls(tuple(layer() for _ in range(layers)))
 
