@@ -337,7 +337,7 @@ def test_what_it_cannot_take():
 @pytest.mark.parametrize("options", [{}, {"int8_cache": True}], ids=str)
 def test_torch_knows_the_ops(options):
     _, embedding, weights, cache, _ = changed(make(2, **SIZES, **options), moved)
-    block, layer, x = weights.blocks[0], cache.layers[0], embedding[:2].clone()
+    block, layer, x = weights.blocks[0], cache[0], embedding[:2].clone()
     at, check = torch.tensor([3], device=DEVICE), torch.library.opcheck
     check(kernel._queries, (x, block.attention_norm, block.qkv, weights.rotary, *layer, at, EPS))
     check(kernel._add, (x, x.clone(), block.out, True))

@@ -73,7 +73,7 @@ def _check(
             f"{name}: the cache must have a layer for each block, got {len(cache)} for "
             f"{len(weights.blocks)}"
         )
-    keys, C = cache.layers[0].keys, embedding.shape[1]
+    keys, C = cache[0].keys, embedding.shape[1]
     if keys.ndim != 4 or keys.shape[3] % 2:
         raise ValueError(
             f"{name}: keys of layer 0 must have shape [R, H, T, D], D even, got {tuple(keys.shape)}"
