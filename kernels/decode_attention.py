@@ -24,8 +24,6 @@ guided, bfloat16, length 128: 67 MB, 16 us. decode_attention.md has what was mea
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -123,11 +121,20 @@ def _attend_vector(
 
 
 @triton.jit
-def _with_tile(b_q, k, v, k_scale, v_scale, m_key, b_top, b_sum, b_acc, D: tl.constexpr):
-    """The softmax so far [ROWS], [ROWS], [ROWS, C], and one more tile; scales are loaded or None.
+def _with_tile(
+    b_q, p_k, p_v, o_k, o_v, k_scale, v_scale, at, m_key, m_dim, b_top, b_sum, b_acc,
+    D: tl.constexpr,
+):  # fmt: skip
+    """The softmax so far [ROWS], [ROWS], [ROWS, C], and one more tile, whose scales begin ``at``.
 
     Keys and values of 8 bits are whole numbers, which every type of q holds.
     """
+    m = m_key[:, None] & m_dim[None, :]
+    k = tl.load(p_k + o_k, mask=m, other=0)
+    v = tl.load(p_v + o_v, mask=m, other=0)
+    if k_scale is not None:
+        k_scale = tl.load(k_scale + at, mask=m_key, other=0.0)
+        v_scale = tl.load(v_scale + at, mask=m_key, other=0.0)
     score = tl.dot(b_q, tl.trans(k.to(b_q.dtype)), input_precision="ieee") * (LOG2_E * D**-0.5)
     if k_scale is not None:
         score *= k_scale[None, :]
@@ -164,15 +171,10 @@ def _attend_matrix(
     for i_tile in tl.range(0, tl.cdiv(live, TILE), num_stages=STAGES):
         start = i_tile * width
         m_key = start + o_key < live
-        m = m_key[:, None] & m_dim[None, :]
-        k = tl.load(p_k + start * K_ROW, mask=m, other=0)
-        v = tl.load(p_v + start * V_ROW, mask=m, other=0)
-        k_s = k_scale
-        v_s = v_scale
-        if k_scale is not None:
-            k_s = tl.load(k_scale + start + o_key, mask=m_key, other=0.0)
-            v_s = tl.load(v_scale + start + o_key, mask=m_key, other=0.0)
-        b_top, b_sum, b_acc = _with_tile(b_q, k, v, k_s, v_s, m_key, b_top, b_sum, b_acc, D)
+        b_top, b_sum, b_acc = _with_tile(
+            b_q, p_k, p_v, start * K_ROW, start * V_ROW, k_scale, v_scale, start + o_key, m_key,
+            m_dim, b_top, b_sum, b_acc, D,
+        )  # fmt: skip
     return b_sum, b_acc
 
 
@@ -205,23 +207,17 @@ def _attend_pairs(
         i_row, i_head = i_pair // heads, i_pair % heads // SHARING
         start = (i % tiles).to(tl.int64) * TILE
         m_key = start + o_key < live
-        m = m_key[:, None] & m_dim[None, :]
         b_q = tl.load(q + i_pair * (R * D) + o_q, mask=m_q, other=0.0)
         p_k = keys + i_row * k_batch + i_head * k_head + start * K_ROW
         p_v = values + i_row * v_batch + i_head * v_head + start * V_ROW
-        k = tl.load(p_k + o_k, mask=m, other=0)
-        v = tl.load(p_v + o_v, mask=m, other=0)
-        k_s = k_scale
-        v_s = v_scale
-        if k_scale is not None:
-            at = i_pair // SHARING * capacity + start + o_key
-            k_s = tl.load(k_scale + at, mask=m_key, other=0.0)
-            v_s = tl.load(v_scale + at, mask=m_key, other=0.0)
+        at = i_pair // SHARING * capacity + start + o_key
         goes_on = start > 0
         b_top = tl.where(goes_on, b_top, float("-inf"))
         b_sum = tl.where(goes_on, b_sum, 0.0)
         b_acc = tl.where(goes_on, b_acc, 0.0)
-        b_top, b_sum, b_acc = _with_tile(b_q, k, v, k_s, v_s, m_key, b_top, b_sum, b_acc, D)
+        b_top, b_sum, b_acc = _with_tile(
+            b_q, p_k, p_v, o_k, o_v, k_scale, v_scale, at, m_key, m_dim, b_top, b_sum, b_acc, D
+        )  # fmt: skip
         if i % tiles == tiles - 1:
             _store(out + i_pair * (R * D), b_acc, b_sum, R, D)
 
@@ -324,11 +320,6 @@ def tuning_key(
     return f"{dtype_name(q)} D={q.shape[2]}{cache}", k_cache.shape[2]
 
 
-def _setting(q: Tensor, k_cache: Tensor) -> NamedTuple:
-    space = HALF if q.itemsize == 2 else FLOAT32
-    return space.at(q.device, *tuning_key(q, k_cache, k_cache, 0))
-
-
 def _constants(group: int, D: int, matrix: bool, values: int) -> dict[str, int]:
     """What a kernel is compiled for, by queries per key-value head and head dim."""
     C, R, ROWS = triton.next_power_of_2(D), 1, 1
@@ -356,7 +347,8 @@ def _attend(
     if out.numel() == 0:
         return out
     q = q.contiguous()
-    setting = _setting(q, k_cache)
+    space = HALF if q.itemsize == 2 else FLOAT32
+    setting = space.at(device, *tuning_key(q, k_cache, v_cache, length))
     # Queries that share a head's keys read them once, which only the matrix unit can.
     matrix = q.itemsize == 2 and (H > G or setting.matrix == 1)
     constants = _constants(H // G, D, matrix, setting.values)

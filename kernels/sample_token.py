@@ -41,9 +41,6 @@ CODES_PER_WARP = 256
 # are no work worth a second launch.
 WANTED_PROGRAMS = 132
 SMALLEST_SHARE = 1024
-# What 16 warps can have each: left alone, the assembler spills 8 bytes on chips of the 10.0
-# generation rather than take more than half of it.
-GREEDY_OPTIONS = {"maxnreg": 128}
 # Rows whose shares one program compares.
 BEST_ROWS = 32
 # The filters hold a key and a weight of every code: half of a multiprocessor's registers. Twice as
@@ -347,15 +344,11 @@ def sample_token(
     )  # fmt: skip
 
 
-def _draw_key(logits: Tensor) -> tuple[str, int]:
-    return f"{dtype_name(logits)} V={logits.shape[1]}", logits.shape[0]
-
-
 def tuning_key(logits: Tensor, *rest: object, **settings: object) -> tuple[str, int]:
     """What a measurement of the op counts for: see `tuning`. Rows do not: an image must not depend
     on the batch that it is in."""
     filtered = settings.get("top_k") or settings.get("top_p", 1.0) < 1
-    return _draw_key(logits)[0] + (" filtered" if filtered else ""), 1
+    return f"{dtype_name(logits)} V={logits.shape[1]}{' filtered' if filtered else ''}", 1
 
 
 def _signed(word: int) -> int:
@@ -393,7 +386,7 @@ def _draw(
     guided = uncond is not None
     takes_k, takes_p = not greedy and 0 < top_k < V, not greedy and top_p < 1
     block = triton.next_power_of_2(V)
-    chunk, most = DRAW.at(logits.device, *_draw_key(logits))
+    chunk, most = DRAW.at(logits.device, tuning_key(logits)[0], B)
     chunk = FILTERED_CHUNK if takes_k or takes_p else chunk
     shares = 1 if greedy else _shares(B, V, most)
     best = out if shares == 1 else torch.empty(B, shares, dtype=torch.int64, device=logits.device)
@@ -411,7 +404,9 @@ def _draw(
             SHARES=shares, GREEDY=greedy,
             # Products and sums are rounded apart, as torch does.
             num_warps=warps, enable_fp_fusion=False, **overlap(logits.device),
-            **(GREEDY_OPTIONS if greedy else {}),
+            # What 16 warps can have each: left alone, the assembler spills 8 bytes on chips of the
+            # 10.0 generation rather than take more than half of it.
+            maxnreg=128 if greedy else None,
         )  # fmt: skip
         if shares > 1:
             _best_share[(triton.cdiv(B, BEST_ROWS),)](

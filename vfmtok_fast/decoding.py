@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -99,11 +97,8 @@ def _put(cache: Tensor, position: int | Tensor, new: Tensor) -> None:
         cache.index_copy_(2, position.reshape(1).long(), new[:, :, None])
 
 
-@dataclass(frozen=True)
-class KVCache:
+class KVCache(tuple[LayerCache, ...]):
     """Keys and values of all layers, filled position by position; of a size fixed when made."""
-
-    layers: tuple[LayerCache, ...]
 
     @classmethod
     def empty(
@@ -112,24 +107,15 @@ class KVCache:
     ) -> KVCache:  # fmt: skip
         """Of ``rows`` sequences of at most ``length`` positions; int8 comes with scales."""
         shape = (rows, heads, length, head_dim)
-
-        def new(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+        parts = [(shape, dtype)] * 2
+        if dtype == torch.int8:
+            parts += [(shape[:3], torch.float32)] * 2
 
         def layer() -> LayerCache:
-            scales = (None, None)
-            if dtype == torch.int8:
-                scales = tuple(new(*shape[:3], dtype=torch.float32) for _ in range(2))
-            return LayerCache(new(*shape, dtype=dtype), new(*shape, dtype=dtype), *scales)
+            return LayerCache(*(torch.empty(s, dtype=d, device=device) for s, d in parts))
 
-        return cls(tuple(layer() for _ in range(layers)))
+        return cls(layer() for _ in range(layers))
 
     def first_rows(self, rows: int) -> KVCache:
         """The first ``rows`` sequences, a view of the same memory."""
-        return KVCache(tuple(layer.first_rows(rows) for layer in self.layers))
-
-    def __iter__(self) -> Iterator[LayerCache]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
+        return KVCache(layer.first_rows(rows) for layer in self)

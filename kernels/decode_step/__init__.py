@@ -108,11 +108,12 @@ def decode_step(
     position: int | Tensor, length: int | Tensor, attend: Callable[..., Tensor],
 ) -> Tensor:  # fmt: skip
     """See `vfmtok_fast.ops.decode_step`; takes what `unsupported_reason` lets pass."""
-    at, number = (position, 0) if isinstance(position, Tensor) else (None, position)
+    if not isinstance(position, Tensor):
+        position = torch.full((1,), position, dtype=torch.int64, device=code.device)
     x = embedding.index_select(0, code)
     for block, layer in zip(weights.blocks, cache, strict=True):
         norm, eps = block.attention_norm, weights.eps
-        q = _queries(x, norm, block.qkv, weights.rotary, *layer, at, number, eps)
+        q = _queries(x, norm, block.qkv, weights.rotary, *layer, position, eps)
         mixed = attend(q, layer.keys, layer.values, length, **layer.scales)
         _add(x, mixed.flatten(1), block.out, True)
         hidden = _hidden(x, block.ffn_norm, block.gate_up, eps)
@@ -122,18 +123,19 @@ def decode_step(
 
 def _product(
     epilogue: int, space: Space, x: Tensor, norm: Tensor | None, weight: Tensor, out: Tensor,
-    N: int, eps: float = 0.0, rotary: Tensor | None = None, position: int | Tensor = 0,
+    eps: float = 0.0, rotary: Tensor | None = None, position: Tensor | None = None,
     keys: Tensor | None = None, values: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """One launch for the up to 64 rows of x and N outputs; the last four are for q, k and v."""
-    (rows, K), device = x.shape, x.device
+    """One launch for the up to 64 rows of x; the last four are for q, k and v."""
+    (rows, K), device, pairs = x.shape, x.device, epilogue < ADDED
+    N = weight.shape[0] // 2 if pairs else weight.shape[0]
     H, T, D = (1, 2, 2) if keys is None else keys.shape[1:]
     what = {"EPILOGUE": epilogue, "H": H, "T": T, "D": D, **overlap(device)}
     with on(device):
         if rows <= vector.MAX_ROWS:
             tile, warps, chunk, early = space.at(device, dtype_name(x), K)
             chunk = min(chunk, vector.CHUNK, triton.next_power_of_2(K))
-            tile, warps, chunk = _in_registers(tile, warps, chunk, K, epilogue < ADDED, x)
+            tile, warps, chunk = _in_registers(tile, warps, chunk, K, pairs, x)
             _vector[(triton.cdiv(N, tile),)](
                 x, norm, weight, out, rotary, position, keys, values, rows, N, eps,
                 K=K, P=triton.next_power_of_2(rows), TILE=tile, CHUNK=chunk,
@@ -144,7 +146,7 @@ def _product(
         space = FEW if rows <= matrix.FEW_ROWS else SOME
         tile, slices, piece, stages = space.at(device, dtype_name(x), K)
         padded = max(8, triton.next_power_of_2(rows))
-        depth = _depth(tile, slices, piece, stages, padded, epilogue < ADDED, x)
+        depth = _depth(tile, slices, piece, stages, padded, pairs, x)
         _matrix[(triton.cdiv(N, tile),)](
             x, weight, out, rotary, position, keys, values, rows, N, K=K, P=padded, TILE=tile,
             DEPTH=depth, SLICES=slices, STAGES=stages, **what, num_warps=4,
@@ -170,10 +172,10 @@ def _in_registers(
 
 
 def _depth(
-    tile: int, slices: int, piece: int, stages: int, padded: int, pair: bool, x: Tensor
+    tile: int, slices: int, piece: int, stages: int, padded: int, pairs: bool, x: Tensor
 ) -> int:
     """Columns of a piece: as chosen, or as many as keep what is on its way within shared memory."""
-    depth, both = max(16, piece // x.itemsize), 2 if pair else 1
+    depth, both = max(16, piece // x.itemsize), 2 if pairs else 1
     column = (both * tile + padded) * x.itemsize
     # What the smallest chips give a program is 99 KiB; the slices' sums go through it at the end.
     room = 96 * 1024 - (both * slices * tile * padded * 4 if slices > 1 else 0)
@@ -198,30 +200,27 @@ def _ready(x: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
 @registered(
     "decode_step_queries(Tensor x, Tensor norm, Tensor weight, Tensor rotary, "
     "Tensor(a!) keys, Tensor(b!) values, Tensor(c!)? key_scale, Tensor(d!)? value_scale, "
-    "Tensor? at, SymInt number, float eps) -> Tensor",
+    "Tensor position, float eps) -> Tensor",
     lambda x, norm, weight, rotary, keys, *rest: x.new_empty(
         x.shape[0], keys.shape[1], keys.shape[3]
     ),
 )
 def _queries(
     x: Tensor, norm: Tensor, weight: Tensor, rotary: Tensor, keys: Tensor, values: Tensor,
-    key_scale: Tensor | None, value_scale: Tensor | None, at: Tensor | None,
-    number: int, eps: float,
+    key_scale: Tensor | None, value_scale: Tensor | None, position: Tensor, eps: float,
 ) -> Tensor:  # fmt: skip
     (rows, _), (_, H, T, D) = x.shape, keys.shape
-    position = number if at is None else at
     out = torch.empty(rows, H, D, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     x, norm = _ready(x, norm, eps)
     if rows <= matrix.MAX_ROWS and key_scale is None:
-        cache = rotary, position, keys, values
-        _product(QKV, QKV_ROWS, x, norm, weight, out, 3 * H * D // 2, eps, *cache)
+        _product(QKV, QKV_ROWS, x, norm, weight, out, eps, rotary, position, keys, values)
         return out
     # A scale is of a whole head, which no program of the product has.
     if rows <= matrix.MAX_ROWS:
         qkv = torch.empty(rows, 3 * H * D, dtype=x.dtype, device=x.device)
-        _product(LOGITS, QKV_ROWS, x, norm, weight, qkv, 3 * H * D, eps)
+        _product(LOGITS, QKV_ROWS, x, norm, weight, qkv, eps)
     else:
         qkv = F.linear(x, weight)
     half = triton.next_power_of_2(D // 2)
@@ -242,8 +241,7 @@ def _add(x: Tensor, y: Tensor, weight: Tensor, attention: bool) -> None:
     if x.shape[0] > matrix.MAX_ROWS:
         torch.addmm(x, y, weight.T, out=x)
         return
-    space = OUT_ROWS if attention else DOWN_ROWS
-    _product(ADDED, space, y, None, weight, x, weight.shape[0])
+    _product(ADDED, OUT_ROWS if attention else DOWN_ROWS, y, None, weight, x)
 
 
 @registered(
@@ -254,10 +252,9 @@ def _hidden(x: Tensor, norm: Tensor, weight: Tensor, eps: float) -> Tensor:
     """silu(gate) * up of RMSNorm(x)."""
     if x.shape[0] > matrix.MAX_ROWS:
         return linear(_ready(x, norm, eps)[0], weight, None, "swiglu")
-    N = weight.shape[0] // 2
-    out = torch.empty(x.shape[0], N, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape[0], weight.shape[0] // 2, dtype=x.dtype, device=x.device)
     if out.numel() > 0:
-        _product(GATED, GATE_ROWS, *_ready(x, norm, eps), weight, out, N, eps)
+        _product(GATED, GATE_ROWS, *_ready(x, norm, eps), weight, out, eps)
     return out
 
 
@@ -266,13 +263,13 @@ def _hidden(x: Tensor, norm: Tensor, weight: Tensor, eps: float) -> Tensor:
     lambda x, norm, weight, *rest: x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32),
 )
 def _logits(x: Tensor, norm: Tensor, weight: Tensor, eps: float) -> Tensor:
-    rows, N = x.shape[0], weight.shape[0]
-    out = torch.empty(rows, N, dtype=torch.float32, device=x.device)
+    rows = x.shape[0]
+    out = torch.empty(rows, weight.shape[0], dtype=torch.float32, device=x.device)
     if out.numel() == 0:
         return out
     x, norm = _ready(x, norm, eps)
     if rows <= matrix.MAX_ROWS:
-        _product(LOGITS, HEAD_ROWS, x, norm, weight, out, N, eps)
+        _product(LOGITS, HEAD_ROWS, x, norm, weight, out, eps)
         return out
     if x.is_cuda and x.dtype != torch.float32:
         return torch.mm(x, weight.T, out_dtype=torch.float32)

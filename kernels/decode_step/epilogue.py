@@ -10,14 +10,6 @@ QKV, GATED, ADDED, LOGITS = 0, 1, 2, 3
 
 
 @triton.jit
-def _position(position):
-    """A number, or what lies at its address."""
-    if position.dtype.is_ptr():
-        position = tl.load(position)
-    return position.to(tl.int64)
-
-
-@triton.jit
 def _rows_of(o_n, N, EPILOGUE: tl.constexpr):
     """Rows of the weight that make outputs ``o_n``, their first and their second.
 
@@ -39,7 +31,7 @@ def _others(
     Of q, k and v the position, cosines and sines; of what is added to its old values, twice.
     """
     if EPILOGUE == 0:
-        at = _position(position)
+        at = tl.load(position).to(tl.int64)
         half: tl.constexpr = D // 2
         turns = m_n & (o_n // (H * half) < 2)
         p_table = rotary + (at * half + o_n % half) * 2

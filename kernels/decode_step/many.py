@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from ..launch import _let_next_begin, _wait_for_last
-from .epilogue import _position
 
 
 @triton.jit
@@ -46,7 +45,7 @@ def _put(even, odd, cache, scales, place, m, D: tl.constexpr, HALF: tl.constexpr
     tl.store(p + 1, odd.to(cache.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["position"])
+@triton.jit
 def _append(
     qkv, rotary, position, out, k_cache, v_cache, k_scale, v_scale,
     H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
@@ -61,7 +60,7 @@ def _append(
     o_pair = tl.arange(0, HALF)
     m_h, m_pair = head < H, o_pair < D // 2
     mask = m_h[:, None] & m_pair[None, :]
-    at = _position(position)
+    at = tl.load(position).to(tl.int64)
     p_table = rotary + (at * (D // 2) + o_pair) * 2
     cos = tl.load(p_table, mask=m_pair, other=1.0)[None, :]
     sin = tl.load(p_table + 1, mask=m_pair, other=0.0)[None, :]

@@ -43,13 +43,7 @@ def _fetch_rows(w, row, m_n, K: tl.constexpr, TILE: tl.constexpr, BYTES: tl.cons
         _fetch(w + tl.where(m_n[:, None], at, 0))
 
 
-@triton.jit
-def _pieces(p, k, o_k, m, K: tl.constexpr):
-    """[SLICES, rows, DEPTH] of a matrix of rows of length K; with one slice [rows, DEPTH]."""
-    return tl.load(p + k, mask=m & (k + o_k < K), other=0)
-
-
-@triton.jit(do_not_specialize=["rows", "position"])
+@triton.jit(do_not_specialize=["rows"])
 def _matrix(
     x, w, out, rotary, position, k_cache, v_cache, rows, N,
     EPILOGUE: tl.constexpr, K: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
@@ -62,6 +56,7 @@ def _matrix(
     m_n = o_n < N
     o_r = tl.arange(0, P)
     first, second = _rows_of(o_n, N, EPILOGUE)
+    # [SLICES, rows, DEPTH] of matrices of rows of length K; with one slice [rows, DEPTH].
     if SLICES > 1:
         o_k = (tl.arange(0, SLICES) * DEPTH)[:, None, None] + tl.arange(0, DEPTH)[None, None, :]
         p_a = w + first[None, :, None] * K + o_k
@@ -86,12 +81,13 @@ def _matrix(
         _let_next_begin()
     at, one, two = _others(o_n, m_n, o_r, rows, N, out, rotary, position, EPILOGUE, H, T, D)
     for k in tl.range(0, K, SLICES * DEPTH, num_stages=STAGES):
-        value = _pieces(p_x, k, o_k, m_x, K)
+        m_k = k + o_k < K
+        value = tl.load(p_x + k, mask=m_x & m_k, other=0)
         value = tl.permute(value, (0, 2, 1)) if SLICES > 1 else tl.trans(value)
-        piece = _pieces(p_a, k, o_k, m_w, K)
+        piece = tl.load(p_a + k, mask=m_w & m_k, other=0)
         a = tl.dot(piece, value, a, input_precision="ieee")
         if PAIRS:
-            piece = _pieces(p_b, k, o_k, m_w, K)
+            piece = tl.load(p_b + k, mask=m_w & m_k, other=0)
             b = tl.dot(piece, value, b, input_precision="ieee")
     if SLICES > 1:
         a = tl.sum(a, axis=0)

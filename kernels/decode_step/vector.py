@@ -53,7 +53,7 @@ def _sums(a, b, squares, PAIRS: tl.constexpr, SQUARES: tl.constexpr):
         return a, a, a
 
 
-@triton.jit(do_not_specialize=["rows", "position"])
+@triton.jit(do_not_specialize=["rows"])
 def _vector(
     x, norm, w, out, rotary, position, k_cache, v_cache, rows, N, eps,
     EPILOGUE: tl.constexpr, K: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,

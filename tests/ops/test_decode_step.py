@@ -37,7 +37,7 @@ def oracle(code, embedding, weights, cache, position) -> tuple[Tensor, list[tupl
     def normalised(x: Tensor, weight: Tensor) -> Tensor:
         return x / (x.square().mean(1, keepdim=True) + weights.eps).sqrt() * weight.double()
 
-    rows, H, _, D = cache.layers[0].keys.shape
+    rows, H, _, D = cache[0].keys.shape
     x = embedding.double()[code]
     turn = torch.complex(*weights.rotary[position].double().unbind(-1))
     written = []
@@ -135,7 +135,7 @@ def test_rotates_in_float32(dtype):
     idle[2] = idle[2]._replace(rotary=table)
     for one in (turned, idle):
         ops.decode_step(*one)
-    keys, still = (one[3].layers[0].keys[:, :, 3].double() for one in (turned, idle))
+    keys, still = (one[3][0].keys[:, :, 3].double() for one in (turned, idle))
     turn = torch.complex(*arguments[2].rotary[3].double().unbind(-1))
     want = torch.view_as_real(torch.view_as_complex(still.unflatten(-1, (-1, 2))) * turn)
     # Half an ulp is at most half of eps, and float32's own errors are far below.
@@ -153,7 +153,7 @@ def test_the_norm_leaves_float16_no_overflow(size):
     logits = ops.decode_step(*arguments)
     assert logits.isfinite().all()
     eps = torch.finfo(torch.float16).eps
-    for cached, exact in ((cache.layers[0].keys, k), (cache.layers[0].values, v)):
+    for cached, exact in ((cache[0].keys, k), (cache[0].values, v)):
         torch.testing.assert_close(cached[:, :, 3].double(), exact, rtol=0, atol=8 * eps)
 
 
@@ -164,7 +164,7 @@ def test_eps_counts(dtype):
         check([code, embedding, weights._replace(eps=eps), cache, position])
     # An input of zeros is no division by zero.
     ops.decode_step(code, embedding * 0, weights, cache, position)
-    for part in cache.layers[0][:2]:
+    for part in cache[0][:2]:
         assert not part[:, :, 3].any()
 
 
@@ -327,7 +327,7 @@ K8, S8 = torch.ones(2, 2, 6, 8, dtype=torch.int8), torch.ones(2, 2, 6)
 
 
 def with_layer(cache: KVCache, **parts) -> KVCache:
-    return KVCache((cache.layers[0], cache.layers[1]._replace(**parts)))
+    return KVCache((cache[0], cache[1]._replace(**parts)))
 
 
 def every_layer(cache: KVCache, change: Callable[[Tensor], Tensor]) -> KVCache:
@@ -354,7 +354,7 @@ def every_layer(cache: KVCache, change: Callable[[Tensor], Tensor]) -> KVCache:
             TypeError,
             "embedding must be a torch.Tensor, got NoneType",
         ),
-        ({"cache": lambda c: KVCache(c.layers[:1])}, ValueError, "the cache must have a layer for"),
+        ({"cache": lambda c: KVCache(c[:1])}, ValueError, "the cache must have a layer for"),
         (
             {"weights": lambda w: w._replace(blocks=())},
             ValueError,
@@ -376,12 +376,12 @@ def every_layer(cache: KVCache, change: Callable[[Tensor], Tensor]) -> KVCache:
             r"qkv of block 0 must have shape \(24, 16\), got \(48, 16\)",
         ),
         (
-            {"cache": lambda c: with_layer(c, keys=c.layers[1].keys[:1])},
+            {"cache": lambda c: with_layer(c, keys=c[1].keys[:1])},
             ValueError,
             r"keys of layer 1 must have shape \(2, 2, 6, 8\), got \(1, 2, 6, 8\)",
         ),
         (
-            {"cache": lambda c: with_layer(c, values=c.layers[1].values.to("meta"))},
+            {"cache": lambda c: with_layer(c, values=c[1].values.to("meta"))},
             ValueError,
             "values of layer 1 must be on cpu, as embedding is, got meta",
         ),
@@ -401,22 +401,22 @@ def every_layer(cache: KVCache, change: Callable[[Tensor], Tensor]) -> KVCache:
             "keys of layer 1 must be int8, as it has a scale, got torch.float32",
         ),
         (
-            {"cache": lambda c: KVCache((c.layers[0], LayerCache(K8, K8, S8, S8[:, :1])))},
+            {"cache": lambda c: KVCache((c[0], LayerCache(K8, K8, S8, S8[:, :1])))},
             ValueError,
             r"the scale of values of layer 1 must be float32 of shape \(2, 2, 6\), got",
         ),
         (
-            {"cache": lambda c: KVCache((c.layers[0], LayerCache(K8, K8, S8, S8.double())))},
+            {"cache": lambda c: KVCache((c[0], LayerCache(K8, K8, S8, S8.double())))},
             ValueError,
             r"the scale of values of layer 1 must be float32 of shape \(2, 2, 6\), got",
         ),
         (
-            {"cache": lambda c: with_layer(c, values=c.layers[1].values[:, :, :4])},
+            {"cache": lambda c: with_layer(c, values=c[1].values[:, :, :4])},
             ValueError,
             r"values of layer 1 must have shape \(2, 2, 6, 8\), got \(2, 2, 4, 8\)",
         ),
         (
-            {"cache": lambda c: with_layer(c, keys=c.layers[1].keys.to(torch.int8))},
+            {"cache": lambda c: with_layer(c, keys=c[1].keys.to(torch.int8))},
             TypeError,
             "keys of layer 1 must be torch.float32, as embedding is, got",
         ),

@@ -22,11 +22,7 @@ _PRODUCTS = 192
 
 
 def unsupported_reason(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    length: int | Tensor,
-    **scales: Tensor | None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor, **scales: Tensor | None
 ) -> str | None:
     """Why this cannot take the call, or None."""
     if q.device.type != "cpu" and isinstance(length, Tensor):

@@ -97,5 +97,4 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
     inverse.div_(x.shape[-1]).add_(eps).rsqrt_()
-    normal = wide * inverse
-    return normal.to(x.dtype).mul_(weight)
+    return (wide * inverse).to(x.dtype).mul_(weight)

@@ -181,7 +181,7 @@ class Decoder:
         """
         captured = isinstance(at, Tensor)
         position, length = at.split(1) if captured else (at, at + 1)
-        code = self.code[: len(cache.layers[0].keys)]
+        code = self.code[: len(cache[0].keys)]
         logits = ops.decode_step(code, embedding, weights, cache, position, length)
         seed = self.seed if captured else None
         drawn = sampling.draw(logits, self.image_ids, position, seed)
@@ -201,7 +201,7 @@ class Decoder:
         Settings are baked into a graph, but for the seed, and so is what the switch takes; a change
         captures anew.
         """
-        settings, rows = replace(sampling, seed=0), len(cache.layers[0].keys)
+        settings, rows = replace(sampling, seed=0), len(cache[0].keys)
         key = (settings, switch.policy(), switch.generation(), rows, embedding.data_ptr())
         if key in self.graphs:
             self.graphs[key].replay()

@@ -73,12 +73,12 @@ def _check(
             f"{name}: the cache must have a layer for each block, got {len(cache)} for "
             f"{len(weights.blocks)}"
         )
-    keys, C = cache.layers[0].keys, embedding.shape[1]
+    keys, C = cache[0].keys, embedding.shape[1]
     if keys.ndim != 4 or keys.shape[3] % 2:
         raise ValueError(
             f"{name}: keys of layer 0 must have shape [R, H, T, D], D even, got {tuple(keys.shape)}"
         )
-    R, H, T, D = keys.shape
+    R, H, T, D = cached = tuple(keys.shape)
     check_integers(name, "code", code, (R,))
     check_on(name, "code", code, "embedding", embedding)
     if code.dtype != torch.int64:
@@ -93,9 +93,8 @@ def _check(
     for i, (block, layer) in enumerate(zip(weights.blocks, cache, strict=True)):
         if (layer.key_scale is None) != (layer.value_scale is None):
             raise TypeError(f"{name}: keys and values of layer {i} must both have scales, or none")
-        parts = {"keys": (layer.keys, layer.key_scale), "values": (layer.values, layer.value_scale)}
-        for part, (tensor, scale) in parts.items():
-            _check_part(f"{part} of layer {i}", tensor, (R, H, T, D), embedding, scale)
+        _check_part(f"keys of layer {i}", layer.keys, cached, embedding, layer.key_scale)
+        _check_part(f"values of layer {i}", layer.values, cached, embedding, layer.value_scale)
         F = block.gate_up.shape[0] // 2
         shapes = {
             "attention_norm": (C,), "qkv": (3 * H * D, C), "out": (C, H * D),

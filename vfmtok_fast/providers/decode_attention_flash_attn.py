@@ -17,24 +17,9 @@ def unsupported_reason(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor, **scales: Tensor | None
 ) -> str | None:
     """Why this cannot take the call, or None."""
-    if scales:
-        return "it takes no caches of 8 bits"
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"it takes float16 and bfloat16, not {q.dtype}"
-    # It pads other dims itself, which copies both caches in every call.
-    if q.shape[2] % 8 or not 8 <= q.shape[2] <= 256:
-        return f"it takes heads of dimension 8 to 256, multiples of 8, not {q.shape[2]}"
-    if q.shape[0] == 0:
-        return "it takes at least one row"
-    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
-        return "it takes caches whose last stride is 1"
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
         return "it has no backward pass (torch.no_grad() says that none is needed)"
-    if torch.compiler.is_compiling():
-        return "torch.compile cannot trace it"
-    if torch.cuda.get_device_capability(q.device) < (8, 0):
-        return "it needs a GPU of compute capability 8.0 or later"
-    return trial.reason(q, k_cache)
+    return trial.reason(q, k_cache, v_cache, scales)
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor) -> Tensor:

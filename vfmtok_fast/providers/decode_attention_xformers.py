@@ -6,7 +6,6 @@ grouped queries [B, M, G, H / G, D] of which keys and values are expanded along 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from xformers.ops import memory_efficient_attention
 
@@ -17,24 +16,10 @@ def unsupported_reason(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor, **scales: Tensor | None
 ) -> str | None:
     """Why this cannot take the call, or None."""
-    if scales:
-        return "it takes no caches of 8 bits"
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"it takes float16 and bfloat16, not {q.dtype}"
-    if q.shape[2] % 8 or not 8 <= q.shape[2] <= 256:
-        return f"it takes heads of dimension 8 to 256, multiples of 8, not {q.shape[2]}"
     # Its masks for padded caches are made from lists of lengths, which would have to be read.
     if isinstance(length, Tensor):
         return "it takes the length as an int, not as a tensor"
-    if q.shape[0] == 0:
-        return "it takes at least one row"
-    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
-        return "it takes caches whose last stride is 1"
-    if torch.compiler.is_compiling():
-        return "torch.compile cannot trace it"
-    if torch.cuda.get_device_capability(q.device) < (8, 0):
-        return "it needs a GPU of compute capability 8.0 or later"
-    return trial.reason(q, k_cache)
+    return trial.reason(q, k_cache, v_cache, scales)
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor) -> Tensor:

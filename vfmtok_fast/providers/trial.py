@@ -6,7 +6,7 @@ another torch, for other GPUs, or not at all, and that it tells when they are ca
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -27,14 +27,32 @@ class Trial:
         self.attend = attend
         self._found: dict[Kind, str | None] = {}
 
-    def reason(self, q: Tensor, k_cache: Tensor) -> str | None:
-        """Why calls like this one cannot work, or None. After the first one a look-up."""
+    def reason(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scales: Mapping[str, Tensor | None]
+    ) -> str | None:
+        """Why a call like this one cannot work, or None: what both libraries ask for, and then what
+        the first call of its kind showed.
+        """
+        if scales:
+            return "it takes no caches of 8 bits"
+        if q.dtype not in (torch.float16, torch.bfloat16):
+            return f"it takes float16 and bfloat16, not {q.dtype}"
+        # flash-attn pads other dims itself, which copies both caches in every call.
+        if q.shape[2] % 8 or not 8 <= q.shape[2] <= 256:
+            return f"it takes heads of dimension 8 to 256, multiples of 8, not {q.shape[2]}"
+        if q.shape[0] == 0:
+            return "it takes at least one row"
+        if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+            return "it takes caches whose last stride is 1"
+        if torch.compiler.is_compiling():
+            return "torch.compile cannot trace it"
+        if torch.cuda.get_device_capability(q.device) < (8, 0):
+            return "it needs a GPU of compute capability 8.0 or later"
         if type(q) not in (Tensor, torch.nn.Parameter):
             return f"it takes plain tensors, not {type(q).__name__}"
         kind = (q.device, q.dtype, q.shape[2], q.shape[1] != k_cache.shape[1])
-        if kind in self._found:
-            return self._found[kind]
-        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        untried = kind not in self._found
+        if untried and q.is_cuda and torch.cuda.is_current_stream_capturing():
             return "it was not tried before this capture (make one such call ahead of it)"
         return self._look(kind)
 
@@ -45,16 +63,16 @@ class Trial:
             if not torch.cuda.is_available():
                 return None
             index = torch.cuda.current_device()
-        kind = (torch.device(device, index), torch.float16, 64, False)
-        return self._found[kind] if kind in self._found else self._look(kind)
+        return self._look((torch.device(device, index), torch.float16, 64, False))
 
     def failures(self) -> tuple[str, ...]:
         """What was found not to work, for `vfmtok_fast.status()`; tries nothing."""
         return tuple(dict.fromkeys(reason for reason in self._found.values() if reason))
 
     def _look(self, kind: Kind) -> str | None:
-        reason = self._found[kind] = self._try(kind)
-        return reason
+        if kind not in self._found:
+            self._found[kind] = self._try(kind)
+        return self._found[kind]
 
     def _try(self, kind: Kind) -> str | None:
         """Let it attend to one live position, whose value is then the answer, in every bit."""
