@@ -174,6 +174,24 @@ def test_splits_of_class_folders(tmp_path, tree, tokenizer, out, fake):
     assert cache.repair(root, out, tokenizer) == 0
 
 
+@pytest.mark.parametrize(
+    "chosen, left",
+    [
+        ({"exclude": ["*/n01"]}, ["n02/1.png"]),
+        ({"exclude": ["t*n/n01"]}, ["n02/1.png", "n02/n01/b.png"]),
+        ({"exclude": ["train/n01"]}, ["n02/1.png", "n02/n01/b.png"]),
+        ({"exclude": ["n01"]}, ["n02/1.png"]),
+        ({"include": ["t*n/n01"]}, ["n01/1.png"]),
+    ],
+)
+def test_patterns_with_slashes_are_of_the_whole_path(tmp_path, fake, chosen, left):
+    for name in ("train/n01/1.png", "train/n02/1.png", "train/n02/n01/b.png", "val/n01/1.png"):
+        fake.write_picture(tmp_path / "q" / name, 1)
+    source = open_source(tmp_path / "q", **{"include": split_patterns("train"), **chosen})
+    assert [entry.path for entry in source.entries()] == left
+    assert source.chosen == Choice(**{"include": split_patterns("train"), **chosen}).record()
+
+
 def test_the_folder_around_one_split(tmp_path, tree, fake):
     root = tmp_path / "q"
     shutil.copytree(tree, root / "train")

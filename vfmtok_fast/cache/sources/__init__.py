@@ -130,7 +130,7 @@ def _folder(root: Path, choice: Choice) -> FolderSource:
     if len(folders) == 1 and is_split(folders[0]):
         (split,) = folders
         if "include" in choice.record():
-            return FolderSource(root / split, choice.below(split), choice)
+            return FolderSource(root / split, choice.below(split))
         if not choice.include and class_folders(root / split):
             raise ValueError(
                 f"{root}: holds nothing but the folder {split}, and that holds class folders; give "

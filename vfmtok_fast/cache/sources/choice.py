@@ -10,7 +10,7 @@ import fnmatch
 import glob
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # The words for the parts of a data set, as Hugging Face's `datasets` takes them.
 _SPLITS = {
@@ -25,10 +25,14 @@ _SPLIT = re.compile(rf"(?:^|[-._ ])({'|'.join(_WORDS)})(?=[-._ 0-9]|$)", re.IGNO
 
 @dataclass(frozen=True)
 class Choice:
-    """The patterns of what is taken (none: everything) and of what of that is left out."""
+    """The patterns of what is taken (none: everything) and of what of that is left out.
+
+    They are of paths in the input; those that are asked about begin behind `prefix`.
+    """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    prefix: str = ""
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -40,21 +44,19 @@ class Choice:
     def takes(self, *paths: str) -> bool:
         """Whether a file is taken that has this path, or each of these."""
         return not self.leaves_out(*paths) and (
-            not self.include or any(_fits(path, one) for path in paths for one in self.include)
+            not self.include or any(self._fits(path, self.include) for path in paths)
         )
 
     def leaves_out(self, *paths: str) -> bool:
         """Whether a file or a whole folder is left out by `exclude`."""
-        return any(_fits(path, one) for path in paths for one in self.exclude)
+        return any(self._fits(path, self.exclude) for path in paths)
 
     def below(self, folder: str) -> Choice:
         """The same for paths that begin inside of a folder."""
-        include = () if any(_fits(folder, one) for one in self.include) else self.include
-        prefix = f"{folder}/"
-        return Choice(
-            tuple(one.removeprefix(prefix) for one in include),
-            tuple(one.removeprefix(prefix) for one in self.exclude),
-        )
+        return replace(self, prefix=f"{self.prefix}{folder}/")
+
+    def _fits(self, path: str, patterns: Iterable[str]) -> bool:
+        return any(_fits(self.prefix + path, one) for one in patterns)
 
     def record(self) -> dict[str, list[str]]:
         """What an index must say of it; nothing where everything is taken."""

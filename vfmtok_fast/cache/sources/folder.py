@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ...images import HEIF_SUFFIXES, HOW_TO_READ_HEIF, reads_heif
 from ..format.shards import BAD, GONE
@@ -52,18 +51,12 @@ _ERRORS_OF_A_FILE = frozenset(
 
 @dataclass(frozen=True)
 class FolderSource(Source):
-    """Pictures as files below `root`; `said` is the choice that led to this folder, if one did."""
+    """Pictures as files below `root`."""
 
     root: Path
     choice: Choice = EVERYTHING
-    said: Choice | None = None
     left_out: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
     kind = "folder"
-
-    @property
-    def chosen(self) -> dict[str, Any]:
-        """Which pictures are taken, where not all are."""
-        return (self.said or self.choice).record()
 
     def files(self) -> None:
         """Each picture is a file; what changed is found picture by picture."""
