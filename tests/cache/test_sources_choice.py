@@ -240,6 +240,65 @@ def test_parts_that_an_older_version_left_are_listed_anew(
     assert fake.read_tree(out) == fake.read_tree(tmp_path / "whole")
 
 
+def in_a_tar(root):
+    with tarfile.open(f"{root}.tar", "w") as archive:
+        for path in sorted(root.rglob("*.png")):
+            archive.add(path, path.relative_to(root.parent))
+    return f"{root}.tar"
+
+
+@pytest.mark.parametrize("form", [str, in_a_tar])
+@pytest.mark.parametrize(
+    "other", ["test/train/1.png", "test/a/my train 1.png", "extra/train/1.png", "train2/a/1.png"]
+)
+def test_what_is_named_like_a_split_in_another(tmp_path, fake, form, other):
+    for name in ("train/a/my test 1.png", "train/train/1.png", "train/z/test.png", other):
+        fake.write_picture(tmp_path / "q" / name, 1)
+    source = open_source(form(tmp_path / "q"), include=split_patterns("train"))
+    assert source.classes(-1) == ["a", "train", "z"]
+    assert [entry.path for entry in source.entries()] == [
+        "a/my test 1.png",
+        "train/1.png",
+        "z/test.png",
+    ]
+    with pytest.raises(ValueError, match="nothing is left in it"):
+        source = open_source(tmp_path / "q", include=split_patterns("val"))
+
+
+def test_what_is_named_like_a_split_among_inner_tars(tmp_path, fake):
+    fake.write_picture(tmp_path / "1.png", 1)
+    with tarfile.open(tmp_path / "inner.tar", "w") as one:
+        one.add(tmp_path / "1.png", "1.png")
+    with tarfile.open(tmp_path / "p.tar", "w") as archive:
+        for name in ("test/apple.tar", "test/train.tar", "train/apple.tar", "train/train.tar"):
+            archive.add(tmp_path / "inner.tar", name)
+    source = open_source(tmp_path / "p.tar", include=split_patterns("train"))
+    assert source.classes(-1) == ["apple", "train"] and count(source) == 2
+
+
+def test_the_split_of_an_archive_is_the_word_nearest_to_its_name(tmp_path, tree, fake):
+    shutil.move(fake.make_parquet(tree, tmp_path / "p"), tmp_path / "q" / "test-set")
+    some, other = sorted((tmp_path / "q" / "test-set").iterdir())
+    other.rename(other.with_name("test-0.parquet"))
+    with pytest.raises(ValueError, match="several splits"):
+        open_source(tmp_path / "q")
+    source = open_source(tmp_path / "q", include=split_patterns("test"))
+    assert source.names == ("test-set/test-0.parquet",)
+    source = open_source(tmp_path / "q", include=split_patterns("train"))
+    assert source.names == (f"test-set/{some.name}",)
+
+
+def test_patterns_that_name_no_split_do_not_mix_them(tmp_path, fake):
+    for name in ("train/n01/1.png", "train/n02/1.png", "val/n01/1.png"):
+        fake.write_picture(tmp_path / "q" / name, 1)
+    for root in (tmp_path / "q", in_a_tar(tmp_path / "q")):
+        with pytest.raises(ValueError, match=r"several splits .*\(train, val\)"):
+            open_source(root, include=["*/n01"]).classes(-1)
+        assert open_source(root, include=["*"]).classes(-1) == ["train", "val"]
+    assert open_source(tmp_path / "q", include=["t*/n01"]).classes(-1) == ["n01"]
+    assert open_source(tmp_path / "q", include=["val", "t*"]).classes(-1) == ["train", "val"]
+
+
 def test_patterns_on_class_folders(tree):
     source = open_source(tree, exclude=["class1"])
     assert source.classes(-1) == ["class0", "class2"]

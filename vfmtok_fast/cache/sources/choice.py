@@ -11,6 +11,7 @@ import glob
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 # The words for the parts of a data set, as Hugging Face's `datasets` takes them.
 _SPLITS = {
@@ -40,6 +41,21 @@ class Choice:
             if isinstance(value, str):
                 raise TypeError(f"input: {name} must be patterns, not one string; got {value!r}")
             object.__setattr__(self, name, tuple(value))
+
+    @cached_property
+    def split(self) -> str | None:
+        """train, validation or test, where `include` is what `split_patterns` makes of a word."""
+        said = {one.lower() for one in self.include}
+        words = (word for word in _WORDS if said == set(split_patterns(word)))
+        return _WORDS.get(next(words, ""))
+
+    def split_among(self, folders: Iterable[str]) -> str | None:
+        """For a choice by --split: the folder that is the split.
+
+        What is named so in the others is a class or a file of another split.
+        """
+        found = [name for name in folders if is_split(name) and self.takes(name)]
+        return found[0] if self.split and len(found) == 1 else None
 
     def takes(self, *paths: str) -> bool:
         """Whether a file is taken that has this path, or each of these."""
@@ -92,7 +108,7 @@ def split_patterns(name: str) -> tuple[str, ...]:
 
 
 def check_splits(where: object, paths: Iterable[str], choice: Choice, whole: bool = False) -> None:
-    """Refuse to mix the splits of a data set, unless the user has said what to take.
+    """Refuse to mix the splits of a data set, unless the user has named each of them.
 
     Args:
         where: the input, for the message.
@@ -103,13 +119,12 @@ def check_splits(where: object, paths: Iterable[str], choice: Choice, whole: boo
     Raises:
         ValueError: there is more than one split among them.
     """
-    if choice.include:
-        return
     found: dict[str, tuple[str, str]] = {}
     for path in paths:
         if word := _split_of(path, whole):
             found.setdefault(_WORDS[word.lower()], (word, path))
-    if len(found) > 1:
+    named = choice.include and all(choice.takes(path) for _, path in found.values())
+    if len(found) > 1 and not named:
         words, examples = zip(*found.values(), strict=True)
         raise ValueError(
             f"{where}: holds several splits of a data set ({', '.join(examples)}); choose one, as "

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .archive import clean_name, is_hidden, members, places, read_member
-from .base import Entry, Source, behind, sizes_of
+from .base import UNSAFE, Entry, Source, behind, sizes_of
 from .choice import EVERYTHING, Choice, check_splits
 from .folder import EXTENSIONS, UNREADABLE, label_of, shown
 
@@ -57,7 +57,8 @@ class TarSource(Source):
                 ]
                 yield from sorted(found)
             for path, size, offset in pictures(file, self.path, 0, None, self.left_out):
-                if self.choice.takes(path):
+                # A name that leads out of the archive is in no folder of it.
+                if self.choice.takes(path) and (size == UNSAFE or path.startswith(around)):
                     path = path.removeprefix(around)
                     yield Entry(path, size, label_of(path, numbers), name, offset)
 
@@ -73,7 +74,7 @@ class TarSource(Source):
         Classes are sorted, and a folder counts if there is a picture below it. The path ends with a
         slash, or is nothing.
         """
-        inner, folders, around_inner = [], set(), set()
+        inner, folders = [], set()
         with open(self.path, "rb") as file:
             for member in members(file, self.path):
                 path = clean_name(member.name)
@@ -83,15 +84,45 @@ class TarSource(Source):
                 # A class may be named as its tar is, or as its folder would be.
                 if suffix.lower() == ".tar" and member.isreg() and self.choice.takes(path, stem):
                     start = member.offset_data
-                    around_inner.add(path.rpartition("/")[0])
-                    inner.append((os.path.basename(stem), start, start + member.size))
+                    inner.append((stem, start, start + member.size))
                 elif suffix.lower() in EXTENSIONS and self.choice.takes(path):
-                    folders.add(path.rpartition("/")[0])
+                    folders.add(_folder_of(path))
+        around_inner = {_folder_of(stem) for stem, _, _ in inner}
+        split = _split_in(folders | around_inner, self.choice)
+        folders, around_inner = (
+            {folder for folder in some if f"{folder}/".startswith(split)}
+            for some in (folders, around_inner)
+        )
+        inner = [(os.path.basename(at[0]), *at[1:]) for at in inner if at[0].startswith(split)]
         around = "" if inner else _around(folders)
-        classes = {f"{folder}/".removeprefix(around).partition("/")[0] for folder in folders}
-        check_splits(self.path, sorted(classes | around_inner), self.choice, whole=True)
+        around = around if around.startswith(split) else split
+        classes = _tops(folders, around)
+        choice = self.choice.below(around[:-1]) if around else self.choice
+        check_splits(self.path, sorted(classes | around_inner), choice, whole=True)
         classes |= {folder for folder, _, _ in inner}
         return sorted(inner), sorted(classes - {""}), around
+
+
+def _folder_of(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _tops(folders: set[str], around: str) -> set[str]:
+    """The folders right inside of the path around all; "" where it is one of them itself."""
+    return {f"{folder}/".removeprefix(around).partition("/")[0] for folder in folders}
+
+
+def _split_in(folders: set[str], choice: Choice) -> str:
+    """The path of the folder that --split means among those that hold anything named so.
+
+    It ends with a slash, or is nothing.
+    """
+    around = _around(folders)
+    tops = _tops(folders, around)
+    if len(tops) < 2 or choice.takes(around[:-1]):
+        return ""
+    split = choice.split_among(tops)
+    return f"{around}{split}/" if split else ""
 
 
 def _around(folders: set[str]) -> str:
@@ -100,7 +131,7 @@ def _around(folders: set[str]) -> str:
         return ""
     common = os.path.commonpath(folders) if all(folders) else ""
     if common in folders:
-        common = common.rpartition("/")[0]
+        common = _folder_of(common)
     return f"{common}/" if common else ""
 
 
