@@ -12,7 +12,7 @@ from vfmtok_fast import cache
 from vfmtok_fast.cache.format import index
 from vfmtok_fast.cache.make import parts
 from vfmtok_fast.cache.sources import open_source
-from vfmtok_fast.cache.sources.choice import Choice, split_patterns
+from vfmtok_fast.cache.sources.choice import Choice, named_split, split_patterns
 
 SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2}
 
@@ -355,6 +355,10 @@ def test_what_cannot_be_chosen_from(tmp_path, tree, fake):
 )
 def test_names_of_splits(name, split, fits):
     assert Choice(split_patterns(split)).takes(name) == fits
+
+
+def test_the_last_word_for_a_split_counts():
+    assert named_split("data/ab-test-train-00000-of-00002.parquet") == "train"
 
 
 def test_a_folder_that_cannot_be_listed_and_a_loop(tmp_path, tree):

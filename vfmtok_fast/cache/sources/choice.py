@@ -144,10 +144,10 @@ def named_split(path: str) -> str | None:
 
 
 def _split_of(path: str, whole: bool) -> str | None:
-    """The word for a split in a path; the name nearest to the file counts."""
+    """The word for a split in a path: of the name nearest to the file, there the last one."""
     for part in reversed(path.split("/")):
         if whole and not is_split(part):
             continue
-        if match := _SPLIT.search(part):
-            return match[1]
+        if words := _SPLIT.findall(part):
+            return words[-1]
     return None
