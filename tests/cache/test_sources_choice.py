@@ -240,6 +240,16 @@ def test_parts_that_an_older_version_left_are_listed_anew(
     assert fake.read_tree(out) == fake.read_tree(tmp_path / "whole")
 
 
+def test_each_folder_is_listed_a_few_times_to_choose_one(tmp_path, fake, monkeypatch):
+    for number in range(30):
+        fake.write_picture(tmp_path / "q" / f"n{number:02d}" / "1.png", 1)
+    listed, scandir = [], os.scandir
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", lambda folder: listed.append(folder) or scandir(folder))
+        assert count(open_source(tmp_path / "q", include=["n29"])) == 1
+    assert len(listed) < 30 * 6
+
+
 def in_a_tar(root):
     with tarfile.open(f"{root}.tar", "w") as archive:
         for path in sorted(root.rglob("*.png")):

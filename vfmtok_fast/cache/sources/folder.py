@@ -95,22 +95,19 @@ class FolderSource(Source):
 
 def class_folders(root: Path, choice: Choice = EVERYTHING) -> list[str]:
     """Names of the class folders under `root`, sorted; a class's label is its place in the list."""
-    names, _ = names_in(os.fspath(root))
+    names, odd = names_in(os.fspath(root))
     folders = sorted(name[:-1] for name in names if name.endswith("/"))
     if choice.record():
-        return [name for name in folders if _holds_any(root, name, choice)]
+        # One folder at a time: a walk that finds nothing in one would go on through all the others.
+        inside = ((name, walk(root, choice=choice, listed=([f"{name}/"], odd))) for name in folders)
+        return [name for name, found in inside if next(found, None) is not None]
     return folders
-
-
-def _holds_any(root: Path, name: str, choice: Choice) -> bool:
-    """Whether anything in a folder is chosen."""
-    inside = walk(root, name + "/", choice)
-    return not choice.leaves_out(name) and next(inside, ("", 0))[0].startswith(f"{name}/")
 
 
 def walk(
     root: Path, after: str = "", choice: Choice = EVERYTHING,
     extensions: frozenset[str] = EXTENSIONS, left_out: Counter[str] | None = None,
+    listed: tuple[list[str], dict[str, str]] | None = None,
 ) -> Iterator[tuple[str, int]]:  # fmt: skip
     """List the pictures under `root` in index order.
 
@@ -120,6 +117,7 @@ def walk(
         choice: which of them.
         extensions: of what is listed.
         left_out: is added what is a picture, but of no such extension.
+        listed: what to walk through of the root, as `names_in` gives it; None: all that it holds.
 
     Yields:
         (relative POSIX path, size in bytes); instead of the size NO_SIZE or NOT_UTF8 where a file
@@ -131,7 +129,7 @@ def walk(
     top = os.fspath(root)
     # Per open folder: its names (last first), its path, its shown relative path, and its identity,
     # which is how a link back into a folder above is noticed.
-    stack = [(names_in(top), top, "", identity(top))]
+    stack = [(listed or names_in(top), top, "", identity(top))]
     while stack:
         (names, odd), folder, shown_folder, _ = stack[-1]
         if not names:
