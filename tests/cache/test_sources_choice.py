@@ -343,6 +343,24 @@ def test_splits_in_one_tar(tmp_path, tree, fake):
         assert source.classes(-1) == ["class0", "class2"] and count(source) == 7
 
 
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"exclude": ["001.png"]},
+        {"include": ["*.png"]},
+        {"include": ["00[0-3].png"]},
+        {"include": ["class1/*", "class2"], "exclude": ["*/004.png", "class2/002.png"]},
+        {"include": ["class0/000.png"]},
+    ],
+)
+def test_patterns_reach_into_inner_tars(tmp_path, tree, fake, chosen):
+    """As into the folder that they would be unpacked to."""
+    source = open_source(fake.make_tar_of_tars(tree, tmp_path / "t.tar"), **chosen)
+    folders = open_source(tree, **chosen)
+    assert source.classes(-1) == folders.classes(-1)
+    assert [e[:3] for e in source.entries()] == [e[:3] for e in folders.entries()]
+
+
 def test_what_cannot_be_chosen_from(tmp_path, tree, fake):
     with pytest.raises(ValueError, match="no files to include or exclude"):
         open_source(fake.make_lmdb(tree, tmp_path / "db"), exclude=["x"])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +20,9 @@ from .archive import clean_name, is_hidden, members, places, read_member
 from .base import UNSAFE, Entry, Source, behind, sizes_of
 from .choice import EVERYTHING, Choice, check_splits
 from .folder import EXTENSIONS, UNREADABLE, label_of, shown
+
+# (class, first byte, end, path) of an inner tar
+_Inner = tuple[str, int, int, str]
 
 
 @dataclass(frozen=True)
@@ -49,18 +52,31 @@ class TarSource(Source):
         numbers = {name: number for number, name in enumerate(classes)}
         name = self.path.name
         with open(self.path, "rb") as file:
-            at = [after is not None and start <= after.offset < end for _, start, end in inner]
-            for folder, start, end in inner[at.index(True) if True in at else 0 :]:
+            at = [after is not None and start <= after.offset < end for _, start, end, _ in inner]
+            for one in inner[at.index(True) if True in at else 0 :]:
+                folder = one[0]
                 found = [
                     Entry(f"{folder}/{path}", size, numbers[folder], name, offset)
-                    for path, size, offset in pictures(file, self.path, start, end, self.left_out)
+                    for path, size, offset in self._inside(file, one, self.left_out)
                 ]
                 yield from sorted(found)
-            for path, size, offset in pictures(file, self.path, 0, None, self.left_out):
+            takes = self.choice.takes
+            for path, size, offset in pictures(file, self.path, 0, None, self.left_out, takes):
                 # A name that leads out of the archive is in no folder of it.
-                if self.choice.takes(path) and (size == UNSAFE or path.startswith(around)):
+                if size == UNSAFE or path.startswith(around):
                     path = path.removeprefix(around)
                     yield Entry(path, size, label_of(path, numbers), name, offset)
+
+    def _inside(
+        self, file: BinaryIO, inner: _Inner, left_out: Counter[str]
+    ) -> Iterator[tuple[str, int, int]]:
+        """The chosen pictures of an inner tar; a class may be named as its tar or folder is."""
+        _, start, end, tar = inner
+        names = tar, os.path.splitext(tar)[0]
+        return pictures(
+            file, self.path, start, end, left_out,
+            lambda path: self.choice.takes(*(f"{one}/{path}" for one in names)),
+        )  # fmt: skip
 
     def classes(self, highest: int) -> list[str]:
         return self._contents()[1]
@@ -68,11 +84,11 @@ class TarSource(Source):
     def find(self, entry: Entry) -> bytes:
         return read_member(self.path.parent, entry)
 
-    def _contents(self) -> tuple[list[tuple[str, int, int]], list[str], str]:
-        """(class, first byte, end) of the inner tars, sorted; the classes; the path around them.
+    def _contents(self) -> tuple[list[_Inner], list[str], str]:
+        """The inner tars; the classes; the path around them.
 
-        Classes are sorted, and a folder counts if there is a picture below it. The path ends with a
-        slash, or is nothing.
+        Both are sorted. A folder counts if there is a picture below it, and where the user chose,
+        an inner tar if one in it is chosen. The path around ends with a slash, or is nothing.
         """
         inner, folders = [], set()
         with open(self.path, "rb") as file:
@@ -81,25 +97,26 @@ class TarSource(Source):
                 if path is None or is_hidden(path) or member.isdir():
                     continue
                 stem, suffix = os.path.splitext(path)
-                # A class may be named as its tar is, or as its folder would be.
-                if suffix.lower() == ".tar" and member.isreg() and self.choice.takes(path, stem):
+                if suffix.lower() == ".tar" and member.isreg():
                     start = member.offset_data
-                    inner.append((stem, start, start + member.size))
+                    inner.append((os.path.basename(stem), start, start + member.size, path))
                 elif suffix.lower() in EXTENSIONS and self.choice.takes(path):
                     folders.add(_folder_of(path))
-        around_inner = {_folder_of(stem) for stem, _, _ in inner}
+            if self.choice.record():
+                inner = [one for one in inner if any(self._inside(file, one, Counter()))]
+        around_inner = {_folder_of(path) for *_, path in inner}
         split = _split_in(folders | around_inner, self.choice)
         folders, around_inner = (
             {folder for folder in some if f"{folder}/".startswith(split)}
             for some in (folders, around_inner)
         )
-        inner = [(os.path.basename(at[0]), *at[1:]) for at in inner if at[0].startswith(split)]
+        inner = [one for one in inner if one[3].startswith(split)]
         around = "" if inner else _around(folders)
         around = around if around.startswith(split) else split
         classes = _tops(folders, around)
         choice = self.choice.below(around[:-1]) if around else self.choice
         check_splits(self.path, sorted(classes | around_inner), choice, whole=True)
-        classes |= {folder for folder, _, _ in inner}
+        classes |= {folder for folder, *_ in inner}
         return sorted(inner), sorted(classes - {""}), around
 
 
@@ -136,16 +153,21 @@ def _around(folders: set[str]) -> str:
 
 
 def pictures(
-    file: BinaryIO, path: Path, start: int, end: int | None, left_out: Counter[str]
-) -> Iterator[tuple[str, int, int]]:
+    file: BinaryIO, path: Path, start: int, end: int | None, left_out: Counter[str],
+    takes: Callable[[str], bool],
+) -> Iterator[tuple[str, int, int]]:  # fmt: skip
     """(path, size, offset of the data) of the pictures in a tar, in its order; as `members`.
 
-    `left_out` is added what is a picture that is not read.
+    Args:
+        left_out: is added what is a picture that is not read.
+        takes: whether a path is chosen.
     """
     for member, size, offset in places(file, path, start, end):
         name = clean_name(member.name)
         text = shown(member.name) if name is None else name
-        suffix = "" if is_hidden(text) else os.path.splitext(text)[1].lower()
+        if is_hidden(text) or not takes(text):
+            continue
+        suffix = os.path.splitext(text)[1].lower()
         if suffix in EXTENSIONS:
             yield text, size, offset
         elif suffix in UNREADABLE:
