@@ -79,6 +79,15 @@ def test_what_was_left_out_is_said(tmp_path, tree, tokenizer, out, fake):
         cache.build(tar, out.with_name("other"), tokenizer, **SMALL)
 
 
+def test_compressed_inner_tars_are_counted(tmp_path, tree, fake):
+    tar = fake.make_tar_of_tars(tree, tmp_path / "t.tar")
+    with tarfile.open(tar, "a") as archive:
+        fake.add_member(archive, "n03.tar.gz", b"x")
+    source = open_source(tar)
+    assert len(list(source.entries())) == 11
+    assert source.left_out == {"compressed tars (decompress them to plain .tar)": 1}
+
+
 # ---- what systems leave behind
 
 
@@ -211,6 +220,17 @@ def test_sizes_in_pax_headers(tmp_path, fake):
 def link(name, to, hard=False):
     kind = tarfile.LNKTYPE if hard else tarfile.SYMTYPE
     return name, b"", {"type": kind, "linkname": to}
+
+
+def test_a_sparse_member_is_as_long_as_it_is_in_the_tar(tmp_path, fake):
+    with open(tmp_path / "hole.bin", "wb") as file:
+        file.truncate(1 << 20)
+        file.write(b"x")
+    fake.write_picture(tmp_path / "a" / "1.png", 1)
+    command = ["tar", "-C", tmp_path, "--sparse", "-cf", tmp_path / "t.tar", "a", "hole.bin"]
+    subprocess.run(command, check=True)
+    assert os.path.getsize(tmp_path / "t.tar") < 1 << 20
+    assert list(found(open_source(tmp_path / "t.tar"))) == ["a/1.png"]
 
 
 def test_links_inside_a_tar(tmp_path, tokenizer, out, fake):

@@ -19,6 +19,7 @@ from typing import BinaryIO
 from .archive import clean_name, is_hidden, members, places, read_member
 from .base import UNSAFE, Entry, Source, behind, sizes_of
 from .choice import EVERYTHING, Choice, check_splits
+from .contents import COMPRESSED
 from .folder import EXTENSIONS, UNREADABLE, label_of, shown
 
 # (class, first byte, end, path) of an inner tar
@@ -172,3 +173,5 @@ def pictures(
             yield text, size, offset
         elif suffix in UNREADABLE:
             left_out[UNREADABLE[suffix]] += 1
+        elif text.lower().endswith(COMPRESSED):
+            left_out["compressed tars (decompress them to plain .tar)"] += 1
