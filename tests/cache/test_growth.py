@@ -346,6 +346,29 @@ def test_quarantined_pictures_that_were_mended_heal(tmp_path, out, tokenizer, fa
         assert fake.read_tree(fresh) == fake.read_tree(out)
 
 
+@pytest.mark.parametrize("how", ["repair", "extend", "extend together"])
+def test_hashes_take_in_what_was_mended_to_the_same_size(tmp_path, out, tokenizer, fake, how):
+    tree = fake.make_tree(tmp_path / "p", count=9)
+    path, other = tree / "class2" / "002.png", tree / "class1" / "004.png"
+    good = path.read_bytes()
+    for one in (path, other):
+        one.write_bytes(bytes(40) + one.read_bytes()[40:])
+    settings = {**SMALL, "hashed": True}
+    assert cache.build(tree, out, tokenizer, **settings).bad == 2
+    path.write_bytes(good)
+    if how == "repair":
+        assert cache.repair(tree, out, tokenizer) == 1
+    else:
+        ranks = [1, 0] if how == "extend together" else [0]
+        for rank in ranks:
+            world = {"rank": rank, "world_size": len(ranks)}
+            cache.build(tree, out, tokenizer, extend=True, **world, **settings)
+    assert cache.status(out).bad == 1 and cache.verify(out, tokenizer, tree).ok
+    fresh = tmp_path / "fresh"
+    cache.build(tree, fresh, tokenizer, **settings)
+    assert fake.read_tree(fresh) == fake.read_tree(out)
+
+
 def test_deleted_pictures_are_no_reason_to_refuse(tmp_path, out, tokenizer, fake):
     tree = fake.make_tree(tmp_path / "p", bad=(4,))
     cache.build(tree, out, tokenizer, **SMALL)

@@ -230,7 +230,9 @@ def _extend(
         try:
             changes.check_unchanged(source, out / INDEX, found.classes)
             install(out)  # or the index is the new one, and the manifest not yet
-            return manifest.read_manifest(out)
+            found = manifest.read_manifest(out)
+            if not index.read_hashed(out / INDEX):  # by which more may have changed than sizes
+                return found
         except changes.ImagesChanged:
             _await(out, lambda: manifest.read_manifest(out) != found)
             found = manifest.read_manifest(out)
