@@ -308,9 +308,12 @@ def test_commands(tree, url, capsys, tmp_path):
     assert cli.main(["cache", str(tree), url, *small]) == 0
     assert json.loads(read_store(url)["manifest.json"])["counts"]["images"] == 11
     assert cli.main(["status", url]) == 0
-    assert cli.main(["verify", url, "--images", str(tree), *small[:4]]) == 0
+    sheet = f"{url}.png"
+    assert cli.main(["verify", url, "--images", str(tree), "--sheet", sheet, *small[:4]]) == 0
     assert cli.main(["export", url, str(tmp_path / "x.jsonl"), "--format", "rar"]) == 0
-    assert f"{url}: sound; 11 pictures" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"{url}: sound; 11 pictures" in told and f"wrote {sheet}: " in told
+    assert cli.main(["verify", url, "--images", str(tree), "--sheet", sheet, *small[:4]]) == 2
 
 
 def test_paths():
