@@ -428,6 +428,34 @@ def test_paths_from_home_and_a_config_of_windows(run, photos, tmp_path, monkeypa
     assert all((tmp_path / name).is_file() for name in written) and not (tmp_path / "~").exists()
 
 
+def test_a_user_that_nobody_knows_is_a_name_like_any_other(run, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("cache", photos, "~nobody-here/t", *SMALL)[0] == 0
+    assert (tmp_path / "~nobody-here" / "t" / "manifest.json").is_file()
+    for command in (["cache", "~no-one", "t"], ["reconstruct", "~no-one", "t.png"]):
+        assert "~no-one: no such" in refusal(run(*command, *SMALL))
+    assert "~no-one" in refusal(run("sample", "s", "--model", "~no-one", "--gpt", "emoji"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["sample", "s3://b/x"],
+        ["reconstruct", "photos", "s3://b/x.png"],
+        ["reconstruct", "s3://b/x.png", "x.png"],
+        ["convert", "GPT-B", "s3://b/x"],
+        ["evaluate", "probe", "photos", "--out", "s3://b/x"],
+        ["train-tokenizer", "photos", "s3://b/x"],
+        ["train-gpt", "tokens", "s3://b/x", "--preset", "GPT-B"],
+    ],
+)
+def test_what_is_written_to_a_disk_takes_no_url(run, photos, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    options = SMALL if command[0] in ("sample", "reconstruct", "evaluate") else []
+    assert "give a local path; only a cache may lie at a URL" in refusal(run(*command, *options))
+    assert not (tmp_path / "s3:").exists()
+
+
 def test_offline_the_error_names_file_source_and_flag(run, tmp_path, photos, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

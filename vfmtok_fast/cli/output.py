@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import numpy as np
 
 # File names may hold anything; a terminal must not be told to do things by them.
@@ -39,6 +38,17 @@ def make_streams_safe() -> None:
             setattr(sys, name, open(os.devnull, "w"))
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def local_path(text: str) -> Path:
+    """The file or folder of an option.
+
+    Raises:
+        ValueError: it is a URL, of which a folder "s3:" would be made.
+    """
+    if "://" in text:
+        raise ValueError(f"{text}: give a local path; only a cache may lie at a URL")
+    return Path(os.path.expanduser(text))
 
 
 def check_writable(path: Path) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from .models import add_tokenizer_options, load_tokenizer, policy
-from .output import note, say, write_png
+from .output import local_path, note, say, write_png
 
 SUMMARY = "draw photo | reconstruction | where the regions look"
 
@@ -25,14 +25,14 @@ def run(options: argparse.Namespace) -> int:
     from .. import images
     from ..visualize import reconstruction_grid
 
-    out = Path(options.out).expanduser()
+    out = local_path(options.out)
     if out.suffix.lower() != ".png":
         raise ValueError(f"the picture to write must be named .png, got {out}")
     if out.exists():  # Perhaps a photo, as of `reconstruct *.png`.
         raise FileExistsError(f"{out} is there already; choose another name")
     if options.limit < 1 or options.regions < 1:
         raise ValueError("--limit and --regions must be at least 1")
-    photos = _photos(Path(options.images).expanduser(), options.limit)
+    photos = _photos(local_path(options.images), options.limit)
     tokenizer = load_tokenizer(options, options.device)
     size = tokenizer.config.image_size
     crops = []

@@ -58,7 +58,7 @@ def prepare(
     check_tokenizer(tokenizer)
     spec, out = CacheSpec.of(spec, settings), place(out)
     source = spec.open(images)
-    _check_outside(Path(images).expanduser(), out)
+    _check_outside(Path(os.path.expanduser(images)), out)
     if rank:
         _await(out, (out / manifest.NAME).exists)
     install(out)

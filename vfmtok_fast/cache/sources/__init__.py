@@ -63,7 +63,7 @@ def open_source(
             f"{images}: pictures are read from local files; mount this, or copy it (a cache itself "
             "may lie at a URL)"
         )
-    root = Path(images).expanduser().absolute()
+    root = Path(os.path.expanduser(images)).absolute()
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder of pictures or archive")
     choice = Choice(include, exclude)
