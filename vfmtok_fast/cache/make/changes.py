@@ -27,6 +27,9 @@ from ..store import Place
 from .ahead import hashed_entries
 from .install import NEXT_INDEX, NEXT_MANIFEST, install, is_index_of, read_newer
 
+# Inputs that are files of an order of their own, of which some are taken whole.
+ARCHIVES = ("webdataset", "parquet")
+
 
 def _advice(only_added: bool) -> str:
     """What to do about an input that changed; only to what is whole can be added."""
@@ -51,21 +54,31 @@ def check_unchanged(
     Raises:
         ImagesChanged: one line with what changed, how often, and the first case.
     """
-    origin = index.read_origin(path)
-    _check_kind(source, origin)
+    origin, now = index.read_origin(path), source.files()
+    _check_kind(source, origin, now == origin.files)
     if origin.files is None:
         _check_pictures(source, path, classes, quarantined)
     else:
-        _check_files(source, origin, source.files())
+        _check_files(source, origin, now)
 
 
-def _check_kind(source: Source, origin: index.Origin) -> None:
+def _check_kind(source: Source, origin: index.Origin, has_files: bool) -> None:
+    """Require an input of the same kind, of which the same is taken.
+
+    Of archives patterns choose files, so that others do where the input has those that were
+    indexed (`has_files`): as after --split, when files of another split have come.
+    """
     if origin.kind != source.kind:
         raise ImagesChanged(
             f"{source.root}: is a {source.kind} input, the cache was made from {origin.kind}; "
             f"give the same input (--input {origin.kind}), or cache into a new folder"
         )
-    if differing := differences(origin.chosen, source.chosen):
+    patterns = {"include", "exclude"} if has_files and source.kind in ARCHIVES else ()
+    there, here = (
+        {name: value for name, value in chosen.items() if name not in patterns}
+        for chosen in (origin.chosen, source.chosen)
+    )
+    if differing := differences(there, here):
         raise ImagesChanged(
             f"{source.root}: the cache was made from other files or columns of it: {differing}; "
             "choose the same, or cache into a new folder"
@@ -183,7 +196,8 @@ def _extended(source: Source, out: Place, found: Manifest, workers: int) -> Mani
     """As `extend`; None where another process was faster: what was read may be half of it."""
     path = out / INDEX
     origin, hashed = index.read_origin(path), index.read_hashed(path)
-    _check_kind(source, origin)
+    now = source.files()
+    _check_kind(source, origin, (origin.files or {}).items() <= (now or {}).items())
     doubtful: list[tuple[Entry, Entry]] = []
     if origin.files is None:
         new, classes, doubtful = _new_pictures(source, out, found)
@@ -191,13 +205,13 @@ def _extended(source: Source, out: Place, found: Manifest, workers: int) -> Mani
         new, classes = _new_files(source, origin), None
     if hashed:
         new = None if new is None else hashed_entries(source, new, workers)
-        now = hashed_entries(source, (entry for _, entry in doubtful), workers)
-        doubtful = [(then, entry) for (then, _), entry in zip(doubtful, now, strict=True)]
-    mended = {now.path: now for then, now in doubtful if _was_mended(then, now)}
+        read = hashed_entries(source, (entry for _, entry in doubtful), workers)
+        doubtful = [(then, entry) for (then, _), entry in zip(doubtful, read, strict=True)]
+    mended = {entry.path: entry for then, entry in doubtful if _was_mended(then, entry)}
     if new is None and not mended:
         return found if _is_current(out, found) else None
     runs = origin.runs if new is None else (*origin.runs, found.images)
-    later = replace(origin, files=source.files(), runs=runs)
+    later = replace(origin, files=now, runs=runs, chosen=source.chosen)
     old = chain.from_iterable(rows.entries for rows in index.read_all(path))
     places: list[int] = []
     entries = chain(_replaced(old, mended, places), new or ())
