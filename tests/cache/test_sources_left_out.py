@@ -298,6 +298,17 @@ def test_the_command_names_classes_and_what_was_left_out(tmp_path, fake, capsys)
     assert "left out: 1 .heic files (pip install 'vfmtok-fast[heif]' to read them)" in lines
 
 
+def test_names_of_two_lines_are_told_in_one(tmp_path, fake, capsys):
+    fake.write_picture(tmp_path / "p" / "a" / "1.png", 1)
+    (tmp_path / "p" / "two\nlines").mkdir()
+    fake.write_picture(tmp_path / "p" / "b" / "1\n2.png", 1).write_bytes(b"x")
+    small = ["--untrained", "small", "--device", "cpu"]
+    assert cli.main(["cache", str(tmp_path / "p"), str(tmp_path / "t"), *small]) == 3
+    assert "have no picture: two\\x0alines\n" in capsys.readouterr().err
+    assert cli.main(["status", str(tmp_path / "t")]) == 3
+    assert "b/1\\x0a2.png: " in capsys.readouterr().out
+
+
 def test_the_commands_options(tmp_path, fake, capsys):
     root = fake.make_parquet(fake.make_tree(tmp_path / "p", 5), tmp_path / "q")
     options = ["--untrained", "small", "--device", "cpu", "--batch-size", "1"]

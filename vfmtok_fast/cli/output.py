@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 # File names may hold anything; a terminal must not be told to do things by them.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
 
 
 def say(text: object, *, flush: bool = False) -> None:

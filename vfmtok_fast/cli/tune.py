@@ -37,5 +37,6 @@ def run(options: argparse.Namespace) -> int:
         progress=sys.stderr.isatty(),
         path=None if options.out is None else local_path(options.out),
     )
-    say(outcome)
+    for line in str(outcome).splitlines():
+        say(line)
     return 0
