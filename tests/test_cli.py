@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import signal
@@ -321,6 +322,13 @@ def test_reconstruct_leaves_out_what_cannot_be_opened(run, photos, tmp_path) -> 
     code, _, lines = run("reconstruct", photos, tmp_path / "grid.png", *SMALL)
     assert code == 3 and (tmp_path / "grid.png").exists()
     assert lines == [f"left out: {photos / 'animals/away.png'}: No such file or directory"]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems refuse such names")
+def test_reconstruct_says_what_is_wrong_with_a_name(run, photos, tmp_path) -> None:
+    shutil.copy(photos / "animals" / "coffee.png", photos / os.fsdecode(b"\xff.png"))
+    code, _, (line,) = run("reconstruct", photos, tmp_path / "x.png", *SMALL)
+    assert code == 3 and line.endswith(r"\xff.png: its name is not UTF-8; rename it")
 
 
 def test_reconstruct(run, photos: Path, tmp_path: Path) -> None:

@@ -283,6 +283,20 @@ def test_links_inside_shards_and_inner_tars(tmp_path, fake):
     assert source.read(entries["n/2.png"]) == b"1" and entries["m/8.png"].size == base.NOT_A_FILE
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems refuse such names")
+@pytest.mark.parametrize("kind", ["parquet", "webdataset", "tar"])
+def test_names_of_archives_and_caches_that_are_not_utf8(tmp_path, tree, tokenizer, out, fake, kind):
+    root = fake.MAKERS[kind](tree, tmp_path / "a")
+    odd = os.fsdecode(b"train-\xff")
+    path = root if kind == "tar" else sorted(root.iterdir())[0]
+    path = path.rename(path.with_name(odd + path.suffix))
+    for given in {path, path if kind == "tar" else root}:
+        with pytest.raises(ValueError, match=r"train-\\xff\.\w+: its name is not UTF-8; rename it"):
+            open_source(given)
+    with pytest.raises(ValueError, match=r"train-\\xff: its name is not UTF-8; rename it"):
+        cache.build(tree, out.with_name(odd), tokenizer, **SMALL)
+
+
 # ---- the command
 
 

@@ -23,7 +23,7 @@ from ..format.fingerprint import Tokenizer, check_tokenizer, describe
 from ..format.index import INDEX, Entry
 from ..sources import BadImage, Source
 from ..sources.base import LeftOutWarning
-from ..sources.folder import EXTENSIONS
+from ..sources.folder import EXTENSIONS, check_utf8
 from ..store import Place, atomic, place
 from . import changes, parts
 from .ahead import hashed_entries
@@ -84,9 +84,10 @@ def prepare(
 
 
 def _check_outside(root: Path, out: Place) -> None:
-    """Refuse a cache inside of its own pictures, or in the place of a file."""
+    """Refuse a cache inside of its own pictures, or in the place of a file; and odd names."""
     if out.remote:
         return
+    check_utf8(out)
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out}: must be a folder, is a file; choose another name")
     if out.resolve().is_relative_to(root.resolve()):

@@ -18,7 +18,7 @@ from .base import BadImage, Source
 from .choice import EVERYTHING, Choice, check_splits, is_split, named_split
 from .columns import FIRST, find_columns
 from .contents import COMPRESSED, archives_in, check_shards, kind_of_folder, suffixes_in
-from .folder import FolderSource, class_folders, walk
+from .folder import FolderSource, check_utf8, class_folders, walk
 from .lmdb import LmdbSource
 from .parquet import ParquetSource
 from .tar import TarSource
@@ -78,6 +78,7 @@ def open_source(
         if not root.is_dir():
             raise NotADirectoryError(f"{root}: must be a folder of pictures, is a file")
         return _folder(root, choice)
+    check_utf8(root)
     if kind == "lmdb":
         if choice.record():
             raise ValueError(f"{root}: an LMDB has no files to include or exclude")

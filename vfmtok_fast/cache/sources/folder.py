@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ...images import HEIF_SUFFIXES, HOW_TO_READ_HEIF, reads_heif
 from ..format.shards import BAD, GONE
-from .base import NO_CLASS, NO_SIZE, NOT_UTF8, BadImage, Entry, Source
+from .base import NO_CLASS, NO_SIZE, NOT_UTF8, REASONS, BadImage, Entry, Source
 from .choice import EVERYTHING, Choice
 
 _PLAIN = frozenset(
@@ -212,6 +212,17 @@ def _is_folder(entry: os.DirEntry) -> bool:
 def shown(name: str) -> str:
     """The name as text: bytes that are not UTF-8 become \\xNN."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def check_utf8(path: str | os.PathLike) -> None:
+    """Require a name that can be written down, and handed to the libraries that read archives.
+
+    Raises:
+        ValueError: it holds bytes that are no text.
+    """
+    text = os.fspath(path)
+    if shown(text) != text:
+        raise ValueError(f"{shown(text)}: {REASONS[NOT_UTF8]}")
 
 
 def identity(folder: str) -> tuple[int, int] | None:
