@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import signal
@@ -323,6 +324,13 @@ def test_reconstruct_leaves_out_what_cannot_be_opened(run, photos, tmp_path) -> 
     assert lines == [f"left out: {photos / 'animals/away.png'}: No such file or directory"]
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems refuse such names")
+def test_reconstruct_says_what_is_wrong_with_a_name(run, photos, tmp_path) -> None:
+    shutil.copy(photos / "animals" / "coffee.png", photos / os.fsdecode(b"\xff.png"))
+    code, _, (line,) = run("reconstruct", photos, tmp_path / "x.png", *SMALL)
+    assert code == 3 and line.endswith(r"\xff.png: its name is not UTF-8; rename it")
+
+
 def test_reconstruct(run, photos: Path, tmp_path: Path) -> None:
     (photos / "animals/broken.png").write_bytes(b"\x89PNG")
     out = tmp_path / "new" / "grid.png"
@@ -426,6 +434,34 @@ def test_paths_from_home_and_a_config_of_windows(run, photos, tmp_path, monkeypa
     assert vf.images.decode_image("~/photos/animals/chelsea.png").mode == "RGB"
     written = {"gpt/config.json", "samples/samples.npz", "grid.png"}
     assert all((tmp_path / name).is_file() for name in written) and not (tmp_path / "~").exists()
+
+
+def test_a_user_that_nobody_knows_is_a_name_like_any_other(run, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("cache", photos, "~nobody-here/t", *SMALL)[0] == 0
+    assert (tmp_path / "~nobody-here" / "t" / "manifest.json").is_file()
+    for command in (["cache", "~no-one", "t"], ["reconstruct", "~no-one", "t.png"]):
+        assert "~no-one: no such" in refusal(run(*command, *SMALL))
+    assert "~no-one" in refusal(run("sample", "s", "--model", "~no-one", "--gpt", "emoji"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["sample", "s3://b/x"],
+        ["reconstruct", "photos", "s3://b/x.png"],
+        ["reconstruct", "s3://b/x.png", "x.png"],
+        ["convert", "GPT-B", "s3://b/x"],
+        ["evaluate", "probe", "photos", "--out", "s3://b/x"],
+        ["train-tokenizer", "photos", "s3://b/x"],
+        ["train-gpt", "tokens", "s3://b/x", "--preset", "GPT-B"],
+    ],
+)
+def test_what_is_written_to_a_disk_takes_no_url(run, photos, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    options = SMALL if command[0] in ("sample", "reconstruct", "evaluate") else []
+    assert "give a local path; only a cache may lie at a URL" in refusal(run(*command, *options))
+    assert not (tmp_path / "s3:").exists()
 
 
 def test_offline_the_error_names_file_source_and_flag(run, tmp_path, photos, monkeypatch) -> None:

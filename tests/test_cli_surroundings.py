@@ -98,7 +98,7 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path, capsys):
     assert cli.main(["status", str(tmp_path / "a\x1b[31mred\x07\x9b")]) == 2
     told = capsys.readouterr().err
     assert "\\x1b[31mred\\x07\\x9b" in told and "\x1b" not in told and told.count("\n") == 1
-    assert output.harmless("a\tb") == "a\tb"
+    assert output.harmless("a\tb\n") == "a\tb\\x0a"
 
 
 @pytest.mark.parametrize(

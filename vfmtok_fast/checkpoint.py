@@ -7,6 +7,7 @@ holds. DINOv2 publishes its own file. Loading is strict: every key must be there
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
 import re
 import sys
@@ -244,7 +245,11 @@ def read_tensors(
         wrappers: keys that may hold the tensors, the first one that does counts.
         what: how errors name it.
     """
-    content = source if isinstance(source, Mapping) else _read_file(Path(source).expanduser(), what)
+    content = (
+        source
+        if isinstance(source, Mapping)
+        else _read_file(Path(os.path.expanduser(source)), what)
+    )
     for wrapper in wrappers:
         inner = content.get(wrapper) if isinstance(content, Mapping) else None
         if isinstance(inner, Mapping) and inner:
@@ -272,7 +277,7 @@ def check_there(source: str | Path | Mapping | None, what: str) -> None:
     """Refuse a file that is not there; before a model is made, which takes seconds."""
     if source is None or isinstance(source, Mapping):
         return
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if not path.is_file() and not weights_in(path):
         kind = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{what}: {path} {kind}, expected a checkpoint file")

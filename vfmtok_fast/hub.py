@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -79,7 +80,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         Raises:
             OSError: it cannot be written.
         """
-        folder = Path(save_directory).expanduser()
+        folder = Path(os.path.expanduser(save_directory))
         folder.parent.mkdir(parents=True, exist_ok=True)
         there = folder.exists()
         near = folder if there else folder.parent
@@ -139,7 +140,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         }
         if config is None:
             config = _read_config(_find(cls, source, constants.CONFIG_NAME, download), cls)
-        path = weights_in(Path(source).expanduser())
+        path = weights_in(Path(os.path.expanduser(source)))
         path = path or _find(cls, source, constants.SAFETENSORS_SINGLE_FILE, download)
         model = cls(config)
         tensors = unwrapped(read_safetensors(path, cls.__name__), f"{cls.__name__}: {path}")
@@ -315,7 +316,7 @@ def _shipped(cls: type[HubModel], source: str) -> str:
 
 
 def _find(cls: type, source: str, name: str, download: Mapping) -> Path:
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     if folder.is_file():
         raise FileNotFoundError(
             f"{cls.__name__}: {source} is a file; expected a folder with config.json and "

@@ -57,14 +57,8 @@ def draw_regions(image: np.ndarray, locations: Tensor, weights: Tensor, num: int
     Returns:
         uint8 [S, S, 3].
     """
-    total = len(locations)
-    side = math.isqrt(total)
-    # Along a diagonal lattice, so that neither rows nor columns coincide.
-    steps = [(i + 0.5) / num for i in range(num)]
-    chosen = [
-        int(y * side) * side + int(x * side)
-        for x, y in zip(steps, (steps[(2 * i) % num] for i in range(num)), strict=True)
-    ]
+    side = math.isqrt(len(locations))
+    chosen = spread_regions(len(locations), num)
     size = image.shape[0] * SUPERSAMPLING
     canvas = Image.fromarray((image * 0.45).astype(np.uint8)).resize((size, size))
     draw = ImageDraw.Draw(canvas)
@@ -84,3 +78,14 @@ def draw_regions(image: np.ndarray, locations: Tensor, weights: Tensor, num: int
         for line in ([x - arm, y, x + arm, y], [x, y - arm, x, y + arm]):
             draw.line(line, fill=(255, 255, 255), width=SUPERSAMPLING * 2)
     return np.array(canvas.resize(image.shape[:2], Image.Resampling.LANCZOS))
+
+
+def spread_regions(total: int, num: int) -> list[int]:
+    """Numbers of ``num`` regions of a square of ``total``, far from one another; no one twice."""
+    side = math.isqrt(total)
+    if num > side:
+        return [i * total // num for i in range(num)]
+    # Along a diagonal lattice, so that neither rows nor columns coincide.
+    steps = [(i + 0.5) / num for i in range(num)]
+    across = (steps[(2 * i) % num] for i in range(num))
+    return [int(y * side) * side + int(x * side) for x, y in zip(steps, across, strict=True)]

@@ -43,6 +43,12 @@ def test_llamagen(built, out, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["lg", "p", "tokens"]
 
 
+@pytest.mark.parametrize("format, name", [("rar", "x" * 249 + ".jsonl"), ("llamagen", "é" * 127)])
+def test_names_as_long_as_they_may_be(built, out, tmp_path, format, name):
+    assert cache.export(out, tmp_path / name, format) > 0
+    assert (tmp_path / name).exists() and len(list(tmp_path.glob("*.tmp-*"))) == 0
+
+
 def test_rar(built, out, tmp_path):
     assert cache.export(out, tmp_path / "new" / "t.jsonl", "rar", views=["center-flip"]) == 10
     tokens, labels = wanted(out)

@@ -14,6 +14,7 @@ from vfmtok_fast import cache, cli
 from vfmtok_fast.cache.format import index, shards
 from vfmtok_fast.cache.make import changes, job, parts, prepare, progress
 from vfmtok_fast.cache.sources import open_source
+from vfmtok_fast.cache.sources.choice import split_patterns
 from vfmtok_fast.cache.store import atomic
 
 SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2}
@@ -108,6 +109,27 @@ def test_extending_archives(tmp_path, out, tokenizer, fake, kind):
     np.testing.assert_array_equal(tokens, np.concatenate([before[0], before[0][:added]]))
     np.testing.assert_array_equal(labels, np.concatenate([before[1], before[1][:added]]))
     assert cache.verify(out, tokenizer, root).agreement == 1.0
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_going_on_with_one_split_when_another_has_come(tmp_path, out, tokenizer, fake, kind):
+    root = fake.MAKERS[kind](fake.make_tree(tmp_path / "p"), tmp_path / "archive")
+    cache.build(root, out, tokenizer, **SMALL)
+    first = sorted(root.iterdir())[0]
+    shutil.copy(first, root / first.name.replace("train", "val"))
+    with pytest.raises(ValueError, match="several splits .*--split train"):
+        cache.build(root, out, tokenizer, **SMALL)
+    for chosen in ({"include": split_patterns("train")}, {"exclude": ["val*"]}):
+        for extend in (False, True):
+            found = cache.build(root, out, tokenizer, extend=extend, **SMALL, **chosen)
+            assert (found.images, found.encoded) == (11, 0)
+    shutil.copy(first, root / first.name.replace("train-", "train-1"))
+    train = {"include": split_patterns("train")}
+    with pytest.raises(cache.ImagesChanged, match="other files or columns .* include"):
+        cache.build(root, out, tokenizer, **SMALL, **train)
+    assert cache.build(root, out, tokenizer, extend=True, **SMALL, **train).images > 11
+    assert cache.build(root, out, tokenizer, **SMALL, **train).encoded == 0
+    assert cache.verify(out, tokenizer, root).ok and cache.repair(root, out, tokenizer) == 0
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -344,6 +366,29 @@ def test_quarantined_pictures_that_were_mended_heal(tmp_path, out, tokenizer, fa
         fresh = tmp_path / "fresh"
         cache.build(tree, fresh, tokenizer, **settings)
         assert fake.read_tree(fresh) == fake.read_tree(out)
+
+
+@pytest.mark.parametrize("how", ["repair", "extend", "extend together"])
+def test_hashes_take_in_what_was_mended_to_the_same_size(tmp_path, out, tokenizer, fake, how):
+    tree = fake.make_tree(tmp_path / "p", count=9)
+    path, other = tree / "class2" / "002.png", tree / "class1" / "004.png"
+    good = path.read_bytes()
+    for one in (path, other):
+        one.write_bytes(bytes(40) + one.read_bytes()[40:])
+    settings = {**SMALL, "hashed": True}
+    assert cache.build(tree, out, tokenizer, **settings).bad == 2
+    path.write_bytes(good)
+    if how == "repair":
+        assert cache.repair(tree, out, tokenizer) == 1
+    else:
+        ranks = [1, 0] if how == "extend together" else [0]
+        for rank in ranks:
+            world = {"rank": rank, "world_size": len(ranks)}
+            cache.build(tree, out, tokenizer, extend=True, **world, **settings)
+    assert cache.status(out).bad == 1 and cache.verify(out, tokenizer, tree).ok
+    fresh = tmp_path / "fresh"
+    cache.build(tree, fresh, tokenizer, **settings)
+    assert fake.read_tree(fresh) == fake.read_tree(out)
 
 
 def test_deleted_pictures_are_no_reason_to_refuse(tmp_path, out, tokenizer, fake):

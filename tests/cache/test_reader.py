@@ -113,6 +113,16 @@ def test_more_shards_than_may_be_open(tree, out, tokenizer, monkeypatch):
         assert len(reader._files) == 3
 
 
+def test_a_shard_that_another_thread_closes_at_once(built, out):
+    class Closed(dict):
+        def __setitem__(self, number, rows):
+            pass
+
+    reader, want = cache.TokenCache(out), cache.TokenCache(out)[3][0]
+    reader._files = Closed()
+    assert torch.equal(reader[3][0], want)
+
+
 def test_another_current_folder(built, out, tmp_path, monkeypatch):
     """As after Hydra's chdir."""
     monkeypatch.chdir(out.parent)

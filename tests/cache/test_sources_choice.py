@@ -12,7 +12,7 @@ from vfmtok_fast import cache
 from vfmtok_fast.cache.format import index
 from vfmtok_fast.cache.make import parts
 from vfmtok_fast.cache.sources import open_source
-from vfmtok_fast.cache.sources.choice import Choice, split_patterns
+from vfmtok_fast.cache.sources.choice import Choice, named_split, split_patterns
 
 SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2}
 
@@ -174,6 +174,24 @@ def test_splits_of_class_folders(tmp_path, tree, tokenizer, out, fake):
     assert cache.repair(root, out, tokenizer) == 0
 
 
+@pytest.mark.parametrize(
+    "chosen, left",
+    [
+        ({"exclude": ["*/n01"]}, ["n02/1.png"]),
+        ({"exclude": ["t*n/n01"]}, ["n02/1.png", "n02/n01/b.png"]),
+        ({"exclude": ["train/n01"]}, ["n02/1.png", "n02/n01/b.png"]),
+        ({"exclude": ["n01"]}, ["n02/1.png"]),
+        ({"include": ["t*n/n01"]}, ["n01/1.png"]),
+    ],
+)
+def test_patterns_with_slashes_are_of_the_whole_path(tmp_path, fake, chosen, left):
+    for name in ("train/n01/1.png", "train/n02/1.png", "train/n02/n01/b.png", "val/n01/1.png"):
+        fake.write_picture(tmp_path / "q" / name, 1)
+    source = open_source(tmp_path / "q", **{"include": split_patterns("train"), **chosen})
+    assert [entry.path for entry in source.entries()] == left
+    assert source.chosen == Choice(**{"include": split_patterns("train"), **chosen}).record()
+
+
 def test_the_folder_around_one_split(tmp_path, tree, fake):
     root = tmp_path / "q"
     shutil.copytree(tree, root / "train")
@@ -222,6 +240,75 @@ def test_parts_that_an_older_version_left_are_listed_anew(
     assert fake.read_tree(out) == fake.read_tree(tmp_path / "whole")
 
 
+def test_each_folder_is_listed_a_few_times_to_choose_one(tmp_path, fake, monkeypatch):
+    for number in range(30):
+        fake.write_picture(tmp_path / "q" / f"n{number:02d}" / "1.png", 1)
+    listed, scandir = [], os.scandir
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", lambda folder: listed.append(folder) or scandir(folder))
+        assert count(open_source(tmp_path / "q", include=["n29"])) == 1
+    assert len(listed) < 30 * 6
+
+
+def in_a_tar(root):
+    with tarfile.open(f"{root}.tar", "w") as archive:
+        for path in sorted(root.rglob("*.png")):
+            archive.add(path, path.relative_to(root.parent))
+    return f"{root}.tar"
+
+
+@pytest.mark.parametrize("form", [str, in_a_tar])
+@pytest.mark.parametrize(
+    "other", ["test/train/1.png", "test/a/my train 1.png", "extra/train/1.png", "train2/a/1.png"]
+)
+def test_what_is_named_like_a_split_in_another(tmp_path, fake, form, other):
+    for name in ("train/a/my test 1.png", "train/train/1.png", "train/z/test.png", other):
+        fake.write_picture(tmp_path / "q" / name, 1)
+    source = open_source(form(tmp_path / "q"), include=split_patterns("train"))
+    assert source.classes(-1) == ["a", "train", "z"]
+    assert [entry.path for entry in source.entries()] == [
+        "a/my test 1.png",
+        "train/1.png",
+        "z/test.png",
+    ]
+    with pytest.raises(ValueError, match="nothing is left in it"):
+        source = open_source(tmp_path / "q", include=split_patterns("val"))
+
+
+def test_what_is_named_like_a_split_among_inner_tars(tmp_path, fake):
+    fake.write_picture(tmp_path / "1.png", 1)
+    with tarfile.open(tmp_path / "inner.tar", "w") as one:
+        one.add(tmp_path / "1.png", "1.png")
+    with tarfile.open(tmp_path / "p.tar", "w") as archive:
+        for name in ("test/apple.tar", "test/train.tar", "train/apple.tar", "train/train.tar"):
+            archive.add(tmp_path / "inner.tar", name)
+    source = open_source(tmp_path / "p.tar", include=split_patterns("train"))
+    assert source.classes(-1) == ["apple", "train"] and count(source) == 2
+
+
+def test_the_split_of_an_archive_is_the_word_nearest_to_its_name(tmp_path, tree, fake):
+    shutil.move(fake.make_parquet(tree, tmp_path / "p"), tmp_path / "q" / "test-set")
+    some, other = sorted((tmp_path / "q" / "test-set").iterdir())
+    other.rename(other.with_name("test-0.parquet"))
+    with pytest.raises(ValueError, match="several splits"):
+        open_source(tmp_path / "q")
+    source = open_source(tmp_path / "q", include=split_patterns("test"))
+    assert source.names == ("test-set/test-0.parquet",)
+    source = open_source(tmp_path / "q", include=split_patterns("train"))
+    assert source.names == (f"test-set/{some.name}",)
+
+
+def test_patterns_that_name_no_split_do_not_mix_them(tmp_path, fake):
+    for name in ("train/n01/1.png", "train/n02/1.png", "val/n01/1.png"):
+        fake.write_picture(tmp_path / "q" / name, 1)
+    for root in (tmp_path / "q", in_a_tar(tmp_path / "q")):
+        with pytest.raises(ValueError, match=r"several splits .*\(train, val\)"):
+            open_source(root, include=["*/n01"]).classes(-1)
+        assert open_source(root, include=["*"]).classes(-1) == ["train", "val"]
+    assert open_source(tmp_path / "q", include=["t*/n01"]).classes(-1) == ["n01"]
+    assert open_source(tmp_path / "q", include=["val", "t*"]).classes(-1) == ["train", "val"]
+
+
 def test_patterns_on_class_folders(tree):
     source = open_source(tree, exclude=["class1"])
     assert source.classes(-1) == ["class0", "class2"]
@@ -256,6 +343,24 @@ def test_splits_in_one_tar(tmp_path, tree, fake):
         assert source.classes(-1) == ["class0", "class2"] and count(source) == 7
 
 
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"exclude": ["001.png"]},
+        {"include": ["*.png"]},
+        {"include": ["00[0-3].png"]},
+        {"include": ["class1/*", "class2"], "exclude": ["*/004.png", "class2/002.png"]},
+        {"include": ["class0/000.png"]},
+    ],
+)
+def test_patterns_reach_into_inner_tars(tmp_path, tree, fake, chosen):
+    """As into the folder that they would be unpacked to."""
+    source = open_source(fake.make_tar_of_tars(tree, tmp_path / "t.tar"), **chosen)
+    folders = open_source(tree, **chosen)
+    assert source.classes(-1) == folders.classes(-1)
+    assert [e[:3] for e in source.entries()] == [e[:3] for e in folders.entries()]
+
+
 def test_what_cannot_be_chosen_from(tmp_path, tree, fake):
     with pytest.raises(ValueError, match="no files to include or exclude"):
         open_source(fake.make_lmdb(tree, tmp_path / "db"), exclude=["x"])
@@ -278,6 +383,10 @@ def test_what_cannot_be_chosen_from(tmp_path, tree, fake):
 )
 def test_names_of_splits(name, split, fits):
     assert Choice(split_patterns(split)).takes(name) == fits
+
+
+def test_the_last_word_for_a_split_counts():
+    assert named_split("data/ab-test-train-00000-of-00002.parquet") == "train"
 
 
 def test_a_folder_that_cannot_be_listed_and_a_loop(tmp_path, tree):

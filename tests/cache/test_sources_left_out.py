@@ -79,6 +79,15 @@ def test_what_was_left_out_is_said(tmp_path, tree, tokenizer, out, fake):
         cache.build(tar, out.with_name("other"), tokenizer, **SMALL)
 
 
+def test_compressed_inner_tars_are_counted(tmp_path, tree, fake):
+    tar = fake.make_tar_of_tars(tree, tmp_path / "t.tar")
+    with tarfile.open(tar, "a") as archive:
+        fake.add_member(archive, "n03.tar.gz", b"x")
+    source = open_source(tar)
+    assert len(list(source.entries())) == 11
+    assert source.left_out == {"compressed tars (decompress them to plain .tar)": 1}
+
+
 # ---- what systems leave behind
 
 
@@ -213,6 +222,17 @@ def link(name, to, hard=False):
     return name, b"", {"type": kind, "linkname": to}
 
 
+def test_a_sparse_member_is_as_long_as_it_is_in_the_tar(tmp_path, fake):
+    with open(tmp_path / "hole.bin", "wb") as file:
+        file.truncate(1 << 20)
+        file.write(b"x")
+    fake.write_picture(tmp_path / "a" / "1.png", 1)
+    command = ["tar", "-C", tmp_path, "--sparse", "-cf", tmp_path / "t.tar", "a", "hole.bin"]
+    subprocess.run(command, check=True)
+    assert os.path.getsize(tmp_path / "t.tar") < 1 << 20
+    assert list(found(open_source(tmp_path / "t.tar"))) == ["a/1.png"]
+
+
 def test_links_inside_a_tar(tmp_path, tokenizer, out, fake):
     data = fake.write_picture(tmp_path / "x.png", 1).read_bytes()
     path = archive_of(
@@ -263,6 +283,20 @@ def test_links_inside_shards_and_inner_tars(tmp_path, fake):
     assert source.read(entries["n/2.png"]) == b"1" and entries["m/8.png"].size == base.NOT_A_FILE
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems refuse such names")
+@pytest.mark.parametrize("kind", ["parquet", "webdataset", "tar"])
+def test_names_of_archives_and_caches_that_are_not_utf8(tmp_path, tree, tokenizer, out, fake, kind):
+    root = fake.MAKERS[kind](tree, tmp_path / "a")
+    odd = os.fsdecode(b"train-\xff")
+    path = root if kind == "tar" else sorted(root.iterdir())[0]
+    path = path.rename(path.with_name(odd + path.suffix))
+    for given in {path, path if kind == "tar" else root}:
+        with pytest.raises(ValueError, match=r"train-\\xff\.\w+: its name is not UTF-8; rename it"):
+            open_source(given)
+    with pytest.raises(ValueError, match=r"train-\\xff: its name is not UTF-8; rename it"):
+        cache.build(tree, out.with_name(odd), tokenizer, **SMALL)
+
+
 # ---- the command
 
 
@@ -276,6 +310,17 @@ def test_the_command_names_classes_and_what_was_left_out(tmp_path, fake, capsys)
     assert code == 0 and "\nclasses: 4\n" in text
     assert "note: 1 of 4 classes have no picture: class5" in lines
     assert "left out: 1 .heic files (pip install 'vfmtok-fast[heif]' to read them)" in lines
+
+
+def test_names_of_two_lines_are_told_in_one(tmp_path, fake, capsys):
+    fake.write_picture(tmp_path / "p" / "a" / "1.png", 1)
+    (tmp_path / "p" / "two\nlines").mkdir()
+    fake.write_picture(tmp_path / "p" / "b" / "1\n2.png", 1).write_bytes(b"x")
+    small = ["--untrained", "small", "--device", "cpu"]
+    assert cli.main(["cache", str(tmp_path / "p"), str(tmp_path / "t"), *small]) == 3
+    assert "have no picture: two\\x0alines\n" in capsys.readouterr().err
+    assert cli.main(["status", str(tmp_path / "t")]) == 3
+    assert "b/1\\x0a2.png: " in capsys.readouterr().out
 
 
 def test_the_commands_options(tmp_path, fake, capsys):

@@ -226,6 +226,20 @@ def test_reading_back(tmp_path, out, url, tokenizer, fake, monkeypatch):
     assert sorted(fake.read_tree(tmp_path / "mirror").values()) == sorted(copies.values())
 
 
+@pytest.mark.parametrize("mirror", ["~/mirror", "mirror", None])
+def test_mirrors_by_short_names(tree, url, tokenizer, tmp_path, monkeypatch, mirror):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "mirror")
+    monkeypatch.chdir(tmp_path)
+    cache.build(tree, url, tokenizer, **SMALL)
+    reader = cache.TokenCache(url, mirror=mirror)
+    monkeypatch.chdir(tree)
+    assert len(reader[0][0]) and list((tmp_path / "mirror").rglob("*.safetensors"))
+    assert not (tree / "mirror").exists() and not (tree / "~").exists()
+    with pytest.raises(ValueError, match="a mirror is a local folder"):
+        cache.TokenCache(url, mirror=url)
+
+
 def test_export_and_repair(tmp_path, out, url, tree, tokenizer, fake):
     for target in (out, url):
         cache.build(tree, target, tokenizer, **SMALL)
@@ -308,9 +322,12 @@ def test_commands(tree, url, capsys, tmp_path):
     assert cli.main(["cache", str(tree), url, *small]) == 0
     assert json.loads(read_store(url)["manifest.json"])["counts"]["images"] == 11
     assert cli.main(["status", url]) == 0
-    assert cli.main(["verify", url, "--images", str(tree), *small[:4]]) == 0
+    sheet = f"{url}.png"
+    assert cli.main(["verify", url, "--images", str(tree), "--sheet", sheet, *small[:4]]) == 0
     assert cli.main(["export", url, str(tmp_path / "x.jsonl"), "--format", "rar"]) == 0
-    assert f"{url}: sound; 11 pictures" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"{url}: sound; 11 pictures" in told and f"wrote {sheet}: " in told
+    assert cli.main(["verify", url, "--images", str(tree), "--sheet", sheet, *small[:4]]) == 2
 
 
 def test_paths():

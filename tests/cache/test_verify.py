@@ -218,6 +218,16 @@ def test_changed_pictures_show_in_the_sample(built, out, tokenizer):
     ]
 
 
+def test_a_folder_that_has_gone_is_one_problem_among_others(built, out, tokenizer):
+    flip_bit(out / SHARD, -1)
+    shutil.rmtree(built / "class2")
+    tokenizer.decode = lambda codes: torch.zeros(1, 3, 16, 16)
+    report = cache.verify(out, tokenizer, built, sheet=out.with_name("x.png"))
+    first, second = report.problems
+    assert SHARD in first and f"{built / 'class2'}: this folder has gone" in second
+    assert out.with_name("x.png").exists()
+
+
 def test_arguments_that_will_not_do(built, out, tmp_path, tokenizer):
     with pytest.raises(ValueError, match="needs the tokenizer"):
         cache.verify(out, images=built)

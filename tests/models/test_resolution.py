@@ -17,7 +17,7 @@ from vfmtok_fast import BackboneConfig, VFMTok, VFMTokConfig, cache, images
 from vfmtok_fast.cache.format import fingerprint
 from vfmtok_fast.checkpoint import TOKENIZER_NAMES, official_name
 from vfmtok_fast.tokenizer.backbone import Backbone
-from vfmtok_fast.visualize import reconstruction_grid
+from vfmtok_fast.visualize import reconstruction_grid, spread_regions
 
 # timm's smallest ViT, made for tests: six blocks of width 64, patches of 16, 160 pixels.
 TINY = BackboneConfig(timm_name="test_vit")
@@ -132,6 +132,13 @@ def test_the_backbone_sees_the_images_resized_and_nothing_else_does(tiny: VFMTok
     for wrong in (224, 336):
         with pytest.raises(ValueError, match=rf"shape \[B, 3, 256, 256\], got \(1, 3, {wrong}"):
             model.encode(pictures(wrong))
+
+
+def test_as_many_regions_are_drawn_as_are_asked_for():
+    for total in (64, 256):
+        for num in range(1, total + 1):
+            chosen = spread_regions(total, num)
+            assert len(set(chosen)) == num and 0 <= min(chosen) and max(chosen) < total
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

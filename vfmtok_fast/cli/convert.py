@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from .choices import OFFICIAL_FILES, OFFICIAL_REPO
-from .output import say
+from .output import local_path, say
 
 SUMMARY = "turn one of the authors' files into a folder that everything reads"
 
@@ -36,14 +36,14 @@ def run(options: argparse.Namespace) -> int:
     from ..tokenizer import VFMTok
 
     # A link is where it leads to; what is there may be a mount or the folder that we are in.
-    out = Path(options.out).expanduser().resolve()
+    out = local_path(options.out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is not an empty folder; choose a new one")
     if options.backbone is not None and options.what != "tokenizer":
         raise ValueError("--backbone goes with the tokenizer only")
     config = None
     if options.config is not None:
-        config = read_config(Path(options.config).expanduser())
+        config = read_config(local_path(options.config))
     file = options.file or checkpoint.fetch_official(options.what, "--file")
     if options.what == "tokenizer":
         model = VFMTok.from_official(file, options.backbone, config)

@@ -56,7 +56,8 @@ def run(options: argparse.Namespace) -> int:
             f"GPU {i}: {found.name}, {found.total_memory / 2**30:.0f} GiB, "
             f"compute capability {found.major}.{found.minor}"
         )
-    say("\nWith vfmtok_fast.enable(), and in every command but with --no-fast:")
+    say("")
+    say("With vfmtok_fast.enable(), and in every command but with --no-fast:")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in switch.status().ops:
         say(f"  {name}: {switch.forecast(name, device)}")

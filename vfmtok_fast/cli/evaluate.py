@@ -11,7 +11,7 @@ from ..bars import bar
 from .cache import open_input
 from .evaluate_options import add_generation, add_probe, add_reconstruction, add_sweep
 from .models import check_seed, checked_device, load_gpt, load_tokenizer, policy
-from .output import check_writable, note, say
+from .output import check_writable, local_path, note, say
 from .sample import check_together, fill
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
         names = (f"--{name.replace('_', '-')}" for name in small)
         raise ValueError(f"{', '.join(names)} must be at least 1")
     check_seed(getattr(options, "seed", None))
-    out = Path(options.out).expanduser()
+    out = local_path(options.out)
     if options.what != "sweep":
         if out.exists():
             raise FileExistsError(f"{out} is there already; choose another name with --out")

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import numpy as np
 
 # File names may hold anything; a terminal must not be told to do things by them.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
 
 
 def say(text: object, *, flush: bool = False) -> None:
@@ -39,6 +38,17 @@ def make_streams_safe() -> None:
             setattr(sys, name, open(os.devnull, "w"))
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def local_path(text: str) -> Path:
+    """The file or folder of an option.
+
+    Raises:
+        ValueError: it is a URL, of which a folder "s3:" would be made.
+    """
+    if "://" in text:
+        raise ValueError(f"{text}: give a local path; only a cache may lie at a URL")
+    return Path(os.path.expanduser(text))
 
 
 def check_writable(path: Path) -> None:

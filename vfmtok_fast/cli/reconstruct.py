@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from .models import add_tokenizer_options, load_tokenizer, policy
-from .output import note, say, write_png
+from .output import local_path, note, say, write_png
 
 SUMMARY = "draw photo | reconstruction | where the regions look"
 
@@ -23,20 +23,24 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from .. import images
+    from ..cache.sources.base import NOT_UTF8, REASONS
     from ..visualize import reconstruction_grid
 
-    out = Path(options.out).expanduser()
+    out = local_path(options.out)
     if out.suffix.lower() != ".png":
         raise ValueError(f"the picture to write must be named .png, got {out}")
     if out.exists():  # Perhaps a photo, as of `reconstruct *.png`.
         raise FileExistsError(f"{out} is there already; choose another name")
     if options.limit < 1 or options.regions < 1:
         raise ValueError("--limit and --regions must be at least 1")
-    photos = _photos(Path(options.images).expanduser(), options.limit)
+    photos = _photos(local_path(options.images), options.limit)
     tokenizer = load_tokenizer(options, options.device)
     size = tokenizer.config.image_size
     crops = []
-    for path in photos:
+    for path, length in photos:
+        if length == NOT_UTF8:
+            note(f"left out: {path}: {REASONS[length]}")
+            continue
         try:
             crops.append(images.load_images([path], size))
         except OSError as error:
@@ -53,14 +57,15 @@ def run(options: argparse.Namespace) -> int:
     return 3 if len(crops) < len(photos) else 0
 
 
-def _photos(path: Path, limit: int) -> list[Path]:
+def _photos(path: Path, limit: int) -> list[tuple[Path, int]]:
+    """Some pictures, each with its size in bytes or why there is none."""
     from ..cache.sources.folder import walk
 
     if path.is_file():
-        return [path]
+        return [(path, path.stat().st_size)]
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such picture or folder")
-    found = [path / name for name, _ in walk(path)]
+    found = [(path / name, size) for name, size in walk(path)]
     if not found:
         raise ValueError(f"{path}: no pictures in this folder")
     # Spread over the folder, so that not all are of its first class.

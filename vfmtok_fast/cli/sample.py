@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bars import bar
 from .choices import PRECISIONS
 from .models import add_tokenizer_options, load_gpt, load_tokenizer, policy
-from .output import say, write_png
+from .output import local_path, say, write_png
 from .processes import among_processes
 
 if TYPE_CHECKING:
@@ -72,8 +71,9 @@ def run(options: argparse.Namespace) -> int:
     batch_size = 1 if options.batch_size is None else options.batch_size
     if min(options.num, batch_size, options.size) < 1:
         raise ValueError("--num, --batch-size and --size must be at least 1")
-    if Path(options.out).suffix.lower() in (".png", ".jpg", ".jpeg", ".npz"):
-        raise ValueError(f"OUT is a folder, which gets samples.png and samples.npz: {options.out}")
+    out = local_path(options.out)
+    if out.suffix.lower() in (".png", ".jpg", ".jpeg", ".npz"):
+        raise ValueError(f"OUT is a folder, which gets samples.png and samples.npz: {out}")
     rank, world_size, device = among_processes(options.device)
     gpt, tokenizer = load_gpt(options, device), load_tokenizer(options, device)
     check_together(gpt, tokenizer)
@@ -87,9 +87,7 @@ def run(options: argparse.Namespace) -> int:
     Sampling(**settings).check()
     kv_dtype = torch.int8 if options.kv_int8 else None
     class_ids = classes[torch.arange(options.num) % len(classes)]
-    job = sample_folder.Job(
-        gpt, tokenizer, Path(options.out).expanduser(), class_ids, options.size, settings, kv_dtype
-    )
+    job = sample_folder.Job(gpt, tokenizer, out, class_ids, options.size, settings, kv_dtype)
     sample_folder.prepare(job)
     # By number: a process that comes late finds fewer left, and would take others.
     mine = [number for number in sample_folder.pending(job) if number % world_size == rank]

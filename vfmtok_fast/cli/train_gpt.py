@@ -11,7 +11,7 @@ from .cache import add_choices
 from .choices import PRESETS
 from .convert import read_config
 from .models import add_input_option, checked_device
-from .output import say
+from .output import local_path, say
 from .training_reports import conclude
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def _config(
     if options.start_from is not None:
         config = GPT.from_pretrained(options.start_from).config
     elif options.config is not None:
-        fields = read_config(Path(options.config).expanduser())
+        fields = read_config(local_path(options.config))
         config = config_from_mapping(GPTConfig, {**own, **fields})
     else:
         config = GPTConfig.preset(options.preset, **own)

@@ -11,7 +11,7 @@ from .cache import add_choices
 from .choices import UNTRAINED
 from .convert import read_config
 from .models import add_input_option, checked_device
-from .output import note, say
+from .output import local_path, note, say
 from .training_reports import conclude
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def _config(options: argparse.Namespace) -> VFMTokConfig:
             raise ValueError("--start-from brings its own config; leave out --config")
         config = VFMTok.from_pretrained(options.start_from).config
     elif options.config is not None:
-        config = config_from_mapping(VFMTokConfig, read_config(Path(options.config).expanduser()))
+        config = config_from_mapping(VFMTokConfig, read_config(local_path(options.config)))
     else:
         config = TOKENIZERS[options.size]
     if options.dropout is None:

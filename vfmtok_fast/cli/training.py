@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .cache import open_input
 from .models import check_seed, policy
-from .output import note, say
+from .output import local_path, note, say
 from .processes import among_processes
 from .training_reports import EVENTS, reports, told
 
@@ -164,7 +164,7 @@ def run_to_end(
     check_options(options)
     if options.dry_run:
         return dry_run(options)
-    out = Path(options.out).expanduser()
+    out = local_path(options.out)
     _check_out(out)
     rank, world_size, options.device = among_processes(options.device)
     if options.sharded and world_size == 1:

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from .choices import PRESETS
-from .output import say
+from .output import local_path, say
 
 SUMMARY = "measure the kernels' settings on this GPU, and keep the fastest"
 
@@ -35,7 +35,8 @@ def run(options: argparse.Namespace) -> int:
         options.seconds,
         device=options.device,
         progress=sys.stderr.isatty(),
-        path=options.out,
+        path=None if options.out is None else local_path(options.out),
     )
-    say(outcome)
+    for line in str(outcome).splitlines():
+        say(line)
     return 0

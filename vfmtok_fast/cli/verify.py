@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from .models import add_input_option, add_tokenizer_options, check_input, load_tokenizer, policy
 from .output import note, say
@@ -26,10 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from .. import cache
+    from ..cache.store import place
 
     if options.sheet is not None:
-        sheet = Path(options.sheet).expanduser()
-        if sheet.suffix.lower() != ".png":
+        sheet = place(options.sheet)
+        if not sheet.name.lower().endswith(".png"):
             raise ValueError(f"--sheet: the picture to write must be named .png, got {sheet}")
         if not options.images:
             raise ValueError("--sheet goes with --images, the pictures to draw")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import os
 from pathlib import Path
 from typing import ClassVar
 
@@ -49,7 +50,7 @@ class Inception:
         if weights is None:
             self.described = {"weights": "random weights", "seed": 0}
         else:
-            path = Path(weights).expanduser()
+            path = Path(os.path.expanduser(weights))
             _load(network, path)
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -40,7 +40,7 @@ class Archive:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))
         if self.path.is_dir():
             self.path = self.path / "samples.npz"
         if not self.path.is_file():

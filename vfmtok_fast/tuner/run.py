@@ -114,7 +114,7 @@ def tune(
         device = torch.device("cuda", torch.cuda.current_device())
     # Launches, timers and events go to the current device.
     with torch.cuda.device(device):
-        table = None if path is None else Path(path).expanduser()
+        table = None if path is None else Path(os.path.expanduser(path))
         return Tuner(device, path=table).run(todo, seconds, progress)
 
 

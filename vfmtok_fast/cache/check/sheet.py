@@ -38,8 +38,8 @@ def contact_sheet(
         entry = index.read_rows(out / INDEX, number).entries[row]
         try:
             image = decode_image(source.read(entry))
-        except (BadImage, ValueError):
-            continue  # it changed; the sample that is encoded again tells
+        except (BadImage, OSError, ValueError):
+            continue  # it changed or has gone; the sample that is encoded again tells
         views = parse_views(found.views[:1])
         crops.append(make_views(image, views, found.image_size, path=entry.path, seed=found.seed))
         codes.append(torch.from_numpy(shard.tokens[row, :1].astype(np.int64)))

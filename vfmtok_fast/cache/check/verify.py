@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from ...errors import one_line
 from ...images import quiet_pillow
 from ..format import index, shards
 from ..format.differences import differences
@@ -198,7 +199,11 @@ def _check_sample(
     for number, start in chosen:
         _, shard = shards.read_shard(shards.shard_path(out, number))
         rows = index.read_rows(out / INDEX, number)[start : start + piece]
-        again = encode_rows(source, rows, found, tokenizer, workers)
+        try:
+            again = encode_rows(source, rows, found, tokenizer, workers)
+        except OSError as error:  # no picture can be read, as of a folder that has gone
+            report.problems.append(one_line(error))
+            break
         part = slice(start, start + len(rows))
         for position in np.flatnonzero(again.status != shard.status[part]):
             now = again.reasons.get(int(position), "can be read now")

@@ -27,6 +27,9 @@ from ..store import Place
 from .ahead import hashed_entries
 from .install import NEXT_INDEX, NEXT_MANIFEST, install, is_index_of, read_newer
 
+# Inputs that are files of an order of their own, of which some are taken whole.
+ARCHIVES = ("webdataset", "parquet")
+
 
 def _advice(only_added: bool) -> str:
     """What to do about an input that changed; only to what is whole can be added."""
@@ -51,21 +54,31 @@ def check_unchanged(
     Raises:
         ImagesChanged: one line with what changed, how often, and the first case.
     """
-    origin = index.read_origin(path)
-    _check_kind(source, origin)
+    origin, now = index.read_origin(path), source.files()
+    _check_kind(source, origin, now == origin.files)
     if origin.files is None:
         _check_pictures(source, path, classes, quarantined)
     else:
-        _check_files(source, origin, source.files())
+        _check_files(source, origin, now)
 
 
-def _check_kind(source: Source, origin: index.Origin) -> None:
+def _check_kind(source: Source, origin: index.Origin, has_files: bool) -> None:
+    """Require an input of the same kind, of which the same is taken.
+
+    Of archives patterns choose files, so that others do where the input has those that were
+    indexed (`has_files`): as after --split, when files of another split have come.
+    """
     if origin.kind != source.kind:
         raise ImagesChanged(
             f"{source.root}: is a {source.kind} input, the cache was made from {origin.kind}; "
             f"give the same input (--input {origin.kind}), or cache into a new folder"
         )
-    if differing := differences(origin.chosen, source.chosen):
+    patterns = {"include", "exclude"} if has_files and source.kind in ARCHIVES else ()
+    there, here = (
+        {name: value for name, value in chosen.items() if name not in patterns}
+        for chosen in (origin.chosen, source.chosen)
+    )
+    if differing := differences(there, here):
         raise ImagesChanged(
             f"{source.root}: the cache was made from other files or columns of it: {differing}; "
             "choose the same, or cache into a new folder"
@@ -109,22 +122,23 @@ def _check_pictures(source: Source, path: Place, classes: list[str], quarantined
 
 def _count(
     source: Source, path: Place, quarantined: Set[str]
-) -> tuple[int, int, int, str, dict[str, Entry]]:
+) -> tuple[int, int, int, str, list[tuple[Entry, Entry]]]:
     """How many pictures were added, have another size, are gone; the first of the former two.
 
-    Those that are quarantined and have another size are not counted but named: they were mended.
+    Those that are quarantined and still there are not counted but listed, as they were and as they
+    are: they may have been mended.
     """
     added = changed = gone = 0
-    first, mended = "", {}
-    for old, new in _compare(source, path):
+    first, doubtful = "", []
+    for old, new in _compare(source, path, quarantined):
         if new is None:
             gone += 1
         elif old is not None and old.path in quarantined:
-            mended[new.path] = new
+            doubtful.append((old, new))
         else:
             added, changed = added + (old is None), changed + (old is not None)
             first = first or new.path
-    return added, changed, gone, first, mended
+    return added, changed, gone, first, doubtful
 
 
 def quarantined_in(out: Place) -> Set[str]:
@@ -137,17 +151,19 @@ def quarantined_in(out: Place) -> Set[str]:
     return paths
 
 
-def _compare(source: Source, path: Place) -> Iterator[tuple[Entry | None, Entry | None]]:
+def _compare(
+    source: Source, path: Place, doubtful: Set[str] = frozenset()
+) -> Iterator[tuple[Entry | None, Entry | None]]:
     """The pictures of a folder that are not as they were indexed: as they were, and as they are.
 
-    None where one was or is not there.
+    None where one was or is not there. Of the paths `doubtful` all come.
     """
     then = ((entry.path, "then", entry) for entry in _sorted(path))
     now = ((entry.path, "now", entry) for entry in source.entries())
-    for _, both in groupby(heapq.merge(now, then), key=itemgetter(0)):
+    for name, both in groupby(heapq.merge(now, then), key=itemgetter(0)):
         found = {when: entry for _, when, entry in both}
         old, new = found.get("then"), found.get("now")
-        if old is None or new is None or old.size != new.size:
+        if old is None or new is None or old.size != new.size or name in doubtful:
             yield old, new
 
 
@@ -161,8 +177,8 @@ def _sorted(path: Place) -> Iterator[Entry]:
 def extend(source: Source, out: Place, found: Manifest, workers: int) -> Manifest:
     """Add the pictures that came since a cache was indexed; `encode_shards` makes their tokens.
 
-    Quarantined pictures of another size, which somebody has mended, are indexed anew in their
-    place, and their shards go. Where the index holds hashes, `workers` threads read.
+    Quarantined pictures of another size or hash, which somebody has mended, are indexed anew in
+    their place, and their shards go. Where the index holds hashes, `workers` threads read.
 
     Returns:
         The manifest that holds from now on; `found` where nothing was added.
@@ -180,19 +196,22 @@ def _extended(source: Source, out: Place, found: Manifest, workers: int) -> Mani
     """As `extend`; None where another process was faster: what was read may be half of it."""
     path = out / INDEX
     origin, hashed = index.read_origin(path), index.read_hashed(path)
-    _check_kind(source, origin)
-    mended: dict[str, Entry] = {}
+    now = source.files()
+    _check_kind(source, origin, (origin.files or {}).items() <= (now or {}).items())
+    doubtful: list[tuple[Entry, Entry]] = []
     if origin.files is None:
-        new, classes, mended = _new_pictures(source, out, found)
+        new, classes, doubtful = _new_pictures(source, out, found)
     else:
         new, classes = _new_files(source, origin), None
-    if new is None and not mended:
-        return found if _is_current(out, found) else None
     if hashed:
         new = None if new is None else hashed_entries(source, new, workers)
-        mended = {entry.path: entry for entry in hashed_entries(source, mended.values(), workers)}
+        read = hashed_entries(source, (entry for _, entry in doubtful), workers)
+        doubtful = [(then, entry) for (then, _), entry in zip(doubtful, read, strict=True)]
+    mended = {entry.path: entry for then, entry in doubtful if _was_mended(then, entry)}
+    if new is None and not mended:
+        return found if _is_current(out, found) else None
     runs = origin.runs if new is None else (*origin.runs, found.images)
-    later = replace(origin, files=source.files(), runs=runs)
+    later = replace(origin, files=now, runs=runs, chosen=source.chosen)
     old = chain.from_iterable(rows.entries for rows in index.read_all(path))
     places: list[int] = []
     entries = chain(_replaced(old, mended, places), new or ())
@@ -228,6 +247,11 @@ def _is_current(out: Place, found: Manifest) -> bool:
     return there and read_manifest(out) == found
 
 
+def _was_mended(then: Entry, now: Entry) -> bool:
+    # What cannot be read has no hash.
+    return now.size != then.size or now.sha256 not in (b"", then.sha256)
+
+
 def _replaced(old: Iterator[Entry], mended: dict[str, Entry], places: list[int]) -> Iterator[Entry]:
     """The entries with those that were mended in their places, which are added to a list."""
     for place, entry in enumerate(old):
@@ -240,10 +264,10 @@ def _replaced(old: Iterator[Entry], mended: dict[str, Entry], places: list[int])
 
 def _new_pictures(
     source: Source, out: Place, found: Manifest
-) -> tuple[Iterator[Entry] | None, list[str], dict[str, Entry]]:
-    """What came, all classes, and the quarantined pictures that have another size."""
+) -> tuple[Iterator[Entry] | None, list[str], list[tuple[Entry, Entry]]]:
+    """What came, all classes, and the quarantined pictures as they were and as they are."""
     path = out / INDEX
-    added, changed, _, _, mended = _count(source, path, quarantined_in(out))
+    added, changed, _, _, doubtful = _count(source, path, quarantined_in(out))
     classes = source.classes(-1)
     lost = sorted(set(found.classes) - set(classes))
     if changed or lost:
@@ -253,11 +277,11 @@ def _new_pictures(
         )
     classes = [*found.classes, *sorted(set(classes) - set(found.classes))]
     if not added and classes == found.classes:
-        return None, classes, mended
+        return None, classes, doubtful
     numbers = {name: number for number, name in enumerate(classes)}
     new = (new for old, new in _compare(source, path) if old is None)
     labelled = (entry._replace(label=label_of(entry.path, numbers)) for entry in new)
-    return labelled, classes, mended
+    return labelled, classes, doubtful
 
 
 def _new_files(source: Source, origin: index.Origin) -> Iterator[Entry] | None:

@@ -23,7 +23,7 @@ from ..format.fingerprint import Tokenizer, check_tokenizer, describe
 from ..format.index import INDEX, Entry
 from ..sources import BadImage, Source
 from ..sources.base import LeftOutWarning
-from ..sources.folder import EXTENSIONS
+from ..sources.folder import EXTENSIONS, check_utf8
 from ..store import Place, atomic, place
 from . import changes, parts
 from .ahead import hashed_entries
@@ -58,7 +58,7 @@ def prepare(
     check_tokenizer(tokenizer)
     spec, out = CacheSpec.of(spec, settings), place(out)
     source = spec.open(images)
-    _check_outside(Path(images).expanduser(), out)
+    _check_outside(Path(os.path.expanduser(images)), out)
     if rank:
         _await(out, (out / manifest.NAME).exists)
     install(out)
@@ -84,9 +84,10 @@ def prepare(
 
 
 def _check_outside(root: Path, out: Place) -> None:
-    """Refuse a cache inside of its own pictures, or in the place of a file."""
+    """Refuse a cache inside of its own pictures, or in the place of a file; and odd names."""
     if out.remote:
         return
+    check_utf8(out)
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out}: must be a folder, is a file; choose another name")
     if out.resolve().is_relative_to(root.resolve()):
@@ -230,7 +231,9 @@ def _extend(
         try:
             changes.check_unchanged(source, out / INDEX, found.classes)
             install(out)  # or the index is the new one, and the manifest not yet
-            return manifest.read_manifest(out)
+            found = manifest.read_manifest(out)
+            if not index.read_hashed(out / INDEX):  # by which more may have changed than sizes
+                return found
         except changes.ImagesChanged:
             _await(out, lambda: manifest.read_manifest(out) != found)
             found = manifest.read_manifest(out)

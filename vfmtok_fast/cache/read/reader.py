@@ -12,7 +12,6 @@ import math
 import operator
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 
 from ..format import shards
 from ..format.manifest import Manifest, read_manifest
-from ..store import LocalPlace, Place, Tensors, place
+from ..store import Place, Tensors, place
 
 # Shards that are held open at a time; systems allow a thousand files or so.
 MOST_OPEN = 256
@@ -66,7 +65,9 @@ class TokenCache:
         self._partial, self._digests = partial, {}
         self._mirror = None
         if self.out.remote:
-            self._mirror = _default_mirror(self.out) if mirror is None else LocalPlace(mirror)
+            self._mirror = place(_default_mirror(self.out) if mirror is None else os.fspath(mirror))
+            if self._mirror.remote:
+                raise ValueError(f"{mirror}: a mirror is a local folder")
         found_in = self.out.spread(self._look, range(self.manifest.shards))
         for number, found in enumerate(found_in):
             if found is not None:
@@ -137,13 +138,14 @@ class TokenCache:
         return copy
 
     def _tokens(self, number: int) -> _Rows:
-        if number not in self._files:
-            if len(self._files) >= MOST_OPEN:
-                del self._files[next(iter(self._files))]
+        rows = self._files.get(number)
+        if rows is None:
+            for old in list(self._files)[: 1 - MOST_OPEN]:
+                self._files.pop(old, None)  # other threads do so too
             remote = self._mirror is not None
             path = self._copy(number) if remote else shards.shard_path(self.out, number)
-            self._files[number] = _Rows(path)
-        return self._files[number]
+            rows = self._files[number] = _Rows(path)
+        return rows
 
 
 class _Rows:
@@ -167,9 +169,9 @@ class _Rows:
         return np.frombuffer(data, np.uint16).reshape(self.shape)
 
 
-def _default_mirror(out: Place) -> LocalPlace:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return LocalPlace(root) / "vfmtok_fast" / hashlib.sha256(str(out).encode()).hexdigest()[:16]
+def _default_mirror(out: Place) -> str:
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return os.path.join(root, "vfmtok_fast", hashlib.sha256(str(out).encode()).hexdigest()[:16])
 
 
 def read_tokens(out: str | os.PathLike, view: str = "center") -> tuple[np.ndarray, np.ndarray]:

@@ -15,10 +15,10 @@ from ..format.index import Entry, read_origin
 from ..store import Place
 from . import parquet
 from .base import BadImage, Source
-from .choice import EVERYTHING, Choice, check_splits, is_split
+from .choice import EVERYTHING, Choice, check_splits, is_split, named_split
 from .columns import FIRST, find_columns
 from .contents import COMPRESSED, archives_in, check_shards, kind_of_folder, suffixes_in
-from .folder import FolderSource, class_folders, walk
+from .folder import FolderSource, check_utf8, class_folders, walk
 from .lmdb import LmdbSource
 from .parquet import ParquetSource
 from .tar import TarSource
@@ -63,7 +63,7 @@ def open_source(
             f"{images}: pictures are read from local files; mount this, or copy it (a cache itself "
             "may lie at a URL)"
         )
-    root = Path(images).expanduser().absolute()
+    root = Path(os.path.expanduser(images)).absolute()
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder of pictures or archive")
     choice = Choice(include, exclude)
@@ -78,6 +78,7 @@ def open_source(
         if not root.is_dir():
             raise NotADirectoryError(f"{root}: must be a folder of pictures, is a file")
         return _folder(root, choice)
+    check_utf8(root)
     if kind == "lmdb":
         if choice.record():
             raise ValueError(f"{root}: an LMDB has no files to include or exclude")
@@ -123,20 +124,22 @@ def choices_of(path: Place) -> tuple[str | None, dict[str, Any]]:
 
 def _folder(root: Path, choice: Choice) -> FolderSource:
     """Class folders, also those in the one split that was chosen."""
-    folders = class_folders(root, choice)
+    split = choice.split_among(class_folders(root)) if choice.split else None
+    folders = [split] if split else class_folders(root, choice)
     check_splits(root, folders, choice, whole=True)
-    if choice.record() and not folders and next(walk(root, "", choice), None) is None:
-        raise ValueError(f"{root}: {_nothing(choice)}")
+    source = FolderSource(root, choice)
     if len(folders) == 1 and is_split(folders[0]):
         (split,) = folders
         if "include" in choice.record():
-            return FolderSource(root / split, choice.below(split), choice)
-        if not choice.include and class_folders(root / split):
+            source = FolderSource(root / split, choice.below(split))
+        elif not choice.include and class_folders(root / split):
             raise ValueError(
                 f"{root}: holds nothing but the folder {split}, and that holds class folders; give "
                 f"{root / split}, or take it for one class with --include '*'"
             )
-    return FolderSource(root, choice)
+    if choice.record() and next(walk(source.root, "", source.choice), None) is None:
+        raise ValueError(f"{root}: {_nothing(choice)}")
+    return source
 
 
 def _archives(root: Path, suffix: str, choice: Choice) -> tuple[str, ...]:
@@ -146,6 +149,8 @@ def _archives(root: Path, suffix: str, choice: Choice) -> tuple[str, ...]:
             raise ValueError(f"{root}: no *{suffix} files in this folder")
     else:
         names = (root.name,) if choice.takes(root.name) else ()
+    if choice.split:  # test-set/train-0.parquet is of train
+        names = tuple(name for name in names if named_split(name) == choice.split)
     if not names:
         raise ValueError(f"{root}: {_nothing(choice)}")
     return names

@@ -56,7 +56,9 @@ def _members(
     try:
         archive = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")
         while archive.offset < end and (member := archive.next()) is not None:
-            if member.offset_data + member.size > end:
+            # Of a sparse file the size is what it unpacks to; it is no picture of ours.
+            size = archive.offset - member.offset_data if member.issparse() else member.size
+            if member.offset_data + size > end:
                 raise tarfile.ReadError(f"member {shown(member.name)!r} is cut short")
             yield member
             archive.members.clear()  # a million headers would be a gigabyte

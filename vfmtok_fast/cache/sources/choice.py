@@ -10,7 +10,8 @@ import fnmatch
 import glob
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 # The words for the parts of a data set, as Hugging Face's `datasets` takes them.
 _SPLITS = {
@@ -25,10 +26,14 @@ _SPLIT = re.compile(rf"(?:^|[-._ ])({'|'.join(_WORDS)})(?=[-._ 0-9]|$)", re.IGNO
 
 @dataclass(frozen=True)
 class Choice:
-    """The patterns of what is taken (none: everything) and of what of that is left out."""
+    """The patterns of what is taken (none: everything) and of what of that is left out.
+
+    They are of paths in the input; those that are asked about begin behind `prefix`.
+    """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    prefix: str = ""
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -37,24 +42,37 @@ class Choice:
                 raise TypeError(f"input: {name} must be patterns, not one string; got {value!r}")
             object.__setattr__(self, name, tuple(value))
 
+    @cached_property
+    def split(self) -> str | None:
+        """train, validation or test, where `include` is what `split_patterns` makes of a word."""
+        said = {one.lower() for one in self.include}
+        words = (word for word in _WORDS if said == set(split_patterns(word)))
+        return _WORDS.get(next(words, ""))
+
+    def split_among(self, folders: Iterable[str]) -> str | None:
+        """For a choice by --split: the folder that is the split.
+
+        What is named so in the others is a class or a file of another split.
+        """
+        found = [name for name in folders if is_split(name) and self.takes(name)]
+        return found[0] if self.split and len(found) == 1 else None
+
     def takes(self, *paths: str) -> bool:
         """Whether a file is taken that has this path, or each of these."""
         return not self.leaves_out(*paths) and (
-            not self.include or any(_fits(path, one) for path in paths for one in self.include)
+            not self.include or any(self._fits(path, self.include) for path in paths)
         )
 
     def leaves_out(self, *paths: str) -> bool:
         """Whether a file or a whole folder is left out by `exclude`."""
-        return any(_fits(path, one) for path in paths for one in self.exclude)
+        return any(self._fits(path, self.exclude) for path in paths)
 
     def below(self, folder: str) -> Choice:
         """The same for paths that begin inside of a folder."""
-        include = () if any(_fits(folder, one) for one in self.include) else self.include
-        prefix = f"{folder}/"
-        return Choice(
-            tuple(one.removeprefix(prefix) for one in include),
-            tuple(one.removeprefix(prefix) for one in self.exclude),
-        )
+        return replace(self, prefix=f"{self.prefix}{folder}/")
+
+    def _fits(self, path: str, patterns: Iterable[str]) -> bool:
+        return any(_fits(self.prefix + path, one) for one in patterns)
 
     def record(self) -> dict[str, list[str]]:
         """What an index must say of it; nothing where everything is taken."""
@@ -90,7 +108,7 @@ def split_patterns(name: str) -> tuple[str, ...]:
 
 
 def check_splits(where: object, paths: Iterable[str], choice: Choice, whole: bool = False) -> None:
-    """Refuse to mix the splits of a data set, unless the user has said what to take.
+    """Refuse to mix the splits of a data set, unless the user has named each of them.
 
     Args:
         where: the input, for the message.
@@ -101,13 +119,12 @@ def check_splits(where: object, paths: Iterable[str], choice: Choice, whole: boo
     Raises:
         ValueError: there is more than one split among them.
     """
-    if choice.include:
-        return
     found: dict[str, tuple[str, str]] = {}
     for path in paths:
         if word := _split_of(path, whole):
             found.setdefault(_WORDS[word.lower()], (word, path))
-    if len(found) > 1:
+    named = choice.include and all(choice.takes(path) for _, path in found.values())
+    if len(found) > 1 and not named:
         words, examples = zip(*found.values(), strict=True)
         raise ValueError(
             f"{where}: holds several splits of a data set ({', '.join(examples)}); choose one, as "
@@ -127,10 +144,10 @@ def named_split(path: str) -> str | None:
 
 
 def _split_of(path: str, whole: bool) -> str | None:
-    """The word for a split in a path; the name nearest to the file counts."""
+    """The word for a split in a path: of the name nearest to the file, there the last one."""
     for part in reversed(path.split("/")):
         if whole and not is_split(part):
             continue
-        if match := _SPLIT.search(part):
-            return match[1]
+        if words := _SPLIT.findall(part):
+            return words[-1]
     return None

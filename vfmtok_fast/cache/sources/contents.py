@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from .archive import clean_name, is_hidden, members
+from .base import NOT_UTF8, REASONS
 from .choice import Choice
 from .folder import EXTENSIONS, identity, names_in, walk
 
@@ -86,8 +87,16 @@ def _look(root: Path, choice: Choice) -> Iterator[str]:
 
 
 def archives_in(root: Path, suffix: str, choice: Choice) -> tuple[str, ...]:
-    """Relative paths of a folder's archives, at any depth, in index order."""
-    return tuple(path for path, _ in walk(root, "", choice, frozenset({suffix})))
+    """Relative paths of a folder's archives, at any depth, in index order.
+
+    Raises:
+        ValueError: one of them has a name that is not UTF-8.
+    """
+    found = list(walk(root, "", choice, frozenset({suffix})))
+    for path, size in found:
+        if size == NOT_UTF8:
+            raise ValueError(f"{root / path}: {REASONS[size]}")
+    return tuple(path for path, _ in found)
 
 
 def check_shards(root: Path, names: tuple[str, ...]) -> None:

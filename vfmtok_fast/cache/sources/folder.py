@@ -18,11 +18,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ...images import HEIF_SUFFIXES, HOW_TO_READ_HEIF, reads_heif
 from ..format.shards import BAD, GONE
-from .base import NO_CLASS, NO_SIZE, NOT_UTF8, BadImage, Entry, Source
+from .base import NO_CLASS, NO_SIZE, NOT_UTF8, REASONS, BadImage, Entry, Source
 from .choice import EVERYTHING, Choice
 
 _PLAIN = frozenset(
@@ -52,18 +51,12 @@ _ERRORS_OF_A_FILE = frozenset(
 
 @dataclass(frozen=True)
 class FolderSource(Source):
-    """Pictures as files below `root`; `said` is the choice that led to this folder, if one did."""
+    """Pictures as files below `root`."""
 
     root: Path
     choice: Choice = EVERYTHING
-    said: Choice | None = None
     left_out: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
     kind = "folder"
-
-    @property
-    def chosen(self) -> dict[str, Any]:
-        """Which pictures are taken, where not all are."""
-        return (self.said or self.choice).record()
 
     def files(self) -> None:
         """Each picture is a file; what changed is found picture by picture."""
@@ -102,22 +95,19 @@ class FolderSource(Source):
 
 def class_folders(root: Path, choice: Choice = EVERYTHING) -> list[str]:
     """Names of the class folders under `root`, sorted; a class's label is its place in the list."""
-    names, _ = names_in(os.fspath(root))
+    names, odd = names_in(os.fspath(root))
     folders = sorted(name[:-1] for name in names if name.endswith("/"))
     if choice.record():
-        return [name for name in folders if _holds_any(root, name, choice)]
+        # One folder at a time: a walk that finds nothing in one would go on through all the others.
+        inside = ((name, walk(root, choice=choice, listed=([f"{name}/"], odd))) for name in folders)
+        return [name for name, found in inside if next(found, None) is not None]
     return folders
-
-
-def _holds_any(root: Path, name: str, choice: Choice) -> bool:
-    """Whether anything in a folder is chosen."""
-    inside = walk(root, name + "/", choice)
-    return not choice.leaves_out(name) and next(inside, ("", 0))[0].startswith(f"{name}/")
 
 
 def walk(
     root: Path, after: str = "", choice: Choice = EVERYTHING,
     extensions: frozenset[str] = EXTENSIONS, left_out: Counter[str] | None = None,
+    listed: tuple[list[str], dict[str, str]] | None = None,
 ) -> Iterator[tuple[str, int]]:  # fmt: skip
     """List the pictures under `root` in index order.
 
@@ -127,6 +117,7 @@ def walk(
         choice: which of them.
         extensions: of what is listed.
         left_out: is added what is a picture, but of no such extension.
+        listed: what to walk through of the root, as `names_in` gives it; None: all that it holds.
 
     Yields:
         (relative POSIX path, size in bytes); instead of the size NO_SIZE or NOT_UTF8 where a file
@@ -138,7 +129,7 @@ def walk(
     top = os.fspath(root)
     # Per open folder: its names (last first), its path, its shown relative path, and its identity,
     # which is how a link back into a folder above is noticed.
-    stack = [(names_in(top), top, "", identity(top))]
+    stack = [(listed or names_in(top), top, "", identity(top))]
     while stack:
         (names, odd), folder, shown_folder, _ = stack[-1]
         if not names:
@@ -221,6 +212,17 @@ def _is_folder(entry: os.DirEntry) -> bool:
 def shown(name: str) -> str:
     """The name as text: bytes that are not UTF-8 become \\xNN."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def check_utf8(path: str | os.PathLike) -> None:
+    """Require a name that can be written down, and handed to the libraries that read archives.
+
+    Raises:
+        ValueError: it holds bytes that are no text.
+    """
+    text = os.fspath(path)
+    if shown(text) != text:
+        raise ValueError(f"{shown(text)}: {REASONS[NOT_UTF8]}")
 
 
 def identity(folder: str) -> tuple[int, int] | None:

@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from .archive import clean_name, is_hidden, members, places, read_member
-from .base import Entry, Source, behind, sizes_of
+from .base import UNSAFE, Entry, Source, behind, sizes_of
 from .choice import EVERYTHING, Choice, check_splits
+from .contents import COMPRESSED
 from .folder import EXTENSIONS, UNREADABLE, label_of, shown
+
+# (class, first byte, end, path) of an inner tar
+_Inner = tuple[str, int, int, str]
 
 
 @dataclass(frozen=True)
@@ -49,17 +53,31 @@ class TarSource(Source):
         numbers = {name: number for number, name in enumerate(classes)}
         name = self.path.name
         with open(self.path, "rb") as file:
-            at = [after is not None and start <= after.offset < end for _, start, end in inner]
-            for folder, start, end in inner[at.index(True) if True in at else 0 :]:
+            at = [after is not None and start <= after.offset < end for _, start, end, _ in inner]
+            for one in inner[at.index(True) if True in at else 0 :]:
+                folder = one[0]
                 found = [
                     Entry(f"{folder}/{path}", size, numbers[folder], name, offset)
-                    for path, size, offset in pictures(file, self.path, start, end, self.left_out)
+                    for path, size, offset in self._inside(file, one, self.left_out)
                 ]
                 yield from sorted(found)
-            for path, size, offset in pictures(file, self.path, 0, None, self.left_out):
-                if self.choice.takes(path):
+            takes = self.choice.takes
+            for path, size, offset in pictures(file, self.path, 0, None, self.left_out, takes):
+                # A name that leads out of the archive is in no folder of it.
+                if size == UNSAFE or path.startswith(around):
                     path = path.removeprefix(around)
                     yield Entry(path, size, label_of(path, numbers), name, offset)
+
+    def _inside(
+        self, file: BinaryIO, inner: _Inner, left_out: Counter[str]
+    ) -> Iterator[tuple[str, int, int]]:
+        """The chosen pictures of an inner tar; a class may be named as its tar or folder is."""
+        _, start, end, tar = inner
+        names = tar, os.path.splitext(tar)[0]
+        return pictures(
+            file, self.path, start, end, left_out,
+            lambda path: self.choice.takes(*(f"{one}/{path}" for one in names)),
+        )  # fmt: skip
 
     def classes(self, highest: int) -> list[str]:
         return self._contents()[1]
@@ -67,31 +85,62 @@ class TarSource(Source):
     def find(self, entry: Entry) -> bytes:
         return read_member(self.path.parent, entry)
 
-    def _contents(self) -> tuple[list[tuple[str, int, int]], list[str], str]:
-        """(class, first byte, end) of the inner tars, sorted; the classes; the path around them.
+    def _contents(self) -> tuple[list[_Inner], list[str], str]:
+        """The inner tars; the classes; the path around them.
 
-        Classes are sorted, and a folder counts if there is a picture below it. The path ends with a
-        slash, or is nothing.
+        Both are sorted. A folder counts if there is a picture below it, and where the user chose,
+        an inner tar if one in it is chosen. The path around ends with a slash, or is nothing.
         """
-        inner, folders, around_inner = [], set(), set()
+        inner, folders = [], set()
         with open(self.path, "rb") as file:
             for member in members(file, self.path):
                 path = clean_name(member.name)
                 if path is None or is_hidden(path) or member.isdir():
                     continue
                 stem, suffix = os.path.splitext(path)
-                # A class may be named as its tar is, or as its folder would be.
-                if suffix.lower() == ".tar" and member.isreg() and self.choice.takes(path, stem):
+                if suffix.lower() == ".tar" and member.isreg():
                     start = member.offset_data
-                    around_inner.add(path.rpartition("/")[0])
-                    inner.append((os.path.basename(stem), start, start + member.size))
+                    inner.append((os.path.basename(stem), start, start + member.size, path))
                 elif suffix.lower() in EXTENSIONS and self.choice.takes(path):
-                    folders.add(path.rpartition("/")[0])
+                    folders.add(_folder_of(path))
+            if self.choice.record():
+                inner = [one for one in inner if any(self._inside(file, one, Counter()))]
+        around_inner = {_folder_of(path) for *_, path in inner}
+        split = _split_in(folders | around_inner, self.choice)
+        folders, around_inner = (
+            {folder for folder in some if f"{folder}/".startswith(split)}
+            for some in (folders, around_inner)
+        )
+        inner = [one for one in inner if one[3].startswith(split)]
         around = "" if inner else _around(folders)
-        classes = {f"{folder}/".removeprefix(around).partition("/")[0] for folder in folders}
-        check_splits(self.path, sorted(classes | around_inner), self.choice, whole=True)
-        classes |= {folder for folder, _, _ in inner}
+        around = around if around.startswith(split) else split
+        classes = _tops(folders, around)
+        choice = self.choice.below(around[:-1]) if around else self.choice
+        check_splits(self.path, sorted(classes | around_inner), choice, whole=True)
+        classes |= {folder for folder, *_ in inner}
         return sorted(inner), sorted(classes - {""}), around
+
+
+def _folder_of(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _tops(folders: set[str], around: str) -> set[str]:
+    """The folders right inside of the path around all; "" where it is one of them itself."""
+    return {f"{folder}/".removeprefix(around).partition("/")[0] for folder in folders}
+
+
+def _split_in(folders: set[str], choice: Choice) -> str:
+    """The path of the folder that --split means among those that hold anything named so.
+
+    It ends with a slash, or is nothing.
+    """
+    around = _around(folders)
+    tops = _tops(folders, around)
+    if len(tops) < 2 or choice.takes(around[:-1]):
+        return ""
+    split = choice.split_among(tops)
+    return f"{around}{split}/" if split else ""
 
 
 def _around(folders: set[str]) -> str:
@@ -100,22 +149,29 @@ def _around(folders: set[str]) -> str:
         return ""
     common = os.path.commonpath(folders) if all(folders) else ""
     if common in folders:
-        common = common.rpartition("/")[0]
+        common = _folder_of(common)
     return f"{common}/" if common else ""
 
 
 def pictures(
-    file: BinaryIO, path: Path, start: int, end: int | None, left_out: Counter[str]
-) -> Iterator[tuple[str, int, int]]:
+    file: BinaryIO, path: Path, start: int, end: int | None, left_out: Counter[str],
+    takes: Callable[[str], bool],
+) -> Iterator[tuple[str, int, int]]:  # fmt: skip
     """(path, size, offset of the data) of the pictures in a tar, in its order; as `members`.
 
-    `left_out` is added what is a picture that is not read.
+    Args:
+        left_out: is added what is a picture that is not read.
+        takes: whether a path is chosen.
     """
     for member, size, offset in places(file, path, start, end):
         name = clean_name(member.name)
         text = shown(member.name) if name is None else name
-        suffix = "" if is_hidden(text) else os.path.splitext(text)[1].lower()
+        if is_hidden(text) or not takes(text):
+            continue
+        suffix = os.path.splitext(text)[1].lower()
         if suffix in EXTENSIONS:
             yield text, size, offset
         elif suffix in UNREADABLE:
             left_out[UNREADABLE[suffix]] += 1
+        elif text.lower().endswith(COMPRESSED):
+            left_out["compressed tars (decompress them to plain .tar)"] += 1

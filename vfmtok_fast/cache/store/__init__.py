@@ -89,7 +89,7 @@ def place(out: str | os.PathLike | Place) -> Place:
             )
         if not os.fspath(out):
             raise ValueError("an empty path: name a folder, or . for the current one")
-        return LocalPlace(out).expanduser().absolute()
+        return LocalPlace(os.path.expanduser(out)).absolute()
     if protocol in ("file", "local"):
         return LocalPlace("/" + rest.lstrip("/"))
     url = os.fspath(out).rstrip("/")

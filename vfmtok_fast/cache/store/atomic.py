@@ -25,14 +25,18 @@ from .errors import writes
 # takes seconds; a day leaves room for clocks that disagree and for stalled network disks.
 FOREIGN_TMP_SECONDS = 24 * 3600
 
+# Bytes of a file's name.
+LONGEST_NAME = 255
+
 # The random part is younger than the rest: files of older versions have none.
 _TMP_NAME = re.compile(r"\.tmp-(?P<machine>[^/]+?)-(?P<pid>\d+)(-[0-9a-f]{8})?$")
 
 
 def temporary_name(path: Path) -> Path:
     """A name beside ``path`` that nobody else writes under, be it a thread of this process."""
-    unique = f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
-    return path.with_name(f"{path.name}.tmp-{unique}")
+    unique = f".tmp-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+    stem = os.fsencode(path.name)[: max(0, LONGEST_NAME - len(unique))].decode(errors="ignore")
+    return path.with_name(stem + unique)
 
 
 @contextlib.contextmanager
