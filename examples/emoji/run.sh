@@ -3,7 +3,7 @@
 # By hand: examples/emoji/run.sh OUT, with vfmtok-fast, python and torchrun on PATH. Stopped
 # anywhere, the same command goes on.
 #
-# STEPS (3600) and GPT_STEPS (3000) are how long the two train, PROCESSES (2) how many train at
+# STEPS (12000) and GPT_STEPS (3000) are how long the two train, PROCESSES (2) how many train at
 # once, each on one thread: threads that wait for each other lose most of their time on a machine
 # that others use too, and processes meet only once a step.
 set -euo pipefail
@@ -23,7 +23,7 @@ fi
 
 # No LPIPS and no discriminator: there is nothing here that their weights could come from.
 "${together[@]}" train-tokenizer "$pictures" "$out/tokenizer" --start-from "$out/start" \
-    --steps "${STEPS:-3600}" --batch-size 8 --lr 1e-3 --warmup-steps 100 \
+    --steps "${STEPS:-12000}" --batch-size 8 --lr 1e-3 --warmup-steps 100 \
     --schedule cosine --min-lr 1e-5 --ema 0.995 --pixel-loss l1 --no-lpips \
     --discriminator none --revive-after 500 --workers 1 \
     --save-every 250 --log-every 25 --show-every 250
