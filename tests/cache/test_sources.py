@@ -25,6 +25,19 @@ SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2}
 
 
 @pytest.mark.parametrize("kind", ["tar", "webdataset", "parquet", "lmdb"])
+def test_an_input_is_called_as_it_was_named(tmp_path, fake, kind):
+    """One archive of a folder by its own name, for others may lie beside it."""
+    root = fake.MAKERS[kind](fake.make_tree(tmp_path / "p"), tmp_path / "archive")
+    source = open_source(root)
+    assert source.shown == (root / "data.mdb" if kind == "lmdb" else root)
+    assert open_source(source.shown, kind).shown == source.shown
+    if kind in ("webdataset", "parquet"):
+        one = sorted(path for path in root.iterdir() if path.suffix in (".tar", ".parquet"))[0]
+        assert open_source(one).shown == one
+    assert open_source(tmp_path / "p").shown == tmp_path / "p"
+
+
+@pytest.mark.parametrize("kind", ["tar", "webdataset", "parquet", "lmdb"])
 def test_the_same_tokens_as_from_the_folder(tmp_path, tokenizer, fake, kind):
     tree = fake.make_tree(tmp_path / "p", bad=(3,))
     root = fake.MAKERS[kind](tree, tmp_path / "archive")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import gc
 import pickle
 import threading
@@ -14,20 +13,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from generators import CLASSES, CONFIG, make
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vfmtok_fast
-from vfmtok_fast import GPT, GPTConfig
-from vfmtok_fast.decoding import KVCache
-from vfmtok_fast.generator import Decoder, Sampling, memory
+from vfmtok_fast import GPT
+from vfmtok_fast.generator import Decoder, Sampling
 from vfmtok_fast.generator.decoder import STEP_OPS, Kept
 
-CONFIG = GPTConfig(
-    num_layers=2, num_heads=4, dim=64, vocab_size=512, block_size=16, num_classes=10,
-    ffn_multiple_of=32,
-)  # fmt: skip
-CLASSES = torch.arange(64) % 10
 SETTINGS = (
     {"seed": 1},
     {"seed": 2, "cfg_scale": 2.0},
@@ -35,15 +29,6 @@ SETTINGS = (
     {"seed": 4, "cfg_scale": 0.0, "top_p": 0.9, "temperature": 0.8},
     {"greedy": True, "cfg_scale": 3.0, "cfg_interval": 0},
 )
-
-
-def make(config: GPTConfig = CONFIG, **changes) -> GPT:
-    torch.manual_seed(0)
-    model = GPT(dataclasses.replace(config, **changes)).eval()
-    for name, parameter in model.named_parameters():
-        if "norm" not in name:
-            nn.init.normal_(parameter, std=0.2)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -269,16 +254,6 @@ def test_a_fake_call_is_not_kept():
         model.generate(CLASSES[:2])
     got = model.generate(CLASSES[:2])
     assert type(got) is torch.Tensor and torch.equal(got, want)
-
-
-def test_a_stream_keeps_its_own_ids(model):
-    ids, noise = torch.arange(4), torch.arange(4)
-    want = model.generate(ids.clone(), image_ids=noise.clone())
-    stream = model.stream(ids, image_ids=noise, batch_size=2)
-    first = next(stream)[1]
-    ids.fill_(0)
-    noise.fill_(7)
-    assert torch.equal(torch.cat([first, *(codes for _, codes in stream)]), want)
 
 
 def test_a_copy_of_a_model_has_no_decoder_yet():
@@ -531,99 +506,6 @@ def test_graphs_follow_what_is_baked_into_them(replaying):
     assert captures(seed=2) == 0
     decoder.end()
     assert not decoder.graphs and captures(seed=2) == 2
-
-
-def test_batches_are_handed_out_as_they_finish(model):
-    want = model.generate(CLASSES[:7], seed=1, cfg_scale=2.0)
-    told = []
-    batches = model.stream(
-        CLASSES[:7], batch_size=3, seed=1, cfg_scale=2.0, progress=lambda *done: told.append(done)
-    )
-    assert not told
-    images, codes = next(batches)
-    assert images == slice(0, 3) and torch.equal(codes, want[:3])
-    assert told[-1] == (3 * 16, 7 * 16) and len(told) == 16
-    rest = list(batches)
-    assert [images for images, _ in rest] == [slice(3, 6), slice(6, 7)]
-    assert torch.equal(torch.cat([codes for _, codes in rest]), want[3:])
-    assert told[-1] == (7 * 16, 7 * 16) and told == sorted(told)
-
-
-def test_a_batch_that_does_not_fit_is_split_evenly(model, monkeypatch):
-    each = memory.bytes_per_image(model, True)
-    assert each == 2 * memory.bytes_per_image(model, False)
-    want = model.generate(CLASSES[:7], cfg_scale=2.0)
-    batches = list(model.stream(CLASSES[:7], cfg_scale=2.0, memory=3 * each + each // 2))
-    assert [images for images, _ in batches] == [slice(0, 3), slice(3, 6), slice(6, 7)]
-    assert torch.equal(torch.cat([codes for _, codes in batches]), want)
-    room = 4 * each / memory.SHARE + 1
-    monkeypatch.setattr(memory, "free_bytes", lambda device: room - model.kept.nbytes)
-    assert [i for i, _ in model.stream(CLASSES[:7], cfg_scale=2.0)] == [slice(0, 4), slice(4, 7)]
-    with pytest.raises(MemoryError, match=r"^generate: 6 images at a time .*; at most 4 fit$"):
-        model.stream(CLASSES[:7], batch_size=6, cfg_scale=2.0)
-    with pytest.raises(MemoryError, match="^generate: 1 images at a time .*; free some memory"):
-        model.stream(CLASSES[:7], memory=10)
-
-
-def test_a_batch_is_no_larger_than_gains_something(model, monkeypatch):
-    monkeypatch.setitem(memory.ENOUGH, "cpu", 3)
-    want = model.generate(CLASSES[:7])
-    assert [images for images, _ in model.stream(CLASSES[:7])] == [
-        slice(0, 3),
-        slice(3, 6),
-        slice(6, 7),
-    ]
-    assert torch.equal(torch.cat([codes for _, codes in model.stream(CLASSES[:7])]), want)
-    # Who names a batch gets it, and a kind of device that nobody measured has no such limit.
-    assert [i for i, _ in model.stream(CLASSES[:7], batch_size=6)] == [slice(0, 6), slice(6, 7)]
-    monkeypatch.delitem(memory.ENOUGH, "cpu")
-    assert [images for images, _ in model.stream(CLASSES[:7])] == [slice(0, 7)]
-
-
-@pytest.mark.parametrize("where", ["_run", "cache"])
-def test_out_of_memory_says_what_to_take_instead(where, monkeypatch):
-    def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nA long text")
-
-    model = make()
-    if where == "_run":
-        monkeypatch.setattr(Decoder, "_run", full)
-    else:
-        monkeypatch.setattr(KVCache, "empty", full)
-    for count, advice in ((8, r"GPT.stream\(batch_size=4\)"), (1, "a single image")):
-        with (
-            vfmtok_fast.enable(),
-            pytest.raises(MemoryError, match=f"^generate: out of memory with .*{advice}") as caught,
-        ):
-            model.generate(CLASSES[:count])
-        assert "\n" not in str(caught.value)
-
-
-def test_what_is_kept_counts_as_free(monkeypatch):
-    """Else the second of two equal calls would find less room than the first."""
-    model = make()
-    each = memory.bytes_per_image(model, False)
-    list(model.stream(CLASSES[:8]))
-    kept = model.kept.nbytes
-    assert kept == 8 * (each - 4 * memory.LOGIT_COPIES * CONFIG.vocab_size)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 8 * each / memory.SHARE + 1 - kept)
-    assert [images for images, _ in model.stream(CLASSES[:8])] == [slice(0, 8)]
-
-
-def test_free_memory_is_a_number_of_this_machine():
-    assert 2**20 < memory.free_bytes(torch.device("cpu"))
-    assert memory.free_bytes(torch.device("meta")) == 2**62
-
-
-@pytest.mark.parametrize(("size", "error"), [(0, ValueError), (True, TypeError), (2.0, TypeError)])
-def test_stream_refuses(model, size, error):
-    with pytest.raises(error, match="^stream: batch_size must be"):
-        model.stream(CLASSES, batch_size=size)
-
-
-def test_stream_checks_before_the_first_batch(model):
-    with pytest.raises(ValueError, match="top_p"):
-        model.stream(CLASSES, top_p=2.0)
 
 
 @pytest.mark.parametrize("policy", [(), STEP_OPS], ids=["reference", "enabled"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from fractions import Fraction
 
 import pytest
 import torch
@@ -62,6 +63,8 @@ def refuses(error: type[Exception], message: str):
         ({"cfg_scale": "2"}, TypeError, "cfg_scale must be a number, got str"),
         ({"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
         ({"top_p": torch.tensor(0.5)}, TypeError, "top_p must be a number, got Tensor"),
+        ({"cfg_scale": Fraction(3, 2)}, TypeError, "cfg_scale must be a number, got Fraction"),
+        ({"greedy": "no"}, TypeError, "greedy must be True or False, got 'no'"),
         ({"top_k": -1}, ValueError, r"top_k must be in \[0, "),
         ({"seed": -1}, ValueError, r"seed must be in \[0, 2\^64\), got -1"),
         ({"seed": 2**64}, ValueError, r"seed must be in \[0, 2\^64\), got 18446744073709551616"),

@@ -86,7 +86,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="must be one of float32, tf32, float16, bfloat16, mixed"):
         make().set_precision("fp8")
     tok = make()
-    tok.backbone.is_plain = False
+    tok.backbone.vit.blocks[0].norm1 = torch.nn.Identity()
     with pytest.raises(ValueError, match="mixed needs a plain ViT"):
         tok.set_precision("mixed")
     assert tok.precision == "float32"

@@ -1,11 +1,10 @@
 """What holds of every op that is differentiable, whatever it takes: any strides, any transform.
 
-Run with TRITON_INTERPRET=1 this tries the kernels.
+Tried of the CPU implementations here, and of the kernels on a GPU or in a child pytest.
 """
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -15,16 +14,22 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from where_kernels_run import DEVICE, GPU, INTERPRETED, in_the_interpreter
 
 import vfmtok_fast as vf
 from vfmtok_fast import ops
 
-KERNELS = os.environ.get("TRITON_INTERPRET") == "1"
+KERNELS = GPU or INTERPRETED
+# On a CPU these have nothing but their references.
+WITHOUT = {"group_norm_silu", "residual_block"}
+pytestmark = [pytest.mark.gpu] if GPU else []
+
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 def made(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
     draw = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(shape, generator=draw) for shape in shapes)
+    return tuple(torch.randn(shape, generator=draw).to(DEVICE) for shape in shapes)
 
 
 # Each a function of tensors, and tensors for it.
@@ -47,7 +52,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
         made(*[(1, 16, 3, 4), *2 * [(16,), (16,), (16, 16, 3, 3), (16,)]]),
     ),
     "linear_cross_entropy": (
-        lambda x, w, b: ops.linear_cross_entropy(x, w, torch.arange(5), bias=b),
+        lambda x, w, b: ops.linear_cross_entropy(x, w, torch.arange(5, device=DEVICE), bias=b),
         made((5, 16), (24, 16), (24,)),
     ),
     "deformable_sample": (
@@ -60,6 +65,13 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
 def spread(tensor: Tensor) -> Tensor:
     """The same values, every other one of a tensor twice as large in the last dimension."""
     return tensor.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+def check_taken(name: str) -> None:
+    """That all calls were of what the test is about."""
+    op = name.partition(",")[0]
+    expected = "triton" if KERNELS else "reference" if op in WITHOUT else "cpu"
+    assert set(vf.status().ops[op].calls) == {expected}
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +99,7 @@ def test_strides(name: str):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     with torch.inference_mode():
         torch.testing.assert_close(call(*map(spread, given)), want[0], rtol=1e-5, atol=1e-5)
+    check_taken(name)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -97,6 +110,7 @@ def test_a_row_for_all(name: str):
     with torch.inference_mode():
         got, want = call(*given[:-1], one), call(*given[:-1], one.clone())
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    check_taken(name)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -131,7 +145,7 @@ def test_transforms_are_refused_where_a_fallback_is():
         torch.func.jvp(call, given, given)
 
 
-@pytest.mark.skipif(KERNELS, reason="the interpreter runs kernels")
+@pytest.mark.skipif(KERNELS, reason="what a CPU keeps")
 def test_draws_under_tracing_leave_nothing_behind():
     logits, ids = torch.randn(4, 50), torch.arange(4)
     want = ops.sample_token(logits, ids, 1)

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -144,7 +145,7 @@ class Decoder:
     ) -> Tensor:
         model, B = self._model(), len(class_ids)
         config, weights, embeddings = model.config, model.step_weights(), model.embeddings()
-        read = [*weights[1:-1], *embeddings, *(part for block in weights.blocks for part in block)]
+        read = [weights.norm, weights.head, weights.rotary, *embeddings, *chain(*weights.blocks)]
         if (addresses := tuple(part.data_ptr() for part in read)) != self._addresses:
             self.end()
             self._addresses = addresses

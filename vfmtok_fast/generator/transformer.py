@@ -219,12 +219,10 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         Returns:
             scalar, float32 (float64 for a float64 model).
         """
-        hidden, targets = self.hidden(self._teach(codes, class_ids)).flatten(0, 1), codes.flatten()
+        x, targets = self._teach(codes, class_ids), codes.flatten()
         if not _is_plain(self.head):  # An adapter, for one.
-            logits = self.head(hidden)
-            return F.cross_entropy(
-                logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.long()
-            )
+            return F.cross_entropy(self.predict(x).flatten(0, 1), targets.long())
+        hidden = self.hidden(x).flatten(0, 1)
         return ops.linear_cross_entropy(hidden, self.head.weight, targets)
 
     def _teach(self, codes: Tensor, class_ids: Tensor) -> Tensor:

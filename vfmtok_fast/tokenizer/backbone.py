@@ -56,8 +56,9 @@ class Backbone(nn.Module):
                 f"BackboneConfig: levels must be below {name}'s depth {depth}, got {self.levels}"
             )
         self.dim = self.vit.embed_dim
-        self.is_plain = plain.is_plain(self.vit)
-        self.cuts_plainly = self.is_plain and plain.cuts_plainly(patch_embed)
+        # What torch.compile takes it for, which cannot look.
+        self._was_plain = plain.is_plain(self.vit)
+        self.cuts_plainly = plain.cuts_plainly(patch_embed)
         self.image_size = patch_embed.img_size[0]
         register_constant(self, "mean", torch.tensor(mean, device="cpu").view(3, 1, 1))
         register_constant(self, "std", torch.tensor(std, device="cpu").view(3, 1, 1))
@@ -67,16 +68,19 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Backbone:
         return super().train(False)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether `vit.read` computes what the ViT does, whose layers may have been replaced."""
+        return self._was_plain if torch.compiler.is_compiling() else plain.is_plain(self.vit)
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images [B, 3, S, S] of any S, in [-1, 1], to one map [B, grid * grid, dim] per level.
 
         The last block's output passes the final LayerNorm; those in between do not.
         """
-        # Layers may have been replaced since, by adapters or quantised ones.
-        is_plain = self.is_plain and (torch.compiler.is_compiling() or plain.is_plain(self.vit))
-        cuts_plainly = is_plain and self.cuts_plainly
-        if cuts_plainly and images.shape[-1] == self.image_size:
+        is_plain = self.is_plain
+        if is_plain and self.cuts_plainly and images.shape[-1] == self.image_size:
             projection = self.vit.patch_embed.proj
             patches = ops.patch_embed(
                 images, self.mean.flatten(), self.std.flatten(), projection.weight, projection.bias

@@ -280,11 +280,11 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
             self.device.type != "cuda"
             or not 0 < len(given) <= _REPLAYED
             or not switch.policy().ops >= (ENCODE_OPS if what == "encode" else DECODE_OPS)
-            or not self.backbone.is_plain
             or self.training
             or torch.is_autocast_enabled("cuda")
             or torch.compiler.is_compiling()
             or torch.cuda.is_current_stream_capturing()
+            or (what == "encode" and not self.backbone.is_plain)  # takes longest to ask
         ):
             return fn(given)
         return self._graphs[what](fn, self, given)

@@ -33,8 +33,12 @@ def is_plain(vit: nn.Module) -> bool:
     post-norm blocks and norms inside the attention or the MLP are not plain. Nor is what has hooks,
     which `read` would not call.
     """
-    if any(part._forward_hooks or part._forward_pre_hooks for part in vit.modules()):
-        return False
+    left = [vit]
+    while left:  # Asked at every call; `modules()` would take as long as all the rest.
+        part = left.pop()
+        if part._forward_hooks or part._forward_pre_hooks:
+            return False
+        left += (inner for inner in part._modules.values() if inner is not None)
     if type(vit) is not _timm().VisionTransformer or not _is_norm(vit.norm):
         return False
     return all(_is_plain_block(block) for block in vit.blocks)

@@ -63,9 +63,11 @@ class Source(Protocol):
 
     @property
     def shown(self) -> Path:
-        """What to call it: its only file, where it is one of several in a folder, or its root."""
-        files = self.files()
-        return self.root / next(iter(files)) if files and len(files) == 1 else self.root
+        """What to call it: its only archive, where that is one of a folder's, or its root."""
+        files = self.files() or {}
+        return (
+            self.root / next(iter(files)) if len(files) == 1 and self.root.is_dir() else self.root
+        )
 
     def files(self) -> dict[str, int] | None:
         """Size in bytes of every file that holds pictures; None where each picture is a file."""

@@ -1,0 +1,25 @@
+"""A small generator whose codes all differ."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from vfmtok_fast import GPT, GPTConfig
+
+CONFIG = GPTConfig(
+    num_layers=2, num_heads=4, dim=64, vocab_size=512, block_size=16, num_classes=10,
+    ffn_multiple_of=32,
+)  # fmt: skip
+CLASSES = torch.arange(64) % 10
+
+
+def make(config: GPTConfig = CONFIG, **changes) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(config, **changes)).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            nn.init.normal_(parameter, std=0.2)
+    return model
