@@ -92,6 +92,20 @@ def test_cache_verify_and_status(run, photos: Path, tmp_path: Path) -> None:
     assert code == 1 and "tokens-00000" in problems[0]
 
 
+@pytest.mark.parametrize("fast", [(), ("--no-fast",)])
+def test_verify_and_repair_compute_as_the_cache_was_made(fast, run, photos, tmp_path) -> None:
+    out = tmp_path / "tokens"
+    assert run("cache", photos, out, *SMALL, "--precision", "float16", *fast)[0] == 0
+    code, text, _ = run("verify", out, "--images", photos, *SMALL)
+    assert code == 0 and "100.0000% of tokens agree" in text
+    (out / "shards/tokens-00000.safetensors").write_bytes(b"")
+    code, text, _ = run("repair", photos, out, *SMALL)
+    assert code == 0 and "complete; 1 of 1 shards made again" in text
+    # A named precision is taken as named.
+    line = refusal(run("repair", photos, out, *SMALL, "--precision", "float32"))
+    assert "dtype (there float16, here float32)" in line
+
+
 def test_verify_draws_a_contact_sheet(run, photos: Path, tmp_path: Path) -> None:
     assert run("cache", photos, tmp_path / "out", *SMALL)[0] == 0
     again = ["--images", photos, *SMALL, "--sheet"]

@@ -36,7 +36,9 @@ def add_tokenizer_options(
     parser: argparse.ArgumentParser,
     untrained: Sequence[str] = UNTRAINED,
     precisions: Sequence[str] = PRECISIONS,
+    precision: str | None = "float32",
 ) -> None:
+    """``precision``: the default; None is that of the cache, see `take_precision`."""
     group = parser.add_argument_group(
         "model", "by default the authors' tokenizer and DINOv2, downloaded once"
     )
@@ -54,8 +56,9 @@ def add_tokenizer_options(
     group.add_argument(
         "--precision",
         choices=precisions,
-        default="float32",
-        help=f"what to compute in; all but float32 change some tokens; {mixed}(%(default)s)",
+        default=precision,
+        help=f"what to compute in; all but float32 change some tokens; {mixed}"
+        f"({precision or 'as the cache was made'})",
     )
     group.add_argument("--dtype", type=_renamed, help=argparse.SUPPRESS)
     group.add_argument(
@@ -65,6 +68,17 @@ def add_tokenizer_options(
 
 def _renamed(value: str) -> str:
     raise argparse.ArgumentTypeError(f"is called --precision now: --precision {value}")
+
+
+def take_precision(options: argparse.Namespace, manifest: Manifest) -> None:
+    """Without --precision, compute as the cache was made, with or without fast ops."""
+    if options.precision is None:
+        made = manifest.covers["dtype"]
+        # Another tokenizer's dtype may have no name here; the mismatch is then an error.
+        options.precision = made if made in PRECISIONS else "float32"
+        if options.precision not in ("float32", "tf32"):
+            # In half precision the fast ops round differently, so the manifest names them.
+            options.fast &= "fast_ops" in manifest.covers
 
 
 def check_input(options: argparse.Namespace, manifest: Manifest) -> None:

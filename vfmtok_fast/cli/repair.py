@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from .models import add_input_option, add_tokenizer_options, check_input, load_tokenizer, policy
+from .models import (
+    add_input_option,
+    add_tokenizer_options,
+    check_input,
+    load_tokenizer,
+    policy,
+    take_precision,
+)
 from .output import note, say
 
 SUMMARY = "tokenise again the shards of a cache that verify finds damaged"
@@ -15,13 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_option(parser)
     parser.add_argument("out", metavar="CACHE", help="its folder or URL")
     parser.add_argument("--workers", type=int, help="threads that read pictures")
-    add_tokenizer_options(parser)
+    add_tokenizer_options(parser, precision=None)
 
 
 def run(options: argparse.Namespace) -> int:
     from .. import cache
 
-    check_input(options, cache.read_manifest(options.out))
+    manifest = cache.read_manifest(options.out)
+    check_input(options, manifest)
+    take_precision(options, manifest)
     tokenizer = load_tokenizer(options, options.device)
     with policy(options):
         made = cache.repair(

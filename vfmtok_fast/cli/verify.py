@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from .models import add_input_option, add_tokenizer_options, check_input, load_tokenizer, policy
+from .models import (
+    add_input_option,
+    add_tokenizer_options,
+    check_input,
+    load_tokenizer,
+    policy,
+    take_precision,
+)
 from .output import note, say
 
 SUMMARY = "check every byte of a cache; with --images tokenise a sample of it again"
@@ -20,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OUT.png",
         help="with --images: draw some pictures, each beside what its tokens decode to",
     )
-    add_tokenizer_options(parser)
+    add_tokenizer_options(parser, precision=None)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -38,6 +45,7 @@ def run(options: argparse.Namespace) -> int:
     if options.sample is not None and not options.images:
         raise ValueError("--sample goes with --images, the pictures to tokenise again")
     manifest = cache.read_manifest(options.out)
+    take_precision(options, manifest)
     if options.images:
         check_input(options, manifest)
     chosen = options.model or options.tokenizer or options.untrained
