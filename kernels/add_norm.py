@@ -112,7 +112,7 @@ def add_norm(
     x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor,
     scale: Tensor | None, eps: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `vfmtok_fast.ops.add_norm`; takes what `unsupported_reason` lets pass."""
+    """See `vfmtok_fast.ops.add_norm`; takes calls that `unsupported_reason` accepts."""
     return torch.ops.vfmtok_fast.add_norm_triton(x, branch, weight, bias, scale, eps, dtype)
 
 

@@ -262,7 +262,7 @@ def _key(x: Tensor) -> tuple[str, int]:
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
-    """See `vfmtok_fast.ops.group_norm_silu`; takes what `unsupported_reason` lets pass."""
+    """See `vfmtok_fast.ops.group_norm_silu`; takes calls that `unsupported_reason` accepts."""
     return norm_silu(x, None, weight, bias, num_groups, eps)
 
 

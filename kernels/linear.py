@@ -113,7 +113,7 @@ def unsupported_reason(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """See `vfmtok_fast.ops.linear`; takes what `unsupported_reason` lets pass."""
+    """See `vfmtok_fast.ops.linear`; takes calls that `unsupported_reason` accepts."""
     z = F.linear(x, weight, bias)
     if activation is None:
         return z

@@ -133,7 +133,7 @@ def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None,
     ignore_index: int, label_smoothing: float, reduction: str,
 ) -> Tensor:  # fmt: skip
-    """See `vfmtok_fast.ops.linear_cross_entropy`; takes what `unsupported_reason` lets pass."""
+    """See `vfmtok_fast.ops.linear_cross_entropy`; takes calls that `unsupported_reason` accepts."""
     # Unreduced losses have a gradient each, which is not known yet.
     learns = torch.is_grad_enabled() and reduction != "none"
     wanted = [learns and part is not None and part.requires_grad for part in (x, weight, bias)]

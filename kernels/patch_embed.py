@@ -70,7 +70,7 @@ def unsupported_reason(
 
 
 def patch_embed(images: Tensor, mean: Tensor, std: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """See `vfmtok_fast.ops.patch_embed`; takes what `unsupported_reason` lets pass."""
+    """See `vfmtok_fast.ops.patch_embed`; takes calls that `unsupported_reason` accepts."""
     P = weight.shape[-1]
     rows = torch.ops.vfmtok_fast.patches_triton(images, mean, std, P, weight.dtype)
     flat = weight.flatten(1)

@@ -78,7 +78,7 @@ def residual_block(
     x: Tensor, norm1: Pair, conv1: Pair, norm2: Pair, conv2: Pair, shortcut: Pair | None,
     num_groups: int, eps: float,
 ) -> Tensor:  # fmt: skip
-    """See `vfmtok_fast.ops.residual_block`; takes what `unsupported_reason` lets pass."""
+    """See `vfmtok_fast.ops.residual_block`; takes calls that `unsupported_reason` accepts."""
     x = _last(x)
     h = _last(F.conv2d(norm_silu(x, None, *norm1, num_groups, eps), conv1[0], padding=1))
     h = norm_silu(h, conv1[1], *norm2, num_groups, eps)

@@ -333,7 +333,7 @@ def sample_token(
     cfg_scale: float = 1.0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
     greedy: bool = False, seed: int | Tensor = 0,
 ) -> Tensor:  # fmt: skip
-    """See `vfmtok_fast.ops.sample_token`; takes what `unsupported_reason` lets pass."""
+    """See `vfmtok_fast.ops.sample_token`; takes calls that `unsupported_reason` accepts."""
     at, number = (step, 0) if isinstance(step, Tensor) else (None, step)
     key, seed = (seed, 0) if isinstance(seed, Tensor) else (None, seed)
     # torch passes integers as signed ones of 64 bits.

@@ -129,7 +129,7 @@ def deformable_sample(
     value: Tensor, spatial_shapes: tuple[tuple[int, int], ...], reference_points: Tensor,
     offsets: Tensor, attention_logits: Tensor, deterministic: bool = True,
 ) -> Tensor:  # fmt: skip
-    """See `vfmtok_fast.ops.deformable_sample`; takes what `unsupported_reason` lets pass."""
+    """See `vfmtok_fast.ops.deformable_sample`; takes calls that `unsupported_reason` accepts."""
     sides = [side for shape in spatial_shapes for side in shape]
     return torch.ops.vfmtok_fast.deformable_sample_triton(
         value, sides, reference_points, offsets, attention_logits, deterministic

@@ -115,7 +115,7 @@ def tuning_key(
 def nearest_code(
     z: Tensor, codebook: Tensor, *, k: int = 1, normalize: bool = True, return_score: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See `vfmtok_fast.ops.nearest_code`; takes the calls that `unsupported_reason` lets pass."""
+    """See `vfmtok_fast.ops.nearest_code`; takes calls that `unsupported_reason` accepts."""
     code, score = _search(z, codebook, k)
     return (code, score) if return_score else code
 
