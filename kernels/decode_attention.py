@@ -18,8 +18,9 @@ depends on the batch.
 An 8-bit cache has a scale for each key and each value. The scale of a key multiplies its score and
 the scale of a value its weight, so the tiles themselves are integers.
 
-Traffic: 2 B G length D values of the cache, 2 B H D besides. Lower bound on an H200 at 4.3 TB/s, GPT-L, 64
-images guided, bfloat16, length 128: 67 MB, 16 us. decode_attention.md has the measurements.
+Traffic: 2 B G length D values of the cache, 2 B H D besides. Lower bound on an H200 at 4.3 TB/s,
+GPT-L, 64 images guided, bfloat16, length 128: 67 MB, 16 us. decode_attention.md has the
+measurements.
 """
 
 from __future__ import annotations
