@@ -11,8 +11,8 @@ queries of one key-value head:
                     exchange nothing before the last key
 
 The bits depend on the input and on its memory layout: if heads or rows do not begin at multiples of
-16 bytes, loads are narrower, a thread holds other channels, and `_attend_vector`, whose sums run
-across threads, adds in another order. The matrix unit always adds in the same order. Neither
+16 bytes, loads are narrower, a thread holds different channels, and `_attend_vector`, whose sums
+run across threads, adds in another order. The matrix unit always adds in the same order. Neither
 depends on the batch.
 
 An 8-bit cache has a scale for each key and each value. The scale of a key multiplies its score and
@@ -46,7 +46,7 @@ _TILES = {"values": (2048, 4096, 8192, 16384), "stages": (1, 2, 3), "warps": (2,
 
 
 def _fits(setting) -> bool:
-    """Limit a tile's sums to 64 registers per thread and the tiles in flight to shared memory."""
+    """Whether a tile's sums fit 64 registers per thread, and the tiles in flight shared memory."""
     return setting.values <= 2048 * setting.warps and setting.values * setting.stages <= 24576
 
 

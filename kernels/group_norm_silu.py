@@ -46,7 +46,7 @@ MAPS = Space(
     valid=lambda setting: setting.values >= 512 * setting.warps,
 )
 SPACES = (SUMS, MAPS)
-# Tiles that a kernel which sums loads at once: 64 bytes per thread and tile pair of bfloat16.
+# Tiles that the summing kernels load at once: 64 bytes per thread and tile pair of bfloat16.
 AHEAD = tl.constexpr(4)
 
 

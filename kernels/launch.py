@@ -14,8 +14,9 @@ from . import tuning
 
 # Whether a kernel of a decoding step may start while the previous one is still finishing
 # (programmatic dependent launch): it requests its weights, then waits. None: if the chip supports
-# it, from sm_90 on; False: never. After a change, `switch.new_generation` makes graphs be captured
-# again. decode_step/README.md explains why this is safe, and `make aot` checks the machine code.
+# it, from sm_90 on; False: never. After a change, `switch.new_generation` causes graphs to be
+# captured again. decode_step/README.md explains why this is safe, and `make aot` checks the machine
+# code.
 OVERLAP: bool | None = None
 
 
@@ -27,7 +28,7 @@ def on(device: torch.device) -> contextlib.AbstractContextManager:
 def _can_overlap(device: torch.device) -> bool:
     if tuning.pretending():
         return tuning.capability(device) >= 90
-    # CUDA graphs support this since CUDA 12.3; torch also runs with older drivers.
+    # CUDA graphs have supported this since CUDA 12.3; torch also runs with older drivers.
     return device.type == "cuda" and tuning.capability(device) >= 90 and _driver_version() >= 12030
 
 

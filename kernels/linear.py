@@ -76,8 +76,8 @@ def _sigmoid(z):
 @triton.jit
 def _gate(z, out, rows, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """silu(z[:, :N]) * z[:, N:], with silu rounded first, as in torch."""
-    # N is a constant: for an argument Triton checks only divisibility by 16, and with N = 1,368 it
-    # would load single values.
+    # N is a constant: for an argument Triton checks only divisibility by 16, and with N = 1,368 the
+    # loads would be single values.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     m = (row < rows) & (at < N)

@@ -115,7 +115,7 @@ def _load(path: Path, own: bool) -> Table | None:
 
 
 def _mismatch(made_with: dict[str, str]) -> str:
-    """Which recorded version of a user's table differs from the current one, or ""."""
+    """Which recorded version of a user's table differs from the current one; empty if none."""
     now = versions()
     same = {
         "triton": lambda version: version.split(".")[:2],
@@ -138,7 +138,7 @@ def _by_key(rows: list[dict[str, Any]], name: str) -> Rows:
 
 
 def _defect(content: Any) -> str:
-    """What is wrong with a table's content, or ""."""
+    """What is wrong with a table's content; empty if nothing."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return f"not a table of format {FORMAT}"
     found = content.get("versions")

@@ -27,7 +27,7 @@ def _others(
     o_n, m_n, o_r, rows, N, out, rotary, position,
     EPILOGUE: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Load what `_finish` needs besides the sums; called before they are computed, to hide latency.
+    """Load what `_finish` needs besides the sums, before the sums are computed, to hide latency.
 
     For q, k and v: the position, cosines and sines. For an addition: 0 and the old values, twice.
     """

@@ -66,7 +66,7 @@ def _append(
     sin = tl.load(p_table + 1, mask=m_pair, other=0.0)[None, :]
     p = qkv + row * (3 * H * D) + head[:, None] * D + 2 * o_pair[None, :]
     place = (row * H + head) * T + at
-    # Load everything before the first store: later loads could not be moved ahead of it.
+    # Load everything before the first store: later loads could not be moved ahead of a store.
     halves = ()
     for part in tl.static_range(3):
         halves += (tl.load(p + part * H * D, mask=mask, other=0.0),)
