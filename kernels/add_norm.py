@@ -1,7 +1,7 @@
 """Triton `ops.add_norm`: scale, addition and LayerNorm in one pass over the rows.
 
-What it computes: s = x + scale * branch [C] of each row, rounded to the stream's dtype and stored;
-mean and variance of that in float32 registers; n = (s - mean) * rstd * weight + bias.
+What it computes: s = x + scale * branch [C] for each row, rounded to the stream's dtype and stored;
+mean and variance of s in float32 registers; n = (s - mean) * rstd * weight + bias.
 
 Bytes for 64 x 581 rows of 1,024 in bfloat16: x and branch in, s and n out, 305 MB, so 71 us at an
 H200's 4.3 TB/s. add_norm.md has the backward pass and the cost in the tokenizer.
@@ -17,10 +17,10 @@ from torch import Tensor
 from .launch import on
 from .registered import differentiable, registered
 
-# A row is held in registers, 16 numbers a thread of 16 warps.
+# A row is held in registers, 16 numbers per thread with 16 warps.
 MOST_CHANNELS = 8192
-# Programs of the backward pass, and so partial sums of a column: four for each multiprocessor of an
-# H200, and the same number everywhere, so that bits do not depend on the card.
+# Programs of the backward pass, and thus partial sums per column: four per multiprocessor of an
+# H200. The number is the same on every card, so that bits do not depend on the card.
 PARTS = 528
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -32,7 +32,7 @@ def _row(base, row, o_c, m_c, C: tl.constexpr):
 
 @triton.jit
 def _normalise(s, m_c, eps, C: tl.constexpr):
-    """Two passes over registers: the variance does not suffer from a large mean."""
+    """Normalise s in two passes over registers, so that a large mean costs no precision."""
     centred = tl.where(m_c, s - tl.sum(s, axis=0) / C, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / C + eps)
     return centred * rstd, rstd
@@ -63,7 +63,10 @@ def _add_norm_backward(
     by_total, by_normed, total, branch, weight, scale, by_x, by_branch, sums, eps, rows,
     C: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Every ``num_programs``-th row; ``sums`` [programs, 3, C] are of weight, bias and scale."""
+    """Process every ``num_programs``-th row.
+
+    ``sums`` [programs, 3, C]: partial gradients of weight, bias and scale.
+    """
     part = tl.program_id(0)
     o_c = tl.arange(0, BLOCK)
     m_c = o_c < C
@@ -112,13 +115,13 @@ def add_norm(
     x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor,
     scale: Tensor | None, eps: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `vfmtok_fast.ops.add_norm`; takes what `unsupported_reason` lets pass."""
+    """See `vfmtok_fast.ops.add_norm`; takes calls that `unsupported_reason` accepts."""
     return torch.ops.vfmtok_fast.add_norm_triton(x, branch, weight, bias, scale, eps, dtype)
 
 
 def _constants(C: int) -> dict[str, int]:
     block = triton.next_power_of_2(C)
-    # Eight numbers a thread are 16 bytes of half precision, one load; 16 of the widest rows.
+    # Eight numbers per thread are one 16-byte load in half precision; the widest rows have 16.
     return {"C": C, "BLOCK": block, "num_warps": max(1, min(16, block // 256))}
 
 
@@ -172,7 +175,7 @@ def _launch_backward(by_total, by_normed, total, branch, weight, scale, eps: flo
         _add_norm_backward[(parts,)](
             by_total, by_normed, total, branch, weight, scale, by_x, by_branch, sums, eps, rows,
             SCALED=scaled, **_constants(C),
-            # A product and its own mean, rounded alike, cancel where there is one channel.
+            # With one channel, a product and its own mean must be rounded alike to cancel.
             enable_fp_fusion=False,
         )  # fmt: skip
     return by_x, by_branch, sums.sum(0)

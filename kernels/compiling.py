@@ -1,9 +1,9 @@
-"""Compile what a call would launch, without launching it, for a chip that need not be there.
+"""Compile what a call would launch, without launching it, for a chip that need not be present.
 
-`compile_only` lets every launch in its block end before it reaches a device: Triton binds and
-specialises the arguments as ever and compiles for the chip that was asked for. `make aot` reads the
-machine code of what was launched; `tune` fills Triton's cache from processes that have no GPU.
-Tensors may be on any device, and their values are never looked at.
+Inside `compile_only`, every launch ends before it reaches a device: Triton binds and specialises
+the arguments as usual and compiles for the requested chip. `make aot` reads the machine code of
+these launches; `tune` fills Triton's cache from processes without a GPU. Tensors may be on any
+device, and their values are never read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from . import tuning
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel's name, how many programs, and what was compiled."""
+    """One launch: the kernel's name, the number of programs, and the compiled kernel."""
 
     kernel: str
     programs: int
@@ -30,13 +30,13 @@ class Launch:
 
 
 class _Driver:
-    """What Triton asks of a driver before it launches."""
+    """The driver interface that Triton uses before a launch."""
 
     def __init__(self, chip: int):
         self.target = GPUTarget("cuda", chip, 32)
 
     def get_current_device(self) -> str:
-        # A key of Triton's tables of compiled kernels: never that of a device.
+        # Triton uses this as a key for compiled kernels; it must never equal that of a real device.
         return f"sm_{self.target.arch}"
 
     def get_current_stream(self, device: str) -> int:
@@ -51,9 +51,9 @@ class _Driver:
 
 @contextlib.contextmanager
 def compile_only(chip: int) -> Iterator[list[Launch]]:
-    """Compile for compute capability ``chip`` (90 for 9.0); collects what would be launched.
+    """Compile for compute capability ``chip`` (90 for 9.0) and collect what would be launched.
 
-    Changes Triton for the whole process while it lasts, so it is not for threads that launch.
+    This patches Triton for the whole process while the block runs, so no other thread may launch.
     """
     launches: list[Launch] = []
     run = JITFunction.run

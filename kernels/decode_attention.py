@@ -1,25 +1,26 @@
 """Triton `ops.decode_attention`: one query per row and head against the live part of a KV cache.
 
 What it computes: out[b, h] = sum over t < length of softmax(q[b, h] . k[b, g, t] / sqrt(D)) v[b, g,
-t] with g = h G / H; softmax in float32, base 2. One launch. A program owns a row and the R queries
-of one key-value head:
+t] with g = h G / H; softmax in float32, base 2. One launch. A program handles one row and the R
+queries of one key-value head:
 
     _attend_matrix  half precision: matrix unit, queries padded to 16, the cache read once for all
-    _attend_pairs   the same for one row and head after the other, in one loop over their tiles
-    _attend_vector  float32, and half precision and 8 bits where that was measured to be faster,
-                    R = 1: products and sums; every lane of a tile keeps a softmax of its own, so
-                    that threads exchange nothing before the last key
+    _attend_pairs   the same for several pairs of row and head, in one loop over their tiles
+    _attend_vector  R = 1, for float32, and for half precision and 8 bits if measured to be faster:
+                    products and sums; every lane of a tile keeps its own softmax, so threads
+                    exchange nothing before the last key
 
-The bits are a function of the input and of how it lies in memory: where heads or rows do not begin
-at multiples of 16 bytes, loads are narrower, a thread has other channels, and `_attend_vector`,
-whose sums run over threads, adds in another order. The matrix unit's sums have one.
-Neither depends on the batch.
+The bits depend on the input and on its memory layout: if heads or rows do not begin at multiples of
+16 bytes, loads are narrower, a thread holds different channels, and `_attend_vector`, whose sums
+run across threads, adds in another order. The matrix unit always adds in the same order. Neither
+depends on the batch.
 
-A cache of 8 bits has a scale for each key and each value: the one multiplies a score, the other a
-weight, so that the tiles themselves are whole numbers.
+An 8-bit cache has a scale for each key and each value. The scale of a key multiplies its score and
+the scale of a value its weight, so the tiles themselves are integers.
 
-Bytes: 2 B G length D of the cache, 2 B H D besides. Floor on an H200 at 4.3 TB/s, GPT-L, 64 images
-guided, bfloat16, length 128: 67 MB, 16 us. decode_attention.md has what was measured.
+Traffic: 2 B G length D values of the cache, 2 B H D besides. Lower bound on an H200 at 4.3 TB/s,
+GPT-L, 64 images guided, bfloat16, length 128: 67 MB, 16 us. decode_attention.md has the
+measurements.
 """
 
 from __future__ import annotations
@@ -33,18 +34,19 @@ from .launch import _let_next_begin, _wait_for_last, on, overlap
 from .registered import registered
 from .tuning import Space, dtype_name
 
-# Keys times padded head dim of a tile; as much again of values. ``stages`` - 1 tiles are on their
-# way while one is worked on. ``matrix``: whether half precision takes the matrix unit where a head
-# has queries of its own; else products and sums are float32's. Half precision by the matrix unit on
-# an H200, 8192 values and 2 stages against 3: GPT-L, 128 rows, 26.7 and 29.0 us, 2 rows 6.1 both;
-# GPT-3B, 128 rows, 93 and 103 us, and 82 with 4096 values. Not by the batch: an image must not
-# depend on it. ``resident``: programs of a multiprocessor, which go from one row and head to the
-# next; 0 is a program each. Not measured yet.
+# ``values``: keys times padded head dim per tile; the tile of values is as large. ``stages`` - 1
+# tiles are in flight while one is processed. ``matrix``: whether half precision uses the matrix
+# unit if each key-value head has one query; otherwise products and sums are in float32. Half
+# precision on the matrix unit on an H200, 8192 values and 2 stages against 3: GPT-L, 128 rows, 26.7
+# and 29.0 us, 2 rows 6.1 both; GPT-3B, 128 rows, 93 and 103 us, and 82 with 4096 values. The
+# setting does not depend on the batch, because an image must not depend on it. ``resident``:
+# programs per multiprocessor, which go from one pair of row and head to the next; 0 is one program
+# per pair. ``resident`` is not measured yet.
 _TILES = {"values": (2048, 4096, 8192, 16384), "stages": (1, 2, 3), "warps": (2, 4, 8)}
 
 
 def _fits(setting) -> bool:
-    """Sums of a tile in at most 64 registers a thread, and tiles on their way in shared memory."""
+    """Whether a tile's sums fit 64 registers per thread, and the tiles in flight shared memory."""
     return setting.values <= 2048 * setting.warps and setting.values * setting.stages <= 24576
 
 
@@ -63,18 +65,18 @@ FLOAT32 = Space(
     valid=lambda setting: _fits(setting) and setting.values <= 4096,
 )
 SPACES = HALF, FLOAT32
-# More keys in a tile of a narrow head would be dead ones, mostly.
+# With narrow heads, more keys per tile would mostly be dead ones.
 MAX_KEYS = 256
-# Queries of one program; where more look at a head, their largest factor up to this.
+# Most queries per program; larger groups use their largest divisor up to this.
 MAX_ROWS = 32
-# One program for each multiprocessor of an H100 or H200; a constant, for the same bits everywhere.
+# One program per multiprocessor of an H100 or H200; a constant, for the same bits everywhere.
 WANTED_PROGRAMS = 132
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _weights(scores, top):
-    """2^(scores - top), where top may be -inf because nothing was seen: then 0, not NaN."""
+    """2^(scores - top); if top is -inf because no key was seen yet, 0 instead of NaN."""
     return tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top))
 
 
@@ -84,7 +86,7 @@ def _attend_vector(
     D: tl.constexpr, C: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, TILE: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Sum of weights [1] and weighted values [1, C] of the live positions."""
+    """Compute the sum of weights [1] and of weighted values [1, C] over the live positions."""
     o_key = tl.arange(0, TILE)
     o_dim = tl.arange(0, C)
     m_dim = o_dim < D
@@ -98,7 +100,7 @@ def _attend_vector(
     for i_tile in tl.range(0, tl.cdiv(live, TILE), num_stages=STAGES):
         start = i_tile * width
         m_key = start + o_key < live
-        # Dead positions are not loaded: they may hold NaN, which a weight of 0 does not silence.
+        # Dead positions are not loaded: they may hold NaN, which a weight of 0 does not remove.
         m = m_key[:, None] & m_dim[None, :]
         k = tl.load(p_k + start * K_ROW, mask=m, other=0).to(tl.float32)
         v = tl.load(p_v + start * V_ROW, mask=m, other=0).to(tl.float32)
@@ -113,7 +115,7 @@ def _attend_vector(
             new *= tl.load(v_scale + start + o_key, mask=m_key, other=0.0)
         b_acc = b_acc * old[:, None] + new[:, None] * v
         b_top = top
-    # The only exchange between threads: lanes become one.
+    # The only exchange between threads: merge the lanes.
     top = tl.max(b_top[None, :], axis=1)
     share = _weights(b_top, top)
     total = tl.sum((b_sum * share)[None, :], axis=1)
@@ -125,9 +127,9 @@ def _with_tile(
     b_q, p_k, p_v, o_k, o_v, k_scale, v_scale, at, m_key, m_dim, b_top, b_sum, b_acc,
     D: tl.constexpr,
 ):  # fmt: skip
-    """The softmax so far [ROWS], [ROWS], [ROWS, C], and one more tile, whose scales begin ``at``.
+    """Update the running softmax [ROWS], [ROWS], [ROWS, C] with one tile; its scales are ``at``.
 
-    Keys and values of 8 bits are whole numbers, which every type of q holds.
+    8-bit keys and values are integers, which every dtype of q represents exactly.
     """
     m = m_key[:, None] & m_dim[None, :]
     k = tl.load(p_k + o_k, mask=m, other=0)
@@ -155,7 +157,7 @@ def _attend_matrix(
     R: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, C: tl.constexpr, K_ROW: tl.constexpr,
     V_ROW: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The same for the R queries of a head, padded to ROWS: [ROWS] and [ROWS, C]."""
+    """As `_attend_vector`, for the R queries of a head, padded to ROWS: [ROWS] and [ROWS, C]."""
     o_row = tl.arange(0, ROWS)
     o_key = tl.arange(0, TILE)
     o_dim = tl.arange(0, C)
@@ -185,9 +187,10 @@ def _attend_pairs(
     R: tl.constexpr, ROWS: tl.constexpr, SHARING: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`_attend_matrix` of pairs of a row and a head, first to last, with what comes of it stored.
+    """Compute `_attend_matrix` for the (row, head) pairs from ``first`` to ``last``; store results.
 
-    In one loop over the tiles of all: the next pair's are on their way while one is worked on.
+    One loop runs over the tiles of all pairs, so the next pair's tiles are in flight while the
+    current pair is processed.
     """
     o_row = tl.arange(0, ROWS)
     o_key = tl.arange(0, TILE)
@@ -200,7 +203,7 @@ def _attend_pairs(
     b_top = tl.full((ROWS,), float("-inf"), tl.float32)
     b_sum = tl.zeros((ROWS,), tl.float32)
     b_acc = tl.zeros((ROWS, C), tl.float32)
-    # A pair without a live position is one tile of none: 0 / 0 is what it gives.
+    # A pair without a live position gets one empty tile, which gives 0 / 0.
     tiles = tl.maximum(tl.cdiv(live, TILE), 1)
     for i in tl.range(0, (last - first).to(tl.int32) * tiles, num_stages=STAGES):
         i_pair = first + i // tiles
@@ -231,8 +234,8 @@ def _store(out, acc, total, R: tl.constexpr, D: tl.constexpr):
     tl.store(out + o_row[:, None] * D + o_dim[None, :], value, mask=m)
 
 
-# Never specialised: the length changes with every step, the pairs with the batch, and 1 or 16 would
-# compile anew.
+# Never specialised: the length changes with every step and the number of pairs with the batch, and
+# values such as 1 or 16 would compile another variant.
 @triton.jit(do_not_specialize=["length", "pairs"])
 def _decode(
     q, keys, values, k_scale, v_scale, length, out, pairs, heads, capacity,
@@ -241,10 +244,10 @@ def _decode(
     D: tl.constexpr, C: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, TILE: tl.constexpr,
     STAGES: tl.constexpr, RESIDENT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """R queries of one row; SHARING programs read the same keys.
+    """Attend with R queries of one row; SHARING programs read the same keys.
 
-    length: an int, or the address of one for all rows; of one for EACH row.
-    RESIDENT: a program has its share of the pairs of a row and a head, one after the other.
+    length: an int, or a pointer to one int for all rows or, with EACH, to one per row.
+    RESIDENT: a program processes its share of the (row, head) pairs one after another.
     """
     if OVERLAP:
         _wait_for_last()
@@ -267,7 +270,7 @@ def _decode(
         p_k = keys + i_row * k_batch + i_head * k_head
         p_v = values + i_row * v_batch + i_head * v_head
         if k_scale is not None:
-            # [B, G, T], a number for each key and value.
+            # [B, G, T], one scale per key and value.
             at = i_pair // SHARING * capacity
             k_scale += at
             v_scale += at
@@ -307,7 +310,7 @@ def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor, *,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `vfmtok_fast.ops.decode_attention`; takes what `unsupported_reason` lets pass."""
+    """See `vfmtok_fast.ops.decode_attention`; takes calls that `unsupported_reason` accepts."""
     lengths, length = (length, 0) if isinstance(length, Tensor) else (None, length)
     return _attend(q, k_cache, v_cache, k_scale, v_scale, lengths, length)
 
@@ -315,20 +318,20 @@ def decode_attention(
 def tuning_key(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor, **scales: Tensor | None
 ) -> tuple[str, int]:
-    """What a measurement counts for (see `tuning`): no batch, on which no image's bits depend."""
+    """Kind and size for `tuning`; without the batch, on which an image's bits must not depend."""
     cache = " int8 cache" if k_cache.dtype == torch.int8 else ""
     return f"{dtype_name(q)} D={q.shape[2]}{cache}", k_cache.shape[2]
 
 
 def _constants(group: int, D: int, matrix: bool, values: int) -> dict[str, int]:
-    """What a kernel is compiled for, by queries per key-value head and head dim."""
+    """Compile-time constants of a kernel, from queries per key-value head and head dim."""
     C, R, ROWS = triton.next_power_of_2(D), 1, 1
     if matrix:
-        # The matrix unit takes at least 16 of each.
+        # The matrix unit needs at least 16 channels and 16 queries.
         C = max(16, C)
         R = max(n for n in range(1, MAX_ROWS + 1) if group % n == 0)
         ROWS = max(16, triton.next_power_of_2(R))
-    # And no fewer keys than that, whatever the head dim.
+    # It also needs at least 16 keys, for any head dim.
     tile = max(16, min(MAX_KEYS, values // C))
     return {"R": R, "ROWS": ROWS, "SHARING": group // R, "D": D, "C": C, "TILE": tile}
 
@@ -349,13 +352,13 @@ def _attend(
     q = q.contiguous()
     space = HALF if q.itemsize == 2 else FLOAT32
     setting = space.at(device, *tuning_key(q, k_cache, v_cache, length))
-    # Queries that share a head's keys read them once, which only the matrix unit can.
+    # Queries that share a head's keys read them once, which only the matrix unit form does.
     matrix = q.itemsize == 2 and (H > G or setting.matrix == 1)
     constants = _constants(H // G, D, matrix, setting.values)
     heads, each = H // constants["R"], False
     if lengths is not None:
         length, each = lengths.contiguous(), lengths.numel() > 1
-    # Bits do not depend on this: a pair is one whoever has it.
+    # Bits do not depend on this: each pair is computed by one program in any case.
     most = setting.resident * WANTED_PROGRAMS if matrix and not each else 0
     resident = 0 < most < B * heads
     with on(device):

@@ -1,18 +1,18 @@
 """Triton `ops.group_norm_silu`: statistics, then normalise and SiLU; maps are channels last.
 
-What it computes: silu((x - mean) * rstd * weight + bias), mean and rstd of an image's group of
-channels over all pixels; x [B, C, H, W] with the channels next to each other in memory. Three
-launches: `_partial` reads x and leaves a mean and a sum of squared differences from it for each
-channel of a chunk of pixels, `_combine` makes a group's of them, `_normalize` reads x again and
-writes. No layout is copied. Backward two passes as well: `_grad_partial` sums over chunks of
-pixels, `_grad` writes; nothing is added up by atomics, and chunks do not depend on the batch, so
-bits repeat.
+What it computes: silu((x - mean) * rstd * weight + bias), with the mean and rstd of each group of
+channels of an image over all pixels; x [B, C, H, W] with contiguous channels. Three launches:
+`_partial` reads x and writes, for each channel of a chunk of pixels, the mean and the sum of
+squared differences from it; `_combine` reduces these to a group's statistics; `_normalize` reads x
+again and writes the result. No layout is copied. The backward pass also takes two passes over x:
+`_grad_partial` sums over chunks of pixels, `_grad` writes. There are no atomics, and chunks do not
+depend on the batch, so bits repeat.
 
-Bytes: forward 3 |x|, backward 5 |x|. Of 128 x 336 x 336 in bfloat16 for 64 pictures 1.85 GB a pass,
-5.5 GB forward, 1.3 ms at an H200's 4.3 TB/s; ATen took 28 ms for all norms of a decode, and 77 ms
-for copies into the other layout and back. group_norm_silu.md has the cost of a decode.
+Bytes: forward 3 |x|, backward 5 |x|. For 128 x 336 x 336 in bfloat16 and 64 images: 1.85 GB per
+pass, 5.5 GB forward, 1.3 ms at an H200's 4.3 TB/s. ATen took 28 ms for all norms of a decode, and
+77 ms for copies into the other layout and back. group_norm_silu.md has the cost of a decode.
 
-Here too: the same with a bias that belongs to the convolution before (``shift``), for
+This module also has the same op with the bias of the preceding convolution (``shift``), for
 `residual_block`.
 """
 
@@ -28,9 +28,9 @@ from .linear import _sigmoid
 from .registered import differentiable, registered
 from .tuning import Space
 
-# Of the kernels that sum: ``values`` of x in a tile, of which a program's threads keep sums of
-# their own; an image is cut into at most ``chunks``, which `_combine` holds at once. On an H200, 16
-# maps of 84 pixels and 256 channels in bfloat16 take 38 us with 64 chunks, 85 with 256.
+# For the kernels that sum: ``values`` of x per tile, with separate sums for each position of the
+# tile; an image is cut into at most ``chunks``, which `_combine` holds at once. On an H200, 16 maps
+# of 84 pixels and 256 channels in bfloat16 take 38 us with 64 chunks, 85 with 256.
 SUMS = Space(
     "group_norm_silu.sums",
     {"values": (2048, 4096), "warps": (4, 8), "chunks": (64, 128)},
@@ -38,7 +38,7 @@ SUMS = Space(
     bits=("values", "chunks"),
     valid=lambda setting: setting.values >= 512 * setting.warps,
 )
-# Of those that write a map: ``values`` in a tile, ``tiles`` a program.
+# For the kernels that write a map: ``values`` per tile, ``tiles`` per program.
 MAPS = Space(
     "group_norm_silu.maps",
     {"values": (2048, 4096, 8192), "warps": (4, 8), "tiles": (1, 4)},
@@ -46,19 +46,19 @@ MAPS = Space(
     valid=lambda setting: setting.values >= 512 * setting.warps,
 )
 SPACES = (SUMS, MAPS)
-# Tiles that a kernel which sums asks for at once: 64 bytes a thread and tile pair of bfloat16.
+# Tiles that the summing kernels load at once: 64 bytes per thread and tile pair of bfloat16.
 AHEAD = tl.constexpr(4)
 
 
 @triton.jit
 def _at(row, last, o_c, C):
-    """Where rows of a map [pixels, C] lie, and which of the values there are."""
+    """Offsets of rows of a map [pixels, C], and the mask of values that exist."""
     return row[:, None] * C + o_c[None, :], (row < last)[:, None] & (o_c < C)[None, :]
 
 
 @triton.jit
 def _shift(shift, o_c, C, SHIFTED: tl.constexpr):
-    """The bias of the convolution before, or nothing that counts."""
+    """The bias of the preceding convolution, or zeros."""
     if SHIFTED:
         by = tl.load(shift + o_c, mask=o_c < C, other=0.0).to(tl.float32)
     else:
@@ -68,7 +68,7 @@ def _shift(shift, o_c, C, SHIFTED: tl.constexpr):
 
 @triton.jit
 def _wide(v, by, SHIFTED: tl.constexpr):
-    """Values in float32, as the convolution's bias leaves them in their type."""
+    """Values in float32, after adding the convolution's bias and rounding to their dtype."""
     if SHIFTED:
         v = (v.to(tl.float32) + by[None, :]).to(v.dtype)
     return v.to(tl.float32)
@@ -79,16 +79,16 @@ def _partial(
     x, shift, partial, PIXELS, C, CHUNK,
     ROWS: tl.constexpr, C_P: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared differences of each channel over a chunk of an image's pixels."""
+    """Compute each channel's mean and sum of squared differences over a chunk of pixels."""
     chunk, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     x += image * PIXELS * C
     begin = chunk * CHUNK
     last = tl.minimum(begin + CHUNK, PIXELS)
     o_row, o_c = tl.arange(0, ROWS), tl.arange(0, C_P)
     by = _shift(shift, o_c, C, SHIFTED)
-    # Each place of the tile has sums of its own, of differences from what it meets first. That lies
-    # so near to the place's mean, beside its deviation, that at most the digits of the number of
-    # tiles cancel (group_norm_silu.md).
+    # Each position of the tile keeps its own sums, of differences from the first value it meets.
+    # Measured in deviations, that value is so close to the position's mean that at most the digits
+    # of the number of tiles cancel (group_norm_silu.md).
     at, m = _at(begin + o_row, last, o_c, C)
     first = tl.load(x + at, mask=m, other=0.0)
     origin = _wide(first, by, SHIFTED)
@@ -96,18 +96,18 @@ def _partial(
     for turn in range(begin + ROWS, last, ROWS * AHEAD):
         for i in tl.static_range(AHEAD):
             at, m = _at(turn + i * ROWS + o_row, last, o_c, C)
-            # What is not there differs by nothing.
+            # A masked value has a difference of zero.
             away = _wide(tl.load(x + at, mask=m, other=first), by, SHIFTED) - origin
             sums += away
             squares += away * away
-    # Places, of ``n`` pixels each, then combine (Chan, Golub and LeVeque).
+    # Then combine the positions, of ``n`` pixels each (Chan, Golub and LeVeque).
     n = tl.maximum(last - begin - o_row + ROWS - 1, 0) // ROWS
     each = (1.0 / tl.maximum(n, 1).to(tl.float32))[:, None]
     n = n.to(tl.float32)[:, None]
     means = origin + sums * each
     mean = tl.sum(means * (n / (last - begin)), axis=0)
     away = means - mean[None, :]
-    # Squares, less sums * sums / n: rounding alone may leave less than nothing.
+    # squares - sums * sums / n: rounding alone may make it negative.
     squares = tl.maximum(squares - sums * (sums * each), 0.0)
     squares = tl.sum(tl.where(n > 0.0, squares + n * (away * away), 0.0), axis=0)
     partial += (image * tl.num_programs(0) + chunk) * 2 * C
@@ -120,7 +120,7 @@ def _combine(
     partial, mean, rstd, PIXELS, C, CHUNK, COUNT, eps,
     WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, COUNT_P: tl.constexpr,
 ):  # fmt: skip
-    """Mean and 1 / deviation of one group of one image."""
+    """Compute mean and 1 / deviation of one group of one image."""
     group, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     k, c = tl.arange(0, COUNT_P), tl.arange(0, WIDTH_P)
     m = (k < COUNT)[:, None] & (c < WIDTH)[None, :]
@@ -140,7 +140,7 @@ def _combine(
 
 @triton.jit
 def _channels(mean, rstd, weight, bias, image, o_c, C, GROUPS, WIDTH: tl.constexpr):
-    """Of every channel: mean, 1 / deviation, weight and bias."""
+    """Mean, 1 / deviation, weight and bias of every channel."""
     m = o_c < C
     at = image * GROUPS + o_c // WIDTH
     return (
@@ -172,7 +172,7 @@ def _normalize(
 
 @triton.jit
 def _before_silu(grad, x, at, m, by, middle, scale, w, b, SHIFTED: tl.constexpr):
-    """Normalised values, and the gradient of what SiLU was given; 0 of what is not there."""
+    """Normalised values, and the gradient of the input of SiLU; 0 where masked."""
     v = _wide(tl.load(x + at, mask=m, other=0.0), by, SHIFTED)
     g = tl.load(grad + at, mask=m, other=0.0).to(tl.float32)
     normed = (v - middle[None, :]) * scale[None, :]
@@ -186,7 +186,7 @@ def _grad_partial(
     grad, x, shift, weight, bias, mean, rstd, partial, PIXELS, C, CHUNK, GROUPS,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, C_P: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """Sums over a chunk's pixels that are the gradients of bias and weight."""
+    """Sum the gradients of bias and weight over the pixels of a chunk."""
     chunk, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     x, grad = x + image * PIXELS * C, grad + image * PIXELS * C
     o_c = tl.arange(0, C_P)
@@ -212,7 +212,11 @@ def _grad(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, C_P: tl.constexpr, TILES: tl.constexpr,
     SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """``means`` [B, 2, GROUPS]: of the normalised values' gradient, and of that times them."""
+    """Write the gradient of x.
+
+    ``means`` [B, 2, GROUPS]: the group means of g, the gradient of the normalised values, and of
+    g times the normalised values.
+    """
     chunk, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     x, grad, out = x + image * PIXELS * C, grad + image * PIXELS * C, out + image * PIXELS * C
     o_c = tl.arange(0, C_P)
@@ -237,12 +241,12 @@ def unsupported_reason(
 
 
 def unsupported_map(x: Tensor, channels: int = 1) -> str | None:
-    """Why this cannot take a map, nor one of so many channels with its pixels, or None."""
+    """Why this cannot take the map x, or a map of ``channels`` of the same size, or None."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes float32, float16 and bfloat16, not {x.dtype}"
     if (channels := max(channels, x.shape[1])) > 2048:
         return f"it takes at most 2048 channels, not {channels}"
-    # Within an image the kernels count in 32 bits, up to a tile beyond it.
+    # Within an image, and up to a tile beyond it, the kernels use 32-bit indices.
     if channels * x.shape[2:].numel() >= 2**30:
         return "it takes less than 2^30 values per image"
     if x.shape[0] >= 2**16:
@@ -253,7 +257,7 @@ def unsupported_map(x: Tensor, channels: int = 1) -> str | None:
 def tuning_key(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float
 ) -> tuple[str, int]:
-    """What a measurement of a call counts for: kind and size, see `tuning`."""
+    """Kind and size under which a measurement is stored; see `tuning`."""
     return _key(x)
 
 
@@ -262,28 +266,28 @@ def _key(x: Tensor) -> tuple[str, int]:
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
-    """See `vfmtok_fast.ops.group_norm_silu`; takes what `unsupported_reason` lets pass."""
+    """See `vfmtok_fast.ops.group_norm_silu`; takes calls that `unsupported_reason` accepts."""
     return norm_silu(x, None, weight, bias, num_groups, eps)
 
 
 def norm_silu(
     x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, num_groups: int, eps: float
 ) -> Tensor:
-    """`group_norm_silu` of x + shift [C], which is not written anywhere."""
-    # A copy where it is not.
+    """`group_norm_silu` of x + shift [C]; the sum is never written to memory."""
+    # Copies only if x is not channels last.
     x = x.contiguous(memory_format=torch.channels_last)
     return torch.ops.vfmtok_fast.group_norm_silu_triton(x, shift, weight, bias, num_groups, eps)[0]
 
 
 def _rows(values: int, C: int, pixels: int) -> dict[str, int]:
-    """Rows of a tile of so many values, and its width."""
+    """Rows and width of a tile of ``values`` values."""
     wide = triton.next_power_of_2(C)
     rows = max(1, min(values // wide, triton.next_power_of_2(max(1, pixels))))
     return {"ROWS": rows, "C_P": wide}
 
 
 def _sums_grid(x: Tensor) -> tuple[dict[str, int], dict[str, int], int]:
-    """Numbers and constants of a kernel that sums, and into how many chunks an image is cut."""
+    """Arguments and constants of a kernel that sums, and the number of chunks per image."""
     setting = SUMS.at(x.device, *_key(x))
     C, pixels = x.shape[1], x.shape[2:].numel()
     constants = _rows(setting.values, C, pixels)
@@ -294,7 +298,7 @@ def _sums_grid(x: Tensor) -> tuple[dict[str, int], dict[str, int], int]:
 
 
 def maps_grid(x: Tensor, pixels: int) -> tuple[dict[str, int], int]:
-    """Constants of a kernel that writes maps like x, and its programs for so many pixels."""
+    """Constants of a kernel that writes maps like x, and its number of programs for ``pixels``."""
     setting = MAPS.at(x.device, *_key(x))
     constants = _rows(setting.values, x.shape[1], pixels)
     programs = triton.cdiv(pixels, constants["ROWS"] * setting.tiles)
@@ -304,7 +308,7 @@ def maps_grid(x: Tensor, pixels: int) -> tuple[dict[str, int], int]:
 def _forward(
     x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The result; mean and 1 / deviation, float32 [B, groups]."""
+    """Return the result, and mean and 1 / deviation as float32 [B, groups]."""
     B, C = x.shape[:2]
     out = torch.empty_like(x, memory_format=torch.channels_last)
     mean = torch.empty(B, groups, dtype=torch.float32, device=x.device)
@@ -334,7 +338,7 @@ def _backward_launch(
     grad: Tensor, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor,
     rstd: Tensor, groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, weight and bias; the latter two in float32."""
+    """Return the gradients of x, weight and bias; the latter two in float32."""
     B, C = x.shape[:2]
     grad = grad.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x, memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""What launches share: the device they go to, and whether a step's kernels overlap."""
+"""Launch helpers shared by the kernels: the target device, and overlap within a step."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ import triton.language as tl
 
 from . import tuning
 
-# Whether a kernel of a decoding step may begin while the one before it ends (programmatic dependent
-# launch): it asks for its weights, then waits. None: where the chip can, from sm_90 on; False:
-# nowhere; then `switch.new_generation` has graphs captured anew. decode_step/README.md says
-# why this is safe, and `make aot` looks for it in the machine code.
+# Whether a kernel of a decoding step may start while the previous one is still finishing
+# (programmatic dependent launch): it requests its weights, then waits. None: if the chip supports
+# it, from sm_90 on; False: never. After a change, `switch.new_generation` causes graphs to be
+# captured again. decode_step/README.md explains why this is safe, and `make aot` checks the machine
+# code.
 OVERLAP: bool | None = None
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which may be another one."""
+    """Make ``device`` current for a Triton launch, which goes to the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _can_overlap(device: torch.device) -> bool:
     if tuning.pretending():
         return tuning.capability(device) >= 90
-    # Graphs have had edges for this since CUDA 12.3; torch runs with older drivers too.
+    # CUDA graphs have supported this since CUDA 12.3; torch also runs with older drivers.
     return device.type == "cuda" and tuning.capability(device) >= 90 and _driver_version() >= 12030
 
 
 @functools.cache
 def _driver_version() -> int:
-    """Of CUDA, 12030 for 12.3; 0 where there is none."""
+    """CUDA version that the driver supports, 12030 for 12.3; 0 if there is no driver."""
     version = ctypes.c_int(0)
     try:
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
@@ -43,26 +44,27 @@ def _driver_version() -> int:
 
 
 def overlap(device: torch.device) -> dict[str, bool]:
-    """Arguments of a kernel that can overlap with its neighbours."""
+    """Launch arguments for a kernel that can overlap with its neighbours."""
     wanted = _can_overlap(device) if OVERLAP is None else OVERLAP
     return {"OVERLAP": True, "launch_pdl": True} if wanted else {"OVERLAP": False}
 
 
 @triton.jit
 def _let_next_begin():
-    """From now on the next kernel may start, up to where it waits for this one to end.
+    """Let the next kernel start; it runs up to the point where it waits for this one to end.
 
-    Best called after `_wait_for_last`. Before it is safe too, for the next kernel waits itself, but
-    kernels queue up by five to seven then, and those that wait hold the room of those that work.
-    GPT-L, one image, on an H200: 218 ms so, 151 ms after the wait, 176 ms without overlap.
+    Best called after `_wait_for_last`. Calling it earlier is safe too, because the next kernel
+    waits itself. But then five to seven kernels queue up, and the waiting ones occupy resources
+    that the working ones need. GPT-L, one image, on an H200: 218 ms if called before the wait,
+    151 ms after it, 176 ms without overlap.
     """
     tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def _wait_for_last():
-    """Wait until the kernel before has ended.
+    """Wait until the previous kernel has ended.
 
-    Only from here on may be read what it wrote, and written what it read.
+    Only after this call may a kernel read what the previous one wrote, or write what it read.
     """
     tl.extra.cuda.gdc_wait()

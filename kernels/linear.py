@@ -1,12 +1,13 @@
 """Triton `ops.linear`: cuBLAS's product with the bias in its epilogue, then exact GELU in place.
 
-What it computes: z = x @ weight.T + bias by torch; then z/2 * (1 + erf(z / sqrt 2)), in float32, of
-16 bytes a thread, over z itself, with a short formula for erf where z is of half precision; where
-gradients are wanted, into new memory, for they need z. ReLU is torch's own, in place. SwiGLU's gate
-is one pass of 3 N / 2 values a row without gradients, and torch's own with them.
+What it computes: z = x @ weight.T + bias by torch; then z/2 * (1 + erf(z / sqrt 2)) in float32,
+16 bytes per thread, written over z, with a short formula for erf if z has half precision. If
+gradients are needed, the result goes to new memory, because they need z. ReLU is torch's own, in
+place. SwiGLU's gate is one pass over 3 N / 2 values per row without gradients, and torch's own with
+them.
 
-Bytes of the GELU for 64 x 581 rows of 4,096 in bfloat16: 305 MB read and 305 written, 142 us at an
-H200's 4.3 TB/s. linear.md has the cost in the tokenizer.
+Bytes of the GELU for 64 x 581 rows of 4,096 in bfloat16: 305 MB read and 305 MB written, 142 us at
+an H200's 4.3 TB/s. linear.md has the cost in the tokenizer.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from torch import Tensor
 from .launch import on
 from .registered import differentiable, registered
 
-# Of a program: 16 bytes a thread of half precision, and four such loads in flight.
+# Values and warps per program: 16-byte loads per thread in half precision, four in flight.
 BLOCK, WARPS = 4096, 4
-# Of a row of a gate at most, in a tile of BLOCK: a warp's loads of half precision.
+# Most values of a row in a gate's tile of BLOCK: one load of a warp in half precision.
 GATE = 256
-# The interpreter knows no machine code.
+# The interpreter cannot run inline assembly.
 ASM = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
 def _reciprocal(x):
-    """1 / x of a number that is no subnormal; a division would scale first."""
+    """1 / x for x that is not subnormal; a full division would rescale first."""
     if ASM:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -44,11 +45,12 @@ def _reciprocal(x):
 
 @triton.jit
 def _normal(z, ROUNDED: tl.constexpr):
-    """The normal distribution's share below z, and its density there.
+    """Standard normal CDF and density at z.
 
-    ROUNDED: the share to 3e-7, and far below 0 to 0.2 % of itself down to -5, to 1 % down to -8, as
-    results of half precision are rounded by 0.4 %: Abramowitz and Stegun, 7.1.26, in the normal
-    distribution's units. It shares the exponential with the density.
+    ROUNDED: the CDF has an absolute error of 3e-7, and far below 0 a relative error of 0.2 % down
+    to -5 and 1 % down to -8, where half-precision results are rounded by 0.4 %. The formula is
+    Abramowitz and Stegun, 7.1.26, in units of the normal distribution. It shares the exponential
+    with the density.
     """
     if ROUNDED:
         e = tl.exp2(z * z * -0.7213475204444817)
@@ -65,7 +67,7 @@ def _normal(z, ROUNDED: tl.constexpr):
 def _sigmoid(z):
     """1 / (1 + exp(-z)) in float32."""
     if ASM:
-        # At least 1, so the plain instruction's range is enough.
+        # The denominator is at least 1, so the approximate instruction's range is enough.
         return _reciprocal(1.0 + tl.exp2(z * -1.4426950408889634))
     else:
         return tl.sigmoid(z)
@@ -73,8 +75,9 @@ def _sigmoid(z):
 
 @triton.jit
 def _gate(z, out, rows, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """silu(z[:, :N]) * z[:, N:], rounded in between as torch does."""
-    # A constant: of an argument Triton asks only whether 16 divides it, and loads 1,368 one by one.
+    """silu(z[:, :N]) * z[:, N:], with silu rounded first, as in torch."""
+    # N is a constant: for an argument Triton checks only divisibility by 16, and with N = 1,368 the
+    # loads would be single values.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     m = (row < rows) & (at < N)
@@ -113,7 +116,7 @@ def unsupported_reason(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """See `vfmtok_fast.ops.linear`; takes what `unsupported_reason` lets pass."""
+    """See `vfmtok_fast.ops.linear`; takes calls that `unsupported_reason` accepts."""
     z = F.linear(x, weight, bias)
     if activation is None:
         return z

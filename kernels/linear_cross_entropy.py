@@ -1,15 +1,17 @@
-"""Triton `ops.linear_cross_entropy`: between cuBLAS's products, what turns logits into gradients.
+"""Triton `ops.linear_cross_entropy`: turns logits into gradients between cuBLAS products.
 
-What it computes: rows in chunks of CHUNK_BYTES of logits z [rows, V] = x @ weight.T (cuBLAS). One
-program a row takes the maximum m, the sum of exp(z - m), the loss log(sum) - (z_target - m), and
-writes softmax(z) - target over z, in place. From those cuBLAS makes the gradients of x and, added
-up in float32 over the chunks, of weight. All of that is in the forward pass where the loss is
-reduced; the backward pass scales, one read and one write. With reduction "none" the backward pass
-makes the logits again, and rows have factors.
+What it computes: rows are processed in chunks of CHUNK_BYTES of logits z [rows, V] = x @ weight.T
+(cuBLAS). One program per row computes the maximum m, the sum of exp(z - m) and the loss
+log(sum) - (z_target - m), and writes softmax(z) - target over z, in place. From these cuBLAS
+computes the gradients of x and of weight; the latter accumulates in float32 over the chunks. If the
+loss is reduced, all of this happens in the forward pass, and the backward pass only scales, with
+one read and one write. With reduction "none" the backward pass recomputes the logits, and each row
+has its own factor.
 
-Bytes besides the products, for N = 32,768 rows, C = 1,024, V = 16,384 in bfloat16: logits read and
-written once by the kernel, 2.1 GB, 0.50 ms at an H200's 4.3 TB/s, and a chunk of 128 MiB is not far
-larger than its cache; 8 sums of 67 MB read and written. linear_cross_entropy.md has the rest.
+Bytes besides the products, for N = 32,768 rows, C = 1,024, V = 16,384 in bfloat16: the kernel reads
+and writes the logits once, 2.1 GB, 0.50 ms at an H200's 4.3 TB/s, and a chunk of 128 MiB is not
+much larger than its cache; 8 sums of 67 MB are read and written. linear_cross_entropy.md has the
+rest.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ from ..functional import factor, head_in_chunks, reduced
 from .launch import on
 from .registered import differentiable, registered
 
-# Of logits that are there at a time: 4,096 rows of 16,384 in half precision are enough for whole
+# Bytes of logits in memory at a time: 4,096 rows of 16,384 in half precision are enough for full
 # waves of a product's tiles. Not measured.
 CHUNK_BYTES = 2**27
-# A row of up to so many logits is read once and held in registers, 32 a thread.
+# A row of up to this many logits is read once and held in registers, 32 per thread.
 HELD_LOGITS = 16384
-# Of a program that scales, see linear.py.
+# Values and warps per program of the scaling kernel; see linear.py.
 BLOCK, WARPS = 4096, 4
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -42,7 +44,7 @@ def _cross_entropy(
     BLOCK: tl.constexpr, HELD: tl.constexpr, SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr,
     WRITE: tl.constexpr,
 ):  # fmt: skip
-    """A row's loss, and over its logits the gradient of that times ``grad``."""
+    """Compute a row's loss and overwrite its logits with their gradient, times ``grad``."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * V
     o_v = tl.arange(0, BLOCK)
@@ -55,7 +57,7 @@ def _cross_entropy(
                 tl.store(logits + first + o_v, zeros, mask=first + o_v < V)
     else:
         inside = (target >= 0) & (target < V)
-        # What is no code makes NaN.
+        # A target that is not a code gives NaN.
         z_target = tl.load(logits + target, mask=inside, other=float("nan")).to(tl.float32)
         below = 0.0
         if HELD:
@@ -105,7 +107,7 @@ def _cross_entropy(
                     z = tl.load(logits + first + o_v, mask=m_v, other=0.0).to(tl.float32)
                     g = tl.exp(z - most) * scale - spread
                     tl.store(logits + first + o_v, g.to(logits.dtype.element_ty), mask=m_v)
-            # Once more at the target, instead of a comparison for each logit.
+            # Write the target's entry again instead of comparing every logit with the target.
             tl.debug_barrier()
             g = tl.exp(z_target - most) * scale - spread - by * at_target
             tl.store(logits + target, g.to(logits.dtype.element_ty), mask=inside)
@@ -113,7 +115,7 @@ def _cross_entropy(
 
 @triton.jit
 def _scale(x, by, out, numel, BLOCK: tl.constexpr):
-    """In float32: torch would round the factor to the type of x."""
+    """Multiply by a factor in float32; torch would round the factor to the dtype of x."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + at, mask=at < numel).to(tl.float32) * tl.load(by)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=at < numel)
@@ -133,8 +135,8 @@ def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None,
     ignore_index: int, label_smoothing: float, reduction: str,
 ) -> Tensor:  # fmt: skip
-    """See `vfmtok_fast.ops.linear_cross_entropy`; takes what `unsupported_reason` lets pass."""
-    # Unreduced losses have a gradient each, which is not known yet.
+    """See `vfmtok_fast.ops.linear_cross_entropy`; takes calls that `unsupported_reason` accepts."""
+    # Each unreduced loss has its own gradient, which is not known yet.
     learns = torch.is_grad_enabled() and reduction != "none"
     wanted = [learns and part is not None and part.requires_grad for part in (x, weight, bias)]
     return torch.ops.vfmtok_fast.linear_cross_entropy_triton(
@@ -160,7 +162,7 @@ def _add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == sums.dtype:
         sums.addmm_(a, b)
     elif a.device.type == "cuda":
-        # Products of half precision that are never rounded to it.
+        # Half-precision operands with a float32 result that is never rounded to half precision.
         torch.addmm(sums, a, b, out_dtype=sums.dtype, out=sums)
     else:
         sums.addmm_(a.to(sums.dtype), b.to(sums.dtype))
@@ -198,7 +200,7 @@ def _like(x, weight, targets, bias, ignore_index, smoothing, reduction: str, wan
     _like,
 )
 def _forward(x, weight, targets, bias, ignore_index, smoothing, reduction, wanted):
-    """The loss; gradients of the sum of the rows' losses, those of weight and bias in float32."""
+    """Return the loss and the gradients of the summed losses; weight's and bias's in float32."""
     losses, *by = _chunks(x, weight, targets, bias, None, ignore_index, smoothing, wanted)
     return reduced(losses, targets, ignore_index, reduction), *by
 
@@ -211,7 +213,7 @@ def _forward(x, weight, targets, bias, ignore_index, smoothing, reduction, wante
     ),
 )
 def _again(grad, x, weight, targets, bias, ignore_index, smoothing, wanted):
-    """Gradients of the rows' losses with factors."""
+    """Return the gradients of the rows' losses, weighted by ``grad``."""
     made = _chunks(x, weight, targets, bias, grad.contiguous(), ignore_index, smoothing, wanted)
     return tuple(one.to(x.dtype) for one in made[1:])
 

@@ -1,13 +1,13 @@
-"""Triton `ops.patch_embed`: one pass from pictures to normalised patches, and cuBLAS's product.
+"""Triton `ops.patch_embed`: one pass from images to normalised patches, then cuBLAS's product.
 
 What it computes: rows [B * patches, 3 P P] of ((clamp(x) + 1) / 2 - mean) / std in float32, rounded
-to the weight's type, with columns up to a multiple of 8 that are zeros; then a linear layer with
-the convolution's weight as it lies, padded likewise. cuBLAS wants rows of 16 bytes' multiples: of
-14 x 14 patches in half precision 588 columns become 592.
+to the weight's dtype and padded with zero columns to a multiple of 8; then a linear layer with the
+convolution's weight, in its memory layout and padded likewise. cuBLAS needs rows that are multiples
+of 16 bytes: for 14 x 14 patches in half precision, 588 columns become 592.
 
-Cost for 64 pictures of 336 pixels on an H200, predicted: 87 MB of float32 read and 44 MB written,
+Cost for 64 images of 336 pixels on an H200, predicted: 87 MB of float32 read and 44 MB written,
 31 us at 4.3 TB/s, and a product of 45 GFLOP, 65 us. Six elementwise passes, cuDNN's convolution
-with its copies of layouts, and the copy of its result took 2.3 ms (measured, bfloat16).
+with its layout copies, and the copy of its result took 2.3 ms (measured, bfloat16).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from .launch import on
 from .registered import registered
 
-# Values of a program: whole patches, next to one another, share the sectors that they cut.
+# Values per program: whole adjacent patches, which share the memory sectors at their borders.
 VALUES = 8192
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -32,7 +32,7 @@ def _patches(
     SIDE: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS patches of all pictures, one after the other: out [count, COLUMNS]."""
+    """Write ROWS consecutive patches, counted over all images: out [count, COLUMNS]."""
     patch = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDE)
     grid: tl.constexpr = SIDE // P
@@ -44,7 +44,7 @@ def _patches(
     value = tl.load(
         images + corner[:, None] + (colour * (SIDE * SIDE) + y * SIDE + x)[None, :], mask=m, other=0
     ).to(tl.float32)
-    # NaN stays NaN, as torch's clamp leaves it.
+    # NaN stays NaN, as in torch's clamp.
     value = tl.maximum(value, -1.0, propagate_nan=tl.PropagateNan.ALL)
     value = tl.minimum(value, 1.0, propagate_nan=tl.PropagateNan.ALL)
     middle = tl.load(mean + colour, mask=there, other=0.0).to(tl.float32)[None, :]
@@ -70,7 +70,7 @@ def unsupported_reason(
 
 
 def patch_embed(images: Tensor, mean: Tensor, std: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """See `vfmtok_fast.ops.patch_embed`; takes what `unsupported_reason` lets pass."""
+    """See `vfmtok_fast.ops.patch_embed`; takes calls that `unsupported_reason` accepts."""
     P = weight.shape[-1]
     rows = torch.ops.vfmtok_fast.patches_triton(images, mean, std, P, weight.dtype)
     flat = weight.flatten(1)

@@ -1,4 +1,4 @@
-"""A launcher of kernels as an op of torch: what `torch.compile` calls without looking inside."""
+"""Register kernel launchers as torch ops, which `torch.compile` calls without tracing them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-# Ops live as long as the library that defined them.
+# Ops live as long as the library object that defined them.
 library = torch.library.Library("vfmtok_fast", "FRAGMENT")
 
 
@@ -17,9 +17,9 @@ def registered(
     """Register a function as ``torch.ops.vfmtok_fast.<name>`` and return the op in its place.
 
     Args:
-        schema: ``"name(Tensor x, Tensor(a!) written, ...) -> Tensor"``, as torch words it.
-        fake: makes results of the right shape and dtype from arguments without values; None for an
-            op that returns nothing.
+        schema: ``"name(Tensor x, Tensor(a!) written, ...) -> Tensor"``, in torch's schema syntax.
+        fake: returns results of the right shape and dtype from arguments without values; None for
+            an op that returns nothing.
     """
     name = schema.partition("(")[0]
 
@@ -38,13 +38,15 @@ def differentiable(
     launcher: str, setup: Callable[..., None], backward: Callable[..., Any],
     derivatives: Sequence[str], without: str,
 ) -> None:  # fmt: skip
-    """Give a launcher its first derivative, and asking for a second one an error.
+    """Register the first derivative of a launcher, and an error for second derivatives.
 
     Args:
         launcher: its name, as in the schema.
-        setup, backward: as `torch.library.register_autograd` takes them.
-        derivatives: launchers of the backward pass; torch would take their derivatives for zero.
-        without: what the error says to leave out of ``enable``: ops, the first of which it names.
+        setup, backward: as for `torch.library.register_autograd`.
+        derivatives: launchers of the backward pass; without the error, torch would treat their
+            derivatives as zero.
+        without: ops that the error says to leave out of ``enable``; the error names the first one
+            as its source.
     """
 
     def refuse(ctx, *grads: Any) -> None:

@@ -1,12 +1,12 @@
 """Triton `ops.residual_block`: cuDNN's convolutions between the kernels of `group_norm_silu`.
 
-What it computes: x + conv2(silu(norm2(conv1(silu(norm1(x)))))), x and all between channels last.
-PyTorch adds a convolution's bias by a pass of its own. Here the first one's goes into the norm that
-follows, where it costs nothing, and the second one's and the shortcut's into the addition of x, a
-pass anyway.
+What it computes: x + conv2(silu(norm2(conv1(silu(norm1(x)))))), with x and all intermediate maps
+channels last. PyTorch adds a convolution's bias in a separate pass. Here the bias of the first
+convolution is added in the following norm, where it costs nothing. The biases of the second
+convolution and of the shortcut are added together with x, which takes a pass anyway.
 
-Passes over a map of O channels beside the convolutions: 3 and 3 for the norms, 3 for the sum; ATen
-makes 3 + 2 for each norm and SiLU, 2 for each bias and 3 for the sum. group_norm_silu.md has the
+Passes over a map of O channels besides the convolutions: 3 and 3 for the norms, 3 for the sum. ATen
+needs 3 + 2 for each norm and SiLU, 2 for each bias and 3 for the sum. group_norm_silu.md has the
 cost of a decode.
 """
 
@@ -30,7 +30,7 @@ def _add(
     h, bias, x, shift, PIXELS, C, ROWS: tl.constexpr, C_P: tl.constexpr, TILES: tl.constexpr,
     ADDED: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """h += bias, and where ADDED x, or x + shift, all channels last."""
+    """h += bias; if ADDED, also x, or x + shift if SHIFTED; all channels last."""
     begin = tl.program_id(0).to(tl.int64) * (ROWS * TILES)
     h, x = h + begin * C, x + begin * C
     last = tl.minimum(PIXELS - begin, ROWS * TILES).to(tl.int32)
@@ -38,7 +38,7 @@ def _add(
     b, by = _shift(bias, o_c, C, True), _shift(shift, o_c, C, SHIFTED)
     for turn in range(0, last, ROWS):
         at, m = _at(turn + tl.arange(0, ROWS), last, o_c, C)
-        # Rounded in between, as a convolution's result is.
+        # Rounded before the addition, as the result of a convolution is.
         v = _wide(tl.load(h + at, mask=m, other=0.0), b, True)
         if ADDED:
             v += _wide(tl.load(x + at, mask=m, other=0.0), by, SHIFTED)
@@ -60,7 +60,7 @@ def _add_in_place(h: Tensor, bias: Tensor, x: Tensor | None, shift: Tensor | Non
         )  # fmt: skip
 
 
-# h += bias + x + shift over channels; h and x channels last.
+# h += bias + x + shift, with bias and shift per channel; h and x are channels last.
 add_in_place = registered(
     "bias_add_triton(Tensor(a!) h, Tensor bias, Tensor? x, Tensor? shift) -> ()"
 )(_add_in_place)
@@ -78,14 +78,14 @@ def residual_block(
     x: Tensor, norm1: Pair, conv1: Pair, norm2: Pair, conv2: Pair, shortcut: Pair | None,
     num_groups: int, eps: float,
 ) -> Tensor:  # fmt: skip
-    """See `vfmtok_fast.ops.residual_block`; takes what `unsupported_reason` lets pass."""
+    """See `vfmtok_fast.ops.residual_block`; takes calls that `unsupported_reason` accepts."""
     x = _last(x)
     h = _last(F.conv2d(norm_silu(x, None, *norm1, num_groups, eps), conv1[0], padding=1))
     h = norm_silu(h, conv1[1], *norm2, num_groups, eps)
     wanted = (x, h, *conv2, *(shortcut or ()))
     if torch.is_grad_enabled() and any(part.requires_grad for part in wanted):
         h = F.conv2d(h, *conv2, padding=1)
-        # Under autocast x may be wider.
+        # Under autocast x may have a wider dtype.
         return h + (x if shortcut is None else F.conv2d(x, *shortcut)).to(h.dtype)
     h = _last(F.conv2d(h, conv2[0], padding=1))
     if shortcut is None:
@@ -96,5 +96,9 @@ def residual_block(
 
 
 def _last(x: Tensor) -> Tensor:
-    """cuDNN answers channels last to channels last; of one pixel or channel torch cannot tell."""
+    """Make x channels last.
+
+    cuDNN returns channels last for channels-last inputs, but with one pixel or one channel torch
+    cannot tell the layouts apart.
+    """
     return x.contiguous(memory_format=torch.channels_last)

@@ -1,18 +1,19 @@
 """Triton `ops.sample_token`: guidance, temperature, top-k, top-p and Gumbel-max.
 
-What it computes: for every row of logits [B, V] one code, int64 [B], with the reference's own noise
-and, up to ties within rounding, the reference's codes. One program per row, in two parts; where
-there are few rows up to eight programs share one, which all filter, and draw a part of the codes:
+What it computes: for every row of logits [B, V] one code, int64 [B], with the same noise as the
+reference and, except for ties within rounding, the same codes. One program per row, in two parts.
+With few rows, up to eight programs share a row: each runs the filters and draws among a part of the
+codes.
 
     filters  only with top-k or top-p: all V logits in registers, as integers of the same order;
-             thresholds are found by halving an interval of them
-    draw     4,096 codes a turn: logit plus noise, and the best so far of each lane
+             thresholds are found by bisection
+    draw     4,096 codes per iteration: logit plus noise, and the best so far of each lane
 
-Bytes: V logits per row, twice that with guidance, read once; after the filters the draw finds them
-in the first-level cache. B = 64, V = 16,384, float32, guided: 8.4 MB, 2 us at an H200's 4.3 TB/s.
-The floor is the noise: 95 instructions per code, all V on one multiprocessor, 7.0 us (predicted),
-which is why a row is shared where there are fewer rows than multiprocessors.
-sample_token.md has the measured times, the error of the noise, the searches and what was rejected.
+Bytes: V logits per row, twice that with guidance, read once; after the filters, the draw finds them
+in the L1 cache. B = 64, V = 16,384, float32, guided: 8.4 MB, 2 us at an H200's 4.3 TB/s. The noise
+sets the lower bound: 95 instructions per code, all V on one multiprocessor, 7.0 us (predicted).
+For this reason programs share a row if there are fewer rows than multiprocessors. sample_token.md
+has the measured times, the error of the noise, the searches and the rejected variants.
 """
 
 from __future__ import annotations
@@ -26,36 +27,36 @@ from .launch import _let_next_begin, _wait_for_last, on, overlap
 from .registered import registered
 from .tuning import Space, dtype_name
 
-# Codes of one turn of the draw, 8 in each thread, and programs of one row at most. The codes that
-# are drawn depend on neither.
+# ``chunk``: codes per iteration of the draw, 8 per thread; ``shares``: most programs per row. The
+# drawn codes depend on neither.
 DRAW = Space(
     "sample_token.draw",
     {"chunk": (2048, 4096), "shares": (1, 2, 4, 8)},
     {80: {"chunk": 4096, "shares": 8}},
 )
 SPACES = (DRAW,)
-# A turn where there are filters, which leave no registers for anything else.
+# Codes per iteration with filters, which leave no registers for another choice.
 FILTERED_CHUNK = 4096
 CODES_PER_WARP = 256
-# Programs are shared so far as to be 132, the multiprocessors of an H200; fewer than 1,024 codes
-# are no work worth a second launch.
+# Rows are shared until there are up to 132 programs, the multiprocessors of an H200. A share of
+# fewer than 1,024 codes is not worth a second launch.
 WANTED_PROGRAMS = 132
 SMALLEST_SHARE = 1024
-# Rows whose shares one program compares.
+# Rows per program of the launch that compares shares.
 BEST_ROWS = 32
-# The filters hold a key and a weight of every code: half of a multiprocessor's registers. Twice as
-# many codes spill on chips of the 8.0 and 9.0 generations, however many warps.
+# The filters hold a key and a weight for every code: half of a multiprocessor's registers. Twice as
+# many codes spill on compute capabilities 8.0 and 9.0 with any number of warps.
 LARGEST_FILTERED = 16384
 LARGEST = 2**30
-# Codes this far below the largest logit are never drawn, for the noise lies between -2.82 and
-# 22.88. So the filters need not tell them apart.
+# Codes this far below the largest logit are never drawn, because the noise lies between -2.82 and
+# 22.88. So the filters need not distinguish them.
 HOPELESS = tl.constexpr(32.0)
-# A search halves the interval of values so often, which comes closer faster, then that of keys,
-# which ends.
+# A search bisects by value for this many iterations, which converges faster, and then by key, which
+# always terminates.
 BY_VALUE = tl.constexpr(20)
 # Keys (see `_key`) of NaN and the sign bit of float32, as int32.
 NAN_KEY = tl.constexpr(2**31 - 1)
-# No code is larger.
+# Not smaller than any code.
 LAST = tl.constexpr(2**31 - 1)
 SIGN = tl.constexpr(-(2**31))
 # The bits of 2/3 as float32, the mask of sign and exponent, and log(2) per unit of masked bits.
@@ -66,14 +67,14 @@ LOG_2 = tl.constexpr(0.6931471805599453 * 2.0**-23)
 
 @triton.jit
 def _multiply(a, b):
-    """High and low word of a product; one instruction, where umulhi and * would be two."""
+    """High and low word of a product, in one instruction; umulhi and * would be two."""
     product = a.to(tl.uint64) * b
     return (product >> 32).to(tl.uint32), product.to(tl.uint32)
 
 
 @triton.jit
 def _philox(k0, k1, c0, c1, c2, c3):
-    """First word of Philox 4x32-10, as ``tl.philox`` and the reference have it."""
+    """First word of Philox 4x32-10, as in ``tl.philox`` and the reference."""
     for _ in tl.static_range(10):
         high0, low0 = _multiply(c0, 0xD2511F53)
         high1, low1 = _multiply(c2, 0xCD9E8D57)
@@ -85,7 +86,7 @@ def _philox(k0, k1, c0, c1, c2, c3):
 
 @triton.jit
 def _log1p(m):
-    """log(1 + m) for m in [-1/3, 1/3], off by 2^-27.6 of itself before rounding."""
+    """log(1 + m) for m in [-1/3, 1/3], with a relative error of 2^-27.6 before rounding."""
     p = tl.fma(m, -0.12891684, 0.13984437)
     p = tl.fma(p, m, -0.121842615)
     p = tl.fma(p, m, 0.14005868)
@@ -101,8 +102,8 @@ def _log1p(m):
 def _gumbel(word):
     """-log(-log(1 - u)) with u = (word + 1/2) / 2^32, rounded and clamped as in the reference."""
     u = tl.minimum((word.to(tl.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
-    # 1 - u = 2^k (1 + m) with 1 + m in [2/3, 4/3). For k < 0 all steps to m are exact. For k = 0
-    # it is -u: 1 - u has lost the low bits of a small u, which decide samples.
+    # 1 - u = 2^k (1 + m) with 1 + m in [2/3, 4/3). For k < 0 all steps to m are exact. For k = 0,
+    # m is -u: 1 - u has lost the low bits of a small u, and these bits decide samples.
     bits = (1.0 - u).to(tl.int32, bitcast=True)
     power = (bits - TWO_THIRDS) & POWER
     m = tl.where(power == 0, -u, (bits - power).to(tl.float32, bitcast=True) - 1.0)
@@ -115,7 +116,7 @@ def _gumbel(word):
 
 @triton.jit
 def _key(x):
-    """int32 in the order of float32: -0 equals 0, and NaN is above all."""
+    """Map float32 to int32 of the same order: -0 equals 0, and NaN is above all."""
     bits = x.to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, -(bits & NAN_KEY), bits)
     return tl.where(x != x, NAN_KEY, key)
@@ -129,7 +130,7 @@ def _value(key):
 
 @triton.jit
 def _read(logits, uncond, code, V: tl.constexpr):
-    """Logits as they are stored, conditional and not."""
+    """Load conditional and unconditional logits in their stored dtype."""
     x = tl.load(logits + code, mask=code < V, other=0.0)
     other = x
     if uncond is not None:
@@ -139,7 +140,7 @@ def _read(logits, uncond, code, V: tl.constexpr):
 
 @triton.jit
 def _guide(x, other, code, uncond, cfg_scale, temperature, V: tl.constexpr):
-    """Guided logits over temperature, rounded as in the reference on a CPU; -inf past the end."""
+    """Guided logits / temperature, rounded as in the reference on a CPU; -inf past the end."""
     x = x.to(tl.float32)
     if uncond is not None:
         other = other.to(tl.float32)
@@ -151,7 +152,7 @@ def _guide(x, other, code, uncond, cfg_scale, temperature, V: tl.constexpr):
 
 @triton.jit
 def _between(low, high, turn):
-    """A key above low and below high, which are not neighbours."""
+    """A key strictly between low and high, which must not be adjacent."""
     by_value = _key(_value(low) * 0.5 + _value(high) * 0.5)
     middle = (low & high) + ((low ^ high) >> 1)
     inside = (by_value > low) & (by_value < high) & (turn < BY_VALUE)
@@ -162,7 +163,7 @@ def _between(low, high, turn):
 def _top_k(key, low, high, top_k):
     """A key such that the codes above it are the top_k largest and their ties."""
     turn = 0
-    # Above low are top_k codes or more, above high fewer.
+    # top_k or more codes are above low, and fewer are above high.
     while low + 1 < high:
         middle = _between(low, high, turn)
         count = tl.sum((key > middle).to(tl.int32))
@@ -174,9 +175,9 @@ def _top_k(key, low, high, top_k):
 
 @triton.jit
 def _top_p(key, code, low, top, top_p, V: tl.constexpr):
-    """(key, code) such that the nucleus is what is above the key, or equals it up to the code."""
+    """(key, code): the nucleus is every key above, and equal keys up to and including the code."""
     largest = _value(top)
-    # The largest weigh exactly 1, also where they are infinite; what top-k dropped weighs nothing.
+    # The largest have weight 1 exactly, even if infinite; codes dropped by top-k have weight 0.
     left = tl.where(key < top, _value(key) - largest, 0.0)
     weight = tl.where(key > low, tl.exp(left), 0.0)
     high = top
@@ -184,8 +185,8 @@ def _top_p(key, code, low, top, top_p, V: tl.constexpr):
     mass_high = tl.zeros_like(mass_low)
     limit = mass_low * top_p
     turn = 0
-    # The mass above low is past the limit, that above high is not. Two codes between them weigh at
-    # least twice as much as low does, one belongs to the nucleus.
+    # The mass above low exceeds the limit, the mass above high does not. Two codes in between would
+    # weigh at least twice as much as low; a single one belongs to the nucleus.
     while (low + 1 < high) & (mass_low - mass_high >= 1.5 * tl.exp(_value(low) - largest)):
         middle = _between(low, high, turn)
         mass = tl.sum(tl.where(key > middle, weight, 0.0))
@@ -197,7 +198,7 @@ def _top_p(key, code, low, top, top_p, V: tl.constexpr):
         turn += 1
     last = -1
     if low + 1 == high:
-        # Those that equal high count one after the other: the mass before each must leave room.
+        # Codes equal to high count one after another while the mass before them is within limit.
         tied = key == high
         size = tl.where(high < top, tl.exp(_value(high) - largest), 1.0)
         room = tl.floor(tl.minimum(tl.div_rn(limit - mass_high, size), V)).to(tl.int32) + 1
@@ -217,12 +218,12 @@ def _top_p(key, code, low, top, top_p, V: tl.constexpr):
 def _filters(
     logits, uncond, cfg_scale, temperature, top_k, top_p, V: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """(value, code) such that what is above the value is kept, and equals up to the code."""
+    """(value, code): keep logits above the value, and equal ones up to and including the code."""
     code = tl.arange(0, BLOCK)
     x, other = _read(logits, uncond, code, V)
     key = _key(_guide(x, other, code, uncond, cfg_scale, temperature, V))
     top = tl.max(key)
-    # A row with NaN or +inf has no interval to search: only its largest are kept.
+    # A row with NaN or +inf has no interval to search: only its largest logits are kept.
     low = _key(_value(top) - HOPELESS) - 1
     last = -1
     if top_k is not None:
@@ -239,11 +240,11 @@ def _sample_token(
     V: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SHARES: tl.constexpr,
     GREEDY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One row, or a share of its codes, of which ``out`` [B, SHARES] receives the best as a number
-    that is larger for a larger key, then for a lower code.
+    """Draw for one row, or for a share of its codes.
 
-    What does nothing is None: uncond, temperature, top_k, top_p; and seed_high where seed_low is an
-    address of both.
+    With several shares, ``out`` [B, SHARES] receives the best code as a number that is larger for a
+    larger key, then for a lower code. Unused arguments are None: uncond, temperature, top_k, top_p;
+    and seed_high if seed_low is a pointer to the whole seed.
     """
     if OVERLAP:
         _wait_for_last()
@@ -275,16 +276,16 @@ def _sample_token(
     for start in range(first, first + each, CHUNK):
         code = start + o_code
         raw, other = next_x, next_other
-        # Not needed before the next turn: the noise of this one hides the latency.
+        # Needed only in the next iteration: the noise of this one hides the latency.
         next_x, next_other = _read(logits, uncond, code + CHUNK, V)
         x = _guide(raw, other, code, uncond, cfg_scale, temperature, V)
         if filtered:
-            # Not `x > threshold | ...`: NaN must pass.
+            # Not `x > threshold | ...`: NaN must be kept.
             dropped = (x < threshold) | ((x == threshold) & (code > last))
             x = tl.where(dropped, float("-inf"), x)
         if not GREEDY:
             x += _gumbel(_philox(k0, k1, code.to(tl.uint32), c1, c2, c3))
-        # The first NaN of a lane stays.
+        # The first NaN of a lane is kept.
         better = ((x > best) | (x != x)) & (best == best)
         best = tl.where(better, x, best)
         pick = tl.where(better, code, pick)
@@ -300,7 +301,7 @@ def _sample_token(
 
 @triton.jit(do_not_specialize=["rows"])
 def _best_share(shares, out, rows, SHARES: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):
-    """The largest of each row: of the largest key the lowest code."""
+    """Choose the best share of each row: the largest key, then the lowest code."""
     if OVERLAP:
         _wait_for_last()
         _let_next_begin()
@@ -333,10 +334,10 @@ def sample_token(
     cfg_scale: float = 1.0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
     greedy: bool = False, seed: int | Tensor = 0,
 ) -> Tensor:  # fmt: skip
-    """See `vfmtok_fast.ops.sample_token`; takes what `unsupported_reason` lets pass."""
+    """See `vfmtok_fast.ops.sample_token`; takes calls that `unsupported_reason` accepts."""
     at, number = (step, 0) if isinstance(step, Tensor) else (None, step)
     key, seed = (seed, 0) if isinstance(seed, Tensor) else (None, seed)
-    # torch passes integers as signed ones of 64 bits.
+    # torch passes integers as signed 64-bit.
     seed = seed - 2**64 if seed >= 2**63 else seed
     return _draw(
         logits, uncond_logits, image_ids, at, number, key, seed,
@@ -345,25 +346,27 @@ def sample_token(
 
 
 def tuning_key(logits: Tensor, *rest: object, **settings: object) -> tuple[str, int]:
-    """What a measurement of the op counts for: see `tuning`. Rows do not: an image must not depend
-    on the batch that it is in."""
+    """Kind and size under which a measurement is stored; see `tuning`.
+
+    The number of rows is not part of it, because an image must not depend on its batch.
+    """
     filtered = settings.get("top_k") or settings.get("top_p", 1.0) < 1
     return f"{dtype_name(logits)} V={logits.shape[1]}{' filtered' if filtered else ''}", 1
 
 
 def _signed(word: int) -> int:
-    """The low 32 bits as int32. Triton gives larger numbers another type, and compiles anew."""
+    """The low 32 bits as int32; larger numbers get another type and compile another variant."""
     return (word + 2**31) % 2**32 - 2**31
 
 
 def _shares(rows: int, V: int, most: int) -> int:
-    """Programs of a row, a power of two."""
+    """Programs per row, a power of two."""
     wanted = min(most, WANTED_PROGRAMS // rows, V // SMALLEST_SHARE)
     return 1 << max(0, wanted.bit_length() - 1)
 
 
 def _rows(logits: Tensor | None) -> Tensor | None:
-    """Codes side by side; rows stay where they are."""
+    """Make the codes of a row contiguous; the stride between rows may be any."""
     return logits if logits is None or logits.stride(1) == 1 else logits.contiguous()
 
 
@@ -402,10 +405,10 @@ def _draw(
             top_k if takes_k else None, top_p if takes_p else None,
             V=V, BLOCK=block if takes_k or takes_p else 0, CHUNK=min(chunk, block // shares),
             SHARES=shares, GREEDY=greedy,
-            # Products and sums are rounded apart, as torch does.
+            # Products and sums are rounded separately, as in torch.
             num_warps=warps, enable_fp_fusion=False, **overlap(logits.device),
-            # What 16 warps can have each: left alone, the assembler spills 8 bytes on chips of the
-            # 10.0 generation rather than take more than half of it.
+            # The most that each of 16 warps can have. Without it, the assembler spills 8 bytes on
+            # compute capability 10.0 rather than use more than half of that.
             maxnreg=128 if greedy else None,
         )  # fmt: skip
         if shares > 1:

@@ -7,10 +7,11 @@
      "ops": [{"op": "nearest_code", "kind": "float32 d=12", "size": 65536,
               "us": 372.8, "reference_us": 3599.9}, ...]}
 
-The user's tables lie in ``$XDG_CACHE_HOME/vfmtok_fast/tuned`` (``~/.cache`` without that); those of
-measured cards ship in ``kernels/tuned``. A user's table counts only for the Triton (major and minor
-version) and the vfmtok_fast that it was measured with; a shipped one always, as it is part of the
-package. A file that cannot be read is passed over, and says why.
+The user's tables are in ``$XDG_CACHE_HOME/vfmtok_fast/tuned`` (``~/.cache`` if that is not set);
+tables of measured cards ship in ``kernels/tuned``. A user's table is used only with the Triton
+(major and minor version) and the vfmtok_fast version it was measured with. A shipped table is
+always used, because it is part of the package. An unreadable file is skipped, and its
+`Table.problem` says why.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ MOST = 2**63
 SHIPPED = Path(__file__).resolve().parent / "tuned"
 FORMAT = 1
 
-# What the rows of a table are told apart by, and the numbers that each must have.
+# The keys that identify a row of a table, and the numbers that each row must have.
 _KEYS = {"settings": ("space", "kind", "size"), "ops": ("op", "kind", "size")}
 _NUMBERS = {"settings": ("us", "default_us"), "ops": ("us", "reference_us")}
 
@@ -44,7 +45,7 @@ Rows = dict[tuple[str, str], list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Table:
-    """One file: rows of ``settings`` by (space, kind), rows of ``ops`` by (op, kind)."""
+    """One file: rows of ``settings`` keyed by (space, kind), rows of ``ops`` by (op, kind)."""
 
     path: Path
     settings: Rows = field(default_factory=dict, repr=False)
@@ -62,19 +63,19 @@ class Table:
 
 
 def slug(card: str) -> str:
-    """File name of a card: ``"NVIDIA H200"`` -> ``"nvidia-h200"``."""
+    """File name for a card: ``"NVIDIA H200"`` -> ``"nvidia-h200"``."""
     return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
 
 
 def user_folder() -> Path:
-    """Where `tune` writes; RuntimeError where this user has no home."""
+    """The folder that `tune` writes to; raises RuntimeError if the user has no home directory."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "vfmtok_fast" / "tuned"
 
 
 def versions() -> dict[str, str]:
-    """The versions that a table is made with."""
-    # The package stands above its kernels; by now it is imported.
+    """The current versions, which a new table records."""
+    # The package that contains these kernels; it is imported by now.
     package = sys.modules[__name__.partition(".")[0]]
     return {
         "triton": triton.__version__,
@@ -84,9 +85,9 @@ def versions() -> dict[str, str]:
 
 
 def load_tables(card: str) -> tuple[Table, ...]:
-    """All tables of ``card``, the user's first, with those that do not count."""
+    """All tables for ``card``, the user's first, including those that are not used."""
     name, own = f"{slug(card)}.json", None
-    with contextlib.suppress(RuntimeError):  # In a container a user may have no home.
+    with contextlib.suppress(RuntimeError):  # In a container a user may have no home directory.
         own = _load(user_folder() / name, own=True)
     found = (own, _load(SHIPPED / name, own=False))
     return tuple(table for table in found if table is not None)
@@ -114,7 +115,7 @@ def _load(path: Path, own: bool) -> Table | None:
 
 
 def _mismatch(made_with: dict[str, str]) -> str:
-    """Which version a user's table was made with that is not this one."""
+    """Which recorded version of a user's table differs from the current one; empty if none."""
     now = versions()
     same = {
         "triton": lambda version: version.split(".")[:2],
@@ -137,7 +138,7 @@ def _by_key(rows: list[dict[str, Any]], name: str) -> Rows:
 
 
 def _defect(content: Any) -> str:
-    """What is wrong with a table's content, or nothing."""
+    """What is wrong with a table's content; empty if nothing."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return f"not a table of format {FORMAT}"
     found = content.get("versions")
@@ -158,28 +159,28 @@ def _defect(content: Any) -> str:
 
 
 def _is_time(value: Any) -> bool:
-    # A whole number may be too large for a float.
+    # An integer may be too large for a float.
     return type(value) in (int, float) and 0 < value < MOST and math.isfinite(value)
 
 
 def empty(card: str, made: str, source: str) -> dict[str, Any]:
-    """Content of a table without a row."""
+    """Content of a table without rows."""
     head = {"format": FORMAT, "card": card, "made": made, "source": source}
     return {**head, "versions": versions(), "settings": [], "ops": []}
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write ``content``; rows already there, of the same versions, stay unless it has them anew.
+    """Write ``content``, merged with the existing rows if those have the same versions.
 
-    Whoever writes at the same time waits, so both sets of rows end up in the file; and a reader
-    sees the old file or the new one, never a part.
+    Rows of ``content`` replace existing rows with the same keys. A concurrent writer waits, so both
+    sets of rows end up in the file. A reader sees either the old file or the new one, never a part.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.with_suffix(".lock")):
         before = _readable(path)
         if before is not None and before["versions"] == content["versions"]:
             content = {**content, **{p: _merged(before[p], content[p], p) for p in _KEYS}}
-        # In the same folder, so that renaming it is atomic.
+        # In the same folder, so that the rename is atomic.
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:

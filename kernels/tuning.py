@@ -1,18 +1,20 @@
-"""Settings of kernels as data: what may be chosen, what a chip takes, and tables of measurements.
+"""Kernel settings as data: the allowed values, the defaults per chip, and tables of measurements.
 
-A kernel's tile sizes, warps, stages and variants are declared once, as a `Space` beside it, with a
-default per compute capability. At each launch ``space.at(device, kind, size)`` answers, in order:
+A kernel's tile sizes, warps, stages and variants are declared once, as a `Space` next to it, with a
+default per compute capability. At each launch ``space.at(device, kind, size)`` returns the setting
+from the first of these sources that has one:
 
-1. the user's table of this card, which `vfmtok_fast.tune` wrote;
-2. the table of this card that ships in ``kernels/tuned/``;
-3. the default of the highest compute capability that the chip has.
+1. the user's table for this card, written by `vfmtok_fast.tune`;
+2. the table for this card that ships in ``kernels/tuned/``;
+3. the default for the highest compute capability that the chip supports.
 
-A table also says for which calls an op's reference was faster than its kernels; `enable` then takes
-the reference there. ``kind`` holds what must be equal for a measurement to count ("float32 d=12"),
-``size`` one number that need not be: the nearest measured one counts, by its logarithm.
+A table also records the calls for which an op's reference was faster than its kernels; `enable`
+then uses the reference for them. ``kind`` holds what must match exactly for a measurement to apply
+("float32 d=12"). ``size`` is one number that need not match: the nearest measured size is used, by
+its logarithm.
 
-For one table the same call always takes the same settings, so its bits repeat. A `Space` names
-those of its choices that change bits.
+With a given table, the same call always takes the same settings, so its bits repeat. A `Space`
+names the settings that change bits.
 """
 
 from __future__ import annotations
@@ -30,17 +32,17 @@ from torch import Tensor
 
 from .tables import Table, load_tables
 
-# Set while `compiling.compile_only` compiles for a chip that need not be there.
+# Set while `compiling.compile_only` compiles for a chip that need not be present.
 _pretended: int | None = None
 
 
 def pretending() -> bool:
-    """Whether launches only compile, see `pretend`."""
+    """Whether launches only compile; see `pretend`."""
     return _pretended is not None
 
 
 def capability(device: torch.device) -> int:
-    """Compute capability as one number, 90 for 9.0; of what runs in the interpreter 90."""
+    """Compute capability as one number, 90 for 9.0; 90 for the interpreter."""
     if _pretended is not None:
         return _pretended
     return _capability(device.index) if device.type == "cuda" else 90
@@ -54,7 +56,7 @@ def _capability(index: int | None) -> int:
 
 @contextlib.contextmanager
 def pretend(chip: int) -> Iterator[None]:
-    """Let all settings be those of a chip of compute capability ``chip``, without any table."""
+    """Use the default settings of compute capability ``chip`` for every launch, without tables."""
     global _pretended
     before, _pretended = _pretended, chip
     try:
@@ -64,7 +66,7 @@ def pretend(chip: int) -> Iterator[None]:
 
 
 def tables(device: torch.device) -> tuple[Table, ...]:
-    """The tables that count on ``device``, the user's first; see `Table.problem` for the others."""
+    """The tables in use on ``device``, the user's first; `Table.problem` explains the others."""
     if device.type != "cuda" or _pretended is not None:
         return ()
     return tuple(t for t in _card_tables(device.index) if not t.problem)
@@ -76,7 +78,7 @@ def _card_tables(index: int | None) -> tuple[Table, ...]:
 
 
 def describe(device: torch.device) -> list[str]:
-    """Where the settings of ``device`` come from, with the tables that do not count and why."""
+    """Where the settings of ``device`` come from; also lists unused tables and the reason."""
     found = [str(table) for table in _card_tables(device.index)]
     if not tables(device):
         chip = capability(device)
@@ -88,7 +90,7 @@ def describe(device: torch.device) -> list[str]:
 
 
 def forget_tables() -> None:
-    """Read the tables again at the next launch: one has been written."""
+    """Discard cached lookups, so that the next launch reads the tables again."""
     _card_tables.cache_clear()
     _faster.cache_clear()
     _has_faster.cache_clear()
@@ -97,23 +99,24 @@ def forget_tables() -> None:
 
 
 def dtype_name(x: Tensor) -> str:
-    """The type of ``x`` as tables have it: "float32"."""
+    """The dtype of ``x`` as written in tables: "float32"."""
     return str(x.dtype)[6:]
 
 
 class Space:
-    """What may be chosen for one kernel.
+    """The settings that can be chosen for one kernel.
 
     Args:
         name: ``"op.kernel"``.
-        choices: the values of each setting, ``{"rows": (64, 128), ...}``.
-        defaults: a full setting by the compute capability from which on it is meant,
+        choices: the allowed values of each setting, ``{"rows": (64, 128), ...}``.
+        defaults: a full setting for each compute capability from which it applies,
             ``{80: {...}, 90: {...}}``.
         bits: the settings that change bits of the result (within the op's tolerance).
-        valid: says of a setting whether it can exist; all that pass must compile and be right.
+        valid: whether a combination of values is allowed; every allowed one must compile and give
+            correct results.
     """
 
-    # Only to forget what was looked up; who wants an op's spaces reads its module's SPACES.
+    # Used only to clear cached lookups; the spaces of an op are in its module's SPACES.
     made: list[Space] = []
 
     def __init__(
@@ -136,9 +139,9 @@ class Space:
         Space.made.append(self)
 
     def setting(self, values: dict[str, Any]) -> Any:
-        """``values`` as a named tuple; ValueError where it is none of this space."""
+        """``values`` as a named tuple; raises ValueError if they are not in this space."""
         good = set(values) == set(self.choices)
-        # 8.0 is equal to 8, and no number of warps.
+        # 8.0 equals 8, but is not a valid number of warps.
         known = {name: [(type(v), v) for v in choices] for name, choices in self.choices.items()}
         if not good or any((type(v), v) not in known[name] for name, v in values.items()):
             raise ValueError(f"{self.name}: {values} is not one of {self.choices}")
@@ -148,12 +151,12 @@ class Space:
         return setting
 
     def candidates(self) -> list[Any]:
-        """Every setting that can exist."""
+        """All allowed settings."""
         every = itertools.starmap(self.Setting, itertools.product(*self.choices.values()))
         return [setting for setting in every if self.valid(setting)]
 
     def default(self, device: torch.device) -> Any:
-        """What ``device`` takes where nothing was measured."""
+        """The setting for ``device`` if nothing was measured."""
         chip = capability(device)
         known = [c for c in self.defaults if c <= chip]
         return self.defaults[max(known) if known else min(self.defaults)]
@@ -171,13 +174,13 @@ class Space:
     def _look_up(self, device: torch.device, kind: str, size: int) -> Any:
         for table in tables(device):
             if (row := _nearest(table.settings.get((self.name, kind), ()), size)) is not None:
-                with contextlib.suppress(ValueError):  # Of a table that is older than the kernel.
+                with contextlib.suppress(ValueError):  # The table is older than the kernel.
                     return self.setting(row["take"])
         return self.default(device)
 
     @contextlib.contextmanager
     def using(self, setting: Any) -> Iterator[None]:
-        """Let every launch take ``setting``: for `tune` and tests."""
+        """Make every launch use ``setting``; for `tune` and tests."""
         before, self._forced = self._forced, setting
         try:
             yield
@@ -192,23 +195,23 @@ class Space:
 
 
 def _nearest(rows: Any, size: int) -> dict[str, Any] | None:
-    """The row that was measured at the size nearest to ``size``."""
+    """The row measured at the size nearest to ``size``, or None without rows."""
     return min(
         rows, key=lambda row: abs(math.log2(max(1, row["size"]) / max(1, size))), default=None
     )
 
 
 def faster_reference(op: str, device: torch.device, kind: str, size: int) -> str | None:
-    """Why ``op`` is better left to its reference, where a table says so, or None."""
+    """Why the reference of ``op`` is the better choice, if a table says so, or None."""
     return _faster(op, device, kind, size, _pretended)
 
 
-# What torch.compiler.assume_constant_result does: files are read here.
+# What torch.compiler.assume_constant_result sets; needed because this function reads files.
 faster_reference._dynamo_marked_constant = True
 
 
 def has_faster_reference(op: str, device: torch.device) -> bool:
-    """Whether any table of ``device`` says that of any call of ``op``."""
+    """Whether a table of ``device`` has a call of ``op`` for which the reference was faster."""
     return _has_faster(op, device, _pretended)
 
 

@@ -1,15 +1,16 @@
-"""Triton `ops.decode_step`: an embedding, five to seven launches for each layer, and the head.
+"""Triton `ops.decode_step`: an embedding, five to nine launches per layer, and the head.
 
-What a step costs is reading the weights, once for all rows. Kernels differ by how many there are:
+The cost of a step is reading the weights, once for all rows. The number of rows selects the
+kernels:
 
     1 to 4     `vector`: products and sums in float32, without the matrix unit
-    5 to 16    `matrix`: the matrix unit, x normalised by a small kernel beforehand
+    5 to 16    `matrix`: the matrix unit, with x normalised by a small kernel beforehand
     17 to 64   the same with other tiles
-    more       cuBLAS, with small kernels between its products, see `many`
+    more       cuBLAS, with small kernels between its products; see `many`
 
-The bits of a row are a function of that choice and of nothing else about the other rows. Attention
-is `ops.decode_attention`, whose implementation is a choice of its own. README.md has the floor,
-what was measured, and what was tried.
+The bits of a row depend on that selection and on nothing else about the other rows. Attention is
+`ops.decode_attention`, whose implementation is selected separately. README.md has the lower bound,
+the measurements, and what was tried.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from .many import _append, _rms_norm
 from .matrix import _matrix
 from .vector import _vector
 
-# Outputs and warps of a program, columns that it holds at once, and whether it lets the next kernel
-# begin at its start or after its wait.
+# ``tile``: outputs per program; ``warps``; ``chunk``: columns that it holds at once; ``early``:
+# whether it lets the next kernel begin at its start instead of after its wait.
 _VECTOR = {
     "choices": {
         "tile": (1, 2, 4, 8), "warps": (1, 2, 4, 8), "chunk": (256, 1024, 4096), "early": (0, 1),
     },
     "bits": ("warps", "chunk"),
-    # 16 bytes of half precision a load, and at most 32 columns a thread.
+    # 16-byte loads in half precision, and at most 32 columns per thread.
     "valid": lambda s: 8 <= s.chunk // (32 * s.warps) <= 32,
 }  # fmt: skip
 _ROW = {"tile": 1, "warps": 1, "chunk": 1024, "early": 0}
@@ -50,14 +51,15 @@ DOWN_ROWS = Space(
     "decode_step.down", defaults={80: {"tile": 2, "warps": 4, "chunk": 4096, "early": 0}}, **_VECTOR
 )
 HEAD_ROWS = Space("decode_step.head", defaults={80: {**_ROW, "tile": 8, "warps": 4}}, **_VECTOR)
-# Outputs of a program, pieces of K side by side (1: four warps on one piece), bytes of a row of
-# weights to a piece, and pieces on their way. GPT-L on an H200, 256 codes: at 8 rows 174 ms with
-# four slices and 228 with one, at 32 rows 300 and 250. Within a class not by the number of rows: an
+# ``tile``: outputs per program; ``slices``: pieces of K processed side by side (1: four warps on
+# one piece); ``piece``: bytes of a weight row per piece; ``stages``: one more than the pieces in
+# flight. GPT-L on an H200, 256 codes: at 8 rows 174 ms with four slices and 228 with one, at 32
+# rows 300 and 250. Within a class the setting does not depend on the number of rows, because an
 # image must not depend on the batch that it is in.
 _MATRIX = {
     "choices": {"tile": (16, 32, 64), "slices": (1, 4), "piece": (128, 256), "stages": (2, 3, 4)},
     "bits": ("slices", "piece"),
-    # One warp's own tile beside three others', or one of all four warps.
+    # Either one tile per warp for four warps, or one tile for all four.
     "valid": lambda s: (s.tile == 64) == (s.slices == 1),
 }
 FEW = Space(
@@ -84,7 +86,7 @@ def unsupported_reason(
         return f"it takes a contiguous float32 rotary table, not {weights.rotary.dtype}"
     parts = [weights.norm, weights.head]
     for block in weights.blocks:
-        # Not +=, which torch 2.11 cannot compile of a list and a named tuple.
+        # Not +=, which torch 2.11 cannot compile for a list and a named tuple.
         parts.extend(block)
     for layer in cache:
         parts.extend(layer)
@@ -99,7 +101,7 @@ def tuning_key(
     code: Tensor, embedding: Tensor, weights: StepWeights, cache: KVCache, *rest: object,
     **options: object,
 ) -> tuple[str, int]:  # fmt: skip
-    """What a measurement of the whole counts for: see `tuning`."""
+    """Kind and size under which a measurement of the whole op is stored; see `tuning`."""
     return f"{dtype_name(embedding)} C={embedding.shape[1]}", len(code)
 
 
@@ -107,7 +109,7 @@ def decode_step(
     code: Tensor, embedding: Tensor, weights: StepWeights, cache: KVCache,
     position: int | Tensor, length: int | Tensor, attend: Callable[..., Tensor],
 ) -> Tensor:  # fmt: skip
-    """See `vfmtok_fast.ops.decode_step`; takes what `unsupported_reason` lets pass."""
+    """See `vfmtok_fast.ops.decode_step`; takes calls that `unsupported_reason` accepts."""
     if not isinstance(position, Tensor):
         position = torch.full((1,), position, dtype=torch.int64, device=code.device)
     x = embedding.index_select(0, code)
@@ -126,7 +128,7 @@ def _product(
     eps: float = 0.0, rotary: Tensor | None = None, position: Tensor | None = None,
     keys: Tensor | None = None, values: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """One launch for the up to 64 rows of x; the last four are for q, k and v."""
+    """Launch one product for up to 64 rows of x; only q, k and v need the last four arguments."""
     (rows, K), device, pairs = x.shape, x.device, epilogue < ADDED
     N = weight.shape[0] // 2 if pairs else weight.shape[0]
     H, T, D = (1, 2, 2) if keys is None else keys.shape[1:]
@@ -142,7 +144,7 @@ def _product(
                 EARLY=bool(early), **what, num_warps=warps,
             )  # fmt: skip
             return
-        # One setting is measured for all layers of a step; the nearest K counts.
+        # One setting is measured for all layers of a step; the nearest K is used.
         space = FEW if rows <= matrix.FEW_ROWS else SOME
         tile, slices, piece, stages = space.at(device, dtype_name(x), K)
         padded = max(8, triton.next_power_of_2(rows))
@@ -156,11 +158,11 @@ def _product(
 def _in_registers(
     tile: int, warps: int, chunk: int, K: int, pairs: bool, x: Tensor
 ) -> tuple[int, int, int]:
-    """As chosen, or as much less as registers ask for; whatever number of rows there is.
+    """The chosen tile, warps and chunk, reduced to fit into registers for any number of rows.
 
-    A thread may have 256 bytes of weights, and 128 sums where several chunks meet in them, of the
-    most rows that there can be. With less room there are fewer outputs, then more warps; then
-    fewer columns at a time, down to loads of 16 bytes of half precision.
+    A thread may hold 256 bytes of weights and, if K takes several chunks, 128 sums, counted for
+    the largest number of rows. If the setting needs more, it gets fewer outputs, then more warps;
+    then fewer columns at a time, down to 16-byte loads in half precision.
     """
     both = 2 if pairs else 1
     while tile * both * chunk * x.itemsize > 256 * 32 * warps:
@@ -174,10 +176,13 @@ def _in_registers(
 def _depth(
     tile: int, slices: int, piece: int, stages: int, padded: int, pairs: bool, x: Tensor
 ) -> int:
-    """Columns of a piece: as chosen, or as many as keep what is on its way within shared memory."""
+    """Columns per piece: as chosen, or as many as the pieces in flight leave room for.
+
+    The pieces in flight must fit into shared memory.
+    """
     depth, both = max(16, piece // x.itemsize), 2 if pairs else 1
     column = (both * tile + padded) * x.itemsize
-    # What the smallest chips give a program is 99 KiB; the slices' sums go through it at the end.
+    # The smallest chips give a program 99 KiB; the sums of the slices pass through it at the end.
     room = 96 * 1024 - (both * slices * tile * padded * 4 if slices > 1 else 0)
     while depth > 16 and (stages - 1) * slices * depth * column > room:
         depth //= 2
@@ -185,7 +190,7 @@ def _depth(
 
 
 def _ready(x: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
-    """x and the norm that is left to the product: few rows are normalised there."""
+    """Up to 4 rows, x and its norm, which the product applies; above, normalised x and None."""
     if x.shape[0] <= vector.MAX_ROWS:
         return x, norm
     out = torch.empty_like(x)
@@ -217,7 +222,7 @@ def _queries(
     if rows <= matrix.MAX_ROWS and key_scale is None:
         _product(QKV, QKV_ROWS, x, norm, weight, out, eps, rotary, position, keys, values)
         return out
-    # A scale is of a whole head, which no program of the product has.
+    # A scale needs a whole head, which no program of the product holds.
     if rows <= matrix.MAX_ROWS:
         qkv = torch.empty(rows, 3 * H * D, dtype=x.dtype, device=x.device)
         _product(LOGITS, QKV_ROWS, x, norm, weight, qkv, eps)
@@ -235,7 +240,7 @@ def _queries(
 
 @registered("decode_step_add(Tensor(a!) x, Tensor y, Tensor weight, bool attention) -> ()")
 def _add(x: Tensor, y: Tensor, weight: Tensor, attention: bool) -> None:
-    """x += y @ weight.T, of attention or of the feed-forward layer."""
+    """x += y @ weight.T, for attention or the feed-forward layer."""
     if x.numel() == 0:
         return
     if x.shape[0] > matrix.MAX_ROWS:

@@ -1,19 +1,20 @@
-"""What a step does with the sums of a linear layer, whichever kernel made them."""
+"""Epilogues of a step's linear layers, shared by the kernels that compute the sums."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-# What becomes of the sums. Each output of the first two is made of two rows of weights.
+# What is done with the sums. Each output of the first two comes from two rows of weights.
 QKV, GATED, ADDED, LOGITS = 0, 1, 2, 3
 
 
 @triton.jit
 def _rows_of(o_n, N, EPILOGUE: tl.constexpr):
-    """Rows of the weight that make outputs ``o_n``, their first and their second.
+    """The first and the second weight row of each output in ``o_n``.
 
-    Of q, k and v an output is a pair of neighbours; of a gate all first ones come before.
+    For q, k and v an output is a pair of adjacent rows. For a gate, all first rows precede all
+    second rows.
     """
     row = o_n.to(tl.int64)
     if EPILOGUE == 0:
@@ -26,9 +27,9 @@ def _others(
     o_n, m_n, o_r, rows, N, out, rotary, position,
     EPILOGUE: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """What `_finish` needs beside the sums; asked for before these, so that nobody waits for it.
+    """Load what `_finish` needs besides the sums, before the sums are computed, to hide latency.
 
-    Of q, k and v the position, cosines and sines; of what is added to its old values, twice.
+    For q, k and v: the position, cosines and sines. For an addition: 0 and the old values, twice.
     """
     if EPILOGUE == 0:
         at = tl.load(position).to(tl.int64)
@@ -39,7 +40,7 @@ def _others(
         sin = tl.load(p_table + 1, mask=turns, other=0.0)
         return at, cos[:, None], sin[:, None]
     elif EPILOGUE == 2:
-        # In place: nobody else has these elements.
+        # In place: no other program has these elements.
         p_out = out + o_r.to(tl.int64)[None, :] * N + o_n[:, None]
         old = tl.load(p_out, mask=m_n[:, None] & (o_r < rows)[None, :], other=0.0).to(tl.float32)
         return 0, old, old
@@ -52,9 +53,9 @@ def _finish(
     a, b, at, one, two, o_n, m_n, o_r, rows, N, out, k_cache, v_cache,
     EPILOGUE: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Put the sums ``a`` and ``b`` [outputs, rows] of ``o_n`` and ``o_r`` where they belong.
+    """Apply the epilogue to the sums ``a`` and ``b`` [outputs, rows] of ``o_n`` and ``o_r``; store.
 
-    ``at``, ``one`` and ``two`` are what `_others` gave.
+    ``at``, ``one`` and ``two`` are the results of `_others`.
     """
     dtype = out.dtype.element_ty
     row = o_r.to(tl.int64)[None, :]

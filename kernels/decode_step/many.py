@@ -1,6 +1,6 @@
-"""Small kernels of a step beside its products.
+"""Small kernels that run between the products of a step.
 
-`_rms_norm` comes before products from 5 rows on; `_append` after the product of q, k and v where
+`_rms_norm` runs before products from 5 rows on. `_append` runs after the product of q, k and v if
 there are more than 64 rows or the cache has 8 bits.
 """
 
@@ -14,7 +14,7 @@ from ..launch import _let_next_begin, _wait_for_last
 
 @triton.jit
 def _rms_norm(x, norm, out, eps, K: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr):
-    """One row of x / rms(x) * norm, rounded once."""
+    """Compute one row of x / rms(x) * norm, rounded once."""
     row = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, WIDTH)
     m_k = o_k < K
@@ -29,16 +29,16 @@ def _rms_norm(x, norm, out, eps, K: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: 
 
 @triton.jit
 def _put(even, odd, cache, scales, place, m, D: tl.constexpr, HALF: tl.constexpr):
-    """Heads [HEADS, HALF] of one position into a cache, of 8 bits where it has ``scales``."""
+    """Store heads [HEADS, HALF] of one position into a cache, in 8 bits if it has ``scales``."""
     o_pair = tl.arange(0, HALF)
     mask = m[:, None] & (o_pair < D // 2)[None, :]
     p = cache + place[:, None] * D + 2 * o_pair[None, :]
     if scales is not None:
         largest = tl.maximum(tl.max(tl.abs(even), axis=1), tl.max(tl.abs(odd), axis=1))
-        # A row of zeros has any scale but zero.
+        # For a row of zeros any nonzero scale works.
         scale = tl.where(largest > 0, largest / 127.0, 1.0)
         tl.store(scales + place, scale, mask=m)
-        # Adding 1.5 * 2^23 leaves no bits behind the point: to the nearest, ties to even.
+        # Adding 1.5 * 2^23 leaves no fractional bits: rounds to nearest, ties to even.
         even = (even / scale[:, None] + 12582912.0) - 12582912.0
         odd = (odd / scale[:, None] + 12582912.0) - 12582912.0
     tl.store(p, even.to(cache.dtype.element_ty), mask=mask)
@@ -51,7 +51,7 @@ def _append(
     H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
     HALF: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Rotate and append products [rows, 3 H D] that are there already: HEADS heads of a row."""
+    """Rotate and append HEADS heads of a row of the finished products [rows, 3 H D]."""
     if OVERLAP:
         _wait_for_last()
         _let_next_begin()
@@ -66,7 +66,7 @@ def _append(
     sin = tl.load(p_table + 1, mask=m_pair, other=0.0)[None, :]
     p = qkv + row * (3 * H * D) + head[:, None] * D + 2 * o_pair[None, :]
     place = (row * H + head) * T + at
-    # All of it before anything is stored, which no later load could pass.
+    # Load everything before the first store: later loads could not be moved ahead of a store.
     halves = ()
     for part in tl.static_range(3):
         halves += (tl.load(p + part * H * D, mask=mask, other=0.0),)

@@ -1,9 +1,10 @@
-"""Linear layers of 5 to 64 rows on the matrix unit, x normalised beforehand.
+"""Linear layers for 5 to 64 rows on the matrix unit, with x normalised beforehand.
 
-A program has TILE outputs, and goes through K in pieces: SLICES of them side by side, each in a
-warp of its own, whose sums meet once at the end; or, with one slice, all warps on one piece. Both
-weights and x come by asynchronous copies and lie along K, as the matrix unit reads them: nothing is
-transposed, and what is copied 16 bytes at a time into swizzled rows is read without conflicts.
+A program computes TILE outputs and iterates over K in pieces: either SLICES of them side by side,
+each in its own warp, with the sums combined once at the end; or, with one slice, all warps on one
+piece. Weights and x are both loaded by asynchronous copies and are contiguous along K, as the
+matrix unit reads them: nothing is transposed, and the swizzled rows, copied 16 bytes at a time, are
+read from shared memory without bank conflicts.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from ..launch import _let_next_begin, _wait_for_last
 from .epilogue import _finish, _others, _rows_of
 
 MAX_ROWS = 64
-# Up to here programs share K, for there are few of them, and beyond they share x.
+# Up to this many rows `FEW` applies, whose default splits K among the warps, because rows are few;
+# above, `SOME` applies, whose default has all warps share x.
 FEW_ROWS = 16
-# Bytes of weights that a program brings into L2 before it waits for the kernel ahead: those that an
-# H200 holds at once ask for 17 MB at most, which takes longer than the wait, and fits into L2.
+# Bytes of weights that a program prefetches into L2 before it waits for the previous kernel. The
+# programs resident on an H200 request at most 17 MB in total, which takes longer than the wait and
+# fits into L2.
 FETCH = tl.constexpr(65536)
 
 
 @triton.jit
 def _fetch(pointers):
-    """Bring cache lines into L2, without waiting for them."""
+    """Prefetch cache lines into L2 without waiting for them."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)],
         dtype=tl.int32, is_pure=False, pack=1,
@@ -33,12 +36,12 @@ def _fetch(pointers):
 
 @triton.jit
 def _fetch_rows(w, row, m_n, K: tl.constexpr, TILE: tl.constexpr, BYTES: tl.constexpr):
-    """The first BYTES of TILE rows of w [N, K], a line of 128 bytes at a time."""
+    """Prefetch the first BYTES of TILE rows of w [N, K] in total, by 128-byte lines."""
     line: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth
     width: tl.constexpr = 8 * line
     for k in range(0, min(K, BYTES // TILE * line // 128), width):
         o = k + line * tl.arange(0, 8)
-        # Past the end of a row, its last element once more.
+        # Past the end of a row, use its last element again.
         at = row[:, None] * K + tl.minimum(o, K - 1)[None, :]
         _fetch(w + tl.where(m_n[:, None], at, 0))
 
@@ -56,7 +59,7 @@ def _matrix(
     m_n = o_n < N
     o_r = tl.arange(0, P)
     first, second = _rows_of(o_n, N, EPILOGUE)
-    # [SLICES, rows, DEPTH] of matrices of rows of length K; with one slice [rows, DEPTH].
+    # Tiles [SLICES, rows, DEPTH] of matrices with rows of length K; with one slice, [rows, DEPTH].
     if SLICES > 1:
         o_k = (tl.arange(0, SLICES) * DEPTH)[:, None, None] + tl.arange(0, DEPTH)[None, None, :]
         p_a = w + first[None, :, None] * K + o_k

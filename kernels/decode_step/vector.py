@@ -1,13 +1,13 @@
-"""Linear layers of 1 to 4 rows, without the matrix unit: latency is all that counts.
+"""Linear layers for 1 to 4 rows, without the matrix unit, where only latency matters.
 
-A program has the rows of weights of TILE outputs (two rows for each pair of q, k and v, and for a
-gated output), CHUNK columns of them in registers at a time. It asks for the first before it waits
-for the kernel ahead, and for x after that. Products and sums are in float32, element by element as
-long as there are columns; only then do threads exchange anything, all sums of a row of x at once.
-Of one warp they need no barrier for it. Many small programs with few registers wait for memory
-together, and those of the next kernel find room beside them.
+A program holds the weight rows of TILE outputs (two rows for each pair of q, k and v, and for a
+gated output), CHUNK columns of them in registers at a time. It requests the first chunk before it
+waits for the previous kernel, and x after that. Products accumulate in float32, element by element
+over the columns. Threads exchange data only at the end, all sums of a row of x in one reduction; a
+single warp needs no barrier for it. Many small programs with few registers wait for memory at the
+same time, and programs of the next kernel fit next to them.
 
-The sums of a row are added up in the same order whatever other rows there are.
+The sums of a row are accumulated in the same order regardless of the other rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..launch import _let_next_begin, _wait_for_last
 from .epilogue import _finish, _others, _rows_of
 
 MAX_ROWS = 4
-# Columns that a program holds at once at most: more would not fit into registers.
+# Maximum number of columns that a program holds at once: more would not fit into registers.
 CHUNK = 4096
 
 
@@ -35,9 +35,10 @@ def _add_three(a, b, c, x, y, z):
 
 @triton.jit
 def _sums(a, b, squares, PAIRS: tl.constexpr, SQUARES: tl.constexpr):
-    """Sums of ``a`` and ``b`` [outputs, columns], and of ``squares`` [columns]: each [outputs].
+    """Sum ``a``, ``b`` [outputs, columns] and ``squares`` [columns] over columns: [outputs] each.
 
-    In one exchange between threads, for each costs two barriers where there are several warps.
+    All in one exchange between threads, because each exchange costs two barriers with several
+    warps.
     """
     if SQUARES:
         squares = tl.broadcast_to(squares[None, :], a.shape)
@@ -60,7 +61,7 @@ def _vector(
     CHUNK: tl.constexpr, EARLY: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Outputs [P, TILE] of RMSNorm(x) [rows, K], or of x where ``norm`` is None; see `_finish`."""
+    """Outputs [P, TILE] of RMSNorm(x) [rows, K], or of x if ``norm`` is None; see `_finish`."""
     PAIRS: tl.constexpr = EPILOGUE < 2
     SQUARES: tl.constexpr = norm is not None
     if OVERLAP and EARLY:
@@ -74,8 +75,8 @@ def _vector(
     p_b = w + second[:, None] * K + o_k[None, :]
     m_k = o_k < K
     mask = m_n[:, None] & m_k[None, :]
-    # Weights are read once; they need not push activations out of the L2 cache. Nothing writes
-    # them, so they need not wait for the kernel ahead either.
+    # Weights are read once, so they need not evict activations from L2. No kernel writes them, so
+    # these loads need not wait for the previous kernel either.
     a = tl.load(p_a, mask=mask, other=0, eviction_policy="evict_first")
     b = a
     if PAIRS:
@@ -87,7 +88,7 @@ def _vector(
         if not EARLY:
             _let_next_begin()
     at, one, two = _others(o_n, m_n, o_r, rows, N, out, rotary, position, EPILOGUE, H, T, D)
-    # Of each row of x one after the other: products with a, with b, and squares.
+    # For each row of x in turn: products with a, products with b, and squares.
     totals = ()
     for start in tl.static_range(0, K, CHUNK):
         if start > 0:

@@ -2,12 +2,12 @@
 
 What it computes: out[b, q, h] = sum over levels and points of a * v(x, y) [D], where a is a softmax
 over the L*P logits of (b, q, h) and v the bilinear value at reference * size + offset - 1/2. One
-launch forward, three backward, see `forward` and `backward`. Nothing of size [B, Q, H, L, P, D] is
-written, and no gradient is added up by atomics unless ``deterministic=False`` asks for it.
+launch forward, three backward; see `forward` and `backward`. Nothing of size [B, Q, H, L, P, D] is
+written, and no gradient is accumulated with atomics unless ``deterministic=False`` is given.
 
-Bytes for B=64, Q=256, H=8, L=P=4, D=64, four levels of 24 x 24 in bfloat16: 151 MB of values, 27 MB
-of the rest, so 42 us at an H200's 4.3 TB/s forward, twice that backward. README.md has the
-derivation, what was measured, what is predicted and what was rejected.
+Bytes for B=64, Q=256, H=8, L=P=4, D=64, four levels of 24 x 24 in bfloat16: 151 MB of values and
+27 MB of the rest, so 42 us forward at an H200's 4.3 TB/s, and twice that backward. README.md has
+the derivation, the measurements, the predictions and the rejected variants.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .backward import SIDE, _add_value, _grad_samples, _grad_value, _sort
 from .forward import _gather
 from .places import LARGEST_SIDE, word
 
-# ``values``: [queries, channels] of a program that gathers, so queries times channels of a head;
-# ``corners``: of the four pixels of a sample, how many are in flight at once.
+# ``values``: queries times channels of a head per gathering program; ``corners``: how many of the
+# four pixels of a sample are in flight at once.
 _GATHERING = {"values": (2048, 4096), "warps": (4, 8), "corners": (1, 4)}
 
 
 def _fits(setting) -> bool:
-    """16 float32 sums in a thread: with 8 some work is done twice, 32 do not fit float32."""
+    """16 float32 sums per thread: 8 would repeat some work, and 32 do not fit in float32."""
     return setting.values == 512 * setting.warps
 
 
@@ -54,13 +54,13 @@ ADD = Space(
     {80: {"values": 2048, "warps": 4}},
     valid=_fits,
 )
-# ``group``: lists of how many rows one program writes.
+# ``group``: lists that one program writes; ``chunk``: samples that it reads at a time.
 SORT = Space(
     "deformable_sample.sort",
     {"group": (8, 16, 32), "chunk": (512, 1024, 2048), "warps": (4,)},
     {80: {"group": 16, "chunk": 1024, "warps": 4}},
 )
-# ``height`` rows of ``tiles`` tiles side by side in a program, ``step`` samples in one product.
+# A program has ``height`` rows of ``tiles`` adjacent tiles; one product takes ``step`` samples.
 VALUE = Space(
     "deformable_sample.value",
     {"height": (2, 4, 8), "tiles": (1, 3), "step": (32, 64), "warps": (4, 8)},
@@ -68,7 +68,7 @@ VALUE = Space(
     bits=("height", "step"),
     valid=lambda setting: (setting.warps == 8) == (setting.height == 8),
 )
-# Of float32, in three products of TF32 parts or in multiply-adds: both take more registers.
+# For float32: three products of TF32 parts, or multiply-adds. Both take more registers.
 VALUE_FLOAT32 = Space(
     "deformable_sample.value_float32",
     {
@@ -97,7 +97,7 @@ def unsupported_reason(
         return f"it takes 1 to 256 samples per query, not {attention_logits.shape[3]}"
     if max(max(shape) for shape in spatial_shapes) > LARGEST_SIDE:
         return f"it takes levels of at most {LARGEST_SIDE} pixels along a side"
-    # Within an image the kernels count in 32 bits.
+    # Within an image the kernels use 32-bit indices.
     if value.shape[1:].numel() >= 2**31:
         return "it takes less than 2^31 values per image"
     queries = offsets.shape[1] * value.shape[2]
@@ -114,7 +114,7 @@ def tuning_key(
     attention_logits: Tensor,
     deterministic: bool = True,
 ) -> tuple[str, int]:
-    """What a measurement of a call counts for: kind and size, see `tuning`."""
+    """Kind and size under which a measurement is stored; see `tuning`."""
     return _key(value.dtype, value.shape[1], value.shape[3], offsets)
 
 
@@ -129,7 +129,7 @@ def deformable_sample(
     value: Tensor, spatial_shapes: tuple[tuple[int, int], ...], reference_points: Tensor,
     offsets: Tensor, attention_logits: Tensor, deterministic: bool = True,
 ) -> Tensor:  # fmt: skip
-    """See `vfmtok_fast.ops.deformable_sample`; takes what `unsupported_reason` lets pass."""
+    """See `vfmtok_fast.ops.deformable_sample`; takes calls that `unsupported_reason` accepts."""
     sides = [side for shape in spatial_shapes for side in shape]
     return torch.ops.vfmtok_fast.deformable_sample_triton(
         value, sides, reference_points, offsets, attention_logits, deterministic
@@ -146,22 +146,22 @@ def _constants(offsets: Tensor, dim: int, smallest: int = 1) -> dict[str, int]:
 
 
 def _gathering(setting, offsets: Tensor, dim: int, kept: int = 0) -> dict[str, int]:
-    """Constants of a kernel over queries; it keeps ``kept`` numbers of every sample."""
+    """Constants of a kernel over queries that keeps ``kept`` numbers per sample in registers."""
     constants, Q = _constants(offsets, dim), offsets.shape[1]
     step = min(4, triton.next_power_of_2(constants["P"]))
     samples = constants["L"] * triton.cdiv(constants["P"], step) * step
     most = min(128, 4096 // (kept * samples) if kept else 128, triton.next_power_of_2(Q))
     rows = max(1, min(setting.values // max(64, constants["C"]), most))
-    rows = 1 << (rows.bit_length() - 1)  # as a range of Triton's must be
-    # A thread has a sample of its own to locate, or several, and 16 bytes of its own to load: else
-    # it would do what others do.
+    rows = 1 << (rows.bit_length() - 1)  # a power of two, as tl.arange requires
+    # Each thread must have at least one sample to locate and 16 bytes to load; otherwise threads
+    # would duplicate work.
     loads = rows * constants["C"] * offsets.itemsize // 16
     warps = max(1, min(setting.warps, step * rows // 32, loads // 32))
     return {**constants, "STEP": step, "ROWS": rows, "num_warps": warps}
 
 
 def _in_words(value: Tensor) -> bool:
-    """Whether values can be loaded two at a time."""
+    """Whether values can be loaded two at a time, as 32-bit words."""
     aligned = value.shape[3] % 2 == 0 and value.data_ptr() % 4 == 0
     return value.dtype == torch.bfloat16 and aligned
 
@@ -190,7 +190,7 @@ def _forward(
 def _backward_samples(
     grad: Tensor, value: Tensor, sides: list[int], points: Tensor, offsets: Tensor, logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of offsets and logits, the softmax's log-sum-exp, and lines for `_sort`.
+    """Compute gradients of offsets and logits, the softmax's log-sum-exp, and lines for `_sort`.
 
     The last two are float32 [B, Q, H] and int16 [B, H, L, Q*P].
     """
@@ -219,14 +219,14 @@ def _backward_value(
     grad: Tensor, sides: list[int], points: Tensor, offsets: Tensor, logits: Tensor,
     log_sum: Tensor, lines: Tensor, dim: int, deterministic: bool,
 ) -> Tensor:  # fmt: skip
-    """Gradient of the values."""
+    """Compute the gradient of the values."""
     grad, points, offsets, logits = (x.contiguous() for x in (grad, points, offsets, logits))
     B, Q, H = offsets.shape[:3]
     pixels = sum(height * width for height, width in _levels(sides))
     if B * H == 0 or not Q:
         return torch.zeros(B, pixels, H, dim, dtype=grad.dtype, device=grad.device)
     key = _key(grad.dtype, pixels, dim, offsets)
-    # Asked here, where it runs: a compiled graph may outlive the answer.
+    # Checked when the op runs: the mode may change after a graph was compiled.
     form = _sorted if deterministic or torch.are_deterministic_algorithms_enabled() else _added
     return form(grad, _levels(sides), points, offsets, logits, log_sum, lines, dim, key)
 
@@ -235,20 +235,20 @@ def _sorted(
     grad: Tensor, levels: list[tuple[int, int]], points: Tensor, offsets: Tensor, logits: Tensor,
     log_sum: Tensor, lines: Tensor, dim: int, key: tuple[str, int],
 ) -> Tensor:  # fmt: skip
-    """Every pixel's sum in one order: by row of the sample, query and point."""
+    """Sum for every pixel in one fixed order: by row of the sample, query and point."""
     B, Q, H, L, P, _ = offsets.shape
     S, device = sum(height * width for height, width in levels), grad.device
     single = grad.dtype == torch.float32
     sort, setting = SORT.at(device, *key), (VALUE_FLOAT32 if single else VALUE).at(device, *key)
     side, height = SIDE.value, setting.height
-    # As `_last_bin` counts them, and where the last ends.
+    # The number of lists, as in `_last_bin`, plus one entry for the end of the last list.
     bins = [rows // height * 2 + min(rows % height, 1) + 2 for rows, _ in levels]
     order = torch.empty(B, H, L, Q * P, dtype=torch.int32, device=device)
     starts = torch.empty(B, H, sum(bins), dtype=torch.int32, device=device)
     grad_value = torch.empty(B, S, H, dim, dtype=grad.dtype, device=device)
     words = tuple(word(*level) for level in levels)
     groups = sum(triton.cdiv(n, sort.group) for n in bins)
-    # Not more tiles than the widest level has, nor, of wide rows, than fit into the registers.
+    # No more tiles than the widest level has, and one tile if rows are too wide for registers.
     constants = _constants(offsets, dim, smallest=16)
     widest = max(triton.cdiv(width, side) for _, width in levels)
     tiles = min(widest, setting.tiles if constants["C"] <= 64 else 1)
@@ -271,7 +271,7 @@ def _added(
     grad: Tensor, levels: list[tuple[int, int]], points: Tensor, offsets: Tensor, logits: Tensor,
     log_sum: Tensor, lines: Tensor, dim: int, key: tuple[str, int],
 ) -> Tensor:  # fmt: skip
-    """Every pixel's sum in the order in which the additions happen to arrive."""
+    """Sum for every pixel in the order in which the atomic additions happen to run."""
     B, Q, H = offsets.shape[:3]
     S = sum(height * width for height, width in levels)
     sums = torch.zeros(B, S, H, dim, dtype=torch.float32, device=grad.device)
@@ -304,8 +304,8 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
             ctx.deterministic,
         )  # fmt: skip
     if ctx.needs_input_grad[2]:
-        # A point moves all samples of its level, by its size in pixels: numbers, as a tensor of
-        # them would come from the host, which a captured graph must not.
+        # A reference point moves all samples of its level, scaled by the level's size in pixels.
+        # Sizes are numbers: a tensor would be copied from the host, which graph capture forbids.
         moved = by_offsets.sum(dim=(2, 4), dtype=torch.float32)
         by_level = [
             torch.stack((xy[..., 0] * width, xy[..., 1] * height), dim=-1)

@@ -1,10 +1,10 @@
 """The backward kernels of `deformable_sample`.
 
-_grad_samples  gradients of offsets and logits, gathered as forward
-_sort          the samples of each image, head and level, in order of the row that they lie in
+_grad_samples  gradients of offsets and logits, gathered as in the forward kernel
+_sort          sorts the samples of each image, head and level by the rows that they touch
 _grad_value    gradient of the values of a strip of rows: a matrix of bilinear shares times the
-               incoming gradients, of the samples that touch the strip, in that order
-_add_value     the same by atomic additions
+               incoming gradients of the samples that touch the strip, in sorted order
+_add_value     the same with atomic additions
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _grad_samples(
     CHUNKS: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
     CORNERS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of offsets and logits of some queries, and the logarithms of their softmax sums."""
+    """Compute gradients of offsets and logits of some queries, and their log-sum-exp."""
     q, m_q, row, rows, point, first = _queries(Q, H, POINT_ROWS, S, L, D, ROWS)
     points, offsets, logits = (
         points + point * 2,
@@ -67,12 +67,12 @@ def _grad_samples(
             v = _rows(value, first, pixel * (H * D), D, C, WORDS)
             dot = tl.sum(g[None, :, :] * v, axis=2)
             dots = tl.where(o_corner == corner, dot[None, :, :], dots)
-        # For the lists of `_sort`.
+        # Lines for the lists of `_sort`.
         touches = (x > -1.0) & (x < width) & (y > -1.0) & (y < height)
         line = tl.where(touches, tl.floor(y) + 1.0, -1.0).to(lines.dtype.element_ty)
         o_point = (i % steps) * STEP + tl.arange(0, STEP)[:, None]
         tl.store(lines + level * (Q * P) + (q * P)[None, :] + o_point, line, mask=m_sample)
-        # A pixel outside has the value zero, not only a share of zero.
+        # Here a pixel outside must have the value zero, not only a share of zero.
         column, i_row = tl.floor(x).to(tl.int32), tl.floor(y).to(tl.int32)
         m_left, m_right = (column >= 0) & (column < width), (column >= -1) & (column < width - 1)
         m_upper, m_lower = (i_row >= 0) & (i_row < height), (i_row >= -1) & (i_row < height - 1)
@@ -80,7 +80,7 @@ def _grad_samples(
         upper_right = tl.where(m_upper & m_right, _first(dots, 1), 0.0)
         lower_left = tl.where(m_lower & m_left, _first(dots, 2), 0.0)
         lower_right = tl.where(m_lower & m_right, _first(dots, 3), 0.0)
-        # The derivative at a whole number is the one of the pair of pixels that begins there.
+        # The derivative at a whole number is that of the pixel pair that begins there.
         by_x, by_y = x - tl.floor(x), y - tl.floor(y)
         along_x = (1.0 - by_y) * (upper_right - upper_left) + by_y * (lower_right - lower_left)
         along_y = (1.0 - by_x) * (lower_left - upper_left) + by_x * (lower_right - upper_right)
@@ -95,7 +95,7 @@ def _grad_samples(
         )
         attention = tl.where(o_chunk == i, a[None, :, :], attention)
         products = tl.where(o_chunk == i, product[None, :, :], products)
-    # Of a softmax: a_i (g_i - sum_j a_j g_j).
+    # Softmax gradient: a_i (g_i - sum_j a_j g_j).
     mean = tl.sum(tl.sum(attention * products, axis=1), axis=0)
     o_out = (o_chunk % steps) * STEP + tl.arange(0, STEP)[None, :, None]
     p_out = grad_logits + (row * (L * P))[None, None, :] + (o_chunk // steps) * P + o_out
@@ -105,7 +105,7 @@ def _grad_samples(
 
 @triton.jit
 def _numbered(n, h, level, H, L: tl.constexpr, P: tl.constexpr):
-    """Of the samples ``n`` of a head and level: query, row (query, head), number, point."""
+    """For the samples ``n`` of a head and level: (query, head) row, sample index, point index."""
     q = n // P
     row = q * H + h
     return row, row * (L * P) + level * P + n % P, q * L + level
@@ -113,22 +113,24 @@ def _numbered(n, h, level, H, L: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def _last_bin(rows, HEIGHT: tl.constexpr):
-    """Lists of a level, less one: for every strip one of the line that it shares with the strip
-    before, and one of its other lines; so the lists of a strip and the next line stand together.
+    """Number of lists of a level, minus one.
+
+    Every strip has one list for the line that it shares with the previous strip, and one for its
+    other lines. The lists of a strip and of the next shared line are thus contiguous.
     """
     return rows // HEIGHT * 2 + tl.minimum(rows % HEIGHT, 1)
 
 
 @triton.jit
 def _bins(lines, n, N, HEIGHT: tl.constexpr):
-    """The lists that the samples ``n`` belong to, -1 for none."""
+    """The lists of the samples ``n``, -1 for none."""
     line = tl.load(lines + n, mask=n < N, other=-1).to(tl.int32)
     return tl.where(line < 0, -1, _last_bin(line, HEIGHT))
 
 
 @triton.jit
 def _one(at):
-    """A one in the counter ``at``, of four of 16 bits; nothing for others."""
+    """A one in counter ``at`` of four 16-bit counters in an int64; 0 if ``at`` is not 0 to 3."""
     return tl.where((at >= 0) & (at < 4), tl.full(at.shape, 1, tl.int64) << (16 * at), 0)
 
 
@@ -139,7 +141,7 @@ def _counters(four, at):
 
 @triton.jit
 def _put(order, at, n, run, o):
-    """Add the samples ``n``, of the lists ``at``, to four lists, which go on at ``run``."""
+    """Append the samples ``n`` of lists ``at`` to four lists, which continue at ``run``."""
     one = _one(at)
     place = _counters(tl.cumsum(one, axis=0), tl.where(one == 0, 0, at)) - 1
     for k in tl.static_range(4):
@@ -153,17 +155,18 @@ def _sort(
     L: tl.constexpr, HEIGHT: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Some lists of the samples of one image, head and level.
+    """Write some lists of the samples of one image, head and level.
 
-    ``lines`` [B, H, L, N]: 1 + the upper row that a sample touches, -1 where it touches none.
-    ``order`` [B, H, L, N] gets their numbers by list, then by number; ``starts`` [B, H, all_bins]
-    where each list begins, and where the last of a level ends. WHOLE: one chunk holds them all.
+    ``lines`` [B, H, L, N]: 1 + the upper row that a sample touches, -1 if it touches none.
+    ``order`` [B, H, L, N] receives the sample indices, ordered by list, then by index. ``starts``
+    [B, H, all_bins] receives the start of each list, and the end of the last list of a level.
+    WHOLE: one chunk holds all samples.
     """
     i_head = (tl.program_id(0) // groups).to(tl.int64)
     i_group = tl.program_id(0) % groups
     level, last, before, first_bin, passed, bins_passed = 0, 1, 0, 0, 0, 0
     for i in tl.static_range(L):
-        # The last level that begins at or before this group.
+        # Select the last level that begins at or before this group.
         rows, columns = _size(words[i])
         here, bins = i_group >= passed, _last_bin(rows, HEIGHT)
         level, last = tl.where(here, i, level), tl.where(here, bins, last)
@@ -201,7 +204,7 @@ def _sort(
 
 @triton.jit
 def _tent(place, first, o):
-    """Bilinear share of the pixels ``first + o`` in a sample at ``place``."""
+    """Bilinear share of the pixels ``first + o`` in a sample at ``place``, along one axis."""
     return tl.maximum(1.0 - tl.abs(place - (first + o).to(tl.float32)), 0.0)
 
 
@@ -212,14 +215,14 @@ def _grad_value(
     L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
     HEIGHT: tl.constexpr, TILES: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a strip of tiles [HEIGHT, SIDE], side by side, of one level, image and head."""
+    """Gradient of a strip of adjacent tiles [HEIGHT, SIDE] of one level, image and head."""
     i_head = (tl.program_id(0) // strips).to(tl.int64)
     batch, h = i_head // H, (i_head % H).to(tl.int32)
     i_strip = tl.program_id(0) % strips
     level, start, height, width, before, first_bin = 0, 0, 1, 1, 0, 0
     strips_passed, pixels_passed, bins_passed = 0, 0, 0
     for i in tl.static_range(L):
-        # The last level that begins at or before this strip.
+        # Select the last level that begins at or before this strip.
         rows, columns = _size(words[i])
         here = i_strip >= strips_passed
         level, first_bin = tl.where(here, i, level), tl.where(here, bins_passed, first_bin)
@@ -238,7 +241,7 @@ def _grad_value(
     log_sum += batch * Q * H
     grad += batch * Q * H * D
     order += (i_head * L + level) * Q * P
-    # Samples whose upper row is the one above the strip or in it: no others touch it.
+    # Only samples whose upper row is in the strip or directly above it touch the strip.
     p_start = starts + i_head * all_bins + first_bin
     i_bin = top // HEIGHT * 2
     begin = tl.load(p_start + i_bin)
@@ -282,7 +285,7 @@ def _add_value(
     L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
     STEP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Add the shares of some queries to the float32 ``sums`` [B, S, H, D], in no order."""
+    """Atomically add the shares of some queries to the float32 ``sums`` [B, S, H, D]."""
     q, m_q, row, rows, point, first = _queries(Q, H, POINT_ROWS, S, L, D, ROWS)
     points, offsets, logits = (
         points + point * 2,

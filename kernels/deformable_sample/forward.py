@@ -1,4 +1,4 @@
-"""The forward kernel of `deformable_sample`: load the four pixels of every sample, add them up."""
+"""The forward kernel of `deformable_sample`: load and sum the four pixels of every sample."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _gather(
     L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, C: tl.constexpr, ALL: tl.constexpr,
     STEP: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, CORNERS: tl.constexpr,
 ):  # fmt: skip
-    """Some queries of one image and head: a level's samples at a time, CORNERS of them at once."""
+    """Gather some queries of one image and head, up to STEP points of a level at a time."""
     q, m_q, row, rows, point, first = _queries(Q, H, POINT_ROWS, S, L, D, ROWS)
     points, offsets, logits = (
         points + point * 2,
@@ -35,7 +35,7 @@ def _gather(
         upper, lower, by_upper, by_lower = _pair(y, height)
         by_upper, by_lower = a * by_upper, a * by_lower
         upper, lower = start + upper * width, start + lower * width
-        # A loop unless unrolled: all loads at once take more registers than programs can have.
+        # A loop unless CORNERS unrolls it: issuing all loads at once takes too many registers.
         for corner in tl.range(0, 4, loop_unroll_factor=CORNERS):
             is_upper, is_left = corner < 2, corner % 2 == 0
             w = tl.where(is_upper, by_upper, by_lower) * tl.where(is_left, by_left, by_right)

@@ -1,17 +1,17 @@
-"""What the kernels of `deformable_sample` share: levels, queries, and where samples are."""
+"""Helpers shared by the kernels of `deformable_sample`: levels, queries and sample locations."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-# A location further out than any map; also stands for one that is not finite.
+# A location farther out than any map; also replaces locations that are not finite.
 FAR = tl.constexpr(-1e6)
 LARGEST_SIDE = 2**15 - 1
 
 
 def word(height: int, width: int) -> int:
-    """A level in one odd number, for which Triton never compiles another variant of a kernel."""
+    """Pack a level into one odd number, so that Triton never specialises a kernel on it."""
     return height << 16 | width << 1 | 1
 
 
@@ -22,7 +22,7 @@ def _size(word):
 
 @triton.jit
 def _level(words, level, L: tl.constexpr):
-    """Height, width and first pixel of a level that only the loop knows."""
+    """Height, width and first pixel of a level, selected at run time."""
     height, width, start, passed = 0, 0, 0, 0
     for i in tl.static_range(L):
         rows, columns = _size(words[i])
@@ -35,10 +35,10 @@ def _level(words, level, L: tl.constexpr):
 
 @triton.jit
 def _queries(Q, H, POINT_ROWS, S, L: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
-    """Which image, head and queries a program of a pass over queries has.
+    """The image, head and queries of a program in a pass over queries.
 
-    Returns: queries [ROWS], which of them exist, their heads' numbers within the image; and in 64
-    bits the first (query, head), reference point and value of the image.
+    Returns: queries [ROWS], a mask of those that exist, and their (query, head) indices within the
+    image; and as 64-bit offsets the image's first (query, head), reference point and value.
     """
     blocks = tl.cdiv(Q, ROWS)
     i_head = (tl.program_id(0) // blocks).to(tl.int64)
@@ -50,7 +50,7 @@ def _queries(Q, H, POINT_ROWS, S, L: tl.constexpr, D: tl.constexpr, ROWS: tl.con
 
 @triton.jit
 def _log_sum(logits, row, m_q, N: tl.constexpr, ALL: tl.constexpr):
-    """Logarithm of the softmax's denominator [ROWS]."""
+    """Log-sum-exp of the softmax [ROWS]."""
     o = tl.arange(0, ALL)
     mask = m_q[:, None] & (o < N)[None, :]
     logit = tl.load(logits + (row * N)[:, None] + o[None, :], mask=mask, other=float("-inf"))
@@ -61,12 +61,12 @@ def _log_sum(logits, row, m_q, N: tl.constexpr, ALL: tl.constexpr):
 
 @triton.jit
 def _axis(points, point, offsets, at, mask, size, XY: tl.constexpr):
-    """Places along one axis in pixels, pixel centres at whole numbers; FAR where masked."""
+    """Locations along one axis in pixels, with pixel centres at whole numbers; FAR if masked."""
     centre = tl.load(points + point * 2 + XY, mask=mask, other=0.0).to(tl.float32)
     offset = tl.load(offsets + at * 2 + XY, mask=mask, other=0.0).to(tl.float32)
-    # The small numbers first, then one multiply-add: one rounding of a number as large as the map.
+    # Add the small numbers first, then one multiply-add: only one rounding at the map's magnitude.
     place = centre * size + (offset - 0.5)
-    # Also where it is not finite.
+    # FAR also replaces locations that are not finite.
     return tl.where(mask & (tl.abs(place) < 1e6), place, FAR)
 
 
@@ -75,9 +75,9 @@ def _samples(
     points, offsets, logits, q, row, lse, m_q, level, first, height, width,
     L: tl.constexpr, P: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Points ``first`` and on of one level [STEP, ROWS]: numbers, which exist, x, y, attention.
+    """Points of one level from ``first`` on [STEP, ROWS]: index, mask, x, y, attention weight.
 
-    Queries are the last dimension: then the samples of a query lie in the registers of a thread.
+    Queries are the last dimension, so the samples of a query are in the registers of one thread.
     """
     o = first + tl.arange(0, STEP)[:, None]
     mask = m_q[None, :] & (o < P)
@@ -91,10 +91,10 @@ def _samples(
 
 @triton.jit
 def _pair(place, size):
-    """The two pixels around a place along one axis: whole numbers inside, and their shares.
+    """The two pixels around a location along one axis: indices inside the level, and shares.
 
-    A pixel outside has the share zero and the index of the nearest inside, which its sample looks
-    at anyway or, with no pixel inside, gives no weight: so no load needs a mask.
+    A pixel outside gets a share of zero and the index of the nearest pixel inside. The sample reads
+    that pixel anyway or, if no pixel is inside, gives it no weight. So loads need no mask.
     """
     below = tl.floor(place)
     part, first = place - below, below.to(tl.int32)
@@ -107,13 +107,13 @@ def _pair(place, size):
 
 @triton.jit
 def _rows(value, first, offset, D: tl.constexpr, C: tl.constexpr, WORDS: tl.constexpr):
-    """float32 [STEP, ROWS, C] of the rows ``first + offset`` [STEP, ROWS], in 32 bits each.
+    """Load the rows ``first + offset`` [STEP, ROWS], with 32-bit offsets: float32 [STEP, ROWS, C].
 
-    WORDS: of bfloat16, two at a time, each of which is the upper half of a float32. Loaded as a
-    matrix, so that threads lie along C, then along queries, whatever the compiler's version.
+    WORDS: load bfloat16 values two at a time; each is the upper half of a float32. Rows are loaded
+    as a matrix, so that threads lie along C, then along queries, for every compiler version.
     """
     flat = tl.reshape(offset, (offset.numel,))[:, None]
-    # The largest power of two in D, which Triton before 3.8 does not see through the reshape.
+    # The largest power of two that divides D; Triton before 3.8 loses it in the reshape.
     even: tl.constexpr = D & -D
     if WORDS:
         o_d = tl.arange(0, C // 2)[None, :]

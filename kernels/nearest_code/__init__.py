@@ -1,21 +1,22 @@
 """Triton `ops.nearest_code`: screened on the matrix unit, certified, exact in float64.
 
-What it computes: for every row of z [N, d] the k rows of codebook [K, d] with the largest cosine,
-of equal ones the lowest, int64 [N, k], and those cosines, float32 [N, k]. Six launches:
+What it computes: for every row of z [N, d], the k rows of codebook [K, d] with the largest cosine,
+lowest index first on ties, int64 [N, k], and those cosines, float32 [N, k]. Six launches:
 
-    _insert    a table of the codes by their bits, so that repeated ones are found (k = 1)
-    _prepare   directions of the codes: float16 in two halves for the screens, float32 for the rest
-    _screen    scores of all codes from the upper halves: of each row, in each of 4 lanes, the best
+    _insert    a hash table of the codes by their bits, to find repeated codes (k = 1)
+    _prepare   directions of the codes as two float16 halves for the screens; the codes in float32
+               for the rescans
+    _screen    scores of all codes from the upper halves: for each row and each of 4 lanes, the best
                group of consecutive codes and the value of the second best; nothing of size N x K
                leaves the registers
-    _rescan    float64 scores of the groups that can hold the answer; rows where a second group of
-               one lane can hold it too are listed
-    _screen    the listed rows once more, with both halves, a bound 50 times smaller, smaller groups
-    _rescan    float64 scores of what is left: groups, or all codes of a lane
+    _rescan    float64 scores of the groups that can contain the answer; rows where a second group
+               of a lane can contain it too are listed
+    _screen    the listed rows again, with both halves, a bound 50 times smaller, smaller groups
+    _rescan    float64 scores of the remaining candidates: groups, or all codes of a lane
 
-Bytes: (4 d + 12) N + 4 d K in and out; scratch does not grow beyond 65,536 rows. Floor on an H200
-at N = 65,536, K = 16,384, d = 12: the product on the matrix unit, 44 us. README.md derives bounds
-and costs.
+Bytes: (4 d + 12) N + 4 d K in and out; scratch does not grow beyond 65,536 rows. Lower bound on an
+H200 at N = 65,536, K = 16,384, d = 12: the product on the matrix unit, 44 us. README.md derives
+bounds and costs.
 """
 
 from __future__ import annotations
@@ -46,15 +47,15 @@ SCREEN = Space(
         80: {"scores": "float32", "tile": 64, "rows": 64, "warps": 4, "stages": 3},
         90: {"scores": "float16", "tile": 128, "rows": 64, "warps": 4, "stages": 3},
     },
-    # More scores than that in a thread do not fit into its registers.
+    # More scores per thread do not fit into its registers.
     valid=lambda s: s.rows * s.tile // s.warps <= (2048 if s.scores == "float16" else 1024),
 )
 AGAIN = Space(
     "nearest_code.screen_again",
     {"tile": (64, 128), "sub": (8, 16, 32), "rows": (64, 128), "warps": (4, 8), "stages": (2, 3)},
     {80: {"tile": 64, "sub": 16, "rows": 64, "warps": 4, "stages": 2}},
-    # Eight warps share 64 rows in another layout, which would copy every score; tiles of 128 codes
-    # fit into registers with few columns of them at a time only.
+    # Eight warps with 64 rows get another layout, which would copy every score. Tiles of 128 codes
+    # fit into registers only with groups of 8 codes.
     valid=lambda s: s.rows == 16 * s.warps and (s.tile == 64 or s.sub == 8),
 )
 RESCAN = Space(
@@ -67,25 +68,26 @@ RESCAN_AGAIN = Space(
     {"rows": (4, 8, 16), "warps": (1, 2, 4)},
     {80: {"rows": 8, "warps": 2}},
 )
-# All are exact: none of them changes a code, nor the bits of a score.
+# All settings are exact: none changes a code or the bits of a score.
 SPACES = SCREEN, AGAIN, RESCAN, RESCAN_AGAIN
 
-# Codes of a group in the first screen. Larger ones cost it fewer instructions, about 20 for each
-# column of a tile, and the rescan more loads.
+# Codes per group in the first screen. Larger groups cost the screen fewer instructions, about 20
+# per column of a tile at the end of a span, and the rescan more loads.
 GROUP = 32
-# For k > 1: more slots, so that two of the best rarely share one.
+# For k > 1: smaller groups give more slots, so that two of the best codes rarely share one.
 GROUP_K = 16
 MAX_SPLITS = 32
 SPLITS_AGAIN = 16
-# Enough programs of the screen to fill the multiprocessors twice where rows are few, and of the
-# launches that find out on the device how much there is to do.
+# Enough programs of the first screen to fill the multiprocessors twice if rows are few; and enough
+# for the launches that read their amount of work on the device.
 WANTED_PROGRAMS = 264
 PROGRAMS_AGAIN = 528
-# Rows of one round of launches: enough to fill any chip, and scratch of 60 MB at most.
+# Rows per round of launches: enough to fill any chip, with about 50 MB of scratch for slots, or
+# twice that if k > 1.
 BLOCK_ROWS = 65536
-# Codes of one program of _insert.
+# Codes per program of _insert.
 INSERT = 64
-# Factors on the error bounds of both screens; the tests set them to 0 to see that they are needed.
+# Factors on the error bounds of both screens; tests set them to 0 to show that they are needed.
 BOUND = BOUND_AGAIN = 1.0
 
 
@@ -107,7 +109,7 @@ def unsupported_reason(
 def tuning_key(
     z: Tensor, codebook: Tensor, *, k: int = 1, normalize: bool = True, return_score: bool = False
 ) -> tuple[str, int]:
-    """What a measurement counts for: see `tuning`."""
+    """Kind and size under which a measurement is stored; see `tuning`."""
     kind = f"{dtype_name(z)} d={z.shape[1]} K={_power(codebook.shape[0])}"
     return kind if k == 1 else f"{kind} k={k}", max(1, z.shape[0])
 
@@ -115,18 +117,18 @@ def tuning_key(
 def nearest_code(
     z: Tensor, codebook: Tensor, *, k: int = 1, normalize: bool = True, return_score: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See `vfmtok_fast.ops.nearest_code`; takes the calls that `unsupported_reason` lets pass."""
+    """See `vfmtok_fast.ops.nearest_code`; takes calls that `unsupported_reason` accepts."""
     code, score = _search(z, codebook, k)
     return (code, score) if return_score else code
 
 
 def _power(n: int) -> int:
-    """The largest power of two that is not larger."""
+    """The largest power of two that is at most n."""
     return 1 << (n.bit_length() - 1)
 
 
 def _group(codes: int, tile: int, wanted: int, most: int) -> int:
-    """Codes of a group: fewer where there are too few codes for the tiles, or steps to share."""
+    """Codes per group: fewer if there are too few codes to fill ``wanted`` spans of tiles."""
     group = most
     while group > 2 and triton.cdiv(codes, tile * group) < wanted:
         group //= 2
@@ -134,7 +136,7 @@ def _group(codes: int, tile: int, wanted: int, most: int) -> int:
 
 
 def _table(codes: int) -> int:
-    """Places of the table of codes by their bits; two that share one are never told to be equal."""
+    """Slots of the hash table; a code is compared only with the lowest code of its slot."""
     return 4 * triton.next_power_of_2(codes)
 
 
@@ -162,10 +164,11 @@ def _search(z: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
     wanted = min(MAX_SPLITS, max(1, WANTED_PROGRAMS // row_blocks), triton.cdiv(codes, screen.tile))
     group = _group(codes, screen.tile, wanted, GROUP if k == 1 else GROUP_K)
     sub = min(again.sub, group)
-    # Whole spans of the tiles of both screens.
+    # Whole spans for the tiles of both screens.
     groups = triton.cdiv(codes, 128 * group) * 128
     spans, steps = groups // screen.tile, groups // again.tile * (group // sub)
-    # For k > 1 a split is one span, or nearly so: two of the best groups rarely share a slot.
+    # For k > 1 a split is one span or nearly so, because two of the best groups then rarely share a
+    # slot.
     splits = min(MAX_SPLITS, triton.next_power_of_2(spans)) if k > 1 else _power(min(wanted, spans))
     splits_again = min(SPLITS_AGAIN, triton.next_power_of_2(steps))
 
@@ -181,16 +184,16 @@ def _search(z: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
     table = _table(codes) if k == 1 else 0
     first = torch.zeros(max(table, 1), dtype=torch.int32, device=device)
     rounds = triton.cdiv(n, BLOCK_ROWS)
-    # Counters of 16 bytes each: another alignment would compile another variant.
+    # Each counter takes 16 bytes: another alignment would compile another variant.
     facts = torch.zeros(4 + 2 * rounds, dtype=torch.int64, device=device)
     slots = max(splits, splits_again) * LANES.value
     best, second = (empty(block, slots, dtype=torch.float32) for _ in range(2))
     where = empty(block, slots, dtype=torch.int32)
     slack = empty(block, dtype=torch.float32)
     listed = empty(block, dtype=torch.int64)
-    # Three-way maxima, and those of two float16 in one register, are there from sm_90 on.
+    # Three-way maxima, also of two float16 values in one register, exist from sm_90 on.
     asm = tuning.capability(device) >= 90 and os.environ.get("TRITON_INTERPRET") != "1"
-    # Before sm_90 the assembler would spill half of the maxima to have seven warps a scheduler.
+    # Before sm_90 the assembler would spill half of the maxima to fit seven warps per scheduler.
     limit = {} if asm else {"maxnreg": 96}
     row = {"D": d, "C": columns}
     last = {**row, "GROUP": group, "TAKE": k, "PLACES": triton.next_power_of_2(k)}

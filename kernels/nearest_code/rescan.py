@@ -1,4 +1,4 @@
-"""`_rescan` of `nearest_code`: which groups can hold the answer, and their scores in float64."""
+"""`_rescan` of `nearest_code`: find the groups that can contain the answer; score in float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LAST = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _dot(z, exact, row, m_row, code, D: tl.constexpr, GROUP: tl.constexpr):
-    """float64 products [R, W] of rows and codes; the same order for all, so equal codes tie."""
+    """float64 dot products [R, W] of rows and codes, all in one order, so that equal codes tie."""
     total = tl.zeros(code.shape, tl.float64)
     p_e = exact + (code // GROUP).to(tl.int64) * (D * GROUP) + code % GROUP
     for i in range(D):
@@ -26,14 +26,14 @@ def _keep(
     z, exact, inverse, row, m_row, code, m_code, b_score, b_code, K,
     TAKE: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Let the codes [R, W] improve on the best so far, float64 and int32 [R, P], in any order."""
+    """Merge the codes [R, W] into the best so far, float64 and int32 [R, P], in any order."""
     score = _dot(z, exact, row, m_row, code, D, GROUP) * tl.load(inverse + code)
     score = tl.where(m_code & (code < K), score, float("-inf"))
     for _ in tl.static_range(TAKE):
         most = tl.max(score, axis=1)
         lowest = tl.min(tl.where(score == most[:, None], code, LAST), axis=1)
         score = tl.where(code == lowest[:, None], float("-inf"), score)
-        # The worst of those kept gives way to a better one: of equal scores the lower code.
+        # A better code replaces the worst one kept; among equal scores the lower code is better.
         worst = tl.min(b_score, axis=1)
         highest = tl.max(tl.where(b_score == worst[:, None], b_code, -1), axis=1)
         better = (most > worst) | ((most == worst) & (lowest < highest))
@@ -44,7 +44,7 @@ def _keep(
     return b_score, b_code
 
 
-# The last round of a call may have any number of rows.
+# Not specialised: the last round of a call may have any number of rows.
 @triton.jit(do_not_specialize=["N"])
 def _rescan(
     z, exact, inverse, alive, facts, listed, count, best, second, where, slack, code, score,
@@ -53,9 +53,10 @@ def _rescan(
     GROUP: tl.constexpr, SUB: tl.constexpr, TAKE: tl.constexpr, PLACES: tl.constexpr,
     AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """The TAKE best codes of rows whose candidates are all known; the others are listed.
+    """Find the TAKE best codes of rows whose candidates are all known; list the other rows.
 
-    AGAIN: of the listed rows; where a lane's candidates are not known, all of its codes are.
+    AGAIN: for the listed rows; if a slot's candidates are not all known, all of its codes are
+    candidates.
     """
     rows = N
     if AGAIN:
@@ -66,7 +67,7 @@ def _rescan(
     place = tl.arange(0, PLACES)[None, :]
     member = tl.arange(0, SUB)[None, :]
     width = tl.full((), ROWS, tl.int64)
-    # Groups of a span that share a column.
+    # Small groups per column of a span.
     parts: tl.constexpr = GROUP // SUB
     for item in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         at = item * width + tl.arange(0, ROWS)
@@ -85,10 +86,10 @@ def _rescan(
         left = tl.load(best + p_slot, mask=m_slot, other=0.0)
         other = tl.load(second + p_slot, mask=m_slot, other=0.0)
         places = tl.load(where + p_slot, mask=m_slot, other=0)
-        # The score of the TAKE-th best group: that of so many codes is no less.
+        # The score of the TAKE-th best group: at least TAKE codes have no lower score.
         top, below, least = left, other, tl.max(left, axis=1)
         for _ in tl.static_range(TAKE - 1):
-            # One of several that are equal: the first of the best, else of the second best.
+            # Remove one of several equal scores: the first of the best, else of the second best.
             in_top = tl.max(top, axis=1) == least
             first = tl.min(tl.where(top == least[:, None], slot, SLOTS), axis=1)
             next_first = tl.min(tl.where(below == least[:, None], slot, SLOTS), axis=1)
@@ -96,7 +97,7 @@ def _rescan(
             gone = (in_top == 0)[:, None] & (slot == next_first[:, None])
             below = tl.where(gone, 0.0, below)
             least = tl.maximum(tl.max(top, axis=1), tl.max(below, axis=1))
-        # Keys are cut, relative to the score by less than that: README.md, "Keys".
+        # Keys are truncated by less than ``cut`` relative to the score: README.md, "Keys".
         limit = least - tl.load(slack + at, mask=m_row, other=0.0) - least * cut
         dark = live & (limit <= 0)
         unknown = other >= limit[:, None]
@@ -107,10 +108,10 @@ def _rescan(
         left = tl.where(known[:, None] & (left >= limit[:, None]), left, float("-inf"))
 
         b_score = tl.full((ROWS, PLACES), float("-inf"), tl.float64)
-        # Places that are not asked for are never the worst.
+        # Places beyond TAKE are never the worst.
         b_score = tl.where(place < TAKE, b_score, float("inf"))
         b_code = LAST - 1 - place + tl.zeros((ROWS, PLACES), tl.int32)
-        # One slot of every row at a time, most rows having one only.
+        # One slot of every row at a time; most rows have only one.
         while tl.max(left) > float("-inf"):
             most, pick = tl.max(left, axis=1, return_indices=True)
             taken = slot == pick[:, None]
@@ -125,7 +126,7 @@ def _rescan(
                 turns = tl.where(tl.max(tl.where(several, 1, 0)) > 0, per_split * columns, 1)
                 lane, split = pick % LANES, pick // LANES
                 for i in range(turns):
-                    # The i-th group of the slot: its steps, and in each every fourth pair.
+                    # The i-th group of the slot: by step, then by every fourth pair of columns.
                     turn = i + tl.zeros((), tl.int32)
                     a_step, o = split * per_split + turn // columns, turn % columns
                     a_column = (o // 2) * (2 * LANES) + 2 * lane + o % 2
@@ -158,7 +159,7 @@ def _rescan(
             into = tl.atomic_add(count + tl.zeros_like(row), 1, mask=m_list)
             tl.store(listed + into, row, mask=m_list)
 
-        # Places in order: how many come before each.
+        # The rank of each place: how many come before it.
         ahead = b_score[:, None, :] > b_score[:, :, None]
         ahead |= (b_score[:, None, :] == b_score[:, :, None]) & (
             b_code[:, None, :] < b_code[:, :, None]
@@ -169,7 +170,7 @@ def _rescan(
         shown = (b_score / tl.maximum(length, EPS)[:, None]).to(tl.float32)
         shown = tl.where(live[:, None], shown, 0.0)
         shown = tl.where(((finite == 0) | (broken > 0))[:, None], float("nan"), shown)
-        # A broken code first, then the lowest others.
+        # The broken code first, then the lowest other codes.
         odd = K - broken
         instead = tl.where(place == 0, odd, tl.where(place - 1 < odd, place - 1, place))
         instead = tl.where((finite & (broken > 0))[:, None], instead, place)

@@ -1,13 +1,13 @@
 """The kernels of `nearest_code` that score all codes: `_insert`, `_prepare`, `_screen`.
 
-Codes are told apart in groups of GROUP consecutive ones, one group to a column of a tile of the
-matrix unit: place (span, t, column) of ``packed`` holds code (span * TILE + column) * GROUP + t. A
-running maximum over the GROUP tiles of a span is then, column by column, that of a group: one
-instruction for several scores, and nothing to exchange between threads.
+The screen distinguishes only groups of GROUP consecutive codes, one group per column of the matrix
+unit's tile: place (span, t, column) of ``packed`` holds code (span * TILE + column) * GROUP + t. A
+running maximum over the GROUP tiles of a span then gives, column by column, the maximum of a group:
+one instruction covers several scores, and threads exchange nothing.
 
-Scores are not negative where they matter: as integers, positive floats keep their order, and the
+The scores that matter are not negative. As integers, positive floats keep their order, and the
 hardware has a maximum of three integers. A maximum starts at 0; a row whose largest score is not
-clearly above that is left to float64.
+clearly above 0 is left to float64.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Powers of two that keep float16 out of its subnormal range and within 65504, README.md, "Scales":
-# of queries where scores are float32 and float16, and of codes.
+# Powers of two that keep float16 values out of the subnormal range and within 65504 (README.md,
+# "Scales"): for queries with float32 scores, for queries with float16 scores, and for codes.
 Z_SCALE = tl.constexpr(64.0)
 Z_SCALE_HALF = tl.constexpr(1.0)
 E_SCALE = tl.constexpr(256.0)
-# F.normalize's: shorter codes are divided by this instead of by their length.
+# As in F.normalize: shorter codes are divided by this instead of by their length.
 EPS = tl.constexpr(1e-12)
-# Threads that share a row of a tile of the matrix unit; each has every fourth pair of columns.
+# Threads that share a row of the matrix unit's tile; each holds every fourth pair of columns.
 LANES = tl.constexpr(4)
-# Places of ``facts``: the largest residuals of a code after one and two roundings to float16, as
-# bits, and K less the first code that is not finite.
+# Indices into ``facts``: the largest residuals of a code after one and two roundings to float16, as
+# bits, and K minus the index of the first code that is not finite.
 RESIDUAL = tl.constexpr(0)
 RESIDUAL_2 = tl.constexpr(1)
 BROKEN = tl.constexpr(2)
@@ -33,7 +33,7 @@ BROKEN = tl.constexpr(2)
 
 @triton.jit
 def _hash(e, o_dim, m_dim):
-    """A number of every row of e [n, C] that equal rows share, int32 [n]."""
+    """Hash of every row of e [n, C], equal for equal rows: int32 [n]."""
     word = e.to(tl.int32, bitcast=True)
     word = (word ^ (word >> 15)) * (2 * o_dim[None, :] + 0x2C1B3C6D)
     total = tl.sum(tl.where(m_dim, word ^ (word >> 12), 0), axis=1)
@@ -43,12 +43,12 @@ def _hash(e, o_dim, m_dim):
 
 @triton.jit
 def _rows_of(codebook, code, K, D: tl.constexpr, C: tl.constexpr):
-    """Rows of the codebook as float32 [n, C]; of those past the end the last, once more."""
+    """Rows of the codebook as float32 [n, C]; past the end, the last row again."""
     o_dim = tl.arange(0, C)
     m_dim = (o_dim < D)[None, :]
     source = tl.minimum(code, K - 1)
     p_e = codebook + source.to(tl.int64)[:, None] * D + o_dim[None, :]
-    # An addition turns -0 into 0, so that rows that are equal have equal bits.
+    # The addition turns -0 into 0, so that equal rows have equal bits.
     return tl.load(p_e, mask=m_dim, other=0.0).to(tl.float32) + 0.0
 
 
@@ -56,7 +56,7 @@ def _rows_of(codebook, code, K, D: tl.constexpr, C: tl.constexpr):
 def _insert(
     codebook, first, K, SLOTS: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Of all codes with one hash, K less the lowest."""
+    """Store K minus the lowest code of each hash."""
     o_dim = tl.arange(0, C)
     code = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     e = _rows_of(codebook, code, K, D, C)
@@ -70,9 +70,9 @@ def _prepare(
     D: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr, TILE_AGAIN: tl.constexpr,
     GROUP: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Directions of one group of codes: float16 twice over for the screens, float32 for the rest.
+    """Prepare one group of codes: two float16 halves for the screens, float32 for the rescans.
 
-    Codes past the end, and with SLOTS those that equal a lower one, are zeros in the screens.
+    Codes past the end and, with SLOTS, codes equal to a lower one are zeros in the screens.
     """
     i_group = tl.program_id(0).to(tl.int64)
     o_dim = tl.arange(0, C)
@@ -95,10 +95,10 @@ def _prepare(
     left = unit - half.to(tl.float64) / E_SCALE
     low = (left.to(tl.float32) * E_SCALE).to(tl.float16)
     left_2 = left - low.to(tl.float64) / E_SCALE
-    # Rounded up: float64 to float32 may round down.
+    # Rounded up, because the conversion from float64 to float32 may round down.
     once = tl.sqrt(tl.max(tl.sum(left * left, axis=1))).to(tl.float32) * (1.0 + 2.0**-20)
     twice = tl.sqrt(tl.max(tl.sum(left_2 * left_2, axis=1))).to(tl.float32) * (1.0 + 2.0**-20)
-    # As bits, which order as the positive numbers do.
+    # As bits, which have the same order as the positive numbers.
     tl.atomic_max(facts + RESIDUAL, once.to(tl.int32, bitcast=True).to(tl.int64))
     tl.atomic_max(facts + RESIDUAL_2, twice.to(tl.int32, bitcast=True).to(tl.int64))
     tl.atomic_max(facts + BROKEN, tl.max(tl.where(broken & (code < K), K - code, 0)))
@@ -110,7 +110,7 @@ def _prepare(
     place = ((i_group // TILE_AGAIN) * GROUP + o_code) * TILE_AGAIN + i_group % TILE_AGAIN
     p_rest = rest + place[:, None] * C + o_dim[None, :]
     size = tl.num_programs(0).to(tl.int64) * (GROUP * C)
-    # The upper halves twice: a tile that two products read is not copied asynchronously.
+    # Store the upper halves twice: a tile that two products read is not copied asynchronously.
     tl.store(p_rest, half)
     tl.store(p_rest + size, half)
     tl.store(p_rest + 2 * size, tl.where(dead[:, None], 0.0, low))
@@ -121,13 +121,13 @@ def _prepare(
 
 @triton.jit
 def _bits(scores, WIDE: tl.constexpr, ASM: tl.constexpr):
-    """Scores [R, T] as integers of the same order: [R, T], or two to an int32, [R, T / 2]."""
+    """Scores [R, T] as integers of the same order: [R, T], or two per int32, [R, T / 2]."""
     R: tl.constexpr = scores.shape[0]
     T: tl.constexpr = scores.shape[1]
     if WIDE:
         word = scores.to(tl.int32, bitcast=True)
     elif ASM:
-        # The pair lies in one register already; this only says so.
+        # The pair is already in one register; this only tells the compiler.
         both = tl.inline_asm_elementwise(
             "mov.b32 $0, $2; mov.b32 $1, $2;", "=r,=r,r", [scores],
             dtype=tl.int32, is_pure=True, pack=2,
@@ -143,7 +143,7 @@ def _bits(scores, WIDE: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def _max3(m, a, b, WIDE: tl.constexpr, ASM: tl.constexpr):
-    """Largest of three, of 32 bits or twice 16; one VIMNMX3 from sm_90 on."""
+    """Maximum of three 32-bit integers or pairs of 16-bit ones; one VIMNMX3 from sm_90 on."""
     if ASM and WIDE:
         m = tl.inline_asm_elementwise(
             "{ .reg .b32 t; max.s32 t, $1, $2; max.s32 $0, t, $3; }", "=r,r,r,r", [m, a, b],
@@ -165,7 +165,7 @@ def _max3(m, a, b, WIDE: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def _product(a, b, WIDE: tl.constexpr, ASM: tl.constexpr):
-    """Scores of one product; where not ASM, float16 ones are rounded once, at the end."""
+    """Scores of one product; without ASM, float16 scores are rounded once, at the end."""
     if WIDE:
         score = tl.dot(a, b, input_precision="ieee", out_dtype=tl.float32)
     elif ASM:
@@ -177,7 +177,7 @@ def _product(a, b, WIDE: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def _split_product(high, low, p_e, size):
-    """Scores of both halves of rows and codes, but for the product of the two lower ones."""
+    """Scores from both halves of rows and codes, without the product of the two lower halves."""
     score = tl.dot(low, tl.load(p_e), input_precision="ieee", out_dtype=tl.float32)
     e = tl.load(p_e + size)
     e_low = tl.load(p_e + 2 * size)
@@ -187,10 +187,10 @@ def _split_product(high, low, p_e, size):
 
 @triton.jit
 def _reduce(m, WIDE: tl.constexpr, EXACT: tl.constexpr):
-    """Of each lane the largest key, the second, and the column of the first, [R, LANES].
+    """For each lane, the largest key, the second largest, and the first's column: [R, LANES].
 
-    A key is a score's bits, and where not EXACT its last bits are the column, which spares a
-    search: README.md, "Keys".
+    A key is the bits of a score. Unless EXACT, it also contains the column in its last bits, which
+    saves a search: README.md, "Keys".
     """
     R: tl.constexpr = m.shape[0]
     W: tl.constexpr = m.shape[1]
@@ -221,7 +221,7 @@ def _reduce(m, WIDE: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _value(key, TILE: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr):
-    """The score of a key in float32, cut where WIDE and not EXACT; 0 where there is none."""
+    """The score of a key in float32, truncated if WIDE and not EXACT; 0 if there is none."""
     if WIDE:
         value = (key if EXACT else key & (-TILE)).to(tl.float32, bitcast=True)
     else:
@@ -231,10 +231,10 @@ def _value(key, TILE: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _query(z, row, m_row, SCALE: tl.constexpr, D: tl.constexpr, C: tl.constexpr):
-    """A row scaled by a power of two to a largest value between 1 and 4; its float16 halves.
+    """Scale rows by a power of two to a largest value between 1 and 4; split them into float16.
 
-    Returns the halves in units of 1 / SCALE, and lengths: of the row, and of what one and what two
-    roundings leave.
+    Returns the halves in units of 1 / SCALE, the length of the scaled row, and the lengths of the
+    residuals after one and after two roundings.
     """
     o_dim = tl.arange(0, C)
     p_z = z + row[:, None] * D + o_dim[None, :]
@@ -250,7 +250,7 @@ def _query(z, row, m_row, SCALE: tl.constexpr, D: tl.constexpr, C: tl.constexpr)
     return high, low, size, once, tl.sqrt(tl.sum(left_2 * left_2, axis=1))
 
 
-# The last round of a call may have any number of rows.
+# Not specialised: the last round of a call may have any number of rows.
 @triton.jit(do_not_specialize=["N"])
 def _screen(
     z, packed, facts, listed, count, best, second, where, slack, N, steps, per_split, bound,
@@ -258,9 +258,9 @@ def _screen(
     SPLITS: tl.constexpr, WIDE: tl.constexpr, AGAIN: tl.constexpr, ASM: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Best and second best group of each lane, for some rows and one split of the codes.
+    """Find the best and second best group of each lane, for some rows and one split of the codes.
 
-    A step is SUB tiles, a part of a span. AGAIN: of the listed rows, with products of both halves.
+    A step is SUB tiles, a part of a span. AGAIN: for the listed rows, with products of both halves.
     """
     SCALE: tl.constexpr = Z_SCALE if WIDE else Z_SCALE_HALF
     WORDS: tl.constexpr = TILE if WIDE else TILE // 2
@@ -271,7 +271,7 @@ def _screen(
     o_dim = tl.arange(0, C)
     place = tl.arange(0, TILE)[None, :] * C + o_dim[:, None]
     stride, width = tl.full((), TILE * C, tl.int64), tl.full((), ROWS, tl.int64)
-    # Rows and splits in one number; of the listed rows there may be more than programs, or none.
+    # One index for rows and splits; there may be more listed rows than programs, or none.
     for item in range(tl.program_id(0), tl.cdiv(rows, ROWS) * SPLITS, tl.num_programs(0)):
         i_split = item % SPLITS
         at = (item // SPLITS) * width + tl.arange(0, ROWS)
@@ -303,7 +303,7 @@ def _screen(
         tl.store(best + p_out, _value(b_best, TILE, WIDE, AGAIN), mask=m_row[:, None])
         tl.store(second + p_out, _value(b_second, TILE, WIDE, AGAIN), mask=m_row[:, None])
         tl.store(where + p_out, b_where, mask=m_row[:, None])
-        # README.md, "Error bound": twice the largest possible error of a score, in its own units.
+        # README.md, "Error bound": twice the largest possible error of a score, in score units.
         residual = tl.load(facts + RESIDUAL).to(tl.int32).to(tl.float32, bitcast=True)
         if AGAIN:
             residual_2 = tl.load(facts + RESIDUAL_2).to(tl.int32).to(tl.float32, bitcast=True)
@@ -314,7 +314,7 @@ def _screen(
             whole = size + once
             error = (once + C * 2.0**-22 * whole) * (1.0 + residual) + size * residual
             if not WIDE:
-                # The sum is rounded to float16, or cut, after every 16 columns.
+                # The sum is rounded or truncated to float16 after every 16 columns.
                 error += (C // 16) * 2.0**-10 * whole * (1.0 + residual) + 2.0**-30
         m_first = m_row & (i_split == 0)
         tl.store(slack + at, error * (2.002 * bound) * SCALE * E_SCALE, mask=m_first)
