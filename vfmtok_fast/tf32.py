@@ -38,7 +38,7 @@ def computing(device: torch.device, tf32: bool) -> Iterator[None]:
 
 
 def settled() -> threading.RLock:
-    """Return a lock: while it is held, the switches are the process's own and nothing moves them."""
+    """Return a lock; while it is held, the switches are the process's own and do not change."""
     return _switches
 
 
