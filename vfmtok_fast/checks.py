@@ -22,7 +22,7 @@ def check_device(op: str, name: str, value: Tensor, device: torch.device) -> Non
 
 
 def check_images(op: str, images: object, size: int, device: torch.device) -> None:
-    """Require floating images [B, 3, size, size] in [-1, 1], up to `LARGEST_PIXEL` in magnitude."""
+    """Require floating images [B, 3, size, size] in [-1, 1]; up to `LARGEST_PIXEL` may pass."""
     watch_images(op, images, size, device)()
 
 
