@@ -212,7 +212,7 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         return self.predict(self._teach(codes, class_ids))
 
     def loss(self, codes: Tensor, class_ids: Tensor) -> Tensor:
-        """Mean cross-entropy of the codes under `forward`'s logits, which need not all be in memory.
+        """Mean cross-entropy of the codes under `forward`'s logits, which need not all be stored.
 
         Args:
             codes, class_ids: as for `forward`; at least one image, or the loss would be NaN.
