@@ -55,7 +55,7 @@ class StepWeights(NamedTuple):
     norm: Tensor  # [C], before the head
     head: Tensor  # [V, C]
     rotary: Tensor  # [T, D / 2, 2] float32, cosine and sine of every position
-    eps: float = 1e-5  # of all norms
+    eps: float = 1e-5  # epsilon of all norms
 
 
 class LayerCache(NamedTuple):

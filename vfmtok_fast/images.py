@@ -1,8 +1,8 @@
 """Images in and out: decoding, preprocessing, and conversion back to 8 bits.
 
-This is the only module that handles pixels. It covers everything between a file and the model's
-input and is bit-exact with the authors' training preprocessing, so that a token depends only on the
-file and the weights. Pillow is the decoder. Source: the release's `center_crop_arr`.
+The path from a file to the model's input is bit-exact with the authors' training preprocessing, so
+that a token depends only on the file and the weights. Pillow is the decoder. Random crops and other
+views for caches are in `cache.format.crops`. Source: the release's `center_crop_arr`.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def decode_image(source: ImageSource) -> Image.Image:
     in the authors' loader). Alpha is dropped, also for palettes. CMYK goes through Pillow's plain
     conversion. Colour profiles are ignored. An animation yields its first frame. 16-bit gray keeps
     the high byte of each value, as Pillow does for 16-bit colour (its own conversion would clip
-    16-bit gray to white); so does 12-bit gray in a TIFF. 32-bit integer, signed and floating-point
-    pixels have no fixed range and are refused.
+    16-bit gray to white), and 12-bit gray in a TIFF keeps the high 8 bits. 32-bit integer, signed
+    and floating-point pixels have no fixed range and are refused.
 
     Args:
         source: a path, the file's bytes, or a file opened for binary reading.

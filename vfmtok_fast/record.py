@@ -19,7 +19,7 @@ class Record:
     """Counts of op calls, by op and by implementation or reason. Any thread may add to them.
 
     ``calls``: by (op, implementation). ``fallbacks``: by (op, reason). ``slower``: calls that used
-    the reference because it is the fastest, by (op, reason). ``replays``: CUDA graphs, by name.
+    the reference because it is the fastest, by (op, reason). ``replays``: of CUDA graphs, by name.
     """
 
     def __init__(self) -> None:

@@ -169,7 +169,7 @@ def _activate() -> None:
 
 @dataclass
 class Implementation:
-    """A fast implementation of an op, imported on demand; ``library``: the package it needs."""
+    """A fast implementation of an op, imported on demand; ``library``: its optional package."""
 
     name: str
     path: str
@@ -321,7 +321,7 @@ class Op:
     def _choose(
         self, args: tuple, kwargs: dict
     ) -> tuple[Callable, str, tuple[str, ...], str | None]:
-        """Return the function, its name, why others were skipped, and why a usable kernel was."""
+        """Return the function, its name, why others were skipped, and why the reference is best."""
         if not torch.compiler.is_compiling() and _transformed():
             why = "under torch.func and forward-mode derivatives only the reference is right"
             return self.reference, "reference", (why,), None

@@ -1,7 +1,7 @@
 """`ops.linear_cross_entropy` on a CPU: the logits of a few rows at a time.
 
-If gradients are wanted and the losses are reduced, the forward pass computes them from the logits
-at hand, for an output gradient of 1, and the backward pass scales them. With reduction "none", the
+If gradients are wanted and the losses are reduced, the forward pass computes them from its logits,
+for an output gradient of 1, and the backward pass scales them. With reduction "none", the
 backward pass recomputes the logits. The gradient of ``weight`` is summed in float32. If all logits
 fit into one chunk, torch's own function is used, because there is nothing to save.
 

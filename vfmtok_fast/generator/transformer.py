@@ -273,7 +273,7 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         )
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
-        """Return the tables of a decoding step: classes, for the first code, and codes."""
+        """Return the tables that decoding steps look up: classes, for the first code, and codes."""
         return _weight(self.class_embedding), _weight(self.token_embedding)
 
     def decoder(
