@@ -1,4 +1,4 @@
-"""Checks of model inputs: each raises one line with the caller, what was expected and what came."""
+"""Checks of model inputs: one-line errors with the caller, the expected and the actual value."""
 
 from __future__ import annotations
 

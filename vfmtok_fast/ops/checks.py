@@ -1,4 +1,4 @@
-"""Checks of op arguments: each raises one line with the op, what was expected and what came."""
+"""Checks of op arguments: one-line errors with the op, the expected and the actual value."""
 
 from __future__ import annotations
 
