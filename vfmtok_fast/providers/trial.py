@@ -1,7 +1,8 @@
 """Whether a library's attention works here, found out by calling it once for each kind of call.
 
 An installed package that can be imported may still not work: its kernels may have been built for
-another torch, for other GPUs, or not at all. The package reports this only when its kernels are called.
+another torch, for other GPUs, or not at all. The package reports this only when its kernels are
+called.
 """
 
 from __future__ import annotations
