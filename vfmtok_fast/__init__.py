@@ -1,11 +1,11 @@
 """vfmtok_fast: the VFMTok image tokenizer and its generator, readable and fast.
 
 >>> import vfmtok_fast as vf
->>> tok = vf.VFMTok.from_pretrained("emoji")  # the small model that comes along
+>>> tok = vf.VFMTok.from_pretrained("emoji")  # the small model that ships with the package
 >>> codes = tok.encode(vf.images.load_images(["photo.jpg"], tok.config.image_size))
 
-What the package offers is imported when it is first asked for, so that the command line answers
-before torch is there.
+Public names are imported on first access, so that the command line can answer before torch is
+loaded.
 """
 
 from __future__ import annotations

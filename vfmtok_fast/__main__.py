@@ -1,4 +1,4 @@
-"""``python -m vfmtok_fast`` is the command line `vfmtok-fast`."""
+"""``python -m vfmtok_fast`` runs the command line `vfmtok-fast`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Checks of what models take: each raises one line that says who, what was expected, what came."""
+"""Checks of model inputs: one-line errors with the caller, the expected and the actual value."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import Tensor
 
 from .ops.checks import check_range, check_tensor, readable
 
-# Resampling may overshoot [-1, 1] a little, which is clamped. Further out is another scale:
+# Resampling may overshoot [-1, 1] a little, which is clamped. Larger values mean another scale:
 # ImageNet-normalised pixels reach 2.6, 8-bit values 255.
 LARGEST_PIXEL = 1.5
 
 
 def check_device(op: str, name: str, value: Tensor, device: torch.device) -> None:
-    """Require the model's device."""
+    """Require that ``value`` is on the model's device."""
     if value.device != device:
         raise ValueError(f"{op}: {name} must be on the model's device {device}, got {value.device}")
 
 
 def check_images(op: str, images: object, size: int, device: torch.device) -> None:
-    """Require floating images [B, 3, size, size] in [-1, 1], give or take `LARGEST_PIXEL`."""
+    """Require floating images [B, 3, size, size] in [-1, 1]; up to `LARGEST_PIXEL` may pass."""
     watch_images(op, images, size, device)()
 
 
 def watch_images(op: str, images: object, size: int, device: torch.device) -> Callable[[], None]:
-    """As `check_images`, but a GPU's values are waited for by the function that is returned.
+    """Start `check_images`; the returned function waits for a GPU's values and checks them.
 
-    What is launched before it is called keeps the GPU busy meanwhile.
+    Work launched before that call keeps the GPU busy meanwhile.
     """
     check_tensor(op, "images", images, f"[B, 3, {size}, {size}]", 4)
     if tuple(images.shape[1:]) != (3, size, size):
@@ -57,7 +57,7 @@ def watch_images(op: str, images: object, size: int, device: torch.device) -> Ca
 
 
 def _check_edges(op: str, edges: Tensor) -> None:
-    """The least and the largest pixel."""
+    """Check the smallest and the largest pixel."""
     largest = float(edges.abs().amax())
     if math.isnan(largest):
         raise ValueError(f"{op}: images must be in [-1, 1], got NaN")

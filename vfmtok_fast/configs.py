@@ -1,4 +1,4 @@
-"""Checks of the models' configurations: one line for a field that is unknown, missing or wrong."""
+"""Checks of model configurations: a one-line error for a field that is unknown or wrong."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Config = TypeVar("Config")
 
 
 def config_from_mapping(kind: type[Config], values: Mapping) -> Config:
-    """Build a config dataclass.
+    """Build a config dataclass from a mapping of its fields.
 
     Raises:
-        ValueError: fields that it does not have, all named.
+        ValueError: fields that the dataclass does not have; all are named.
     """
     known = {field.name for field in fields(kind)}
     if unknown := sorted(str(name) for name in values if name not in known):
@@ -25,7 +25,7 @@ def config_from_mapping(kind: type[Config], values: Mapping) -> Config:
 
 
 def check_positive(config: object, names: Iterable[str]) -> None:
-    """Require that the named fields of a config hold integers of at least 1."""
+    """Require that the named fields of a config are integers of at least 1."""
     for name in names:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -35,7 +35,7 @@ def check_positive(config: object, names: Iterable[str]) -> None:
 
 
 def check_numbers(config: object, limits: Mapping[str, tuple[float, float]]) -> None:
-    """Require that the named fields of a config hold numbers from a lowest to below a highest."""
+    """Require that the named fields of a config are numbers in [low, high), as in ``limits``."""
     for name, (low, high) in limits.items():
         value = getattr(config, name)
         number = isinstance(value, int | float) and not isinstance(value, bool)

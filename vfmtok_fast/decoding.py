@@ -1,4 +1,4 @@
-"""What a decoding step reads and writes: weights, and the static cache of keys and values."""
+"""Data that a decoding step reads and writes: the weights and the static KV cache."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 
 def in_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [..., D] and float32 scales [...]: the largest magnitude of each row / 127."""
+    """Quantise to int8 [..., D] with float32 scales [...]: each row's largest magnitude / 127."""
     wide = x.float()
     scale = wide.abs().amax(-1) / 127
-    # A row of zeros has any scale but zero.
+    # For a row of zeros any scale but zero will do.
     scale = torch.where(scale > 0, scale, 1.0)
-    # A value may exceed 127 by rounding alone, of the quotient.
+    # Only the rounding of the quotient can push a value past 127.
     return (wide / scale[..., None]).round().clamp_(-127, 127).to(torch.int8), scale
 
 
 def in_full(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``x`` [..., K] itself; or of int8, times ``scale`` [...] of its rows, in ``dtype``."""
+    """Return ``x`` [..., K] unchanged, or int8 times the rows' ``scale`` [...] in ``dtype``."""
     if scale is None:
         return x
     exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -27,7 +27,7 @@ def in_full(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def row_of(table: Tensor, position: int | Tensor) -> Tensor:
-    """The row of one position [1, ...]; no value of a tensor is read."""
+    """Return the row of one position, [1, ...], without reading a tensor's value on the host."""
     if isinstance(position, int):
         return table[position : position + 1]
     return table.index_select(0, position.reshape(1).long())
@@ -36,11 +36,11 @@ def row_of(table: Tensor, position: int | Tensor) -> Tensor:
 class BlockWeights(NamedTuple):
     """One transformer block: x += attention(norm(x)); x += SwiGLU(norm(x)).
 
-    ``qkv`` has the rows of all heads' queries, then keys, then values; ``gate_up`` those of the
-    gate, whose silu is taken, then of what it is multiplied with.
+    ``qkv`` holds the rows of all heads' queries, then keys, then values. ``gate_up`` holds the rows
+    of the gate, which goes through silu, then those of its factor.
     """
 
-    attention_norm: Tensor  # [C], of an RMSNorm, as ffn_norm
+    attention_norm: Tensor  # [C], weight of an RMSNorm, like ffn_norm
     qkv: Tensor  # [3 H D, C]
     out: Tensor  # [C, H D]
     ffn_norm: Tensor  # [C]
@@ -49,19 +49,19 @@ class BlockWeights(NamedTuple):
 
 
 class StepWeights(NamedTuple):
-    """All that a step reads but the embedding."""
+    """All weights that a step reads, except the embedding."""
 
     blocks: tuple[BlockWeights, ...]
     norm: Tensor  # [C], before the head
     head: Tensor  # [V, C]
     rotary: Tensor  # [T, D / 2, 2] float32, cosine and sine of every position
-    eps: float = 1e-5  # of all norms
+    eps: float = 1e-5  # epsilon of all norms
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer [R, H, T, D].
+    """Keys and values of one layer, [R, H, T, D].
 
-    With scales [R, H, T] float32 both are int8, and stand for ``scale[..., None] * value``.
+    With float32 scales [R, H, T] both are int8 and stand for ``scale[..., None] * value``.
     """
 
     keys: Tensor
@@ -71,13 +71,13 @@ class LayerCache(NamedTuple):
 
     @property
     def scales(self) -> dict[str, Tensor]:
-        """As keywords of `ops.decode_attention`."""
+        """The scales as keyword arguments of `ops.decode_attention`."""
         if self.key_scale is None:
             return {}
         return {"k_scale": self.key_scale, "v_scale": self.value_scale}
 
     def append(self, position: int | Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write keys and values [R, H, D] of one position; no value of a tensor is read."""
+        """Write keys and values [R, H, D] of one position, without reading a tensor's value."""
         parts = ((self.keys, self.key_scale, keys), (self.values, self.value_scale, values))
         for cache, scales, new in parts:
             if scales is not None:
@@ -91,21 +91,21 @@ class LayerCache(NamedTuple):
 
 def _put(cache: Tensor, position: int | Tensor, new: Tensor) -> None:
     if isinstance(position, int):
-        # Not cache[:, :, position], of which torch.compile makes a variant for every position.
+        # Not cache[:, :, position]: torch.compile would compile a variant for every position.
         cache.select(2, position).copy_(new)
     else:
         cache.index_copy_(2, position.reshape(1).long(), new[:, :, None])
 
 
 class KVCache(tuple[LayerCache, ...]):
-    """Keys and values of all layers, filled position by position; of a size fixed when made."""
+    """Keys and values of all layers, filled position by position; the size is fixed at creation."""
 
     @classmethod
     def empty(
         cls, layers: int, rows: int, heads: int, length: int, head_dim: int, *,
         dtype: torch.dtype, device: torch.device,
     ) -> KVCache:  # fmt: skip
-        """Of ``rows`` sequences of at most ``length`` positions; int8 comes with scales."""
+        """Allocate for ``rows`` sequences of at most ``length`` positions; int8 adds scales."""
         shape = (rows, heads, length, head_dim)
         parts = [(shape, dtype)] * 2
         if dtype == torch.int8:
@@ -117,5 +117,5 @@ class KVCache(tuple[LayerCache, ...]):
         return cls(layer() for _ in range(layers))
 
     def first_rows(self, rows: int) -> KVCache:
-        """The first ``rows`` sequences, a view of the same memory."""
+        """Return the first ``rows`` sequences, a view of the same memory."""
         return KVCache(layer.first_rows(rows) for layer in self)

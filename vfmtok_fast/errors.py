@@ -1,20 +1,20 @@
-"""Other people's errors in one line of ours."""
+"""Errors of other libraries as one line of text."""
 
 from __future__ import annotations
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type."""
+    """Return the first line of an error's message, or the name of its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def one_line(error: BaseException) -> str:
-    """All of an error's message as one line, or its type."""
+    """Return the whole message of an error as one line, or the name of its type."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Python's, a GPU's, or the CPU's, which torch raises as a plain RuntimeError."""
+    """Whether Python, a GPU or a CPU ran out of memory; torch raises RuntimeError for a CPU."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

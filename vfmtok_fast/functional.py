@@ -1,4 +1,4 @@
-"""Mathematics that the models and the oracles of several ops share."""
+"""Functions that the models and the references of several ops share."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 def through(
     layers: Iterable[Callable[..., Tensor]], x: Tensor, *others: object, recompute: bool = False
 ) -> Tensor:
-    """x through layers, one after another; each is given ``others`` too.
+    """Apply ``layers`` to x one after another; each also receives ``others``.
 
-    ``recompute`` keeps only what goes into each layer for the gradients (gradient checkpointing).
+    ``recompute`` keeps only the input of each layer for the backward pass (gradient checkpointing).
     """
     for layer in layers:
         if recompute and torch.is_grad_enabled():
@@ -35,9 +35,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotary position embedding: interleaved pairs of x [..., D] turned by table [..., D / 2, 2].
+    """Apply rotary position embedding to interleaved pairs of x [..., D].
 
-    The table holds cosines and sines; both broadcast.
+    ``table`` [..., D / 2, 2] holds cosines and sines; x and table broadcast.
     """
     cos, sin = table.unbind(-1)
     wide = x if x.dtype == torch.float64 else x.float()
@@ -47,7 +47,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 def guided_logits(logits: Tensor, uncond_logits: Tensor | None, cfg_scale: float) -> Tensor:
-    """Classifier-free guidance, in float32 at least; without ``uncond_logits`` there is none."""
+    """Apply classifier-free guidance in at least float32; none without ``uncond_logits``."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logits = logits.to(dtype)
     if uncond_logits is None:
@@ -59,15 +59,15 @@ def guided_logits(logits: Tensor, uncond_logits: Tensor | None, cfg_scale: float
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Set logits [B, V] outside the ``top_k`` largest, then outside the ``top_p`` nucleus, to -inf.
 
-    Ties at the top-k threshold are all kept. The nucleus ends with the first code that takes the
-    cumulative probability past ``top_p``; among equal logits the lower code counts first.
+    All ties at the top-k threshold are kept. The nucleus ends with the first code that takes the
+    cumulative probability past ``top_p``; of equal logits the lower code counts first.
     """
     if 0 < top_k < logits.shape[-1]:
         threshold = logits.topk(top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
         logits = logits.masked_fill(logits < threshold, float("-inf"))
     if top_p < 1.0:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        # The mass before a code decides, so that the code which crosses top_p is kept.
+        # The mass before a code decides, so the code that crosses top_p is kept.
         before = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
         before[:, 0] = 0
         dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before > top_p)
@@ -76,18 +76,19 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def upsampling_kernel(weight: Tensor) -> Tensor:
-    """Nearest x2 and then a 3x3 convolution, as the kernel of one transposed convolution, stride 2.
+    """Fuse nearest x2 and a 3x3 convolution into the kernel of one transposed convolution.
 
     Args:
-        weight: [O, C, 3, 3] of the convolution, whose padding is 1.
+        weight: [O, C, 3, 3], of the 3x3 convolution, which has padding 1.
 
     Returns:
-        [C, O, 4, 4], channels last, for a padding of 1; sums of up to four weights, taken in
-        float32 at least.
+        [C, O, 4, 4], channels last, for stride 2 and padding 1; sums of up to four weights, taken
+        in at least float32.
     """
     wide = weight if weight.dtype == torch.float64 else weight.float()
-    # Along each side the kernel, turned round, is convolved with the box of two ones that repeats
-    # a pixel: with itself shifted by one. Sums, not a product, which could round to TF32.
+    # Along each side, the flipped kernel is convolved with the box of two ones that repeats a
+    # pixel, that is, added to itself shifted by one. Sums, not a matrix product, which could round
+    # to TF32.
     wide = wide.flip(2, 3)
     wide = F.pad(wide, (0, 1)) + F.pad(wide, (1, 0))
     wide = F.pad(wide, (0, 0, 0, 1)) + F.pad(wide, (0, 0, 1, 0))
@@ -95,12 +96,12 @@ def upsampling_kernel(weight: Tensor) -> Tensor:
 
 
 def resize_positions(table: Tensor, grid: int, *, antialias: bool = False) -> Tensor:
-    """Resize a square position table by bicubic interpolation, align_corners off.
+    """Resize a square position table by bicubic interpolation with align_corners=False.
 
     Args:
         table: [1, side * side, C].
         grid: the new side.
-        antialias: False scales by (grid + 0.1) / side, which moves the coordinates a little, as
+        antialias: False scales by (grid + 0.1) / side, which shifts the coordinates slightly, as
             DINOv2's class and the release's token decoder do. True resizes to ``grid`` with
             antialiasing, as DINOv2's published models with registers do.
 
@@ -112,7 +113,7 @@ def resize_positions(table: Tensor, grid: int, *, antialias: bool = False) -> Te
         return table
     image = rearrange(table, "1 (y x) c -> 1 c y x", y=side)
     if image.is_cuda and not antialias:
-        # torch's kernel has a thread for each pixel, which walks through all channels.
+        # torch's kernel uses one thread per pixel, which loops over all channels.
         image = _resized_by_sides(image, (grid + 0.1) / side)
     elif antialias:
         image = F.interpolate(image, size=(grid, grid), mode="bicubic", antialias=True)
@@ -123,17 +124,17 @@ def resize_positions(table: Tensor, grid: int, *, antialias: bool = False) -> Te
 
 
 def _resized_by_sides(image: Tensor, scale: float) -> Tensor:
-    """What bicubic `F.interpolate` of a square image [1, C, S, S] gives, side after side.
+    """Compute bicubic `F.interpolate` of a square image [1, C, S, S], one side after the other.
 
-    By sums in float32 at least, which no setting rounds to TF32; without host or constants, so that
-    graphs and torch.compile take it.
+    It sums elementwise products in at least float32, which no setting rounds to TF32. It uses
+    neither the host nor constants, so that CUDA graphs and torch.compile can handle it.
     """
     wide = image if image.dtype == torch.float64 else image.float()
     side = image.shape[-1]
-    # What one side becomes of each unit vector: [new, S].
+    # The resize of one side as a matrix, made by resizing unit vectors: [new, S].
     units = torch.eye(side, dtype=wide.dtype, device=wide.device).view(1, side, side, 1)
     rows = F.interpolate(units, scale_factor=(scale, 1.0), mode="bicubic")[0, :, :, 0].T
-    # Channels last, as the table has them.
+    # Channels last, like the table.
     wide = wide[0].permute(1, 2, 0)
     wide = (rows[:, :, None, None] * wide).sum(1)
     wide = (rows[:, :, None] * wide[:, None]).sum(2)
@@ -149,17 +150,17 @@ def head_in_chunks(
     """Losses of an output layer and their gradients, with the logits of a few rows at a time.
 
     Args:
-        x, weight, targets, bias: as of `ops.linear_cross_entropy`.
+        x, weight, targets, bias: as in `ops.linear_cross_entropy`.
         grad: [N], factors of the rows' gradients, or None for 1.
-        wanted: which gradients, of x, weight and bias.
-        chunk_bytes: of the logits that are there at a time.
-        turn: of logits, targets, factors and memory for losses, writes the losses, and where
-            anything is wanted the losses' gradients over the logits.
-        add_product: ``(sums, a, b)`` adds a @ b to ``sums``, which are float32 at least.
+        wanted: which gradients to compute: of x, weight and bias.
+        chunk_bytes: size of the logits that are in memory at a time.
+        turn: ``(logits, targets, factors, losses)`` writes the losses, and where any gradient is
+            wanted replaces the logits with the gradients of the losses.
+        add_product: ``(sums, a, b)`` adds a @ b to ``sums``, which are at least float32.
 
     Returns:
-        losses [N]; gradients of the sum of ``grad * losses`` by x in its dtype, by weight and bias
-        in float32 at least, each empty where it is not wanted.
+        Losses [N]; then the gradients of the sum of ``grad * losses`` with respect to x, in its
+        dtype, and to weight and bias, in at least float32, each empty where it is not wanted.
     """
     N, V = x.shape[0], weight.shape[0]
     device, wide = x.device, torch.promote_types(x.dtype, torch.float32)
@@ -189,7 +190,7 @@ def head_in_chunks(
 
 
 def reduced(losses: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """Losses [N], 0 where a row does not count, as ``reduction`` says."""
+    """Reduce losses [N], which are 0 for rows that do not count, as ``reduction`` says."""
     if reduction == "none":
         return losses
     total = losses.sum()
@@ -197,7 +198,10 @@ def reduced(losses: Tensor, targets: Tensor, ignore_index: int, reduction: str) 
 
 
 def factor(grad: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """Of each row's gradient, where ``grad`` is that of the reduced loss; 0 rows give no NaN."""
+    """Return the factor of the rows' gradients, given the gradient of the reduced loss.
+
+    If no row counts, this causes no NaN.
+    """
     if reduction == "mean":
         return grad / (targets != ignore_index).sum().clamp(min=1)
     return grad

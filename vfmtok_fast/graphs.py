@@ -1,4 +1,4 @@
-"""CUDA graphs: what a model does again and again is recorded once, and costs no launches then."""
+"""CUDA graphs: capture what a model does repeatedly, and replay it without its launches."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from . import switch
 
-# Of torch's captures only one may be under way.
+# torch allows only one capture at a time.
 _capture = threading.Lock()
 
 
 def capture(fn: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """Run ``fn`` once, which warms up, and record it once more, which runs nothing.
+    """Run ``fn`` once to warm up, then capture a second call, which executes nothing.
 
-    Both on a stream of the current device; what comes next in the current stream waits for it.
+    Both use a side stream of the current device. Later work on the current stream waits for the
+    warm-up.
     """
-    # Torch's own stream for captures is that of the first device to capture.
+    # torch's default capture stream belongs to the device that captured first.
     here, side = torch.cuda.current_stream(), torch.cuda.Stream()
     side.wait_stream(here)
     with torch.cuda.stream(side):
@@ -27,10 +28,11 @@ def capture(fn: Callable[[], None]) -> torch.cuda.CUDAGraph:
     here.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with _capture:
-        # torch keeps cuBLAS's workspace of a stream, and a graph has its address: it is to lie in
-        # the graph's own memory, not where the next capture on this stream would find and free it.
+        # torch keeps one cuBLAS workspace per stream, and a graph stores its address. The workspace
+        # must be in the graph's own memory pool: otherwise the next capture on this stream would
+        # find it and free it.
         torch._C._cuda_clearCublasWorkspaces()
-        # Other threads may go on meanwhile.
+        # Other threads may continue meanwhile.
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             fn()
         torch._C._cuda_clearCublasWorkspaces()
@@ -38,17 +40,17 @@ def capture(fn: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for a device, which would break the capture that another thread is in."""
+    """Wait for a device, outside any other thread's capture, which the wait would break."""
     with _capture:
         torch.cuda.synchronize(device)
 
 
 def state_of(model: nn.Module) -> tuple | None:
-    """Where a model's tensors are and how often they were changed in place; None with hooks.
+    """Return the addresses and in-place version counters of a model's tensors; None with hooks.
 
-    A replay would call no hook.
+    A replay would not call hooks.
     """
-    # Of a full tokenizer `modules()` takes more time than all that is asked here.
+    # For a full tokenizer, `modules()` takes more time than everything else here.
     state, left, seen = [], [model], set()
     while left:
         module = left.pop()
@@ -67,16 +69,17 @@ def state_of(model: nn.Module) -> tuple | None:
 
 
 class Replayed:
-    """A model's function of one tensor, recorded for the shapes that it is called with last.
+    """A function of a model and one tensor, captured for the most recent shapes.
 
-    The first call with a shape runs as it is, the second is recorded, all others are replayed, on
-    the stream that the recording belongs to. What a recording depends on is compared at every call:
-    shape, dtype, stream, the policy of `switch`, torch's settings and all weights; where anything
-    is another the call runs as it is, once. A replay calls no op; `status` counts replays by
+    The first call with a shape runs normally, the second is captured, and all later ones are
+    replayed, on the stream that was current at capture. Every call compares what a capture depends
+    on: shape, dtype, stream, the policy of `switch`, torch's settings and all weights. If any of
+    these differs, the call runs normally, once. A replay calls no op; `status` counts replays under
     ``name``.
     """
 
-    # Recordings, each of which has buffers of its own; and calls that may come to be recorded.
+    # The most captured graphs, each with its own buffers, and the most remembered calls, which are
+    # captured if they come again.
     MOST, SEEN = 2, 8
 
     def __init__(self, name: str):
@@ -86,8 +89,8 @@ class Replayed:
         self._busy = threading.Lock()
 
     def __call__(self, fn: Callable[[Tensor], Tensor], model: nn.Module, given: Tensor) -> Tensor:
-        """``fn(given)``, of which nothing is read on the host and no gradient is asked for."""
-        # A second thread's call runs beside the first one's.
+        """Compute ``fn(given)``; ``fn`` must read nothing on the host and need no gradient."""
+        # If another thread is in a call, run this one without the graphs.
         if not self._busy.acquire(blocking=False):
             return fn(given)
         try:
@@ -120,8 +123,8 @@ class Replayed:
         if len(self._recorded) >= self.MOST:
             self._drop(next(iter(self._recorded)))
         results: list[Tensor] = []
-        # Tensors of inference mode cannot be written to outside of it, where the next call may be;
-        # and to leave it turns gradients on.
+        # Inference tensors cannot be written outside inference mode, where the next call may run;
+        # and leaving inference mode turns gradients on.
         with torch.cuda.device(given.device), torch.inference_mode(False), torch.no_grad():
             buffer = given.clone()
             graph = capture(lambda: results.append(fn(buffer)))
@@ -131,11 +134,11 @@ class Replayed:
             return results[1].clone()
 
     def _drop(self, key: Hashable) -> None:
-        """Give up a recording, after it has ended: it may still be running."""
+        """Drop a captured graph after waiting for its device: it may still be running."""
         if key in self._recorded:
             synchronize(self._recorded[key][2].device)
             del self._recorded[key]
 
     def __reduce__(self) -> tuple:
-        """A copy of the model has recorded nothing yet."""
+        """A copy of the model starts without captured graphs."""
         return Replayed, (self.name,)

@@ -1,8 +1,8 @@
-"""Pictures in and out: decoding, preprocessing, and the way back to 8 bit.
+"""Images in and out: decoding, preprocessing, and conversion back to 8 bits.
 
-The only module that knows pixels. Everything between a file and the model's input is here, and it
-is bit-exact with the preprocessing that the authors trained with, so that a token depends on the
-file and the weights alone. Pillow is the decoder. Source: the release's `center_crop_arr`.
+The path from a file to the model's input is bit-exact with the authors' training preprocessing, so
+that a token depends only on the file and the weights. Pillow is the decoder. Random crops and other
+views for caches are in `cache.format.crops`. Source: the release's `center_crop_arr`.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from PIL import Image, TiffImagePlugin
 
 ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO
 
-# Two names that a token cache records, because another decoder or filter changes tokens.
+# A token cache records these, because another decoder or filter changes tokens.
 DECODER = "pillow"
 DECODER_VERSION = PIL.__version__
 INTERPOLATION = "halve with box, then bicubic to the short side, centre crop (pillow)"
 
-# What Pillow may try. An allow-list, because some of its plugins run other programs (EPS starts
-# Ghostscript) and some have no signature (TGA) and would accept noise.
+# The formats that Pillow may try. An allow-list, because some of its plugins run other programs
+# (EPS starts Ghostscript) and some have no signature (TGA) and would accept noise.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
-# What of these has a decoder, and so a version, of its own.
+# HEIF files, which have a separate decoder and so a version of their own.
 HEIF_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
 HOW_TO_READ_HEIF = "pip install 'vfmtok-fast[heif]' to read them"
 
-# Most pixels that the bicubic resize may produce. The crop keeps size x size of them, so a long
-# thin picture (900x2 becomes 151200x336 = 51 megapixels) costs memory and time for nothing. 2**24
-# pixels take 64 MiB in Pillow (4 bytes each): what decoding a 4096x4096 photo takes anyway. At
-# size 336 this admits pictures up to 148 times as long as wide.
+# The most pixels that the bicubic resize may produce. The crop keeps size x size of them, so a long
+# thin image (900x2 becomes 151200x336 = 51 megapixels) would cost memory and time for nothing.
+# 2**24 pixels take 64 MiB in Pillow (4 bytes each), which decoding a 4096x4096 photo takes anyway.
+# At size 336 this admits images up to 148 times as long as wide.
 MAX_RESIZED_PIXELS = 1 << 24
 
-# What Pillow's open, load and convert raise for a bad file. Its documentation names
+# The exceptions that Pillow's open, load and convert raise for a bad file. Its documentation names
 # UnidentifiedImageError (an OSError), DecompressionBombError, ValueError and TypeError; damaged
 # chunks also surface as SyntaxError (PNG), EOFError (animations), RuntimeError (AVIF), and as
 # whatever the bytes broke in a plugin's parser (struct.error, zlib.error, IndexError, KeyError,
@@ -65,19 +65,19 @@ _BAD_FILE = (
     zlib.error,
 )
 
-# OSErrors that say something about this machine rather than about the picture.
+# OSErrors that concern this machine rather than the image.
 _NOT_THE_FILE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
 
 
 def decode_image(source: ImageSource) -> Image.Image:
-    """Decode one picture to 8-bit RGB, the way the authors' loader does (`convert("RGB")`).
+    """Decode one image to 8-bit RGB, like the authors' loader (`convert("RGB")`).
 
-    EXIF orientation never rotates (a TIFF's own orientation tag is applied by Pillow itself, as in
-    the authors' loader). Alpha is dropped, also for palettes; CMYK goes through Pillow's plain
-    conversion; colour profiles are ignored; of an animation the first frame is taken. 16-bit gray
-    keeps the high byte of each value, which is what Pillow does for 16-bit colour (its own
-    conversion would clip 16-bit gray to white), and so does 12-bit gray of a TIFF. 32-bit integer,
-    signed and floating-point pixels have no fixed range and are refused.
+    EXIF orientation never rotates the image (Pillow itself applies a TIFF's own orientation tag, as
+    in the authors' loader). Alpha is dropped, also for palettes. CMYK goes through Pillow's plain
+    conversion. Colour profiles are ignored. An animation yields its first frame. 16-bit gray keeps
+    the high byte of each value, as Pillow does for 16-bit colour (its own conversion would clip
+    16-bit gray to white), and 12-bit gray in a TIFF keeps the high 8 bits. 32-bit integer, signed
+    and floating-point pixels have no fixed range and are refused.
 
     Args:
         source: a path, the file's bytes, or a file opened for binary reading.
@@ -86,7 +86,7 @@ def decode_image(source: ImageSource) -> Image.Image:
         A loaded Pillow image of mode RGB.
 
     Raises:
-        ValueError: not a picture, damaged, truncated, a decompression bomb, or pixels without a
+        ValueError: not an image, damaged, truncated, a decompression bomb, or pixels without a
             fixed range; one line with the reason (preceded by the path, where one was given).
         OSError: the file cannot be opened (FileNotFoundError and its kin).
         TypeError: `source` is none of the three.
@@ -107,7 +107,7 @@ def decode_image(source: ImageSource) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int = 336) -> np.ndarray:
-    """Bring a picture to a square: halve by box, bicubic to the short side, crop the centre.
+    """Bring an image to a square: halve with box, bicubic to the short side, crop the centre.
 
     Args:
         image: Pillow image of mode RGB, any width and height.
@@ -117,11 +117,11 @@ def center_crop(image: Image.Image, size: int = 336) -> np.ndarray:
         uint8 array [size, size, 3]: row, column, (red, green, blue).
 
     Raises:
-        ValueError: the mode is not RGB, `size` is below 1, or the picture is so elongated that the
+        ValueError: the mode is not RGB, `size` is below 1, or the image is so elongated that the
             resize would produce more than MAX_RESIZED_PIXELS pixels.
 
     Source: the release's `center_crop_arr`, bit for bit: while the short side is at least twice
-    ``size`` it is halved by BOX, then scaled to ``size`` by BICUBIC, and the centre is cut out.
+    ``size`` it is halved with BOX, then scaled to ``size`` with BICUBIC, and the centre is cropped.
     """
     image = resize_short_side(image, size)
     top, left = (image.height - size) // 2, (image.width - size) // 2
@@ -129,7 +129,7 @@ def center_crop(image: Image.Image, size: int = 336) -> np.ndarray:
 
 
 def resize_short_side(image: Image.Image, size: int) -> Image.Image:
-    """Scale a picture to a short side: halve by box while it is twice as large, then bicubic.
+    """Scale an image to a short side: halve with box while it is twice as large, then bicubic.
 
     Args:
         image: Pillow image of mode RGB, any width and height.
@@ -139,7 +139,7 @@ def resize_short_side(image: Image.Image, size: int) -> Image.Image:
         Pillow image whose shorter side is `size`.
 
     Raises:
-        ValueError: as `center_crop`.
+        ValueError: as in `center_crop`.
     """
     if size < 1:
         raise ValueError(f"center_crop: size must be at least 1, got {size}")
@@ -162,7 +162,7 @@ def resize_short_side(image: Image.Image, size: int) -> Image.Image:
 
 
 def to_float(images: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """Turn 8-bit pictures into the model's input: x/255, minus 0.5, divided by 0.5, in float32.
+    """Turn 8-bit images into the model's input: x/255, minus 0.5, divided by 0.5, in float32.
 
     Args:
         images: uint8 [B, H, W, 3], values 0..255, array or tensor on any device.
@@ -175,19 +175,19 @@ def to_float(images: np.ndarray | torch.Tensor) -> torch.Tensor:
         ValueError: another shape.
     """
     if isinstance(images, np.ndarray):
-        # np.asarray of a Pillow image is read-only, which from_numpy warns about.
+        # np.asarray of a Pillow image is read-only, and from_numpy would warn about that.
         images = torch.from_numpy(images if images.flags.writeable else images.copy())
     _check_uint8("to_float", images)
-    # Divisors are tensors on purpose: a division by a Python number is turned into a multiplication
-    # by the rounded reciprocal on CUDA, which differs in the last bit for some of the 256 values.
+    # The divisors are tensors on purpose: CUDA turns division by a Python number into
+    # multiplication by the rounded reciprocal, whose last bit differs for some of the 256 values.
     planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return planes.div_(planes.new_full((), 255.0)).sub_(0.5).div_(planes.new_full((), 0.5))
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Turn model pictures into 8 bit for showing: clamp(127.5 x + 128, 0, 255), truncated.
+    """Turn the model's images into 8 bits for display: clamp(127.5 x + 128, 0, 255), truncated.
 
-    The inverse of `to_float` on every 8-bit value. Source: the release's way to write pictures.
+    The inverse of `to_float` on every 8-bit value. Source: how the release writes images.
 
     Args:
         images: floating point [B, 3, H, W]; [-1, 1] maps to 0..255, values outside are clamped.
@@ -215,18 +215,18 @@ def load_images(
     pictures: str | os.PathLike | Image.Image | Iterable[str | os.PathLike | Image.Image],
     size: int = 336,
 ) -> torch.Tensor:
-    """Decode, crop and stack a few pictures as model input.
+    """Decode, crop and stack images as model input.
 
     Args:
-        pictures: files or Pillow images, at least one; or just one.
+        pictures: files or Pillow images, at least one; or a single one.
         size: side of the square, in pixels.
 
     Returns:
-        float32 [number of pictures, 3, size, size] in [-1, 1], on the CPU.
+        float32 [number of images, 3, size, size] in [-1, 1], on the CPU.
 
     Raises:
         TypeError: neither a path nor a Pillow image.
-        ValueError: no pictures, or one that `decode_image` or `center_crop` refuses; the line
+        ValueError: no images, or one that `decode_image` or `center_crop` refuses; the message
             starts with its path.
         OSError: a file cannot be opened.
     """
@@ -253,18 +253,18 @@ def load_images(
 
 
 def image_grid(images: np.ndarray | torch.Tensor, columns: int) -> np.ndarray:
-    """Lay pictures out in rows; unused cells of the last row stay white.
+    """Lay images out in rows; unused cells of the last row stay white.
 
     Args:
         images: uint8 [N, H, W, 3], N at least 1.
-        columns: pictures in a row, at least 1.
+        columns: images per row, at least 1.
 
     Returns:
         uint8 array [ceil(N / columns) * H, columns * W, 3].
 
     Raises:
         TypeError: not uint8.
-        ValueError: another shape, no pictures, or columns below 1.
+        ValueError: another shape, no images, or columns below 1.
     """
     array = images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else images
     _check_uint8("image_grid", array)
@@ -294,7 +294,7 @@ def _decode(file: BinaryIO) -> Image.Image:
         with quiet_pillow(), Image.open(file, formats=_available_formats()) as image:
             return _to_rgb(image)
     except PIL.UnidentifiedImageError as error:
-        # Pillow's own text holds the address of the file object: useless, and never twice the same.
+        # Pillow's own text contains the address of the file object, which differs every time.
         raise ValueError(_why_unknown(file)) from error
     except _BAD_FILE as error:
         if isinstance(error, OSError) and error.errno in _NOT_THE_FILE:
@@ -314,29 +314,29 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(f"{kind} pixels have no fixed range; save the picture as 8 or 16 bit")
     if image.format == "TIFF":
         _check_tiff(image)
-    # load first: convert on an RGB file would hand back the still open file object.
+    # load first: convert on an RGB file would return the file object still open.
     image.load()
     return image.convert("RGB")
 
 
 def reads_heif() -> bool:
-    """Whether the package is installed that reads the pictures of iPhones."""
+    """Whether the package that reads the images of iPhones is installed."""
     return importlib.util.find_spec("pillow_heif") is not None
 
 
 def heif_version() -> str | None:
-    """Version of that package, as a token cache records it; None without it."""
+    """Return the version of that package, as a token cache records it; None without it."""
     return importlib.import_module("pillow_heif").__version__ if reads_heif() else None
 
 
 def _check_tiff(image: Image.Image) -> tuple[int, bool]:
-    """Bits of a TIFF's gray pixels, and whether 0 is white in a way that Pillow passes over.
+    """Return the bits of a TIFF's gray pixels, and whether 0 is white where Pillow ignores that.
 
-    Pillow keeps 12 bit as they are in its mode of 16, and 16 bit where 0 is white as if it were
-    black; both are mended by the caller. What it would read as something else is refused here.
+    Pillow leaves 12-bit values unscaled in its 16-bit mode, and reads 16-bit values where 0 is
+    white as if 0 were black; the caller corrects both. What it would misread is refused here.
 
     Raises:
-        ValueError: signed pixels, or whole planes of 16 bit one after the other.
+        ValueError: signed pixels, or 16-bit colours in separate uncompressed planes.
     """
     bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
     if any(kind == 2 for kind in image.tag_v2.get(TiffImagePlugin.SAMPLEFORMAT, (1,))):
@@ -352,11 +352,11 @@ def _check_tiff(image: Image.Image) -> tuple[int, bool]:
 
 
 def _why_unknown(file: BinaryIO) -> str:
-    """Why no decoder took a file, as far as its first bytes say."""
+    """Say why no decoder accepted a file, as far as its first bytes tell."""
     try:
         file.seek(0)
         start = file.read(12)
-    except (AttributeError, OSError):  # a stream: it was read to its end
+    except (AttributeError, OSError):  # A stream, already read to its end.
         start = b""
     heif = start[4:8] == b"ftyp" and start[8:] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
     if heif and not reads_heif():
@@ -386,11 +386,11 @@ _quiet_stack = contextlib.ExitStack()
 
 @contextlib.contextmanager
 def quiet_pillow() -> Iterator[None]:
-    """Keep Pillow's warnings (large picture, odd EXIF, palette alpha) off the user's terminal.
+    """Keep Pillow's warnings (large image, odd EXIF, palette alpha) off the user's terminal.
 
-    `warnings.catch_warnings` belongs to the process, not to a thread: two decoding threads that
-    leave it in another order than they entered would bring back the wrong filters. So only the
-    first one in enters it, and only the last one out leaves.
+    `warnings.catch_warnings` belongs to the process, not to a thread. Two decoding threads that
+    leave it in another order than they entered it would restore the wrong filters. So only the
+    first thread in enters it, and only the last one out leaves it.
     """
     global _quiet_depth
     with _quiet_lock:

@@ -1,4 +1,4 @@
-"""Packages whose names are imported when they are first asked for."""
+"""Lazy imports: names of a package that are imported on first access."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Callable, Collection, Mapping
 def attach(
     package: str, homes: Mapping[str, Collection[str]], modules: Collection[str] = ()
 ) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """A package's ``__getattr__`` and ``__dir__``.
+    """Return a package's ``__getattr__`` and ``__dir__``.
 
     Args:
         package: its ``__name__``.
-        homes: of each module in it, the names that the package hands out.
-        modules: modules that it hands out themselves.
+        homes: for each module in the package, the names that the package exports from it.
+        modules: modules that the package exports themselves.
     """
     names = {name: home for home, found in homes.items() for name in found}
 

@@ -1,4 +1,4 @@
-"""What calls of ops took, and why: counted, and what fell back told once."""
+"""Count which implementations op calls used and why, and warn of each fallback once."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 
-# Behind an implementation's name: a call that torch.compile traced.
+# Suffix of an implementation's name for a call that torch.compile traced.
 COMPILED = " (compiled)"
 
 
 class FallbackWarning(UserWarning):
-    """An enabled op took its reference or a slower implementation; the text says why."""
+    """An enabled op used its reference or a slower implementation; the text says why."""
 
 
 class Record:
-    """Counts, by op and by what was taken or why. Any thread may add to them.
+    """Counts of op calls, by op and by implementation or reason. Any thread may add to them.
 
-    ``calls``: (op, implementation). ``fallbacks``: (op, reason). ``slower``: (op, reason) of a
-    reference that is the fastest. ``replays``: CUDA graphs, by name.
+    ``calls``: by (op, implementation). ``fallbacks``: by (op, reason). ``slower``: calls that used
+    the reference because it is the fastest, by (op, reason). ``replays``: of CUDA graphs, by name.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Record:
     def call(
         self, op: str, implementation: str, reasons: tuple[str, ...], slower: str | None
     ) -> None:
-        """Count one call; to be made by `Op.__call__` alone, as a warning names its caller's."""
+        """Count one call. Only for `Op.__call__`: a warning points at the public op's caller."""
         with self._lock:
             self.calls[op, implementation] += 1
             if slower is not None:
@@ -44,7 +44,7 @@ class Record:
             self._warned.update((op, reason) for reason in reasons)
             self.fallbacks.update((op, reason) for reason in reasons)
         for reason in first:
-            # Past this method, Op.__call__ and the public op, to the line that called it.
+            # The stack level skips this method, Op.__call__ and the public op.
             warnings.warn(
                 f"{op} fell back to {implementation}: {reason}", FallbackWarning, stacklevel=4
             )
@@ -55,7 +55,7 @@ class Record:
             self.replays[what] += 1
 
     def copy(self) -> Record:
-        """The counts as they are now."""
+        """Return a copy of the current counts."""
         now = Record()
         with self._lock:
             for theirs, ours in zip(now._counts(), self._counts(), strict=True):
@@ -63,20 +63,20 @@ class Record:
         return now
 
     def of(self, op: str) -> Iterator[dict[str, int]]:
-        """One op's calls, fallbacks and slower calls."""
+        """Yield the calls, fallbacks and slower calls of one op."""
         for counts in (self.calls, self.fallbacks, self.slower):
             yield {what: n for (name, what), n in counts.items() if name == op}
 
     def clear(self) -> None:
-        """Forget everything; each fallback warns anew."""
+        """Forget everything, so that each fallback warns again."""
         with self._lock:
             self._clear()
             self._warned.clear()
 
     def begin_anew(self) -> None:
-        """So that calls from before do not look like those of what is enabled now."""
+        """Reset the counts, so that earlier calls are not attributed to what is enabled now."""
         with self._lock:
-            # A trace is recorded once, when it is made, and is there to be called again.
+            # A trace is counted once, when it is made, and may be called again later.
             traced = {key: n for key, n in self.calls.items() if key[1].endswith(COMPILED)}
             self._clear()
             self.calls.update(traced)

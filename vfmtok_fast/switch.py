@@ -1,21 +1,23 @@
-"""The policy: which implementation an op takes, and a record of what every call took.
+"""Dispatch: which implementation each op uses, and a record of what every call used.
 
-Each op has one *reference* (always there) and may have faster implementations:
+Each op has one *reference* (always available) and may have faster implementations:
 
-- ``kernels/<op>.py``, Triton, for CUDA tensors (and CPU tensors under TRITON_INTERPRET=1);
-- ``providers/<op>_<library>.py``, another package's function, for CUDA tensors: taken after Triton,
-  where that package is installed and works (its ``trial`` finds out, see `providers.trial`), and
-  nothing is said of it in a warning where it is not installed;
-- ``cpu/<op>.py``, plain torch, where it beats the reference without Triton.
+- ``kernels/<op>.py``: Triton, for CUDA tensors (and CPU tensors under TRITON_INTERPRET=1);
+- ``providers/<op>_<library>.py``: a function of another package, for CUDA tensors. It is considered
+  after Triton, where that package is installed and works (its ``trial`` finds out, see
+  `providers.trial`). Where the package is not installed, no warning mentions it;
+- ``cpu/<op>.py``: plain torch, where it beats the reference without Triton.
 
-An implementation module holds a function named like the op, with the op's signature, and may hold
-``unsupported_reason`` with that same signature, which returns None or why it cannot take the call.
-A kernel's may hold ``tuning_key`` too: what a measurement on this card counts for. Where a table of
-measurements (``kernels/tuning.py``) says that the reference is faster, an enabled call takes the
-reference: enabling never slows a call down, and `status` says why. That is no fallback.
-None of them is imported before `enable`, so importing the package never imports Triton.
+An implementation module holds a function named like the op, which takes the reference's arguments.
+It may also hold ``unsupported_reason`` with the same arguments, which returns None or the reason
+why the implementation cannot take the call. A kernel module may hold ``tuning_key`` too, which says
+which calls a measurement on this card applies to. Where a table of measurements
+(``kernels/tuning.py``) says that the reference is faster, an enabled call takes the reference:
+enabling never slows a call down, and `status` says why. This does not count as a fallback.
+No implementation is imported before `enable`, `forecast` or `kernel` asks for it, so importing the
+package never imports Triton.
 
-The policy is one global of the process, read by each op at each call. Nothing is patched.
+The policy is one global of the process, which each op reads at each call. Nothing is patched.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from torch.autograd import forward_ad
 from .record import COMPILED, Record
 from .record import FallbackWarning as FallbackWarning
 
-# Importing another package may raise these: built for another torch, or missing a library.
+# Importing another package may raise these if it was built for another torch or lacks a library.
 LIBRARY_ERRORS = (OSError, RuntimeError, NameError, AttributeError, TypeError)
 
 
@@ -52,7 +54,7 @@ class Policy:
 
 
 _OFF = Policy()
-# torch.compile guards this global: changing it recompiles once, and the result is right.
+# torch.compile guards this global: changing it recompiles once, and the result is correct.
 _active: Policy = _OFF
 _layers: list[Handle] = []
 _registry: dict[str, Op] = {}
@@ -62,13 +64,13 @@ _lock = threading.RLock()
 
 
 class Handle:
-    """One `enable` call. ``close()``, or leaving the ``with`` block, takes back just this one."""
+    """One `enable` call. ``close()``, or leaving the ``with`` block, undoes only this one."""
 
     def __init__(self, policy: Policy):
         self.policy = policy
 
     def close(self) -> None:
-        """Undo this `enable`; what was enabled before it counts again. Safe to call twice."""
+        """Undo this `enable` and restore what was enabled before it. Safe to call twice."""
         with _lock:
             if self in _layers:
                 _layers.remove(self)
@@ -91,7 +93,7 @@ class Handle:
 
 
 def _ops() -> dict[str, Op]:
-    """All ops, which register themselves as they are imported."""
+    """Return all ops, which register themselves when they are imported."""
     importlib.import_module(f"{__package__}.ops")
     return _registry
 
@@ -103,11 +105,11 @@ def _known(who: str, name: str) -> Op:
 
 
 def enable(ops: str | Iterable[str] | None = None, *, strict: bool = False) -> Handle:
-    """Let ops take their fast implementations, at once and in the whole process.
+    """Let ops use their fast implementations, immediately and in the whole process.
 
-    It changes speed and memory, never dtype or the law that samples follow; results only by
-    rounding. Calls nest; the innermost open one decides alone. The outermost begins the record of
-    calls in `status` anew.
+    This changes speed and memory, never a dtype or the distribution that samples follow; results
+    differ only by rounding. Calls nest, and the innermost open one alone decides. The outermost
+    one starts the record of calls in `status` anew.
 
     Args:
         ops: names of the ops to enable, or one name; None enables all of them.
@@ -138,24 +140,24 @@ def enable(ops: str | Iterable[str] | None = None, *, strict: bool = False) -> H
 
 
 def disable() -> None:
-    """Turn every fast implementation off, whatever was enabled and however deeply."""
+    """Turn every fast implementation off, however many `enable` calls are open."""
     with _lock:
         _layers.clear()
         _activate()
 
 
 def policy() -> Policy:
-    """What is enabled now."""
+    """Return what is enabled now."""
     return _active
 
 
 def generation() -> int:
-    """A number that changes with what graphs bake in besides the policy: settings of kernels."""
+    """Return a number that changes with kernel settings, which graphs bake in with the policy."""
     return _generation
 
 
 def new_generation() -> None:
-    """Say that settings of kernels have changed, so that graphs are captured anew."""
+    """Announce that kernel settings have changed, so that graphs are captured anew."""
     global _generation
     _generation += 1
 
@@ -167,7 +169,7 @@ def _activate() -> None:
 
 @dataclass
 class Implementation:
-    """A fast implementation of an op, imported on demand; ``library``: an optional package's."""
+    """A fast implementation of an op, imported on demand; ``library``: its optional package."""
 
     name: str
     path: str
@@ -178,7 +180,7 @@ class Implementation:
     broken: bool = False
 
     def load(self) -> None:
-        # A package whose import failed would fail again, and may take seconds to.
+        # If the import failed once, it would fail again, and may take seconds to do so.
         if self.module is not None or self.broken:
             return
         if not self.installed:
@@ -191,7 +193,7 @@ class Implementation:
                 self.tuning = importlib.import_module(f"{self.path.rpartition('.')[0]}.tuning")
         except ImportError as error:
             if error.name in (self.path, self.path.rpartition(".")[0]):
-                # A missing CPU implementation means that the reference needs none.
+                # A missing CPU implementation means that none is needed beside the reference.
                 if self.name != "cpu":
                     self.note = f"this version has no {self.name} implementation of it"
             else:
@@ -208,17 +210,17 @@ class Implementation:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """What the package's trials found not to work, so far."""
+        """What the trials of the package have found not to work so far."""
         trial = getattr(self.module, "trial", None)
         return () if trial is None else tuple(f"{self.name}: {why}" for why in trial.failures())
 
     def trouble(self, device: str) -> str | None:
-        """Why the package does not work on ``device``, or None; it is tried if it was not yet."""
+        """Why the package does not work on ``device``, or None; runs the trial if necessary."""
         trial = getattr(self.module, "trial", None)
         return None if trial is None else trial.reason_on(device)
 
     def serves(self, device: str) -> bool:
-        """Whether this is meant for ``device``; where it is not, passing it over is no fallback."""
+        """Whether this is meant for ``device``; where it is not, skipping it is no fallback."""
         if self.name == "cpu":
             return True
         if self.library:
@@ -227,7 +229,7 @@ class Implementation:
 
     @property
     def installed(self) -> bool:
-        """Whether the package that this needs is there; looking does not import it."""
+        """Whether the package that this needs is installed; this check does not import it."""
         return not self.library or importlib.util.find_spec(self.library) is not None
 
     @property
@@ -236,17 +238,17 @@ class Implementation:
             return True
         if not self.installed:
             return False
-        # The package first: below one that is missing, find_spec raises.
+        # Check the package first: find_spec raises for a module of a missing package.
         package = self.path.rpartition(".")[0]
         return all(importlib.util.find_spec(path) is not None for path in (package, self.path))
 
 
 class Op:
-    """A public op's choice among its implementations; call it with validated arguments.
+    """Chooses among the implementations of a public op; call it with validated arguments.
 
     ``libraries``: import names of packages that have a module in providers/ for this op.
-    ``reference_for``: a device whose tensors nothing known is faster for than the reference, so
-    that taking it is no fallback.
+    ``reference_for``: a device on which nothing known is faster than the reference, so that using
+    the reference is no fallback.
     """
 
     def __init__(
@@ -267,15 +269,16 @@ class Op:
             ),
             Implementation("cpu", f"vfmtok_fast.cpu.{name}"),
         )
-        # Those that are meant for a device, by its type: to look at the environment and ask each at
-        # every call would show on a CPU.
+        # The candidates by device type. On a CPU, reading the environment and asking each
+        # candidate at every call would be noticeable.
         self._found: dict[str, tuple[Implementation, ...]] = {}
         _registry[name] = self
 
     def load(self) -> None:
         for candidate in self.candidates:
             candidate.load()
-        # Here and not in a call: torch.compile guards it, so a call that fills it compiles twice.
+        # Filled here and not in a call: torch.compile guards it, so filling it in a call would
+        # compile twice.
         self._found = {device: self._meant_for(device) for device in ("cpu", "cuda")}
 
     def _meant_for(self, device: str) -> tuple[Implementation, ...]:
@@ -286,7 +289,7 @@ class Op:
         return self._meant_for(device) if found is None else found
 
     def forecast(self, device: str) -> str:
-        """Say what an enabled call on ``device`` ("cuda" or "cpu") would take, and why."""
+        """Describe what an enabled call on ``device`` ("cuda" or "cpu") would use, and why."""
         serving = self._serving(device)
         reasons = [c.note for c in serving if c.module is None and c.note]
         troubles = {c.name: c.trouble(device) for c in serving if c.module is not None}
@@ -309,7 +312,7 @@ class Op:
                 f"{self.name}: {'; '.join(reasons)} (strict=True forbids the fallback to {name}; "
                 "call enable(strict=False), or leave this op out of enable(ops=...))"
             )
-        # Under torch.compile this is traced: note it once, when the trace is made, as a constant.
+        # torch.compile traces this: count the call once, when the trace is made, as a constant.
         (_record_trace if torch.compiler.is_compiling() else record.call)(
             self.name, name, reasons, slower
         )
@@ -318,7 +321,7 @@ class Op:
     def _choose(
         self, args: tuple, kwargs: dict
     ) -> tuple[Callable, str, tuple[str, ...], str | None]:
-        """Function, its name, why others were passed over, and why a kernel that could was not."""
+        """Return the function, its name, why others were skipped, and why the reference is best."""
         if not torch.compiler.is_compiling() and _transformed():
             why = "under torch.func and forward-mode derivatives only the reference is right"
             return self.reference, "reference", (why,), None
@@ -327,7 +330,7 @@ class Op:
         served = False
         for candidate in self._serving(device):
             if candidate.module is None:
-                # Of an optional package, only `status` says that it is missing.
+                # Only `status` mentions that an optional package is missing.
                 if candidate.note and not candidate.library:
                     served = True
                     reasons.append(candidate.note)
@@ -337,8 +340,8 @@ class Op:
             reason = refuse(*args, **kwargs) if refuse is not None else None
             if reason is None:
                 tuning = candidate.tuning
-                # Asked first, so that where no table says so, which is nearly everywhere,
-                # torch.compile need not know sizes as numbers.
+                # Checked first. Where no table prefers the reference, which is nearly everywhere,
+                # torch.compile then need not know sizes as numbers.
                 if tuning is not None and tuning.has_faster_reference(self.name, args[0].device):
                     kind, size = candidate.module.tuning_key(*args, **kwargs)
                     slower = tuning.faster_reference(self.name, args[0].device, kind, int(size))
@@ -358,14 +361,15 @@ def _record_trace(
     record.call(op, implementation + COMPILED, reasons, slower)
 
 
-# What torch.compiler.assume_constant_result does; calling that would import Triton.
+# What torch.compiler.assume_constant_result does; calling it would import Triton.
 _record_trace._dynamo_marked_constant = True
 
 
 def _transformed() -> bool:
-    """Whether a transform of torch.func or a forward-mode derivative is at work.
+    """Whether a torch.func transform or forward-mode differentiation is active.
 
-    Of those a kernel's registration as a torch op knows nothing: a tangent would be lost silently.
+    The registration of a kernel as a torch op does not support these: a tangent would be lost
+    silently.
     """
     stack = torch._C._functorch.peek_interpreter_stack()
     return stack is not None or forward_ad._current_level >= 0
@@ -373,10 +377,10 @@ def _transformed() -> bool:
 
 @dataclass(frozen=True)
 class OpStatus:
-    """What one op would take, and has taken since the outermost `enable` or `record.clear`.
+    """What one op would use, and what it has used since the outermost `enable` or `record.clear`.
 
-    ``slower``: how often the reference was taken because it is the fastest, by a table of
-    measurements or for want of anything faster, which is no fallback.
+    ``slower``: how often the reference was used because it is the fastest, either by a table of
+    measurements or because nothing faster is known. This does not count as a fallback.
     """
 
     enabled: bool
@@ -391,9 +395,9 @@ class OpStatus:
 class Status:
     """A snapshot of the policy and of the record of calls; print it to read it.
 
-    ``tables`` names the measurements that kernels take their settings from, per GPU, and those that
-    were found and do not count, with the reason. ``replays`` counts CUDA graphs: an op's calls
-    count when a graph is recorded, not when it is replayed.
+    ``tables`` names, for each GPU, the measurements that kernels take their settings from, and the
+    tables that were found but do not count, with the reason. ``replays`` counts replays of CUDA
+    graphs: an op call counts when a graph is captured, not when it is replayed.
     """
 
     enabled: bool
@@ -422,7 +426,7 @@ class Status:
 
 
 def status() -> Status:
-    """Return what is enabled, what each op has, took and could not take, and why."""
+    """Return what is enabled, and what each op has, used and could not use, and why."""
     policy, taken = _active, record.copy()
     ops = {}
     for name, op in _ops().items():
@@ -440,7 +444,7 @@ def status() -> Status:
 
 
 def tables() -> tuple[str, ...]:
-    """For each GPU, where the settings of enabled kernels come from; nothing before `enable`."""
+    """Say, for each GPU, where enabled kernels get their settings; empty before `enable`."""
     tuning = sys.modules.get(f"{__package__}.kernels.tuning")
     if tuning is None:
         return ()
@@ -452,7 +456,7 @@ def tables() -> tuple[str, ...]:
 
 
 def forecast(op: str, device: str) -> str:
-    """Say what a call of ``op`` would take on ``device`` ("cuda" or "cpu") if it were enabled."""
+    """Describe what a call of ``op`` would use on ``device`` ("cuda" or "cpu") if enabled."""
     if device not in ("cuda", "cpu"):
         raise ValueError(f"forecast: device must be 'cuda' or 'cpu', got {device!r}")
     found = _known("forecast", op)
@@ -461,12 +465,12 @@ def forecast(op: str, device: str) -> str:
 
 
 def reference(op: str) -> Callable:
-    """The reference of ``op``, whatever is enabled; it takes validated arguments."""
+    """Return the reference of ``op``, whatever is enabled; it takes validated arguments."""
     return _known("reference", op).reference
 
 
 def kernel(op: str) -> ModuleType:
-    """The module of an op's Triton kernels; ImportError where it cannot be imported."""
+    """Return the module of an op's Triton kernels; ImportError if it cannot be imported."""
     candidate = _known("kernel", op).candidates[0]
     candidate.load()
     if candidate.module is None:

@@ -1,4 +1,4 @@
-"""Torch's switches for TF32, which are the process's: one call at a time sets them."""
+"""torch's TF32 switches, which belong to the process: one call at a time sets them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _tf32 = contextvars.ContextVar("tf32", default=False)
 
 @contextlib.contextmanager
 def computing(device: torch.device, tf32: bool) -> Iterator[None]:
-    """Float32 products on a GPU with or without TF32, for the time of a block.
+    """Compute float32 products on a GPU with or without TF32 inside the ``with`` block.
 
-    `attention_dtype` follows. Calls of several threads take turns. Under torch.compile the
-    process's own switches count.
+    `attention_dtype` follows this setting. Calls from several threads take turns. Under
+    torch.compile the process's own switches apply.
     """
     if torch.compiler.is_compiling() or device.type != "cuda":
         yield
@@ -33,17 +33,17 @@ def computing(device: torch.device, tf32: bool) -> Iterator[None]:
         finally:
             _tf32.reset(token)
             _set(before)
-            if named == "medium":  # Which no switch of `_set` knows.
+            if named == "medium":  # `_set` cannot express this one.
                 torch.set_float32_matmul_precision(named)
 
 
 def settled() -> threading.RLock:
-    """A lock: while it is held the switches are the process's own, and nobody moves them."""
+    """Return a lock; while it is held, the switches are the process's own and do not change."""
     return _switches
 
 
 def _named() -> str | None:
-    """What `torch.set_float32_matmul_precision` was told; None where a new name says otherwise."""
+    """The last `torch.set_float32_matmul_precision`; None if the new switches contradict it."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -55,8 +55,8 @@ def _settings() -> tuple:
 
 
 def _set(values: Sequence[str]) -> None:
-    # The old names first: they set the new ones too, and raise when they are read, as inductor does
-    # while it compiles, if a new one was set to TF32 alone.
+    # The old names first: they also set the new ones. Reading them, as inductor does while it
+    # compiles, raises if only a new one was set to TF32.
     torch.backends.cuda.matmul.allow_tf32 = values[0] == "tf32"
     torch.backends.cudnn.allow_tf32 = values[1] == "tf32"
     for setting, value in zip(_settings(), values, strict=True):
@@ -64,10 +64,10 @@ def _set(values: Sequence[str]) -> None:
 
 
 def attention_dtype(x: Tensor) -> torch.dtype:
-    """What to attend in: that of ``x``, but float16 for float32 where products are TF32.
+    """The dtype to attend in: that of ``x``, but float16 for float32 where products use TF32.
 
-    torch's fused attention keeps float32 by three TF32 products for one, on an H200 at a sixth of
-    float16's rate (predicted). Gradients need float32's range.
+    torch's fused attention keeps float32 precision with three TF32 products instead of one, at a
+    sixth of float16's rate on an H200 (predicted). Gradients need float32's range.
     """
     if (
         x.dtype != torch.float32

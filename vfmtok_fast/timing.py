@@ -1,8 +1,8 @@
-"""How long calls take: device time after the caches were overwritten, wall time on a CPU.
+"""Timing of calls: device time with overwritten caches on a GPU, wall time on a CPU.
 
-On a GPU a call is captured in a CUDA graph, and each replay is timed with events after the
-second-level cache was overwritten; a call that cannot be captured is timed with events alone, and
-the answer says so. Triton is not needed.
+On a GPU a call is captured in a CUDA graph. The second-level cache is overwritten before each
+replay, which is timed with events. A call that cannot be captured is timed with events alone, and
+the result says so. Triton is not needed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-# Larger than any last-level cache that it has to empty. A GPU writes its own in about 80 us, in
-# which time the call is queued: launches do not count.
+# Larger than any last-level cache that it must empty. A GPU writes this in about 80 us, during
+# which the call is queued, so launches do not count.
 FLUSH_BYTES = {"cuda": 256 * 2**20, "cpu": 128 * 2**20}
-# So many rounds are timed even where they take longer than they may.
+# At least this many rounds are timed, even past the time limit.
 FEWEST = {"cuda": 5, "cpu": 3}
 
 Function = Callable[[], object]
@@ -29,17 +29,17 @@ def time_rounds(
     seconds: float | None = None,
     replay: bool = True,
 ) -> tuple[list[float], str]:
-    """Time a call again and again.
+    """Time a call repeatedly.
 
     Args:
         fn: the call, without arguments; on a CPU it must have run before.
         device: where it runs.
         rounds: how often it is timed at most.
-        seconds: stop after about so long; None stands for all rounds.
-        replay: capture it in a CUDA graph where that can be done.
+        seconds: stop after about this time; None runs all rounds.
+        replay: capture the call in a CUDA graph where possible.
 
     Returns:
-        seconds of each round, and how they were measured: "graph replay", "events" or "wall".
+        Seconds of each round, and how they were measured: "graph replay", "events" or "wall".
     """
     (times,), how = _turns([fn], torch.device(device), rounds, seconds, replay)
     return times, how
@@ -48,7 +48,7 @@ def time_rounds(
 def time_in_turns(
     functions: Sequence[Function], device: str | torch.device, rounds: int
 ) -> tuple[list[list[float]], str]:
-    """Time some calls one after another in each round, so that a drift of the clock hits all.
+    """Time several calls one after another in each round, so that clock drift affects all of them.
 
     Args:
         functions: the calls, without arguments; on a CPU each must have run before.
@@ -56,7 +56,7 @@ def time_in_turns(
         rounds: how often each is timed.
 
     Returns:
-        seconds of each round for each function, and how they were measured, as in `time_rounds`;
+        Seconds of each round for each function, and how they were measured, as in `time_rounds`;
         "graph replay and events" where only some could be captured.
     """
     return _turns(functions, torch.device(device), rounds, None, True)
@@ -75,7 +75,7 @@ def _turns(
         return _rounds(functions, _wall, device, rounds, seconds), "wall"
     with torch.cuda.device(device):
         calls, how = [], set()
-        # One pool for all graphs: they never run at the same time and nobody reads what they wrote.
+        # One pool for all graphs: they never run at the same time and nobody reads their outputs.
         pool = torch.cuda.graph_pool_handle()
         for fn in functions:
             fn()
@@ -122,7 +122,7 @@ def _events(call: Function) -> float:
 
 
 def capture(fn: Function, pool: Any = None) -> Function | None:
-    """The call as a CUDA graph's replay, or None where it cannot be captured."""
+    """Return the replay of the call's CUDA graph, or None if the call cannot be captured."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:

@@ -1,4 +1,4 @@
-"""Models with seeded random weights, for demos and tests: they show the work, not its quality."""
+"""Models with seeded random weights, for demos and tests: they show the mechanics, not quality."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from .generator import GPT, GPTConfig
 from .tokenizer import BackboneConfig, VFMTok, VFMTokConfig
 
-# Everything that the real models have, at a size that a laptop runs in moments.
+# Every part of the real models, at a size that a laptop runs in moments.
 TOKENIZERS = {
     "small": VFMTokConfig(
         dim=128,
@@ -27,11 +27,11 @@ GPTS = {
 
 
 def untrained_tokenizer(name: str, seed: int = 0) -> VFMTok:
-    """A tokenizer of `TOKENIZERS` with random weights that ``seed`` alone decides, in eval mode."""
+    """Return one of `TOKENIZERS` in eval mode; ``seed`` alone determines its random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = VFMTok(TOKENIZERS[name]).eval()
-        # As initialised, every region would look along the same star whatever the image.
+        # At initialisation, every region would look along the same star whatever the image.
         for layer in model.region_encoder.layers:
             torch.nn.init.normal_(layer.cross_attention.offsets.weight, std=0.1)
             torch.nn.init.normal_(layer.cross_attention.weights.weight, std=0.1)
@@ -39,10 +39,11 @@ def untrained_tokenizer(name: str, seed: int = 0) -> VFMTok:
 
 
 def untrained_gpt(name: str, seed: int = 0) -> GPT:
-    """A generator of `GPTS` with random weights that ``seed`` alone decides, in eval mode."""
+    """Return one of `GPTS` in eval mode; ``seed`` alone determines its random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPT(GPTS[name]).eval()
-        # Zero, as training starts, would make every code equally likely whatever the class.
+        # Zero, the value at the start of training, would make all codes equally likely for any
+        # class.
         torch.nn.init.normal_(model.head.weight, std=0.5)
     return model

@@ -1,4 +1,4 @@
-"""Pictures of what the tokenizer does."""
+"""Images that show what the tokenizer does."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 from .images import image_grid, to_uint8
 from .tokenizer import VFMTok
 
-# Points are drawn at this many times the size and scaled down, for smooth edges.
+# Points are drawn at this multiple of the size and scaled down, for smooth edges.
 SUPERSAMPLING = 3
 
 
 def reconstruction_grid(tokenizer: VFMTok, images: Tensor, num_regions: int = 5) -> np.ndarray:
-    """Original | reconstruction | where a few regions look, one row per image.
+    """Lay out original | reconstruction | sampling points of a few regions, one row per image.
 
     Args:
-        tokenizer: in eval mode; images go to its device.
+        tokenizer: in eval mode; images are moved to its device.
         images: [B, 3, S, S] floating, in [-1, 1].
         num_regions: regions to draw, spread over the image.
 
@@ -30,7 +30,7 @@ def reconstruction_grid(tokenizer: VFMTok, images: Tensor, num_regions: int = 5)
     """
     weight = tokenizer.quantizer.codebook
     cells = []
-    for image in images.split(1):  # One at a time: memory does not grow with the batch.
+    for image in images.split(1):  # One at a time, so that memory does not grow with the batch.
         image = image.to(weight.device, weight.dtype)
         locations, weights = tokenizer.sampling_points(image)
         original = to_uint8(image.float())[0]
@@ -43,15 +43,16 @@ def reconstruction_grid(tokenizer: VFMTok, images: Tensor, num_regions: int = 5)
 
 
 def draw_regions(image: np.ndarray, locations: Tensor, weights: Tensor, num: int) -> np.ndarray:
-    """Draw the sampling points of ``num`` regions over a darkened picture.
+    """Draw the sampling points of ``num`` regions over a darkened image.
 
-    A colour is a region, a cross its reference, a disc a sample with an area in proportion to its
-    attention weight. Samples outside the picture, which read zeros, are not shown.
+    Each region has one colour. A cross marks its reference point. Discs mark its samples, with an
+    area proportional to the attention weight. Samples outside the image, which read zeros, are not
+    shown.
 
     Args:
         image: uint8 [S, S, 3].
-        locations: [R, H, L, P, 2], (x, y) in [0, 1] of the picture.
-        weights: [R, H, L, P], 1 in all per region and head.
+        locations: [R, H, L, P, 2], (x, y) in [0, 1] of the image.
+        weights: [R, H, L, P], summing to 1 per region and head.
         num: regions to draw.
 
     Returns:
@@ -81,7 +82,7 @@ def draw_regions(image: np.ndarray, locations: Tensor, weights: Tensor, num: int
 
 
 def spread_regions(total: int, num: int) -> list[int]:
-    """Numbers of ``num`` regions of a square of ``total``, far from one another; no one twice."""
+    """Choose ``num`` distinct regions far from one another in a square of ``total`` regions."""
     side = math.isqrt(total)
     if num > side:
         return [i * total // num for i in range(num)]

@@ -1,1 +1,1 @@
-"""Plain torch, one module per op that gains from one without Triton; used on any device."""
+"""Plain torch that beats the reference without Triton, one module per op; used on any device."""

@@ -1,12 +1,13 @@
 """`ops.decode_attention` on a CPU: torch's fused attention over the live positions.
 
-On a CPU that is faster for few heads (two cores, float32, 12 heads of 64: 2.1 times as fast as the
-reference at 1 row and 16 positions, 1.2 at 4 rows and 128, 1.05 at 8 rows). With many it has one
-product of a vector after the other, and two batched matrix products win (0.94 at 16 rows and 128
-positions, 0.82 at 128 rows and 16).
+On a CPU this is faster for few heads (two cores, float32, 12 heads of 64: 2.1 times as fast as the
+reference at 1 row and 16 positions, 1.2 at 4 rows and 128, 1.05 at 8 rows). With many heads it
+computes one vector product after another, and two batched matrix products win (0.94 at 16 rows and
+128 positions, 0.82 at 128 rows and 16).
 
-On a GPU only where the length is an int. With one on the device torch's attention needs a mask, and
-a mask does not keep NaN of dead positions out: clearing them first costs what the reference does.
+On a GPU it only takes calls with an int length. With a length on the device, torch's attention
+needs a mask, and a mask does not keep out NaN from dead positions: clearing them first costs as
+much as the reference.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..decoding import in_full
 
-# Heads of all rows from which on a CPU takes matrix products.
+# From this number of heads over all rows, a CPU uses matrix products.
 _PRODUCTS = 192
 
 
@@ -36,7 +37,7 @@ def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor, *,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `vfmtok_fast.ops.decode_attention`; takes what `unsupported_reason` lets pass."""
+    """See `vfmtok_fast.ops.decode_attention`; takes calls that `unsupported_reason` accepts."""
     cache = (k_cache, v_cache) if k_scale is None else (k_cache, v_cache, k_scale, v_scale)
     if not isinstance(length, Tensor):
         return _attend(q, *cache, length=length)
@@ -56,7 +57,7 @@ def _attend(
         k = in_full(k, k_scale[:, :, :length], q.dtype)
         v = in_full(v, v_scale[:, :, :length], q.dtype)
     (B, H, D), G = q.shape, k.shape[1]
-    # Queries that share a head's keys take the place of positions.
+    # Queries that share a key head take the place of query positions.
     q = q.reshape(B, G, H // G, D)
     if q.device.type == "cpu" and q.dtype == torch.float32 and B * G >= _PRODUCTS:
         mixed = (q @ k.transpose(2, 3)).mul_(D**-0.5).softmax(dim=-1) @ v

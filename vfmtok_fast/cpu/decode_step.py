@@ -1,7 +1,7 @@
-"""`ops.decode_step` on a CPU: all of a step costs one read of the weights, so that is to be fast.
+"""`ops.decode_step` on a CPU: a step costs one read of the weights, so that read must be fast.
 
 Measured on two cores (AMD EPYC, torch 2.14.1, float32, weights not in cache; GB/s of weights), on
-one day, and on another when the machine read memory at half that rate:
+one day, and on another day when the machine read memory at half that rate:
 
     rows   N x K         F.linear   mm(weight, x.T)   oneDNN
     1      2304 x 768    19         19                39
@@ -11,10 +11,11 @@ one day, and on another when the machine read memory at half that rate:
     16     2304 x 768    11 / 6.8   13 / 9.2          24 / 8.1
     128    2304 x 768    3.1        3.1               6.9
 
-`F.linear` is MKL's for float32, and slow at all sizes on that processor. oneDNN is what it takes
-for half precision. All read the weight as it lies in memory; nothing is packed or copied: oneDNN's
-packed weights gave 17 where it gave 11 and `mm` 17, for a second copy of them. For K = 2048 the
-first two days disagree; on a third oneDNN read 19 where `mm` read 13, so it has those.
+`F.linear` uses MKL for float32, which is slow at all sizes on that processor; for half precision it
+uses oneDNN. All three read the weight as it lies in memory; nothing is packed or copied. oneDNN's
+packed weights gave 17 where unpacked oneDNN gave 11 and `mm` 17, but need a second copy of them.
+For K = 2048 the first two days disagree; on a third day oneDNN read 19 where `mm` read 13, so
+oneDNN takes those products.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from torch import Tensor
 
 from ..decoding import BlockWeights, KVCache, LayerCache, StepWeights, row_of
 
-# What torch.compile makes of a linear layer; there is no public name for it. Asked once, for a
-# trace cannot ask.
+# What torch.compile makes of a linear layer; there is no public name for it. Checked once, because
+# a trace cannot check.
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -38,8 +39,8 @@ def decode_step(
 ) -> Tensor:  # fmt: skip
     """See `vfmtok_fast.ops.decode_step`; ``attend`` is `ops.decode_attention`."""
     x = embedding.index_select(0, code)
-    # Complex numbers: q and k rotate together, and pairs are never taken apart. A copy, for they
-    # must lie at even places.
+    # As complex numbers, q and k rotate together, and pairs are never separated. A copy, because
+    # complex numbers must start at even offsets.
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     table = row_of(weights.rotary, position).to(wide, copy=True)
     table = torch.view_as_complex(table.contiguous())
@@ -56,13 +57,13 @@ def decode_step(
 def queries(
     x: Tensor, block: BlockWeights, layer: LayerCache, table: Tensor, position: int | Tensor
 ) -> Tensor:
-    """Rotated queries [R, H, D]; keys and values go into the cache."""
+    """Return the rotated queries [R, H, D], and write keys and values to the cache."""
     R, H, _, D = layer.keys.shape
     qkv = product(x, block.qkv).contiguous()
     v = qkv[:, 2 * H * D :].view(R, H, D)
     qk = qkv[:, : 2 * H * D]
     qk = qk if qk.dtype == torch.float64 else qk.float()
-    # In place: the product is this function's own.
+    # In place: this function owns the product.
     torch.view_as_complex(qk.view(R, 2 * H, D // 2, 2)).mul_(table)
     q, k = qk.to(x.dtype).view(R, 2, H, D).unbind(1)
     layer.append(position, k, v)
@@ -70,9 +71,9 @@ def queries(
 
 
 def hidden(x: Tensor, block: BlockWeights) -> Tensor:
-    """SwiGLU's gated products [R, F]."""
+    """Return SwiGLU's gated products, [R, F]."""
     gate, up = product(x, block.gate_up).chunk(2, dim=-1)
-    # Both may lie the other way round; the product of the two sets that right.
+    # Both may be transposed in memory; the output of their product is not.
     return torch.mul(F.silu(gate, inplace=True), up, out=gate.new_empty(gate.shape))
 
 
@@ -82,7 +83,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     if x.dtype != torch.float32 or x.device.type != "cpu" or rows == 0 or K == 0:
         return F.linear(x, weight)
     if 2 <= rows <= 5 and K < 2048:
-        # Contiguous, or the product takes another, slow way.
+        # Contiguous, because the product otherwise takes a slow path.
         return torch.mm(weight, x.contiguous().T).T
     if _ONEDNN:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
@@ -90,10 +91,10 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `reference.rms_norm`, in fewer operations."""
+    """Like `functional.rms_norm`, in fewer operations."""
     if x.dtype == torch.float64:
         return F.rms_norm(x, weight.shape, weight, eps)
-    # Torch's own is no kernel on a CPU but eight operations, some of them for gradients.
+    # torch's own is not one kernel on a CPU but eight operations, some of them for gradients.
     wide = x.float()
     inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
     inverse.div_(x.shape[-1]).add_(eps).rsqrt_()

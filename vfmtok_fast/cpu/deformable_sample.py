@@ -1,13 +1,13 @@
 """`ops.deformable_sample` on a CPU: all levels at once, as bags of weighted rows.
 
-What it computes: a sample is a weighted sum of four pixels, and an output the weighted sum of its
-L*P samples; so an output is one weighted sum of 4*L*P rows of ``value`` seen as a table
-[B*S*H, D], which is what `embedding_bag` computes without writing the rows down. A pixel outside
-its level gets the weight zero and the nearest index inside.
+A sample is a weighted sum of four pixels, and an output is the weighted sum of its L*P samples. So
+an output is one weighted sum of 4*L*P rows of ``value``, seen as a table [B*S*H, D], which
+`embedding_bag` computes without materialising the rows. A pixel outside its level gets weight zero
+and the nearest index inside.
 
-Gradients are torch's own: of the table by sorted rows, of the weights by dot products, both in a
-fixed order; of locations and logits through the weights. Locations are float32 for half precision,
-where the reference rounds them to the input's type.
+Gradients are torch's own: those of the table by sorted rows and those of the weights by dot
+products, both in a fixed order; those of locations and logits through the weights. Locations are
+float32 for half-precision input, where the reference rounds them to the input's dtype.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ def deformable_sample(
     value: Tensor, spatial_shapes: tuple[tuple[int, int], ...], reference_points: Tensor,
     offsets: Tensor, attention_logits: Tensor, deterministic: bool = True,
 ) -> Tensor:  # fmt: skip
-    """See `vfmtok_fast.ops.deformable_sample`; ``deterministic`` changes nothing here."""
+    """See `vfmtok_fast.ops.deformable_sample`; ``deterministic`` has no effect here."""
     B, S, H, D = value.shape
     Q, L, P = offsets.shape[1], offsets.shape[3], offsets.shape[4]
     dtype = torch.promote_types(value.dtype, torch.float32)
     integer = torch.int32 if B * S * H < 2**31 else torch.int64
 
     def per_level(numbers: Iterable[int], dtype: torch.dtype) -> Tensor:
-        # Filled on the device, for a captured graph cannot copy numbers from the host.
+        # Filled on the device, because a captured graph cannot copy numbers from the host.
         return torch.cat([value.new_full((1, 1), number, dtype=dtype) for number in numbers])
 
     def axis(xy: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -68,16 +68,16 @@ def deformable_sample(
 def _pixels(
     place: Tensor, size: Tensor, integer: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The two pixels around each place along one axis, and their shares.
+    """Return the two pixels around each place along one axis, and their weights.
 
     Args:
         place: [..., L, P] in pixels, pixel centres at whole numbers.
         size: [L, 1] pixels of each level.
-        integer: type of the indices.
+        integer: dtype of the indices.
     """
     first = place.floor()
     share = place - first
-    # Further out there is nothing to tell apart, nor do all floats fit an integer.
+    # Places further out need not be told apart, and not all floats fit an integer.
     first = first.detach().clamp(min=-2).minimum(size).to(integer)
     last = size.to(integer) - 1
     second = first + 1

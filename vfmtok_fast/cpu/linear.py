@@ -1,11 +1,11 @@
-"""`ops.linear` on a CPU: the product by oneDNN, with bias and activation in its last step.
+"""`ops.linear` on a CPU: a oneDNN product with fused bias and GELU.
 
 torch sends a float32 product to MKL, which is slower on processors that are not Intel's. Measured
-on 2 cores of an AMD EPYC, torch 2.14, candidate and baseline in turn, medians: float32 1.14 to 1.54
-times as fast at the ViT's shapes (2,324 rows), 1.8 to 2.1 at the region encoder's (1,024 rows);
-bfloat16 1.07 to 1.5, and 2. No shape of the models was slower, so there is no threshold.
+on 2 cores of an AMD EPYC, torch 2.14, candidate and baseline in turn, medians: float32 is 1.14 to
+1.54 times as fast at the ViT's shapes (2,324 rows), 1.8 to 2.1 at the region encoder's (1,024
+rows); bfloat16 is 1.07 to 1.5, and 2. No shape of the models was slower, so there is no threshold.
 
-ReLU follows in place, for oneDNN's own makes 0 of NaN.
+ReLU follows in place, because oneDNN's own turns NaN into 0.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Asked here, for torch.compile cannot look into these.
+# Checked here, because torch.compile cannot look into these.
 AVAILABLE = torch.backends.mkldnn.is_available()
 BFLOAT16 = AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -33,7 +33,7 @@ def unsupported_reason(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """See `vfmtok_fast.ops.linear`; takes what `unsupported_reason` lets pass."""
+    """See `vfmtok_fast.ops.linear`; takes calls that `unsupported_reason` accepts."""
     if activation == "swiglu":
         gate, up = linear(x, weight, bias, None).chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up
@@ -46,12 +46,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
-    # oneDNN takes no layer without numbers, and inductor's lowering none whose weights it does not
-    # know as constants; it chooses for itself.
+    # oneDNN does not accept empty tensors. Inductor's lowering does not accept weights that are not
+    # constants; under torch.compile, inductor chooses for itself.
     if 0 in x.shape or 0 in weight.shape or torch.compiler.is_compiling():
         y = x @ weight.T if bias is None else x @ weight.T + bias
         return torch.nn.functional.gelu(y) if activation == "gelu" else y
-    # It takes all three for dense, and does not ask.
+    # oneDNN assumes that all three are contiguous, without checking.
     bias = None if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise(
         x.contiguous(), weight.contiguous(), bias, activation, [], "none"

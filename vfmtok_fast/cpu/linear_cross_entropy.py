@@ -1,13 +1,13 @@
 """`ops.linear_cross_entropy` on a CPU: the logits of a few rows at a time.
 
-Where gradients are wanted and the losses are reduced, the forward pass makes them from the logits
-that it has, for a gradient of 1, and the backward pass scales them; with reduction "none" the
-backward pass makes the logits again. The gradient of weight adds up in float32. Where all logits
-are no more than a chunk, torch's own: nothing is to be saved.
+If gradients are wanted and the losses are reduced, the forward pass computes them from its logits,
+for an output gradient of 1, and the backward pass scales them. With reduction "none", the backward
+pass recomputes the logits. The gradient of ``weight`` is summed in float32. If all logits fit into
+one chunk, torch's own function is used, because there is nothing to save.
 
-Measured on 2 cores that were busy otherwise, torch 2.14, in turns, best of 5, 2,048 rows of 768 and
-16,384 codes in bfloat16, forward and backward: 1.28 s by the reference, 1.31 s with chunks of
-64 MiB, 1.35 with 32, 1.42 with 16, 1.63 with 8.
+Measured on 2 cores that were also busy otherwise, torch 2.14, in turns, best of 5, 2,048 rows of
+768 and 16,384 codes in bfloat16, forward and backward: 1.28 s for the reference, 1.31 s with chunks
+of 64 MiB, 1.35 with 32, 1.42 with 16, 1.63 with 8.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _turn(
     logits: Tensor, targets: Tensor, grad: Tensor | None, losses: Tensor,
     *, ignore_index: int, smoothing: float, write: bool,
 ) -> None:  # fmt: skip
-    """Losses of some rows, and over their logits the losses' gradients."""
+    """Write the losses of some rows and, if ``write``, their gradients over the logits."""
     shares = torch.log_softmax(logits, -1, dtype=losses.dtype)
     ignored = targets == ignore_index
     at = targets.masked_fill(ignored, 0)[:, None]
@@ -64,7 +64,7 @@ def _turn(
 
 
 def _add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
-    # A product of half precision is rounded once a chunk.
+    # A product in half precision is rounded once per chunk.
     sums.addmm_(a, b) if a.dtype == sums.dtype else sums.add_(a @ b)
 
 

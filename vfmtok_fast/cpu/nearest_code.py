@@ -1,29 +1,31 @@
 """`ops.nearest_code` on a CPU: blocked, certified exact, within 64 MB of extra memory.
 
-What it computes: for every row of z [N, d], the k rows of codebook [K, d] with the largest scores
-in float64 arithmetic, the lowest index on ties. How, for one block of codes:
+For every row of z [N, d], it finds the k rows of codebook [K, d] with the largest scores in float64
+arithmetic; ties go to the lowest index. For one block of codes it works as follows:
 
-1. *Screen* in float32: scores of the codes against a few rows at a time, [codes, QUERIES], in one
-   reused buffer; of these only the largest of every GROUP codes is kept.
+1. *Screen* in float32: compute scores of the codes against a few rows at a time, [codes, QUERIES],
+   in one reused buffer; keep only the largest score of every GROUP codes.
 2. *Certify*: both sides have length at most one, so a float32 score is off by no more than
    ``_screen_error(d)``. Let M be the k-th largest group maximum: k codes score at least M, so each
-   of the k best codes has a float32 score of at least M less twice the error (their exact scores
+   of the k best codes has a float32 score of at least M minus twice the error (their exact scores
    are no lower than those of these k). A group whose maximum is below that holds none of them.
    Every other group is *rescanned* in float64.
 
-Distances (``normalize=False``) are screened from a point amid the codes. In exact arithmetic that
-changes no order, a difference of float64 numbers is rounded once, and what float32 then loses is
-as small as the codes' spread. Far from the origin it would otherwise be all of it.
+Distances (``normalize=False``) are screened relative to a point among the codes. In exact
+arithmetic this does not change any order, and a difference of float64 numbers is rounded once.
+What float32 then loses is as small as the spread of the codes. Far from the origin it would
+otherwise be everything.
 
-A codebook of dead codes, equal rows by the hundred, would bring most groups to the rescan. Where a
-row has `_MANY` candidates on average, all but the first k of equal codes are left out.
+A codebook with dead codes, equal rows by the hundred, would send most groups to the rescan. If rows
+have more than `_MANY` candidates on average for each of their k codes, only the first k of equal
+codes are kept.
 
-The bound. With u = 2^-24: rounding ``z`` and ``e`` from float64 changes each product ``z_i e_i`` by
-a factor within (1 + u)^2; multiplying and adding d terms in float32 in any order, fused or not, by
-a factor within (1 + u)^d (Higham, Accuracy and Stability, section 3.1). So the score is off by at
-most ((1 + u)^(d+2) - 1) * sum |z_i e_i|, where the sum is at most |z| |e| <= 1, and lengths of
-"one" are themselves rounded. (d + 4) u covers that for every d served here; products that
-underflow are below 2^-126 and vanish in the last of the four.
+The bound. Let u = 2^-24. Rounding ``z`` and ``e`` from float64 changes each product ``z_i e_i`` by
+a factor within (1 + u)^2. Multiplying and adding d terms in float32 in any order, fused or not,
+changes it by a factor within (1 + u)^d (Higham, Accuracy and Stability, section 3.1). So the score
+is off by at most ((1 + u)^(d+2) - 1) * sum |z_i e_i|, where the sum is at most |z| |e| <= 1, and
+lengths of "one" are themselves rounded. (d + 4) u covers this for every d that is accepted here.
+Products that underflow are below 2^-126 and are absorbed by the last of the four u.
 """
 
 from __future__ import annotations
@@ -33,29 +35,30 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# F.normalize's: shorter rows are divided by this instead of by their length.
+# The epsilon of F.normalize: shorter rows are divided by this instead of by their length.
 _EPS = 1e-12
-# Keeps a division by a length of zero finite.
+# Keeps a division by a zero length finite.
 _TINY = 1e-300
-# "No code": larger than any.
+# "No code": larger than any code.
 _NONE = torch.iinfo(torch.int64).max
-# Codes scored per float32 group maximum; the rescan costs 2 GROUP d float64 operations per row.
+# Codes per float32 group maximum; the rescan costs 2 GROUP d float64 operations per row.
 _GROUP = 32
-# Values of one block of codes; its copies and temporaries take 28 bytes each.
+# Values in one block of codes; its copies and temporaries take 28 bytes each.
 _CODE_VALUES = 2**20
 _CODES = 16384
-# One matrix product of the screen: many codes, few queries. The other way round, 64 rows against
-# 16,384 codes, it takes 2.3 times as long (two cores, d = 12: 43 against 19 ms for 8,192 rows).
+# Queries of one matrix product of the screen: many codes, few queries. The other way round, 64 rows
+# against 16,384 codes, takes 2.3 times as long (two cores, d = 12: 43 against 19 ms for 8,192
+# rows).
 _QUERIES = 512
-# Scores in the reused buffer: 4 MB, the share of the last cache that a busy host leaves.
+# Scores in the reused buffer: 4 MB, the share of the last-level cache that a busy host leaves.
 _SCORES = 2**20
 # Rows per superblock, the unit of the rescan: its group maxima are 4 MB.
 _ROWS = 2048
-# Candidates of a row for each of its k codes from which on repeats of codes are looked for.
+# Candidates of a row per each of its k codes above which repeated codes are looked for.
 _MANY = 8
-# Codes of which the mean is taken.
+# Number of codes whose mean is taken.
 _SAMPLE = 1024
-# Values of the codes that one step of the rescan gathers: 8 MB of float64.
+# Values of codes that one step of the rescan gathers: 8 MB of float64.
 _GATHER_VALUES = 2**20
 
 _SCHEMA = "(Tensor z, Tensor codebook, int k, bool normalize) -> (Tensor code, Tensor score)"
@@ -78,7 +81,7 @@ def unsupported_reason(
 def nearest_code(
     z: Tensor, codebook: Tensor, *, k: int = 1, normalize: bool = True, return_score: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """See `vfmtok_fast.ops.nearest_code`; takes the calls that `unsupported_reason` lets pass."""
+    """See `vfmtok_fast.ops.nearest_code`; takes calls that `unsupported_reason` accepts."""
     code, score = torch.ops.vfmtok_fast.nearest_code_cpu(z, codebook, k, normalize)
     return (code, score) if return_score else code
 
@@ -89,7 +92,7 @@ def _screen_error(dim: int) -> float:
 
 
 def _screen_dtype(device: torch.device) -> torch.dtype:
-    """float32, unless the user let float32 products round to less, where the bound is void."""
+    """float32, unless the user lets float32 products round further, which voids the bound."""
     if device.type == "cpu":
         kept = torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
     else:
@@ -99,10 +102,10 @@ def _screen_dtype(device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Codes:
-    """One block of codes in whole groups, the last one filled up by repeats of the last code."""
+    """One block of codes in whole groups, the last one padded with repeats of the last code."""
 
-    index: Tensor  # [GROUP * G] numbers of the codes, ascending
-    count: int  # of them, without the repeats at the end
+    index: Tensor  # [GROUP * G] indices of the codes, ascending
+    count: int  # number of codes, without the padding
     screen: Tensor  # [GROUP * G, d'] float32, rows no longer than one
     exact: Tensor  # [G, d', GROUP] float64
     broken: int  # the first code that is not finite, or _NONE
@@ -115,12 +118,12 @@ def _finite(rows: Tensor) -> Tensor:
 
 
 def _prepare_codes(codebook: Tensor, index: Tensor, centre: Tensor | None, dtype) -> _Codes:
-    """The codes ``index``. Distances (``centre`` is not None) are screened from there."""
+    """Prepare the codes ``index``; distances are screened from ``centre`` if it is not None."""
     count = len(index)
     index = torch.cat([index, index[-1:].expand(-count % _GROUP)])
     exact = codebook.index_select(0, index).double()
     length, broken = exact.norm(dim=1, keepdim=True), _NONE
-    # A code that is not finite decides for all queries in `_search`; here it must do no harm.
+    # `_search` handles a code that is not finite, for all queries; here it must do no harm.
     if not bool(length.sum().isfinite()):
         wrong = ~_finite(exact)
         broken = int(torch.where(wrong, index, _NONE).amin())
@@ -143,10 +146,10 @@ def _with_square(codes: Tensor) -> Tensor:
 
 
 def _without_repeats(codebook: Tensor, codes: _Codes, centre: Tensor | None, k: int) -> _Codes:
-    """``codes``, of equal ones the first ``k`` only, or as they are if that leaves out few."""
+    """Keep only the first ``k`` of equal codes, or return ``codes`` if that removes few."""
     index = codes.index[: codes.count]
     rows = codebook.index_select(0, index).double().nan_to_num_(0.0, 0.0, 0.0)
-    # Equal rows get equal sums, bit for bit; where others do too, repeats may be missed.
+    # Equal rows get equal sums, bit for bit. Repeats may be missed if other rows get that sum too.
     key = rows.new_zeros(len(rows))
     weight = torch.rand(
         rows.shape[1], generator=torch.Generator().manual_seed(0), device="cpu"
@@ -156,7 +159,7 @@ def _without_repeats(codebook: Tensor, codes: _Codes, centre: Tensor | None, k: 
     order = key.argsort(stable=True)
     rows = rows[order]
     repeat = torch.zeros_like(order, dtype=torch.bool)
-    # Those that equal each of the k before them, for other rows may have the same key.
+    # A row is a repeat if it equals each of the k before it: other rows may have the same key.
     if len(rows) > k:
         repeat[k:] = True
         for before in range(1, k + 1):
@@ -173,7 +176,7 @@ def _without_repeats(codebook: Tensor, codes: _Codes, centre: Tensor | None, k: 
 def _group_maxima(queries: Tensor, codes: Tensor) -> Tensor:
     """Largest score of every group of codes [GROUP * G, d'] for every query [R, d']: [G, R]."""
     count, rows = codes.shape[0], queries.shape[0]
-    # A thread takes the maximum of the scores that it wrote: each has a batch of its own.
+    # Each thread has its own batch, so that it takes the maximum of scores that it wrote itself.
     parts = torch.get_num_threads() if queries.device.type == "cpu" else 1
     size = max(1, _SCORES // (min(rows, _QUERIES) * parts * _GROUP)) * _GROUP
     maxima = queries.new_empty(count // _GROUP, rows)
@@ -201,12 +204,12 @@ def _rescan(queries: Tensor, codes: _Codes, group: Tensor, k: int) -> tuple[Tens
     for i in range(table.shape[1]):
         scores.addcmul_(queries[:, i, None], table[:, i])
     if k > 1:
-        # Repeats of the last code would be found beside it.
+        # Exclude the padding: repeats of the last code would be found beside it.
         place = torch.arange(_GROUP, device=group.device) + group[:, None] * _GROUP
         scores.masked_fill_(place >= codes.count, -torch.inf)
     found = [scores.max(dim=1, keepdim=True)]
     while len(found) < k:
-        # `max` returns the first of several; the codes of a group ascend.
+        # `max` returns the first of equal scores; the codes of a group are ascending.
         scores.scatter_(1, found[-1].indices, -torch.inf)
         found.append(scores.max(dim=1, keepdim=True))
     score, place = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
@@ -214,15 +217,15 @@ def _rescan(queries: Tensor, codes: _Codes, group: Tensor, k: int) -> tuple[Tens
 
 
 def _merge(best: Tensor, code: Tensor, row: Tensor, score: Tensor, found: Tensor) -> None:
-    """Let the candidates [P, k] of rows [P] compete with the ``best`` k so far, in place.
+    """Merge the candidates [P, k] of rows [P] into the ``best`` k so far, in place.
 
-    Both come in order, so the next of all is always one of those that stand first.
+    Both are sorted, so the next best is always first in one of the two.
     """
     old_score, old_code = best.clone(), code.clone()
     k = best.shape[1]
     for i in range(k):
         top = old_score[:, 0].scatter_reduce(0, row, score[:, 0], "amax")
-        # The lowest of the codes that reach the top of their row, the one so far included.
+        # The lowest of the codes that have their row's top score, including the current best.
         reached = torch.where(score[:, 0] == top[row], found[:, 0], _NONE)
         lowest = torch.where(old_score[:, 0] == top, old_code[:, 0], _NONE)
         lowest = lowest.scatter_reduce(0, row, reached, "amin")
@@ -233,7 +236,7 @@ def _merge(best: Tensor, code: Tensor, row: Tensor, score: Tensor, found: Tensor
             (old_score, old_code, old_code[:, 0] == lowest),
             (score, found, found[:, 0] == lowest[row]),
         ):
-            # The winner leaves; those behind it move up.
+            # Remove the winner; those behind it move up.
             taken = taken[:, None]
             scores[:, :-1] = torch.where(taken, scores[:, 1:], scores[:, :-1])
             codes[:, :-1] = torch.where(taken, codes[:, 1:], codes[:, :-1])
@@ -245,30 +248,30 @@ def _candidates(screen: Tensor, live: Tensor, codes: _Codes, k: int) -> Tensor:
     maxima = _group_maxima(screen, codes.screen)
     limit, below = maxima.amax(0), maxima
     for _ in range(k - 1):
-        # The next lower maximum: no higher than the k-th largest, where several are equal.
+        # The next lower maximum. It is at most the k-th largest, if several are equal.
         below = below.masked_fill(below >= limit, -torch.inf)
         limit = below.amax(0)
     limit = limit - 2 * _screen_error(screen.shape[1])
-    # A row without a direction has nothing to search, and would bring every group. Where numbers
-    # overflowed, a comparison with NaN holds for none, and every group is looked at.
+    # A row without a direction has nothing to search, and would select every group. If numbers
+    # overflowed, comparisons with NaN are false, and every group is selected.
     return ~(maxima < torch.where(live, limit, torch.inf))
 
 
 def _search(z: Tensor, codebook: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """All rows: some at a time against one block of codes after the other: [N, k]."""
+    """Search all rows, a superblock at a time against each block of codes: [N, k]."""
     count, dim = codebook.shape
     dtype = _screen_dtype(z.device)
     size = max(_GROUP, min(_CODES, _CODE_VALUES // dim) // _GROUP * _GROUP)
     blocks = torch.arange(count, device=z.device).split(size)
     centre = None if normalize else _centre(codebook)
-    # One block is prepared once; several would outgrow the memory and are made anew each time.
+    # A single block is prepared once; several would exceed the memory, so each is prepared again.
     kept = _prepare_codes(codebook, blocks[0], centre, dtype) if len(blocks) == 1 else None
     score = z.new_empty(z.shape[0], k, dtype=torch.promote_types(z.dtype, torch.float32))
     code = torch.empty(z.shape[0], k, dtype=torch.int64, device=z.device)
     lowest = torch.arange(k, device=z.device)
     step = max(1, _GATHER_VALUES // (_GROUP * (dim + (not normalize))))
     for rows in (slice(i, i + _ROWS) for i in range(0, z.shape[0], _ROWS)):
-        # A copy: what is not finite is cleared in it.
+        # A copy, because non-finite values are cleared in it.
         exact = z[rows].to(torch.float64, copy=True)
         finite = _finite(exact)
         exact.nan_to_num_(0.0, 0.0, 0.0)
@@ -288,14 +291,14 @@ def _search(z: Tensor, codebook: Tensor, k: int, normalize: bool) -> tuple[Tenso
             broken = min(broken, codes.broken)
             groups, of = _candidates(screen, live, codes, k).nonzero(as_tuple=True)
             if len(of) > _MANY * k * len(exact) and not codes.compact:
-                # Most of them hold the same codes, if there are dead ones.
+                # If there are dead codes, most candidates hold the same codes.
                 codes = _without_repeats(codebook, codes, centre, k)
                 kept = kept and codes
                 groups, of = _candidates(screen, live, codes, k).nonzero(as_tuple=True)
-            # Every step lets its candidates improve on the best so far.
+            # Every step merges its candidates into the best so far.
             for row, group in zip(of.split(step), groups.split(step), strict=True):
                 _merge(best, found, row, *_rescan(exact[row], codes, group, k))
-        # Scores of float64 that overflow are no scores.
+        # float64 scores that overflow are no scores.
         lost = found == _NONE
         best, found = best.masked_fill(lost, torch.nan), torch.where(lost, lowest, found)
         if normalize:
@@ -316,13 +319,13 @@ def _search(z: Tensor, codebook: Tensor, k: int, normalize: bool) -> tuple[Tenso
 
 
 def _centre(codebook: Tensor) -> Tensor:
-    """A point amid the codes [d] in float64, and finite; any will do, near ones screen sharper."""
+    """A finite point [d] among the codes, float64. Any will do; a near one screens more sharply."""
     rows = codebook[:: -(-len(codebook) // _SAMPLE)].to(torch.float64, copy=True)
     return rows.nan_to_num_(0.0, 0.0, 0.0).mean(0).nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _in_eager(z: Tensor, codebook: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    # Autocast would turn the screen's products into half precision, against the bound.
+    # Autocast would run the screen's products in half precision, which violates the bound.
     with torch.autocast(z.device.type, enabled=False):
         return _search(z, codebook, k, normalize)
 

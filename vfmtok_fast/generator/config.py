@@ -1,4 +1,4 @@
-"""Configuration of the generator and its published sizes."""
+"""Configuration of the generator, and its published sizes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ class GPTConfig:
         num_layers, num_heads, dim: transformer size; dim / num_heads must be a multiple of 4.
         vocab_size: number of codes K.
         block_size: codes per image, a square number (16x16 grid).
-        num_classes: classes; one more embedding stands for "no class".
+        num_classes: number of classes; one more embedding stands for "no class".
         rope_base: base of the rotary frequencies.
         norm_eps: RMSNorm epsilon.
-        class_dropout: probability with which training replaces the class by "no class".
+        class_dropout: probability that training replaces the class with "no class".
         token_dropout, residual_dropout, ffn_dropout: dropout of embeddings and of both branches.
-        drop_path: probability with which training skips a branch of the last layer; it rises from 0
-            at the first one.
-        ffn_multiple_of: the feed-forward width int(2/3 * 4 * dim) is rounded up to this.
+        drop_path: probability that training skips a branch of the last layer; it rises from 0 at
+            the first layer.
+        ffn_multiple_of: the feed-forward width int(2/3 * 4 * dim) is rounded up to a multiple of
+            this.
     """
 
     num_layers: int = 12
@@ -87,7 +88,7 @@ PRESETS = {
     "GPT-XXL": (48, 24, 1536),
     "GPT-2B": (48, 32, 1920),
     "GPT-3B": (24, 32, 3200),
-    # LlamaGen has these too; nobody has published weights.
+    # LlamaGen has these too, but no weights have been published.
     "GPT-1B": (22, 32, 2048),
     "GPT-XXXL": (48, 40, 2560),
     "GPT-7B": (32, 32, 4096),

@@ -1,7 +1,7 @@
-"""What generates: buffers, KV cache and CUDA graphs for a number of images of one model.
+"""The generation loop of a model: buffers, KV cache and CUDA graphs for a fixed number of images.
 
 `Decoder` has the only loop over positions. A step is `ops.decode_step`, a draw and two small
-copies; on a GPU, with these ops enabled, it is captured once and replayed. `GPT.generate` and
+copies. On a GPU with these ops enabled, the step is captured once and replayed. `GPT.generate` and
 `GPT.stream` keep the last decoder of their model, see `Kept`.
 """
 
@@ -29,7 +29,7 @@ from .sampling import Sampling
 if TYPE_CHECKING:
     from .transformer import GPT
 
-# Told (codes done, codes in all) after every position of a batch; may raise to stop.
+# Called with (codes done, codes in all) after every position of a batch; may raise to stop.
 Progress = Callable[[int, int], None]
 # While all of these are enabled, a step on a GPU is captured and replayed.
 STEP_OPS = frozenset(["decode_step", "decode_attention", "sample_token"])
@@ -38,16 +38,16 @@ STEP_OPS = frozenset(["decode_step", "decode_attention", "sample_token"])
 class Decoder:
     """Generates up to ``batch`` images at a time; make one with `GPT.decoder`.
 
-    It owns its buffers, which go when it goes, and no weights: a step reads the model's parameters
-    where they are, so a change in place counts at once. One call at a time; on a GPU, on the stream
-    that was current when it was made.
+    A decoder owns its buffers, which are freed with it, but no weights: a step reads the model's
+    parameters in place, so an in-place change takes effect at once. It runs one call at a time; on
+    a GPU, on the stream that was current when it was made.
 
     Args:
-        model: a `GPT`, which must outlive this.
+        model: a `GPT`, which must outlive the decoder.
         batch: images at a time.
-        guided: whether classifier-free guidance can be asked for, which takes twice the memory.
-        kv_dtype: of keys and values; None is the model's, ``torch.int8`` takes half of the bytes of
-            half precision and changes the law of the samples a little.
+        guided: whether classifier-free guidance can be used, which takes twice the memory.
+        kv_dtype: dtype of keys and values. None is the model's. ``torch.int8`` takes half the bytes
+            of half precision and slightly changes the distribution of the samples.
 
     Raises:
         TypeError, ValueError: a batch below 1, or another kv_dtype.
@@ -66,9 +66,9 @@ class Decoder:
         self.batch, self.guided, self.kv_dtype = batch, guided, kv_dtype
         self._model = weakref.ref(model)
         self._made_for = _made_for(model)
-        # Of what graphs were captured with.
+        # The addresses that the graphs were captured with.
         self._addresses: tuple[int, ...] | None = None
-        # Weights that are made anew at each call, as by a parametrization: graphs read them.
+        # Weights that are recomputed at each call, e.g. by a parametrization; graphs read them.
         self._computed: list[Tensor] = []
         self._busy = threading.Lock()
         config, device, rows = model.config, model.device, batch * (2 if guided else 1)
@@ -76,16 +76,16 @@ class Decoder:
         def new(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
-        # Tensors of inference mode cannot be written to outside of it, where the next call may be.
+        # Inference tensors cannot be written outside inference mode, where the next call may run.
         with told_if_out_of_memory(batch), torch.inference_mode(False):
             self.cache = KVCache.empty(
                 config.num_layers, rows, config.num_heads, config.block_size, config.head_dim,
                 dtype=kv_dtype or model.dtype, device=device,
             )  # fmt: skip
             self.image_ids, self.codes = new(batch), new(batch, config.block_size)
-            # The last code of each row, at first its class; rows are [conditional; unconditional].
+            # The last code of each row, initially its class; rows are [conditional; unconditional].
             self.code = new(rows)
-            # The position of the next code, and the length up to it.
+            # The position of the next code, and the cache length including it.
             self.at = new(2)
             self.seed = new(1)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
@@ -98,10 +98,10 @@ class Decoder:
         progress: Progress | None = None,
         **sampling,
     ) -> Tensor:
-        """Codes of one image per class id, the same as `GPT.generate` makes.
+        """Generate the codes of one image per class id, the same as `GPT.generate` does.
 
         Args:
-            class_ids: [B] integers, B at most ``batch``; fewer take as long as all.
+            class_ids: [B] integers, B at most ``batch``; a smaller B takes as long as ``batch``.
             image_ids, progress: as in `GPT.generate`.
             sampling: cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, seed.
 
@@ -109,9 +109,9 @@ class Decoder:
             int64 [B, block_size].
 
         Raises:
-            TypeError, ValueError: as `GPT.generate`; more images than ``batch``; guidance without
-                ``guided``; another stream, dtype or device than this was made for.
-            RuntimeError: another call has not ended, or the model is gone.
+            TypeError, ValueError: as in `GPT.generate`; more images than ``batch``; guidance
+                without ``guided``; another stream, dtype or device than the decoder was made for.
+            RuntimeError: another call has not ended, or the model no longer exists.
         """
         model, settings = self._model(), Sampling.of("decoder", sampling)
         if model is None:
@@ -130,11 +130,11 @@ class Decoder:
     def run(
         self, class_ids: Tensor, image_ids: Tensor, sampling: Sampling, progress: Progress | None
     ) -> Tensor:
-        """`generate` for arguments that were checked."""
+        """`generate` for arguments that have been checked."""
         if not self._busy.acquire(blocking=False):
             raise RuntimeError("decoder: another call of it has not ended; make one for each")
         try:
-            # Streams and captures are the current device's, which may be another one.
+            # Streams and captures belong to the current device, which may be another one.
             with torch.cuda.device_of(self.code), told_if_out_of_memory(self.batch):
                 return self._run(class_ids, image_ids, sampling, progress)
         finally:
@@ -152,7 +152,7 @@ class Decoder:
             self._computed = [part for part in read if not isinstance(part, nn.Parameter)]
         self.image_ids[:B].copy_(image_ids)
         self.code.fill_(config.num_classes)
-        # Rows beyond the images compute along, of a class that exists.
+        # Rows beyond the images are computed too, with a class that exists.
         self.code[: self.batch].zero_()
         self.code[:B].copy_(class_ids)
         self.at.fill_(0)
@@ -176,9 +176,10 @@ class Decoder:
         self, weights: StepWeights, cache: KVCache, sampling: Sampling, embedding: Tensor,
         at: int | Tensor,
     ) -> None:  # fmt: skip
-        """One step: ``self.code`` gives the code of position ``at``, an int or ``self.at``.
+        """Run one step: ``self.code`` gives the code of position ``at``, an int or ``self.at``.
 
-        With a tensor no value is read on the host, so this can be captured, for any seed.
+        If ``at`` is a tensor, no value is read on the host, so the step can be captured, for any
+        seed.
         """
         captured = isinstance(at, Tensor)
         position, length = at.split(1) if captured else (at, at + 1)
@@ -191,16 +192,16 @@ class Decoder:
             self.codes.index_copy_(1, position, drawn[:, None])
             at.add_(1)
         else:
-            # Not codes[:, at], of which torch.compile makes a variant for every position.
+            # Not codes[:, at]: torch.compile would compile a variant for every position.
             self.codes.select(1, at).copy_(drawn)
 
     def _replay(
         self, weights: StepWeights, cache: KVCache, sampling: Sampling, embedding: Tensor
     ) -> None:
-        """One step on a GPU: eagerly the first time, which warms up, then captured and replayed.
+        """Run one step on a GPU: eagerly the first time to warm up, then captured and replayed.
 
-        Settings are baked into a graph, but for the seed, and so is what the switch takes; a change
-        captures anew.
+        A graph bakes in the settings, except the seed, and the implementations that the switch
+        selects; a change of either captures anew.
         """
         settings, rows = replace(sampling, seed=0), len(cache[0].keys)
         key = (settings, switch.policy(), switch.generation(), rows, embedding.data_ptr())
@@ -208,30 +209,31 @@ class Decoder:
             self.graphs[key].replay()
             switch.record.replay("a decode step")
             return
-        # Graphs of other settings would pile up: three are alive, the first step's, guided and not.
+        # Drop graphs of other settings, which would pile up. Three stay alive: the first step's,
+        # and those of guided and unguided steps.
         self.graphs = {old: graph for old, graph in self.graphs.items() if old[:3] == key[:3]}
         step = (weights, cache, sampling, embedding, self.at)
-        # The step that warms up counts, the one that is recorded does not run.
-        # Beside a tokenizer that decodes in another thread: its TF32 would stay in the graph.
+        # The warm-up run is this step; the captured run does not execute. The lock keeps out a
+        # tokenizer that decodes in another thread: its TF32 setting would stay in the graph.
         with tf32.settled():
             self.graphs[key] = capture(lambda: self._advance(*step))
 
     def end(self) -> None:
-        """Drop the graphs, after they have ended: they may still be running."""
+        """Drop the graphs after waiting for the device: they may still be running."""
         if self.graphs:
             synchronize(self.code.device)
             self.graphs = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, which are nearly all that this owns."""
+        """Bytes of keys and values, which are nearly all the memory that the decoder owns."""
         return sum(part.nbytes for layer in self.cache for part in layer if part is not None)
 
 
 def checked_ids(
     model: GPT, class_ids: Tensor | Sequence[int], image_ids: Tensor | None, sampling: Sampling
 ) -> tuple[Tensor, Tensor]:
-    """Check what is to be generated; class ids and image ids int64 [B] on the model's device."""
+    """Check ids and settings; return class and image ids, int64 [B] on the model's device."""
     if isinstance(class_ids, list | tuple | range):
         dtype = None if class_ids else torch.int64
         class_ids = torch.tensor(class_ids, dtype=dtype, device="cpu")
@@ -241,7 +243,7 @@ def checked_ids(
         image_ids = torch.arange(len(class_ids), device="cpu")
     else:
         check_integers("generate", "image_ids", image_ids, tuple(class_ids.shape))
-    # Copies, as a stream reads them later.
+    # Copies, because a stream reads them later.
     return tuple(ids.to(model.device, torch.int64, copy=True) for ids in (class_ids, image_ids))
 
 
@@ -253,40 +255,40 @@ def check_kv_dtype(who: str, model: GPT, kv_dtype: torch.dtype | None) -> None:
 
 
 def _made_for(model: GPT) -> tuple:
-    """What buffers depend on: dtype, device, stream."""
+    """What the buffers depend on: dtype, device, stream."""
     device = model.device
-    # Of another stream's call nobody knows here whether it has ended.
+    # Nothing here knows whether a call on another stream has ended.
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
     return model.dtype, device, stream
 
 
 class Kept:
-    """The last decoder of a model, for its next call. A copy of the model has none yet."""
+    """The last decoder of a model, kept for its next call. A copy of the model has none yet."""
 
     def __init__(self):
-        # Of one element at most. A list, whose append and pop threads can share without a lock.
+        # At most one element. Threads can share a list's append and pop without a lock.
         self._held: list[Decoder] = []
 
     @contextlib.contextmanager
     def decoder(
         self, model: GPT, batch: int, guided: bool, kv_dtype: torch.dtype | None
     ) -> Iterator[Decoder]:
-        """The kept one if it fits, else a new one; kept afterwards, also after an error."""
+        """Yield the kept decoder if it fits, else a new one; keep it afterwards, even on error."""
         decoder = self._take()
         if decoder is None or not (
             (decoder.batch, decoder.guided, decoder.kv_dtype) == (batch, guided, kv_dtype)
-            and decoder._model() is model  # A shallow copy shares what is kept.
+            and decoder._model() is model  # A shallow copy of the model shares this object.
             and decoder._made_for == _made_for(model)
         ):
             if decoder is not None:
                 decoder.end()
-            del decoder  # Its memory first.
+            del decoder  # Free its memory first.
             decoder = Decoder(model, batch, guided=guided, kv_dtype=kv_dtype)
         try:
             yield decoder
         finally:
-            other = self._take()  # Of a second thread, or of a call from ``progress``.
-            if type(decoder.codes) is Tensor:  # None of a fake tensor mode.
+            other = self._take()  # Kept by a second thread, or by a call inside ``progress``.
+            if type(decoder.codes) is Tensor:  # Keep no decoder of a fake tensor mode.
                 self._held.append(decoder)
             if other is not None:
                 other.end()

@@ -1,4 +1,4 @@
-"""Many images in batches: what `GPT.generate` and `GPT.stream` share."""
+"""Generation of many images in batches, shared by `GPT.generate` and `GPT.stream`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def batches(
     batch_size: int | None = None, memory: int | None = None, progress: Progress | None = None,
     kv_dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
-    """Check everything now, and return the iterator of finished batches and their codes."""
+    """Check everything now, and return an iterator of finished batches and their codes."""
     class_ids, image_ids = checked_ids(model, class_ids, image_ids, sampling)
     check_kv_dtype("generate", model, kv_dtype)
     count, guided = len(class_ids), sampling.guided(0)
@@ -36,7 +36,7 @@ def batches(
                 if progress is not None:
                     progress(before + done, count * length)
 
-            # The last batch, if smaller, fills the buffers and graphs of the others in part.
+            # A smaller last batch uses part of the buffers and graphs of the others.
             with model.kept.decoder(model, min(size, count), guided, kv_dtype) as decoder:
                 codes = decoder.run(class_ids[images], image_ids[images], sampling, told)
             yield images, codes

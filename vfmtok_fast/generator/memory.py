@@ -1,4 +1,4 @@
-"""How many images are generated at once."""
+"""Batch size of generation: how many images fit into memory at once."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 if TYPE_CHECKING:
     from .transformer import GPT
 
-# The rest is left to other tensors, to fragmentation and, on a CPU, to other processes.
+# The rest is left for other tensors, fragmentation and, on a CPU, other processes.
 SHARE = 0.8
-# Logits in float32, and what sampling makes of them: noise, sorted values and their order.
+# Float32 logits and what sampling makes of them: noise, sorted values and their order.
 LOGIT_COPIES = 12
-# Images at a time beyond which more gain nothing, and only come later. Measured on two cores, GPT-B
-# guided: 0.18, 0.49, 0.73, 0.86, 0.86 images/s of 2, 8, 32, 64 and 128. On an H200 the part of a
-# GPT-L step that all images share is 4 % of it for 512 of them (predicted).
+# Batch sizes above which larger ones gain nothing and only delay results. Measured on two cores,
+# GPT-B with guidance: 0.18, 0.49, 0.73, 0.86 and 0.86 images/s for batches of 2, 8, 32, 64 and 128.
+# On an H200 the part of a GPT-L step that all images share is 4 % of it at 512 images (predicted).
 ENOUGH = {"cpu": 64, "cuda": 512}
 
 
 def bytes_per_image(model: GPT, guided: bool, kv_dtype: torch.dtype | None = None) -> int:
-    """Bytes that one image takes while it is generated: keys, values and its rows of logits."""
+    """Bytes that generating one image takes: its keys, values and rows of logits."""
     config, rows = model.config, 2 if guided else 1
     cache = 2 * config.num_layers * config.block_size
     each = config.dim * (kv_dtype or model.dtype).itemsize
@@ -33,14 +33,14 @@ def bytes_per_image(model: GPT, guided: bool, kv_dtype: torch.dtype | None = Non
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can be had on ``device`` now, what torch holds in reserve among them."""
+    """Bytes that can be allocated on ``device`` now, including torch's cached memory."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + reserved
     meminfo = Path("/proc/meminfo")
     if device.type != "cpu" or not meminfo.exists():
-        return 2**62  # Unknown: nothing is split.
+        return 2**62  # Unknown, so nothing is split.
     fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
     return 1024 * int(fields["MemAvailable"].split()[0])
 
@@ -49,16 +49,16 @@ def fastest_batch(
     model: GPT, count: int, guided: bool, batch_size: int | None, memory: int | None,
     kv_dtype: torch.dtype | None = None,
 ) -> int:  # fmt: skip
-    """Images of a batch: ``batch_size``, or as many of ``count`` as fit and gain something.
+    """Return the batch size: ``batch_size``, or as many of ``count`` as fit and help throughput.
 
-    Batches are of nearly equal size. ``memory`` is how many bytes one may take; None is most of
-    what is free.
+    Batches are nearly equal in size. ``memory`` limits the bytes that one batch may take; None is
+    most of the free memory.
 
     Raises:
         MemoryError: ``batch_size`` images, or a single one, do not fit.
     """
     if memory is None:
-        # The kept decoder is used again, or makes room.
+        # The kept decoder is used again, or is freed first.
         memory = int(SHARE * (free_bytes(model.device) + model.kept.nbytes))
     each = bytes_per_image(model, guided, kv_dtype)
     most = memory // each
@@ -77,7 +77,7 @@ def fastest_batch(
 
 @contextlib.contextmanager
 def told_if_out_of_memory(images: int) -> Iterator[None]:
-    """MemoryError, where the estimate was wrong or another process took the memory meanwhile."""
+    """Raise MemoryError if the estimate was wrong or another process took the memory meanwhile."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -1,4 +1,4 @@
-"""How the codes of an image are drawn."""
+"""Settings for sampling the codes of an image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..ops.sample_token import check_sampling
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of a draw; `GPT.generate` says what they mean."""
+    """Sampling settings; `GPT.generate` documents them."""
 
     cfg_scale: float = 1.0
     cfg_interval: int = -1
@@ -27,14 +27,14 @@ class Sampling:
 
     @classmethod
     def of(cls, who: str, settings: Mapping[str, Any]) -> Sampling:
-        """From keywords that a user gave."""
+        """Build the settings from a user's keyword arguments."""
         known = cls.__dataclass_fields__
         if unknown := [name for name in settings if name not in known]:
             raise TypeError(f"{who}: no setting {', '.join(unknown)}; there are {', '.join(known)}")
         return cls(**settings)
 
     def check(self) -> None:
-        """Raise one line for a setting outside its range."""
+        """Raise a one-line error for a setting out of range."""
         check_sampling(
             "generate", cfg_scale=self.cfg_scale, temperature=self.temperature, top_k=self.top_k,
             top_p=self.top_p,
@@ -51,9 +51,9 @@ class Sampling:
     def draw(
         self, logits: Tensor, image_ids: Tensor, step: int | Tensor, seed: Tensor | None = None
     ) -> Tensor:
-        """One code [B] per image; with twice as many rows of logits the rest is unconditional.
+        """Draw one code per image, [B]; logit rows beyond the first B are unconditional.
 
-        ``seed`` takes the place of this one's.
+        ``seed`` overrides ``self.seed``.
         """
         B = len(image_ids)
         settings = {k: v for k, v in vars(self).items() if k != "cfg_interval"}

@@ -1,4 +1,4 @@
-"""The generator: a LlamaGen-style GPT over the 256 codes of an image, class by class."""
+"""The generator: a class-conditional LlamaGen-style GPT over the 256 codes of an image."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class RMSNorm(nn.Module):
 def rotary_table(config: GPTConfig) -> Tensor:
     """Cosine and sine of every position, [1 + block_size, head_dim / 2, 2] float32 on the CPU.
 
-    The first half of the pairs rotates with the row of the code, the second with its column. The
-    class position, the first, holds zeros in both, as the release has it: its q and k vanish.
+    The first half of the pairs rotates with the row of the code, the second half with its column.
+    The first position, the class, holds zeros for both, as in the release: its q and k vanish.
     """
     half = config.head_dim // 2
     steps = torch.arange(0, half, 2, device="cpu").float()
@@ -76,7 +76,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        # Both factors in one product: rows of the gate, then of what it lets through.
+        # Both factors in one matrix product: rows of the gate, then of what it scales.
         self.gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
         self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
         self.dropout = nn.Dropout(config.ffn_dropout)
@@ -87,7 +87,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward; ``drop_path``: how likely training skips a branch."""
+    """Pre-norm attention and feed-forward; ``drop_path``: probability of skipping a branch."""
 
     def __init__(self, config: GPTConfig, drop_path: float):
         super().__init__()
@@ -102,14 +102,14 @@ class Block(nn.Module):
         return x + self._kept(self.ffn(self.ffn_norm(x)))
 
     def _kept(self, branch: Tensor) -> Tensor:
-        """A branch [B, T, C], in training skipped for some samples and scaled for the others."""
+        """Skip a branch [B, T, C] for some samples in training, and scale it up for the others."""
         if not self.training or self.drop_path == 0:
             return branch
         kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
         return branch * (kept / (1 - self.drop_path)).to(branch.dtype)
 
     def step_weights(self) -> BlockWeights:
-        """What `ops.decode_step` reads of this."""
+        """Return the weights of this block that `ops.decode_step` reads."""
         attention, ffn = self.attention, self.ffn
         layers = (
             self.attention_norm, attention.qkv, attention.out, self.ffn_norm, ffn.gate_up, ffn.down
@@ -118,7 +118,7 @@ class Block(nn.Module):
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether all that a layer does is its class's product, norm or look-up, without a bias."""
+    """Whether a layer computes only its class's product, norm or look-up, without a bias."""
     known = (nn.Linear.forward, nn.Embedding.forward, RMSNorm.forward)
     return (
         type(layer).forward in known
@@ -129,7 +129,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _weight(layer: nn.Module) -> Tensor:
-    """What a decoding step reads of a layer, whose forward pass it does not call."""
+    """Return the weight that a decoding step reads, which does not call the layer's forward."""
     if not _is_plain(layer):
         raise TypeError(
             "generate: reads the weights of plain layers without bias or hooks, and got "
@@ -172,7 +172,7 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        # As the release starts: all codes equally likely.
+        # As the release starts: all codes are equally likely.
         nn.init.zeros_(self.head.weight)
         self.grad_checkpointing = False
         self.kept = Kept()
@@ -193,9 +193,10 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         return self.head.weight.dtype
 
     def forward(self, codes: Tensor, class_ids: Tensor) -> Tensor:
-        """Teacher forcing: logits of every code from the class and the codes before it.
+        """Return the logits of every code, given the class and the codes before it.
 
-        In training mode a class is replaced by "no class" with probability ``class_dropout``.
+        This is teacher forcing. In training mode each class is replaced with "no class" with
+        probability ``class_dropout``.
 
         Args:
             codes: [B, block_size] integers in [0, vocab_size).
@@ -211,22 +212,22 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         return self.predict(self._teach(codes, class_ids))
 
     def loss(self, codes: Tensor, class_ids: Tensor) -> Tensor:
-        """Mean cross-entropy of the codes, without their logits in memory: `forward`'s, scored.
+        """Mean cross-entropy of the codes under `forward`'s logits, which need not all be stored.
 
         Args:
             codes, class_ids: as for `forward`; at least one image, or the loss would be NaN.
 
         Returns:
-            scalar, float32 (float64 for a float64 model).
+            Scalar, float32 (float64 for a float64 model).
         """
         x, targets = self._teach(codes, class_ids), codes.flatten()
-        if not _is_plain(self.head):  # An adapter, for one.
+        if not _is_plain(self.head):  # For example an adapter.
             return F.cross_entropy(self.predict(x).flatten(0, 1), targets.long())
         hidden = self.hidden(x).flatten(0, 1)
         return ops.linear_cross_entropy(hidden, self.head.weight, targets)
 
     def _teach(self, codes: Tensor, class_ids: Tensor) -> Tensor:
-        """The transformer's input; in training some classes are left out."""
+        """Return the transformer's input; in training mode some classes are dropped."""
         config = self.config
         device = self.device
         check_codes("GPT", codes, config.block_size, config.vocab_size, device)
@@ -243,7 +244,7 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         return self.embed(class_ids, codes[:, :-1])
 
     def embed(self, class_ids: Tensor, codes: Tensor) -> Tensor:
-        """[B] classes and [B, T] codes to the transformer's input [B, 1 + T, C]."""
+        """Embed [B] classes and [B, T] codes: the transformer's input [B, 1 + T, C]."""
         x = torch.cat(
             [self.class_embedding(class_ids.long())[:, None], self.token_embedding(codes.long())],
             dim=1,
@@ -251,17 +252,17 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         return self.dropout(x)
 
     def predict(self, x: Tensor) -> Tensor:
-        """Embedded positions [B, T, C] to logits [B, T, K]."""
+        """From embedded positions [B, T, C] to logits [B, T, K]."""
         logits = self.head(self.hidden(x))
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def hidden(self, x: Tensor) -> Tensor:
-        """Embedded positions [B, T, C] to what the head reads, [B, T, C]."""
+        """From embedded positions [B, T, C] to the input of the head, [B, T, C]."""
         rotary = self.rotary[: x.shape[1]]
         return self.norm(through(self.blocks, x, rotary, recompute=self.grad_checkpointing))
 
     def step_weights(self) -> StepWeights:
-        """All weights but the embeddings, as `ops.decode_step` reads them.
+        """Return all weights except the embeddings, in the form that `ops.decode_step` reads.
 
         Raises:
             TypeError: a layer that was replaced, adapted or hooked.
@@ -272,13 +273,13 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         )
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
-        """What a decoding step looks up: classes, of the first code, and codes."""
+        """Return the tables that decoding steps look up: classes, for the first code, and codes."""
         return _weight(self.class_embedding), _weight(self.token_embedding)
 
     def decoder(
         self, batch: int, *, guided: bool = False, kv_dtype: torch.dtype | None = None
     ) -> Decoder:
-        """A `Decoder` of ``batch`` images, for who wants its memory and life in hand."""
+        """Return a `Decoder` of ``batch`` images, to control its memory and lifetime yourself."""
         return Decoder(self, batch, guided=guided, kv_dtype=kv_dtype)
 
     def generate(
@@ -299,33 +300,34 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         """Generate the codes of one image per class id.
 
         The codes of an image are a function of (weights, class id, image id, seed, sampling
-        settings): not of the batch, the order or the number of processes, up to logits tied within
-        rounding. Dropout is off, whatever mode the model is in.
+        settings). They do not depend on the batch, the order or the number of processes, except
+        where logits are tied within rounding. Dropout is off, whatever mode the model is in.
 
-        Batches are split where they do not fit or larger ones gain nothing. The model keeps the
-        `Decoder` of its last call, buffers and CUDA graphs included.
+        The images are split into batches if they do not fit at once or larger batches gain nothing.
+        The model keeps the `Decoder` of its last call, with its buffers and CUDA graphs.
 
         Args:
             class_ids: [B] integers in [0, num_classes), a tensor or a list.
             cfg_scale: classifier-free guidance, ``uncond + cfg_scale * (cond - uncond)``; 1 is
                 none, 0 is unconditional.
             cfg_interval: n > -1 guides the first code and decode steps 0..n, that is codes 0..n+1,
-                and leaves the rest to the conditional logits; -1 guides all.
-            temperature: divides the logits (at least 1e-5).
+                and draws the others from the conditional logits; -1 guides all.
+            temperature: divides the logits; values below 1e-5 count as 1e-5.
             top_k: keep the k largest logits, and ties; 0 keeps all.
             top_p: then keep the nucleus of this probability; 1 keeps all.
             greedy: take the arg-max instead of sampling.
             seed: in [0, 2^64).
-            image_ids: [B] integers that name the images' noise; None is 0..B-1.
-            kv_dtype: of keys and values, see `Decoder`.
-            progress: told (codes done, codes in all) after every position; may raise to stop.
+            image_ids: [B] integers that select each image's noise; None is 0..B-1.
+            kv_dtype: dtype of keys and values, see `Decoder`.
+            progress: called with (codes done, codes in all) after every position; may raise to
+                stop.
 
         Returns:
             int64 [B, block_size], on the model's device.
 
         Raises:
             TypeError, ValueError: wrong shape, dtype, device or range; a layer with an adapter or
-                a hook, for steps read weights and call no layer.
+                a hook, because steps read weights and call no layer.
             MemoryError: not even one image fits into memory.
 
         Source: LlamaGen (arXiv 2406.06525), autoregressive/models/generate.py.
@@ -347,14 +349,13 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         progress: Progress | None = None,
         **sampling,
     ) -> Iterator[tuple[slice, Tensor]]:
-        """`generate` in batches, each handed out as soon as it is finished.
+        """Run `generate` in batches, and yield each batch as soon as it is finished.
 
-        On a GPU the codes may still be in the making when they are handed out, as any result of
-        torch.
+        On a GPU, the codes may still be computing when they are yielded, like any result of torch.
 
         Args:
             class_ids, image_ids, kv_dtype, progress: as in `generate`.
-            batch_size: images at a time; None is as many as gain something and fit.
+            batch_size: images at a time; None is as many as fit and improve throughput.
             memory: bytes that keys, values and logits may take; None is most of what is free now.
             sampling: cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, seed.
 
@@ -362,8 +363,8 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
             An iterator of (which images, their codes int64 [n, block_size]), in order.
 
         Raises:
-            TypeError, ValueError: as `generate`, at once.
-            MemoryError: ``batch_size`` images do not fit; the line says how many would.
+            TypeError, ValueError: as in `generate`, raised by the call itself.
+            MemoryError: ``batch_size`` images do not fit; the message says how many would.
         """
         if batch_size is not None:
             check_int("stream", "batch_size", batch_size, 2**31, 1)
@@ -381,9 +382,10 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         """Load a generator of the authors' release; see `vfmtok_fast.checkpoint.load_gpt`.
 
         Args:
-            checkpoint: the authors' file, the mapping in it, or a preset's name such as
-                ``"GPT-L"``, whose file is downloaded.
-            config: a preset's name, a `GPTConfig` or its fields; None is the preset that is named.
+            checkpoint: the authors' file, the mapping in it, or the name of a preset such as
+                ``"GPT-L"``, whose file is then downloaded.
+            config: the name of a preset, a `GPTConfig` or its fields; None is the preset that
+                ``checkpoint`` names.
         """
         if isinstance(checkpoint, str) and checkpoint in PRESETS:
             config = config or checkpoint

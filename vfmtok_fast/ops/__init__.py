@@ -1,4 +1,4 @@
-"""The seam: public ops, each validated, then taken by the implementation that `switch` allows."""
+"""The public ops: each validates its arguments, then calls what `switch` selects."""
 
 from .add_norm import add_norm
 from .decode_attention import decode_attention

@@ -1,4 +1,4 @@
-"""Residual addition and the LayerNorm that reads it, at once."""
+"""Residual addition and the LayerNorm of its result, in one op."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """Add a branch to the residual stream, and normalise the sum.
 
-    ``sum = x + scale * branch`` and ``normed = LayerNorm(sum) * weight + bias``, with statistics of
-    the rounded sum in float32. The stream may be wider than the branch and what is normalised:
-    float32 around half-precision products. Differentiable; of the fast implementations, once.
+    ``sum = x + scale * branch`` and ``normed = LayerNorm(sum) * weight + bias``, with float32
+    statistics of the rounded sum. The stream may have a wider dtype than the branch and ``normed``:
+    float32 around half-precision products. Differentiable; the fast implementations support first
+    derivatives only.
 
     Args:
         x: [..., C], the stream, C >= 1.
-        branch: shape of ``x``, a dtype that ``x`` can hold.
-        weight, bias: [C], of the norm, of one dtype.
-        scale: [C] (LayerScale) or None for 1.
+        branch: the shape of ``x``, in a dtype that ``x`` can hold.
+        weight, bias: [C], of the norm, with the same dtype.
+        scale: [C] (LayerScale), or None for 1.
         eps: added to the variance.
-        dtype: of ``normed``; None is that of ``x``.
+        dtype: of ``normed``; None means that of ``x``.
 
     Returns:
-        ``sum`` in the dtype of ``x``, and ``normed``; shape of ``x``.
+        ``sum`` in the dtype of ``x``, and ``normed``; both with the shape of ``x``.
 
     Raises:
         TypeError: not floating tensors, a branch wider than the stream, or no floating dtype.

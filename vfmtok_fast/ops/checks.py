@@ -1,4 +1,4 @@
-"""Checks of what ops take: each raises one line that says who, what was expected, what came."""
+"""Checks of op arguments: one-line errors with the op, the expected and the actual value."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INTEGER = (
 
 
 def check_tensor(op: str, name: str, value: object, shape: str, ndim: int) -> None:
-    """Require a floating tensor of ``ndim`` dimensions; ``shape`` is how the error words that."""
+    """Require a floating tensor of ``ndim`` dimensions; the error quotes ``shape``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
     if value.ndim != ndim:
@@ -28,7 +28,7 @@ def check_tensor(op: str, name: str, value: object, shape: str, ndim: int) -> No
 
 
 def check_on(op: str, name: str, value: Tensor, like: str, other: Tensor) -> None:
-    """Require the device of ``other``, which is called ``like``."""
+    """Require the device of ``other``; the error calls that tensor ``like``."""
     if value.device != other.device:
         raise ValueError(
             f"{op}: {name} must be on {other.device}, as {like} is, got {value.device}"
@@ -36,9 +36,9 @@ def check_on(op: str, name: str, value: Tensor, like: str, other: Tensor) -> Non
 
 
 def check_same(op: str, autocast: bool = False, **tensors: Tensor) -> None:
-    """Require one device and one dtype of all ``tensors``.
+    """Require that all ``tensors`` have one device and one dtype.
 
-    ``autocast``: the op takes what dtypes torch.autocast mixes, while that is on.
+    ``autocast``: while torch.autocast is on, the op also accepts mixed dtypes.
     """
     (first_name, first), *others = tensors.items()
     mixed = autocast and torch.is_autocast_enabled(first.device.type)
@@ -76,14 +76,14 @@ def check_int(op: str, name: str, value: object, high: int, low: int = 0) -> Non
 
 
 def check_number(op: str, name: str, value: object) -> None:
-    """Require a real number that is no tensor, which might have to be waited for."""
-    # A fraction is a number too, which no tensor can be multiplied with.
+    """Require a real number, not a tensor, whose value might have to be waited for."""
+    # A Fraction is a Real too, but no tensor can be multiplied with it.
     if isinstance(value, bool | Fraction) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
 
 
 def check_eps(op: str, eps: object) -> None:
-    """Require a number of at least 0."""
+    """Require a finite number of at least 0."""
     check_number(op, "eps", eps)
     if not 0 <= eps < math.inf:
         raise ValueError(f"{op}: eps must be finite and at least 0, got {eps}")
@@ -99,9 +99,10 @@ def check_groups(op: str, groups: object, channels: int) -> None:
 def check_position(
     op: str, name: str, value: object, low: int, high: int, counts: tuple[int, ...], **like: Tensor
 ) -> None:
-    """Require an int in [low, high), or a tensor of that where ``like`` is, with so many elements.
+    """Require an int in [low, high), or an integer tensor with a number of elements in ``counts``.
 
-    The values of a tensor are not checked, which would need a synchronisation.
+    A tensor must be on the device of ``like``. Its values are not checked, which would need a
+    synchronisation.
     """
     if not isinstance(value, Tensor):
         check_int(op, name, value, high, low)
@@ -118,15 +119,15 @@ def check_position(
 
 
 def check_range(op: str, name: str, value: Tensor, low: int, high: int) -> None:
-    """Require integers in [low, high); skipped where reading the values is impossible or costly.
+    """Require integers in [low, high); skipped where the values cannot be read.
 
-    That is while compiling or capturing a CUDA graph, where the caller checks beforehand.
+    That is the case while compiling or capturing a CUDA graph; the caller then checks beforehand.
     """
     if value.dtype not in INTEGER:
         raise TypeError(f"{op}: {name} must hold integers, got {value.dtype}")
     if not readable(value):
         return
-    # torch has no comparisons of the wider unsigned types, uint16 of the token cache among them.
+    # torch cannot compare the wider unsigned types, such as the token cache's uint16.
     smallest, largest = torch.stack(torch.aminmax(value.long())).tolist()
     if smallest < low or largest >= high:
         wrong = smallest if smallest < low else largest
@@ -134,7 +135,7 @@ def check_range(op: str, name: str, value: Tensor, low: int, high: int) -> None:
 
 
 def readable(value: Tensor) -> bool:
-    """Whether there are values to look at now: not while compiling or capturing a CUDA graph."""
+    """Whether values can be read now: not while compiling or capturing a CUDA graph."""
     if torch.compiler.is_compiling() or value.numel() == 0 or isinstance(value, FakeTensor):
         return False
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())

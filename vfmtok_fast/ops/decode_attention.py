@@ -1,4 +1,4 @@
-"""Attention of one new position over a KV cache."""
+"""Attention from one new position to a KV cache."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ def decode_attention(
 ) -> Tensor:
     """Attend from one query position to the first ``length`` positions of a static KV cache.
 
-    Softmax of ``q.k / sqrt(D)`` in float32 (float64 for float64 input). For inference: there is
-    no backward pass. The order of sums, so the last bits, may depend on how the caches lie in
-    memory.
+    Softmax of ``q.k / sqrt(D)`` in float32 (float64 for float64 input). For inference only: there
+    is no backward pass. The order of summation, and so the last bits, may depend on the memory
+    layout of the caches.
 
     Args:
         q: [B, H, D], the new position after rotary embedding.
-        k_cache, v_cache: [B, G, T, D], G key-value heads, H a multiple of G (grouped queries);
-            positions from ``length`` on are never used and may hold anything. With scales both are
-            int8, and stand for ``scale[..., None] * cache``.
-        length: live positions, in 1..T: an int, or an integer tensor of one element or [B] that
-            stays on its device (its values are not checked, which would need a synchronisation).
+        k_cache, v_cache: [B, G, T, D], with G key-value heads; H is a multiple of G (grouped-query
+            attention). Positions from ``length`` on are never used and may hold anything. With
+            scales, both are int8 and stand for ``scale[..., None] * cache``.
+        length: number of live positions, in 1..T: an int, or an integer tensor of one element or
+            [B] that stays on its device (its values are not checked, which would need a
+            synchronisation).
         k_scale, v_scale: [B, G, T] float32, both or neither.
 
     Returns:
         [B, H, D], dtype of ``q``.
 
     Raises:
-        TypeError: not floating tensors, two dtypes, int8 without scales, or a length that is no
-            integer.
-        ValueError: shapes that do not fit each other, two devices, or an int length outside 1..T.
+        TypeError: not floating tensors, two dtypes, int8 without scales, or a length that is not
+            an integer.
+        ValueError: shapes that do not fit together, two devices, or an int length outside 1..T.
 
     Source: the KV-cached attention of LlamaGen's generator.
     """
@@ -71,7 +72,7 @@ def decode_attention(
 
 
 def _check_8_bits(q: Tensor, **parts: object) -> None:
-    """Require int8 caches and float32 scales, where q is."""
+    """Require int8 caches and float32 scales on the device of q."""
     for part, value in parts.items():
         dtype, ndim = (torch.int8, 4) if part.endswith("cache") else (torch.float32, 3)
         if not isinstance(value, Tensor) or value.dtype != dtype or value.ndim != ndim:

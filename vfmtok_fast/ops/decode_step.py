@@ -1,4 +1,4 @@
-"""One step of generation: a code becomes the logits of the next."""
+"""One step of generation: from a code to the logits of the next one."""
 
 from __future__ import annotations
 
@@ -31,28 +31,30 @@ def decode_step(
     position: int | Tensor,
     length: int | Tensor | None = None,
 ) -> Tensor:
-    """Logits of the code after ``code``, whose keys and values go into the cache, in place.
+    """Compute the logits of the code after ``code``, and write its keys and values to the cache.
 
-    RMSNorm and rotation in float32. Attention is `ops.decode_attention`, whose implementation is a
-    choice of its own. For inference: there is no backward pass.
+    RMSNorm and rotation run in float32. Attention is `ops.decode_attention`, whose implementation
+    is chosen separately. For inference only: there is no backward pass.
 
     Args:
-        code: [R] int64, a row of ``embedding`` for each row of the cache.
+        code: [R] int64, one row of ``embedding`` for each row of the cache.
         embedding: [N, C], of codes, or of classes in the first step.
-        weights: of all blocks and the head, of the embedding's dtype.
-        cache: a layer for each block, R rows, of that dtype or int8; position ``position`` of all
-            is overwritten.
+        weights: of all blocks and the head, in the embedding's dtype.
+        cache: one layer for each block, with R rows, in that dtype or int8; ``position`` is
+            overwritten in every layer.
         position: in 0..T - 1: an int, or an integer tensor of one element that stays on its device
             (its value is not checked, which would need a synchronisation).
-        length: ``position + 1``, of the same kind, for who has it: on a GPU it is a launch.
+        length: ``position + 1``, of the same kind. Pass it if you have it: on a GPU computing it
+            costs a launch.
 
     Returns:
-        float32 [R, V] (float64 of float64).
+        float32 [R, V] (float64 for float64 weights).
 
     Raises:
-        TypeError: not floating tensors, two dtypes, codes that are not int64, autocast, a position
-            that is no integer.
-        ValueError: shapes that do not fit each other, two devices, a position or code outside.
+        TypeError: not floating tensors, two dtypes, codes that are not int64, autocast, or a
+            position that is not an integer.
+        ValueError: shapes that do not fit together, two devices, or a position or code out of
+            range.
 
     Source: LlamaGen (arXiv 2406.06525), autoregressive/models/gpt.py.
     """
@@ -117,7 +119,7 @@ def _check(
 def _check_part(
     what: str, part: Tensor, shape: tuple[int, ...], like: Tensor, scale: Tensor | None = None
 ) -> None:
-    """Require that shape, and the dtype of ``like``; or int8 of a cache that has scales."""
+    """Require ``shape``, and the dtype of ``like``, or int8 for a part of a cache with scales."""
     check_shape("decode_step", what, part, shape)
     if part.dtype != (like.dtype if scale is None else torch.int8):
         wanted = f"{like.dtype}, as embedding is" if scale is None else "int8, as it has a scale"

@@ -22,34 +22,34 @@ def deformable_sample(
     *,
     deterministic: bool = True,
 ) -> Tensor:
-    """Sample every level around each query's reference point and add up by softmax weights.
+    """Sample every level around each query's reference point and sum with softmax weights.
 
-    The location of a sample is ``reference + offset / (W_l, H_l)`` in [0, 1] of its level; values
-    are bilinear between pixel centres (``align_corners=False``), zero outside. The weights are a
-    softmax over all L*P samples of a head. Differentiable in value, offsets, logits and reference
-    points; of the fast implementations, once.
+    A sample is located at ``reference + offset / (W_l, H_l)`` in [0, 1] of its level. Values are
+    interpolated bilinearly between pixel centres (``align_corners=False``) and are zero outside.
+    The weights are a softmax over all L*P samples of a head. Differentiable in value, offsets,
+    logits and reference points; the fast implementations support first derivatives only.
 
     Args:
         value: [B, S, H, D], the levels one after the other, S = sum of H_l*W_l; D >= 1.
-        spatial_shapes: (height, width) of each of the L levels, L >= 1; a tensor of them will do
-            too, but one on a GPU costs a synchronisation.
+        spatial_shapes: (height, width) of each of the L levels, L >= 1. A tensor of these also
+            works, but costs a synchronisation if it is on a GPU.
         reference_points: [B or 1, Q, L, 2], (x, y) in [0, 1].
         offsets: [B, Q, H, L, P, 2], (x, y) in pixels of the level, P >= 1.
         attention_logits: [B, Q, H, L*P].
         deterministic: whether the gradient of ``value`` has the same bits on every run. False lets
-            the Triton implementation add it up by atomics, in float32; it does not where
-            ``torch.use_deterministic_algorithms(True)`` holds in the backward pass. The reference
-            and the CPU implementation ignore it.
-        All floating, of one dtype and device.
+            the Triton implementation sum it with atomics in float32, unless
+            ``torch.use_deterministic_algorithms(True)`` is set in the backward pass. The reference
+            and the CPU implementation ignore this argument.
+        All tensors are floating, with one dtype and device.
 
     Returns:
-        [B, Q, H*D], dtype of ``value``. A NaN or infinite location gives an unspecified value for
-        its own query and head only.
+        [B, Q, H*D], dtype of ``value``. A NaN or infinite location gives an unspecified value, but
+        only for its own query and head.
 
     Raises:
         TypeError: not floating tensors, two dtypes, levels that are not pairs of integers, or a
             ``deterministic`` that is not a bool.
-        ValueError: shapes that do not fit each other, two devices, no level, point or channel.
+        ValueError: shapes that do not fit together, two devices, or no level, point or channel.
 
     Source: Deformable DETR (arXiv 2010.04159) equation 3; VFMTok section 3.1.
     """

@@ -1,4 +1,4 @@
-"""GroupNorm and SiLU in one pass over the map."""
+"""GroupNorm and SiLU in one op."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ _op = Op("group_norm_silu", reference.group_norm_silu, reference_for="cpu")
 def group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-6
 ) -> Tensor:
-    """silu(GroupNorm(x)); differentiable, of the fast implementation once.
+    """Return ``silu(GroupNorm(x))``.
+
+    Differentiable; the fast implementation supports first derivatives only.
 
     Args:
         x: [B, C, H, W].
         weight, bias: [C].
-        num_groups: of channels that are normalised together; divides C.
+        num_groups: number of groups of channels that are normalised together; divides C.
         eps: added to the variance.
-        All floating, of one dtype and device.
+        All tensors are floating, with one dtype and device.
 
     Returns:
-        [B, C, H, W], dtype of ``x``; statistics are float32 at least. Triton answers channels last,
-        and copies a map that is not.
+        [B, C, H, W], dtype of ``x``. Statistics are at least float32. Triton returns channels last,
+        and copies an input that is not.
 
     Raises:
-        TypeError: not floating tensors, or of two dtypes.
-        ValueError: shapes that do not fit, two devices, an eps below 0.
+        TypeError: not floating tensors, or two dtypes.
+        ValueError: shapes that do not fit, two devices, or an eps below 0.
 
     Source: Group Normalization (arXiv 1803.08494) equation 1; SiLU as in VQGAN's decoder.
     """

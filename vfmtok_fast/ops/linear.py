@@ -1,4 +1,4 @@
-"""A linear layer and what follows it at once: exact GELU, ReLU, SwiGLU's gate or nothing."""
+"""A linear layer with its activation: exact GELU, ReLU, SwiGLU's gate or none."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ def linear(
 ) -> Tensor:
     """Return ``activation(x @ weight.T + bias)``.
 
-    Under autocast all three are cast to its dtype, as torch's own linear layer casts them.
-    Differentiable; of the fast implementations, once.
+    Under autocast all three tensors are cast to its dtype, as in torch's own linear layer.
+    Differentiable; the fast implementations support first derivatives only.
 
     Args:
         x: [..., K].
         weight: [N, K].
         bias: [N] or None.
-        activation: None, "gelu" (exact, by the error function), "relu", or "swiglu": silu of the
+        activation: None, "gelu" (exact, with the error function), "relu", or "swiglu": silu of the
             first half of the N outputs, times the second half.
-        All floating, of one dtype (but under autocast) and device.
+        All tensors are floating, with one device and, except under autocast, one dtype.
 
     Returns:
-        [..., N], of "swiglu" [..., N / 2]; dtype of ``weight``, or autocast's.
+        [..., N], or [..., N / 2] for "swiglu"; dtype of ``weight``, or autocast's.
 
     Raises:
         TypeError: not floating tensors, or two dtypes.

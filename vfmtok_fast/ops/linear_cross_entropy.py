@@ -1,4 +1,4 @@
-"""An output layer and the cross-entropy of its logits at once, so that they are never all there."""
+"""An output layer and its cross-entropy in one op, so that not all logits need be in memory."""
 
 from __future__ import annotations
 
@@ -32,29 +32,30 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return the cross-entropy of the logits ``x @ weight.T + bias`` against ``targets``.
 
-    As torch's ``cross_entropy`` of these logits in float32. Under autocast x, weight and bias are
-    cast to its dtype, as torch's own linear layer casts them. Differentiable in all three; of the
-    fast implementations, once.
+    It computes torch's ``cross_entropy`` of these logits in float32. Under autocast x, weight and
+    bias are cast to its dtype, as in torch's own linear layer. Differentiable in all three; the
+    fast implementations support first derivatives only.
 
     Args:
         x: [N, C].
         weight: [V, C], V >= 1.
         targets: [N] integers in [0, V), or ``ignore_index`` for rows that do not count. On a GPU
-            the values are not looked at, which would wait for it: the reference ends in torch's
-            device-side assertion, the kernel's loss and gradients of such a row are NaN.
+            the values are not checked, which would wait for the GPU. For a target out of range, the
+            reference fails with torch's device-side assertion, and the kernel returns NaN for the
+            row's loss and gradients.
         bias: [V] or None.
         ignore_index: any integer.
-        label_smoothing: share in [0, 1] of a target that all V codes have in common.
-        reduction: "mean" over the rows that count (NaN where none does), "sum", or "none".
-        x, weight and bias are floating, of one dtype (but under autocast) and device.
+        label_smoothing: the share in [0, 1] of each target that is spread evenly over all V codes.
+        reduction: "mean" over the rows that count (NaN if none does), "sum", or "none".
+        x, weight and bias are floating, with one device and, except under autocast, one dtype.
 
     Returns:
-        a scalar, or with "none" [N], where rows that do not count are 0; float32, or float64 where
-        x is.
+        A scalar, or [N] for "none", with 0 for rows that do not count; float32, or float64 if x is
+        float64.
 
     Raises:
-        TypeError: not floating tensors, two dtypes, or targets that are no integers.
-        ValueError: shapes that do not fit, two devices, a number out of its range.
+        TypeError: not floating tensors, two dtypes, or targets that are not integers.
+        ValueError: shapes that do not fit, two devices, or a number out of range.
 
     Source: label smoothing, arXiv 1512.00567, section 7.
     """

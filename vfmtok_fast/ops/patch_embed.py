@@ -1,4 +1,4 @@
-"""Pictures to a vision transformer's patches: normalised, cut and projected."""
+"""From images to a vision transformer's embedded patches: normalise, cut and project."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..reference import patch_embed as reference
 from ..switch import Op
 from .checks import check_on, check_same, check_shape, check_tensor
 
-# A CPU's convolution has nothing to gain.
+# A CPU's convolution leaves nothing to gain.
 _op = Op("patch_embed", reference.patch_embed, reference_for="cpu")
 
 
@@ -16,9 +16,9 @@ def patch_embed(images: Tensor, mean: Tensor, std: Tensor, weight: Tensor, bias:
     """Project each patch of ``((clamp(images) + 1) / 2 - mean) / std``.
 
     Args:
-        images: [B, 3, S, S], of which [-1, 1] counts; S is a multiple of P.
-        mean, std: [3], of pictures in [0, 1].
-        weight: [C, 3, P, P], and bias [C], of one dtype, which products are in.
+        images: [B, 3, S, S], clamped to [-1, 1]; S is a multiple of P.
+        mean, std: [3], of images in [0, 1].
+        weight: [C, 3, P, P], and bias [C], with the same dtype, which the products use.
 
     Returns:
         [B, (S / P)^2, C], row by row, dtype of ``weight``.

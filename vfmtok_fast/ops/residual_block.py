@@ -16,27 +16,27 @@ def residual_block(
     x: Tensor, norm1: Pair, conv1: Pair, norm2: Pair, conv2: Pair, shortcut: Pair | None = None, *,
     num_groups: int = 32, eps: float = 1e-6,
 ) -> Tensor:  # fmt: skip
-    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))); 3x3 convolutions, group norms.
+    """Return ``x + conv2(silu(norm2(conv1(silu(norm1(x))))))``: 3x3 convolutions, group norms.
 
-    Differentiable, of the fast implementation once.
+    Differentiable; the fast implementation supports first derivatives only.
 
     Args:
         x: [B, C, H, W].
         norm1, conv1, norm2, conv2: (weight, bias) of each: [C], [O, C, 3, 3], [O], [O, O, 3, 3].
-        shortcut: (weight [O, C, 1, 1], bias) of a convolution of ``x`` in the sum; None adds ``x``
-            itself, and O is C.
-        num_groups: of channels that are normalised together; divides C and O.
+        shortcut: (weight [O, C, 1, 1], bias) of a convolution that replaces ``x`` in the sum; None
+            adds ``x`` itself, and O must be C.
+        num_groups: number of groups of channels that are normalised together; divides C and O.
         eps: added to the variances.
-        All floating, of one dtype and device.
+        All tensors are floating, with one dtype and device.
 
     Returns:
         [B, O, H, W], dtype of ``x``.
 
     Raises:
-        TypeError: not floating tensors, or of two dtypes.
-        ValueError: shapes that do not fit, two devices, an eps below 0.
+        TypeError: not floating tensors, or two dtypes.
+        ValueError: shapes that do not fit, two devices, or an eps below 0.
 
-    Source: VQGAN (arXiv 2012.09841), as the release's pixel decoder has it.
+    Source: VQGAN (arXiv 2012.09841), as in the release's pixel decoder.
     """
     name = "residual_block"
     check_tensor(name, "x", x, "[B, C, H, W]", 4)

@@ -1,4 +1,4 @@
-"""Drawing the next code from logits."""
+"""Sampling the next code from logits."""
 
 from __future__ import annotations
 
@@ -38,32 +38,32 @@ def sample_token(
 ) -> Tensor:
     """Draw one code per row: guidance, temperature, top-k, top-p, then Gumbel-max.
 
-    Gumbel-max, the arg-max of logits plus Gumbel noise, follows exactly the law of softmax
-    sampling. The noise is a function of (seed, image id, step, code): Philox 4x32-10 with key
+    Gumbel-max, the arg-max of logits plus Gumbel noise, samples exactly from the softmax
+    distribution. The noise is a function of (seed, image id, step, code): Philox 4x32-10 with key
     ``seed`` and counter (code, step, id low, id high), so a row's code does not depend on the
-    batch it is in.
+    batch that it is in.
 
     Args:
         logits: [B, V], conditional logits.
         image_ids: [B] integers, which image each row belongs to.
-        step: which code of the image this is; an int or an integer tensor of one element, on the
-            logits' device, that holds a number in [0, 2^32).
+        step: which code of the image this is, in [0, 2^32): an int, or an integer tensor of one
+            element on the logits' device.
         uncond_logits: [B, V]; if given, ``uncond + cfg_scale * (logits - uncond)`` is sampled.
-        cfg_scale: guidance scale; 1 is the conditional law.
-        temperature: divides the logits, at least 1e-5.
+        cfg_scale: guidance scale; 1 is the conditional distribution.
+        temperature: divides the logits; values below 1e-5 count as 1e-5.
         top_k: keep the k largest and all ties at the threshold; 0 keeps all.
-        top_p: then keep the largest that together first pass this probability; 1 keeps all.
-        greedy: take the arg-max instead, the lowest code on ties.
-        seed: in [0, 2^64); or an int64 tensor of one element that holds these 64 bits, on the
-            logits' device.
+        top_p: then keep the largest until their total probability first passes this; 1 keeps all.
+        greedy: take the arg-max instead; ties go to the lowest code.
+        seed: in [0, 2^64), or an int64 tensor of one element on the logits' device that holds these
+            64 bits.
 
     Returns:
         int64 [B].
 
     Raises:
-        TypeError: logits not floating or of two dtypes, or image ids, step, top_k or seed
-            no integers.
-        ValueError: shapes, two devices, or a setting outside its range.
+        TypeError: logits not floating or of two dtypes, or image ids, step, top_k or seed not
+            integers.
+        ValueError: wrong shapes, two devices, or a setting out of range.
 
     Source: LlamaGen's sampler (guidance, filters); Gumbel-max after Maddison et al. 2014.
     """
@@ -99,7 +99,7 @@ def sample_token(
 def check_sampling(
     op: str, *, cfg_scale: float, temperature: float, top_k: int, top_p: float
 ) -> None:
-    """Raise one line for a sampling setting outside its range; ``op`` names the caller."""
+    """Raise a one-line error for a sampling setting out of range; ``op`` names the caller."""
     for name, value in (("cfg_scale", cfg_scale), ("temperature", temperature), ("top_p", top_p)):
         check_number(op, name, value)
     if not math.isfinite(cfg_scale):

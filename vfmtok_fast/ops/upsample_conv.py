@@ -1,4 +1,4 @@
-"""Nearest upsampling and the convolution that follows it, as one convolution."""
+"""Nearest upsampling and the convolution after it, as one convolution."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ _op = Op("upsample_conv", reference.upsample_conv)
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Repeat every pixel 2x2, then a 3x3 convolution with padding 1; differentiable.
+    """Repeat every pixel 2x2, then apply a 3x3 convolution with padding 1; differentiable.
 
     Args:
         x: [B, C, H, W].
         weight: [O, C, 3, 3].
         bias: [O].
-        All floating, of one dtype and device.
+        All tensors are floating, with one dtype and device.
 
     Returns:
         [B, O, 2 H, 2 W].
 
     Raises:
-        TypeError: not floating tensors, or of two dtypes.
+        TypeError: not floating tensors, or two dtypes.
         ValueError: shapes that do not fit, or two devices.
 
-    Source: VQGAN (arXiv 2012.09841), as the release's pixel decoder has it.
+    Source: VQGAN (arXiv 2012.09841), as in the release's pixel decoder.
     """
     name = "upsample_conv"
     check_tensor(name, "x", x, "[B, C, H, W]", 4)

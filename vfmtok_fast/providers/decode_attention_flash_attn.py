@@ -1,4 +1,4 @@
-"""`ops.decode_attention` by flash-attn's `flash_attn_with_kvcache`, where that is installed.
+"""`ops.decode_attention` with flash-attn's `flash_attn_with_kvcache`, if that is installed.
 
 Source: https://github.com/Dao-AILab/flash-attention, `flash_attn/flash_attn_interface.py`: caches
 [B, T, G, D] with a last stride of 1, lengths int or int32 [B].
@@ -23,7 +23,7 @@ def unsupported_reason(
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor) -> Tensor:
-    """See `vfmtok_fast.ops.decode_attention`; takes what `unsupported_reason` lets pass."""
+    """See `vfmtok_fast.ops.decode_attention`; takes calls that `unsupported_reason` accepts."""
     if isinstance(length, Tensor):
         length = length.reshape(-1).to(torch.int32).expand(q.shape[0]).contiguous()
     mixed = flash_attn_with_kvcache(

@@ -1,1 +1,1 @@
-"""Torch-only oracles, one per op, with the names and signatures of `vfmtok_fast.ops`."""
+"""References in plain torch, one per op of `vfmtok_fast.ops`; they take validated arguments."""

@@ -22,7 +22,7 @@ def decode_attention(
     if isinstance(length, int):
         k, v, live = k_cache[:, :, :length], v_cache[:, :, :length], None
     else:
-        # Dead positions may hold anything, NaN too, which a weight of zero would not silence.
+        # Dead positions may hold anything, including NaN, which a weight of zero would not remove.
         live = torch.arange(capacity, device=q.device) < length.long().reshape(-1, 1)
         live = live[:, None, :, None]
         k, v = k_cache.masked_fill(~live, 0), v_cache.masked_fill(~live, 0)

@@ -1,4 +1,4 @@
-"""Reference of `ops.decode_step`: embed a code, go through all blocks, and predict the next."""
+"""Reference of `ops.decode_step`: embed a code, run all blocks, and predict the next code."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ def nearest_code(
     z: Tensor, codebook: Tensor, *, k: int = 1, normalize: bool = True, return_score: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """See `vfmtok_fast.ops.nearest_code`."""
-    # Half-precision input is taken as exact; rounding the scores to it would invent ties.
+    # Half-precision input is taken as exact; rounding the scores to its dtype would create ties.
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     if normalize:
         z, codebook = _unit(z.to(dtype)), _unit(codebook.to(dtype))
@@ -19,10 +19,10 @@ def nearest_code(
         scores = z @ codebook.T
     else:
         # |z|^2 is the same for every code, so it can be left out. Far from the origin the rest is a
-        # small difference of large numbers, which float32 does not hold.
+        # small difference of large numbers, which float32 cannot represent.
         z, codebook = z.double(), codebook.double()
         scores = z @ codebook.T - codebook.square().sum(-1) / 2
-        # Infinity minus infinity need not be NaN; a code that is not finite is to win as NaN does,
+        # Infinity minus infinity need not be NaN. A code that is not finite must win, as NaN does,
         # and a query that is not finite has no distances.
         scores.masked_fill_(~codebook.isfinite().all(-1), torch.nan)
         scores.masked_fill_(~z.isfinite().all(-1, keepdim=True), torch.nan)
@@ -34,21 +34,21 @@ def nearest_code(
 
 
 def _unit(rows: Tensor) -> Tensor:
-    """Rows of length one; the squares of very long ones would overflow."""
+    """Scale rows to unit length; the squares of very long rows would overflow."""
     long = rows.abs().amax(-1, keepdim=True) > 2.0**60
     return F.normalize(torch.where(long, rows * 2.0**-80, rows), dim=-1)
 
 
 def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row in descending order, [N, k]; `topk` promises no order of ties."""
+    """The k largest of each row in descending order, [N, k]; `topk` does not order ties."""
     found = []
     for _ in range(k):
-        # The first of several, and NaN before all numbers.
+        # `max` takes the first of equal scores, and NaN before all numbers.
         found.append(scores.max(dim=-1, keepdim=True))
         if len(found) < k:
             scores = scores.scatter(1, found[-1].indices, -torch.inf)
     score, code = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-    # Where the best is NaN nothing is ordered: its code comes first, then the lowest others.
+    # If the best is NaN, nothing is ordered: its code comes first, then the lowest others.
     undefined = score[:, :1].isnan()
     others = torch.arange(k - 1, device=code.device)
     others = torch.cat([code[:, :1], others + (others >= code[:, :1])], dim=1)

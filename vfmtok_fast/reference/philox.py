@@ -1,7 +1,7 @@
 """Philox 4x32-10, the counter-based generator behind Triton's ``tl.rand``, in torch integers.
 
 Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. A draw is a function of its
-key and counter alone, so any device, batch or order gives the same numbers.
+key and counter only, so it is the same number on any device, in any batch and in any order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _LOW = 0xFFFFFFFF
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of a*b for 32-bit unsigned a and b held in int64."""
-    # int64 wraps modulo 2^64, which keeps all 64 bits; the mask drops what the shift drags in.
+    # int64 wraps modulo 2^64, which keeps all 64 bits; the mask drops the sign bits of the shift.
     product = b * a
     return (product >> 32) & _LOW, product & _LOW
 
@@ -45,8 +45,8 @@ def gumbel_noise(
 ) -> Tensor:
     """Standard Gumbel noise that depends on (seed, image id, step, code) and on nothing else.
 
-    -log(E) with E = -log(1 - u), u = (word + 1/2) / 2^32. The largest noise decides a sample, and
-    it comes from the smallest E, where u is finest: the tail is not cut at 2^-24.
+    It is -log(E) with E = -log(1 - u) and u = (word + 1/2) / 2^32. The largest noise decides a
+    sample and comes from the smallest E, where u is finest: the tail is not cut at 2^-24.
 
     Args:
         seed: 64-bit key, as `philox` takes it.
@@ -61,10 +61,10 @@ def gumbel_noise(
     code = torch.arange(vocab_size, device=device)
     if isinstance(step, Tensor):
         step = step.to(device, torch.int64).reshape(1, 1)
-    else:  # Filled on the device, for a captured graph cannot copy numbers from the host.
+    else:  # Filled on the device, because a captured graph cannot copy numbers from the host.
         step = torch.full((1, 1), step, dtype=torch.int64, device=device)
     ids = image_ids.to(torch.int64)[:, None]
     word = philox(seed, code[None], step & _LOW, ids & _LOW, (ids >> 32) & _LOW)
-    # float32 has no room for word + 1/2 above 2^23, where the half no longer matters.
+    # Above 2^23 float32 cannot represent word + 1/2, but there the half no longer matters.
     uniform = (word.to(torch.float32) + 0.5) * 2.0**-32
     return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24)))

@@ -1,4 +1,4 @@
-"""The tokenizer."""
+"""The image tokenizer."""
 
 from .config import BackboneConfig, VFMTokConfig
 from .model import VFMTok, VFMTokOutput

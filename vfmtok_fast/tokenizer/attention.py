@@ -1,4 +1,4 @@
-"""Attention: torch's fused one, and the causal layer of region encoder and token decoder."""
+"""torch's fused attention, and the causal layer of the region encoder and token decoder."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .layers import Linear
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
-    """Fused softmax attention of [B, heads, T, D] in the dtype that the precision asks for."""
+    """Fused softmax attention over [B, heads, T, D], in the dtype that the precision requires."""
     dtype = attention_dtype(q)
     mixed = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), **options)
     return mixed.to(q.dtype)
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention to this position and the ones before it.
+    """Multi-head attention from each position to itself and the ones before it.
 
-    ``dropout`` is that of the attention weights, in training mode.
+    ``dropout`` applies to the attention weights, in training mode.
     """
 
     def __init__(self, dim: int, num_heads: int, dropout: float = 0.0):

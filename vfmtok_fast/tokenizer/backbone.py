@@ -1,4 +1,4 @@
-"""The frozen vision foundation model, through timm, read at several depths."""
+"""The frozen vision foundation model, created with timm and read at several depths."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Backbone(nn.Module):
-    """A frozen ViT; always in eval mode, never trained.
+    """A frozen ViT, which is always in eval mode and never trained.
 
-    It reads ``image_size`` pixels, grid times its patch size, and resizes images of another size.
+    It reads ``image_size`` pixels, the grid times its patch size, and resizes images of another
+    size.
 
     Args:
         config: which model.
-        grid: side of the feature map that the rest of the tokenizer serves.
+        grid: side of the feature map that the rest of the tokenizer expects.
 
     Raises:
-        ValueError: a timm name that is unknown, no plain ViT, or has another map than ``grid`` at
-            the pixels that were asked for.
+        ValueError: a timm name that is unknown, is no plain ViT, or has a map other than ``grid``
+            at the requested number of pixels.
     """
 
     def __init__(self, config: BackboneConfig, grid: int):
@@ -56,7 +57,7 @@ class Backbone(nn.Module):
                 f"BackboneConfig: levels must be below {name}'s depth {depth}, got {self.levels}"
             )
         self.dim = self.vit.embed_dim
-        # What torch.compile takes it for, which cannot look.
+        # `is_plain` under torch.compile, which cannot inspect the ViT.
         self._was_plain = plain.is_plain(self.vit)
         self.cuts_plainly = plain.cuts_plainly(patch_embed)
         self.image_size = patch_embed.img_size[0]
@@ -70,14 +71,15 @@ class Backbone(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether `vit.read` computes what the ViT does, whose layers may have been replaced."""
+        """Whether `vit.read` computes what the ViT does; its layers may have been replaced."""
         return self._was_plain if torch.compiler.is_compiling() else plain.is_plain(self.vit)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images [B, 3, S, S] of any S, in [-1, 1], to one map [B, grid * grid, dim] per level.
+        """Turn images [B, 3, S, S] in [-1, 1] into one map [B, grid * grid, dim] per level.
 
-        The last block's output passes the final LayerNorm; those in between do not.
+        S may be any size. The output of the last block passes through the final LayerNorm; those of
+        earlier blocks do not.
         """
         is_plain = self.is_plain
         if is_plain and self.cuts_plainly and images.shape[-1] == self.image_size:
@@ -88,7 +90,7 @@ class Backbone(nn.Module):
             return plain.read(self.vit, patches, self.levels)
         x = (images.clamp(-1, 1) + 1) / 2
         if x.shape[-1] != self.image_size:
-            # On a CPU, antialiasing is not there for half precision.
+            # torch has no antialiased resize in half precision on a CPU.
             wide = x if x.dtype == torch.float64 else x.float()
             wide = F.interpolate(wide, size=self.image_size, mode="bicubic", antialias=True)
             x = wide.clamp(0, 1).to(x.dtype)
@@ -104,7 +106,7 @@ class Backbone(nn.Module):
 
 
 def _dinov2(config: BackboneConfig, grid: int) -> nn.Module:
-    # timm brings torchvision and with it Triton, which importing the package should not.
+    # timm imports torchvision, which imports Triton; importing the package must not do that.
     from timm.models import VisionTransformer
 
     return VisionTransformer(
@@ -135,7 +137,7 @@ def _timm_vit(config: BackboneConfig, grid: int) -> nn.Module:
     refusal = f"BackboneConfig: timm_name must be a plain ViT with square 2-D maps, got {name!r}"
     try:
         vit = timm.create_model(name, **options)
-    # Models that are no ViT do not take these options, and each says so in its own way.
+    # Models that are no ViT do not accept these options, and each fails in its own way.
     except (TypeError, AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(f"{refusal} ({first_line(error)})") from error
     needed = ("blocks", "patch_embed", "forward_intermediates", "num_prefix_tokens", "embed_dim")
@@ -146,7 +148,7 @@ def _timm_vit(config: BackboneConfig, grid: int) -> nn.Module:
         raise ValueError(f"{refusal}, which lacks {', '.join(missing)}")
     has = tuple(vit.patch_embed.grid_size)
     if size is None and has != (grid, grid) and hasattr(vit, "set_input_size"):
-        # The published table of positions is resized to this when it is loaded, as timm does.
+        # When the published position table is loaded, it is resized to this size, as in timm.
         side = grid * (vit.patch_embed.img_size[0] // has[0])
         vit.set_input_size(img_size=(side, side))
     return vit

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ..configs import check_numbers, check_positive, config_from_mapping
 
-# The default depths of DINOv2-L; another backbone reads the same fractions of its own depth.
+# The default depths of DINOv2-L; a timm backbone reads the same fractions of its own depth.
 DINOV2_L_LEVELS = (5, 11, 17, 23)
 # (dim, depth, heads) of the published DINOv2 models with registers: S, B, L.
 DINOV2_WITH_REGISTERS = ((384, 12, 6), (768, 12, 12), (1024, 24, 16))
@@ -22,23 +22,25 @@ COUNTS = (
 class BackboneConfig:
     """The frozen vision foundation model.
 
-    The default is DINOv2 ViT-L/14 with registers. Any other timm ViT takes its place by name; its
-    shape is then read from timm, and of the other fields only ``levels`` counts. How many pixels it
-    reads is up to `VFMTokConfig.grid`: that many of its patches.
+    The default is DINOv2 ViT-L/14 with registers. ``timm_name`` selects any other timm ViT instead.
+    Its shape is then read from timm, and of the other fields only ``levels`` applies.
+    `VFMTokConfig.grid` determines how many pixels the model reads: that many of its patches per
+    side.
 
     Args:
         dim, depth, num_heads, patch_size, num_registers: the vision transformer.
-        levels: block indices whose outputs are read; left at the default, a backbone of another
-            depth reads the ends of its four quarters.
+        levels: block indices whose outputs are read. At the default, a timm backbone reads the ends
+            of the four quarters of its own depth.
         pretrain_grid: side of the position table in DINOv2's own file.
-        position_resize: how that table becomes the model's: "antialias" (bicubic to the size, with
-            antialiasing) as DINOv2 publishes its models with registers, the release's ViT-L among
-            them; "offset" (bicubic by the factor (grid + 0.1) / pretrain_grid) as its class does
-            by default; "auto" is the first for the published sizes, else the second.
+        position_resize: how that table is resized to the model's. "antialias" (bicubic to the size,
+            with antialiasing) is how DINOv2 publishes its models with registers, including the
+            release's ViT-L. "offset" (bicubic by the factor (grid + 0.1) / pretrain_grid) is the
+            default of DINOv2's class. "auto" means "antialias" for the published sizes, else
+            "offset".
         timm_name: name of a timm vision transformer, such as
             "vit_base_patch16_siglip_384.v2_webli".
         timm_image_size: pixels that the timm model reads; None is the grid times its patch size,
-            and nothing else serves.
+            and no other value works.
     """
 
     dim: int = 1024
@@ -82,25 +84,26 @@ class BackboneConfig:
 class VFMTokConfig:
     """Shape of the VFMTok tokenizer; the defaults are the authors' release.
 
-    Images come and go at ``image_size``. The backbone reads ``grid`` times its patch size; where
-    that is another size, it resizes what it is given, and nothing else knows of it: 336 pixels and
-    a grid of 24 are read at 336 by patches of 14 and at 384 by patches of 16; 256 pixels and a grid
-    of 16 at 224 and at 256.
+    Input and output images have size ``image_size``. The backbone reads ``grid`` times its patch
+    size. If that differs, the backbone resizes its input, and nothing else depends on that size.
+    For example, with 336 pixels and a grid of 24 it reads 336 pixels in patches of 14, or 384 in
+    patches of 16. With 256 pixels and a grid of 16 it reads 224 or 256.
 
     Args:
-        image_size: side of the square input and output in pixels, a multiple of the 16 that the
-            pixel decoder makes of a position.
+        image_size: side of the square input and output in pixels, a multiple of the 16 pixels that
+            the pixel decoder makes from one position.
         backbone: the vision foundation model.
-        dim, num_heads: width and heads of region encoder and token decoder.
-        encoder_depth, decoder_depth: their layers.
-        decoder_dropout: dropout of the token decoder's attention weights while training. The
-            authors train with 0.1; 0 is deterministic.
-        decoder_mlp_dim: the token decoder's SwiGLU is int(2/3 of this), rounded up to 8, wide.
+        dim, num_heads: width and heads of the region encoder and token decoder.
+        encoder_depth, decoder_depth: their numbers of layers.
+        decoder_dropout: dropout of the token decoder's attention weights in training. The authors
+            train with 0.1; 0 is deterministic.
+        decoder_mlp_dim: the width of the token decoder's SwiGLU is int(2/3 of this), rounded up to
+            a multiple of 8.
         num_regions: tokens per image, a square number.
         num_points: sampling points per region, head and level.
         codebook_size, codebook_dim: number and dimension of the codes.
-        pixel_channels, pixel_channel_mult: width of the pixel decoder per resolution, fine to
-            coarse.
+        pixel_channels, pixel_channel_mult: width of the pixel decoder at each resolution, from fine
+            to coarse.
         commit_beta: weight of the commitment loss.
         entropy_weight: weight of the entropy loss; 0 leaves it out.
         grid: side of the backbone's map; None is ``image_size`` / 14, which must then be whole.
@@ -160,7 +163,7 @@ class VFMTokConfig:
 
     @property
     def pixel_patch(self) -> int:
-        """Pixels per side that one position of the pixel decoder's input becomes: 16."""
+        """Pixels per side that the pixel decoder makes from one position of its input: 16."""
         return 2 ** (len(self.pixel_channel_mult) - 1)
 
     @property

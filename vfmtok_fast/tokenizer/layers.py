@@ -1,4 +1,4 @@
-"""Layers of the tokenizer that are ops."""
+"""Layers of the tokenizer that call ops."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .. import ops
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` by `ops.linear`."""
+    """`nn.Linear` computed by `ops.linear`."""
 
     def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
         return ops.linear(x, self.weight, self.bias, activation=activation)

@@ -32,14 +32,15 @@ class VFMTokOutput:
     """What `VFMTok.forward` returns.
 
     Attributes:
-        reconstruction: [B, 3, S, S], as large as the images that came in and comparable with them;
-            about [-1, 1], not clamped.
+        reconstruction: [B, 3, S, S], the same size and range as the input images: about [-1, 1],
+            not clamped.
         semantic: predicted features [B, 576, backbone dim], or None.
-        features: the foundation model's last map, its target, [B, 576, backbone dim], no gradient;
-            576 is the grid's square, whatever size the foundation model read.
+        features: the foundation model's last map, which ``semantic`` predicts, [B, 576, backbone
+            dim], without gradient. 576 is the square of the grid, whatever size the foundation
+            model read.
         codes: int64 [B, R].
-        queries: what they were found for, unit vectors [B, R, codebook dim].
-        codebook_loss, commit_loss, entropy_loss: scalars, weights included.
+        queries: unit vectors [B, R, codebook dim] whose nearest codes are ``codes``.
+        codebook_loss, commit_loss, entropy_loss: scalars, including their weights.
     """
 
     reconstruction: Tensor
@@ -52,30 +53,32 @@ class VFMTokOutput:
     entropy_loss: Tensor
 
 
-# What the pixel decoder's maps may take: 14 pictures of 336 pixels in half precision.
+# Memory limit of the pixel decoder's maps: 14 images of 336 pixels in half precision.
 _PIECE_BYTES = 2**31
-# Pictures of a call that is recorded. An H200's host takes 24 ms to launch an encode and 70 ms a
-# decode of 64, whose kernels take 52 and 54 ms; more of them would keep more memory than 2 GiB.
+# The largest batch that is captured as a CUDA graph. For 64 images, an H200's host takes 24 ms to
+# launch an encode and 70 ms to launch a decode, whose kernels take 52 and 54 ms. Graphs of larger
+# batches would hold more than 2 GiB of memory.
 _REPLAYED = 64
-# What `probe_features` gives.
+# The features that `probe_features` returns.
 PROBED = ("semantic-class", "regions", "codes")
-# Ops of the two ways, which must be enabled for it: their kernels wait for nothing on the host.
+# Ops that must be enabled to capture `encode` and `decode`: their kernels wait for nothing on the
+# host.
 ENCODE_OPS = frozenset(["add_norm", "deformable_sample", "linear", "nearest_code", "patch_embed"])
 DECODE_OPS = frozenset(["add_norm", "group_norm_silu", "linear", "residual_block", "upsample_conv"])
 
 
 class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
-    """The tokenizer, with random weights; see `from_official` and `from_pretrained` for others.
+    """The tokenizer, with random weights; `from_official` and `from_pretrained` load trained ones.
 
-    Shapes in the docstrings are those of the default config: 336 stands for ``image_size``, at
-    which images come and go whatever size the backbone reads, 576 for ``feature_grid`` squared, 256
-    for ``num_regions``.
+    Shapes in the docstrings are those of the default config: 336 stands for ``image_size``, the
+    size of input and output images whatever size the backbone reads, 576 for ``feature_grid``
+    squared, and 256 for ``num_regions``.
 
     Args:
         config: a `VFMTokConfig`, or its fields as a mapping.
 
     Raises:
-        ValueError: a backbone whose map the decoder cannot serve.
+        ValueError: a backbone whose map has a size that the decoder cannot use.
     """
 
     shipped_as = "tokenizer"
@@ -95,32 +98,36 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         self.quantizer = Quantizer(config)
         self.token_decoder = TokenDecoder(config, self.backbone.dim)
         self.pixel_decoder = PixelDecoder(config)
-        # Whether float32 products may take TF32 on a GPU, see `set_precision`.
+        # Whether float32 products may use TF32 on a GPU, see `set_precision`.
         self.tf32 = False
         self._graphs = {what: Replayed(what) for what in ("encode", "decode")}
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all that follows the backbone; images in it need no conversion. See `precision`."""
+        """The dtype of everything after the backbone; images in it need no conversion.
+
+        See `precision`.
+        """
         return self.quantizer.codebook.dtype
 
     @property
     def precision(self) -> str:
-        """One of float32, tf32, float16, bfloat16, mixed; after casts by hand also another."""
+        """One of float32, tf32, float16, bfloat16, mixed; manual casts may give another."""
         return precision_of(self)
 
     def set_precision(self, precision: str) -> Self:
-        """Choose in what `encode` and `decode` compute; returns the model itself.
+        """Choose the precision of `encode` and `decode`; returns the model itself.
 
         Args:
             precision: "float32" is exact and the default. "tf32" lets a GPU round float32 products
-                to 10 bits, in `encode` and `decode`, whatever the process has set, and attend in
-                float16, which has as many bits and ends at 65,504. "float16" and "bfloat16" cast
-                all weights. "mixed" casts those of the backbone's products to float16 and leaves
-                all else, the stream between them too, in float32, on a GPU as in "tf32".
+                to 10 bits in `encode` and `decode`, whatever the process has set, and run attention
+                in float16, which has as many bits and a maximum of 65,504. "float16" and "bfloat16"
+                cast all weights. "mixed" casts the weights of the backbone's products to float16
+                and keeps everything else in float32, including the residual stream between them; on
+                a GPU, float32 products then run as in "tf32".
 
         Raises:
-            ValueError: no such precision, weights that were rounded already, or "mixed" with a
+            ValueError: no such precision, weights that have already been rounded, or "mixed" with a
                 backbone that is no plain ViT.
         """
         set_precision(self, precision)
@@ -128,12 +135,12 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are, and inputs must be."""
+        """The device of the weights, where inputs must be."""
         return self.quantizer.codebook.device
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Tokenise images.
+        """Tokenise images into codes.
 
         Args:
             images: [B, 3, 336, 336] floating, in [-1, 1], on the model's device.
@@ -153,7 +160,7 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
 
     @torch.no_grad()
     def encode_regions(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images as for `encode` to what precedes quantisation.
+        """Turn images, as for `encode`, into what precedes quantisation.
 
         Returns:
             Unit queries [B, 256, 12] and the foundation model's last map [B, 576, 1024].
@@ -165,22 +172,22 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
 
     @torch.no_grad()
     def probe_features(self, images: Tensor, which: str = "semantic-class") -> Tensor:
-        """One vector an image, for linear probes and nearest neighbours.
+        """Return one vector per image, for linear probes and nearest neighbours.
 
         Args:
             images: as for `encode`.
-            which: "semantic-class", the class token of the token decoder's pass towards the
-                foundation model's features, which the authors probe, [B, 512]; "regions", the mean
-                of the region features before quantisation, [B, 512]; "codes", the codebook vectors
-                of the 256 codes side by side, [B, 256 * 12].
+            which: "semantic-class" is the class token of the token decoder's pass that predicts the
+                foundation model's features, [B, 512]; the authors probe this one. "regions" is the
+                mean of the region features before quantisation, [B, 512]. "codes" is the codebook
+                vectors of the 256 codes, concatenated, [B, 256 * 12].
 
         Returns:
             [B, D] in the model's dtype.
 
         Raises:
-            TypeError, ValueError: images as `encode` refuses them, or no such features.
+            TypeError, ValueError: images that `encode` refuses, or no such features.
 
-        Source: the class token is what the release's issue 2 says was probed.
+        Source: the release's issue 2 says that the class token was probed.
         """
         if which not in PROBED:
             raise ValueError(
@@ -198,7 +205,7 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes to images.
+        """Turn codes into images.
 
         Args:
             codes: [B, 256] integers in [0, codebook_size), on the model's device.
@@ -217,11 +224,11 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
 
     @torch.no_grad()
     def decode_to_uint8(self, codes: Tensor, size: int = 256) -> Tensor:
-        """Codes to 8-bit pictures, resized and rounded as the release does for evaluation.
+        """Turn codes into 8-bit images, resized and rounded as the release does for evaluation.
 
         Args:
             codes: as for `decode`.
-            size: side of the pictures in pixels.
+            size: side of the images in pixels.
 
         Returns:
             uint8 [B, size, size, 3].
@@ -232,16 +239,17 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         return (127.5 * images + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
     def forward(self, images: Tensor, *, semantic: bool | None = None) -> VFMTokOutput:
-        """Reconstruct images, with every term that the training losses need.
+        """Reconstruct images, and return every term that the training losses need.
 
-        The codebook receives its gradient through ``codebook_loss``, the encoder straight through
-        the quantiser; the backbone is frozen. Region encoder and quantizer are out of autocast's
-        reach: the authors keep float32 in the encoder's attention, and search codes in half
-        precision, which gives 3 % of the queries another code.
+        The codebook receives its gradient through ``codebook_loss``, the encoder through the
+        straight-through quantiser; the backbone is frozen. The region encoder and quantizer run
+        without autocast. The authors keep float32 in the encoder's attention, but search codes in
+        half precision, which gives 3 % of the queries another code.
 
         Args:
             images: as for `encode`; at least one, or the losses would be NaN.
-            semantic: predict the foundation model's features; None does in training mode only.
+            semantic: whether to predict the foundation model's features; None does so in training
+                mode only.
         """
         check_images("VFMTok", images, self.config.image_size, self.device)
         if images.shape[0] == 0:
@@ -266,7 +274,7 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
 
     @torch.no_grad()
     def sampling_points(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Where each region looks; see `RegionEncoder.sampling_points`."""
+        """Return where each region samples; see `RegionEncoder.sampling_points`."""
         check_images("VFMTok", images, self.config.image_size, self.device)
         return self.region_encoder.sampling_points(self.backbone(images))
 
@@ -275,7 +283,7 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         return self.quantizer.nearest(queries)
 
     def _replayed(self, what: str, fn: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
-        """``fn(given)``; of few pictures on a GPU, with the ops enabled, as a CUDA graph."""
+        """Return ``fn(given)``; small batches on a GPU, with the ops enabled, use a CUDA graph."""
         if (
             self.device.type != "cuda"
             or not 0 < len(given) <= _REPLAYED
@@ -284,7 +292,7 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
             or torch.is_autocast_enabled("cuda")
             or torch.compiler.is_compiling()
             or torch.cuda.is_current_stream_capturing()
-            or (what == "encode" and not self.backbone.is_plain)  # takes longest to ask
+            or (what == "encode" and not self.backbone.is_plain)  # Last: the slowest check.
         ):
             return fn(given)
         return self._graphs[what](fn, self, given)
@@ -294,7 +302,7 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
 
     def _decode_vectors(self, vectors: Tensor) -> Tensor:
         maps = self.token_decoder.pixel_map(self.token_decoder.regions(vectors))
-        # A few pictures at a time: their maps are large, and no faster for being many.
+        # A few images at a time: their maps are large, and larger batches are no faster.
         pieces = maps.split(self.pixel_decoder.fitting(_PIECE_BYTES, maps.itemsize))
         return torch.cat([self.pixel_decoder(piece) for piece in pieces])
 
@@ -307,7 +315,7 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
     ) -> VFMTok:
         """Load the authors' files; see `vfmtok_fast.checkpoint.load_tokenizer`.
 
-        None for ``tokenizer`` or ``backbone`` downloads what is published.
+        If ``tokenizer`` or ``backbone`` is None, the published file is downloaded.
         """
         if tokenizer is None:
             tokenizer = fetch_official("tokenizer", "tokenizer=")

@@ -1,4 +1,4 @@
-"""The convolutional decoder of VQGAN: a 21x21 map to 336x336 pixels."""
+"""The convolutional decoder of VQGAN: from a 21x21 map to 336x336 pixels."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ResidualBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """One head over all positions."""
+    """Attention with one head over all positions."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -51,7 +51,7 @@ class SpatialAttention(nn.Module):
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Convolutions of one pixel are linear layers of its channels.
+        # 1x1 convolutions are linear layers over the channels.
         h = rearrange(self.norm(x), "b c y x -> b 1 (y x) c").contiguous()
         q, k, v = (_rows(project, h) for project in (self.q, self.k, self.v))
         # One head over all pixels.
@@ -60,12 +60,12 @@ class SpatialAttention(nn.Module):
 
 
 def _rows(conv: nn.Conv2d, rows: Tensor) -> Tensor:
-    """A convolution of one pixel, of rows [..., C]."""
+    """Apply a 1x1 convolution to rows [..., C]."""
     return ops.linear(rows, conv.weight.flatten(1), conv.bias)
 
 
 class Level(nn.Module):
-    """Two residual blocks at one resolution; but for the last, nearest x2 and a convolution."""
+    """Two residual blocks at one resolution; except at the last, also nearest x2 and a conv."""
 
     def __init__(self, channels_in: int, channels_out: int, upsample: bool):
         super().__init__()
@@ -106,13 +106,13 @@ class PixelDecoder(nn.Module):
         self.grad_checkpointing = False
 
     def fitting(self, nbytes: int, itemsize: int) -> int:
-        """Pictures whose maps fit into so many bytes; one at least."""
-        # Of a block its input, a convolution's result, that normed, the next one's; of the level
-        # its input.
+        """Return how many images have maps that fit into ``nbytes``, at least one."""
+        # A block holds its input, the first convolution's result, that result normalised and the
+        # second convolution's result; the level also holds its input.
         return max(1, nbytes // (5 * self.largest_map * itemsize))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [B, dim, 21, 21] to images [B, 3, 336, 336], about [-1, 1], not clamped."""
+        """Turn a map [B, dim, 21, 21] into images [B, 3, 336, 336], about [-1, 1], not clamped."""
         # Channels last: convolutions and norms keep that format from here on.
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         x = through([*self.middle, *self.levels], x, recompute=self.grad_checkpointing)

@@ -1,14 +1,15 @@
-"""In which precision a tokenizer computes: what its weights are held in, and TF32 or not.
+"""The precisions of a tokenizer: the dtype of its weights, and whether products use TF32.
 
-- ``float32``: exact; on a GPU without TF32, which cuDNN's convolutions would else take.
-- ``tf32``: float32 weights, products of 10-bit mantissas on a GPU's matrix unit, attention in
-  float16, which has as many bits; on a CPU float32.
-- ``float16``, ``bfloat16``: all weights.
-- ``mixed``: float16 products in the foundation model, which are nearly all of `encode`; its
-  residual stream and norms, and all that follows, are float32, on a GPU as in ``tf32``.
+- ``float32``: exact. On a GPU, TF32 is off, which cuDNN's convolutions would otherwise use.
+- ``tf32``: float32 weights. On a GPU, products have 10-bit mantissas on the matrix unit, and
+  attention runs in float16, which has as many bits. On a CPU this is float32.
+- ``float16``, ``bfloat16``: all weights have this dtype.
+- ``mixed``: float16 products in the foundation model, which are nearly all of `encode`. Its
+  residual stream and norms, and everything after it, are float32, which a GPU treats as in
+  ``tf32``.
 
-README.md has the share of tokens that each leaves as they are, docs/exactness.md which part costs
-how many.
+README.md lists the share of tokens that each leaves unchanged, and docs/exactness.md how many
+tokens each part changes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ PRECISIONS = ("float32", "tf32", "float16", "bfloat16", "mixed")
 
 
 def products(vit: nn.Module) -> Iterator[nn.Module]:
-    """The layers of a plain ViT that multiply matrices."""
+    """Yield the layers of a plain ViT that multiply matrices."""
     yield vit.patch_embed.proj
     for block in vit.blocks:
         yield from (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
@@ -56,7 +57,7 @@ def set_precision(model: nn.Module, precision: str) -> None:
 
 
 def precision_of(model: nn.Module) -> str:
-    """One of `PRECISIONS`, by what the weights are held in; or another dtype, or several."""
+    """Return one of `PRECISIONS` by the dtypes of the weights, or else those dtypes."""
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in model.parameters()})
     if dtypes == ["float32"]:
         return "tf32" if model.tf32 else "float32"

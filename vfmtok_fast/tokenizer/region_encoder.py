@@ -17,7 +17,7 @@ from .layers import Linear
 
 
 class Projector(nn.Sequential):
-    """Backbone width to model width, one per level."""
+    """Projects the backbone width to the model width; there is one per level."""
 
     def __init__(self, backbone_dim: int, dim: int):
         super().__init__(
@@ -67,7 +67,7 @@ class DeformableAttention(nn.Module):
         sampled = ops.deformable_sample(
             value,
             spatial_shapes,
-            # Under autocast the projections' dtype is not the memory's.
+            # Under autocast the projections have another dtype than the memory.
             reference_points.to(value.dtype),
             self.offsets(query).unflatten(-1, (*self.shape, 2)),
             self.weights(query).unflatten(-1, (self.shape[0], -1)),
@@ -101,13 +101,13 @@ def _add_norm(x: Tensor, branch: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 class RegionEncoder(nn.Module):
-    """Learned region queries gather irregular regions of the maps."""
+    """Learned region queries that gather irregular regions of the maps."""
 
     def __init__(self, config: VFMTokConfig, backbone_dim: int):
         super().__init__()
         dim, levels = config.dim, len(config.backbone.levels)
         self.spatial_shapes = ((config.feature_grid, config.feature_grid),) * levels
-        # Projectors and layers start as copies of one, as the release's do.
+        # Projectors and layers start as copies of one, like the release's.
         projector, layer = Projector(backbone_dim, dim), RegionLayer(config)
         self.projectors = nn.ModuleList(copy.deepcopy(projector) for _ in range(levels))
         self.level_norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(levels))
@@ -125,13 +125,13 @@ class RegionEncoder(nn.Module):
         register_constant(self, "reference_points", points)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """One map [B, S_l, backbone_dim] per level to region features [B, R, dim]."""
+        """Turn one map [B, S_l, backbone_dim] per level into region features [B, R, dim]."""
         x, memory = self.prepare(maps)
         sources = (memory, self.spatial_shapes, self.reference_points)
         return through(self.layers, x, self.position, *sources, recompute=self.grad_checkpointing)
 
     def prepare(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The first layer's input: regions [B, R, dim], and all levels' pixels [B, S, dim]."""
+        """Return the first layer's input: regions [B, R, dim], pixels of all levels [B, S, dim]."""
         memory = torch.cat(
             [
                 norm(project(level))
@@ -144,18 +144,18 @@ class RegionEncoder(nn.Module):
         return self.input_norm(self.regions).expand(len(memory), -1, -1), memory
 
     def sampling_points(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Where the last layer looks, to be shown.
+        """Return where the last layer samples, for display.
 
         Returns:
-            Locations [B, R, H, L, P, 2], (x, y) in [0, 1] of the image (beyond it too), and their
-            weights [B, R, H, L, P], which add up to 1 per region and head.
+            Locations [B, R, H, L, P, 2], (x, y) in [0, 1] of the image or beyond it, and their
+            weights [B, R, H, L, P], which sum to 1 per region and head.
         """
         x, memory = self.prepare(maps)
         sources = (memory, self.spatial_shapes, self.reference_points)
         x = through(self.layers[:-1], x, self.position, *sources)
         attention, query = self.layers[-1].cross_attention, x + self.position
         offsets = attention.offsets(query).unflatten(-1, (*attention.shape, 2))
-        # Filled on the device, for a captured graph cannot copy numbers from the host.
+        # Filled on the device, because a captured graph cannot copy numbers from the host.
         sides = [offsets.new_full((1,), side) for h, w in self.spatial_shapes for side in (w, h)]
         size = torch.cat(sides).view(-1, 1, 2)
         weights = attention.weights(query).unflatten(-1, (attention.shape[0], -1)).softmax(-1)

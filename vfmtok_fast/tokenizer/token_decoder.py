@@ -1,4 +1,4 @@
-"""From codes to the pixel decoder's map and to the foundation model's features (section 3.2)."""
+"""From codes to the pixel decoder's map and the foundation model's features (section 3.2)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .attention import CausalSelfAttention
 from .config import VFMTokConfig
 from .layers import Linear
 
-# Tokens that follow the patches; DINOv2's number of registers, whatever backbone is read.
+# Tokens after the patches: DINOv2's number of registers, whatever the backbone.
 NUM_REGISTERS = 4
 
 
@@ -50,7 +50,7 @@ class TokenDecoder(nn.Module):
         self.pixel_mask = learned(1)
         self.feature_mask = learned(1)
         self.registers = nn.Parameter(torch.zeros(1, NUM_REGISTERS, dim))
-        # The first is the class token's.
+        # The first position is the class token's.
         self.position = learned(1 + config.feature_grid**2)
         self.pixel_norm = nn.LayerNorm(dim)
         self.feature_norm = nn.LayerNorm(dim)
@@ -63,25 +63,25 @@ class TokenDecoder(nn.Module):
                 nn.init.zeros_(part.bias)
 
     def regions(self, vectors: Tensor) -> Tensor:
-        """Code vectors [B, R, d] to the regions that both passes read [B, R, dim]."""
-        # Both passes take the pixel pass's norm here, as the release does.
+        """Turn code vectors [B, R, d] into the regions that both passes read, [B, R, dim]."""
+        # Both passes use the pixel pass's norm here, as in the release.
         return self.pixel_norm(self.proj(vectors) + self.region_position)
 
     def pixel_map(self, regions: Tensor) -> Tensor:
-        """Regions to the pixel decoder's input [B, dim, 21, 21]."""
+        """Turn regions into the pixel decoder's input [B, dim, 21, 21]."""
         position = resize_positions(self.position[:, 1:], self.pixel_grid)
         patches = self._run(regions, self.pixel_mask + position, self.pixel_norm)
         return rearrange(patches, "b (y x) c -> b c y x", y=self.pixel_grid)
 
     def features(self, regions: Tensor) -> Tensor:
-        """Regions to predicted features of the foundation model [B, 576, backbone_dim]."""
+        """Turn regions into predicted foundation model features [B, 576, backbone_dim]."""
         patches = self.feature_mask + self.position[:, 1:]
         return self.feature_head(self._run(regions, patches, self.feature_norm))
 
     def semantic_class(self, regions: Tensor) -> Tensor:
-        """Regions to the class token as the features' pass leaves it [B, dim].
+        """Return the class token [B, dim] after the pass that predicts features.
 
-        It stands before the patches and attention is causal, so that they are left out here.
+        The class token precedes the patches and attention is causal, so the patches are left out.
         """
         R, patches = regions.shape[1], self.feature_mask[:, :0]
         return self._hidden(regions, patches, self.feature_norm)[:, R]

@@ -1,8 +1,8 @@
-"""A plain vision transformer of timm, read at several depths through `ops`.
+"""A plain vision transformer from timm, read at several depths through `ops`.
 
-The weights stay where timm has them, in the modules that timm made. The residual stream has the
-dtype of the position table, and each product the dtype of its weights: a float32 stream around
-products in half precision is a matter of which dtype the weights are held in.
+The weights stay in the modules that timm made. The residual stream has the dtype of the position
+table, and each product has the dtype of its weights. The dtypes of the weights alone thus give a
+float32 stream around half-precision products.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .attention import attend
 
 @functools.cache
 def _timm() -> SimpleNamespace:
-    """timm's classes, by name: some have moved from the model's file to the layers."""
-    # timm brings torchvision and with it Triton, which importing the package should not.
+    """timm's classes by name; some have moved from the model's file to the layers."""
+    # timm imports torchvision, which imports Triton; importing the package must not do that.
     from timm import layers
     from timm.models import vision_transformer
 
@@ -29,12 +29,12 @@ def _timm() -> SimpleNamespace:
 def is_plain(vit: nn.Module) -> bool:
     """Whether `read` computes what ``vit`` does: pre-norm blocks of attention and a GELU MLP.
 
-    By exact classes, for a subclass may do anything: rotary positions, SwiGLU, parallel or
-    post-norm blocks and norms inside the attention or the MLP are not plain. Nor is what has hooks,
-    which `read` would not call.
+    The check compares exact classes, because a subclass may do anything. Rotary positions, SwiGLU,
+    parallel or post-norm blocks, and norms inside the attention or the MLP are not plain. Neither
+    are modules with hooks, which `read` would not call.
     """
     left = [vit]
-    while left:  # Asked at every call; `modules()` would take as long as all the rest.
+    while left:  # Runs at every call; `modules()` would take as long as all the rest.
         part = left.pop()
         if part._forward_hooks or part._forward_pre_hooks:
             return False
@@ -45,7 +45,7 @@ def is_plain(vit: nn.Module) -> bool:
 
 
 def cuts_plainly(patches: nn.Module) -> bool:
-    """Whether a ViT's ``patch_embed`` is what `ops.patch_embed` computes behind the pixels."""
+    """Whether a ViT's ``patch_embed`` is what `ops.patch_embed` computes after normalisation."""
     if type(patches) is not _timm().PatchEmbed or type(patches.proj) is not nn.Conv2d:
         return False
     projection, side = patches.proj, tuple(patches.patch_size)
@@ -75,7 +75,7 @@ def _is_plain_block(block: nn.Module) -> bool:
     attention, mlp = block.attn, block.mlp
     if type(attention) is not timm.Attention or type(mlp) is not timm.Mlp:
         return False
-    # Of timm from when the attention had neither.
+    # Older timm versions have neither of these in their attention.
     extras = (getattr(attention, name, None) for name in ("norm", "gate"))
     products = (attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
     return (
@@ -92,10 +92,10 @@ def _is_plain_block(block: nn.Module) -> bool:
 
 
 def read(vit: nn.Module, patches: Tensor, levels: tuple[int, ...]) -> list[Tensor]:
-    """Embedded patches [B, patches, C] to one map of the same shape per level.
+    """Turn embedded patches [B, patches, C] into one map of the same shape per level.
 
-    ``levels`` are indices of blocks, rising; the last block's output passes the final norm.
-    ``vit`` is plain and in eval mode.
+    ``levels`` are rising block indices. The output of the last block passes through the final norm.
+    ``vit`` must be plain and in eval mode.
     """
     x = vit.norm_pre(vit.patch_drop(vit._pos_embed(patches)))
     following = [*(block.norm1 for block in vit.blocks[1:]), vit.norm]
@@ -122,7 +122,7 @@ def _product(layer: nn.Linear, x: Tensor, activation: str | None = None) -> Tens
 def _add_norm(
     x: Tensor, branch: Tensor, scale: nn.Module, norm: nn.LayerNorm, reader: nn.Linear | None
 ) -> tuple[Tensor, Tensor]:
-    """The stream with a branch added, and that normalised for the layer that reads it."""
+    """Return the stream plus a branch, and that sum normalised for the layer that reads it."""
     return ops.add_norm(
         x, branch, norm.weight, norm.bias, scale=getattr(scale, "gamma", None), eps=norm.eps,
         dtype=None if reader is None else reader.weight.dtype,
