@@ -1,4 +1,4 @@
-"""How far a command has come: a bar in a terminal, a line a minute in a log."""
+"""Progress of a command: a bar in a terminal, one line per minute in a log."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 from tqdm import tqdm
 
-# Seconds between lines where stderr is no terminal; what is done sooner prints none.
+# Seconds between lines if stderr is not a terminal; a shorter command prints none.
 INTERVAL = 60
 LINE = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
@@ -15,14 +15,14 @@ LINE = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{po
 def bar(
     total: int | None, unit: str, desc: str | None = None, done: int = 0, hidden: bool = False
 ) -> tqdm:
-    """A started bar on stderr, of which ``done`` is done; to be closed."""
+    """Return a started bar on stderr at position ``done``; the caller must close it."""
     hidden = hidden or sys.stderr is None or sys.stderr.closed
     kind = tqdm if hidden or sys.stderr.isatty() else _Lines
     return kind(total=total, initial=done, unit=unit, desc=desc, disable=hidden)
 
 
 class _Lines(tqdm):
-    """Plain lines, as logs of batch jobs want them."""
+    """Plain lines, for the logs of batch jobs."""
 
     def __init__(self, **options):
         super().__init__(
@@ -47,6 +47,6 @@ class _Lines(tqdm):
             return
         if self._time() >= self.start_t + self.delay:
             self.refresh()
-        # A bar is wiped away with what would stand in a log.
+        # tqdm erases a bar with characters that would appear in a log.
         self.fp = io.StringIO()
         super().close()
