@@ -1,4 +1,4 @@
-"""`ops.sample_token` against its reference: one guided code per image of the codebook's size."""
+"""`ops.sample_token` against its reference: one guided code per image, at the codebook's size."""
 
 from __future__ import annotations
 

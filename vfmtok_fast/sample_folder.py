@@ -119,7 +119,7 @@ def _check_settings(path: Path, described: dict[str, Any]) -> None:
 
 
 def _holds_something(out: Path) -> bool:
-    """Whether a folder without settings holds more than a run leaves that died before them."""
+    """Whether a folder without settings holds more than the remains of a run that died early."""
     shards = out / "shards"
     inside = [*out.iterdir(), *(shards.iterdir() if shards.is_dir() else ())]
     return any(path != shards and not atomic.is_temporary(path.name) for path in inside)
