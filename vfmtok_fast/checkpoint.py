@@ -137,7 +137,7 @@ def load_tokenizer(
     Args:
         model: as built from the config; returned in eval mode.
         tokenizer: ``vfmtok-tokenizer.pt``, or the mapping in it: ``{"ema" | "model" | "state_dict":
-        {...}}`` or plain.
+            {...}}`` or plain.
         backbone: ``dinov2_vitl14_reg4_pretrain.pth`` or the mapping in it; for another timm model,
             a file with timm's own names. None takes the
             ``encode_transformer.backbone.pretrained_encoder.*`` entries of ``tokenizer`` if it has
@@ -171,8 +171,8 @@ def load_tokenizer(
 def official_tokenizer(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights of a `VFMTok` under the authors' names, without the backbone.
 
-    The record of used codes, which their code requires, is included but empty. ``torch.save({"ema":
-    ...})`` makes a file that `load_tokenizer` and their code can read.
+    The record of used codes, which their code requires, is included but empty.
+    ``torch.save({"ema": ...})`` makes a file that `load_tokenizer` and their code can read.
     """
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
     named = {official_name(key, TOKENIZER_NAMES): value for key, value in weights.items()}

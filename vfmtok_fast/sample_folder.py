@@ -1,7 +1,7 @@
 """A folder of generated images that any number of processes fill; any of them may stop.
 
     OUT/
-      samples.json                 what the images depend on; a run with other content is refused
+      samples.json                 what the images depend on; a run that differs is refused
       shards/pictures-00000.npy    uint8 [64, size, size, 3], written atomically
       samples.npz                  ADM's format: arr_0 images, arr_1 labels; written last
 

@@ -118,7 +118,7 @@ def inception_score(logits: Tensor, split: int = 5000) -> float:
 def precision_recall(
     reference: Tensor, samples: Tensor, k: int = 3, half: bool = False
 ) -> tuple[float, float]:
-    """Shares of samples in the reference's manifold, and of the reference in the samples' manifold.
+    """Share of samples inside the reference's manifold, and of the reference inside the samples'.
 
     The manifold of points is the union of balls around them; each ball reaches the point's k-th
     neighbour.
