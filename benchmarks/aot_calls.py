@@ -67,7 +67,7 @@ def decode_attention_calls() -> list[Call]:
 
 
 def sample_token_calls() -> list[Call]:
-    """132 rows are one per multiprocessor of an H200; a single row is shared by several programs."""
+    """132 rows are one per multiprocessor of an H200; one row is shared by several programs."""
     V, T = 16384, {"temperature": 0.9}
     K, P = {"top_k": 100}, {"top_p": 0.9}
     return [

@@ -2,7 +2,7 @@
 
 torch counts the FLOPs of the reference (products, convolutions and attention, but not
 `grid_sample`). They are compared with the rate of a matrix product of the same precision on this
-device. Code that needs fewer FLOPs, like our upsampling, may show a higher rate than it computes at.
+device. Code that needs fewer FLOPs, like our upsampling, may show a higher rate than it reaches.
 """
 
 from __future__ import annotations
