@@ -1,4 +1,4 @@
-# Every target sets up its own environment first: a fresh clone needs only python3 (3.11 or newer)
+# Every target first sets up its own environment: a fresh clone needs only python3 (3.11 or newer)
 # and a package index.
 #
 #   make test PYTHON=python3.12    makes .venv with another Python
@@ -10,12 +10,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-# Where `make bench` and `make gpu-report` write; nobody's clone is changed by a look at a machine.
+# Where `make bench` and `make gpu-report` write, so that a run changes no committed file.
 RESULTS ?= build/benchmarks
-# What `make compare` compares: yours with the committed ones.
+# What `make compare` compares: the committed results with yours.
 OLD ?= benchmarks/results
 NEW ?= $(RESULTS)
-# What `make gpu-report` may take.
+# Time limit of `make gpu-report`, in seconds.
 SECONDS ?= 450
 
 BIN := $(if $(VENV),$(VENV)/bin/)
@@ -24,13 +24,13 @@ READY := $(if $(VENV),$(VENV)/.installed)
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format bench compare aot report gpu-report
 
-# Benchmarks are bench_*.py and bench_* functions; a plain `pytest` never runs them.
+# Benchmarks are bench_* functions in bench_*.py; a plain `pytest` never runs them.
 BENCH := -o python_files='bench_*.py' -o python_functions='bench_*' \
 	$(if $(findstring .py,$(ARGS)),,benchmarks)
-# A process per core, at most 4: each may hold a full-size model. A file's tests share its fixtures;
-# files are taken in the order of tests/conftest.py, the longest first.
+# One process per core, at most 4: each may hold a full-size model. The tests of a file share its
+# fixtures; files run in the order of tests/conftest.py, the longest first.
 PARALLEL := -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder
-# The package as an install would lay it out, for machines where nothing can be installed.
+# The package laid out as an install would do it, for machines where nothing can be installed.
 BARE := $(CURDIR)/build/bare
 
 help: ## show this list
@@ -68,7 +68,7 @@ gpu-report: ## all that needs a GPU within SECONDS: tests, tune, benchmarks; use
 	cp -r vfmtok_fast $(BARE)/ && cp -r kernels $(BARE)/vfmtok_fast/kernels
 	RESULTS=$(RESULTS) PYTHONPATH=$(BARE) $(PYTHON) benchmarks/gpu_report.py --seconds $(SECONDS)
 
-# Installed anew only when what it is made from changed; an interrupted install leaves no stamp.
+# Reinstall only if a file it depends on has changed; an interrupted install leaves no stamp.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	@echo "Installing into $(VENV) (PyTorch is a few GB: a minute or more) ..."
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""The one thing that pyproject.toml cannot say: kernels/ installs as vfmtok_fast.kernels."""
+"""The one thing that pyproject.toml cannot express: kernels/ installs as vfmtok_fast.kernels."""
 
 from setuptools import find_packages, setup
 

@@ -1,4 +1,4 @@
-"""`ops.sample_token` against its reference: one guided code per image of the codebook's size."""
+"""`ops.sample_token` against its reference: one guided code per image, at the codebook's size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEP = 100
 
 @functools.lru_cache(maxsize=1)
 def inputs(B: int) -> tuple[Tensor, Tensor]:
-    """Logits of conditional and unconditional rows, as a model gives them, and image ids."""
+    """Logits of conditional and unconditional rows, as a model returns them, and image ids."""
     logits = 2 * torch.randn(2 * B, V, generator=torch.Generator().manual_seed(0))
     return logits.to(DEVICE), torch.arange(B, device=DEVICE)
 
@@ -54,7 +54,7 @@ def bench_sample_token(benchmark, B: int, name: str, provider: str):
     call = PROVIDERS[provider]()
 
     def check(codes: Tensor) -> dict[str, object]:
-        # Codes tied within rounding may differ: about one row in 10^5.
+        # Codes that are tied within rounding may differ: about one row in 10^5.
         wrong = int((codes != expected(B, name)).sum())
         assert wrong <= B // 32, f"{wrong} of {B} codes are not the reference's"
         return {"batch": B, "v": V, "wrong_rows": wrong}
@@ -66,7 +66,8 @@ def bench_sample_token(benchmark, B: int, name: str, provider: str):
         provider=provider,
         fn=lambda: call(logits, image_ids, SETTINGS[name]),
         check=check,
-        # Guidance and the sum with the noise; the noise itself is integers and logarithms.
+        # Guidance and the addition of the noise; the noise itself takes integer operations and
+        # logarithms.
         work=harness.Work(bytes=2 * B * V * 4 + 16 * B, flops=4 * B * V),
         enabled="sample_token" if provider == "fast" else None,
     )

@@ -1,8 +1,8 @@
 """`VFMTok.encode` and `decode`, whole and by stage, at full size with random weights.
 
-FLOPs are counted by torch on the reference (products, convolutions and attention; `grid_sample` is
-none of them), and compared with what a matrix product of the same precision reaches here. What
-needs fewer of them, as our upsampling does, may come out above what it computes.
+torch counts the FLOPs of the reference (products, convolutions and attention, but not
+`grid_sample`). They are compared with the rate of a matrix product of the same precision on this
+device. Code that needs fewer FLOPs, like our upsampling, may show a higher rate than it reaches.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from vfmtok_fast.untrained import untrained_tokenizer
 
 SHORT = {"float32": "fp32", "tf32": "tf32", "float16": "fp16", "bfloat16": "bf16", "mixed": "mixed"}
 WHOLE = ("encode", "decode", "round trip")
-# float32 first: its reference is the truth of all others. A tuple is (what, pictures, precision,
-# providers), what matters most first. On a CPU bfloat16 pays where the processor has instructions
-# for it, and four pictures at a time are what six minutes allow.
+# float32 comes first, because its reference is the truth for all others. A tuple is (what, images,
+# precision, providers), the most important first. On a CPU, bfloat16 pays if the processor has
+# instructions for it, and six minutes allow four images at a time.
 if GPU:
     EVERY = ("reference", "fast")
     CASES = [
@@ -57,19 +57,19 @@ else:
     ]
     STAGES_OF, STAGE_BATCH = ("float32",), 1
 RUNS = [(what, B, name, who) for what, B, name, every in CASES for who in every]
-# What the float32 reference gave, and how far other precisions' references were from it.
+# Results of the float32 reference, and the distance of other precisions' references from it.
 TRUTH: dict[tuple[str, int], Tensor] = {}
 RULER: dict[tuple[str, int, str], float] = {}
 
 
 @functools.cache
 def initialised() -> VFMTok:
-    # Filling the weights takes a CPU seconds.
+    # Initialising the weights takes seconds on a CPU.
     with torch.device(DEVICE):
         return untrained_tokenizer("full").to(DEVICE)
 
 
-# A GPU has room for all of them.
+# A GPU has room for all models.
 @functools.lru_cache(maxsize=8 if GPU else 1)
 def model(precision: str) -> VFMTok:
     return copy.deepcopy(initialised()).set_precision(precision)
@@ -80,7 +80,7 @@ def inputs(what: str, B: int) -> Tensor:
     draw = torch.Generator().manual_seed(B)
     if what == "decode":
         return torch.randint(16384, (B, 256), generator=draw).to(DEVICE)
-    # Smooth, as photos are.
+    # Smooth, like photos.
     coarse = torch.rand(B, 3, 24, 24, generator=draw) * 2 - 1
     return torch.nn.functional.interpolate(coarse, size=336, mode="bilinear").to(DEVICE)
 
@@ -95,7 +95,7 @@ def call(what: str, of: VFMTok | ReleaseTokenizer) -> Callable[[Tensor], Tensor]
 
 @functools.cache
 def product_rate(precision: str) -> float:
-    """TFLOP/s of a matrix product in the dtype that the model's own are in."""
+    """TFLOP/s of a matrix product in the dtype of the model's own products."""
     if not GPU and precision == "float32":
         return harness.ceilings()["matmul_tflop_s"]
     kind = {"float16": "float16", "mixed": "float16", "bfloat16": "bfloat16"}.get(precision)
@@ -110,13 +110,13 @@ def product_rate(precision: str) -> float:
 
 
 def count_flops(fn: Callable[[], object]) -> int:
-    # torch counts nothing of the fused attention of a CPU; as two products it does.
+    # torch does not count fused attention on a CPU, but counts it as two products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         fn()
     return counter.get_total_flops()
 
 
-# Tensors of shapes without values: what runs on them is counted and never computed.
+# Fake tensors have shapes but no values: operations on them are counted, never computed.
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -130,12 +130,12 @@ def blank() -> VFMTok:
 
 @functools.cache
 def flops() -> dict[str, int]:
-    """Of one picture, by stage and in all."""
+    """FLOPs of one image, by stage and in total."""
     tok = blank()
     with torch.no_grad(), vfmtok_fast.enable([]), FAKE:
         calls = stages(tok, torch.empty(1, 3, 336, 336), torch.empty(1, 256, 12))
         found = {name: count_flops(fn) for name, (_, fn) in calls.items()}
-    # The search for the nearest code is not in it: there are no values to find one by.
+    # This lacks the search for the nearest code, which fake tensors without values cannot run.
     found["quantiser"] += 2 * 256 * 16384 * 12
     return found | {what: sum(found[part] for part in parts) for what, parts in PARTS.items()}
 
@@ -151,7 +151,7 @@ LEVELS = [f"pixel decoder, {336 >> i} x {336 >> i}" for i in reversed(range(5))]
 def stages(
     tok: VFMTok, images: Tensor, vectors: Tensor
 ) -> dict[str, tuple[int, Callable[[], object]]]:
-    """Of each stage the pictures at a time, and a call with the input that it has in the whole."""
+    """For each stage, the images at a time and a call with its input in the whole model."""
     tokens, pixels, quantizer = tok.token_decoder, tok.pixel_decoder, tok.quantizer
     backbone, projection = tok.backbone, tok.backbone.vit.patch_embed.proj
     cutting = (backbone.mean.flatten(), backbone.std.flatten(), projection.weight, projection.bias)
@@ -163,7 +163,7 @@ def stages(
         return queries if isinstance(queries, FakeTensor) else quantizer.nearest(queries)
 
     whole = tokens.pixel_map(tokens.regions(vectors))
-    # As many at a time as `decode` takes.
+    # As many images at a time as `decode` takes.
     x = whole[: pixels.fitting(2**31, whole.itemsize)]
     B, piece = len(images), len(x)
     found = {
@@ -184,7 +184,7 @@ def stages(
 
 
 def work(what: str, B: int) -> harness.Work:
-    """Weights, input and pictures once; the stages' operations."""
+    """Bytes of weights, input and images, each once; the operations of the stages."""
     weights = sum(p.nbytes for part in PARTS[what] for p in module(part).parameters())
     pixels = 0 if what == "encode" else B * 3 * 336 * 336 * 4
     return harness.Work(bytes=weights + pixels + inputs(what, B).nbytes, flops=B * flops()[what])
@@ -195,7 +195,7 @@ def module(part: str) -> torch.nn.Module:
 
 
 def check(what: str, B: int, precision: str, provider: str, got: Tensor) -> dict[str, object]:
-    """Codes like the float32 reference's, and pictures as near to its as the rule allows."""
+    """Check codes against the float32 reference's, and that images are close enough to its."""
     if (what, B) not in TRUTH:
         with vfmtok_fast.enable([]):
             TRUTH[what, B] = call(what, model("float32"))(inputs(what, B)).cpu()
@@ -203,8 +203,8 @@ def check(what: str, B: int, precision: str, provider: str, got: Tensor) -> dict
     assert got.shape == want.shape
     if what == "encode":
         same = float((got == want).float().mean())
-        # Random weights have more near ties than trained ones. What the reference makes of them in
-        # half precision is a record, not right or wrong: 0.80 in bfloat16 with AMX, 0.92 on a GPU.
+        # Random weights give more near ties than trained ones. The reference's share of equal codes
+        # in half precision is recorded, not judged: 0.80 in bfloat16 with AMX, 0.92 on a GPU.
         half = precision in ("float16", "bfloat16", "mixed")
         least = {"float32": 0.999, "tf32": 0.98}.get(precision, 0.85)
         right = same >= least or (half and provider == "reference")
@@ -218,7 +218,8 @@ def check(what: str, B: int, precision: str, provider: str, got: Tensor) -> dict
         allowed = 2 * RULER.get((what, B, precision), 0.0) + 8 * eps
         assert error <= allowed, f"off by {error:.1e} of the largest value, not {allowed:.1e}"
     else:
-        # A code of a near tie may differ, and with it its picture's pixels: only the mean counts.
+        # A code may differ at a near tie, and with it the pixels of its image: only the mean
+        # counts.
         error = float((got.float() - want.float()).abs().mean() / want.abs().mean())
         assert error <= (0.01 if precision == "float32" else 0.5), error
     return {"error": error}
@@ -226,7 +227,7 @@ def check(what: str, B: int, precision: str, provider: str, got: Tensor) -> dict
 
 @contextlib.contextmanager
 def release_switches(provider: str) -> Iterator[None]:
-    """TF32 as the release sets it, for the process."""
+    """Set TF32 for the process, as the release does."""
     there = provider == "release style" and GPU
     with computing(torch.device(DEVICE), True) if there else contextlib.nullcontext():
         yield
@@ -259,7 +260,7 @@ def bench_tokenizer(benchmark, what: str, B: int, precision: str, provider: str)
             TRUTH[what, B] = got.cpu()
         return {"batch": B, **check(what, B, precision, provider, got)}
 
-    # Behind the backbone mixed is TF32, and the ceiling is of that.
+    # Behind the backbone, mixed precision uses TF32, so the ceiling is that of TF32.
     products = "tf32" if (what, precision) == ("decode", "mixed") else precision
     with torch.no_grad(), release_switches(provider), policy(provider):
         measure(
@@ -287,7 +288,7 @@ STAGES = ["patch embedding", *PARTS["round trip"], "pixel decoder, middle", *LEV
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("precision", STAGES_OF)
 def bench_stages(benchmark, precision: str, stage: str, provider: str):
-    """Where the time goes; that the whole is right is checked above, here that nothing is NaN."""
+    """Time of each stage. The whole model is checked above; here only for NaN."""
     batch, fn = stage_calls(precision)[stage]
 
     def check_stage(got: Tensor | list[Tensor]) -> dict[str, object]:

@@ -1,13 +1,13 @@
-"""Whether anything got slower: `make compare OLD=benchmarks/results NEW=build/benchmarks`.
+"""Report whether anything got slower: `make compare OLD=benchmarks/results NEW=build/benchmarks`.
 
-Compares two folders of results, as `make bench` writes them. Records match by device, op, shape and
-provider. A record is *slower* where its median grew by more than 5 % and by more than three times
-the noise; *faster* the same way down. The noise is that of both runs together, the root of the sum
-of the squares of their interquartile ranges. Where a record has no quartiles, half of its range
-stands for them, which is about as much for seven rounds. A single round has no spread, and says
-nothing.
+Compares two folders of results that `make bench` wrote. Records match by device, op, shape and
+provider. A record is *slower* if its median grew by more than 5 % and by more than three times the
+noise, and *faster* if it shrank by as much. The noise is that of both runs together: the root of
+the sum of the squares of their interquartile ranges. If a record has no quartiles, half of its
+range is used instead, which is about the same for seven rounds. A single round has no spread and
+allows no verdict.
 
-Exit status: 0 nothing got slower, 1 something did, 2 the folders cannot be compared.
+Exit status: 0 if nothing got slower, 1 if something did, 2 if the folders cannot be compared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class BadInputError(Exception):
 
 
 def read(folder: Path) -> tuple[dict[Key, dict], dict[str, set[str]]]:
-    """Records by device, op, shape and provider; of each device the versions that ran."""
+    """Return records by device, op, shape and provider, and the versions that each device ran."""
     if not folder.is_dir():
         raise BadInputError(f"{folder} is no folder; name one that `make bench` wrote")
     records: dict[Key, dict] = {}
@@ -41,7 +41,7 @@ def read(folder: Path) -> tuple[dict[Key, dict], dict[str, set[str]]]:
         except ValueError as error:
             raise BadInputError(f"{path} is no JSON ({error}); measure anew") from error
         if not isinstance(content, dict) or "records" not in content:
-            continue  # What machine code says of a chip is no measurement.
+            continue  # What machine code predicts for a chip is not a measurement.
         try:
             environment = content["environment"]
             device = environment["device"]
@@ -61,7 +61,7 @@ def read(folder: Path) -> tuple[dict[Key, dict], dict[str, set[str]]]:
 
 
 def spread(record: dict) -> float | None:
-    """Microseconds between the quartiles of the rounds; None where there is no spread to see."""
+    """Microseconds between the quartiles of the rounds, or None if there is no spread."""
     if (record.get("rounds") or 0) < 2:
         return None
     if record.get("iqr_us") is not None:
@@ -72,7 +72,7 @@ def spread(record: dict) -> float | None:
 
 
 def verdict(old: dict, new: dict) -> str:
-    """ "slower", "faster", "same", or why that cannot be said."""
+    """ "slower", "faster", "same", or the reason why there is no verdict."""
     if old.get("timer") != new.get("timer"):
         return f"timed otherwise ({old.get('timer')}, then {new.get('timer')})"
     spreads = spread(old), spread(new)
@@ -85,7 +85,7 @@ def verdict(old: dict, new: dict) -> str:
 
 
 def compare(old_folder: Path, new_folder: Path) -> tuple[list[str], bool]:
-    """Lines to print, and whether anything got slower."""
+    """Return the lines to print, and whether anything got slower."""
     (old, before), (new, after) = read(old_folder), read(new_folder)
     if not before.keys() & after.keys():
         raise BadInputError(

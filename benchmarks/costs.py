@@ -1,4 +1,4 @@
-"""What tokens of whole data sets cost, from the rates that `bench_cache` measured."""
+"""Costs of tokens for whole data sets, from the rates that `bench_cache` measured."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import math
 
 from bounds import table
 
-# Views per second of one GPU to reckon with; assumed, not measured.
+# Views per second of one GPU; assumed, not measured.
 GPU_RATES = (400, 1000, 2000)
 GPUS = 8
-# Bytes of a view's tokens, and of a picture's index, label and status.
+# Bytes of a view's tokens, and of an image's index, label and status.
 VIEW_BYTES, PICTURE_BYTES = 512, 13
 DATA_SETS = {"ImageNet-1k": 1_281_167, "100 M images": 10**8, "1 B images": 10**9}
 VIEW_SETS = {"center": 1, "ten-crop": 10}
 
 
 def cost_sheet(content: dict) -> list[str]:
-    """Time, disk and machines for whole data sets, from the rates of a cache.json."""
+    """Time, disk space and machines for whole data sets, from the rates of a cache.json."""
     found: dict[str, tuple[int, float]] = {}
     for record in content["records"]:
         if record["provider"] == "pipeline":
             name, workers = record["shape"].split(" workers=")
-            # With all cores at work, which is how a cache is made.
+            # With all cores in use, which is how a cache is built.
             found[name] = max(found.get(name, (0, 0.0)), (int(workers), record["images_s"]))
     rates = {name: rate / workers for name, (workers, rate) in found.items()}
     rows, machines, cores = [], [], []

@@ -1,7 +1,7 @@
-"""Other implementations of deformable sampling, where they are installed; nothing is downloaded.
+"""Other implementations of deformable sampling, if they are installed; nothing is downloaded.
 
-They take finished locations in [0, 1], and the compiled ones finished
-weights too: their softmax is part of the call. What is not here says how it is got.
+They take finished locations in [0, 1], and the compiled ones take finished weights too, so the
+softmax is timed as part of the call. A missing peer says how to get it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Images that the compiled op takes at a time; it must divide the batch.
+# Number of images that the compiled op takes at a time; it must divide the batch size.
 IMAGES_AT_A_TIME = 64
 HUB_KERNEL = "kernels-community/deformable-detr"
-# How each is got, by a person who wants it measured.
+# How to get each peer in order to measure it.
 GET_DEFORMOPS = "pip install deformops"
 GET_EXTENSION = "build models/ops of Deformable DETR with nvcc, against this torch"
 GET_KERNELS = "pip install kernels"
@@ -30,7 +30,7 @@ class NotHere(Exception):
 
 
 def deformops() -> Callable[..., Tensor]:
-    """``deformops`` from PyPI: Triton kernels, atomics in the backward."""
+    """``deformops`` from PyPI: Triton kernels, with atomics in the backward pass."""
     try:
         from deformops.registry import msda
     except ImportError as error:
@@ -73,7 +73,7 @@ def _cached_kernel() -> ModuleType:
     try:
         return get_kernel(HUB_KERNEL, revision="main")
     except Exception as error:
-        # It has many ways to say that a file is not there.
+        # The package has many ways to report a missing file.
         lines = str(error).splitlines() or [""]
         why = f"{HUB_KERNEL} is not in the local cache ({GET_HUB_KERNEL}), or cannot be loaded"
         raise NotHere(f"{why}: {type(error).__name__}: {lines[0]:.120}") from error
@@ -82,7 +82,7 @@ def _cached_kernel() -> ModuleType:
 
 
 def _autograd(module: ModuleType) -> Callable[..., Tensor]:
-    """The two functions of a compiled op as one that can be differentiated."""
+    """Combine the two functions of a compiled op into one differentiable function."""
     forward, backward = module.ms_deform_attn_forward, module.ms_deform_attn_backward
 
     class Sample(torch.autograd.Function):

@@ -12,12 +12,12 @@ def by_shape(records: list[dict]) -> dict[str, list[dict]]:
     return shapes
 
 
-# More bars of one shape cannot be told apart.
+# More bars per shape cannot be told apart.
 MOST_PROVIDERS = 9
 
 
 def plot(path: Path, content: dict) -> bool:
-    """Median times as grouped bars beside the JSON file; False without matplotlib or sense."""
+    """Plot median times as bars beside the JSON file; False without matplotlib or if unreadable."""
     providers = list(dict.fromkeys(record["provider"] for record in content["records"]))
     if len(providers) > MOST_PROVIDERS and path.stem != "generate":
         return False
@@ -45,7 +45,7 @@ def plot(path: Path, content: dict) -> bool:
     axes.set_ylabel("median time, ms")
     axes.set_xticks(range(len(shapes)), [shape.replace(" ", "\n") for shape in shapes])
     axes.set_title(f"{path.stem}, {content['environment']['device']}")
-    # Beside the bars: on them it hides some.
+    # Beside the bars, since on top of them it hides some.
     figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
     pyplot.close(figure)
@@ -53,9 +53,9 @@ def plot(path: Path, content: dict) -> bool:
 
 
 def _generation(pyplot, path: Path, content: dict) -> None:
-    """Milliseconds of a step against reading its bytes; images per second against the batch."""
+    """Plot step time against the time to read its bytes, and images per second against batch."""
     records, copy = content["records"], content["ceilings"]["copy_gb_s"]
-    # Against a single batch size there is nothing to see.
+    # A single batch size gives nothing to plot against.
     sizes = {record["images"] for record in records if record["codes"] == 256}
     panels = 1 + (len(sizes) > 1)
     figure, axes = pyplot.subplots(

@@ -1,13 +1,14 @@
-"""How many tokens each precision leaves as they are: `python benchmarks/precision.py`.
+"""Count the tokens that each precision leaves unchanged: `python benchmarks/precision.py`.
 
-The full-size tokenizer encodes seeded random crops of photographs by the reference in float32, and
-otherwise; equal tokens are counted. `float32` is the fast path. On a GPU each other precision is
-what `set_precision` makes of the model. On a CPU their roundings are emulated in float32
-arithmetic: both factors of a product are rounded, the sum is not, and in half precision the result
-is. ``--parts`` rounds one part of the foundation model at a time, to see which must stay wide.
+The full-size tokenizer encodes seeded random crops of photographs with the float32 reference and in
+other ways, and equal tokens are counted. `float32` is the fast path. On a GPU, each other precision
+is the model after `set_precision`. On a CPU, the roundings are emulated in float32 arithmetic: both
+factors of a product are rounded, the sum is not, and in half precision the result is. ``--parts``
+rounds one part of the foundation model at a time, to show which parts need more precision.
 
-Weights are those of the tests' golden recipe, random but of trained sizes. Records go to
-precision/ of the results, after every batch; a second run goes on where the last one ended:
+Weights are those of the tests' golden recipe: random, but with the sizes of trained weights.
+Records go to precision/ in the results after every batch; a second run resumes where the last one
+ended:
 
     python benchmarks/precision.py --crops 1000
     python benchmarks/precision.py --images photos/ --model vfmtok/
@@ -46,12 +47,12 @@ MARKS = "<!-- precision: by `make report` -->", "<!-- end of precision -->"
 PARTS = ("patch", "qkv", "attention", "proj", "fc1", "fc2", "stream")
 PRODUCTS = PARTS[:-1]
 BATCH = 4
-# Crops whose pictures are compared: decoding is as dear as encoding.
+# Number of crops whose decoded images are compared; decoding costs as much as encoding.
 DECODED = 8
 
 
 def narrow(x: Tensor, kind: str | None) -> Tensor:
-    """``x`` rounded to a type's values, in its own dtype."""
+    """Round ``x`` to a dtype's values, but keep its own dtype."""
     if kind is None:
         return x
     if kind == "tf32":
@@ -66,7 +67,7 @@ def product(layer: torch.nn.Linear, x: Tensor, kind: str | None) -> Tensor:
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, kind: str | None, causal: bool = False) -> Tensor:
-    """Scores stay wide inside of a fused kernel; weights are rounded for the second product."""
+    """Fused attention: scores are not rounded, weights are rounded for the second product."""
     if kind is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     q, k, v = (narrow(x, kind) for x in (q, k, v))
@@ -77,7 +78,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, kind: str | None, causal: bool = F
 
 
 def read(tok: VFMTok, images: Tensor, kinds: dict[str, str]) -> list[Tensor]:
-    """The backbone's maps, with the parts that ``kinds`` names rounded."""
+    """Return the backbone's maps, with the parts that ``kinds`` names rounded."""
     backbone, vit = tok.backbone, tok.backbone.vit
     x = ((images.clamp(-1, 1) + 1) / 2 - backbone.mean) / backbone.std
     kind, conv = kinds.get("patch"), vit.patch_embed.proj
@@ -103,7 +104,7 @@ def read(tok: VFMTok, images: Tensor, kinds: dict[str, str]) -> list[Tensor]:
 
 
 class Rounded(TorchFunctionMode):
-    """Rounds both factors of every linear layer inside; beside TF32 attention is float16."""
+    """Rounds both factors of every linear layer inside; with TF32, attention is in float16."""
 
     def __init__(self, kind: str):
         super().__init__()
@@ -139,7 +140,7 @@ def queries_of(tok: VFMTok, maps: list[Tensor], kind: str | None) -> Tensor:
 
 
 def emulations(parts: bool) -> dict[str, Callable[[VFMTok, Tensor], Tensor]]:
-    """Queries of images by the name of a precision."""
+    """Functions that return the queries of images, by name of precision."""
     wanted = dict(EMULATED)
     if parts:
         wanted |= {f"only {part} in float16": ({part: "float16"}, None) for part in PARTS}
@@ -158,7 +159,7 @@ def fast(tok: VFMTok, images: Tensor) -> Tensor:
 
 
 def golden_model() -> VFMTok:
-    """The full-size tokenizer with the golden recipe's weights."""
+    """Return the full-size tokenizer with the golden recipe's weights."""
     recipe_tensor = runpy.run_path(str(GOLDEN / "recipe.py"))["recipe_tensor"]
     shapes = json.loads((GOLDEN / "tokenizer_full.keys.json").read_text())
     return VFMTok.from_official(
@@ -167,7 +168,7 @@ def golden_model() -> VFMTok:
 
 
 def crops(folder: Path, size: int, first: int, count: int) -> Iterator[np.ndarray]:
-    """Seeded squares of half to all of a picture's shorter side, mirrored every other time."""
+    """Yield seeded square crops of half to all of the shorter side, every other one mirrored."""
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not paths:
         raise SystemExit(f"{folder}: holds no pictures (.jpg, .png)")
@@ -183,7 +184,7 @@ def crops(folder: Path, size: int, first: int, count: int) -> Iterator[np.ndarra
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Decibels, of pictures in [-1, 1]."""
+    """PSNR in decibels, of images in [-1, 1]."""
     error = float((a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean())
     return 10 * math.log10(4 / error) if error else math.inf
 
@@ -191,7 +192,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 def measure(
     tok: VFMTok, images: Tensor, variants: dict[str, Callable], found: dict[str, dict], decode: int
 ) -> None:
-    """Add a batch to what was found."""
+    """Add a batch to the results found so far."""
     exact = tok.encode_regions(images)[0]
     codes, scores = ops.nearest_code(
         exact.flatten(0, 1), tok.quantizer.codebook, k=2, return_score=True
@@ -214,7 +215,7 @@ def measure(
 
 
 def real(model: Callable[[], VFMTok], device: torch.device) -> dict[str, Callable]:
-    """On a GPU: the model in each precision."""
+    """On a GPU: functions for the model in each precision."""
 
     @functools.cache
     def made(precision: str) -> VFMTok:
@@ -228,7 +229,7 @@ def real(model: Callable[[], VFMTok], device: torch.device) -> dict[str, Callabl
 
 
 def summary(row: dict, tokens: int) -> tuple[str, str]:
-    """Share of equal tokens with its standard error, and what the others do to the picture."""
+    """Share of equal tokens with its standard error, and the effect of the others on the image."""
     share = np.array(row["equal"]) / tokens
     spread = share.std(ddof=1) / len(share) ** 0.5
     said = f"{share.mean():.2%} ± {spread:.2%} of {len(share):,} crops"
@@ -244,16 +245,16 @@ def summary(row: dict, tokens: int) -> tuple[str, str]:
     return said, picture
 
 
-# A precision's name there, and in the records of the H200.
+# Name of a precision in the table, and in the records of the H200.
 ON_H200 = {
     "float32": "fp32", "tf32": "tf32", "float16": "fp16", "bfloat16": "bf16", "mixed": "mixed",
 }  # fmt: skip
 
 
 def table() -> list[str]:
-    """README.md's lines on precision, from the records alone."""
+    """README.md's lines on precision, computed from the records alone."""
     lines, rows = [], {name: [name, "", "", "not measured"] for name in PRECISIONS}
-    # Those of the parts, of fewer crops, for what nothing else has.
+    # Records of parts, with fewer crops, are used only where nothing else has a value.
     paths = sorted((harness.ROOT / "benchmarks/results/precision").glob("*.json"))
     for path in sorted(paths, key=lambda path: path.stem.endswith("-parts")):
         content = json.loads(path.read_text())
@@ -337,7 +338,7 @@ def main() -> None:
             done = min(has.values())
             if done >= options.crops:
                 break
-            # Each goes on where it ended itself.
+            # Each precision resumes where it ended.
             count = min(batch, options.crops - done, *(n - done for n in has.values() if n > done))
             behind = {name: variants[name] for name in variants if has[name] == done}
             views = np.stack(list(crops(options.images, tok.config.image_size, done, count)))

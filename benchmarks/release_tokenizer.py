@@ -1,10 +1,10 @@
-"""How the authors' release tokenises without a CUDA extension, to measure against: not for use.
+"""The authors' way of tokenising without a CUDA extension, to compare with, not for use.
 
 timm's own loop over the backbone's blocks, `F.grid_sample` for the deformable attention, distances
-to all codes in one matrix, and a VQGAN decoder in torch's default layout: norm, SiLU, convolution
-and nearest upsampling each by itself. Written anew from its description; the weights are those of
-our model. The parts that are plain torch in ours as well (projectors, self-attention, token
-decoder) are called, with nothing enabled.
+to all codes in one matrix, and a VQGAN decoder in torch's default layout, with norm, SiLU,
+convolution and nearest upsampling as separate operations. Rewritten from its description; the
+weights are those of our model. The parts that are plain torch in our model too (projectors,
+self-attention, token decoder) are called with nothing enabled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vfmtok_fast import VFMTok
 
 
 class ReleaseTokenizer:
-    """Encodes and decodes with ``model``'s weights, float32, TF32 where the process allows it."""
+    """Encodes and decodes with ``model``'s weights, in float32 or TF32 as the process allows."""
 
     def __init__(self, model: VFMTok):
         self.model = model
@@ -58,7 +58,7 @@ def block(part: nn.Module, x: Tensor) -> Tensor:
 
 
 def attend(part: nn.Module, x: Tensor) -> Tensor:
-    """One head over all positions, its weights in memory."""
+    """Attention of one head over all positions, with its weights stored in memory."""
     h = part.norm(x)
     q, k, v = (project(h).flatten(2) for project in (part.q, part.k, part.v))
     weights = (q.transpose(1, 2) @ k / math.sqrt(q.shape[1])).softmax(dim=-1)

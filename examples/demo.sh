@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The four things that vfmtok-fast does, with the small emoji model that comes with it, on emoji
-# that it was not trained on. `make demo` runs it; by hand: examples/demo.sh [OUT], with vfmtok-fast
-# on PATH.
+# that it was not trained on. `make demo` runs this script. To run it by hand: examples/demo.sh
+# [OUT], with vfmtok-fast on PATH.
 set -euo pipefail
 
 images=$(dirname "$0")/emoji/data/heldout
@@ -18,7 +18,7 @@ step() {
     "$@"
 }
 
-# Only what this script makes, so that it starts from nothing each time.
+# Remove only what this script makes, so that every run starts from nothing.
 rm -rf "$out/cache" "$out/samples" "$out/guided" "$out/reconstruction.png"
 mkdir -p "$out"
 

@@ -1,7 +1,8 @@
-"""Loading the authors' files into our models.
+"""Load the authors' files into our models.
 
-The authors publish ``yexiguafu/VFMTok`` on the Hugging Face hub; `OFFICIAL_FILES` lists what it
-holds. DINOv2 publishes its own file. Loading is strict: every key must be there, be known and fit.
+The authors publish ``yexiguafu/VFMTok`` on the Hugging Face hub; `OFFICIAL_FILES` lists its files.
+DINOv2 publishes its own file. Loading is strict: every key must be present, known and of the right
+shape.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ OFFICIAL_FILES = {
 DINOV2_FILE = "dinov2_vitl14_reg4_pretrain.pth"
 DINOV2_URL = f"https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/{DINOV2_FILE}"
 
-# How torch.save's files begin, now and before torch 1.6.
+# First bytes of files from torch.save, now and before torch 1.6.
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
-# Training scripts store their command line: a Namespace and paths, which run nothing.
-# A path of another system, or of Python from 3.13 on, is read as what this one has.
+# Training scripts store their command line, a Namespace and paths, which run no code. Paths from
+# another operating system, or from Python 3.13 or later, are read as this Python's pure paths.
 HARMLESS = [
     argparse.Namespace,
     *(
@@ -60,7 +61,7 @@ SAVED_ALONE = "have it saved with the weights alone, torch.save(model.state_dict
 
 BACKBONE_PREFIX = "encode_transformer.backbone.pretrained_encoder."
 
-# Our name to the authors', applied in this order.
+# From our names to the authors', applied in this order.
 TOKENIZER_NAMES = (
     (r"^quantizer\.codebook$", "slot_quantize.embedding.weight"),
     (r"^quantizer\.proj\.", "pre_slots_quant."),
@@ -114,10 +115,10 @@ GPT_NAMES = (
     (r"\.ffn\.down\.", ".feed_forward.w2."),
     (r"^head\.", "output."),
 )
-# Entries of the authors' files that the models have no use for.
+# Entries of the authors' files that the models do not use.
 TOKENIZER_UNUSED = ("slot_quantize.codebook_used",)
 DINOV2_UNUSED = ("mask_token",)
-# How many codes the first of them remembers.
+# How many codes ``codebook_used`` records.
 CODES_RECORDED = 65_536
 
 
@@ -131,20 +132,21 @@ def official_name(ours: str, names: tuple[tuple[str, str], ...]) -> str:
 def load_tokenizer(
     model: Model, tokenizer: str | Path | Mapping, backbone: str | Path | Mapping | None = None
 ) -> Model:
-    """Fill a `VFMTok` from the authors' tokenizer and the backbone's own file.
+    """Fill a `VFMTok` from the authors' tokenizer file and the backbone's own file.
 
     Args:
-        model: as built from the config; it is returned, in eval mode.
+        model: as built from the config; returned in eval mode.
         tokenizer: ``vfmtok-tokenizer.pt``, or the mapping in it: ``{"ema" | "model" | "state_dict":
             {...}}`` or plain.
-        backbone: ``dinov2_vitl14_reg4_pretrain.pth`` or its mapping; for another timm model, a
-            file in timm's own naming. None takes the entries ``encode_transformer.backbone.
-            pretrained_encoder.*`` of ``tokenizer``, else the published file, which is downloaded.
+        backbone: ``dinov2_vitl14_reg4_pretrain.pth`` or the mapping in it; for another timm model,
+            a file with timm's own names. None takes the
+            ``encode_transformer.backbone.pretrained_encoder.*`` entries of ``tokenizer`` if it has
+            any, else downloads the published file.
 
     Raises:
-        ValueError: missing, extra, misshapen or NaN entries (all named), or a file that is no
-            checkpoint or would run code.
-        FileNotFoundError: no such file, or a download that failed.
+        ValueError: entries are missing, extra, misshapen or NaN (all are named), or the file is not
+            a checkpoint or would run code.
+        FileNotFoundError: there is no such file, or the download failed.
     """
     tensors = read_tensors(tokenizer, ("ema", "model", "state_dict"), "tokenizer")
     inside = {
@@ -167,10 +169,10 @@ def load_tokenizer(
 
 
 def official_tokenizer(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a `VFMTok` as the authors' checkpoints hold them: by their names, no backbone.
+    """Return the weights of a `VFMTok` under the authors' names, without the backbone.
 
-    With the codes' record of use, which theirs is strict about, empty. ``torch.save({"ema": ...})``
-    makes a file that `load_tokenizer` and their code read.
+    The record of used codes, which their code requires, is included but empty.
+    ``torch.save({"ema": ...})`` makes a file that `load_tokenizer` and their code can read.
     """
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
     named = {official_name(key, TOKENIZER_NAMES): value for key, value in weights.items()}
@@ -178,14 +180,14 @@ def official_tokenizer(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_backbone(model: Model, backbone: str | Path | Mapping | None = None) -> Model:
-    """Fill the foundation model of a `VFMTok` alone, as to train the rest from the start.
+    """Fill only the foundation model of a `VFMTok`, for instance to train the rest from scratch.
 
     Args:
-        model: as built from the config; it is returned.
+        model: as built from the config; returned.
         backbone: as for `load_tokenizer`; None downloads the published file.
 
     Raises:
-        As `load_tokenizer`.
+        As for `load_tokenizer`.
     """
     if backbone is None:
         tensors = _fetch_backbone(model)
@@ -196,9 +198,9 @@ def load_backbone(model: Model, backbone: str | Path | Mapping | None = None) ->
 
 
 def _split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A `GPT`'s weights with the two factors of a feed-forward layer apart, as the authors' are.
+    """Split a `GPT`'s feed-forward weights into the two factors that the authors store.
 
-    Views of the same memory.
+    The results are views of the same memory.
     """
     parts = {}
     for key, value in state.items():
@@ -211,10 +213,10 @@ def _split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_gpt(model: Model, checkpoint: str | Path | Mapping) -> Model:
-    """Fill a `GPT` from one of the authors' GPT files; raises as `load_tokenizer` does.
+    """Fill a `GPT` from one of the authors' GPT files. Raises the same errors as `load_tokenizer`.
 
     Args:
-        model: as built from the config; it is returned, in eval mode.
+        model: as built from the config; returned in eval mode.
         checkpoint: a ``.pt`` file, or the mapping in it: ``{"ema" | "module" | "state_dict" |
             "model": {...}}`` or plain.
     """
@@ -230,7 +232,7 @@ def load_gpt(model: Model, checkpoint: str | Path | Mapping) -> Model:
 
 
 def official_gpt(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a `GPT` by the authors' names; saved as those of `official_tokenizer`."""
+    """Return the weights of a `GPT` under the authors' names; save like `official_tokenizer`'s."""
     weights = _split(model.state_dict())
     return {official_name(key, GPT_NAMES): value for key, value in weights.items()}
 
@@ -238,12 +240,12 @@ def official_gpt(model: nn.Module) -> dict[str, Tensor]:
 def read_tensors(
     source: str | Path | Mapping, wrappers: tuple[str, ...], what: str
 ) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint, out of its wrapper and by their plain names.
+    """Return the tensors of a checkpoint, taken out of any wrapper, by their plain names.
 
     Args:
         source: a ``.pt``, ``.pth`` or ``.safetensors`` file, or a mapping.
-        wrappers: keys that may hold the tensors, the first one that does counts.
-        what: how errors name it.
+        wrappers: keys that may hold the tensors; the first that does is used.
+        what: how errors name the source.
     """
     content = (
         source
@@ -274,7 +276,7 @@ def read_tensors(
 
 
 def check_there(source: str | Path | Mapping | None, what: str) -> None:
-    """Refuse a file that is not there; before a model is made, which takes seconds."""
+    """Refuse a missing file before a model is built, which takes seconds."""
     if source is None or isinstance(source, Mapping):
         return
     path = Path(os.path.expanduser(source))
@@ -294,8 +296,8 @@ def _read_file(path: Path, what: str) -> object:
             head = file.read(len(LEGACY_MAGIC))
     except OSError as error:
         raise OSError(f"{what}: {path} cannot be read ({error.strerror})") from error
-    # The unpickler may fail in any way on other bytes; a web page saved in place of the file is
-    # the usual case.
+    # On other bytes the unpickler may fail in any way. The usual case is a web page saved in place
+    # of the file.
     if not head.startswith((ZIP_MAGIC, LEGACY_MAGIC)):
         raise ValueError(f"{what}: {path} is no torch checkpoint, it begins with {head[:12]!r}")
     try:
@@ -326,9 +328,9 @@ def _translate(
     what: str,
     **shapes: tuple[int, ...],
 ) -> dict[str, Tensor]:
-    """Rename ``theirs`` by ``keys`` (their name to ours), after naming all that does not fit.
+    """Rename ``theirs`` by ``keys`` (their name to ours), after naming everything that misfits.
 
-    ``shapes`` are those of entries whose shape is another than in ``own``.
+    ``shapes`` gives the shapes of entries whose shape differs from that in ``own``.
     """
     expected = {key: tuple(own[ours].shape) for key, ours in keys.items()} | shapes
     check_tensors(theirs, expected, what, unused)
@@ -336,14 +338,14 @@ def _translate(
 
 
 def _backbone_state(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Backbone tensors in DINOv2's or timm's naming to those of ``model.backbone.vit``."""
+    """Convert backbone tensors with DINOv2's or timm's names to those of ``model.backbone.vit``."""
     config, vit = model.config.backbone, model.backbone.vit
     own = vit.state_dict()
     if config.timm_name is not None:
         # Heads and pooling are not part of the features.
         heads = ("head.", "attn_pool.", "fc_norm.")
         tensors = {k: v for k, v in tensors.items() if k in own or not k.startswith(heads)}
-        # timm's own, which resizes the position table and knows other projects' naming.
+        # timm's own conversion, which resizes the position table and knows other projects' names.
         convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
         if convert is not None:
             try:
@@ -357,7 +359,7 @@ def _backbone_state(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, T
     keys = {{"reg_token": "register_tokens"}.get(key, key): key for key in own}
     positions = (1, 1 + config.pretrain_grid**2, config.dim)
     state = _translate(tensors, own, keys, DINOV2_UNUSED, "backbone", pos_embed=positions)
-    # timm adds positions to patches only, so the class token carries its own.
+    # timm adds positions to patches only, so the class token includes its own position.
     table = state["pos_embed"].float()
     state["cls_token"] = state["cls_token"] + table[:, :1]
     state["pos_embed"] = resize_positions(
@@ -367,14 +369,14 @@ def _backbone_state(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, T
 
 
 def fetch_official(name: str, flag: str) -> Path:
-    """Download one of `OFFICIAL_FILES` from the hub (or find it in the hub's cache).
+    """Download one of `OFFICIAL_FILES` from the hub, or find it in the hub's cache.
 
     Args:
         name: a key of `OFFICIAL_FILES`.
-        flag: how the user can pass a local file instead, for the error.
+        flag: the flag for passing a local file instead, named in the error.
 
     Raises:
-        FileNotFoundError: the hub cannot be reached, or does not have it.
+        FileNotFoundError: the hub cannot be reached or does not have the file.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -18,26 +18,26 @@ from torch import Tensor, nn
 
 from .errors import first_line
 
-# Of config.json: what its tools write beside a model's own fields.
+# Fields that transformers writes into config.json beside a model's own.
 TRANSFORMERS_FIELDS = frozenset(
     ["architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "model_type"]
 )
-# Models that come with the package: one folder a name, in it one a kind of model.
+# Models that come with the package: one folder per name, with one subfolder per kind of model.
 PRETRAINED = Path(__file__).with_name("pretrained")
 
 
 class HubModel(nn.Module, PyTorchModelHubMixin):
     """`save_pretrained`, `from_pretrained` and `push_to_hub`, strict where the mixin is lenient.
 
-    The mixin writes no config.json for a model of the default configuration, loads a folder that
-    has none, and leaves weights random that the file does not hold.
+    The mixin writes no config.json for a model with the default configuration, loads a folder
+    without config.json, and leaves weights random if the file does not hold them.
 
-    Constants, the buffers that no state dict holds, keep their values through `to_empty` and the
-    meta device, where they stay on the CPU, and follow the weights that are loaded. That holds for
-    every one of them, those of timm's models too.
+    Constants are the buffers that no state dict holds. They keep their values through `to_empty`
+    and on the meta device, where they stay on the CPU, and they move to the device of the weights
+    that are loaded. This applies to all of them, including those of timm's models.
     """
 
-    # The folder below a name in `PRETRAINED` that holds a model of this class.
+    # Subfolder of a name in `PRETRAINED` that holds a model of this class.
     shipped_as = ""
 
     def __init__(self):
@@ -47,11 +47,11 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         self.register_load_state_dict_post_hook(_bring_constants)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # What moves, converts or empties a module goes through here.
+        # Every method that moves, converts or empties a module calls this.
         before = {name: module._buffers[own] for name, module, own in _constants(self)}
         super()._apply(fn, recurse)
         for name, module, own in _constants(self):
-            # A module may replace its own, and add some.
+            # A module may replace its own constants and add new ones.
             old, new = before.get(name), module._buffers[own]
             if old is None or new is old:
                 continue
@@ -62,11 +62,11 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         return self
 
     def _in_full(self, name: str, old: Tensor, new: Tensor) -> Tensor:
-        """A constant's values for ``new``: where half precision took digits, those from before."""
+        """A constant's values for ``new``: the earlier ones if half precision dropped digits."""
         if new.dtype.itemsize < old.dtype.itemsize:
             self._full[name] = old.detach().cpu()
         elif new.dtype.itemsize > old.dtype.itemsize and name in self._full:
-            # Another value since then is somebody's will.
+            # If the value has changed since then, the change is intended.
             full = self._full[name]
             return full if torch.equal(full.to(old), old) else old
         return old
@@ -74,11 +74,11 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
     def save_pretrained(self, save_directory: str | Path, *, config=None, **options) -> str | None:
         """Write config.json and model.safetensors; see `PyTorchModelHubMixin.save_pretrained`.
 
-        A new folder comes whole; in one that is there config.json comes last, and what it held
-        stays where something goes wrong before.
+        A new folder appears complete or not at all. In an existing folder, config.json is written
+        last, and the old content stays if something goes wrong before that.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the folder cannot be written.
         """
         folder = Path(os.path.expanduser(save_directory))
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -86,14 +86,14 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         near = folder if there else folder.parent
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=near) as temporary:
             finished = Path(temporary) / "model"
-            # Of push_to_hub=True, which would take the name of the folder that is given here.
+            # For push_to_hub=True, which would otherwise use the name of the temporary folder.
             options["repo_id"] = options.get("repo_id") or folder.name
             try:
                 pushed = super().save_pretrained(finished, config=config or self.config, **options)
             except SafetensorError as error:
                 raise OSError(f"{folder}: cannot be written ({first_line(error)})") from error
             if there:
-                # It may be a mount, or somebody's working directory.
+                # Do not replace the folder: it may be a mount or someone's working directory.
                 for path in sorted(finished.iterdir(), key=lambda path: path.name == "config.json"):
                     path.replace(folder / path.name)
             else:
@@ -113,22 +113,23 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         force_download: bool = False,
         local_files_only: bool = False,
     ) -> Self:
-        """Load what `save_pretrained` wrote.
+        """Load a model that `save_pretrained` wrote.
 
         Args:
             pretrained_model_name_or_path: a folder, else the name of a model that comes with the
-                package ("emoji"), else that of a hub repo.
-            config: takes the place of config.json.
-            map_location: the model's device.
+                package ("emoji"), else the name of a hub repo.
+            config: used in place of config.json.
+            map_location: device of the model.
             revision, token, cache_dir, force_download, local_files_only: as for `hf_hub_download`.
 
         Returns:
-            The model in eval mode, float32 whatever the file holds.
+            The model in eval mode, in float32 whatever the dtype in the file.
 
         Raises:
-            FileNotFoundError: neither a folder with both files nor a repo that can be reached.
-            ValueError: a config that is unknown in parts, or missing, extra, misshapen or NaN
-                weights, all named.
+            FileNotFoundError: there is neither a folder with both files nor a repo that can be
+                reached.
+            ValueError: the config has unknown parts, or weights are missing, extra, misshapen or
+                NaN (all are named).
         """
         source = _shipped(cls, str(pretrained_model_name_or_path))
         download = {
@@ -151,12 +152,12 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
 
 
 def register_constant(module: nn.Module, name: str, value: Tensor) -> None:
-    """Register a buffer that no state dict holds, where the module's weights are being made.
+    """Register a buffer that no state dict holds, on the device where the module is being built.
 
     Args:
-        module: a part of a `HubModel`, which looks after it.
-        name: of the buffer.
-        value: made with ``device="cpu"``; on the meta device it would have no values.
+        module: a part of a `HubModel`, which keeps the buffer's values.
+        name: name of the buffer.
+        value: made with ``device="cpu"``, since on the meta device it would have no values.
     """
     device = torch.get_default_device()
     value = value if device.type == "meta" else value.to(device)
@@ -164,7 +165,7 @@ def register_constant(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _constants(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Full name, module and own name there of each buffer that no state dict holds."""
+    """Yield full name, module and name in the module of each buffer that no state dict holds."""
     for prefix, module in model.named_modules():
         for own in sorted(module._non_persistent_buffers_set):
             if module._buffers.get(own) is not None:
@@ -181,9 +182,9 @@ def _with_values(model: nn.Module, name: str, constant: Tensor) -> Tensor:
 
 
 def _bring_constants(model: nn.Module, keys: object) -> None:
-    """After a state dict was loaded: constants to where the weights are that it brought."""
+    """After a state dict is loaded, move constants to the device of the loaded weights."""
     if any(weight.is_meta for weight in model.parameters()):
-        return  # There is more to come.
+        return  # More weights are still to be loaded.
     first = next(model.parameters())
     for name, module, own in _constants(model):
         constant = _with_values(model, name, module._buffers[own])
@@ -193,7 +194,8 @@ def _bring_constants(model: nn.Module, keys: object) -> None:
 def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:
     """Read a ``.safetensors`` file, or the parts that an index names; ``what`` names it in errors.
 
-    Of tied weights a file holds one; the names of the others stand in its metadata, or the index's.
+    A file holds only one of several tied weights. The names of the others are in its metadata or
+    the index's.
     """
     if path.name.endswith(".index.json"):
         index = _read_json(path, what)
@@ -206,14 +208,14 @@ def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             reason = first_line(error)
             raise ValueError(f"{what}: {path} is no safetensors file ({reason})") from error
-    # Sizes and formats stand there too.
+    # Sizes and formats are there too.
     tied = tied.items() if isinstance(tied, dict) else ()
     tied = {name: kept for name, kept in tied if isinstance(kept, str) and kept in tensors}
     return {name: tensors[kept] for name, kept in tied.items()} | tensors
 
 
 def _read_parts(index: Path, files: object, what: str) -> dict[str, Tensor]:
-    """The tensors of all files that an index names, each of which lies beside it."""
+    """Read the tensors of all files that an index names; each must be in the index's folder."""
     if not (files and isinstance(files, dict) and all(isinstance(f, str) for f in files.values())):
         raise ValueError(
             f"{what}: {index} must hold weight_map, an object of weights and their files"
@@ -234,13 +236,14 @@ def unwrapped(tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
     """Undo what DistributedDataParallel, torch.compile and AveragedModel do to a state dict.
 
     Args:
-        tensors: by names that may hold ``module.`` and ``_orig_mod.``; ``n_averaged`` is left out.
-        what: how errors name it.
+        tensors: tensors by names, which may contain ``module.`` and ``_orig_mod.``; ``n_averaged``
+            is dropped.
+        what: how errors name the source.
 
     Raises:
-        ValueError: two entries whose plain names are one.
+        ValueError: two entries have the same plain name.
     """
-    # Of a block that was compiled by itself, anywhere in the name.
+    # A block that was compiled by itself has this anywhere in the name.
     names = {key: re.sub(r"(?<![^.])_orig_mod\.", "", key) for key in tensors}
     while True:
         names = {key: name for key, name in names.items() if name != "n_averaged"}
@@ -256,7 +259,7 @@ def unwrapped(tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
 
 
 def weights_in(folder: Path) -> Path | None:
-    """The file of a folder that holds its weights, or says which files do; None without any."""
+    """Return the file that holds a folder's weights, or the index of such files, or None."""
     names = constants.SAFETENSORS_SINGLE_FILE, constants.SAFETENSORS_INDEX_FILE
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
@@ -273,10 +276,11 @@ def check_tensors(
         tensors: what a file holds.
         shapes: what the model needs.
         what: how errors name the file.
-        unused: keys that may be there and do not count.
+        unused: keys that may be there and are ignored.
 
     Raises:
-        ValueError: one line that names everything missing, unknown, misshapen or not finite.
+        ValueError: something does not fit; one line names all that is missing, unknown, misshapen
+            or not finite.
     """
     problems = []
     if missing := sorted(set(shapes) - set(tensors)):
@@ -300,7 +304,7 @@ def check_tensors(
     ]
     if other := [key for key in there if key not in set(dense)]:
         problems.append(f"no dense floating-point values in {', '.join(other)}")
-    # As float32, since the 8-bit types have no isfinite.
+    # In float32, since the 8-bit dtypes have no isfinite.
     if not_finite := [key for key in dense if not bool(torch.isfinite(tensors[key].float()).all())]:
         problems.append(f"NaN or infinity in {', '.join(not_finite)}")
     if problems:
@@ -308,7 +312,7 @@ def check_tensors(
 
 
 def _shipped(cls: type[HubModel], source: str) -> str:
-    """The folder of a model that comes with the package, else the source as it is."""
+    """Return the folder of a model that comes with the package, or else the source unchanged."""
     own = cls.shipped_as and re.fullmatch(r"[a-z0-9-]+", source)
     if own and not Path(source).exists() and (PRETRAINED / source / cls.shipped_as).is_dir():
         return str(PRETRAINED / source / cls.shipped_as)
@@ -333,7 +337,7 @@ def _find(cls: type, source: str, name: str, download: Mapping) -> Path:
                 "vfmtok-fast convert write one"
             )
         return folder / name
-    # The hub is asked for what can be a repo's name: owner/name.
+    # Only a name that can be a repo's, owner/name, is looked up on the hub.
     if "/" not in source:
         shipped = sorted(path.name for path in PRETRAINED.iterdir() if path.is_dir())
         raise FileNotFoundError(
@@ -347,7 +351,7 @@ def _find(cls: type, source: str, name: str, download: Mapping) -> Path:
         )
     try:
         return Path(hf_hub_download(source, name, **download))
-    # HFValidationError is a ValueError: a path, not the name of a repo.
+    # HFValidationError is a ValueError: the source is a path, not the name of a repo.
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{cls.__name__}: there is no folder {source}, and {name} of a Hugging Face repo of "
@@ -356,7 +360,7 @@ def _find(cls: type, source: str, name: str, download: Mapping) -> Path:
 
 
 def _read_config(path: Path, cls: type) -> dict:
-    """The fields of a config.json, without those that transformers adds of its own accord."""
+    """Return the fields of a config.json, without those that transformers adds on its own."""
     content = _read_json(path, cls.__name__)
     return {name: value for name, value in content.items() if name not in TRANSFORMERS_FIELDS}
 

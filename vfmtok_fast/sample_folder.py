@@ -1,13 +1,13 @@
-"""Generated pictures as a folder that any number of processes fill and any of them may leave.
+"""A folder of generated images that any number of processes fill; any of them may stop.
 
     OUT/
-      samples.json                 what the pictures depend on; another run is refused
-      shards/pictures-00000.npy    uint8 [64, size, size, 3], there whole or not at all
-      samples.npz                  ADM's format: arr_0 pictures, arr_1 labels; written last
+      samples.json                 what the images depend on; a run that differs is refused
+      shards/pictures-00000.npy    uint8 [64, size, size, 3], written atomically
+      samples.npz                  ADM's format: arr_0 images, arr_1 labels; written last
 
-A shard is a function of its number and samples.json: pictures are named by their index, which keys
-the noise, and are decoded in groups that do not depend on how many are generated at a time. (Only
-codes tied within rounding may come out otherwise with other batch sizes.)
+A shard is a function of its number and samples.json: images are identified by their index, which
+keys the noise, and are decoded in groups that do not depend on how many are generated at a time.
+(With other batch sizes, only codes that are tied within rounding may differ.)
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .generator.memory import fastest_batch
 from .tokenizer import VFMTok
 
 SHARD = 64
-# Pictures decoded together, always: matrix products round differently with their number.
+# Number of images decoded together, always the same: the rounding of matrix products depends on it.
 GROUP = 16
 SETTINGS = "samples.json"
 RESULT = "samples.npz"
@@ -44,9 +44,9 @@ class Job:
 
     Attributes:
         class_ids: int64 [N].
-        size: side of a picture, in pixels.
+        size: side of an image, in pixels.
         sampling: settings of `GPT.generate`.
-        kv_dtype: of keys and values, see `GPT.generate`.
+        kv_dtype: dtype of keys and values, see `GPT.generate`.
     """
 
     gpt: GPT
@@ -65,17 +65,17 @@ class Job:
         return self.out / "shards" / f"pictures-{number:05d}.npy"
 
     def rows(self, number: int) -> torch.Tensor:
-        """Indices of a shard's pictures."""
+        """Indices of a shard's images."""
         end = min((number + 1) * SHARD, len(self.class_ids))
         return torch.arange(number * SHARD, end, device="cpu")
 
 
 def prepare(job: Job) -> None:
-    """Make the folder, or check that what lies there is of the same job.
+    """Make the folder, or check that its content belongs to the same job.
 
     Raises:
-        FileExistsError: the folder holds samples of other weights or settings.
-        cache.CacheWriteError: it cannot be written.
+        FileExistsError: the folder holds samples made with other weights or settings.
+        cache.CacheWriteError: the folder cannot be written.
     """
     described = {
         "num": len(job.class_ids),
@@ -84,13 +84,14 @@ def prepare(job: Job) -> None:
         "dtype": str(job.gpt.dtype).removeprefix("torch."),
         "gpt_sha256": weights_checksum(job.gpt.state_dict()),
         "tokenizer_sha256": weights_checksum(job.tokenizer.state_dict()),
-        # Its weights say all but this.
+        # The tokenizer's checksum does not cover this.
         **({"tf32": True} if getattr(job.tokenizer, "tf32", False) else {}),
         **({} if job.kv_dtype is None else {"kv_dtype": str(job.kv_dtype)[6:]}),
         **job.sampling,
     }
     path = job.out / SETTINGS
-    # Looked at before the settings, which another process may write meanwhile, and shards after.
+    # Check this before the settings: another process may write them meanwhile, and shards after
+    # that.
     foreign = job.out.exists() and (not job.out.is_dir() or _holds_something(job.out))
     if path.exists():
         _check_settings(path, described)
@@ -101,7 +102,7 @@ def prepare(job: Job) -> None:
         folder.sweep()
     if not path.exists():
         LocalPlace(path).put((json.dumps(described, indent=1) + "\n").encode())
-    # Another process may have begun meanwhile.
+    # Another process may have started meanwhile.
     _check_settings(path, described)
 
 
@@ -118,23 +119,23 @@ def _check_settings(path: Path, described: dict[str, Any]) -> None:
 
 
 def _holds_something(out: Path) -> bool:
-    """Whether a folder without settings holds more than what a run leaves that died before them."""
+    """Whether a folder without settings holds more than the remains of a run that died early."""
     shards = out / "shards"
     inside = [*out.iterdir(), *(shards.iterdir() if shards.is_dir() else ())]
     return any(path != shards and not atomic.is_temporary(path.name) for path in inside)
 
 
 def pending(job: Job) -> list[int]:
-    """Numbers of the shards that are not there yet, or are there in part.
+    """Numbers of the shards that are missing or incomplete.
 
     Raises:
-        ValueError: one is whole and no shard of this job; nobody wants to hear that at the end.
+        ValueError: a complete shard does not belong to this job. This is found now, not at the end.
     """
     return [number for number in range(job.shards) if not _is_whole(job, number)]
 
 
 def _is_whole(job: Job, number: int) -> bool:
-    """Whether a shard is there to its end; mapping it looks at its header and its size only."""
+    """Whether a shard is complete; mapping it reads only its header and its size."""
     try:
         pictures = np.lib.format.open_memmap(job.path(number), mode="r")
     except (FileNotFoundError, EOFError, ValueError):
@@ -159,17 +160,17 @@ def make_shards(
     advance: Callable[[int], None],
     progress: Progress | None = None,
 ) -> None:
-    """Generate, decode and commit shards, the same bytes whoever does it.
+    """Generate, decode and commit shards; the bytes do not depend on the process.
 
-    On a GPU a thread with a stream of its own decodes and commits what is generated, while the next
-    codes are in the making: those are bound by memory, decoding by arithmetic.
+    On a GPU, a thread with its own stream decodes and commits shards while the next codes are
+    generated: generation is bound by memory, decoding by arithmetic.
 
     Args:
-        job: prepared.
+        job: a job that `prepare` has accepted.
         numbers: which shards; their codes are generated together if the batch size allows.
-        batch_size: images generated at a time; None is what is fastest and fits.
-        advance: told how many pictures were finished; may raise to stop.
-        progress: told (codes done, codes in all) of those that are generated together.
+        batch_size: images generated at a time; None takes the fastest size that fits.
+        advance: called with the number of images finished; may raise to stop.
+        progress: called with (codes done, codes in all) for the images generated together.
     """
     guided, count = Sampling(**job.sampling).guided(0), len(job.class_ids)
     at_once = fastest_batch(job.gpt, count, guided, batch_size, None, job.kv_dtype)
@@ -193,7 +194,7 @@ def make_shards(
                 continue
             stream.wait_stream(torch.cuda.current_stream(stream.device))
             codes.record_stream(stream)
-            # One batch may wait; an error there ends the run here.
+            # At most one batch waits to be decoded; an error in it ends the run here.
             _results(decoding)
             decoding = [
                 thread.submit(_decode_beside, stream, job, number, part, advance)
@@ -203,7 +204,7 @@ def make_shards(
 
 
 def _results(futures: list[Future]) -> None:
-    """Wait for all; where one failed, the ones that have not begun never do."""
+    """Wait for all; if one fails, those that have not started are cancelled."""
     try:
         for future in futures:
             future.result()
@@ -213,7 +214,7 @@ def _results(futures: list[Future]) -> None:
 
 
 def _decode_beside(stream: torch.cuda.Stream, *args) -> None:
-    # The stream makes its device the current one too, which a new thread does not inherit.
+    # Entering the stream also sets its device, which a new thread does not inherit.
     with torch.cuda.stream(stream):
         _decode_shard(*args)
 
@@ -231,13 +232,14 @@ def _decode_shard(
 
 
 def finish(job: Job) -> bool:
-    """Write samples.npz if every shard is there; whether it is there now.
+    """Write samples.npz if every shard is there, and return whether it is there now.
 
-    One shard at a time is in memory. The bytes do not depend on who writes it or when.
+    Only one shard at a time is in memory. The bytes do not depend on which process writes them or
+    when.
     """
     if pending(job):
         return False
-    if zipfile.is_zipfile(job.out / RESULT):  # Its list of members stands at its end.
+    if zipfile.is_zipfile(job.out / RESULT):  # A zip's list of members is at its end.
         return True
     count = len(job.class_ids)
     with (
@@ -253,7 +255,7 @@ def finish(job: Job) -> bool:
 
 
 def shards_of(job: Job) -> Iterator[np.ndarray]:
-    """The finished pictures, shard by shard, uint8 [n, size, size, 3]."""
+    """Yield the finished images, shard by shard, uint8 [n, size, size, 3]."""
     for number in range(job.shards):
         pictures = np.load(job.path(number))
         _check_shard(job, number, pictures)
@@ -261,7 +263,7 @@ def shards_of(job: Job) -> Iterator[np.ndarray]:
 
 
 def _array(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: type) -> BinaryIO:
-    """A member of an .npz, open for its values; a ZipInfo of our own has no date of today."""
+    """Open an .npz member for its values; our own ZipInfo does not contain today's date."""
     member = archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
     header = {
         "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),

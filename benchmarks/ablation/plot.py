@@ -1,4 +1,4 @@
-"""Table and plot of what `run.py` wrote: steps until a share of the pictures is recognised.
+"""Table and plot of `run.py`'s results: steps until a share of the images is recognised.
 
 python benchmarks/ablation/plot.py OUT [--accuracy 0.5]
 """
@@ -18,12 +18,12 @@ COLUMNS = ("accuracy", "accuracy_guided")
 
 
 def reached(curve: list[dict], column: str, accuracy: float) -> int | None:
-    """The first step at which so much was recognised."""
+    """Return the first step at which the share of recognised images reached ``accuracy``."""
     return next((point["step"] for point in curve if point[column] >= accuracy), None)
 
 
 def table(records: list[dict], accuracy: float) -> str:
-    """A row a variant, in it a number a seed; a run that never got there is told as such."""
+    """One row per variant with one number per seed; "never" for a run that never got there."""
     lines = [
         "| tokenizer | seeds | PSNR, held out | their group recognised | generated | guided | "
         f"guided steps to {accuracy:.0%} |",

@@ -3,19 +3,20 @@
     python benchmarks/ablation/run.py OUT [--steps 2500] [--gpt-steps 3000]
     python benchmarks/ablation/plot.py OUT
 
-Three tokenizers that read the foundation model of the emoji model that comes with the package,
-trained from nothing otherwise, alike but for one thing each:
+Three tokenizers use the foundation model of the emoji model that comes with the package and are
+otherwise trained from scratch. They differ in one thing each:
 
-- `whole`: as the paper has it;
-- `no-semantic`: without the semantic loss, so that codes need to hold pixels alone;
-- `grid`: regions look at the points of a plain grid, one each, and learn nothing of where.
+- `whole`: as in the paper;
+- `no-semantic`: without the semantic loss, so that codes only need to represent pixels;
+- `grid`: each region looks at one point of a plain grid and does not learn where to look.
 
-Of each a generator is trained on the codes, and every so often asked for pictures of each group,
-with and without guidance; a classifier that saw neither model names their groups. What is compared
-is how many of the generator's steps it takes until so many are recognised (`plot.py`).
+For each, a generator is trained on the codes. At intervals it generates images of each group, with
+and without guidance, and a classifier that was trained independently of both models names their
+groups. The comparison is how many generator steps it takes until a given share is recognised
+(`plot.py`).
 
-OUT gets a file `<variant>-<seed>.json` a run, when it is done; those that are there are not run
-again, so that it may be stopped, and processes with other seeds may share OUT.
+OUT receives one file `<variant>-<seed>.json` per finished run. Runs that have a file are not
+repeated, so the script may be stopped, and processes with other seeds may share OUT.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ CLASSIFIER = EMOJI / "classifier.safetensors"
 
 
 def tokenizer_of(variant: str, seed: int, device: torch.device) -> vf.VFMTok:
-    """An untrained tokenizer; ``grid``'s regions look at their own places, and stay there."""
+    """Return an untrained tokenizer; with ``grid``, regions always look at their own places."""
     trained = vf.VFMTok.from_pretrained("emoji")
-    # Of the trained one nothing but what never learned anything from a tokenizer.
+    # Use only the part of the trained tokenizer that was not trained as a tokenizer.
     torch.manual_seed(seed)
     model = vf.VFMTok(trained.config)
     model.backbone.load_state_dict(trained.backbone.state_dict())
@@ -92,7 +93,7 @@ def train_tokenizer(
 
 @torch.no_grad()
 def codes_of(model: vf.VFMTok) -> tuple[Tensor, Tensor]:
-    """Codes [2 N, R] and groups of all pictures, as they are and mirrored."""
+    """Return codes [2 N, R] and groups of all images, unchanged and mirrored."""
     emoji = read(PICTURES)
     size = (model.config.image_size,) * 2
     images = F.interpolate(emoji.images / 127.5 - 1, size, mode="bicubic", antialias=True)
@@ -103,7 +104,7 @@ def codes_of(model: vf.VFMTok) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def quality(model: vf.VFMTok) -> dict[str, float]:
-    """Of reconstructed held-out pictures: decibels, and how many have their group recognised."""
+    """Return PSNR and the share of correctly recognised groups of reconstructed held-out images."""
     files = sorted(HELDOUT.glob("*/*.webp"))
     images = load_images(files, model.config.image_size)
     made, codes = reconstruct(model, images.to(model.device))
@@ -118,7 +119,7 @@ def quality(model: vf.VFMTok) -> dict[str, float]:
 def train_generator(
     model: vf.VFMTok, seed: int, steps: int, every: int, each: int, guidance: float
 ) -> list[dict[str, float]]:
-    """What the classifier recognises after so many steps."""
+    """Train a generator and record what the classifier recognises at intervals."""
     config = config_from_mapping(vf.GPTConfig, json.loads((EMOJI / "generator.json").read_text()))
     torch.manual_seed(seed)
     settings = GPTTraining(lr=1e-3, warmup_steps=100, ema=0.995, seed=seed)

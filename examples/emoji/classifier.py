@@ -1,9 +1,10 @@
-"""Train the network that judges generated emoji: it knows nothing of the models that made them.
+"""Train the classifier that judges generated emoji, independent of the models that made them.
 
     python examples/emoji/classifier.py examples/emoji/data OUT.safetensors
 
-A small convolutional network on real training pictures, of another kind, seed and resolution path
-than the foundation model; `evaluate.py` asks it for the group of real and of generated pictures.
+A small convolutional network trained on real images. Its architecture, seed and resolution path
+differ from the foundation model's. `evaluate.py` uses it to classify real and generated images by
+group.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SEED = 20_261
 
 
 class Classifier(nn.Module):
-    """Pictures [B, 3, 64, 64] in [0, 1] to logits of the nine groups."""
+    """Map images [B, 3, 64, 64] in [0, 1] to logits of the nine groups."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,18 +50,18 @@ class Classifier(nn.Module):
 
 
 def shrink(images: Tensor) -> Tensor:
-    """uint8 pictures [B, 3, 128, 128] to what the classifier reads: halved, in [0, 1]."""
+    """Convert uint8 images [B, 3, 128, 128] to the classifier's input: halved, in [0, 1]."""
     return F.avg_pool2d(images.float() / 255, images.shape[-1] // SIZE)
 
 
 @torch.no_grad()
 def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
-    """Share of pictures [N, 3, 64, 64] in [0, 1] that are given their label."""
+    """Share of images [N, 3, 64, 64] in [0, 1] that the model classifies correctly."""
     return (model(images).argmax(1) == labels).float().mean().item()
 
 
 def train(folder: Path, steps: int, batch_size: int) -> Classifier:
-    """Train on the training pictures, each group as often as any other."""
+    """Train on the training images, drawing every group equally often."""
     torch.manual_seed(SEED)
     pictures, model = read(folder / "train.parquet"), Classifier()
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
@@ -90,7 +91,7 @@ def main() -> None:
         pictures = read(options.data / name)
         share = accuracy(model, shrink(pictures.images), pictures.labels)
         print(f"{name}: {share:.3f} of {len(pictures.labels)} right; chance is {1 / GROUPS:.3f}")
-    # Half precision is enough to keep them in.
+    # Half precision is enough for storing the weights.
     save_file({name: w.half() for name, w in model.state_dict().items()}, options.out)
 
 

@@ -1,13 +1,13 @@
-"""Measure an emoji model: reconstructions of held-out pictures, and who recognises what it draws.
+"""Measure an emoji model: reconstructions of held-out images, and recognition of generated ones.
 
     python examples/emoji/evaluate.py examples/emoji/data CLASSIFIER [--tokenizer DIR] [--gpt DIR]
 
-PSNR and SSIM (8-bit, mean over pictures) of the held-out emoji against the picture that the
-tokenizer was given, and the share of pictures whose group `classifier.py`'s network names: of real
-held-out ones, of their reconstructions, and of generated ones, with and without guidance. Groups
-are generated equally often, so chance is one in nine. With the token cache that the generator
-learned from, also how much of a picture it has by heart: the share of its codes that the nearest
-training picture has in the same places.
+Reports PSNR and SSIM (8-bit, mean over images) of the reconstructed held-out emoji against the
+tokenizer's input, and the share of images whose group `classifier.py`'s network names correctly: of
+real held-out images, of their reconstructions, and of generated images, with and without guidance.
+Groups are generated equally often, so chance is one in nine. Given the token cache that the
+generator was trained on, it also reports how much of an image is memorised: the share of its codes
+that the nearest training image has in the same places.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from vfmtok_fast.images import load_images, to_uint8
 
 
 def readable(pictures: Tensor) -> Tensor:
-    """uint8 [N, S, S, 3] as the classifier reads them: [N, 3, 64, 64] in [0, 1]."""
+    """Convert uint8 [N, S, S, 3] to the classifier's input: [N, 3, 64, 64] in [0, 1]."""
     return F.interpolate(pictures.permute(0, 3, 1, 2) / 255, SIZE, mode="area")
 
 
 @torch.no_grad()
 def reconstruct(tokenizer: vf.VFMTok, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Reconstructions, uint8 [N, S, S, 3], and codes [N, R], of pictures in [-1, 1]."""
+    """Return reconstructions, uint8 [N, S, S, 3], and codes [N, R], of images in [-1, 1]."""
     codes = torch.cat([tokenizer.encode(part) for part in images.split(32)])
     made = [to_uint8(tokenizer.decode(part)) for part in codes.split(32)]
     return torch.cat(made), codes
@@ -44,7 +44,7 @@ def reconstruct(tokenizer: vf.VFMTok, images: Tensor) -> tuple[Tensor, Tensor]:
 def generate(
     gpt: vf.GPT, tokenizer: vf.VFMTok, each: int, seed: int = 0, **sampling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """So many pictures of each group [N, 3, 64, 64] in [0, 1], their groups, and their codes."""
+    """Generate ``each`` images per group [N, 3, 64, 64] in [0, 1]; also return groups and codes."""
     labels = torch.arange(GROUPS).repeat_interleave(each)
     codes = gpt.generate(labels, seed=seed, **sampling)
     made = [to_uint8(tokenizer.decode(part)) for part in codes.split(32)]
@@ -53,13 +53,13 @@ def generate(
 
 @torch.no_grad()
 def by_group(model: Classifier, images: Tensor, labels: Tensor) -> list[float]:
-    """Accuracy of each group's pictures."""
+    """Accuracy on the images of each group."""
     right = (model(images).argmax(1) == labels).float()
     return [round(right[labels == group].mean().item(), 2) for group in range(GROUPS)]
 
 
 def known(codes: Tensor, learned: Tensor) -> float:
-    """Mean over pictures [N, R] of the most codes that one of [M, R] has in the same places."""
+    """Mean over images [N, R] of the share of codes that the closest of [M, R] has in place."""
     same = torch.stack([(learned == one).float().mean(1).max() for one in codes])
     return same.mean().item()
 
@@ -85,7 +85,7 @@ def main() -> None:
         "held-out pictures": len(files),
         "PSNR": psnr(real, made).mean().item(),
         "SSIM": ssim(real, made).mean().item(),
-        # What a tokenizer that always says white would have.
+        # PSNR of a tokenizer that always returns white.
         "PSNR of white": psnr(real, torch.full_like(real, 255)).mean().item(),
         "codes in use": len(codes.unique()),
         "accuracy, real": accuracy(judge, shrink(heldout.images), heldout.labels),

@@ -1,10 +1,11 @@
-"""Train the small vision transformer that the emoji tokenizer reads as its foundation model.
+"""Train the small vision transformer that the emoji tokenizer uses as its foundation model.
 
     python examples/emoji/foundation.py examples/emoji/data/train.parquet OUT.pth
 
-Masked patches are predicted as pixels (SimMIM, arXiv 2111.09886), which keeps what a picture looks
-like in the features, and the 99 subgroups as classes, which puts into them what it shows. The file
-has DINOv2's names, so `vfmtok-fast train-tokenizer --backbone` reads it. Run again, it goes on.
+The model predicts the pixels of masked patches (SimMIM, arXiv 2111.09886), so that its features
+keep what an image looks like, and the 99 subgroups as classes, so that they represent what it
+shows. The output file uses DINOv2's names, so `vfmtok-fast train-tokenizer --backbone` can read it.
+If the command is run again, it resumes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from vfmtok_fast.tokenizer.backbone import Backbone
 CONFIG = Path(__file__).with_name("tokenizer.json")
 SUBGROUPS = 99
 LR, WEIGHT_DECAY, WARMUP = 1e-3, 0.05, 200
-# Of the two losses, the class's weighs little: a network of this size soon knows all pictures.
+# The class loss has a small weight, because a network of this size soon memorises all images.
 CLASS_WEIGHT = 0.1
 
 
@@ -39,7 +40,7 @@ class Foundation(nn.Module):
         self.backbone = Backbone(config.backbone, config.feature_grid)
         vit = self.backbone.vit.requires_grad_(True)
         for block in vit.blocks:
-            # timm starts them at 1e-5, for models much deeper than this one.
+            # timm initialises these to 1e-5, for models much deeper than this one.
             nn.init.constant_(block.ls1.gamma, 0.5)
             nn.init.constant_(block.ls2.gamma, 0.5)
         dim, self.patch = vit.embed_dim, config.backbone.patch_size
@@ -48,7 +49,7 @@ class Foundation(nn.Module):
         self.classes = nn.Linear(2 * dim, SUBGROUPS)
 
     def forward(self, images: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures [B, 3, S, S] in [0, 1] and hidden patches [B, N] to patches and logits."""
+        """Map images [B, 3, S, S] in [0, 1] and a patch mask [B, N] to patches and logits."""
         vit = self.backbone.vit
         x = vit.patch_embed((images - self.backbone.mean) / self.backbone.std)
         x = torch.where(masked[..., None], self.mask_token, x)
@@ -58,13 +59,13 @@ class Foundation(nn.Module):
 
     def loss(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         vit, side = self.backbone.vit, self.patch
-        # Every picture hides another share of its patches, some none.
+        # The share of hidden patches differs from image to image; some hide none.
         hidden = torch.rand(len(images), 1) * 0.7
         masked = torch.rand(len(images), vit.patch_embed.num_patches) < hidden
         pixels, logits = self(images, masked)
         target = F.unfold(images, side, stride=side).transpose(1, 2)
         error = F.l1_loss(pixels, target, reduction="none").mean(-1)
-        # Patches that are seen count too, so that the last features still hold them.
+        # Visible patches count too, so that the last features still contain them.
         weight = torch.where(masked, 1.0, 0.3)
         return {
             "pixels": (weight * error).sum() / weight.sum(),
@@ -72,7 +73,7 @@ class Foundation(nn.Module):
         }
 
     def dinov2(self) -> dict[str, Tensor]:
-        """The transformer's weights as DINOv2's files name them."""
+        """Return the transformer's weights under the names in DINOv2's files."""
         state = {name: weight.clone() for name, weight in self.backbone.vit.state_dict().items()}
         state["register_tokens"] = state.pop("reg_token")
         # DINOv2 gives the class token a position too.
@@ -121,7 +122,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def store(value: object, path: Path) -> None:
-    """All of it or nothing, so that a run that is stopped here goes on."""
+    """Write atomically, so that a run interrupted here can be resumed."""
     part = path.with_name(f"{path.name}.part")
     torch.save(value, part)
     part.replace(path)

@@ -1,4 +1,4 @@
-"""Put the demo's pictures side by side, for the README.
+"""Put the demo's images side by side, for the README.
 
 examples/demo.sh demo_out && python examples/emoji/picture.py demo_out docs/emoji.jpg
 """

@@ -1,4 +1,4 @@
-"""The emoji set as tensors, and what the examples' own networks do to it while they learn."""
+"""The emoji set as tensors, and the augmentation for training the examples' own networks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass
 class Emoji:
-    """uint8 pictures [N, 3, 128, 128], and their group and subgroup [N] int64 (-1: not known)."""
+    """uint8 images [N, 3, 128, 128], and their group and subgroup [N] int64 (-1: not known)."""
 
     images: Tensor
     labels: Tensor
@@ -41,12 +41,12 @@ def read(path: str | Path) -> Emoji:
 
 
 def augment(images: Tensor, size: int, colour: float = 0.3) -> Tensor:
-    """Turn, zoom, shift, mirror and tint each picture in its own way, drawn from torch's seed.
+    """Rotate, zoom, shift, mirror and tint each image at random, with torch's random numbers.
 
     Args:
         images: uint8 [B, 3, H, H].
-        size: side of what is returned.
-        colour: how far each channel's gain and offset stray.
+        size: side of the returned images.
+        colour: range of each channel's random gain and offset.
 
     Returns:
         [B, 3, size, size] in [0, 1].

@@ -1,10 +1,11 @@
-"""Split an emoji set into pictures to train on and pictures held out, one skin tone of each.
+"""Split an emoji set into training and held-out images, with one skin tone of each emoji.
 
     python examples/emoji/prepare.py emoji.parquet examples/emoji/data
 
-OUT gets ``train.parquet``, and ``heldout/`` with one folder a group. The input has the columns
-``image`` (Hugging Face's: {bytes, path}), ``label``, ``subgroup`` and ``name``. An emoji and its
-variants (man, woman, person) fall on the same side, by a hash of what their names have in common.
+OUT receives ``train.parquet``, and ``heldout/`` with one folder per group. The input has the
+columns ``image`` (Hugging Face's: {bytes, path}), ``label``, ``subgroup`` and ``name``. An emoji
+and its variants (man, woman, person) are in the same split, by a hash of what their names have in
+common.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# One in so many base names is held out.
+# One base name in this many is held out.
 HELD_OUT = 12
 SPLITS = ("train", "heldout")
 PEOPLE = re.compile(r"\b(wo)?m[ae]n\b|\bpersons?\b|\bpeople\b|\bgirl\b|\bboy\b")
 
 
 def base_name(name: str) -> str:
-    """What all variants of an emoji have in common: "man judge", "woman judge" are "judge"."""
+    """The name that all variants of an emoji share: "man judge", "woman judge" become "judge"."""
     name = re.sub(r"\b(medium-)?(light|medium|dark) skin tone\b", "", name)
     rest = re.sub(r"[\s:,]+", " ", PEOPLE.sub("", name)).strip()
     return rest or name.strip()
@@ -37,13 +38,13 @@ def is_held_out(name: str) -> bool:
 
 
 def split(table: pa.Table) -> dict[str, pa.Table]:
-    """Rows of a set that show no chosen skin tone, by the side that they fall on.
+    """Split the rows of a set that do not show a chosen skin tone.
 
     Args:
         table: columns ``image``, ``label``, ``subgroup`` and ``name``.
 
     Returns:
-        Tables of the same columns under "train" and "heldout".
+        Tables with the same columns under "train" and "heldout".
     """
     names = table["name"].to_pylist()
     plain = [i for i, name in enumerate(names) if "skin tone" not in name]
@@ -54,7 +55,7 @@ def split(table: pa.Table) -> dict[str, pa.Table]:
 
 
 def write_folders(table: pa.Table, out: Path) -> None:
-    """Pictures as files in class folders, whose order is that of the groups."""
+    """Write images as files into class folders, whose order is that of the groups."""
     groups = [slug(name) for name in json.loads(table.schema.metadata[b"groups"])]
     for row in table.to_pylist():
         number = Path(row["image"]["path"]).stem

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The emoji model from nothing: foundation model, tokenizer, codes, generator, figures, pictures.
-# By hand: examples/emoji/run.sh OUT, with vfmtok-fast, python and torchrun on PATH. Stopped
-# anywhere, the same command goes on.
+# Train the emoji model from scratch: foundation model, tokenizer, codes, generator, metrics,
+# images. Run it as examples/emoji/run.sh OUT, with vfmtok-fast, python and torchrun on PATH. If it
+# is stopped anywhere, the same command resumes.
 #
-# STEPS (12000) and GPT_STEPS (3000) are how long the two train, PROCESSES (2) how many train at
-# once, each on one thread: threads that wait for each other lose most of their time on a machine
-# that others use too, and processes meet only once a step.
+# STEPS (12000) and GPT_STEPS (3000) set how long the tokenizer and the generator train. PROCESSES
+# (2) sets the number of training processes, each with one thread: on a shared machine, threads that
+# wait for each other lose most of their time, while processes synchronise only once per step.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -21,7 +21,7 @@ if [ ! -f "$out/foundation.pth" ]; then
 fi
 [ -d "$out/start" ] || python "$here/start.py" "$out/foundation.pth" "$pictures" "$out/start"
 
-# No LPIPS and no discriminator: there is nothing here that their weights could come from.
+# No LPIPS and no discriminator: there is no source for their weights here.
 "${together[@]}" train-tokenizer "$pictures" "$out/tokenizer" --start-from "$out/start" \
     --steps "${STEPS:-12000}" --batch-size 8 --lr 1e-3 --warmup-steps 100 \
     --schedule cosine --min-lr 1e-5 --ema 0.995 --pixel-loss l1 --no-lpips \
@@ -31,7 +31,7 @@ fi
 tokenizer=$out/tokenizer/model
 vfmtok-fast cache "$pictures" "$out/cache" --model "$tokenizer" --views center center-flip
 vfmtok-fast verify "$out/cache"
-# A fifth is dropped: with a tenth it knew the training pictures by heart after 15 epochs.
+# Dropout is 0.2: with 0.1 the generator had memorised the training images after 15 epochs.
 "${together[@]}" train-gpt "$out/cache" "$out/generator" --config "$here/generator.json" \
     --dropout 0.2 --steps "${GPT_STEPS:-3000}" --batch-size 32 --lr 1e-3 --warmup-steps 100 \
     --schedule cosine --ema 0.995 --save-every 250 --log-every 50 --show-every 0

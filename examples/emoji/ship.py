@@ -2,7 +2,7 @@
 
     python examples/emoji/ship.py OUT vfmtok_fast/pretrained/emoji
 
-OUT is the folder of `run.sh`. Loading gives float32 again.
+OUT is the folder that `run.sh` wrote. Loading converts the weights back to float32.
 """
 
 from __future__ import annotations

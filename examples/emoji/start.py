@@ -1,14 +1,14 @@
-"""Write an untrained emoji tokenizer that starts closer to something useful than noise.
+"""Write an untrained emoji tokenizer with a better initialisation than random noise.
 
     python examples/emoji/start.py FOUNDATION.pth PICTURES OUT
 
-VFMTok learns positions and queries from noise, which the authors' 50 epochs of ImageNet have time
-for. Here
+VFMTok learns positions and queries from noise, for which the authors' 50 epochs of ImageNet leave
+enough time. Here
 
-- regions and patches start with one table of sines (their grids are the same), and keys as queries,
-  so that a patch looks at the region of its own place first;
-- queries start as the directions in which regions differ from picture to picture (their principal
-  components, whitened), and codes as queries, so that codes tell pictures apart, not places.
+- regions and patches start with the same table of sines (their grids are the same), and keys start
+  equal to queries, so that a patch first attends to the region at its own place;
+- queries start as the directions in which regions differ from image to image (their principal
+  components, whitened), and codes start as queries, so that codes distinguish images, not places.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from vfmtok_fast.checkpoint import load_backbone
 from vfmtok_fast.configs import config_from_mapping
 
 CONFIG = Path(__file__).with_name("tokenizer.json")
-# Of the table, about that of the codes that it is added to.
+# Amplitude of the table, about that of the codes that it is added to.
 AMPLITUDE = 0.5
-# Pictures whose regions the queries are taken from.
+# Number of images whose regions provide the initial queries.
 SEEN = 256
 
 
 def sines(side: int, dim: int) -> Tensor:
-    """Positions of a square grid [side * side, dim]: sines and cosines of row and of column."""
+    """Positions of a square grid [side * side, dim]: sines and cosines of row and column."""
     rates = 0.5 * torch.pi * 2.0 ** -torch.linspace(0, 3, dim // 4)
     waves = torch.arange(side)[:, None] * rates
     line = torch.cat([waves.sin(), waves.cos()], dim=1)
@@ -53,7 +53,7 @@ def place(model: VFMTok) -> None:
 
 @torch.no_grad()
 def look(model: VFMTok, pictures: Tensor) -> None:
-    """Queries and codes from uint8 pictures [N, 3, 128, 128]."""
+    """Initialise queries and codes from uint8 images [N, 3, 128, 128]."""
     rows = torch.randperm(len(pictures))[:SEEN]
     images = F.interpolate(pictures[rows] / 127.5 - 1, model.config.image_size, mode="area")
     regions = model.region_encoder(model.backbone(images))

@@ -1,4 +1,4 @@
-"""Figures by which tokenizers and generators are judged, by named protocols.
+"""Metrics that judge tokenizers and generators, by named protocols.
 
 >>> from vfmtok_fast import evaluation
 >>> inception = evaluation.Inception("weights-inception-2015-12-05-6726825d.pth")

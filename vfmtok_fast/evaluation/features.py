@@ -1,7 +1,7 @@
-"""What FID, sFID, IS, precision and recall look at: the Inception network of 2015.
+"""Features for FID, sFID, IS, precision and recall, from the Inception network of 2015.
 
-The network is torch-fidelity's, which resizes and pools as TensorFlow's graph does. Its weights
-are a file that the user names; nothing is downloaded.
+The network is torch-fidelity's, which resizes and pools like TensorFlow's graph. The user names the
+file with its weights; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .metrics import Moments
 
 # The published conversion of the graph; torch-fidelity and pytorch-fid offer the same weights.
 PUBLISHED = "weights-inception-2015-12-05-6726825d.pth"
-# Features of mixed_6/conv, that is channels x 17 x 17; sFID takes the first channels.
+# Of the features of mixed_6/conv, channels x 17 x 17, sFID takes the first channels.
 SPATIAL_CHANNELS = 7
 
 
@@ -32,16 +32,16 @@ class Inception:
     """InceptionV3 with the outputs that ADM compares.
 
     Args:
-        weights: a file such as `PUBLISHED`, or None: seeded random weights, whose figures test the
-            arithmetic and mean nothing else.
-        device: where to compute.
+        weights: a file such as `PUBLISHED`. None: seeded random weights, whose metrics only test
+            the arithmetic and mean nothing else.
+        device: device to compute on.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another network's weights, or torch-fidelity is not installed.
+        ValueError: the weights are those of another network, or torch-fidelity is not installed.
     """
 
-    # Features of each kind.
+    # Number of features of each kind.
     sizes: ClassVar = {"pool": 2048, "spatial": 17 * 17 * SPATIAL_CHANNELS}
 
     def __init__(self, weights: str | Path | None = None, device: str | torch.device = "cpu"):
@@ -65,14 +65,14 @@ class Inception:
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
-        """Features of pictures.
+        """Compute the features of images.
 
         Args:
-            pictures: uint8 [B, H, W, 3], any size; resized to 299 as the graph does.
+            pictures: uint8 [B, H, W, 3], any size; resized to 299 as in the graph.
 
         Returns:
             pool_3 float32 [B, 2048]; the first 7 channels of mixed_6/conv float32 [B, 17 * 17 * 7],
-            channels last, as published statistics have them.
+            channels last, as in published statistics.
         """
         planes = torch.as_tensor(pictures).permute(0, 3, 1, 2).to(self.device)
         with computing(self.device, tf32=False):
@@ -83,21 +83,21 @@ class Inception:
 
     @torch.no_grad()
     def logits(self, pool: Tensor) -> Tensor:
-        """pool_3 [N, 2048] to logits without bias [N, 1008], as IS takes them."""
+        """Map pool_3 [N, 2048] to logits without bias [N, 1008], as IS takes them."""
         with computing(self.device, tf32=False):
             return pool.to(self.device) @ self.network.fc.weight.T
 
 
 def _untrained_network() -> nn.Module:
-    """The network with weights that seed 0 alone decides, scaled so that no layer dies out."""
+    """The network with weights that only seed 0 determines, scaled so that no layer dies out."""
     if importlib.util.find_spec("torch_fidelity") is None:
         raise ValueError("FID and its like need Inception: pip install 'vfmtok-fast[eval]'")
-    # Here, because it brings torchvision, and that brings Triton.
+    # Imported here because it imports torchvision, which imports Triton.
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Network(FeatureExtractorInceptionV3):
         def load_state_dict(self, *arguments: object, **options: object) -> None:
-            """Nothing: its constructor cannot do without a file, and reads it as a pickle."""
+            """Load nothing: the constructor requires a file and reads it as a pickle."""
 
     nothing = io.BytesIO()
     torch.save({}, nothing)
@@ -112,7 +112,7 @@ def _untrained_network() -> nn.Module:
 
 
 def _load(network: nn.Module, path: Path) -> None:
-    """Strictly; the counters of batch norm, which some files have, do not count."""
+    """Load the weights strictly, but ignore the batch norm counters that some files have."""
     tensors = read_tensors(path, (), "Inception")
     needed, counters = {}, []
     for name, value in network.state_dict().items():
@@ -129,11 +129,11 @@ def _load(network: nn.Module, path: Path) -> None:
 
 
 class Activations:
-    """Features of pictures that come in batches, and what identifies the pictures.
+    """Features of images that arrive in batches, and hashes that identify the images.
 
     Attributes:
-        moments: of "pool" and of "spatial" features.
-        hashes: of each picture, of which sets can be compared.
+        moments: moments of the "pool" and the "spatial" features.
+        hashes: a hash of each image, to compare sets of images.
     """
 
     def __init__(self, inception: Inception):
@@ -144,7 +144,7 @@ class Activations:
         self._pool: list[Tensor] = []
 
     def add(self, pictures: np.ndarray) -> None:
-        """Take in uint8 [B, H, W, 3]."""
+        """Add images, uint8 [B, H, W, 3]."""
         pictures = np.ascontiguousarray(pictures)
         for picture in pictures:
             self._digest.update(picture)
@@ -156,10 +156,10 @@ class Activations:
 
     @property
     def pool(self) -> Tensor:
-        """pool_3 of all pictures, float32 [N, 2048] on the CPU."""
+        """pool_3 of all images, float32 [N, 2048] on the CPU."""
         return torch.cat(self._pool)
 
     @property
     def sha256(self) -> str:
-        """Of the bytes of all pictures in order."""
+        """SHA-256 of the bytes of all images in order."""
         return self._digest.hexdigest()

@@ -1,4 +1,4 @@
-"""How good generated pictures are: FID, sFID, IS, precision and recall, as ADM computes them."""
+"""Quality of generated images: FID, sFID, IS, precision and recall, as ADM computes them."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def evaluate_generation(
     batch_size: int = 64,
     advance: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
-    """Compare generated pictures with a reference.
+    """Compare generated images with a reference.
 
     Args:
-        samples: ADM's .npz, or a folder of `vfmtok-fast sample`.
-        reference: ADM's .npz: pictures, or statistics of pool_3 and of mixed_6/conv, or both, as
-            VIRTUAL_imagenet256_labeled.npz. Statistics count for FID and sFID, pictures for
-            precision and recall, and for all where there are no statistics.
-        protocol: what to do with them.
-        inception: gives the features.
-        labelled: the samples' labels are part of the protocol; False does without.
-        batch_size: pictures at a time.
-        advance: told how many pictures were done, of samples and reference.
+        samples: ADM's .npz, or a folder from `vfmtok-fast sample`.
+        reference: ADM's .npz with images, or statistics of pool_3 and of mixed_6/conv, or both,
+            like VIRTUAL_imagenet256_labeled.npz. FID and sFID use the statistics, precision and
+            recall the images. Without statistics, all of them use the images.
+        protocol: how to compare them.
+        inception: computes the features.
+        labelled: the samples' labels are part of the protocol; False does without labels.
+        batch_size: images at a time.
+        advance: called with the number of images done, in samples and reference.
 
     Returns:
-        The result as plain JSON values. What the reference cannot give is None.
+        The result as plain JSON values. Metrics that the reference does not allow are None.
 
     Raises:
-        FileNotFoundError, ValueError: a file that is missing or not what it must be.
+        FileNotFoundError, ValueError: a file is missing or not what it must be.
     """
     made, real = Archive(samples), open_reference(reference, protocol, inception)
     made.check_pictures(protocol.num, protocol.size)
@@ -72,11 +72,11 @@ def evaluate_generation(
 
 
 def open_reference(path: str | os.PathLike, protocol: Generation, inception: Inception) -> Archive:
-    """A reference, if it is one for this protocol and network.
+    """Open a reference and check that it suits this protocol and network.
 
     Raises:
-        FileNotFoundError, ValueError: it is not there, has pictures of another size, statistics of
-            other features, or neither pictures nor statistics; or there are too few pictures.
+        FileNotFoundError, ValueError: the file is missing, has images of another size, statistics
+            of other features, or neither images nor statistics; or there are too few images.
     """
     real = Archive(path)
     statistics = {which: real.statistics(which) for which in STATISTICS}
@@ -93,7 +93,7 @@ def open_reference(path: str | os.PathLike, protocol: Generation, inception: Inc
             f"{real.path}: is no reference: it holds neither pictures (arr_0) nor statistics (mu "
             "and sigma)"
         )
-    # Found before the work. A covariance takes two pictures, a k-th neighbour more than k.
+    # Checked before the work. A covariance needs two images, a k-th neighbour more than k.
     least = protocol.neighbours + 1 if real.count else 2
     for name, count in (("--num", protocol.num), (real.path, real.count)):
         if count < least and (name == "--num" or count):
@@ -109,7 +109,7 @@ def _metrics(
     if known["pool"] is None:
         made = {which: moments.statistics() for which, moments in target.moments.items()}
         known = {which: known[which] or made[which] for which in made}
-    # Else none are made of the pictures, which ADM's statistics are not of.
+    # If the file has statistics, none are computed from its images: ADM's are of other images.
     for name, which in (("FID", "pool"), ("sFID", "spatial")):
         own, against = seen.moments[which].statistics(), known[which]
         found[name] = None if against is None else frechet_distance(own, against)
@@ -139,7 +139,7 @@ def _warnings(
 
 
 def _is_imagenet_val(archive: Archive) -> bool:
-    """50 pictures of each of 1,000 classes, as the validation set has and the training set not."""
+    """Whether there are 50 images of each of 1,000 classes, as in the validation set only."""
     if archive.count != 50_000 or LABELS not in archive.members:
         return False
     found = described_labels(archive.labels(archive.count))
@@ -147,7 +147,7 @@ def _is_imagenet_val(archive: Archive) -> bool:
 
 
 def _settings(samples: Path) -> dict[str, Any] | None:
-    """What `vfmtok-fast sample` has written about the pictures: seed, guidance, weights."""
+    """Settings that `vfmtok-fast sample` wrote beside the images: seed, guidance, weights."""
     path = samples.with_name("samples.json")
     if samples.name != "samples.npz" or not path.is_file():
         return None
@@ -158,14 +158,14 @@ def _settings(samples: Path) -> dict[str, Any] | None:
 
 
 def plot_sweep(path: str | os.PathLike, results: list[dict[str, Any]]) -> bool:
-    """FID against IS, a point for each guidance scale, as a .png.
+    """Plot FID against IS, one point per guidance scale, as a .png.
 
     Args:
-        path: to write.
-        results: of `evaluate_generation`, each with its "cfg_scale".
+        path: file to write.
+        results: from `evaluate_generation`, each with its "cfg_scale".
 
     Returns:
-        False without matplotlib: nothing was written.
+        False if matplotlib is not installed and nothing was written.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return False

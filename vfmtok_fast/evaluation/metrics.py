@@ -1,7 +1,7 @@
-"""The figures, each with its formula and source; float64 but where a published rule rounds.
+"""The metrics, each with its formula and source, in float64 except where a published rule rounds.
 
-The rules of ADM are those of the evaluator that came with arXiv 2105.05233, with which FIDs on
-ImageNet are published.
+The rules of ADM are those of the evaluator that came with arXiv 2105.05233, which is the one behind
+published FIDs on ImageNet.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows of a matrix of distances at a time. ADM takes 10,000, which changes nothing but memory.
+# Rows of a distance matrix at a time. ADM takes 10,000, which changes only the memory.
 ROWS = 1000
-# Of SSIM.
+# Parameters of SSIM.
 WINDOW, K1, K2 = 7, 0.01, 0.03
 
 
@@ -30,7 +30,7 @@ class Statistics:
 
 
 class Moments:
-    """Statistics of features that come in batches and are not kept.
+    """Statistics of features that arrive in batches and are not kept.
 
     Source: the pairwise update of Chan, Golub and LeVeque, 1979.
     """
@@ -39,7 +39,7 @@ class Moments:
         self.count, self._mean, self._scatter = 0, None, None
 
     def add(self, features: Tensor) -> None:
-        """Take in [B, D] features of any dtype and device."""
+        """Add features [B, D] of any dtype and device."""
         x = features.double()
         mean = x.mean(dim=0)
         centred = x - mean
@@ -52,10 +52,10 @@ class Moments:
         self.count, self._mean, self._scatter = self.count + len(x), mean, scatter
 
     def statistics(self) -> Statistics:
-        """What was taken in.
+        """Return the statistics of all features added so far.
 
         Raises:
-            ValueError: fewer than 2 pictures, which have no covariance.
+            ValueError: there are fewer than 2 images, so no covariance.
         """
         if self.count < 2:
             raise ValueError(f"statistics: need at least 2 pictures, got {self.count}")
@@ -65,15 +65,15 @@ class Moments:
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """FID: |mean_a - mean_b|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)).
 
-    With A = F F' the eigenvalues of A B are those of F' B F, which is symmetric. As many of them as
-    the smaller of both ranks are not 0; roots of the others, which are rounding, would add up where
-    there are fewer pictures than features.
+    With A = F F', the nonzero eigenvalues of A B are those of F' B F, which is symmetric. The
+    number of nonzero eigenvalues is at most the smaller of both ranks. The others are rounding
+    errors, whose roots would add up if there are fewer images than features.
 
     Args:
         a, b: statistics of the same number of features.
 
     Raises:
-        ValueError: statistics of other features.
+        ValueError: the statistics are of different features.
 
     Source: arXiv 1706.08500.
     """
@@ -93,19 +93,19 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def _not_zero(eigenvalues: Tensor) -> Tensor:
-    """Which of a covariance's eigenvalues, in rising order, are more than rounding."""
+    """Which of a covariance's eigenvalues, in ascending order, are more than rounding errors."""
     smallest = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
     return eigenvalues > eigenvalues[-1].clamp(min=0) * smallest
 
 
 def inception_score(logits: Tensor, split: int = 5000) -> float:
-    """IS: over splits in order, the mean of exp(mean KL(p(y|x) || p(y))).
+    """IS: the mean of exp(mean KL(p(y|x) || p(y))) over splits, taken in order.
 
     Args:
-        logits: [N, classes], without a bias, as the graph of ADM has them.
-        split: pictures of a split; the last may have fewer. ADM: 5,000.
+        logits: [N, classes], without a bias, as in ADM's graph.
+        split: images per split; the last may have fewer. ADM: 5,000.
 
-    Source: arXiv 1606.03498, and ADM's splits.
+    Source: arXiv 1606.03498, with ADM's splits.
     """
     scores = []
     for part in logits.split(split):
@@ -120,20 +120,20 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Share of samples inside the reference's manifold, and of the reference inside the samples'.
 
-    The manifold of points is the union of balls around them, each as far as the point's k-th
+    The manifold of points is the union of balls around them; each ball reaches the point's k-th
     neighbour.
 
     Args:
         reference, samples: [N, D] and [M, D] features, more than k of each.
         k: 3 in ADM.
-        half: round squared distances to float16 as ADM does, which makes ties of near misses;
-            else, or where float16 might overflow, float64.
+        half: round squared distances to float16 as ADM does, which turns near misses into ties.
+            Otherwise, or if float16 might overflow, use float64.
 
     Returns:
         Precision and recall.
 
     Raises:
-        ValueError: not more than k points.
+        ValueError: there are k points or fewer.
 
     Source: arXiv 1904.06991.
     """
@@ -161,17 +161,18 @@ def _rows(count: int) -> list[slice]:
 def _fits_half(*points: Tensor) -> bool:
     """Whether no term of |u|^2 - 2 u v + |v|^2 can overflow in float16: 2 |u v| <= |u|^2 + |v|^2.
 
-    Where one does ADM turns to float32 for 10,000 rows and columns around it.
+    If one overflows, ADM turns to float32 for the 10,000 rows and columns around it.
     """
     largest = max(float(x.float().square().sum(dim=1).max()) for x in points)
     return 4 * largest < torch.finfo(torch.float16).max
 
 
 class _Points:
-    """Features [N, D] and their squared lengths, to take distances between."""
+    """Features [N, D] and their squared norms, from which distances are computed."""
 
     def __init__(self, features: Tensor, half: bool):
-        # Products of float16 are exact in float32, and sums of them round once: as on a GPU.
+        # Products of float16 values are exact in float32, and their sums are rounded once, as on a
+        # GPU.
         self.values = features.half().float() if half else features.double()
         self.half = half
         squares = self.values.square()
@@ -181,18 +182,18 @@ class _Points:
         return values.half() if self.half else values
 
     def distances(self, rows: slice, others: _Points) -> Tensor:
-        """Squared distances of some points to all others [rows, M], at least 0."""
+        """Squared distances [rows, M] of some points to all others, at least 0."""
         products = self._round(self.values[rows] @ others.values.T)
         return (self.squares[rows, None] - 2 * products + others.squares).clamp(min=0)
 
     def radii(self, k: int) -> Tensor:
-        """Squared distance of each point to its k-th neighbour; the nearest is the point itself."""
+        """Squared distance of each point to its k-th neighbour, not counting the point itself."""
         found = (self.distances(rows, self) for rows in _rows(len(self.values)))
         return torch.cat([part.kthvalue(k + 1, dim=1).values for part in found])
 
 
 def psnr(x: Tensor | np.ndarray, y: Tensor | np.ndarray) -> Tensor:
-    """-10 log10 of the mean squared error of pictures scaled to [0, 1]; equal pictures: infinite.
+    """-10 log10 of the mean squared error of images scaled to [0, 1]; infinite for equal images.
 
     Args:
         x, y: uint8 [B, H, W, 3].
@@ -205,12 +206,12 @@ def psnr(x: Tensor | np.ndarray, y: Tensor | np.ndarray) -> Tensor:
 
 
 def ssim(x: Tensor | np.ndarray, y: Tensor | np.ndarray, data_range: float = 1.0) -> Tensor:
-    """Structural similarity, uniform window of 7, sample covariance, mean over colours.
+    """Structural similarity with a uniform window of 7, sample covariance, and mean over colours.
 
     Args:
-        x, y: uint8 [B, H, W, 3], at least 7 a side; they are scaled to [0, 1].
-        data_range: 1.0 is theirs. The authors' script has 2.0, which lifts the figure: it makes the
-            stabilising constants four times as large.
+        x, y: uint8 [B, H, W, 3], at least 7 pixels a side; they are scaled to [0, 1].
+        data_range: 1.0 is the range of the scaled images. The authors' script has 2.0, which raises
+            SSIM, because it makes the stabilising constants four times as large.
 
     Returns:
         float64 [B].
@@ -237,7 +238,7 @@ def ssim(x: Tensor | np.ndarray, y: Tensor | np.ndarray, data_range: float = 1.0
 
 
 def _planes(caller: str, *pictures: Tensor | np.ndarray) -> list[Tensor]:
-    """8-bit pictures as float64 [B, 3, H, W] in [0, 1]."""
+    """Return 8-bit images as float64 [B, 3, H, W] in [0, 1]."""
     x, y = (torch.as_tensor(one) for one in pictures)
     if x.dtype != torch.uint8 or y.dtype != torch.uint8:
         raise TypeError(f"{caller}: pictures must be uint8, got {x.dtype} and {y.dtype}")

@@ -1,6 +1,6 @@
-"""ADM's .npz files, read a batch at a time: arr_0 pictures, arr_1 labels, mu and sigma.
+"""ADM's .npz files, read a batch at a time: arr_0 images, arr_1 labels, mu and sigma.
 
-50,000 pictures are 10 GB, so they are never in memory together.
+50,000 images are 10 GB, so they are never in memory together.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from .metrics import Statistics
 
 PICTURES, LABELS = "arr_0", "arr_1"
-# Of pool_3, and of mixed_6/conv, which sFID compares.
+# Names for pool_3, and for mixed_6/conv, which sFID compares.
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 _READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -29,14 +29,14 @@ _READERS = {
 
 
 class Archive:
-    """An .npz of pictures, of statistics, or of both.
+    """An .npz file of images, of statistics, or of both.
 
     Args:
-        path: the file; or a folder that `vfmtok-fast sample` has filled, for its samples.npz.
+        path: the file, or a folder that `vfmtok-fast sample` has filled, for its samples.npz.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is no .npz, is damaged, or its pictures are not uint8 [N, H, W, 3].
+        FileNotFoundError: there is no such file.
+        ValueError: it is not an .npz, is damaged, or its images are not uint8 [N, H, W, 3].
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -61,12 +61,12 @@ class Archive:
             self.count, self.height, self.width = shape[:3]
 
     def sha256(self) -> str:
-        """Of the file."""
+        """SHA-256 of the file."""
         with open(self.path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def check_pictures(self, count: int, size: int) -> None:
-        """Require at least ``count`` pictures of ``size`` pixels a side."""
+        """Require at least ``count`` images of ``size`` pixels a side."""
         if PICTURES not in self.members:
             raise ValueError(f"{self.path}: holds no pictures ({PICTURES})")
         if (self.height, self.width) != (size, size):
@@ -81,7 +81,7 @@ class Archive:
             )
 
     def pictures(self, count: int, batch_size: int) -> Iterator[np.ndarray]:
-        """The first pictures in batches, uint8 [b, H, W, 3]."""
+        """Yield the first ``count`` images in batches, uint8 [b, H, W, 3]."""
         with self._member(PICTURES) as (file, shape, _):
             each = int(np.prod(shape[1:]))
             for start in range(0, count, batch_size):
@@ -92,10 +92,10 @@ class Archive:
                 yield np.frombuffer(bytearray(data), np.uint8).reshape(here, *shape[1:])
 
     def labels(self, count: int) -> np.ndarray:
-        """Classes of the first pictures, int64 [count].
+        """Return the classes of the first images, int64 [count].
 
         Raises:
-            ValueError: there are none, not as many, or other numbers.
+            ValueError: there are no labels, too few, or they are not valid numbers.
         """
         if LABELS not in self.members:
             raise ValueError(
@@ -111,11 +111,11 @@ class Archive:
         return labels[:count].astype(np.int64)
 
     def statistics(self, which: str) -> Statistics | None:
-        """Of "pool" or "spatial" features, where the file has them.
+        """Return the statistics of "pool" or "spatial" features, or None if the file has none.
 
         Raises:
-            ValueError: a mean without a covariance, shapes that do not belong together, or values
-                that are no covariance.
+            ValueError: one of mean and covariance is missing, their shapes do not match, or the
+                values are not a covariance.
         """
         names = STATISTICS[which]
         there = [name for name in names if name in self.members]
@@ -137,7 +137,7 @@ class Archive:
             )
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise ValueError(f"{self.path}: {' and '.join(names)} hold NaN or infinite values")
-        # Published ones are symmetric but for rounding.
+        # Published covariances are symmetric up to rounding.
         if not torch.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-6):
             raise ValueError(f"{self.path}: {names[1]} is no covariance: it is not symmetric")
         return Statistics(mean, covariance)
@@ -151,7 +151,7 @@ class Archive:
 
     @contextlib.contextmanager
     def _member(self, name: str) -> Iterator[tuple[BinaryIO, tuple[int, ...], np.dtype]]:
-        """An array of the file at its first value, its shape and dtype."""
+        """Yield the file at an array's first value, and the array's shape and dtype."""
         with self._open(name) as file:
             read = _READERS[np.lib.format.read_magic(file)]
             shape, fortran, dtype = read(file)

@@ -1,4 +1,4 @@
-"""Pictures of any input that a token cache reads, cropped and resized as a protocol says."""
+"""Images of any input that a token cache reads, cropped and resized as a protocol says."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ..cache.sources import BadImage, Source
 from ..cache.sources.base import REASONS
 from ..images import center_crop, decode_image, to_float, to_uint8
 
-# Pictures that are looked at before the work begins.
+# Number of images that are checked before the work begins.
 LOOKED_AT = 8
 
 
 class Batch(NamedTuple):
-    """Squares for the tokenizer [B, S, S, 3], pictures as they are or None, labels int64 [B]."""
+    """Squares for the tokenizer [B, S, S, 3], the original images or None, and labels int64 [B]."""
 
     squares: np.ndarray
     originals: np.ndarray | None
@@ -31,20 +31,21 @@ class Batch(NamedTuple):
 
 
 class Pictures:
-    """Some or all pictures of an input, in its order.
+    """Some or all images of an input, in its order.
 
     Args:
-        source: from `cache.sources.open_source`.
-        side: of the squares, in pixels.
-        num: how many pictures, evenly spaced in the input's order; None: all.
-        crop: "centre", of raw pictures; "none": they are squares of ``size`` pixels and are
-            enlarged.
-        size: see ``crop``; raw pictures that are all squares of this size are refused.
-        workers: threads that read.
-        labelled: refuse pictures without a class.
+        source: returned by `cache.sources.open_source`.
+        side: side of the squares, in pixels.
+        num: how many images, evenly spaced in the input's order; None: all.
+        crop: "centre": crop raw images. "none": images are squares of ``size`` pixels already and
+            are enlarged.
+        size: see ``crop``; raw images that are all squares of this size are refused.
+        workers: number of reader threads.
+        labelled: refuse images without a class.
 
     Raises:
-        ValueError: fewer pictures than asked for, one without a class, or cropped ones.
+        ValueError: there are fewer images than asked for, one has no class, or they are cropped
+            already.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Pictures:
                 f"{source.shown}: {num} pictures were asked for, it holds {len(entries)}{evaluates}"
             )
         self.entries = [entries[i * len(entries) // num] for i in range(num)]
-        # One whose label is damaged is left out as a bad picture, as training does.
+        # An entry with a damaged label is left out as a bad image, as in training.
         without = [e.path for e in self.entries if e.label == NO_CLASS and e.size not in REASONS]
         if labelled and without:
             raise ValueError(
@@ -76,7 +77,7 @@ class Pictures:
         return len(self.entries)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """The pictures; those that cannot be read are left out, and noted in ``bad``."""
+        """Yield the images; those that cannot be read are left out and noted in ``bad``."""
         with ThreadPoolExecutor(self.workers, "vfmtok-evaluate") as pool:
             waiting: list[Future] = []
             for start in range(0, len(self.entries) + batch_size, batch_size):
@@ -121,13 +122,13 @@ class Pictures:
 
 
 def compared(images: Tensor, size: int, resize: str) -> np.ndarray:
-    """Pictures in 8 bit at the size at which they are compared.
+    """Convert images to 8 bits at the size at which they are compared.
 
     Args:
-        images: floating [B, 3, S, S], [-1, 1] and what lies beyond is clamped.
+        images: floating [B, 3, S, S] in [-1, 1]; values outside are clamped.
         size: pixels a side.
-        resize: "pillow": bicubic with antialiasing, of 8-bit pictures; "torch": bicubic without,
-            of floating ones.
+        resize: "pillow": bicubic with antialiasing, on 8-bit images; "torch": bicubic without
+            antialiasing, on floating-point images.
 
     Returns:
         uint8 [B, size, size, 3].
@@ -146,5 +147,5 @@ def compared(images: Tensor, size: int, resize: str) -> np.ndarray:
 
 
 def model_input(squares: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """8-bit squares as the tokenizer takes them."""
+    """Convert 8-bit squares to the tokenizer's input."""
     return to_float(torch.from_numpy(squares).to(device)).to(dtype)

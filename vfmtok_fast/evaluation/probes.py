@@ -1,7 +1,7 @@
-"""What features know of classes: a linear probe and nearest neighbours.
+"""What features reveal about classes: a linear probe and nearest neighbours.
 
-The linear probe is MAE's: batch norm without scale and shift, then one linear layer, on features
-that are computed once (so without MAE's random crops).
+The linear probe follows MAE: batch norm without scale and shift, then one linear layer. Features
+are computed once, so MAE's random crops are missing.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from .pictures import Pictures, model_input
 from .protocols import Named
 
 OPTIMIZERS = ("sgd", "lars")
-# Test pictures at a time, against all of the training set.
+# Number of test images at a time, compared with the whole training set.
 ROWS = 1000
 
 
 @dataclass(frozen=True)
 class Probe(Named):
-    """How features are probed.
+    """Settings of a probe.
 
     Attributes:
-        optimizer: "sgd", or "lars" as MAE has it, which takes the 1.28 million pictures and the
-            thousands of steps of ImageNet to move the weights far enough.
-        batch_size: pictures a step; at most all.
-        base_lr: the rate is this times batch_size / 256.
-        epochs, warmup_epochs: of the linear probe; then a cosine to 0.
-        neighbours, temperature: of the weighted vote: exp(cosine / temperature) each.
-        seed: of first weights and order.
+        optimizer: "sgd", or "lars" as in MAE, which needs ImageNet's 1.28 million images and
+            thousands of steps to move the weights far enough.
+        batch_size: images per step; at most all.
+        base_lr: the learning rate is this times batch_size / 256.
+        epochs, warmup_epochs: of the linear probe; a cosine to 0 follows the warm-up.
+        neighbours, temperature: of the vote, in which each neighbour weighs exp(cosine /
+            temperature).
+        seed: seed of the initial weights and the order.
 
     Source: arXiv 2111.06377, appendix A.1; neighbours: arXiv 2104.14294, section 4.1.
     """
@@ -60,20 +61,20 @@ PROBES = {
 
 
 def linear_probe(train: Tensor, labels: Tensor, test: Tensor, classes: int, probe: Probe) -> Tensor:
-    """Train a linear classifier on features, and classify others.
+    """Train a linear classifier on features and classify other features.
 
     Args:
-        train: [N, D] floating.
+        train: [N, D] floating-point.
         labels: int64 [N] in [0, classes).
         test: [M, D].
-        classes: how many there are.
+        classes: number of classes.
         probe: settings.
 
     Returns:
         Logits of ``test``, float32 [M, classes].
 
     Raises:
-        ValueError: no such optimizer, or fewer than 2 features to train on.
+        ValueError: there is no such optimizer, or there are fewer than 2 features to train on.
     """
     if len(train) < 2:
         raise ValueError(f"linear_probe: needs at least 2 features to train on, got {len(train)}")
@@ -108,7 +109,7 @@ def _optimizer(layer: nn.Linear, probe: Probe) -> torch.optim.Optimizer:
             f"linear_probe: optimizer must be one of {', '.join(OPTIMIZERS)}, got "
             f"{probe.optimizer!r}"
         )
-    # Here, because timm brings Triton. Biases are not adapted, as in MAE.
+    # Imported here because timm imports Triton. Biases are not adapted, as in MAE.
     from timm.optim import Lars
 
     groups = [
@@ -119,7 +120,7 @@ def _optimizer(layer: nn.Linear, probe: Probe) -> torch.optim.Optimizer:
 
 
 def _rate(probe: Probe, epoch: float) -> float:
-    """MAE's: linear warm-up, then half a cosine to 0."""
+    """MAE's learning rate: linear warm-up, then half a cosine to 0."""
     warmup = probe.warmup_epochs
     if epoch < warmup:
         return probe.base_lr * epoch / warmup
@@ -151,7 +152,7 @@ def nearest_neighbours(
 
 
 def accuracy(scores: Tensor, labels: Tensor, top: int = 1) -> float:
-    """Share of rows of ``scores`` [M, classes] whose label is among the highest ``top``."""
+    """Share of rows of ``scores`` [M, classes] whose label is among the ``top`` highest scores."""
     best = scores.topk(min(top, scores.shape[1]), dim=1).indices.cpu()
     return float((best == labels.cpu()[:, None]).any(dim=1).double().mean())
 
@@ -160,7 +161,7 @@ def features(
     tokenizer: VFMTok, pictures: Pictures, which: str, batch_size: int,
     advance: Callable[[int], None] = lambda count: None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`VFMTok.probe_features` of pictures, float32 [N, D] on the model's device; labels [N]."""
+    """`VFMTok.probe_features` of images, float32 [N, D] on the model's device, and labels [N]."""
     found, labels = [], []
     for batch in pictures.batches(batch_size):
         images = model_input(batch.squares, tokenizer.device, tokenizer.dtype)
@@ -177,23 +178,24 @@ def evaluate_probe(
     *, num: int | None = None, batch_size: int = 16, workers: int = 4,
     advance: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Probe a tokenizer's features of labelled pictures.
+    """Probe a tokenizer's features of labelled images.
 
     Args:
         tokenizer: in eval mode.
-        train, test: labelled pictures; without ``test`` every fifth picture of a class is held out.
-        probe: what to do.
-        which: of `VFMTok.probe_features`.
-        num: training pictures, evenly spaced; None: all.
-        batch_size: pictures at a time, through the tokenizer.
-        workers: threads that read.
-        advance: told how many pictures were done.
+        train, test: labelled images; without ``test``, every fifth image of a class is held out.
+        probe: settings.
+        which: which features, see `VFMTok.probe_features`.
+        num: number of training images, evenly spaced; None: all.
+        batch_size: images at a time in the tokenizer.
+        workers: number of reader threads.
+        advance: called with the number of images done.
 
     Returns:
         The result as plain JSON values.
 
     Raises:
-        ValueError: pictures without labels, other classes in ``test``, or none left to test on.
+        ValueError: images have no labels, ``test`` has other classes, or no images are left to test
+            on.
     """
     if probe.epochs <= probe.warmup_epochs:
         raise ValueError(
@@ -245,7 +247,7 @@ def evaluate_probe(
 
 
 def _check_classes(names: list[str], other: list[str], test: str, train: str) -> list[str]:
-    """Refuse other classes; warn where only the numbers can be compared."""
+    """Refuse other classes; warn if only the class numbers can be compared."""
     numbered = [all(name == str(i) for i, name in enumerate(some)) for some in (names, other)]
     if numbered[0] != numbered[1]:
         which = (test, train)[numbered[0]]
@@ -259,7 +261,7 @@ def _check_classes(names: list[str], other: list[str], test: str, train: str) ->
 
 
 def _every_fifth(labels: Tensor) -> Tensor:
-    """Whether a picture is the fifth, tenth, ... of its class, bool [N]."""
+    """Whether an image is the fifth, tenth, ... of its class, bool [N]."""
     place = torch.zeros_like(labels)
     for label in labels.unique():
         mine = labels == label

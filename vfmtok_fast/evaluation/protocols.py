@@ -1,7 +1,7 @@
-"""Named protocols: all that decides the third digit of a figure, in one frozen object each.
+"""Named protocols: everything that decides the third digit of a metric, in one frozen object each.
 
-What differs from a named protocol says so in its name, so that a result can never pass for another
-one's.
+A protocol that differs from a named one says so in its name, so that its results cannot be mistaken
+for those of the named one.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 
 @dataclass(frozen=True)
 class Named:
-    """Settings under a name, which says what was changed of them."""
+    """Settings with a name that says which of them were changed."""
 
     name: str
 
     def changed(self, **fields: Any) -> Self:
-        """The same with other values of some fields (None: as it is), named by them."""
+        """Return a copy with some fields changed (None: unchanged) and listed in its name."""
         now = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         other = {k: v for k, v in fields.items() if v is not None and v != now[k]}
         words = [f"{key}={value}" for key, value in other.items()]
@@ -30,12 +30,12 @@ class Named:
 
 @dataclass(frozen=True)
 class Protocol(Named):
-    """How pictures are compared.
+    """How images are compared.
 
     Attributes:
-        num: how many pictures.
-        size: side at which they are compared, in pixels.
-        split: pictures of a split of the inception score.
+        num: how many images.
+        size: side of the images when they are compared, in pixels.
+        split: images per split of the inception score.
     """
 
     num: int = 50_000
@@ -45,14 +45,14 @@ class Protocol(Named):
 
 @dataclass(frozen=True)
 class Reconstruction(Protocol):
-    """Pictures against their reconstructions; the reference of rFID are the very same crops.
+    """Images against their reconstructions; the reference of rFID is the same crops.
 
     Attributes:
-        crop: "centre": of raw pictures, by `images.center_crop` to the tokenizer's size; "none":
-            the pictures are squares of ``size`` already, and are enlarged for the tokenizer.
-        resize: of both pictures to ``size``, from 8 bit: "pillow" (bicubic, antialiased) or
-            "torch" (bicubic of the floating picture, not antialiased).
-        ssim_ranges: 1.0 is right for pictures in [0, 1]; the authors' script has 2.0.
+        crop: "centre": crop raw images to the tokenizer's size with `images.center_crop`. "none":
+            the images are squares of ``size`` already and are enlarged for the tokenizer.
+        resize: how images and reconstructions are resized to ``size``: "pillow" (from 8 bits,
+            bicubic, antialiased) or "torch" (from floating point, bicubic, not antialiased).
+        ssim_ranges: 1.0 is right for images in [0, 1]; the authors' script has 2.0.
     """
 
     crop: str = "centre"
@@ -62,12 +62,11 @@ class Reconstruction(Protocol):
 
 @dataclass(frozen=True)
 class Generation(Protocol):
-    """Generated pictures against a reference that the user names.
+    """Generated images against a reference that the user names.
 
     Attributes:
-        neighbours: of precision and recall.
-        distances: of precision and recall: "float16", rounded as ADM's evaluator does, or
-            "float64".
+        neighbours: number of neighbours for precision and recall.
+        distances: for precision and recall: "float16", rounded as in ADM's evaluator, or "float64".
     """
 
     neighbours: int = 3
@@ -89,10 +88,10 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def protocol(name: str, kind: type[Protocol]) -> Protocol:
-    """A protocol of a kind by its name.
+    """Return a protocol of a kind by its name.
 
     Raises:
-        ValueError: there is none, or it is of another kind.
+        ValueError: there is no such protocol, or it is of another kind.
     """
     known = [name for name, value in PROTOCOLS.items() if isinstance(value, kind)]
     if name not in known:
@@ -104,13 +103,13 @@ LABELS = ("balanced", "random")
 
 
 def class_ids(labels: str, num: int, classes: int, seed: int = 0) -> torch.Tensor:
-    """Classes of pictures to generate.
+    """Choose the classes of images to generate.
 
     Args:
-        labels: "balanced": all classes in turn, which gives a lower FID (RAE states 0.1); "random":
+        labels: "balanced": all classes in turn, which gives a lower FID (RAE states 0.1). "random":
             drawn one by one, as the authors' script does in each process.
-        num, classes: pictures, and classes to choose from.
-        seed: of the draws.
+        num, classes: number of images, and number of classes to choose from.
+        seed: seed of the draws.
 
     Returns:
         int64 [num].
@@ -123,7 +122,7 @@ def class_ids(labels: str, num: int, classes: int, seed: int = 0) -> torch.Tenso
 
 
 def described_labels(labels: np.ndarray) -> dict[str, Any]:
-    """Whether some labels are balanced, and over how many classes."""
+    """Describe whether labels are balanced, and over how many classes."""
     counts = np.unique(labels, return_counts=True)[1]
     kind = "balanced" if counts.max() - counts.min() <= 1 else "not balanced"
     fewest, most = int(counts.min()), int(counts.max())

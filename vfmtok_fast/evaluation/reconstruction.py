@@ -1,4 +1,4 @@
-"""How well a tokenizer reconstructs: rFID, rIS, PSNR, SSIM, LPIPS, codebook usage."""
+"""How well a tokenizer reconstructs images: rFID, rIS, PSNR, SSIM, LPIPS, codebook usage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .metrics import WINDOW, frechet_distance, inception_score, psnr, ssim
 from .pictures import Pictures, compared, model_input
 from .protocols import Reconstruction
 
-# LPIPS's VGG16 halves a picture four times.
+# LPIPS's VGG16 halves an image four times.
 HALVED = 16
 
 
@@ -38,29 +38,29 @@ def evaluate_reconstruction(
     workers: int = 4,
     advance: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
-    """Reconstruct pictures and compare.
+    """Reconstruct images and compare the reconstructions with them.
 
     Args:
         tokenizer: in eval mode.
-        source: the pictures, from `cache.sources.open_source`.
-        protocol: what to do with them.
-        inception: for rFID and rIS; None leaves them out.
-        lpips: distances [B] of pictures [B, 3, H, W] in [-1, 1], such as `training.LPIPS`.
-        batch_size: pictures at a time.
-        workers: threads that read.
-        advance: told how many pictures were done.
+        source: the images, from `cache.sources.open_source`.
+        protocol: how to compare them.
+        inception: for rFID and rIS; None leaves both out.
+        lpips: distances [B] between images [B, 3, H, W] in [-1, 1], such as `training.LPIPS`.
+        batch_size: images at a time.
+        workers: number of reader threads.
+        advance: called with the number of images done.
 
     Returns:
         The result as plain JSON values: protocol, what was compared, metrics, warnings.
 
     Raises:
-        ValueError: fewer pictures than the protocol takes, or of another kind.
+        ValueError: there are fewer images than the protocol takes, or they are of another kind.
     """
     pictures = Pictures(
         source, tokenizer.config.image_size, num=protocol.num, crop=protocol.crop,
         size=protocol.size, workers=workers,
     )  # fmt: skip
-    # Found before the work.
+    # Checked before the work.
     if inception is not None and protocol.num < 2:
         raise ValueError(f"--num must be at least 2, which rFID needs, got {protocol.num}")
     who, least = ("SSIM", WINDOW) if lpips is None else ("LPIPS", HALVED)
@@ -107,7 +107,7 @@ def evaluate_reconstruction(
 
 
 class _Sums:
-    """What is kept of the pictures: sums, digests, and features for rFID."""
+    """What is kept of the images: sums, digests, and features for rFID."""
 
     def __init__(
         self, protocol: Reconstruction, tokenizer: VFMTok, inception: Inception | None,
@@ -126,7 +126,7 @@ class _Sums:
         self.used[codes.flatten().cpu()] = True
         pair = [torch.from_numpy(one).to(self.device) for one in (originals, made)]
         decibels = psnr(*pair)
-        # Those of equal pictures are infinite.
+        # PSNR of equal images is infinite.
         self.equal += int(decibels.isinf().sum())
         terms = {"PSNR": decibels[decibels.isfinite()]}
         for data_range in self.protocol.ssim_ranges:

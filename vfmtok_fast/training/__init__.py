@@ -1,4 +1,4 @@
-"""Training the tokenizer and the generator as their authors do.
+"""Training of the tokenizer and the generator, following their authors.
 
 >>> from vfmtok_fast import training
 >>> lpips = training.LPIPS.from_files("vgg16-397923af.pth", "vgg.pth")

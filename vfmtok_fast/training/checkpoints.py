@@ -1,4 +1,4 @@
-"""Checkpoints of a run: files that are there whole or not at all, of which the last few stay."""
+"""Checkpoints of a run, each written atomically; only the newest few are kept."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 3) -> Pa
     """Write ``step-<step>.pt``, then remove all but the newest ``keep``.
 
     Args:
-        folder: is made if it is missing.
-        step: of the trainer.
+        folder: created if it is missing.
+        step: number of steps that the trainer has done.
         state: tensors, numbers, strings and containers of them.
-        keep: at least 1.
+        keep: how many checkpoints to keep, at least 1.
 
     Raises:
-        CacheWriteError: it could not be written; what was there is still there.
+        CacheWriteError: the checkpoint could not be written; earlier checkpoints are still there.
     """
     if keep < 1:
         raise ValueError(f"checkpoints: keep must be at least 1, got {keep}")
@@ -38,7 +38,7 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 3) -> Pa
         target = _Target(file)
         try:
             torch.save(dict(state), target)
-        except RuntimeError as error:  # torch's writer, which does not tell what was wrong
+        except RuntimeError as error:  # torch's writer does not say what went wrong
             if target.error is None:
                 raise
             raise target.error from error
@@ -48,24 +48,24 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 3) -> Pa
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint of a folder; None where there is none."""
+    """Return the newest checkpoint of a folder, or None if there is none."""
     found = _found(folder)
     return found[-1][1] if found else None
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What `save` was given, on the CPU.
+    """Return the state that `save` was given, with all tensors on the CPU.
 
     Raises:
         ValueError: the file is damaged.
-        OSError, RuntimeError: it is not there, or cannot be read now; memory does not suffice.
+        OSError, RuntimeError: the file is missing or cannot be read now, or memory runs out.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError) as error:
-        # A sound file, of which nobody should be told to remove it.
+        # The file itself is sound, so the error must not advise removing it.
         if getattr(error, "errno", None) is not None or is_out_of_memory(error):
             raise
         raise ValueError(
@@ -75,7 +75,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 class _Target:
-    """A file for torch's writer, which remembers why it could not be written."""
+    """Wrap a file for torch's writer and remember why a write failed."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.flush = file, file.flush
@@ -90,7 +90,7 @@ class _Target:
 
 
 def _found(folder: Path) -> list[tuple[int, Path]]:
-    """Steps and paths, in order."""
+    """Return (step, path) of each checkpoint, in order of steps."""
     if not folder.is_dir():
         return []
     matches = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())

@@ -1,4 +1,4 @@
-"""Where the time of a run goes."""
+"""Time spent in each stage of a run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 class Clock:
-    """Seconds in each stage of the steps since the last `read`.
+    """Measures the seconds in each stage of the steps since the last `read`.
 
-    On a GPU a stage's time is that of its kernels, by events, which are waited for when they are
-    read and not before.
+    On a GPU a stage's time is that of its kernels, measured with CUDA events. Only `read` waits for
+    these events.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,7 +31,7 @@ class Clock:
             self.add(name, begin)
 
     def mark(self) -> float | torch.cuda.Event:
-        """Now, for `add`."""
+        """Return the current time, to be passed to `add`."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -39,7 +39,7 @@ class Clock:
         return event
 
     def add(self, name: str, begin: float | torch.cuda.Event) -> None:
-        """Count the time since ``begin`` for a stage."""
+        """Add the time since ``begin`` to a stage."""
         end = self.mark()
         if isinstance(begin, float):
             self._seconds[name] = self._seconds.get(name, 0.0) + end - begin
@@ -47,7 +47,7 @@ class Clock:
             self._marks.append((name, begin, end))
 
     def read(self) -> tuple[float, dict[str, float]]:
-        """Seconds since the last time, and each stage's share of them."""
+        """Return the seconds since the last call and each stage's share of them."""
         for name, begin, end in self._marks:
             end.synchronize()
             seconds = begin.elapsed_time(end) / 1e3

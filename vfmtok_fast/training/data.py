@@ -1,8 +1,9 @@
-"""What is trained on: random crops of any input that a token cache reads, or the codes of a cache.
+"""Training data: random crops of any input that a token cache reads, or the codes of a cache.
 
-The order of an epoch, and the crop and mirroring or the view of a picture in it, follow from seed,
-epoch and picture alone. A step takes the next batch of the whole order, whatever the number of
-processes, each of which takes its share of it; so the step's number says where a run stands.
+The order of an epoch, and each image's crop and mirroring (or view) in it, depend only on the seed,
+the epoch and the image. Each step takes the next batch of this order, and each process takes its
+share of the batch. The step number alone therefore determines how far a run is, whatever the number
+of processes.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ from ..images import center_crop, decode_image, to_float
 from ..tokenizer import VFMTok
 from . import processes
 
-# Batches that are read while one is trained on.
+# Batches to read ahead while one is trained on.
 AHEAD = 2
-# Pictures in a row that may be bad.
+# Number of consecutive bad images at which reading fails.
 MOST_BAD = 100
-# Pictures that are shuffled together where only blocks can be read fast; photos of 110 KB are twice
-# 225 MB in memory.
+# Number of images shuffled together where only whole blocks can be read fast. With photos of 110 KB
+# this takes twice 225 MB of memory.
 WINDOW = 2048
 
 
 @dataclass
 class Batch:
-    """What a step learns from, the labels [B] int64 (-1 is none), and the pictures' names."""
+    """The items of a step, their labels [B] int64 (-1: no label) and the names of the images."""
 
     items: Tensor
     labels: Tensor
@@ -47,18 +48,20 @@ class Batch:
 
 
 class Order:
-    """Which items a step takes: each epoch all of them, shuffled anew, but for an unfilled batch.
+    """Chooses the items of each step; every epoch is reshuffled and drops its last, partial batch.
 
     Args:
-        count: items.
-        blocks: of items that are read together, the number of its block [count]: blocks are
-            shuffled, and then items among as many blocks as make `WINDOW`. None: all at once.
-        batch_size: items a step, of all processes.
-        seed: of the order.
-        rank, world_size: which of how many processes this is.
+        count: number of items.
+        blocks: block number of each item [count], if items of a block are read together. Blocks are
+            shuffled, then items within windows of `WINDOW` items. None: all items are shuffled at
+            once.
+        batch_size: items per step, over all processes.
+        seed: seed of the order.
+        rank, world_size: rank of this process and number of processes.
 
     Raises:
-        ValueError: fewer items than a batch, or a batch that the processes cannot share.
+        ValueError: there are fewer items than a batch holds, or the processes cannot share a batch
+            equally.
     """
 
     def __init__(
@@ -81,11 +84,11 @@ class Order:
         self._of: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def epoch(self, done: int) -> int:
-        """In which the step after ``done`` steps lies."""
+        """The epoch of the step that follows ``done`` steps."""
         return done // self.steps_per_epoch
 
     def places(self, done: int) -> list[int]:
-        """This process's items of the step after ``done`` steps."""
+        """This process's items in the step that follows ``done`` steps."""
         epoch, number = divmod(done, self.steps_per_epoch)
         if self._of[0] != epoch:
             self._of = epoch, self._shuffled(epoch)
@@ -98,7 +101,7 @@ class Order:
         order = torch.randperm(self.count, generator=generator).numpy()
         if self.blocks is None or self.count <= WINDOW:
             return order
-        # Items in a random order, sorted by the place of their block among all: the windows.
+        # Sort the shuffled items by the random rank of their block, then shuffle within windows.
         turn = torch.randperm(int(self.blocks.max()) + 1, generator=generator).numpy()
         order = order[np.argsort(turn[self.blocks[order]], kind="stable")]
         for start in range(0, self.count, WINDOW):
@@ -108,22 +111,23 @@ class Order:
 
 
 class Pictures:
-    """An input's pictures, epoch after epoch.
+    """The images of an input, epoch after epoch.
 
-    A crop is the authors': the short side scaled to a whole number of ``size`` to ceil(size / 0.8)
-    pixels, a square at a random place, every other one mirrored. A picture that cannot be read is
-    noted in ``bad``, and the one that follows it in the input takes its place.
+    Crops are made as the authors make them: the short side is scaled to a random whole number of
+    pixels from ``size`` to ceil(size / 0.8), a square is cut at a random place and mirrored with
+    probability 1/2. An image that cannot be read is noted in ``bad``, and the next image of the
+    input takes its place.
+
+    Images in Parquet files are shuffled by row group, then among a few row groups at a time.
 
     Args:
-        source: from `vfmtok_fast.cache.open_source`.
-        batch_size, seed, rank, world_size: see `Order`; the seed is of the crops too.
-        size: of the crops.
-        workers: threads that read.
-
-    Of Parquet row groups are shuffled, and pictures among a few of them.
+        source: returned by `vfmtok_fast.cache.open_source`.
+        batch_size, seed, rank, world_size: see `Order`; the seed also determines the crops.
+        size: side of the crops, in pixels.
+        workers: number of reader threads.
 
     Raises:
-        ValueError: as `Order`.
+        ValueError: as for `Order`.
     """
 
     def __init__(
@@ -140,7 +144,7 @@ class Pictures:
 
     @property
     def sha256(self) -> str:
-        """Of the pictures' places in the input, and of their classes."""
+        """SHA-256 of the images' paths in the input and of their classes."""
         digest = hashlib.sha256()
         for entry in self.entries:
             line = f"{entry.path}\0{entry.label}\n"
@@ -148,7 +152,7 @@ class Pictures:
         return digest.hexdigest()
 
     def _blocks(self) -> np.ndarray | None:
-        """Of Parquet a row alone takes as long as its row group."""
+        """Block numbers for Parquet, where reading a row takes as long as reading its row group."""
         if not isinstance(self.source, ParquetSource):
             return None
         size = self.source.read_blocks(kept=2 * WINDOW)
@@ -157,9 +161,9 @@ class Pictures:
         return np.array([numbers[block] for block in blocks])
 
     def batches(self, done: int) -> Iterator[Batch]:
-        """This process's share of the batches from step ``done`` + 1 on, without end.
+        """Yield this process's share of the batches from step ``done`` + 1 on, without end.
 
-        Items are 8-bit crops [B, S, S, 3].
+        Items are uint8 crops [B, S, S, 3].
         """
         pool = ThreadPoolExecutor(self.workers, "vfmtok-pictures")
         ahead: deque[list[Future]] = deque()
@@ -176,16 +180,16 @@ class Pictures:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def arguments(self, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
-        """Of the trainer's step."""
+        """Return the arguments for the trainer's ``step``."""
         return (to_float(batch.items.to(device)),)
 
     def progress(self, images: int) -> dict[str, float]:
-        """How far a run is that has seen so many pictures; all processes must ask."""
+        """Return progress figures after so many images; all processes must call this."""
         self.bad.update(processes.gather(list(self.bad.items())))
         return {"bad_pictures": len(self.bad)}
 
     def centre(self, place: int) -> np.ndarray:
-        """The middle of a picture, to be shown: uint8 [S, S, 3]."""
+        """The centre crop of an image, for display: uint8 [S, S, 3]."""
         return self._read(place, lambda image, path: center_crop(image, self.size))[0]
 
     def _crop(self, place: int, epoch: int) -> tuple[np.ndarray, int, str]:
@@ -212,31 +216,31 @@ class Pictures:
 
 
 class OnlineCodes:
-    """Pictures whose codes a tokenizer makes at each step, as the authors train their generator.
+    """Images that a tokenizer encodes at each step, as the authors do to train their generator.
 
     Args:
-        pictures: of the tokenizer's size, with classes.
+        pictures: images of the tokenizer's size, with classes.
         tokenizer: in eval mode, on the device to train on.
     """
 
     def __init__(self, pictures: Pictures, tokenizer: VFMTok) -> None:
-        # One that is bad, be it for its label, is left out as any other that cannot be read.
+        # A bad entry, including one with a bad label, is skipped later like any unreadable image.
         good = [entry for entry in pictures.entries if entry.size not in REASONS]
         check_labels(np.array([entry.label for entry in good]), pictures.source.root)
         self.pictures, self.tokenizer = pictures, tokenizer
         self.order = pictures.order
 
     def batches(self, done: int) -> Iterator[Batch]:
-        """As of the pictures."""
+        """Yield the same batches as `Pictures.batches`."""
         return self.pictures.batches(done)
 
     def arguments(self, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
-        """Codes and classes."""
+        """Return the codes and the class labels of a batch."""
         (images,) = self.pictures.arguments(batch, device)
         return self.tokenizer.encode(images), batch.labels.to(device)
 
     def progress(self, images: int) -> dict[str, float]:
-        """As of the pictures."""
+        """Return the same figures as `Pictures.progress`."""
         return self.pictures.progress(images)
 
     @property
@@ -246,16 +250,17 @@ class OnlineCodes:
 
 
 class Codes:
-    """A token cache's pictures, epoch after epoch; each shows one of its views, drawn anew.
+    """The images of a token cache, epoch after epoch; each shows one of its views, drawn anew.
 
     Args:
-        data: of codes [R], one view of each picture.
+        data: codes [R], one view of each image.
         batch_size, seed, rank, world_size: see `Order`.
-        few: only so many pictures, the first ones, each of which is a class of its own; None: all,
+        few: use only so many images, the first ones, each as a class of its own; None: all images,
             with the cache's classes.
 
     Raises:
-        ValueError: as `Order`, pictures without a class, or data of another kind.
+        ValueError: as for `Order`; also if an image has no class, ``few`` exceeds the images, or
+            ``data`` does not give one view per image.
     """
 
     def __init__(
@@ -273,7 +278,7 @@ class Codes:
         self.order = Order(count, batch_size, seed=seed, rank=rank, world_size=world_size)
 
     def batches(self, done: int) -> Iterator[Batch]:
-        """This process's share of the batches from step ``done`` + 1 on, without end.
+        """Yield this process's share of the batches from step ``done`` + 1 on, without end.
 
         Items are codes [B, R] int64.
         """
@@ -284,7 +289,7 @@ class Codes:
             done += 1
 
     def batch(self, places: Sequence[int]) -> Batch:
-        """The pictures at some places, in this epoch's views."""
+        """Return the images at the given places, in this epoch's views."""
         codes, labels = zip(*(self.data[place] for place in places), strict=True)
         labels = places if self.few is not None else labels
         names = [f"row {self.data.cache.rows[place]}" for place in places]
@@ -295,17 +300,17 @@ class Codes:
         return len(self.data.classes) if self.few is None else self.few
 
     def arguments(self, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
-        """Codes and classes."""
+        """Return the codes and the class labels of a batch."""
         return batch.items.to(device), batch.labels.to(device)
 
     def progress(self, images: int) -> dict[str, float]:
-        """Epochs in two ways: of pictures, and of all sequences that the cache holds."""
+        """Return epochs in two counts: over the images, and over all sequences in the cache."""
         of_pictures = images / self.order.count
         return {"image_epochs": of_pictures, "sequence_epochs": of_pictures / len(self.data.views)}
 
 
 def check_labels(labels: np.ndarray, where: object) -> None:
-    """Refuse pictures without a class, which a generator cannot learn from."""
+    """Refuse images without a class, since a generator cannot learn from them."""
     if without := int((labels < 0).sum()):
         raise ValueError(
             f"{where}: {without} of {len(labels)} pictures have no class; a generator needs "

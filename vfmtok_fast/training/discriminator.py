@@ -1,4 +1,4 @@
-"""Discriminators: pictures [B, 3, S, S] in about [-1, 1] to logits [B, n], high where real."""
+"""Discriminators: map images [B, 3, S, S] in about [-1, 1] to logits [B, n], high if real."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from ..tokenizer.backbone import IMAGENET_MEAN, IMAGENET_STD
 
 # DINO's ViT-S/16.
 SIDE, DIM, DEPTH, NUM_HEADS, PATCH = 224, 384, 12, 6, 16
-# What is read after the position embedding, and after these blocks.
+# Features are taken after the position embedding and after these blocks.
 BLOCKS = (2, 5, 8, 11)
-# Pictures that share the statistics of a norm, at most.
+# Maximum number of images that share the statistics of a norm.
 GROUP = 8
 
 
 class GroupedBatchNorm(nn.Module):
-    """Batch norm of 8 pictures at a time, without running statistics.
+    """Batch norm over at most 8 images at a time, without running statistics.
 
-    A batch is cut into ceil(B / 8) runs, as equal as can be. The authors' code is the same where
-    their number divides the batch, and fails where it does not.
+    A batch is split into ceil(B / 8) groups of sizes as equal as possible. The authors' code does
+    the same if the number of groups divides the batch, and fails otherwise.
     """
 
     def __init__(self, channels: int):
@@ -38,7 +38,7 @@ class GroupedBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, L]."""
+        """Normalise x [B, C, L]."""
         normed = []
         for group in x.tensor_split(math.ceil(len(x) / GROUP)):
             variance, mean = torch.var_mean(group, dim=(0, 2), correction=0, keepdim=True)
@@ -56,7 +56,7 @@ class Residual(nn.Module):
 
 
 def _block(kernel_size: int) -> nn.Sequential:
-    # Places in row order are a ring: the last one's neighbour is the first.
+    # Positions in row order form a ring: the last one is a neighbour of the first.
     convolution = nn.Conv1d(
         DIM, DIM, kernel_size, padding=kernel_size // 2, padding_mode="circular"
     )
@@ -68,47 +68,46 @@ def _head() -> nn.Sequential:
 
 
 class DinoDiscriminator(nn.Module):
-    """Heads of three convolutions on five maps of a frozen DINO ViT-S/16; weights are random.
+    """Heads of three convolutions on five maps of a frozen DINO ViT-S/16, with random weights.
 
-    Logits are [B, 5 * 196]. In training mode each call is one power iteration of the spectral
-    norms, and takes with probability ``crop`` one random square of 224 pixels out of all pictures,
-    else, and always in eval mode, resizes them to 224.
+    Logits are [B, 5 * 196]. In training mode each call runs one power iteration of the spectral
+    norms and, with probability ``crop``, cuts the same random 224-pixel square out of every image.
+    Otherwise, and always in eval mode, images are resized to 224.
 
     Args:
-        crop: that probability, where pictures are larger than 224; drawn from torch's generator of
-            the CPU.
+        crop: probability of a crop if images are larger than 224, drawn from torch's CPU generator.
 
-    Source: Projected GAN, arXiv 2111.01007, and StyleGAN-T, arXiv 2301.09515, as VFMTok's release
-    has them.
+    Source: Projected GAN, arXiv 2111.01007, and StyleGAN-T, arXiv 2301.09515, as in VFMTok's
+    release.
     """
 
     def __init__(self, crop: float = 0.5):
         super().__init__()
-        # timm brings torchvision and with it Triton, which importing the package should not.
+        # timm imports torchvision and with it Triton, which importing this package should not.
         from timm.models import VisionTransformer
 
         self.crop = crop
-        # The release's GELU is the tanh form, though DINO was trained with the exact one.
+        # The release uses the tanh form of GELU, although DINO was trained with the exact one.
         self.vit = VisionTransformer(
             img_size=SIDE, patch_size=PATCH, embed_dim=DIM, depth=DEPTH, num_heads=NUM_HEADS,
             num_classes=0, global_pool="", act_layer=partial(nn.GELU, approximate="tanh"),
         ).requires_grad_(False)  # fmt: skip
         self.heads = nn.ModuleList(_head() for _ in range(1 + len(BLOCKS)))
         mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-        # From [-1, 1] to ImageNet's statistics at once.
+        # Map [-1, 1] to ImageNet's statistics in one step.
         self.register_buffer("scale", (0.5 / std).view(3, 1, 1), persistent=False)
         self.register_buffer("shift", ((0.5 - mean) / std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         maps = self.read(self._fitted(images * self.scale + self.shift))
-        # The heads are a small part of the work; their norms and power iterations want float32.
+        # The heads are a small part of the work; their norms and power iterations need float32.
         with torch.autocast(images.device.type, enabled=False):
             dtype = self.heads[0][2].weight_orig.dtype
             logits = [head(x.to(dtype)) for head, x in zip(self.heads, maps, strict=True)]
         return torch.cat(logits, dim=1).flatten(1)
 
     def read(self, images: Tensor) -> list[Tensor]:
-        """Normalised 224 x 224 pixels to maps [B, 384, 196]: each place plus the class token."""
+        """Map normalised 224 x 224 images to [B, 384, 196]: each patch plus the class token."""
         vit = self.vit
         x = vit._pos_embed(vit.patch_embed(images))
         found = [x]
@@ -125,7 +124,8 @@ class DinoDiscriminator(nn.Module):
             return images[:, :, top : top + SIDE, left : left + SIDE]
         if side == SIDE:
             return images
-        # Means of areas as two products: their own gradient has no order of sums on a GPU.
+        # Compute area means as two matrix products: on a GPU the gradient of area interpolation
+        # sums in no fixed order.
         with torch.autocast(images.device.type, enabled=False):
             eye = torch.eye(side, dtype=images.dtype, device=images.device)
             means = F.interpolate(eye[None], size=SIDE, mode="area")[0]  # [side, SIDE]
@@ -146,19 +146,20 @@ class DinoDiscriminator(nn.Module):
         """Read the weights.
 
         Args:
-            dino_vits16: DINO's own ``dino_deitsmall16_pretrain.pth``, or its mapping.
-            heads: a file or mapping with ``heads.*``, such as the authors' checkpoint (under
-                "discriminator"), to go on with; None starts them anew.
+            dino_vits16: DINO's own ``dino_deitsmall16_pretrain.pth``, or the mapping in it.
+            heads: a file or mapping with ``heads.*`` to continue from, such as the authors'
+                checkpoint (under "discriminator"); None starts the heads from random weights.
             crop: see the class.
 
         Raises:
-            ValueError: missing, extra, misshapen or NaN entries (all named), or no checkpoint.
+            ValueError: entries are missing, extra, misshapen or NaN (all are named), or the file is
+                not a checkpoint.
             FileNotFoundError: no such file.
         """
         model = cls(crop)
         found = read_tensors(dino_vits16, ("state_dict", "teacher", "model"), "discriminator: DINO")
         _load(model.vit, found, "discriminator: DINO ViT-S/16")
-        # As the release does; a bias of all keys alike cancels in the soft-max.
+        # As in the release; a bias that all keys share cancels in the softmax.
         for block in model.vit.blocks:
             block.attn.qkv.bias.data[DIM : 2 * DIM] = 0
         if heads is not None:
@@ -174,9 +175,10 @@ def _load(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN: a convolutional network whose logits each see 70 x 70 pixels.
+    """PatchGAN: a convolutional network in which each logit sees 70 x 70 pixels.
 
-    It needs no weights of anybody, for small runs; the release has one and cannot run it.
+    It needs no pretrained weights and is meant for small runs. The release has one but cannot run
+    it.
 
     Args:
         width: channels of the first layer.

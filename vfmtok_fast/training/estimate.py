@@ -1,4 +1,4 @@
-"""What a training step takes, counted on tensors that have shapes and no values."""
+"""Estimate the cost of a training step, using tensors that have shapes but no values."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ from .tokenizer import TokenizerTrainer
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a run.
+    """Cost of a run.
 
     Attributes:
-        flops: of a step per picture, forward and backward, the discriminator at work; products,
-            convolutions and attention, each multiplication and each addition.
-        learned, frozen: parameters, of all models.
-        resting_bytes: of weights, gradients, average and Adam's moments, in float32; what a batch
-            takes comes on top.
+        flops: FLOPs of a step per image, forward and backward, with the discriminator active.
+            Counts each multiplication and each addition in matrix products, convolutions and
+            attention.
+        learned, frozen: number of parameters, over all models.
+        resting_bytes: bytes of weights, gradients, averaged weights and Adam's moments, in float32.
+            The memory of a batch comes on top.
     """
 
     flops: int
@@ -45,13 +46,13 @@ class Estimate:
 def estimate_tokenizer(
     config: VFMTokConfig, settings: TokenizerTraining, discriminator: type[nn.Module] | None
 ) -> Estimate:
-    """Count a step of models of these shapes, which are never in memory."""
+    """Estimate a step of models with these shapes, without allocating the models."""
     with torch.device("meta"):
         model = VFMTok(config)
         lpips = LPIPS() if settings.perceptual_weight > 0 else None
         judge = None if discriminator is None else discriminator()
     if hasattr(judge, "crop"):
-        judge.crop = 0  # there are no values to draw
+        judge.crop = 0  # random draws need values
     parts = [part for part in (model, lpips, judge) if part is not None]
     settings, size = _plain(settings), config.image_size
     number = settings.discriminator_start + 1
@@ -67,7 +68,7 @@ def estimate_tokenizer(
 
 
 def estimate_gpt(config: GPTConfig, settings: GPTTraining) -> Estimate:
-    """Count a step of a generator of this shape, which is never in memory."""
+    """Estimate a step of a generator with this shape, without allocating it."""
     with torch.device("meta"):
         model = GPT(config)
 
@@ -75,41 +76,41 @@ def estimate_gpt(config: GPTConfig, settings: GPTTraining) -> Estimate:
         trainer = GPTTrainer(model, _plain(settings))
         codes = torch.zeros(1, config.block_size, dtype=torch.int64)
         hidden = model.hidden(model.embed(codes[:, 0], codes[:, :-1]))
-        # The op's own way counts nothing: its kernel is none of torch's.
+        # The loss op would count as nothing: its kernel is not one of torch's.
         trainer.learner.backward(model.head(hidden).sum())
 
     return _count([model], model, step)
 
 
 def _plain(settings: Training) -> Training:
-    """As the counter can read it."""
+    """Return the settings without what the FLOP counter cannot handle."""
     return dataclasses.replace(
         settings, precision="float32", micro_batch=None, grad_checkpointing=False, compile=False
     )
 
 
 def _count(parts: list[nn.Module], model: nn.Module, step: Callable[[], None]) -> Estimate:
-    """What ``step``, of one picture, takes; ``parts`` are all models, of which one is averaged."""
+    """Count ``step`` on one image; ``parts`` are all models, and ``model`` is averaged."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     for part in parts:
         with fake:
             part.to_empty(device="cpu")
-    # torch counts nothing of the fused attention of a CPU; as two products it does.
+    # torch does not count fused attention on a CPU, but counts it as two products.
     with warnings.catch_warnings(), switch.enable([]), sdpa_kernel(SDPBackend.MATH):
-        warnings.simplefilter("ignore", UserWarning)  # copies ask fake tensors for their memory
+        warnings.simplefilter("ignore", UserWarning)  # copying asks fake tensors for their memory
         with fake, FlopCounterMode(display=False) as counter:
             step()
     weights = [weight for part in parts for weight in part.parameters()]
     learned = sum(weight.numel() for weight in weights if weight.requires_grad)
     frozen = sum(weight.numel() for weight in weights) - learned
     averaged = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    # Of a learned weight: itself, its gradient and Adam's two.
+    # For each learned weight: itself, its gradient and Adam's two moments.
     resting = 4 * (frozen + 4 * learned + averaged)
     return Estimate(counter.get_total_flops(), learned, frozen, resting)
 
 
 def product_rate(device: torch.device, precision: str) -> float:
-    """FLOP/s that a matrix product reaches on a device: the best of a few."""
+    """Measure the FLOP/s that a matrix product reaches on a device: the best of a few runs."""
     size = 8192 if device.type == "cuda" else 1024
     half = precision in ("float16", "bfloat16")
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if half else torch.float32)

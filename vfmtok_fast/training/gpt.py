@@ -1,4 +1,4 @@
-"""One step of the generator's training."""
+"""The training step of the generator."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class GPTTrainer(Trainer):
 
     Args:
         model: on the device to train on, in float32.
-        settings: how.
+        settings: how to train.
         sharded: see `Trainer`.
 
     Raises:
-        TypeError: weights that were rounded to half precision.
+        TypeError: the weights were rounded to half precision.
     """
 
     settings: GPTTraining
@@ -53,18 +53,18 @@ class GPTTrainer(Trainer):
         return super().rates(images_per_second) | {"tokens_per_second": tokens}
 
     def step(self, codes: Tensor, class_ids: Tensor) -> dict[str, float]:
-        """Learn from a batch; among several processes each gives its share, as large as others'.
+        """Train on a batch; with several processes, each passes its share, all of equal size.
 
         Args:
             codes: [B, block_size] integers in [0, vocab_size), on the model's device.
             class_ids: [B] integers in [0, num_classes).
 
         Returns:
-            ``loss``, mean cross-entropy in nats a code; ``grad_norm`` (before clipping); ``lr``.
+            ``loss``, mean cross-entropy in nats per code; ``grad_norm`` (before clipping); ``lr``.
 
         Raises:
-            NotFinite: the loss or a gradient is NaN or infinite; nothing has moved then.
-            TypeError, ValueError: as `GPT.loss` refuses them, or no codes.
+            NotFinite: the loss or a gradient is NaN or infinite; nothing has been updated.
+            TypeError, ValueError: as for `GPT.loss`, or the batch is empty.
         """
         if len(codes) == 0:
             raise ValueError("GPTTrainer: codes must hold at least one image, got none")

@@ -1,4 +1,4 @@
-"""What learns: a model's weights with their optimiser, and the average of a model's weights."""
+"""A model's learned weights with their optimiser, and the average of a model's weights."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .settings import OPTIMIZERS, Training
 class Learner:
     """A model's learned weights, their gradients over a step and their optimiser.
 
-    Several processes hold the same weights and average gradients; of a sharded model each holds a
-    part, and torch exchanges.
+    With several processes, each holds the same weights, and gradients are averaged. If the model is
+    sharded, each process holds a part and torch does the communication.
 
     Args:
-        model: what of it requires a gradient learns.
-        settings: of them, optimiser, betas, weight decay, clipping and precision.
-        lr: None is that of the settings.
-        decays: which weights decay.
+        model: its parameters that require a gradient are trained.
+        settings: give the optimiser, betas, weight decay, clipping and precision.
+        lr: learning rate; None takes that of the settings.
+        decays: whether weight decay applies to a weight.
 
     Attributes:
-        weights: by name.
-        optimizer: torch's.
+        weights: the learned weights by name.
+        optimizer: the optimiser, from torch.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Learner:
         self.optimizer.zero_grad()
 
     def forget(self) -> None:
-        """Leave a step's gradients, at which a scaler would not look twice."""
+        """Discard a step's gradients, and replace the scaler, which would not unscale twice."""
         self.zero_grad()
         before, self.scaler = self.scaler.state_dict(), self._new_scaler()
         if before:
@@ -73,7 +73,7 @@ class Learner:
         self.scaler.scale(loss).backward()
 
     def no_gradient(self) -> None:
-        """Gradients of zero, which no scale has to suit."""
+        """Set gradients to zero; they need no loss scale."""
         self._idle = True
         for weight in self.weights.values():
             weight.grad = torch.zeros_like(weight)
@@ -81,10 +81,10 @@ class Learner:
     def gather(self) -> Tensor:
         """Average gradients over the processes and clip them.
 
-        They are scaled by clip / (norm + 1e-6) where that is below 1.
+        They are multiplied by clip / (norm + 1e-6) if that is below 1.
 
         Returns:
-            Their norm before.
+            Their norm before clipping.
         """
         grads = [weight.grad for weight in self.weights.values() if weight.grad is not None]
         processes.average(grad for grad in grads if not processes.is_sharded(grad))
@@ -94,7 +94,7 @@ class Learner:
         return processes.whole(norm)
 
     def step(self, lr: float | None = None) -> None:
-        """Move the weights; None leaves the rate as it is."""
+        """Update the weights; ``lr`` None leaves the learning rate as it is."""
         for group in self.optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
         if self._idle:
@@ -105,7 +105,7 @@ class Learner:
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """No gradients for these weights for the time of a block."""
+        """Disable gradients for these weights within a ``with`` block."""
         for weight in self.weights.values():
             weight.requires_grad_(False)
         try:
@@ -115,11 +115,11 @@ class Learner:
                 weight.requires_grad_(True)
 
     def moments(self, weight: Tensor) -> dict[str, Tensor]:
-        """What the optimiser remembers of a weight; nothing before its first step."""
+        """The optimiser's state for a weight; empty before its first step."""
         return self.optimizer.state.get(weight, {})
 
     def state_dict(self) -> dict[str, Any]:
-        """What the optimiser remembers, by the weights' names, whole also of a sharded model."""
+        """Return the optimiser's state by weight name, whole even for a sharded model."""
         moments = {
             name: {key: processes.whole(value) for key, value in self.moments(weight).items()}
             for name, weight in self.weights.items()
@@ -127,7 +127,7 @@ class Learner:
         return {"moments": moments, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Moments and counts of a state; rates and the like stay as the settings have them."""
+        """Load moments and counts; learning rates and the like stay as the settings have them."""
         for name, weight in self.weights.items():
             self.optimizer.state[weight] = {
                 key: processes.as_part_of(weight, value) if value.ndim else value.clone()
@@ -138,12 +138,12 @@ class Learner:
 
 
 class Average:
-    """A copy of a model whose learned weights follow it slowly; in eval mode.
+    """A copy of a model, in eval mode, that keeps a moving average of its learned weights.
 
     Args:
-        model: the one to follow.
-        decay: of the average, at each update.
-        shared: a part that does not learn, and which the copy has in common with the model.
+        model: the model to follow.
+        decay: decay of the average at each update.
+        shared: a part that is not trained and that the copy shares with the model.
     """
 
     def __init__(self, model: nn.Module, decay: float, shared: nn.Module | None = None) -> None:
@@ -154,13 +154,13 @@ class Average:
         self._followed: list[Tensor] = []
 
     def begin(self, learner: Learner) -> None:
-        """Say whose weights are followed; after both models were sharded, which replaces them."""
+        """Set the weights to follow, after both models were sharded, which replaces weights."""
         own = dict(self.model.named_parameters())
         self._own = [own[name] for name in learner.weights]
         self._followed = list(learner.weights.values())
 
     @torch.no_grad()
     def follow(self) -> None:
-        """One update of the average."""
+        """Update the average once."""
         torch._foreach_mul_(self._own, self.decay)
         torch._foreach_add_(self._own, self._followed, alpha=1 - self.decay)

@@ -1,4 +1,4 @@
-"""A run: steps over an input, seen while they go, and never lost."""
+"""A training run: steps over an input, with a log, sample images and checkpoints."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from .signals import collected
 from .trainer import ACCEPT, NotFinite, Trainer
 
 CHECKPOINTS, LOG, PICTURES = "checkpoints", "log.jsonl", "pictures"
-# Pictures and regions of a tokenizer's grids, columns (and rows) of a generator's.
+# Images and regions in a tokenizer's grids, and columns (and rows) in a generator's.
 SHOWN, REGIONS, COLUMNS = 4, 5, 4
 
-# Called with a line of the log.
+# Called with each line of the log.
 Report = Callable[[dict[str, Any]], None]
 
 
 class Stopped(Exception):
-    """A signal came; the run was saved. ``number`` is the signal's."""
+    """A signal arrived and the run was saved. ``number`` is the signal's number."""
 
     def __init__(self, number: int, path: Path) -> None:
         super().__init__(f"{signal.Signals(number).name}: saved {path}")
@@ -45,7 +45,7 @@ class Stopped(Exception):
 
 
 class Data(Protocol):
-    """What a run trains on: `Pictures`, `OnlineCodes` or `Codes`."""
+    """Training data of a run: `Pictures`, `OnlineCodes` or `Codes`."""
 
     order: Order
 
@@ -58,21 +58,21 @@ class Data(Protocol):
 
 @dataclass
 class Run:
-    """A trainer, its data and the folder that the run lies in.
+    """A trainer, its data and the folder of the run.
 
-    The folder gets ``checkpoints/step-*.pt``, ``log.jsonl`` and ``pictures/step-*.png``.
+    The run writes ``checkpoints/step-*.pt``, ``log.jsonl`` and ``pictures/step-*.png`` there.
 
     Args:
-        trainer, data: of this process.
-        out: the folder.
-        steps: at which the run ends.
-        save_every, log_every, show_every: steps; 0 shows nothing.
-        keep: checkpoints that stay.
-        show: makes the picture, uint8 [H, W, 3], from the averaged model; None shows nothing.
-        flops: of a step per picture, for the log's ``mfu``.
-        peak: FLOP/s of all processes' devices together, which ``mfu`` is a share of.
-        arguments: stored with a checkpoint, and compared when a run goes on.
-        reports: each is called with each line of the log.
+        trainer, data: those of this process.
+        out: folder of the run.
+        steps: step at which the run ends.
+        save_every, log_every, show_every: intervals in steps; ``show_every=0`` shows nothing.
+        keep: how many checkpoints to keep.
+        show: makes an image, uint8 [H, W, 3], from the averaged model; None shows nothing.
+        flops: FLOPs of a step per image, for ``mfu`` in the log.
+        peak: FLOP/s of all processes' devices together; ``mfu`` is the share of it that is reached.
+        arguments: stored with each checkpoint and compared when a run is resumed.
+        reports: functions that are called with each line of the log.
     """
 
     trainer: Trainer
@@ -88,15 +88,15 @@ class Run:
     peak: float | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
-    # Steps of the newest checkpoint, or those that the run began with.
+    # Number of steps in the newest checkpoint, or at the start of training.
     _saved: int = field(default=0, init=False, repr=False)
 
     def resume(self, *, changed: bool = False) -> Path | None:
-        """Go on from the folder's newest checkpoint; None if there is none.
+        """Resume from the folder's newest checkpoint and return its path; None if there is none.
 
         Raises:
-            ValueError: the model, or unless ``changed`` a setting or an argument, is another; the
-                file is no checkpoint of a run, or not the same for all processes.
+            ValueError: the model differs, or a setting or an argument does and ``changed`` is
+                false; the file is not a checkpoint of a run, or is not the same for all processes.
         """
         path = checkpoints.latest(self.out / CHECKPOINTS)
         newest = processes.gather([path and path.name])
@@ -112,7 +112,7 @@ class Run:
             raise ValueError(
                 f"{path}: no checkpoint of a run; remove it to go on from the one before"
             )
-        # Arguments that the run did not know then are no change.
+        # Arguments that the checkpoint does not have are not changes.
         before = {name: state["arguments"].get(name, own) for name, own in self.arguments.items()}
         if (problems := differences(before, self.arguments)) and not changed:
             raise ValueError(f"resuming {path}: {problems}; {ACCEPT}")
@@ -120,7 +120,7 @@ class Run:
         return path
 
     def save(self) -> Path:
-        """Write a checkpoint of now; of several processes the first one does."""
+        """Write a checkpoint of the current state; of several processes, only the first writes."""
         state = {"trainer": self.trainer.state_dict(), "arguments": self.arguments}
         path = self.out / CHECKPOINTS
         if processes.rank() == 0:
@@ -129,13 +129,15 @@ class Run:
         return path
 
     def train(self) -> None:
-        """Step by step to the end; the last state is saved.
+        """Train until the last step, and save the final state.
 
         Raises:
-            NotFinite: told with the pictures of that batch; the state before it is saved.
-            Stopped: by a signal, after the step that it met; that state is saved.
+            NotFinite: a loss or gradient was not finite. The batch's images are logged, and the
+                state before it is saved.
+            Stopped: a signal arrived. The step at hand was finished, and its state is saved.
 
-        What else goes wrong while one process reads or shows is raised when the state is saved.
+        With one process, any other error while reading or showing is raised after saving the
+        state.
         """
         trainer = self.trainer
         LocalPlace(self.out).make_folder()
@@ -150,14 +152,14 @@ class Run:
                     batch = next(batches)
                 for name, value in self._step(batch).items():
                     sums.setdefault(name, []).append(value)
-                # A signal may reach one process only, and all must stop at the same step.
+                # A signal may reach only one process, but all must stop at the same step.
                 flag = torch.tensor(came[0] if came else 0, device=trainer.device)
                 number, stop = trainer.steps, int(processes.largest(flag))
                 last = number == self.steps or stop > 0
                 if number % self.log_every == 0 or last:
                     self._log(sums)
                     sums = {}
-                # Before anything is shown, which takes time that a signal may not leave.
+                # Save before showing anything: showing takes time, which a signal may not leave.
                 if number % self.save_every == 0 or last:
                     path = self.save()
                 if stop:
@@ -168,11 +170,11 @@ class Run:
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        """Around what happens between steps: where it goes wrong, they are not lost."""
+        """Wrap what happens between steps: if it fails, the steps done so far are saved."""
         try:
             yield
         except Exception:
-            # Of several processes the others cannot know.
+            # With several processes, the others cannot know of the error.
             if processes.world_size() == 1 and self.trainer.steps > self._saved:
                 self.save()
             raise
@@ -191,7 +193,7 @@ class Run:
             ) from error
 
     def _log(self, sums: dict[str, list[float]]) -> None:
-        """A line with the mean of each term since the last one."""
+        """Log a line with the mean of each term since the last line."""
         trainer, order = self.trainer, self.data.order
         count = max(map(len, sums.values()))
         seconds, shares = trainer.clock.read()
@@ -217,7 +219,7 @@ class Run:
             report(line)
 
     def _begin_log(self) -> None:
-        """Leave the lines of steps that are done; others come again, or were cut off."""
+        """Keep the lines of steps that are done; drop those that come again or were cut off."""
         if processes.rank():
             return
         path, kept = LocalPlace(self.out / LOG), []
@@ -239,7 +241,7 @@ class Run:
             raise CacheWriteError(self.out / LOG, error) from error
 
     def _show(self) -> None:
-        # Of a sharded model all processes must ask.
+        # All processes must call `averaged` on a sharded model.
         if processes.rank() and not self.trainer.sharded:
             return
         model = self.trainer.averaged()
@@ -253,32 +255,32 @@ class Run:
 
 
 def _mean(values: list[float]) -> float | None:
-    """Of the finite ones: of float16 some steps have no norm."""
+    """Mean of the finite values: with float16 some steps have no norm."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else None
 
 
 def reconstructions(pictures: Pictures) -> Callable[[nn.Module], np.ndarray]:
-    """Shows what a tokenizer makes of a few pictures, always the same, and where regions look."""
+    """Return a function that shows reconstructions of a few fixed images and where regions look."""
     places = [number * len(pictures.entries) // SHOWN for number in range(SHOWN)]
     images = to_float(np.stack([pictures.centre(place) for place in places]))
 
     def show(model: nn.Module) -> np.ndarray:
-        with switch.enable(()):  # No CUDA graphs of weights that are others at the next step.
+        with switch.enable(()):  # No CUDA graphs: the weights change at the next step.
             return reconstruction_grid(model, images, min(REGIONS, model.config.num_regions))
 
     return show
 
 
 def generated(tokenizer: VFMTok, cfg_scale: float = 1.5) -> Callable[[nn.Module], np.ndarray]:
-    """Shows pictures that a generator makes, of the first classes, always with the same noise."""
+    """Return a function that shows images generated for the first classes with fixed noise."""
 
     def show(model: nn.Module) -> np.ndarray:
         classes = torch.arange(COLUMNS**2) % min(model.config.num_classes, COLUMNS**2)
         codes = model.generate(classes, cfg_scale)
-        # To the host, so that all has ended that keys, values and graphs are needed for.
+        # The copy to the host waits for all work that needs the keys, values and graphs.
         pictures = tokenizer.decode_to_uint8(codes, tokenizer.config.image_size).cpu()
-        model.kept = Kept()  # They would stay for the rest of the run.
+        model.kept = Kept()  # Otherwise they would stay for the rest of the run.
         return image_grid(pictures, columns=COLUMNS)
 
     return show

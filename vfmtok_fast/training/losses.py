@@ -1,7 +1,7 @@
 """The losses of the tokenizer, each with its formula and source.
 
-Pictures are [B, 3, S, S] in about [-1, 1] and are clamped nowhere. Codebook, commitment and entropy
-loss are the quantizer's (`vfmtok_fast.tokenizer.quantizer`), which computes no entropy at weight 0.
+Images are [B, 3, S, S] in about [-1, 1] and are never clamped. The quantizer computes the codebook,
+commitment and entropy losses (`vfmtok_fast.tokenizer.quantizer`); at weight 0 it skips the entropy.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ PIXEL = {"l2": F.mse_loss, "l1": F.l1_loss}
 
 
 def semantic_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean over patches of 1 - cos(predicted, target), lengths 1e-6 at least.
+    """Mean over patches of 1 - cos(predicted, target), with norms of at least 1e-6.
 
     Args:
-        predicted, target: [B, patches, C], the token decoder's features and the foundation model's.
+        predicted, target: [B, patches, C], features of the token decoder and the foundation model.
 
     Source: VFMTok, arXiv 2507.08441, section 3.2.
     """
@@ -41,7 +41,7 @@ def softplus_generator_loss(fake: Tensor) -> Tensor:
 
 
 def hinge_generator_loss(fake: Tensor) -> Tensor:
-    """-mean(fake), of Geometric GAN, arXiv 1705.02894."""
+    """-mean(fake), from Geometric GAN, arXiv 1705.02894."""
     return -fake.mean()
 
 
@@ -51,26 +51,26 @@ def vanilla_generator_loss(fake: Tensor) -> Tensor:
 
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Half of mean relu(1 - real) + mean relu(1 + fake), of Geometric GAN, arXiv 1705.02894."""
+    """(mean relu(1 - real) + mean relu(1 + fake)) / 2, from Geometric GAN, arXiv 1705.02894."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
 def vanilla_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Half of mean softplus(-real) + mean softplus(fake): cross-entropy, arXiv 1406.2661.
+    """(mean softplus(-real) + mean softplus(fake)) / 2: cross-entropy, arXiv 1406.2661.
 
-    The non-saturating game has the same; only its generator's loss differs.
+    The non-saturating game uses the same loss; only its generator's loss differs.
     """
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
-# Logits of the reconstructions to the generator's loss.
+# The generator's losses, as functions of the reconstructions' logits.
 GENERATOR: dict[str, Callable[[Tensor], Tensor]] = {
     "softplus": softplus_generator_loss,
     "non-saturating": softplus_generator_loss,
     "hinge": hinge_generator_loss,
     "vanilla": vanilla_generator_loss,
 }
-# Logits of the pictures and of their reconstructions to the discriminator's.
+# The discriminator's losses, as functions of the logits of images and of their reconstructions.
 DISCRIMINATOR: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "hinge": hinge_discriminator_loss,
     "vanilla": vanilla_discriminator_loss,
@@ -84,11 +84,12 @@ def adaptive_weight(
     """|grad of reconstruction| / (|grad of adversarial| + 1e-4) at the last layer, at most 1e4.
 
     Args:
-        reconstruction: the pixel and perceptual loss, a scalar with its graph.
+        reconstruction: the pixel and perceptual loss, a scalar with its autograd graph.
         adversarial: the generator's loss.
         last_layer: the weight whose gradients are compared.
-        scale: of both losses on their way back, as float16 needs; the result is without it. Where
-            gradients overflow then, those of the step do too, and the weight does not matter.
+        scale: loss scale in the backward passes of both losses, as float16 needs; it is divided out
+            of the result. If these gradients overflow, those of the step do too, and the weight
+            does not matter.
 
     Source: VQGAN, arXiv 2012.09841, section 3.1.
     """
@@ -103,13 +104,14 @@ def adaptive_weight(
 class LPIPS(nn.Module):
     """Learned perceptual distance: weighted squared differences of unit VGG16 features.
 
-    With f_l(x) the features after the last ReLU of VGG16's stage l, scaled to length one over their
-    channels: sum over l of mean over pixels of sum over channels of w_l (f_l(x) - f_l(y))^2.
-    Its weights are frozen and random; see `from_files` for real ones.
+    Let f_l(x) be the features after the last ReLU of VGG16's stage l, scaled to unit length over
+    channels. The distance is the sum over l of the mean over pixels of the sum over channels of w_l
+    (f_l(x) - f_l(y))^2. The weights are frozen and random; `from_files` reads real ones.
 
     Args:
-        dropout: of the squared differences, in training mode. The authors' run has 0.5, since
-            `train()` on their loss turned it on; the metric's own author says to use none.
+        dropout: rate of dropout on the squared differences, in training mode. The authors' run has
+            0.5, because `train()` on their loss turned it on; the metric's own author says to use
+            none.
 
     Source: arXiv 1801.03924, the `lpips` package's net="vgg", version 0.1.
     """
@@ -129,7 +131,7 @@ class LPIPS(nn.Module):
                 layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]
                 before = width
             self.ends.append(len(layers) - 1)
-        self.features = nn.Sequential(*layers)  # numbered as torchvision numbers them
+        self.features = nn.Sequential(*layers)  # numbered as in torchvision
         self.weights = nn.ParameterList(torch.rand(width) for width, _ in self.STAGES)
         shift, scale = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
         self.register_buffer("shift", torch.tensor(shift).view(3, 1, 1), persistent=False)
@@ -137,12 +139,12 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distances [B] of pictures [B, 3, H, W] in about [-1, 1], of at least 16 pixels a side."""
+        """Distances [B] between images [B, 3, H, W] in about [-1, 1], at least 16 pixels a side."""
         return self.parts(x, y).sum(dim=1)
 
     def parts(self, x: Tensor, y: Tensor) -> Tensor:
         """The five terms of the sum, [B, 5]."""
-        if x.is_cuda:  # As cuDNN's convolutions want them, and the pixel decoder makes them.
+        if x.is_cuda:  # The layout that cuDNN's convolutions prefer and the pixel decoder returns.
             x, y = (one.contiguous(memory_format=torch.channels_last) for one in (x, y))
         terms = []
         for weight, a, b in zip(self.weights, self._read(x), self._read(y), strict=True):
@@ -155,9 +157,10 @@ class LPIPS(nn.Module):
         for number, layer in enumerate(self.features):
             x = layer(x)
             if number in self.ends:
-                # Under autocast the features are in half precision, whose squares overflow.
+                # Under autocast the features are in half precision, where their squares overflow.
                 wide = x if x.dtype == torch.float64 else x.float()
-                # Where all are 0 this norm's gradient is 0; that of a written-out root is NaN.
+                # If all features are 0, the gradient of this norm is 0; that of an explicit square
+                # root is NaN.
                 found.append(wide / (torch.linalg.vector_norm(wide, dim=1, keepdim=True) + 1e-10))
         return found
 
@@ -171,15 +174,16 @@ class LPIPS(nn.Module):
         """Read the weights.
 
         Args:
-            vgg16: torchvision's VGG16 file (``features.*``) or one of the `lpips` package's model
-                (``net.slice*``), or the mapping in it; None downloads torchvision's, once.
+            vgg16: torchvision's VGG16 file (``features.*``), a file of the `lpips` package's model
+                (``net.slice*``), or the mapping in either; None downloads torchvision's file once.
             linear: the `lpips` package's ``vgg.pth`` (``lin0.model.1.weight`` to ``lin4...``) or
-                its mapping; None takes the one in the installed package.
-            dropout: see the class; the model comes in eval mode only without.
+                the mapping in it; None takes the one in the installed package.
+            dropout: see the class; the model is in eval mode only if this is 0.
 
         Raises:
-            ValueError: missing, misshapen or NaN entries (all named), or no checkpoint.
-            FileNotFoundError: no such file, no `lpips` package, or a download that failed.
+            ValueError: entries are missing, misshapen or NaN (all are named), or the file is not a
+                checkpoint.
+            FileNotFoundError: there is no such file or no `lpips` package, or the download failed.
         """
         model = cls(dropout)
         content = _vgg16_of_torchvision() if vgg16 is None else vgg16
@@ -198,14 +202,14 @@ class LPIPS(nn.Module):
 
 
 def _chosen(source: str | Path | Mapping, pattern: str, what: str) -> dict[str, Tensor]:
-    """Entries whose whole name fits a pattern, under what its group caught."""
+    """Return the entries whose whole name matches a pattern, keyed by the pattern's group."""
     tensors = read_tensors(source, ("state_dict", "model"), f"LPIPS: {what}")
     matches = ((re.fullmatch(pattern, key), value) for key, value in tensors.items())
     return {match[1]: value for match, value in matches if match}
 
 
 def _vgg16_of_torchvision() -> Mapping:
-    # torchvision brings Triton, which importing the package should not.
+    # torchvision imports Triton, which importing this package should not.
     from torchvision.models import VGG16_Weights
 
     weights = VGG16_Weights.IMAGENET1K_V1

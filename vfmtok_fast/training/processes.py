@@ -1,7 +1,8 @@
-"""Several processes that train one model, each on its share of a batch; one alone needs nothing.
+"""Training of one model by several processes, each on its share of a batch.
 
-All hold all weights, as in torch's DistributedDataParallel, and average their gradients; or each
-holds a part of each weight (FSDP2), which torch brings together for the time of a layer.
+Either every process holds all weights and gradients are averaged, as in torch's
+DistributedDataParallel, or each process holds a part of each weight (FSDP2) and torch gathers the
+parts while a layer runs. A single process needs no setup.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def world_size() -> int:
 
 
 def average(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by its mean over the processes, in one exchange."""
+    """Replace each tensor by its mean over the processes, with one all-reduce."""
     tensors = list(tensors)
     if not _several() or not tensors:
         return
@@ -36,21 +37,21 @@ def average(tensors: Iterable[Tensor]) -> None:
 
 
 def largest(tensor: Tensor) -> Tensor:
-    """The elementwise maximum over the processes, in place."""
+    """Take the elementwise maximum over the processes, in place."""
     if _several():
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
 
 
 def share_first(tensors: Iterable[Tensor]) -> None:
-    """Give each tensor the values of the first process."""
+    """Overwrite each tensor with the values of the first process."""
     if _several():
         for tensor in tensors:
             dist.broadcast(tensor.detach(), 0)
 
 
 def gather(values: list) -> list:
-    """The lists of all processes, one after the other."""
+    """Concatenate the lists of all processes."""
     if not _several():
         return values
     found: list = [None] * world_size()
@@ -59,12 +60,12 @@ def gather(values: list) -> list:
 
 
 def shard(model: nn.Module, layers: Iterable[nn.Module] = (), whole: Iterable[Tensor] = ()) -> None:
-    """Leave each process a part of each weight; ``layers`` are brought together one by one.
+    """Split each weight among the processes; ``layers`` are gathered one by one.
 
     Args:
-        model: called as a module, for whose time all that is not in ``layers`` is whole.
-        layers: parts of it.
-        whole: weights that all processes keep.
+        model: called as a module; during the call, everything outside ``layers`` is whole.
+        layers: submodules of it.
+        whole: weights that every process keeps whole.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -74,7 +75,7 @@ def shard(model: nn.Module, layers: Iterable[nn.Module] = (), whole: Iterable[Te
 
 
 def called_whole(model: nn.Module, method: str) -> None:
-    """A sharded model's weights are whole for a method too, as they are when it is called."""
+    """Gather a sharded model's weights for calls of a method too, as for calls of the model."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
     register_fsdp_forward_method(model, method)
@@ -85,12 +86,12 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; of a sharded one all processes must ask."""
+    """Return the whole tensor; for a sharded one, all processes must call this."""
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def as_part_of(weight: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor as its weight is held: on its device, and where that is sharded, as it is."""
+    """Place a whole tensor like ``weight``: on its device and, if that is sharded, sharded too."""
     tensor = tensor.to(weight.device)
     if not isinstance(weight, DTensor):
         return tensor.clone()

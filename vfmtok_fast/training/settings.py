@@ -1,4 +1,4 @@
-"""How to train: the settings of both trainers."""
+"""Training settings of both trainers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from ..configs import check_numbers, check_positive
 from . import losses
 
-# Where a warm-up starts.
+# Learning rate at the start of a warm-up.
 FIRST_LR = 1e-7
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
@@ -20,24 +20,26 @@ PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Training:
-    """What both trainers have. Steps are counted from 1.
+    """Settings that both trainers share. Steps are counted from 1.
 
     Args:
-        lr, betas, weight_decay, optimizer: "adam" or "adamw".
-        warmup_steps: the rate rises linearly from 1e-7 to ``lr`` over so many.
-        schedule: of the rate from there, "constant" or "cosine", down to ``min_lr`` at
+        lr, betas, weight_decay: parameters of the optimiser.
+        optimizer: "adam" or "adamw".
+        warmup_steps: steps in which the learning rate rises linearly from 1e-7 to ``lr``.
+        schedule: learning rate after the warm-up: "constant", or "cosine" down to ``min_lr`` at
             ``total_steps``.
-        clip: largest norm of all gradients of a model; 0 leaves them alone.
-        micro_batch: items at a time, whose gradients add up to the batch's; None is all.
-        precision: "float32", "tf32", "bfloat16" or "float16". The last two are autocast around
-            products, and TF32 where it does not reach; float16 scales the loss, and leaves out a
-            step whose gradients are not finite.
+        clip: maximum norm of a model's gradients taken together; 0 disables clipping.
+        micro_batch: items per forward and backward pass; their gradients add up to those of the
+            batch. None: the whole batch.
+        precision: "float32", "tf32", "bfloat16" or "float16". The last two use autocast, and TF32
+            where autocast does not apply; float16 also scales the loss and skips steps whose
+            gradients are not finite.
         ema: decay of the averaged weights.
-        grad_checkpointing: keep only what goes into each layer, and compute the rest again for the
-            gradients: less memory, a third more work.
-        compile: layers go through torch.compile.
-        seed: of all that is random. It depends on it, on the step's number and on the process's
-            rank alone.
+        grad_checkpointing: keep only the inputs of each layer and recompute the rest in the
+            backward pass: less memory, a third more work.
+        compile: compile the layers with torch.compile.
+        seed: seed of all random numbers, which depend only on it, the step number and the rank of
+            the process.
     """
 
     lr: float = 1e-4
@@ -56,7 +58,7 @@ class Training:
     compile: bool = False
     seed: int = 0
 
-    # What the fields may be, of this class and of those made from it.
+    # Allowed values of the fields, in this class and its subclasses.
     choices: ClassVar[Mapping[str, Any]] = {
         "optimizer": OPTIMIZERS,
         "schedule": ("constant", "cosine"),
@@ -84,7 +86,7 @@ class Training:
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """What products are cast to."""
+        """The dtype of autocast, or None."""
         half = {"float16": torch.float16, "bfloat16": torch.bfloat16}
         return half.get(self.precision)
 
@@ -100,27 +102,31 @@ class Training:
 
 @dataclass(frozen=True)
 class TokenizerTraining(Training):
-    """How to train a tokenizer; the defaults are the authors', but for the warm-up of 4 epochs.
+    """Settings to train a tokenizer; the defaults are the authors', except their 4 warm-up epochs.
 
-    What is not named here stands at `Training`. Norms of a discriminator see a micro-batch only;
-    region encoder and quantizer are out of autocast's reach.
+    `Training` documents the other fields. Norm layers of a discriminator see only one micro-batch
+    at a time. Autocast does not apply to the region encoder and the quantizer.
 
     Args:
         pixel_loss: "l2" or "l1".
-        mse_weight: of a second pixel loss, always MSE: with l2 the authors count it twice.
-        perceptual_weight, semantic_weight: of LPIPS and of the semantic loss; 0 computes none.
+        mse_weight: weight of a second pixel loss, always MSE. With "l2" the MSE counts twice, as in
+            the authors' code.
+        perceptual_weight, semantic_weight: weights of LPIPS and of the semantic loss; a loss of
+            weight 0 is not computed.
         generator_loss: "softplus" ("non-saturating" is the same), "hinge" or "vanilla".
         discriminator_loss: "hinge", "vanilla" or "non-saturating".
-        discriminator_weight: of both.
-        adaptive_weight: scale the generator's loss to the pixels' gradient, as VQGAN does.
-        discriminator_lr: constant, without warm-up; None is ``lr``.
-        discriminator_start: step from which the generator has its loss.
-        discriminator_update_start: step from which the discriminator learns, not after the other;
-            None is the other.
-        idle_discriminator: before it learns it runs all the same, and its Adam counts those steps,
-            so that its first real one is shorter, as in the authors' runs. False leaves it out.
-        revive_after: pictures without use after which a code starts anew, as one of the batch's
-            queries; None never does that, as the authors.
+        discriminator_weight: weight of both.
+        adaptive_weight: scale the generator's loss to the gradient of the pixel and perceptual
+            loss, as VQGAN does.
+        discriminator_lr: constant learning rate, without warm-up; None is ``lr``.
+        discriminator_start: first step in which the generator's loss counts.
+        discriminator_update_start: first step in which the discriminator learns, not after
+            ``discriminator_start``; None is ``discriminator_start``.
+        idle_discriminator: run the discriminator even before it learns. Its Adam counts those
+            steps, so that its first real step is shorter, as in the authors' runs. False does not
+            run it until then.
+        revive_after: number of images without use after which a code is reset to one of the batch's
+            queries; None never does that, like the authors.
     """
 
     pixel_loss: str = "l2"
@@ -166,10 +172,10 @@ class TokenizerTraining(Training):
 
 @dataclass(frozen=True)
 class GPTTraining(Training):
-    """How to train a generator; the defaults are the authors': AdamW, constant, no warm-up.
+    """Settings to train a generator; the defaults are the authors': AdamW, constant, no warm-up.
 
-    All fields stand at `Training`. Only weights of two dimensions or more decay, embeddings and
-    head among them.
+    `Training` documents all fields. Weight decay applies only to weights of two or more dimensions,
+    including embeddings and head.
     """
 
     weight_decay: float = 0.05
@@ -177,10 +183,11 @@ class GPTTraining(Training):
 
 
 def rae(steps_per_epoch: int) -> dict[str, Any]:
-    """Fields of `TokenizerTraining` for the discriminator's schedule of RAE, arXiv 2510.11690.
+    """Fields of `TokenizerTraining` for the discriminator schedule of RAE, arXiv 2510.11690.
 
-    It learns from epoch 6 on and counts from epoch 8 on, its weight adapts; the tokenizer's
-    rate falls by a cosine, the discriminator's stays.
+    The discriminator learns from epoch 6 on, and its loss counts for the tokenizer from epoch 8 on,
+    with an adaptive weight. The tokenizer's learning rate follows a cosine; the discriminator's
+    stays constant.
     """
     return {
         "discriminator_update_start": 6 * steps_per_epoch + 1,

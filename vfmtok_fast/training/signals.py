@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, which it does after the step at hand."""
+"""Signals that ask a run to stop after the step at hand."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import signal
 import time
 from collections.abc import Iterator
 
-# What a scheduler sends before it takes the machine away, a user, and a terminal that closes.
+# Signals from a scheduler that will take the machine away, a user, or a closing terminal.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-# Where a scheduler signals all processes of a job, torchrun passes its own signal on to them: for
-# so many seconds a second one says what the first one has said.
+# If a scheduler signals all processes of a job, torchrun also forwards its own signal to them. For
+# this many seconds a second signal counts as a repetition of the first.
 SAME = 5.0
 
 
 @contextlib.contextmanager
 def collected() -> Iterator[list[int]]:
-    """Collect signals for the time of a block; a later one does what it would have done.
+    """Collect signals within a ``with`` block; after `SAME` seconds another has its usual effect.
 
-    Those that were ignored, as under nohup, still are.
+    Signals that were ignored before, as under nohup, stay ignored.
     """
     came: list[int] = []
     first = 0.0
@@ -39,7 +39,7 @@ def collected() -> Iterator[list[int]]:
             if handler not in (signal.SIG_IGN, None):
                 signal.signal(number, note)
                 before[number] = handler
-    except ValueError:  # not the main thread, which alone hears signals
+    except ValueError:  # not the main thread, the only one that receives signals
         pass
     try:
         yield came

@@ -1,4 +1,4 @@
-"""One step of the tokenizer's training: its losses, two learners, and the care of the codebook."""
+"""The training step of the tokenizer: its losses, two learners, and upkeep of the codebook."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from .learner import Learner
 from .settings import TokenizerTraining
 from .trainer import NotFinite, Sums, Trainer, add
 
-# Codes over which the codebook's usage is told, as the authors count it; at least a batch's.
+# Number of codes over which codebook usage is reported, as the authors count it; at least a batch.
 USAGE_WINDOW = 65_536
 
 
 class TokenizerTrainer(Trainer):
-    """Trains a tokenizer, whose backbone stays as it is.
+    """Trains a tokenizer, except for its backbone.
 
     >>> trainer = training.TokenizerTrainer(tok, settings, lpips=lpips, discriminator=disc)
     >>> terms = trainer.step(images)
 
     Args:
-        model: on the device to train on, in float32 (`set_precision("mixed")` too).
-        settings: how.
-        lpips: pictures and reconstructions to distances [B]; needed unless its weight is 0.
-        discriminator: pictures to logits; None trains without.
-        sharded: see `Trainer`; of the tokenizer alone.
+        model: on the device to train on, in float32 (`set_precision("mixed")` works too).
+        settings: how to train.
+        lpips: maps images and reconstructions to distances [B]; needed unless its weight is 0.
+        discriminator: maps images to logits; None trains without.
+        sharded: see `Trainer`; applies to the tokenizer only.
 
     Raises:
-        TypeError: weights that were rounded to half precision.
-        ValueError: no LPIPS though it has a weight, or sharded with ``adaptive_weight``.
+        TypeError: the weights were rounded to half precision.
+        ValueError: LPIPS has a weight but is not given, or ``sharded`` meets ``adaptive_weight``.
     """
 
     settings: TokenizerTraining
@@ -83,7 +83,7 @@ class TokenizerTrainer(Trainer):
             self.judge = Learner(
                 discriminator, settings, lr=settings.discriminator_lr, decays=lambda weight: False
             )
-        # Of each code, how many pictures had been seen when it was last used, and last set anew.
+        # For each code, the number of images seen when it was last used and when it was last reset.
         self.last_used, self.revived_at = torch.zeros(
             2, model.config.codebook_size, dtype=torch.int64, device=model.device
         )
@@ -101,26 +101,26 @@ class TokenizerTrainer(Trainer):
         return [*both, *pixels.middle, *pixels.levels]
 
     def step(self, images: Tensor) -> dict[str, float]:
-        """Learn from a batch; among several processes each gives its share, as large as others'.
+        """Train on a batch; with several processes, each passes its share, all of equal size.
 
         Args:
             images: [B, 3, S, S] in [-1, 1], on the model's device.
 
         Returns:
             ``rec`` (pixel loss), ``mse``, ``perceptual``, ``semantic``, ``codebook``, ``commit``,
-            ``entropy``, ``total`` (all of them and the adversarial part, weighted), ``grad_norm``
-            (before clipping), ``lr`` and ``usage`` (share of the codes that were used lately). With
-            a discriminator, unless it is left out so early, ``generator`` and ``discriminator``
+            ``entropy``, ``total`` (weighted sum of these and the adversarial loss), ``grad_norm``
+            (before clipping), ``lr`` and ``usage`` (share of the codes that were used recently).
+            With a discriminator, unless it is not run yet, also ``generator`` and ``discriminator``
             (losses before the weight), ``logits_real``, ``logits_fake`` and ``disc_grad_norm``.
 
         Raises:
-            NotFinite: a term or a gradient is NaN or infinite; nothing has moved then.
-            TypeError, ValueError: images as `VFMTok.encode` refuses them, or none.
+            NotFinite: a term or a gradient is NaN or infinite; nothing has been updated.
+            TypeError, ValueError: as for `VFMTok.encode`, or the batch is empty.
         """
         settings, number = self.settings, self.steps + 1
         if len(images) == 0:
             raise ValueError("TokenizerTrainer: images must hold at least one picture, got none")
-        # They may have been looked at in between.
+        # The models may have been put in eval mode between steps.
         self.model.train()
         if self.discriminator is not None:
             self.discriminator.train()
@@ -154,7 +154,7 @@ class TokenizerTrainer(Trainer):
 
     @contextlib.contextmanager
     def _buffers_kept(self) -> Iterator[None]:
-        """Of a step that is refused, what passes move besides: spectral norms' vectors."""
+        """Restore the discriminator's buffers, vectors of spectral norms, if a step is refused."""
         buffers = [] if self.discriminator is None else list(self.discriminator.buffers())
         before = [buffer.clone() for buffer in buffers]
         try:
@@ -165,7 +165,7 @@ class TokenizerTrainer(Trainer):
             raise
 
     def _learn(self, images: Tensor, number: int, share: float, sums: Sums, found: list) -> Tensor:
-        """Gradients of the tokenizer's loss; returns the reconstructions for the discriminator."""
+        """Add gradients of the tokenizer's loss; return reconstructions for the discriminator."""
         settings, terms = self.settings, {}
         with self._autocast():
             with self._timed_forward():
@@ -192,12 +192,12 @@ class TokenizerTrainer(Trainer):
         return fake.detach()
 
     def _adversarial(self, fake: Tensor, number: int, terms: dict[str, Tensor]) -> Tensor | float:
-        """The generator's part of the loss, weighted; 0 before its start."""
+        """The generator's weighted loss; 0 before its start."""
         settings = self.settings
         counts = number >= settings.discriminator_start and settings.discriminator_weight > 0
         if self.judge is None or not (counts or settings.idle_discriminator):
             return 0.0
-        # The discriminator's own gradients are not wanted here, before its start none at all.
+        # The discriminator needs no gradients here; before the start nothing does.
         with torch.set_grad_enabled(counts), self.judge.frozen():
             loss = losses.GENERATOR[settings.generator_loss](self.discriminator(fake))
         terms["generator"] = loss
@@ -212,7 +212,7 @@ class TokenizerTrainer(Trainer):
         return weight * loss
 
     def _judge(self, images: Tensor, fake: Tensor, number: int, share: float, sums: Sums) -> None:
-        """Gradients of the discriminator's loss; zeros before it learns."""
+        """Add gradients of the discriminator's loss; they are zero before it learns."""
         settings = self.settings
         learns = number >= settings.update_start and settings.discriminator_weight > 0
         with self._autocast(), torch.set_grad_enabled(learns):
@@ -226,7 +226,7 @@ class TokenizerTrainer(Trainer):
         add(sums, {"discriminator": loss, **logits}, share)
 
     def _use_codes(self, found: list[tuple[Tensor, Tensor]], images: int) -> dict[str, float]:
-        """Count the codes of a step, set those anew that were not used for long; what is told."""
+        """Count the codes of a step, reset codes unused for long, and return terms to report."""
         together = images * processes.world_size()
         self.images += together
         codes, queries = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -236,17 +236,17 @@ class TokenizerTrainer(Trainer):
         told = {}
         if self.settings.revive_after is not None:
             told["revived"] = float(self._revive(queries))
-        # Whole steps, this one at least.
+        # Whole steps, at least this one.
         window = max(together, USAGE_WINDOW // self.model.config.num_regions)
         recent = self.last_used >= max(1, self.images - window + together)
         return told | {"usage": float(recent.float().mean())}
 
     @torch.no_grad()
     def _revive(self, queries: Tensor) -> int:
-        """Give codes that were not used for long the directions of queries; returns how many.
+        """Set codes unused for long to the directions of queries, and return how many were set.
 
-        All processes know the same of the use, and take the first one's queries. What Adam
-        remembers of the old rows goes.
+        All processes have the same usage counts and take the queries of the first process. Adam's
+        moments of the old rows are set to zero.
         """
         known = torch.maximum(self.last_used, self.revived_at)
         unused = (known <= self.images - self.settings.revive_after).nonzero()[:, 0]
@@ -260,8 +260,8 @@ class TokenizerTrainer(Trainer):
         for held in (codebook, self.ema.quantizer.codebook):
             _set_rows(held, unused, rows)
         moments = self.learner.moments(codebook)
-        # None yet where float16 has left all steps out so far. In one order on all processes,
-        # which exchange those of a sharded codebook.
+        # There are no moments yet if float16 has skipped all steps so far. The order is the same on
+        # all processes, because they communicate to set rows of a sharded codebook.
         for name in ("exp_avg", "exp_avg_sq"):
             if name in moments:
                 _set_rows(moments[name], unused, torch.zeros_like(rows))
@@ -269,11 +269,12 @@ class TokenizerTrainer(Trainer):
         return len(unused)
 
     def report(self) -> dict[str, float]:
-        """Of the codebook since the last report.
+        """Codebook statistics since the last report.
 
         Returns:
-            ``perplexity``, the exponential of the entropy of the codes' shares: as many codes used
-            alike would have it; ``dead_codes``, how many were never used.
+            ``perplexity``, the exponential of the entropy of the codes' shares, which is the number
+            of equally used codes with the same entropy; ``dead_codes``, the number of codes never
+            used.
         """
         counts = self._counts.double()
         processes.average([counts])
@@ -284,7 +285,7 @@ class TokenizerTrainer(Trainer):
 
     @contextlib.contextmanager
     def _timed_forward(self) -> Iterator[None]:
-        """Count a forward pass as "encode", from the backbone to the codes, and "decode"."""
+        """Time a forward pass as "encode", from the backbone to the codes, and "decode"."""
         begin = [self.clock.mark()]
 
         def encoded(*_: object) -> None:
@@ -320,7 +321,7 @@ class TokenizerTrainer(Trainer):
 
 
 def _set_rows(held: Tensor, numbers: Tensor, rows: Tensor) -> None:
-    """``held[numbers] = rows``, also where it is sharded."""
+    """Set ``held[numbers] = rows``, even if ``held`` is sharded."""
     if not processes.is_sharded(held):
         held[numbers] = rows
         return

@@ -1,4 +1,4 @@
-"""What both trainers have: a learner, its average, a step's random numbers, and a state."""
+"""What both trainers share: a learner, its average, random numbers per step, and a state."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from .learner import Average, Learner
 from .settings import Training
 
 Sums = dict[str, Tensor]
-# Of float16. Where gradients are infinite even then it is not the scale's fault.
+# For float16. If gradients are infinite even at this scale, the scale is not the cause.
 SMALLEST_SCALE = 2.0**-14
-# What to do about a run that is another one now.
+# How to continue a run whose settings have changed.
 ACCEPT = "to go on all the same: --accept-changes, or changed=True"
 
 
 class NotFinite(ValueError):
-    """A loss or a gradient is NaN or infinite; no weight has moved."""
+    """A loss or a gradient is NaN or infinite; no weight has been updated."""
 
 
 class Trainer:
-    """Trains a model; `TokenizerTrainer` and `GPTTrainer` say by which losses.
+    """Trains a model; `TokenizerTrainer` and `GPTTrainer` define the losses.
 
     Args:
         model: on the device to train on.
-        settings: how.
-        frozen: a part of the model that does not learn, and which no state holds.
-        sharded: among several processes each holds a part of each weight (FSDP2).
+        settings: how to train.
+        frozen: name of a part of the model that is not trained and not stored in a state.
+        sharded: each of several processes holds a part of each weight (FSDP2).
 
     Attributes:
-        model: what is trained.
+        model: the model that is trained.
         learner: its weights and their optimiser.
-        steps, images: how many of each it was trained on.
-        clock: where the time of the steps has gone.
+        steps, images: number of each that the model was trained on.
+        clock: time spent in each stage of the steps.
     """
 
     def __init__(
@@ -79,22 +79,23 @@ class Trainer:
 
     @property
     def learners(self) -> dict[str, Learner]:
-        """What learns, by the name of its gradients' norm."""
+        """The learners, keyed by the name of their gradient norm."""
         return {"grad_norm": self.learner}
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
-        """What is compiled on its own, and of a sharded model brought together on its own."""
+        """The parts that are compiled one by one and, in a sharded model, gathered one by one."""
         raise NotImplementedError
 
     def decays(self, weight: Tensor) -> bool:
-        """Whether weight decay acts on a weight."""
+        """Whether weight decay applies to a weight."""
         return True
 
     @contextlib.contextmanager
     def _step(self, number: int) -> Iterator[None]:
-        """What a step computes in: its random numbers, and TF32 or not.
+        """Set the random numbers and the TF32 mode of a step.
 
-        Random numbers are a step's own, on each process others; afterwards all is as it was.
+        Random numbers differ between steps and between processes. The previous state is restored
+        afterwards.
         """
         text = f"vfmtok_fast training {self.settings.seed} {number} {processes.rank()}"
         digest = hashlib.sha256(text.encode()).digest()
@@ -108,12 +109,12 @@ class Trainer:
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def _finite(self, sums: Sums, number: int) -> dict[str, float]:
-        """The terms of a step, averaged over the processes.
+        """Return the terms of a step, averaged over the processes.
 
-        Of float16 gradients may be infinite: then the scale was too large, and goes down.
+        With float16, gradients may be infinite: the scale was too large and will be reduced.
         """
         values = torch.stack([value.double() for value in sums.values()])
-        processes.average([values])  # a NaN of one process stops all
+        processes.average([values])  # a NaN in one process stops all
         terms = dict(zip(sums, values.tolist(), strict=True))
         wrong = [
             f"{name} ({value})"
@@ -127,29 +128,29 @@ class Trainer:
         return terms
 
     def _scaled(self, name: str) -> bool:
-        """Whether a term is the norm of gradients whose scale can still go down."""
+        """Whether a term is the norm of gradients whose scale can still be reduced."""
         if self.settings.precision != "float16" or name not in self.learners:
             return False
         return self.learners[name].scaler.get_scale() > SMALLEST_SCALE
 
     def left_out(self, terms: Mapping[str, list[float]]) -> dict[str, int]:
-        """Of float16, how many of some steps moved nothing, for their gradients were infinite."""
+        """With float16, how many steps were skipped because their gradients were infinite."""
         if self.settings.precision != "float16":
             return {}
         return {"left_out": sum(not math.isfinite(norm) for norm in terms["grad_norm"])}
 
     def report(self) -> dict[str, float]:
-        """What is told beside the terms of the steps; counts what came since the last time."""
+        """Values to report beside the terms of the steps, counted since the last call."""
         return {}
 
     def rates(self, images_per_second: float) -> dict[str, float]:
-        """How fast it goes, in the units that people ask for."""
+        """The training speed, in the units that users expect."""
         return {"images_per_second": images_per_second}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a step depends on, but for the frozen parts, which come with the models.
+        """Everything that a step depends on, except the frozen parts, which come with the models.
 
-        Of a sharded model all processes must ask.
+        For a sharded model, all processes must call this.
         """
         return {
             "settings": dataclasses.asdict(self.settings),
@@ -162,19 +163,19 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, changed: bool = False) -> None:
-        """Go on where a state was taken.
+        """Continue from a state.
 
         Args:
             state: from `state_dict`.
-            changed: settings may be others than those of the state, and count.
+            changed: accept settings that differ from those of the state; the new ones apply.
 
         Raises:
-            ValueError: another model or changed settings; the line names all that differ.
+            ValueError: the model or the settings differ; the message names everything that differs.
         """
         there, here = dict(state["settings"]), dataclasses.asdict(self.settings)
         configs = dict(state["config"]), dataclasses.asdict(self.model.config)
         for config, settings in zip(configs, (there, here), strict=True):
-            # Rates of dropout stand in the model's config, and change none of its weights.
+            # Dropout rates are in the model's config but do not change any of its weights.
             for name in [name for name in config if _is_rate(name)]:
                 settings[name] = config.pop(name)
         if problems := differences(*configs):
@@ -187,11 +188,11 @@ class Trainer:
         self.steps, self.images = state["steps"], state["images"]
 
     def averaged(self) -> nn.Module:
-        """`ema`, as `whole` gives it."""
+        """The `ema` model, as returned by `whole`."""
         return self.whole(self.ema)
 
     def whole(self, model: nn.Module) -> nn.Module:
-        """A model; of a sharded one a whole copy, for which all processes must ask."""
+        """The model; if it is sharded, a whole copy, for which all processes must call this."""
         if not self.sharded:
             return model
         weights = {key: processes.whole(value) for key, value in model.state_dict().items()}
@@ -219,11 +220,11 @@ class Trainer:
 
 
 def _is_rate(field: str) -> bool:
-    """Whether a field of a model's config is a rate of dropout."""
+    """Whether a field of a model's config is a dropout rate."""
     return field.endswith("dropout") or field == "drop_path"
 
 
 def add(sums: Sums, terms: Mapping[str, Tensor], share: float) -> None:
-    """Add a micro-batch's terms by its share of the batch."""
+    """Add a micro-batch's terms, weighted by its share of the batch."""
     for name, value in terms.items():
         sums[name] = sums.get(name, 0.0) + share * value.detach()
