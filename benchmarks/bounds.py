@@ -1,24 +1,25 @@
-"""What is shown of records: which resource bounds them, times in readable units, tables."""
+"""Formatting of records: the resource that bounds them, times in readable units, tables."""
 
 from __future__ import annotations
 
-# Percent of the time that one resource must be busy to be called the bound. A kernel that loads,
-# multiplies and stores one after the other, and overlaps nothing, keeps each busy for about a third
-# of the time; below a quarter not even that explains what it takes.
+# Percent of the time that a resource must be busy to be called the bound. A kernel that loads,
+# multiplies and stores one after the other, without overlap, keeps each resource busy for about a
+# third of the time; below a quarter, not even that explains the time it takes.
 BUSY = 25.0
 
 
 def bound(percent_of_copy: float, percent_of_matmul: float) -> str:
-    """Whether bytes, operations or latency bound a call.
+    """Say whether bytes, operations or latency bound a call.
 
     Args:
-        percent_of_copy: of the time, what its bytes take at the rate of copying.
-        percent_of_matmul: of the time, what its operations take at the rate of a matrix product.
+        percent_of_copy: percentage of the time that its bytes take at the rate of a copy.
+        percent_of_matmul: percentage of the time that its operations take at the rate of a matrix
+            product.
 
     Returns:
         "bytes" or "operations", whichever takes longer; "latency" where both take less than a
-        quarter of the time. Such a call waits, for launches or for loads that depend on each other,
-        or issues instructions that are no floating-point operations.
+        quarter of the time. Such a call waits for launches or for dependent loads, or issues
+        instructions that are not floating-point operations.
     """
     if max(percent_of_copy, percent_of_matmul) < BUSY:
         return "latency"
@@ -26,7 +27,7 @@ def bound(percent_of_copy: float, percent_of_matmul: float) -> str:
 
 
 def duration(microseconds: float) -> str:
-    """Three digits or more, in the unit that needs the fewest."""
+    """Format a time with three digits or more, in the unit that needs the fewest digits."""
     for limit, unit in ((1e3, "us"), (1e6, "ms")):
         if microseconds < limit:
             value = microseconds / limit * 1e3
@@ -35,6 +36,6 @@ def duration(microseconds: float) -> str:
 
 
 def table(head: list[str], rows: list[list[object]]) -> list[str]:
-    """Lines of Markdown."""
+    """Return the lines of a Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]

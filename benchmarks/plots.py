@@ -12,12 +12,15 @@ def by_shape(records: list[dict]) -> dict[str, list[dict]]:
     return shapes
 
 
-# More bars of one shape cannot be told apart.
+# With more bars per shape, the bars cannot be told apart.
 MOST_PROVIDERS = 9
 
 
 def plot(path: Path, content: dict) -> bool:
-    """Median times as grouped bars beside the JSON file; False without matplotlib or sense."""
+    """Plot median times as grouped bars, next to the JSON file.
+
+    Returns False without matplotlib, or where such a plot would be unreadable.
+    """
     providers = list(dict.fromkeys(record["provider"] for record in content["records"]))
     if len(providers) > MOST_PROVIDERS and path.stem != "generate":
         return False
@@ -45,7 +48,7 @@ def plot(path: Path, content: dict) -> bool:
     axes.set_ylabel("median time, ms")
     axes.set_xticks(range(len(shapes)), [shape.replace(" ", "\n") for shape in shapes])
     axes.set_title(f"{path.stem}, {content['environment']['device']}")
-    # Beside the bars: on them it hides some.
+    # Beside the bars, so that the legend hides none.
     figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
     pyplot.close(figure)
@@ -53,9 +56,9 @@ def plot(path: Path, content: dict) -> bool:
 
 
 def _generation(pyplot, path: Path, content: dict) -> None:
-    """Milliseconds of a step against reading its bytes; images per second against the batch."""
+    """Plot milliseconds per step with the time to read its bytes, and images/s by batch size."""
     records, copy = content["records"], content["ceilings"]["copy_gb_s"]
-    # Against a single batch size there is nothing to see.
+    # With a single batch size, the second panel would show nothing.
     sizes = {record["images"] for record in records if record["codes"] == 256}
     panels = 1 + (len(sizes) > 1)
     figure, axes = pyplot.subplots(
@@ -74,7 +77,7 @@ def _generation(pyplot, path: Path, content: dict) -> None:
             ours = [r for r in whole if r["shape"].split()[0] == preset]
             points = sorted((r["images"], 1e6 * r["images"] / r["median_us"]) for r in ours)
             batches.plot(*zip(*points, strict=True), "o-", label=f"{preset}, {provider}")
-    # Bytes of a record: its rate times its time.
+    # The bytes of a record are its rate times its time.
     first = [rs[0] for rs in shapes.values()]
     floors = [r["gb_s"] / copy * r["median_us"] / 1e3 / r["codes"] for r in first]
     steps.plot(range(len(shapes)), floors, "k_", markersize=20, label="bytes at the copy rate")
