@@ -1,12 +1,13 @@
 """Compile every kernel without a GPU and report what the machine code says: `make aot`.
 
-What is compiled are the launches of the calls in `aot_calls`, made by the ops' own code for a chip
-that need not be there. For each kernel and chip: registers, spills, shared memory and occupancy
-from the cubin; of a kernel that may begin before the one ahead of it has ended, that it touches no
-memory before it has waited; and of kernels with a main loop the instructions of one turn from the
-disassembly, and the time that they predict at the chip's rates. Writes
-``results/aot/<chip>.json``; ``--check`` compares with ``aot_budget.json``, ``--budget`` writes that
-file anew, ``--variants`` does all of it for every setting that `tune` may choose.
+Compiles the launches of the calls in `aot_calls`, which the ops' own code makes for a chip that
+need not be present. For each kernel and chip, it reads registers, spills, shared memory and
+occupancy from the cubin. For a kernel that may start before the previous one has ended, it checks
+that the kernel touches no memory before it has waited. For a kernel with a main loop, it counts the
+instructions of one iteration in the disassembly and predicts the time at the chip's rates. The
+results go to ``results/aot/<chip>.json``. ``--check`` compares them with ``aot_budget.json``,
+``--budget`` rewrites that file, and ``--variants`` repeats all of it for every setting that `tune`
+may choose.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Chip:
-    """Rates of one chip: NVIDIA's tuning guides and data sheets, where not said otherwise."""
+    """Rates of one chip, from NVIDIA's tuning guides and data sheets unless stated otherwise."""
 
     name: str
     capability: int
@@ -53,13 +54,14 @@ class Chip:
 
 CHIPS = (
     Chip("A100", 80, 108, 1.41, 312, 164),
-    # 788 TFLOP/s: measured on an H200 with a large matrix product, as is the clock's lower end.
+    # 788 TFLOP/s and the lower end of the clock were measured on an H200, with a large matrix
+    # product.
     Chip("H200", 90, 132, 1.755, 788, 228),
     Chip("B200", 100, 148, 1.85, 2250, 228),
 )
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "DMMA", "QGMMA")
-# Pipes of one of a multiprocessor's four schedulers: clocks that one instruction of a warp takes.
-# Comparisons, selections, integer and logic operations run on 16 lanes, float32 on 32.
+# Instructions that take two clocks per warp in a pipe of one of a multiprocessor's four schedulers:
+# comparisons, selections, integer and logic operations run on 16 lanes, float32 on 32.
 HALF_RATE = re.compile(
     r"^(V?I?FMNMX3?|FMNMX3?|VIMNMX3?|IMNMX|FSETP|FSEL|ISETP|SEL|LOP3|PLOP3|SHF|LEA|IADD3|VIADD|PRMT"
     r"|IABS|FCHK|POPC|BREV|FLO)$"
@@ -67,7 +69,7 @@ HALF_RATE = re.compile(
 
 
 def named(call: Call, found: list[Launch]) -> dict[str, Launch]:
-    """Launches by op, kernel and call; a kernel's further launches in a call are numbered."""
+    """Name launches by op, kernel and call; number repeated launches of a kernel in a call."""
     names: dict[str, Launch] = {}
     for launch in found:
         name = f"{call.op}.{launch.kernel} {call.what} {call.dtype}"
@@ -82,7 +84,7 @@ def run_tool(name: str, *args: str) -> str:
 
 @functools.cache
 def disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
-    """Resource usage and machine code of a cubin."""
+    """Return the resource usage and the machine code of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -92,24 +94,24 @@ def disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
 
 
 def instructions(code: str) -> list[tuple[str, str]]:
-    """(name with its modifiers, whole instruction) in the order of a disassembly."""
+    """Return (name with modifiers, whole instruction) in the order of the disassembly."""
     found = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+((?:@!?U?P\w+\s+)?([A-Z][\w.]*).*?);", code, re.M)
     return [(name, whole) for whole, name in found]
 
 
-# Names that touch memory or leave the kernel, and those of them that may stand before the wait:
-# loads of arguments, what stays in shared memory, prefetches into L2, and loads that are marked to
-# be evicted first, those of weights: no kernel of a step writes them. A name in neither list is
-# taken to touch registers only, so a chip or compiler with new names for memory needs them here.
+# Names of instructions that touch memory or leave the kernel, and those of them that are allowed
+# before the wait: loads of arguments, accesses to shared memory, prefetches into L2, and loads
+# marked evict-first. The latter load weights, which no kernel of a step writes. A name in neither
+# list is assumed to touch registers only, so new names for memory accesses must be added here.
 MEMORY = re.compile(r"^(LD|ST|ATOM|RED|CCTL|UBLK|UTMA|SUST|SULD|TEX|CALL|JMP|BRX|JMX|RET|EXIT)")
 HARMLESS = re.compile(r"^((LDC|LDCU|LDSM?|STSM?|ATOMS)(\..*)?|CCTL\.E\.PF2|LDG\.E\.EF(\..*)?)$")
 
 
 def early_accesses(code: str) -> list[str]:
-    """What touches memory before a kernel has waited for the one ahead of it.
+    """Return the instructions that touch memory before a kernel has waited for the previous one.
 
-    The wait (ACQBULK) is to come once, at the top level: whatever jumps, before it, stays before
-    it, so that no thread gets past it otherwise.
+    The wait (ACQBULK) must occur once and at the top level: a jump before it must not lead past it,
+    so that no thread can skip it.
     """
     found = instructions(code)
     waits = [at for at, (name, _) in enumerate(found) if name == "ACQBULK"]
@@ -119,7 +121,7 @@ def early_accesses(code: str) -> list[str]:
     wrong = [whole for name, whole in before if MEMORY.match(name) and not HARMLESS.match(name)]
     if found[waits[0]][1].startswith("@"):
         wrong.append(found[waits[0]][1])
-    # Labels after the wait, to which nothing before it may jump.
+    # Labels after the wait, which are no valid targets for jumps before it.
     later = set(re.findall(r"^\s*(\.L\w+):", code[code.index("ACQBULK") :], re.M))
     wrong += [
         whole
@@ -130,9 +132,9 @@ def early_accesses(code: str) -> list[str]:
 
 
 def loops(code: str, forever: bool = True) -> list[Counter[str]]:
-    """Instructions by name of every backward branch's span.
+    """Count the instructions by name within the span of every backward branch.
 
-    ``forever``: also of the branch to itself that stands behind a kernel's end.
+    ``forever``: include the branch to itself that follows the end of a kernel.
     """
     labels: dict[str, int] = {}
     names: list[str] = []
@@ -154,7 +156,7 @@ def loops(code: str, forever: bool = True) -> list[Counter[str]]:
 
 
 def main_loop(code: str) -> Counter[str]:
-    """The shortest loop that holds at least half of the instructions of the busiest pipe."""
+    """Return the shortest loop with a third or more of the largest half-rate count of any loop."""
     found = loops(code)
     busy = [sum(n for name, n in loop.items() if HALF_RATE.match(name)) for loop in found]
     inner = [loop for loop, n in zip(found, busy, strict=True) if 3 * n >= max(busy)]
@@ -162,13 +164,13 @@ def main_loop(code: str) -> Counter[str]:
 
 
 def occupancy(warps: int, chip: Chip, registers: int, shared: int) -> dict[str, int]:
-    """Programs and warps resident on one multiprocessor."""
+    """Return how many programs and warps are resident on one multiprocessor."""
     per_warp = -(-registers * 32 // 256) * 256
     programs = min(
         chip.warps // warps,
-        # Each of the four schedulers has a quarter of the registers.
+        # Each of the four schedulers owns a quarter of the registers.
         4 * (chip.registers // 4 // per_warp) // warps,
-        # The system keeps 1 KiB of each program.
+        # The system reserves 1 KiB per program.
         chip.shared_kib * 1024 // (shared + 1024),
         32,
     )
@@ -178,7 +180,7 @@ def occupancy(warps: int, chip: Chip, registers: int, shared: int) -> dict[str, 
 def predict(
     call: Call, loop: Loop, constants: dict, warps: int, chip: Chip, turn: Counter[str]
 ) -> dict[str, object]:
-    """Time of the main loop if the busiest unit never waits, and if matrix and ALU take turns."""
+    """Predict the main loop's time if the busiest unit never waits, and if the units alternate."""
     per_warp = loop.per_turn(constants) / warps
     units, flops = loop.units(call.sizes), loop.flops(constants)
     half = sum(n for name, n in turn.items() if HALF_RATE.match(name))
@@ -201,19 +203,19 @@ def predict(
 
 
 def constants_of(launch: Launch) -> dict[str, object]:
-    """Compile-time arguments of a launch by name."""
+    """Return the compile-time arguments of a launch by name."""
     source = launch.compiled.src
     names = source.fn.arg_names
     return {names[path[0]]: value for path, value in source.constants.items() if len(path) == 1}
 
 
 def resources(launch: Launch, chip: Chip) -> tuple[dict[str, object], str]:
-    """What a launch takes of a multiprocessor, and its machine code."""
+    """Return the multiprocessor resources of a launch, and its machine code."""
     usage, code = disassemble(launch.compiled.asm["cubin"])
     metadata = launch.compiled.metadata
     row: dict[str, object] = {
         "registers": usage["REG"],
-        # nvdisasm shows spills as local memory; STACK and LOCAL are its size.
+        # Spills go to local memory; STACK and LOCAL are its size.
         "spill_bytes": usage["STACK"] + usage["LOCAL"],
         "shared_bytes": metadata.shared,
         "occupancy": occupancy(metadata.num_warps, chip, usage["REG"], metadata.shared),
@@ -222,9 +224,9 @@ def resources(launch: Launch, chip: Chip) -> tuple[dict[str, object], str]:
 
 
 def report(call: Call, launch: Launch, chip: Chip) -> dict[str, object]:
-    """All that the budget and the report hold of one launch."""
+    """Collect what the budget and the report contain about one launch."""
     row, code = resources(launch, chip)
-    # UTCHMMA stands outside the span of its loop where a warp of its own issues it.
+    # UTCHMMA is outside the span of its loop if a dedicated warp issues it.
     row["matrix_in_kernel"] = sum(len(re.findall(rf"\b{name}\b", code)) for name in MATRIX)
     constants = constants_of(launch)
     if constants.get("OVERLAP"):
@@ -239,7 +241,7 @@ def report(call: Call, launch: Launch, chip: Chip) -> dict[str, object]:
 
 
 def straight(launch: Launch, chip: Chip, code: str) -> dict[str, float]:
-    """What a kernel without a loop issues, and how long that takes if no warp ever waits."""
+    """Count the instructions of a kernel without a loop, and their time if no warp ever waits."""
     issued = sum(name != "NOP" for name, _ in instructions(code))
     warps = launch.programs * launch.compiled.metadata.num_warps
     us = warps * issued / (4 * chip.multiprocessors * chip.ghz * 1e3)
@@ -247,8 +249,8 @@ def straight(launch: Launch, chip: Chip, code: str) -> dict[str, float]:
 
 
 def variants(chip: Chip) -> dict[str, dict[str, object]]:
-    """Resources of every setting of every space: of the kernels that it changes, the worst."""
-    # The call that asks first for a space in a dtype stands for all.
+    """Return resources for every setting of every space: the worst of the kernels it changes."""
+    # The first call that asks for a space in a dtype represents all others.
     first: dict[tuple[str, str], Call] = {}
     for call in CALLS:
         for name in asked_spaces(call, chip.capability):
@@ -293,7 +295,7 @@ def budget_of(row: dict) -> dict[str, float]:
     loop = row.get("main_loop", {})
     alu = {key: value for key, value in loop.items() if key.startswith(("alu_per", "issued_per"))}
     matrix = {"matrix_at_least": 1} if row.get("matrix_in_kernel") else {}
-    # Known ones: a register or two that the assembler gave up to have more warps resident.
+    # Known spills: a register or two that the assembler gave up for more resident warps.
     spills = {"spill_bytes": row["spill_bytes"]} if row["spill_bytes"] else {}
     return {
         "registers": row["registers"],
@@ -306,13 +308,13 @@ def budget_of(row: dict) -> dict[str, float]:
 
 
 def check(name: str, chip: str, row: dict, budget: dict, part: str = "kernels") -> list[str]:
-    """What exceeds the budget, in words."""
+    """Return a message for each value that exceeds the budget."""
     allowed = budget.get(chip, {}).get(part, {}).get(name)
     if allowed is None:
         return [f"{chip} {name}: not in {BUDGET.name}; run aot.py --budget and read the change"]
     found = {**row, **row.get("main_loop", {})}
     if budget["triton"] != triton.__version__:
-        # Another compiler allocates otherwise; only the matrix unit is never given up.
+        # Another compiler allocates differently; only the matrix unit must still be used.
         allowed = {key: limit for key, limit in allowed.items() if key == "matrix_at_least"}
     wrong = [
         f"{chip} {name}: {key} is {found[key]}, the budget {limit}"

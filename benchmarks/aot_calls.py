@@ -1,4 +1,4 @@
-"""What `aot.py` compiles: calls at the models' shapes; and what a turn of a kernel's loop does."""
+"""Calls at the models' shapes for `aot.py` to compile, and the work of one loop iteration."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def deformable_sample_calls() -> list[Call]:
 
 
 def step_calls() -> list[Call]:
-    """A step of one layer: few rows, more, and those whose products are cuBLAS's."""
+    """A decode step of one layer: with few rows, with more, and with enough to use cuBLAS."""
     calls = []
     for preset, dtype, B, options in (
         ("GPT-L", "bfloat16", 1, {}),
@@ -53,7 +53,7 @@ def step_calls() -> list[Call]:
 
 
 def decode_attention_calls() -> list[Call]:
-    """A guided step of 64 images at length 128 of 256; one in float32; one of groups."""
+    """A guided step of 64 images at length 128 of 256; one in float32; one with grouped heads."""
     names = ("B", "H", "G", "T", "D", "length")
     return [
         Call("decode_attention", what, dtype, dict(zip(names, sizes, strict=True)))
@@ -67,7 +67,7 @@ def decode_attention_calls() -> list[Call]:
 
 
 def sample_token_calls() -> list[Call]:
-    """132 rows are one for every multiprocessor of an H200; one row is shared."""
+    """132 rows are one per multiprocessor of an H200; programs share a single row."""
     V, T = 16384, {"temperature": 0.9}
     K, P = {"top_k": 100}, {"top_p": 0.9}
     return [
@@ -89,7 +89,7 @@ def sample_token_calls() -> list[Call]:
 
 
 def decoder_calls() -> list[Call]:
-    """The widest maps of the pixel decoder, with backward; a block that changes its width."""
+    """The widest maps of the pixel decoder, with backward; a block that changes the width."""
     calls = []
     for dtype in ("bfloat16", "float32"):
         sizes = {"B": 1, "C": 128, "side": 336, "groups": 32}
@@ -101,7 +101,7 @@ def decoder_calls() -> list[Call]:
 
 
 def tokenizer_calls() -> list[Call]:
-    """Of one picture, for cuBLAS's part of `linear` runs here; registers do not depend on rows."""
+    """One image, because the cuBLAS part of `linear` runs here; rows do not affect registers."""
     vit, region = {"rows": 581, "C": 1024}, {"rows": 256, "C": 512}
     layer = {"rows": 581, "K": 64, "N": 4096, "activation": "gelu"}
     pixels = {"B": 1, "side": 336, "P": 14, "C": 64}
@@ -117,7 +117,7 @@ def tokenizer_calls() -> list[Call]:
 
 
 def head_calls() -> list[Call]:
-    """The generator's loss, of few rows; a row that is held in registers, and one that is not."""
+    """The generator's loss for few rows; rows that fit into registers, and rows that do not."""
     sizes = {"N": 64, "C": 16, "V": 16384}
     return [
         Call("linear_cross_entropy", what, dtype, {**sizes, **options}, (0, 1))
@@ -145,24 +145,24 @@ CALLS = [
 
 @dataclass(frozen=True)
 class Loop:
-    """The main loop of a kernel: what one turn of a program does, and what a call has of it.
+    """The main loop of a kernel: the units per iteration of a program, and the units of a call.
 
-    Functions of a launch's compile-time constants, and of a call's sizes.
+    The fields are functions of a launch's compile-time constants, or of a call's sizes.
     """
 
     unit: str
     per_turn: Callable[[dict], float]
     units: Callable[[dict], float]
-    # Floating-point operations of the matrix unit for one unit.
+    # Floating-point operations on the matrix unit per unit of work.
     flops: Callable[[dict], float] = lambda constants: 0
-    # Whether there is a loop, not one turn or an unrolled one.
+    # Whether there is a loop, rather than a single iteration or an unrolled loop.
     rolled: Callable[[dict], bool] = lambda constants: True
 
 
 LOOPS = {
     "_screen": Loop(
         "score",
-        # The loop over the tiles of a step, two a turn.
+        # The loop over the tiles of a step, with two tiles per iteration.
         lambda c: 2 * c["ROWS"] * c["TILE"],
         lambda s: s["N"] * s["K"],
         lambda c: 2 * c["C"] * (3 if c["AGAIN"] else 1),
@@ -170,7 +170,7 @@ LOOPS = {
     "_decode": Loop(
         "key",
         lambda c: c["TILE"],
-        # Of every query row; R of them share a key.
+        # Per group; its query rows share a key.
         lambda s: s["B"] * s["G"] * s["length"],
         lambda c: 4 * c["ROWS"] * c["C"] if c["ROWS"] > 1 else 0,
     ),
@@ -178,7 +178,7 @@ LOOPS = {
         "code",
         lambda c: c["CHUNK"],
         lambda s: s["B"] * s["V"],
-        # Where there are filters, and where the draw is unrolled, the draw is not the main loop.
+        # With filters, or with an unrolled draw, the draw is not the main loop.
         rolled=lambda c: not (c["BLOCK"] or c["GREEDY"] or c["SHARES"] > 1),
     ),
 }

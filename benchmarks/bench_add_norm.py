@@ -14,7 +14,7 @@ from vfmtok_fast import ops
 from vfmtok_fast.reference.add_norm import add_norm as reference
 
 HALF = torch.bfloat16
-# Rows and channels; LayerScale or none; dtype of the stream, and of what is added and normalised.
+# Rows and channels; whether LayerScale is used; dtypes of the stream, and of branch and output.
 SHAPES = {
     f"{name} B={B}{kind}": (rows * B, C, scaled, stream, inner)
     for B in ((64, 8) if GPU else (4,))
@@ -66,7 +66,7 @@ def bench_add_norm(benchmark, shape: str, provider: str):
             float((one - exact).abs().max() / exact.abs().max())
             for one, exact in zip(got, truth(shape), strict=True)
         ]
-        # Two roundings of the sum, and what they do to a row of unit variance.
+        # Two roundings of the sum, and their effect on a row of unit variance.
         assert max(errors) <= 4 * max(torch.finfo(one.dtype).eps for one in got)
         return {"error": max(errors)}
 

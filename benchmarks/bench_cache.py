@@ -1,12 +1,12 @@
-"""The token cache without a model: pictures per second of each stage and end to end.
+"""The token cache without a model: images per second of each stage and end to end.
 
-Photos are synthetic JPEGs of 500 x 375 pixels, the average of ImageNet. `decode+resize` is what the
-workers can do with nothing else to do; `pipeline` is a whole `cache.build` whose encoder does
-nothing (everything that a GPU would do is left out: cutting the views, 8 bit to float), and must
-keep 85 % of it; `simulated 2000 img/s` is the same with an encoder that sleeps.
+The photos are synthetic JPEGs of 500 x 375 pixels, the average size in ImageNet. `decode+resize` is
+the rate of the workers with nothing else to do. `pipeline` is a whole `cache.build` with an encoder
+that does nothing: the work of a GPU (cutting the views, 8 bit to float) is left out. It must reach
+85 % of `decode+resize`. `simulated 2000 img/s` is the same with an encoder that sleeps.
 
-`python benchmarks/bench_cache.py` prints a cost sheet computed from the results and from the
-sizes of the files.
+`python benchmarks/bench_cache.py` prints a cost sheet, computed from the results and the file
+sizes.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ PHOTOS, SIZE, BATCH = 256, 336, 32
 TURNS = 7
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 SETS = {"center": ["center"], "ten-crop": ["ten-crop"], "random-0..1": ["random-0..1"]}
-# One worker alone as well for the simplest set.
+# The simplest set is also run with a single worker.
 RUNS = [("center", 1)] * (CPUS > 1) + [(declared, CPUS) for declared in SETS]
 KEEPS = 0.85
 DEVICE_RATE = 2000
-# There a time would be that of an empty CUDA graph, and the machine is lent for its GPU.
+# With a GPU, the timer would measure an empty CUDA graph, and nothing here needs the GPU.
 pytestmark = pytest.mark.skipif(harness.GPU, reason="nothing here uses a GPU")
 
 
@@ -60,7 +60,7 @@ class Config:
 
 
 class Nothing(torch.nn.Module):
-    """A tokenizer that is never asked: `encoder` takes its place."""
+    """A tokenizer that is never called: `encoder` replaces it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Nothing(torch.nn.Module):
 
 @contextlib.contextmanager
 def encoder(seconds_per_view: float) -> Iterator[None]:
-    """Put a device in the pipeline that takes this long and does nothing."""
+    """Replace the device in the pipeline by one that takes this long and does nothing."""
 
     def sleep(tokenizer, batch, manifest):
         if seconds_per_view:
@@ -88,7 +88,7 @@ def encoder(seconds_per_view: float) -> Iterator[None]:
 
 @functools.cache
 def photos(count: int = PHOTOS) -> Path:
-    """A folder of synthetic photos: smooth shapes and noise, so that files are of usual size."""
+    """Make a folder of synthetic photos: smooth shapes and noise, for typical file sizes."""
     root = Path(tempfile.mkdtemp(prefix="bench-cache-")) / "photos"
     atexit.register(shutil.rmtree, root.parent, ignore_errors=True)
     rng = np.random.default_rng(0)
@@ -108,7 +108,7 @@ def files() -> list[Path]:
 
 
 def over_all(workers: int, work: Callable[[Path], object]) -> int:
-    """Do something with every photo in a pool; how many were done."""
+    """Process every photo in a thread pool, and return how many were processed."""
     with ThreadPoolExecutor(workers) as pool:
         return sum(1 for _ in pool.map(work, files()))
 
@@ -170,13 +170,13 @@ def bench_stage(benchmark, name: str, workers: int):
 
 @functools.cache
 def in_turns(declared: str, workers: int) -> dict[str, list[float]]:
-    """Seconds of decode+resize and of the pipeline: a busy machine slows whoever is running."""
+    """Time decode+resize and the pipeline in turns, so that a busy machine slows both alike."""
     runs = {
         "decode+resize": stage("decode+resize", workers, SETS[declared]),
         "pipeline": pipeline(workers, SETS[declared]),
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
-    files()  # Not on the clock.
+    files()  # Not timed.
     for _ in range(TURNS):
         for name, run in runs.items():
             start = time.perf_counter()
@@ -194,7 +194,7 @@ def bench_decode_resize(benchmark, declared: str, workers: int):
 
 @pytest.mark.parametrize(("declared", "workers"), RUNS)
 def bench_pipeline(benchmark, declared: str, workers: int):
-    """The median of the turns' ratios: the machine may change its pace from turn to turn."""
+    """Take the median of the turns' ratios, because the machine's speed may vary between turns."""
     times = in_turns(declared, workers)
     turns = zip(times["decode+resize"], times["pipeline"], strict=True)
     kept = statistics.median(alone / whole for alone, whole in turns)
@@ -206,9 +206,10 @@ def bench_pipeline(benchmark, declared: str, workers: int):
 
 
 def bench_simulated_device(benchmark):
-    """Marked as simulated: a device that takes 1/2000 s a view, with ten views a photo.
+    """Run with a simulated device (marked as such): 1/2000 s per view, ten views per photo.
 
-    One shard: at the end of each it runs dry for a batch or two, which of 8192 photos is nothing.
+    There is one shard, because the pipeline runs dry for a batch or two at the end of each, which
+    is negligible in a shard of 8192 photos.
     """
     run = pipeline(CPUS, SETS["ten-crop"], 1 / DEVICE_RATE, shard_size=PHOTOS)
     measure(benchmark, f"ten-crop workers={CPUS}", f"simulated {DEVICE_RATE} img/s", run)

@@ -1,4 +1,4 @@
-"""`ops.decode_attention` against its reference, torch's own attention and its peers."""
+"""`ops.decode_attention` against its reference, PyTorch's attention and other libraries."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Shape:
         return harness.Work(bytes=heads * DTYPE.itemsize, flops=flops)
 
 
-# Guided generation of one image and of 64, half done; and a long cache with grouped queries.
+# Guided generation of one image and of 64, halfway through; and a long cache with grouped queries.
 LONG = Shape("grouped", 2, 32, 8, 32768, 128, 32768)
 SHAPES = (
     (
@@ -65,7 +65,7 @@ SHAPES = (
 
 @functools.lru_cache(maxsize=1)
 def inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """Dead positions hold NaN."""
+    """Return q and the caches; dead positions hold NaN."""
     draw = torch.Generator().manual_seed(0)
     cache = shape.B, shape.G, shape.T, shape.D
     sizes = ((shape.B, shape.H, shape.D), cache, cache)
@@ -76,7 +76,7 @@ def inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=1)
 def bounds(shape: Shape) -> tuple[Tensor, float]:
-    """The truth, and what the tolerance rule allows: twice the reference's error, one rounding."""
+    """Return the truth and the tolerance: twice the reference's error, plus one rounding."""
     q, k, v = inputs(shape)
     rows = [reference(*(x[i : i + 1].double() for x in (q, k, v)), shape.length)
             for i in range(shape.B)]  # fmt: skip
@@ -86,7 +86,7 @@ def bounds(shape: Shape) -> tuple[Tensor, float]:
 
 
 def torch_sdpa(q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
-    """Torch's own at its best: the live positions, known to the host."""
+    """PyTorch's attention at its best: over the live positions, whose number the host knows."""
     k, v = k[:, :, :length], v[:, :, :length]
     return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
 
@@ -113,7 +113,7 @@ PROVIDERS: dict[str, Callable[[], Callable]] = {
 
 
 def needs(provider: str, shape: Shape) -> str | None:
-    """Why a provider cannot run here, or None."""
+    """Return why a provider cannot run here, or None."""
     if provider not in ("flash-attn", "xformers"):
         return None
     if not GPU:

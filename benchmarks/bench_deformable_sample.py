@@ -1,4 +1,4 @@
-"""`ops.deformable_sample` against its reference and its peers, forward and with its backward."""
+"""`ops.deformable_sample` against its reference and peers, forward and with backward."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Shape:
 
     @property
     def problem(self) -> str:
-        """The report puts times of this problem beside those that are predicted for it."""
+        """The key by which the report matches measured and predicted times."""
         sizes = f"B={self.B} Q={self.Q} H={self.H} L={len(self.levels)} P={self.P} D={self.D}"
         sides = " ".join(dict.fromkeys(f"{height}x{width}" for height, width in self.levels))
         return f"{sizes} levels {sides} {'bf16' if self.dtype == torch.bfloat16 else 'fp32'}"
@@ -45,19 +45,19 @@ class Shape:
 
 REGIONS = ((24, 24),) * 4
 PYRAMID = ((100, 134), (50, 67), (25, 34), (13, 17))
-# What matters most comes first: the time may end.
+# The most important cases come first, because the time may run out.
 BATCHES = (64, 8, 256) if GPU else (1, 2, 8)
 SHAPES = [Shape("region encoder", B, 256, 64, REGIONS) for B in BATCHES]
 SHAPES.append(Shape("detection", 2, 900, 32, PYRAMID))
 if GPU:
     SHAPES.append(Shape("region encoder", 64, 256, 64, REGIONS, dtype=torch.float32))
-# Gradients of all inputs but the reference points, which are fixed in VFMTok.
+# Backward has gradients for all inputs but the reference points, which are fixed in VFMTok.
 PASSES = ("forward", "forward and backward")
 
 
 @functools.lru_cache(maxsize=1)
 def inputs(shape: Shape) -> list:
-    """Offsets of a few pixels, as those of a trained model are."""
+    """Make inputs with offsets of a few pixels, as in a trained model."""
     generator = torch.Generator().manual_seed(0)
     B, Q, H, L, P = shape.B, shape.Q, shape.H, len(shape.levels), shape.P
 
@@ -71,7 +71,7 @@ def inputs(shape: Shape) -> list:
 
 
 def images(shape: Shape) -> list[list]:
-    """The inputs in float64, one image at a time: at B = 256 all would be tens of gigabytes."""
+    """Split the inputs by image, in float64: all of B = 256 would take tens of gigabytes."""
     value, levels, points, offsets, logits = inputs(shape)
     return [
         [value[i : i + 1].detach().double(), levels, points.double(),
@@ -82,14 +82,14 @@ def images(shape: Shape) -> list[list]:
 
 @functools.lru_cache(maxsize=1)
 def truth(shape: Shape) -> tuple[Tensor, float]:
-    """Float64 output, and the largest value."""
+    """Return the float64 output, and the largest absolute entry of ``value``."""
     out = torch.cat([reference(*arguments) for arguments in images(shape)])
     return out, float(inputs(shape)[0].detach().abs().max())
 
 
 @functools.lru_cache(maxsize=1)
 def true_gradients(shape: Shape) -> dict[str, Tensor]:
-    """Float64 gradients of value, offsets and logits, where the cotangent is one."""
+    """Return float64 gradients of value, offsets and logits, for a cotangent of one."""
     parts = []
     for arguments in images(shape):
         leaves = [arguments[i].requires_grad_() for i in (0, 3, 4)]
@@ -101,7 +101,7 @@ def true_gradients(shape: Shape) -> dict[str, Tensor]:
 
 @functools.lru_cache(maxsize=1)
 def locations(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
-    """What peers take: value, shapes and starts as tensors, locations in [0, 1], and logits."""
+    """Return the peers' inputs as tensors: value, shapes, starts, locations in [0, 1], logits."""
     value, levels, points, offsets, logits = (
         x.detach().to(dtype) if isinstance(x, Tensor) else x for x in inputs(shape)
     )
@@ -113,7 +113,7 @@ def locations(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
 
 
 PEERS = {
-    # The compiled ones know no half precision.
+    # The compiled peers do not support half precision.
     "deformops": (peers.deformops, None),
     "MultiScaleDeformableAttention, float32": (peers.compiled_extension, torch.float32),
     "kernels-community, float32": (peers.from_the_hub, torch.float32),
@@ -121,7 +121,7 @@ PEERS = {
 
 
 def peer(name: str, shape: Shape) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """A peer's call, and the tensors that it has gradients for; locations are given to it."""
+    """Return a peer's call, which takes locations, and the tensors that get gradients."""
     make, dtype = PEERS[name]
     arguments = locations(shape, dtype or shape.dtype)
     call = make()
@@ -147,7 +147,7 @@ PROVIDERS = ("reference", "reference compiled", "fast", "fast, atomics", *PEERS)
 
 
 def needs(provider: str, shape: Shape) -> str | None:
-    """Why a provider cannot run here, or None."""
+    """Return why a provider cannot run here, or None."""
     if provider in PEERS:
         if not GPU:
             return f"{provider} needs a GPU"
@@ -190,7 +190,7 @@ def bench_deformable_sample(benchmark, shape: Shape, direction: str, provider: s
         return out, *torch.autograd.grad(out, leaves, cotangent)
 
     def check(got: tuple[Tensor, ...]) -> dict[str, object]:
-        # In half precision all but ours round locations, up to 100 pixels, to 8 bits.
+        # In half precision, all but our kernels round locations of up to 100 pixels to 8 bits.
         eps = torch.finfo(shape.dtype).eps
         allowed = 4 * eps if provider.startswith("fast") and GPU else 400 * eps
         exact, largest = truth(shape)
@@ -199,7 +199,7 @@ def bench_deformable_sample(benchmark, shape: Shape, direction: str, provider: s
         facts: dict[str, object] = {"max_error": float(f"{error:.1e}"), "problem": shape.problem}
         if len(got) > 1:
             facts["gradient_errors"] = errors = gradient_errors(shape, got[1:], provider in PEERS)
-            # That of an offset jumps at whole coordinates, where rounding decides the side.
+            # The gradient of an offset jumps at integer coordinates, where rounding picks the side.
             assert max(errors["value"], errors["logits"]) <= allowed, errors
         return facts
 
@@ -214,16 +214,16 @@ def bench_deformable_sample(benchmark, shape: Shape, direction: str, provider: s
         provider=provider,
         fn=forward if direction == "forward" else both,
         check=check,
-        # Backward reads the inputs and the cotangent once more and writes as much as it read.
+        # Backward reads the inputs and the cotangent again, and writes as much as it reads.
         work=harness.Work(bytes=times * moved, flops=times * samples * 8 * shape.D),
         enabled="deformable_sample" if provider.startswith("fast") else None,
     )
 
 
 def gradient_errors(shape: Shape, got: tuple[Tensor, ...], of_places: bool) -> dict[str, float]:
-    """Length of the error over length of the truth, of each gradient."""
+    """Return the relative error of each gradient: norm of the error over norm of the truth."""
     of_value, of_offsets, of_logits = got
-    if of_places:  # A pixel is 1 / (width, height) of a place.
+    if of_places:  # In the unit of a location, a pixel is 1 / (width, height).
         wh = torch.tensor(shape.levels, device=DEVICE).flip(1)[:, None]
         of_offsets = of_offsets.double() / wh
     named = {"value": of_value, "offsets": of_offsets, "logits": of_logits}

@@ -1,8 +1,8 @@
-"""From files to tokens and from classes to pictures, at full size with random weights.
+"""From files to tokens and from classes to images, at full size with random weights.
 
-"photos to cache" is a whole `cache.build`: JPEGs are read, decoded, cut and encoded, shards
+"photos to cache" is a whole `cache.build`: JPEGs are read, decoded, cut and encoded, and shards are
 written and committed. "classes to pictures" is `GPT.generate` with guidance, then
-`VFMTok.decode_to_uint8`. Both with nothing enabled and with everything.
+`VFMTok.decode_to_uint8`. Both run with nothing enabled and with everything enabled.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PHOTOS, BATCH = (512, 64) if GPU else (2, 2)
 PRESET, CLASSES = ("GPT-L", 64) if GPU else ("GPT-B", 1)
 SCALE = 1.5
 PROVIDERS = ("reference", "fast")
-# What the reference made, for the fast way to be compared with.
+# Results of the reference, with which the fast ones are compared.
 REFERENCE: dict[str, np.ndarray] = {}
 
 
@@ -47,7 +47,7 @@ def generator() -> GPT:
 
 
 def as_reference(what: str, provider: str, codes: np.ndarray) -> dict[str, object]:
-    """How many codes are the reference's; in float32 all but near ties must be."""
+    """Return the share of codes equal to the reference's; in float32, only near ties may differ."""
     if provider == "reference":
         REFERENCE[what] = codes
     want = REFERENCE.get(what)

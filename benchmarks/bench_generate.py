@@ -1,4 +1,4 @@
-"""`GPT.generate`, whole images with guidance, and one decoding step by op."""
+"""`GPT.generate` for whole images with guidance, and one decoding step by op."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ DTYPE = torch.bfloat16 if GPU else torch.float32
 SCALE = 1.5
 SLOW = ("release style", "release style compiled", "reference")
 OURS = ("fast", "fast, kernels apart")
-# (preset, images, codes of each, providers). What matters most comes first: the time may end. The
-# CPU's `make bench` has five minutes: one case is whole. A preset may end in the dtype it is
-# converted to.
+# (preset, images, codes per image, providers). The most important cases come first, because the
+# time may run out. `make bench` on a CPU has five minutes, so only one case generates whole images.
+# A preset may end with the dtype that the model is converted to.
 if GPU:
     CASES = [
         *(("GPT-L", B, 256, ("fast", "fast, int8 cache")) for B in (64, 256)),
@@ -45,7 +45,7 @@ else:
         ("GPT-B bfloat16", 2, 16, ("reference", "fast")),
     ]
 RUNS = [(preset, B, count, who) for preset, B, count, every in CASES for who in every]
-# What the reference generated, for the fast ways to be compared with.
+# Codes of the reference, with which the fast ones are compared.
 REFERENCE: dict[tuple[str, int, int], Tensor] = {}
 
 
@@ -70,13 +70,13 @@ def decoder(preset: str, images: int, kv_dtype: torch.dtype | None) -> Decoder:
 
 
 class Enough(Exception):
-    """Ends a generation early."""
+    """Raised to end a generation early."""
 
 
 def first_codes(
     preset: str, class_ids: Tensor, count: int, kv_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The first ``count`` codes: a generation as it is, stopped from outside."""
+    """Generate the first ``count`` codes: a normal generation that the progress callback stops."""
     made = decoder(preset, len(class_ids), kv_dtype)
 
     def stop(done: int, total: int) -> None:
@@ -99,7 +99,7 @@ def fast(
             overlap = False if apart else None
             if launch.OVERLAP != overlap:
                 launch.OVERLAP = overlap
-                switch.new_generation()  # The graphs are of the other setting.
+                switch.new_generation()  # Existing graphs have the other setting.
         return first_codes(preset, class_ids, count, kv_dtype)
 
 
@@ -115,7 +115,7 @@ def released(preset: str, class_ids: Tensor, count: int, compiled: bool = False)
 
 @torch.no_grad()
 def uncached(preset: str, class_ids: Tensor, count: int) -> Tensor:
-    """Every position anew at every step."""
+    """Generate without a cache, computing every position again at every step."""
     gpt, sampling, ids = model(preset), Sampling(cfg_scale=SCALE), torch.arange(len(class_ids))
     classes = torch.cat([class_ids, torch.full_like(class_ids, gpt.config.num_classes)])
     codes = class_ids.new_empty(len(class_ids), 0)
@@ -138,7 +138,7 @@ PROVIDERS: dict[str, Callable[[str, Tensor, int], Tensor]] = {
 
 
 def step_work(gpt: GPT, rows: int, count: int, int8_cache: bool) -> harness.Work:
-    """Weights once a step, and the live keys and values."""
+    """Count the weights once per step, and the live keys and values."""
     config, size = gpt.config, gpt.dtype.itemsize
     layer = 4 * config.dim**2 + 3 * config.dim * config.ffn_dim
     weights = config.num_layers * layer + config.dim * config.vocab_size
@@ -164,7 +164,7 @@ def bench_generate(benchmark, preset: str, B: int, count: int, provider: str):
             REFERENCE[preset, B, count] = codes
         if "fast" in provider and (want := REFERENCE.get((preset, B, count))) is not None:
             same = float((codes == want).float().mean())
-            # In float32 a tie within rounding is rare; after one the images differ.
+            # In float32, a tie within rounding is rare; after one, the images differ.
             assert same == 1 or gpt.dtype != torch.float32 or "int8" in provider, same
             facts["codes_as_reference"] = round(same, 4)
         return facts
@@ -177,7 +177,7 @@ def bench_generate(benchmark, preset: str, B: int, count: int, provider: str):
         fn=lambda: PROVIDERS[provider](preset, class_ids, count),
         check=check,
         work=step_work(gpt, 2 * B, count, "int8" in provider),
-        # Of a slow one on a GPU each takes 4 s, and there are three calls besides.
+        # On a GPU, a call of a slow provider takes 4 s, and there are three untimed calls.
         rounds=5 if GPU and provider not in SLOW else 2,
         replay=False,
         slow=not GPU,
@@ -185,7 +185,7 @@ def bench_generate(benchmark, preset: str, B: int, count: int, provider: str):
 
 
 def step_ops(gpt: GPT, rows: int, position: int) -> dict[str, Callable[[], object]]:
-    """The ops of a position, with the model's own weights; attention for all layers."""
+    """Return the ops of one position, with the model's weights; attention covers all layers."""
     config, half = gpt.config, rows // 2
     draw = torch.Generator(device=DEVICE).manual_seed(0)
 
@@ -214,7 +214,7 @@ def step_ops(gpt: GPT, rows: int, position: int) -> dict[str, Callable[[], objec
 @pytest.mark.parametrize("provider", ["reference", "fast"])
 @pytest.mark.parametrize("part", ["decode_step", "decode_attention", "sample_token"])
 def bench_step(benchmark, part: str, provider: str):
-    """Where the time of a step goes: GPT-B at half its length, guided; 2 images, a GPU's 1."""
+    """Time the ops of a step: GPT-B at half its length, guided; 2 images, on a GPU 1."""
     rows, position = (2 if GPU else 4), 128
     gpt = model("GPT-B")
     handle = vfmtok_fast.enable() if provider == "fast" else None

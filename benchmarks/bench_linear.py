@@ -1,4 +1,4 @@
-"""`ops.linear` against its reference, at the layers of the encoder."""
+"""`ops.linear` against its reference, for the layers of the encoder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from vfmtok_fast import ops
 from vfmtok_fast.reference.linear import linear as reference
 
-# Rows of a picture, K, N and what follows.
+# Rows per image, K, N and activation.
 LAYERS = {
     "ViT fc1": (581, 1024, 4096, "gelu"),
     "ViT qkv": (581, 1024, 3072, None),
@@ -23,7 +23,7 @@ LAYERS = {
     "region query": (256, 512, 512, None),
 }
 BATCH = 64 if GPU else 4
-# Rows of the result that are compared with float64.
+# Number of result rows compared with float64.
 SOME = 64
 
 

@@ -1,6 +1,6 @@
-"""`ops.linear_cross_entropy` against its reference: the loss of GPT-L's codes, and its gradients.
+"""`ops.linear_cross_entropy` against its reference: the loss of GPT-L's codes and its gradients.
 
-Time and peak memory of forward and backward together. On a GPU also with chunks of other sizes.
+Measures time and peak memory of forward and backward together; on a GPU also other chunk sizes.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import vfmtok_fast
 from vfmtok_fast import ops
 from vfmtok_fast.reference.linear_cross_entropy import linear_cross_entropy as reference
 
-# Rows, channels and codes: 128 pictures of GPT-L, and 32; on a CPU 8 of GPT-B.
+# Rows, channels and codes: 128 and 32 images of GPT-L; on a CPU 8 images of GPT-B.
 SIZES = ((32768, 1024, 16384), (8192, 1024, 16384)) if GPU else ((2048, 768, 16384),)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# Rows that are compared with float64.
+# Number of rows compared with float64.
 SOME = 256
 CHUNKS = (2**25, 2**26, 2**28) if GPU else ()
 
 
 @functools.lru_cache(maxsize=1)
 def inputs(size: tuple[int, int, int], dtype: torch.dtype) -> list[Tensor]:
-    """x, weight and targets."""
+    """Return x, weight and targets."""
     N, C, V = size
     draw = torch.Generator(DEVICE).manual_seed(0)
     x, weight = (torch.randn(s, generator=draw, device=DEVICE) for s in ((N, C), (V, C)))
@@ -51,7 +51,7 @@ def compiled(x: Tensor, weight: Tensor, targets: Tensor) -> list[Tensor]:
 
 @functools.lru_cache(maxsize=1)
 def truth(size: tuple[int, int, int], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of some rows in float64 and by the reference: the loss's and those of x."""
+    """Return the gradients of x for some rows, in float64 and by the reference."""
     x, weight, targets = inputs(size, dtype)
     found = []
     for kind in (torch.float64, dtype):
@@ -84,7 +84,7 @@ def bench_linear_cross_entropy(benchmark, monkeypatch, size, dtype: str, provide
         exact, ruler = truth(size, DTYPES[dtype])
         error, own = (float((y[:SOME] - exact).abs().max()) for y in (got[1], ruler))
         assert error <= 2 * own + torch.finfo(DTYPES[dtype]).eps * float(exact.abs().max())
-        # Of random rows each code has about the same share.
+        # For random rows, all codes have about the same probability.
         assert abs(float(got[0]) - (torch.tensor(V).log().item() + 0.5)) < 0.1
         return {"error": error}
 

@@ -16,13 +16,13 @@ from harness import DEVICE, GPU
 from vfmtok_fast import ops
 
 K = 16384
-# Float64 scores closer than this are equal codes or scaled copies.
+# Float64 scores closer than this belong to equal codes or scaled copies.
 TIE = 1e-13
 
 
 @dataclass(frozen=True)
 class Case:
-    """Rows, dimension, how codes and rows are distributed, and how many codes are asked for."""
+    """Number of rows, dimension, distribution of codes and rows, and number of codes to return."""
 
     n: int
     d: int
@@ -36,8 +36,8 @@ class Case:
 
 CLUSTERS = {"64 clusters spread 0.1": 0.1, "64 clusters spread 0.03": 0.03}
 HALF, ONE = "half of the codes twice", "one code"
-# 256, 1, 32 and 4,096 images of 256 regions. What matters most comes first: the time may end. A CPU
-# needs about 10 us a row for the reference; larger cases are a GPU's.
+# 256, 1, 32 and 4,096 images of 256 regions. The most important cases come first, because the time
+# may run out. On a CPU the reference needs about 10 us per row, so larger cases run on a GPU only.
 MANY = 65536 if GPU else 2048
 CASES = [Case(n, 12) for n in ((65536, 256, 8192) if GPU else (256, 8192))]
 CASES += [Case(MANY, 12, codes) for codes in (*CLUSTERS, HALF, ONE)]
@@ -71,7 +71,7 @@ def inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 
 @functools.lru_cache(maxsize=1)
 def best_scores(case: Case) -> torch.Tensor:
-    """The truth: the k largest float64 cosines of each row, [N, k]."""
+    """Return the truth: the k largest float64 cosines of each row, [N, k]."""
     z, codebook = inputs(case)
     wide = F.normalize(codebook.double(), dim=1).T
     return torch.cat(
@@ -83,14 +83,14 @@ def best_scores(case: Case) -> torch.Tensor:
 
 
 def wrong_rows(code: torch.Tensor, case: Case) -> int:
-    """Rows with a code that is not the best there is, or the same code twice, or a later copy."""
+    """Count rows with a code that is not the best, or is returned twice, or is a later copy."""
     z, codebook = inputs(case)
     code = code.view(case.n, case.k)
     chosen = F.normalize(codebook.double(), dim=1)[code]
     score = (F.normalize(z.double(), dim=1)[:, None] * chosen).sum(2)
     wrong = (score < best_scores(case) - TIE).any(1)
     wrong |= (code.sort(dim=1)[0].diff(dim=1) == 0).any(1)
-    if case.codes in (HALF, ONE):  # Of equal codes the first counts.
+    if case.codes in (HALF, ONE):  # Among equal codes, the first is correct.
         wrong |= code[:, 0] >= (K // 2 if case.codes == HALF else 1)
     return int(wrong.sum())
 
@@ -126,7 +126,7 @@ PROVIDERS: dict[str, Callable[[], Callable]] = {
 
 
 def needs(provider: str, case: Case) -> str | None:
-    """Why a provider cannot run here, or None."""
+    """Return why a provider cannot run here, or None."""
     if case.k > 1 and provider != "torch.cdist":
         if provider == "flash-kmeans":
             return "flash-kmeans finds one code"
@@ -158,8 +158,8 @@ def bench_nearest_code(benchmark, case: Case, provider: str):
 
     def check(code: torch.Tensor) -> dict[str, object]:
         wrong = wrong_rows(code, case)
-        # The fast path promises none; others are shown with what they miss, which of codes that
-        # nearly tie may be all.
+        # The fast path guarantees no wrong rows. Others are reported with theirs, which may be all
+        # rows where codes nearly tie.
         allowed = 0 if provider == "fast" else case.n if case.codes else case.n // 20
         assert wrong <= allowed, f"{wrong} of {case.n} rows are wrong"
         facts = {"codes": case.codes} if case.codes else {}

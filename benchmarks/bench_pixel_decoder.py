@@ -16,7 +16,7 @@ from vfmtok_fast import ops
 
 DTYPES = ("bfloat16", "float32")
 B = 16 if GPU else 1
-# (channels in, out, side): the block that a level begins with, and what it ends with.
+# (channels in, channels out, side) of a level: of its first block and of the upsampling at its end.
 LEVELS = {"21": (512, 512, 21), "84": (256, 256, 84), "336": (128, 128, 336)}
 if not GPU:
     del LEVELS["336"]
@@ -29,7 +29,7 @@ def new(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def inputs(level: str, dtype: str) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """A map, channels last, and the pairs of a block: norm, convolution, twice."""
+    """Return a channels-last map, and the pairs of a block: norm and convolution, twice."""
     C, out, side = LEVELS[level]
     kind = getattr(torch, dtype)
     x = new(B, C, side, side, dtype=kind).contiguous(memory_format=torch.channels_last)
@@ -54,7 +54,7 @@ def upsample(x: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def woven(x: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Four 2x2 convolutions of the small map, each for one place of the four."""
+    """Upsample by four 2x2 convolutions of the small map, one for each of the four positions."""
     weight, bias = pairs[1]
     (images, _, height, width), wide = x.shape, weight.float()
     out = torch.empty(
@@ -85,7 +85,7 @@ def providers(op: str) -> dict[str, Callable]:
 
 
 def work(op: str, level: str, itemsize: int) -> harness.Work:
-    """Bytes of a map read and one written, weights; products of the convolutions."""
+    """Count the bytes of the map read, the map written and the weights; and the products."""
     C, out, side = LEVELS[level]
     pixels = B * side * side
     if op == "group_norm_silu":
@@ -108,7 +108,7 @@ def bench_pixel_decoder(benchmark, level: str, dtype: str, op: str, provider: st
 
     def check(got: Tensor) -> dict[str, object]:
         error = float((got.float() - want).abs().max() / want.abs().max())
-        # A sum in another order, whose roundings add up like a random walk.
+        # The sum runs in another order, and its rounding errors add up like a random walk.
         allowed = 4 * torch.finfo(x.dtype).eps * (9 * x.shape[1]) ** 0.5
         assert error <= allowed, f"off by {error:.1e} of the largest value"
         return {"batch": B, "dtype": dtype, "error": error}

@@ -1,4 +1,4 @@
-"""`ops.sample_token` against its reference: one guided code per image of the codebook's size."""
+"""`ops.sample_token` against its reference: one guided code per image, over the full codebook."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SETTINGS: dict[str, dict[str, object]] = {
     "top-k 1000": {"top_k": 1000},
     "top-p 0.9": {"top_p": 0.9},
 }
-if GPU:  # Both searches in one launch.
+if GPU:  # The searches of both filters in one launch.
     SETTINGS["top-k 1000, top-p 0.9"] = {"top_k": 1000, "top_p": 0.9}
 STEP = 100
 
 
 @functools.lru_cache(maxsize=1)
 def inputs(B: int) -> tuple[Tensor, Tensor]:
-    """Logits of conditional and unconditional rows, as a model gives them, and image ids."""
+    """Return logits of conditional and unconditional rows, as from a model, and image ids."""
     logits = 2 * torch.randn(2 * B, V, generator=torch.Generator().manual_seed(0))
     return logits.to(DEVICE), torch.arange(B, device=DEVICE)
 
@@ -54,7 +54,7 @@ def bench_sample_token(benchmark, B: int, name: str, provider: str):
     call = PROVIDERS[provider]()
 
     def check(codes: Tensor) -> dict[str, object]:
-        # Codes tied within rounding may differ: about one row in 10^5.
+        # Codes tied within rounding may differ, in about one row in 10^5.
         wrong = int((codes != expected(B, name)).sum())
         assert wrong <= B // 32, f"{wrong} of {B} codes are not the reference's"
         return {"batch": B, "v": V, "wrong_rows": wrong}
@@ -66,7 +66,7 @@ def bench_sample_token(benchmark, B: int, name: str, provider: str):
         provider=provider,
         fn=lambda: call(logits, image_ids, SETTINGS[name]),
         check=check,
-        # Guidance and the sum with the noise; the noise itself is integers and logarithms.
+        # Counts guidance and the addition of the noise; the noise is integers and logarithms.
         work=harness.Work(bytes=2 * B * V * 4 + 16 * B, flops=4 * B * V),
         enabled="sample_token" if provider == "fast" else None,
     )

@@ -1,8 +1,9 @@
 """`VFMTok.encode` and `decode`, whole and by stage, at full size with random weights.
 
-FLOPs are counted by torch on the reference (products, convolutions and attention; `grid_sample` is
-none of them), and compared with what a matrix product of the same precision reaches here. What
-needs fewer of them, as our upsampling does, may come out above what it computes.
+torch counts the FLOPs of the reference (products, convolutions and attention, but not
+`grid_sample`). They are compared with the rate of a matrix product of the same precision on this
+machine. Code that needs fewer FLOPs than the reference, like our upsampling, may therefore show a
+higher rate than it computes at.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from vfmtok_fast.untrained import untrained_tokenizer
 
 SHORT = {"float32": "fp32", "tf32": "tf32", "float16": "fp16", "bfloat16": "bf16", "mixed": "mixed"}
 WHOLE = ("encode", "decode", "round trip")
-# float32 first: its reference is the truth of all others. A tuple is (what, pictures, precision,
-# providers), what matters most first. On a CPU bfloat16 pays where the processor has instructions
-# for it, and four pictures at a time are what six minutes allow.
+# float32 comes first: its reference is the truth for all others. A tuple is (what, images,
+# precision, providers), the most important first. On a CPU, bfloat16 pays off if the processor has
+# instructions for it, and six minutes are enough for batches of four images.
 if GPU:
     EVERY = ("reference", "fast")
     CASES = [
@@ -57,19 +58,19 @@ else:
     ]
     STAGES_OF, STAGE_BATCH = ("float32",), 1
 RUNS = [(what, B, name, who) for what, B, name, every in CASES for who in every]
-# What the float32 reference gave, and how far other precisions' references were from it.
+# Results of the float32 reference, and the errors of the references in other precisions.
 TRUTH: dict[tuple[str, int], Tensor] = {}
 RULER: dict[tuple[str, int, str], float] = {}
 
 
 @functools.cache
 def initialised() -> VFMTok:
-    # Filling the weights takes a CPU seconds.
+    # Initialising the weights takes seconds on a CPU.
     with torch.device(DEVICE):
         return untrained_tokenizer("full").to(DEVICE)
 
 
-# A GPU has room for all of them.
+# A GPU has memory for all of them.
 @functools.lru_cache(maxsize=8 if GPU else 1)
 def model(precision: str) -> VFMTok:
     return copy.deepcopy(initialised()).set_precision(precision)
@@ -80,7 +81,7 @@ def inputs(what: str, B: int) -> Tensor:
     draw = torch.Generator().manual_seed(B)
     if what == "decode":
         return torch.randint(16384, (B, 256), generator=draw).to(DEVICE)
-    # Smooth, as photos are.
+    # Smooth, like photos.
     coarse = torch.rand(B, 3, 24, 24, generator=draw) * 2 - 1
     return torch.nn.functional.interpolate(coarse, size=336, mode="bilinear").to(DEVICE)
 
@@ -95,7 +96,7 @@ def call(what: str, of: VFMTok | ReleaseTokenizer) -> Callable[[Tensor], Tensor]
 
 @functools.cache
 def product_rate(precision: str) -> float:
-    """TFLOP/s of a matrix product in the dtype that the model's own are in."""
+    """Return TFLOP/s of a matrix product in the dtype of the model's products."""
     if not GPU and precision == "float32":
         return harness.ceilings()["matmul_tflop_s"]
     kind = {"float16": "float16", "mixed": "float16", "bfloat16": "bfloat16"}.get(precision)
@@ -110,13 +111,13 @@ def product_rate(precision: str) -> float:
 
 
 def count_flops(fn: Callable[[], object]) -> int:
-    # torch counts nothing of the fused attention of a CPU; as two products it does.
+    # torch does not count fused attention on a CPU, but it counts the two products of MATH.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         fn()
     return counter.get_total_flops()
 
 
-# Tensors of shapes without values: what runs on them is counted and never computed.
+# Tensors without values: operations on them are counted, but not computed.
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -130,12 +131,12 @@ def blank() -> VFMTok:
 
 @functools.cache
 def flops() -> dict[str, int]:
-    """Of one picture, by stage and in all."""
+    """Return the FLOPs of one image, by stage and in total."""
     tok = blank()
     with torch.no_grad(), vfmtok_fast.enable([]), FAKE:
         calls = stages(tok, torch.empty(1, 3, 336, 336), torch.empty(1, 256, 12))
         found = {name: count_flops(fn) for name, (_, fn) in calls.items()}
-    # The search for the nearest code is not in it: there are no values to find one by.
+    # The search for the nearest code is added by hand, because it cannot run without values.
     found["quantiser"] += 2 * 256 * 16384 * 12
     return found | {what: sum(found[part] for part in parts) for what, parts in PARTS.items()}
 
@@ -151,7 +152,7 @@ LEVELS = [f"pixel decoder, {336 >> i} x {336 >> i}" for i in reversed(range(5))]
 def stages(
     tok: VFMTok, images: Tensor, vectors: Tensor
 ) -> dict[str, tuple[int, Callable[[], object]]]:
-    """Of each stage the pictures at a time, and a call with the input that it has in the whole."""
+    """Return each stage's batch size, and a call with the input that it has in the whole model."""
     tokens, pixels, quantizer = tok.token_decoder, tok.pixel_decoder, tok.quantizer
     backbone, projection = tok.backbone, tok.backbone.vit.patch_embed.proj
     cutting = (backbone.mean.flatten(), backbone.std.flatten(), projection.weight, projection.bias)
@@ -163,7 +164,7 @@ def stages(
         return queries if isinstance(queries, FakeTensor) else quantizer.nearest(queries)
 
     whole = tokens.pixel_map(tokens.regions(vectors))
-    # As many at a time as `decode` takes.
+    # As many images at a time as in `decode`.
     x = whole[: pixels.fitting(2**31, whole.itemsize)]
     B, piece = len(images), len(x)
     found = {
@@ -184,7 +185,7 @@ def stages(
 
 
 def work(what: str, B: int) -> harness.Work:
-    """Weights, input and pictures once; the stages' operations."""
+    """Count the bytes of weights, input and images once, and the operations of the stages."""
     weights = sum(p.nbytes for part in PARTS[what] for p in module(part).parameters())
     pixels = 0 if what == "encode" else B * 3 * 336 * 336 * 4
     return harness.Work(bytes=weights + pixels + inputs(what, B).nbytes, flops=B * flops()[what])
@@ -195,7 +196,7 @@ def module(part: str) -> torch.nn.Module:
 
 
 def check(what: str, B: int, precision: str, provider: str, got: Tensor) -> dict[str, object]:
-    """Codes like the float32 reference's, and pictures as near to its as the rule allows."""
+    """Check that codes match the float32 reference, and that images are within the tolerance."""
     if (what, B) not in TRUTH:
         with vfmtok_fast.enable([]):
             TRUTH[what, B] = call(what, model("float32"))(inputs(what, B)).cpu()
@@ -203,8 +204,8 @@ def check(what: str, B: int, precision: str, provider: str, got: Tensor) -> dict
     assert got.shape == want.shape
     if what == "encode":
         same = float((got == want).float().mean())
-        # Random weights have more near ties than trained ones. What the reference makes of them in
-        # half precision is a record, not right or wrong: 0.80 in bfloat16 with AMX, 0.92 on a GPU.
+        # Random weights have more near ties than trained ones. The reference's share in half
+        # precision is recorded, not judged: 0.80 in bfloat16 with AMX, 0.92 on a GPU.
         half = precision in ("float16", "bfloat16", "mixed")
         least = {"float32": 0.999, "tf32": 0.98}.get(precision, 0.85)
         right = same >= least or (half and provider == "reference")
@@ -218,7 +219,7 @@ def check(what: str, B: int, precision: str, provider: str, got: Tensor) -> dict
         allowed = 2 * RULER.get((what, B, precision), 0.0) + 8 * eps
         assert error <= allowed, f"off by {error:.1e} of the largest value, not {allowed:.1e}"
     else:
-        # A code of a near tie may differ, and with it its picture's pixels: only the mean counts.
+        # A nearly tied code may differ, and with it the image's pixels: only the mean is checked.
         error = float((got.float() - want.float()).abs().mean() / want.abs().mean())
         assert error <= (0.01 if precision == "float32" else 0.5), error
     return {"error": error}
@@ -226,7 +227,7 @@ def check(what: str, B: int, precision: str, provider: str, got: Tensor) -> dict
 
 @contextlib.contextmanager
 def release_switches(provider: str) -> Iterator[None]:
-    """TF32 as the release sets it, for the process."""
+    """Set TF32 as the release does, for the whole process."""
     there = provider == "release style" and GPU
     with computing(torch.device(DEVICE), True) if there else contextlib.nullcontext():
         yield
@@ -259,7 +260,7 @@ def bench_tokenizer(benchmark, what: str, B: int, precision: str, provider: str)
             TRUTH[what, B] = got.cpu()
         return {"batch": B, **check(what, B, precision, provider, got)}
 
-    # Behind the backbone mixed is TF32, and the ceiling is of that.
+    # After the backbone, mixed uses TF32, so the ceiling is that of TF32.
     products = "tf32" if (what, precision) == ("decode", "mixed") else precision
     with torch.no_grad(), release_switches(provider), policy(provider):
         measure(
@@ -287,7 +288,7 @@ STAGES = ["patch embedding", *PARTS["round trip"], "pixel decoder, middle", *LEV
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("precision", STAGES_OF)
 def bench_stages(benchmark, precision: str, stage: str, provider: str):
-    """Where the time goes; that the whole is right is checked above, here that nothing is NaN."""
+    """Time each stage and check for NaN only; `bench_tokenizer` checks the whole model's values."""
     batch, fn = stage_calls(precision)[stage]
 
     def check_stage(got: Tensor | list[Tensor]) -> dict[str, object]:

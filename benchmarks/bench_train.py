@@ -1,7 +1,7 @@
-"""A step of both trainings, with all losses; random weights of the real shapes.
+"""A step of tokenizer and generator training, with all losses and random weights of real shapes.
 
-On a GPU the full size, half precision and the authors' discriminator at work. On a CPU a small
-model with PatchGAN and without LPIPS, whose two TFLOP a picture would take minutes.
+On a GPU: the full size, half precision and an active discriminator as in the authors' training. On
+a CPU: a small model with PatchGAN and without LPIPS, whose two TFLOP per image would take minutes.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from vfmtok_fast.training import (
 from vfmtok_fast.training.estimate import estimate_gpt, estimate_tokenizer
 from vfmtok_fast.untrained import GPTS, TOKENIZERS
 
-# Of 32 the reference would keep 55 GiB for its backward pass, and more beside (counted).
+# With a batch of 32, the reference would keep 55 GiB for its backward pass, and more (counted).
 SIZE, BATCH, PRECISION = ("full", 24, "bfloat16") if GPU else ("small", 2, "float32")
 SETTINGS = TokenizerTraining(
     precision=PRECISION, discriminator_start=1, perceptual_weight=1.0 if GPU else 0.0
 )
 JUDGE = DinoDiscriminator if GPU else PatchDiscriminator
 PROVIDERS = ("reference", "fast", "release")
-# Losses of the reference's first step, which the fast way's must be by rounding.
+# Losses of the reference's first step, which the fast ones must match up to rounding.
 REFERENCE: dict[str, float] = {}
 COMPARED = ("rec", "semantic", "codebook", "total", "grad_norm")
 
 
 def compared(first: dict[str, float], expected: dict[str, float | None]) -> dict[str, float]:
-    """Hold a first step against the reference's; says nothing where that has not run.
+    """Compare a first step with the reference's, if that has run.
 
-    In bfloat16 the gradients' norm may differ by more, as codes that are nearly tied do; how much
-    it does is recorded.
+    In bfloat16 the gradient norm may differ by more, because nearly tied codes differ; the
+    difference is recorded.
     """
     if None in expected.values():
         return {}
@@ -65,10 +65,10 @@ def images() -> Tensor:
 
 
 class ReleaseTrainer(TokenizerTrainer):
-    """What the authors' trainer does on top, and throws away; with nothing enabled.
+    """A trainer with the extra work of the authors' trainer, whose results are discarded.
 
-    The entropy term of weight 0 with its gradient, an average of the frozen backbone too, a count
-    of the codes, and waiting for the device.
+    The extra work is the entropy term of weight 0 with its gradient, averaging the frozen backbone
+    too, counting the codes, and waiting for the device. Nothing is enabled.
     """
 
     def __init__(self, model: VFMTok, *arguments, **settings) -> None:
@@ -140,7 +140,7 @@ def bench_gpt_step(benchmark, provider: str):
         first = made.step(*given)
 
         def check(terms: dict[str, float]) -> dict[str, object]:
-            # All codes are equally likely at first; the norm is the first thing that rounds.
+            # At first all codes are equally likely; the norm is the first value with rounding.
             assert first["loss"] == pytest.approx(math.log(config.vocab_size), rel=1e-3)
             if provider == "reference":
                 REFERENCE["gpt"] = first["grad_norm"]

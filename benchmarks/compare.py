@@ -1,11 +1,11 @@
-"""Whether anything got slower: `make compare OLD=benchmarks/results NEW=build/benchmarks`.
+"""Report what got slower: `make compare OLD=benchmarks/results NEW=build/benchmarks`.
 
-Compares two folders of results, as `make bench` writes them. Records match by device, op, shape and
-provider. A record is *slower* where its median grew by more than 5 % and by more than three times
-the noise; *faster* the same way down. The noise is that of both runs together, the root of the sum
-of the squares of their interquartile ranges. Where a record has no quartiles, half of its range
-stands for them, which is about as much for seven rounds. A single round has no spread, and says
-nothing.
+Compares two folders of results written by `make bench`. Records match by device, op, shape and
+provider. A record is *slower* if its median grew by more than 5 % and by more than three times the
+noise; it is *faster* if the median shrank by as much. The noise combines both runs: the root of the
+sum of the squares of their interquartile ranges. If a record has no quartiles, half of its range
+is used instead, which is about the same for seven rounds. A single round has no spread and yields
+no verdict.
 
 Exit status: 0 nothing got slower, 1 something did, 2 the folders cannot be compared.
 """
@@ -30,7 +30,7 @@ class BadInputError(Exception):
 
 
 def read(folder: Path) -> tuple[dict[Key, dict], dict[str, set[str]]]:
-    """Records by device, op, shape and provider; of each device the versions that ran."""
+    """Return records by device, op, shape and provider, and the versions used on each device."""
     if not folder.is_dir():
         raise BadInputError(f"{folder} is no folder; name one that `make bench` wrote")
     records: dict[Key, dict] = {}
@@ -41,7 +41,7 @@ def read(folder: Path) -> tuple[dict[Key, dict], dict[str, set[str]]]:
         except ValueError as error:
             raise BadInputError(f"{path} is no JSON ({error}); measure anew") from error
         if not isinstance(content, dict) or "records" not in content:
-            continue  # What machine code says of a chip is no measurement.
+            continue  # Predictions from machine code are not measurements.
         try:
             environment = content["environment"]
             device = environment["device"]
@@ -61,7 +61,7 @@ def read(folder: Path) -> tuple[dict[Key, dict], dict[str, set[str]]]:
 
 
 def spread(record: dict) -> float | None:
-    """Microseconds between the quartiles of the rounds; None where there is no spread to see."""
+    """Return the interquartile range of the rounds in microseconds; None if it is unknown."""
     if (record.get("rounds") or 0) < 2:
         return None
     if record.get("iqr_us") is not None:
@@ -72,7 +72,7 @@ def spread(record: dict) -> float | None:
 
 
 def verdict(old: dict, new: dict) -> str:
-    """ "slower", "faster", "same", or why that cannot be said."""
+    """Return "slower", "faster", "same", or the reason why there is no verdict."""
     if old.get("timer") != new.get("timer"):
         return f"timed otherwise ({old.get('timer')}, then {new.get('timer')})"
     spreads = spread(old), spread(new)
@@ -85,7 +85,7 @@ def verdict(old: dict, new: dict) -> str:
 
 
 def compare(old_folder: Path, new_folder: Path) -> tuple[list[str], bool]:
-    """Lines to print, and whether anything got slower."""
+    """Return the lines to print, and whether anything got slower."""
     (old, before), (new, after) = read(old_folder), read(new_folder)
     if not before.keys() & after.keys():
         raise BadInputError(

@@ -1,7 +1,7 @@
-"""Lets the benchmarks import `harness`, and writes each record when it is made.
+"""Make `harness` importable for the benchmarks, and write each record as soon as it exists.
 
-Providers under torch.compile come last in each file, and have a time limit of their own: what takes
-longer, or does not compile, is recorded as not measured, and fails nothing.
+Providers under torch.compile run last in each file and have a time limit of their own. One that
+takes longer, or does not compile, is recorded as not measured and causes no failure.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-# Only this folder: with the repository's root on the path, kernels/ would hide another package.
+# Add only this folder: with the repository's root on the path, kernels/ would shadow a package.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import harness
@@ -26,7 +26,7 @@ table: list[dict] = []
 
 
 def is_compiled(item: pytest.Item) -> bool:
-    """Whether it measures what torch.compile makes, by the name of its provider."""
+    """Whether a benchmark measures a torch.compile provider, judging by the provider's name."""
     callspec = getattr(item, "callspec", None)
     return callspec is not None and "compiled" in str(callspec.params.get("provider", ""))
 
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @contextlib.contextmanager
 def limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in what runs longer; where there are no such signals, let it run."""
+    """Raise TimeoutError in a block that runs longer; without timer signals, there is no limit."""
     if not hasattr(signal, "setitimer"):
         yield
         return
@@ -50,7 +50,7 @@ def limit(seconds: float) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, late)
     start = time.monotonic()
-    # Again and again: the first one may end in somebody's `except`.
+    # The signal repeats, because an `except` in the block may swallow the first one.
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
@@ -69,8 +69,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
         with limit(harness.COMPILED_SECONDS):
             return (yield)
     except AssertionError:
-        raise  # A wrong value is a failure, whoever made it.
-    except Exception as error:  # noqa: BLE001 Whatever a compiler raises costs only this record.
+        raise  # A wrong value is a failure for any provider.
+    except Exception as error:  # noqa: BLE001 Compiler errors only cost this record.
         lines = str(error).strip().splitlines() or [""]
         pytest.skip(f"{type(error).__name__}: {lines[0]:.200}")
 
@@ -98,7 +98,7 @@ def pytest_runtest_protocol(
     option = item.config.option
     part = bool(option.keyword or option.markexpr or "::" in "".join(item.config.args))
     if part and harness.RESULTS == harness.COMMITTED:
-        # What is there is of the whole file.
+        # The committed results are for the whole file.
         if last and session.records:
             said.append(f"No results of {item.path.name} written: a part of it was selected.")
     else:
@@ -112,7 +112,7 @@ def pytest_runtest_protocol(
 
 
 def pytest_benchmark_group_stats() -> list:
-    """Instead of pytest-benchmark's table, whose one unit spans from microseconds to minutes."""
+    """Suppress pytest-benchmark's table, whose single unit must span microseconds to minutes."""
     return []
 
 

@@ -1,10 +1,10 @@
-"""All that needs a GPU, within a time limit: `make gpu-report SECONDS=450`.
+"""Run everything that needs a GPU, within a time limit: `make gpu-report SECONDS=450`.
 
-Parts run one after another, what matters most first: kernels are compiled in parallel, the tests
-run in twelve processes, settings are tuned, then each file of benchmarks runs alone, and last comes
-the report. Each part is a process group with a limit of its own, killed when that is over; one that
-fails or hangs costs the others nothing but its time. ``gpu-report.json`` in the results' folder
-says how each part ended; those that did not fit are named at the end.
+The parts run one after another, the most important first: kernels are compiled in parallel, the
+tests run in twelve processes, settings are tuned, each file of benchmarks runs alone, and the
+report comes last. Each part is a process group with its own time limit and is killed when that is
+over. A part that fails or hangs costs the others only its time. ``gpu-report.json`` in the folder
+of results says how each part ended; the parts that did not fit are named at the end.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# Modules without the folder that it is called in, where kernels/ would hide another package.
+# -P keeps the current folder off sys.path, where kernels/ would shadow another package.
 MODULE = [sys.executable, "-P", "-m"]
 PYTEST = [*MODULE, "pytest", "-q", "-p", "no:cacheprovider"]
 BENCH = [*PYTEST, "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"]
-# Where tests have the mark `gpu`. Not all of tests/: twelve processes would collect all of it.
+# Files with tests marked `gpu`. Not all of tests/, because twelve processes would collect it all.
 TESTS = (
     "tests/ops",
     "tests/models",
@@ -37,13 +37,14 @@ TESTS = (
     "tests/test_sample_folder.py",
     "tests/test_timing.py",
 )
-# Twelve hold their models and their contexts in the memory of one GPU.
+# Models and contexts of twelve processes fit into the memory of one GPU.
 TEST_PROCESSES = 12
-# What matters most first: the two ops that lead their field; then what they are for, whole images,
-# and files to tokens; then the parts of a step. Each may take such a part of the time that is left
-# for all of them: a long file may not take the turns of those behind it, and what it leaves over is
-# theirs. `generate` has whole images by the authors' way in it, 4 s each on an H200. There is no
-# "cache": nothing of that file runs where there is a GPU.
+# Files of benchmarks and their weights, the most important first: the two ops that lead their
+# field; then what they are for, whole images and files to tokens; then the parts of a step. Each
+# file may use its weight's share of the time that remains for all of them, so that a long file
+# cannot use up the time of those after it; time that it does not use is theirs. `generate` includes
+# whole images made the authors' way, 4 s each on an H200. "cache" is missing because nothing in
+# that file runs on a machine with a GPU.
 BENCHMARKS = {
     "nearest_code": 4.0,
     "deformable_sample": 4.0,
@@ -59,27 +60,27 @@ BENCHMARKS = {
     "linear": 1.0,
     "linear_cross_entropy": 1.0,
 }
-# Seconds that are kept for the report, which reads files only.
+# Seconds reserved for the report, which only reads files.
 REPORT = 20.0
-# A part with less time than this is not begun: Python and torch alone take half of it.
+# A part with less time than this is not started: starting Python and torch alone takes half of it.
 LEAST = 10.0
 GRACE = 5.0
 
 
 @dataclass(frozen=True)
 class Part:
-    """One process: its name, its command, and the time that it may take.
+    """One process: its name, its command, and its time limit.
 
-    ``{seconds}`` in the command becomes the limit, less what it takes to begin and to end.
+    ``{seconds}`` in the command is replaced by the limit, less the time to start and to end.
     """
 
     name: str
     command: tuple[str, ...]
-    # Of the whole time, at most so much; and of the time that is left, its part of the weights of
-    # those that have one and have not run.
+    # The largest share of the whole time; and a weight, by which the remaining time is divided
+    # among the parts that have a weight and have not run.
     share: float = 1.0
     weight: float = 0.0
-    # Runs whatever time is left.
+    # Run it however little time is left.
     always: bool = False
 
 
@@ -95,7 +96,7 @@ class Ended:
 
 
 def parts() -> list[Part]:
-    """What there is to do, in order."""
+    """Return all parts, in order."""
     found = importlib.util.find_spec("xdist") is not None
     several = ("-n", str(TEST_PROCESSES)) if found else ()
     files = [
@@ -103,7 +104,7 @@ def parts() -> list[Part]:
         for name, weight in BENCHMARKS.items()
     ]
     return [
-        # Tests, tuning and benchmarks compile what is not there yet on one core each.
+        # Tests, tuning and benchmarks compile missing kernels on one core each.
         Part("compile", (sys.executable, str(HERE / "gpu_report.py"), "--compile"), 0.25),
         Part("tests", (*PYTEST, "-m", "gpu", *several, *TESTS), 0.3),
         Part("tune", (*MODULE, "vfmtok_fast", "tune", "--seconds", "{seconds}"), 0.2),
@@ -120,17 +121,17 @@ def run(
     runner: Callable[[Sequence[str], float], str] | None = None,
     note: Callable[[list[Ended]], None] = lambda ended: None,
 ) -> list[Ended]:
-    """Run parts in order until ``seconds`` are over.
+    """Run parts in order until ``seconds`` have passed.
 
     Args:
         todo: the parts.
-        seconds: for all of them.
-        clock: seconds since some moment.
-        runner: runs a command for at most so long, and says how it ended.
-        note: is told how the parts ended, after each of them.
+        seconds: the limit for all parts together.
+        clock: returns seconds since a fixed moment.
+        runner: runs a command with a time limit, and returns how it ended.
+        note: called after each part with how the parts have ended so far.
 
     Returns:
-        how each part ended: "done", "exit 3", "cut off after 90 s", "did not fit".
+        How each part ended: "done", "exit 3", "cut off after 90 s", "did not fit".
     """
     runner = runner or run_process
     start = clock()
@@ -157,13 +158,13 @@ def run(
 
 
 def run_process(command: Sequence[str], limit: float) -> str:
-    """Run a command in a process group of its own, of which nothing is left afterwards."""
+    """Run a command in its own process group, and leave no process behind."""
     process = subprocess.Popen(command, start_new_session=True)
     try:
         code = process.wait(limit)
         return "done" if code == 0 else f"exit {code}"
     except subprocess.TimeoutExpired:
-        # So that pytest still says what it has; it may hang where no signal reaches it.
+        # An interrupt lets pytest print its results so far; it may hang where no signal reaches it.
         end_group(process, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
@@ -174,13 +175,13 @@ def run_process(command: Sequence[str], limit: float) -> str:
 
 
 def end_group(process: subprocess.Popen, number: int) -> None:
-    # Its number is its leader's, and stays taken while anything in it lives.
+    # The group's id is its leader's pid, which is not reused while the group has processes.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 
 
 def compile_all() -> int:
-    """Compile what the calls in `aot_calls` launch, with the defaults of this GPU, on all cores."""
+    """Compile the kernels of the calls in `aot_calls`, with this GPU's defaults, on all cores."""
     import torch
     from aot_calls import CALLS
 
@@ -192,7 +193,7 @@ def compile_all() -> int:
     jobs, alone = [], []
     with tuning.pretend(chip):
         for call in CALLS:
-            # Any space of its kernels will do: at its default the call launches all its defaults.
+            # Any space of the call's kernels will do: its default launches only defaults.
             space = next(iter(spaces(call.op).values()), None)
             if space is None:
                 alone.append(call)
@@ -228,14 +229,14 @@ def main() -> int:
     if not harness.GPU:
         parser.error("there is no CUDA device here; `make bench` and `make test` need none")
     summary = harness.RESULTS / "gpu-report.json"
-    # Parts are told where, as harness would find another place from another folder.
+    # Passed on as an absolute path: a relative one would mean another place in another folder.
     os.environ["RESULTS"] = str(harness.RESULTS)
 
     def note(ended: list[Ended]) -> None:
         content = {"seconds": args.seconds, "parts": [asdict(part) for part in ended]}
         harness.write_json(summary, content)
 
-    # Whoever stops this stops the part that is running, too: it is in a process group of its own.
+    # SIGTERM must also end the running part, which is in a process group of its own.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     ended = run(parts(), args.seconds, note=note)
     bad = [part for part in ended if not part.well]

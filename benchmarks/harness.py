@@ -1,10 +1,11 @@
-"""How everything here is timed, checked and written down.
+"""Timing, checking and recording for all benchmarks.
 
-A benchmark names a *case* (op and shape) and times its *providers* on the same inputs, each after
-its values were checked, with `vfmtok_fast.timing`: device time on a GPU, wall time on a CPU, after
-the caches were overwritten. pytest-benchmark runs and stores; `Session` keeps one JSON file per
-device and op, written anew after every record: what comes later cannot lose it. The files lie in
-``build/benchmarks``, or where the environment's RESULTS says.
+A benchmark names a *case* (op and shape) and times its *providers* on the same inputs with
+`vfmtok_fast.timing`, after checking the values of each: device time on a GPU, wall time on a CPU,
+after the caches were overwritten. pytest-benchmark runs the benchmarks and stores the times.
+`Session` keeps one JSON file per device and op and rewrites it after every record, so that a later
+failure loses nothing. The files are in ``build/benchmarks``, or in the folder that the environment
+variable RESULTS names.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ DEVICE = "cuda" if GPU else "cpu"
 # A case stops after this many rounds or seconds, whichever comes first.
 ROUNDS = 50 if GPU else 7
 SECONDS = 1.0 if GPU else 4.0
-# What `torch.compile` and everything else of a compiled provider may take.
+# Time limit of a compiled provider, including `torch.compile`.
 COMPILED_SECONDS = 60.0
 
 
 class Clock:
-    """pytest-benchmark's timer: the wall clock, or durations that were measured beforehand."""
+    """Timer for pytest-benchmark: the wall clock, or durations that were measured beforehand."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -64,7 +65,7 @@ clock = Clock()
 
 @dataclass(frozen=True)
 class Work:
-    """What a call must do at least: bytes in and out, and floating-point operations."""
+    """The least work of a call: bytes in and out, and floating-point operations."""
 
     bytes: int
     flops: int
@@ -72,14 +73,14 @@ class Work:
 
 @dataclass
 class Session:
-    """What one file of benchmarks measured, which failed, and which were not measured and why."""
+    """Results of one file of benchmarks: records, failures, and what was not measured and why."""
 
     records: list[dict] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     not_measured: dict[str, str] = field(default_factory=dict)
 
     def write(self, complete: bool) -> list[Path]:
-        """One JSON file per op; each names what failed, so that a gap is seen to be one."""
+        """Write one JSON file per op; each lists the failures, so that gaps are visible."""
         paths = []
         for op in sorted({record["op"] for record in self.records}):
             content = {
@@ -104,7 +105,7 @@ class Session:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Whoever reads, and whoever comes after a kill, finds the old file or the new one whole."""
+    """Write a file atomically: readers always find the whole old or the whole new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
     try:
@@ -122,14 +123,14 @@ session = Session()
 
 @functools.cache
 def device_name() -> str:
-    """Folder of this device's results."""
+    """Return the name of the folder for this device's results."""
     if GPU:
         return torch.cuda.get_device_name().lower().replace(" ", "-")
     return f"cpu-{os.cpu_count()}-cores"
 
 
 def processor() -> str:
-    """Its name, and the widest instructions that products on it have."""
+    """Return the CPU's name and its widest instructions for matrix products."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -143,7 +144,7 @@ def processor() -> str:
 
 @functools.cache
 def environment() -> dict[str, object]:
-    """Device, versions and commit; the numbers of two environments are never mixed."""
+    """Describe device, versions and commit; numbers from two environments are never mixed."""
 
     def git(*args: str) -> str:
         if not shutil.which("git"):
@@ -169,16 +170,16 @@ def environment() -> dict[str, object]:
 
 @functools.cache
 def ceilings() -> dict[str, float]:
-    """What this device reaches: copying memory (bytes read and written) and a matrix product."""
+    """Measure the device's rates: copying memory (bytes read and written) and a matrix product."""
     size, dtype = (8192, torch.bfloat16) if GPU else (1024, torch.float32)
     source = torch.randn(2**28 if GPU else 2**25, device=DEVICE)
     target = torch.empty_like(source)
     a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
-    # A captured `copy_` is a memcpy node of the graph, and slower than a kernel that copies: 2.71
-    # against 4.3 TB/s on an H200. The faster of both is the ceiling.
+    # A captured `copy_` becomes a memcpy node, which is slower than a kernel that copies: 2.71
+    # against 4.3 TB/s on an H200. The faster of the two is the ceiling.
     copies = [lambda: torch.mul(source, 1, out=target), lambda: target.copy_(source)]
     for fn in (*copies, lambda: a @ b):
-        fn()  # Once before, as all that is timed.
+        fn()  # A warm-up call, as for everything that is timed.
     turns, _ = timing.time_in_turns(copies, DEVICE, 9)
     copy = min(map(min, turns))
     product = min(rounds_of(lambda: a @ b, rounds=9)[0])
@@ -192,12 +193,12 @@ def ceilings() -> dict[str, float]:
 def rounds_of(
     fn: Callable[[], object], rounds: int = ROUNDS, replay: bool = True
 ) -> tuple[list[float], str]:
-    """`vfmtok_fast.timing.time_rounds` on this device; ``fn`` must have run before."""
+    """Call `vfmtok_fast.timing.time_rounds` on this device; ``fn`` must have run before."""
     return timing.time_rounds(fn, DEVICE, rounds, SECONDS, replay)
 
 
 def peak_bytes(fn: Callable[[], object]) -> int | None:
-    """Most memory in use during a call beyond what was in use before it."""
+    """Return the peak memory of a call, beyond what was in use before it."""
     if GPU:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -212,7 +213,7 @@ def peak_bytes(fn: Callable[[], object]) -> int | None:
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
-    # Resets the process's high-water mark to what is resident now.
+    # Reset the process's high-water mark to its current resident size.
     Path("/proc/self/clear_refs").write_text("5")
     before = high_water()
     fn()
@@ -220,19 +221,19 @@ def peak_bytes(fn: Callable[[], object]) -> int | None:
 
 
 def quartiles_apart(times: list[float]) -> float:
-    """The spread of rounds, which one that was disturbed does not change."""
+    """Return the interquartile range of the rounds, which one disturbed round does not change."""
     first, _, third = statistics.quantiles(times, n=4, method="inclusive")
     return third - first
 
 
 @functools.cache
 def compiled(call: Callable) -> Callable:
-    """``call`` under torch.compile, for one shape at a time."""
+    """Compile ``call`` with torch.compile, for static shapes."""
     return torch.compile(call, dynamic=False)
 
 
 def providers(call: Callable) -> dict[str, Callable[[], Callable]]:
-    """Of a call of an op: as it is, compiled, and for when the op is enabled."""
+    """Return the providers of a call: the reference, the compiled reference, and the fast op."""
     return {
         "reference": lambda: call,
         "reference compiled": lambda: compiled(call),
@@ -255,20 +256,22 @@ def measure(
     times: list[float] | None = None,
     enabled: str | None = None,
 ) -> None:
-    """Check a provider's values, time it, and record it.
+    """Check the values of a provider, time it, and record the result.
 
     Args:
         benchmark: pytest-benchmark's fixture.
-        op, shape, provider: what is timed; together they name the record.
+        op, shape, provider: what is timed; together they identify the record.
         fn: the call, without arguments.
-        check: raises where the values of ``fn()`` are wrong; what it returns is recorded.
-        work: the least that the call must do.
-        rounds: at most so many.
+        check: raises if the values of ``fn()`` are wrong; what it returns is recorded.
+        work: the least work of the call.
+        rounds: the maximum number of rounds.
         replay: as in `rounds_of`.
-        slow: a call takes seconds, of a CPU: the first one, which gives values and peak, counts.
-        times: wall seconds of rounds that the caller has timed, in turns with another provider's.
-        enabled: an op that takes its fast implementation, and no other, in every call of ``fn``;
-            enabling it is not a part of the call.
+        slow: a call takes seconds, on a CPU: the first call, which yields values and peak, is timed
+            too.
+        times: wall seconds of rounds that the caller has timed, interleaved with another
+            provider's.
+        enabled: the only op that uses its fast implementation in calls of ``fn``; the time to
+            enable it is not included.
     """
 
     def enabling() -> contextlib.AbstractContextManager:
@@ -314,7 +317,7 @@ def measure(
     benchmark.extra_info.update(record)
     clock.durations = list(times)
     try:
-        # What was measured is played back, so that pytest-benchmark shows and stores it.
+        # Replay the measured times, so that pytest-benchmark shows and stores them.
         benchmark.pedantic(lambda: None, rounds=len(times), iterations=1)
     finally:
         clock.durations = None

@@ -1,13 +1,13 @@
 """What a cache of keys and values in 8 bits costs in quality: `python benchmarks/int8_quality.py`.
 
-Teacher forcing over held-out codes, each position's law under the model as it is, rounded to
-bfloat16, and with an int8 cache of keys and values: cross-entropy per code,
-Kullback-Leibler divergence from the full model, and how often the likeliest code is the same. With
-a generator and a cache of tokens of the pictures it was trained on (or, better, was not):
+With teacher forcing over held-out codes, it compares the distribution at each position under the
+model as it is, rounded to bfloat16, and with an int8 KV cache. It reports the cross-entropy per
+code, the Kullback-Leibler divergence from the full model, and how often the most likely code is
+the same. With a generator and a token cache of images that it was trained on (or, better, was not):
 
     python benchmarks/int8_quality.py --gpt gpt-l/ --tokens tokens/ --limit 1000
 
-Without them a small model is trained first, on codes that follow a law of their own.
+Without them, a small model is trained first, on synthetic codes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SMALL = GPTConfig(
 
 
 def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Codes of 8 x 8 grids: 45 % a stride from the left one, 45 % the upper one, else any."""
+    """Draw 8 x 8 grids of codes: 45 % the left code plus a stride, 45 % the upper one, else any."""
     side, K = math.isqrt(SMALL.block_size), SMALL.vocab_size
     classes = torch.randint(0, SMALL.num_classes, (count,), generator=generator)
     codes = torch.randint(0, K, (count, side, side), generator=generator)
@@ -49,7 +49,7 @@ def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def trained(steps: int) -> tuple[GPT, Tensor, Tensor]:
-    """A small model, and codes that it has not seen."""
+    """Return a small trained model, and codes that it has not seen."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
     model = GPT(SMALL)
@@ -71,14 +71,14 @@ def from_folders(options: argparse.Namespace) -> tuple[GPT, Tensor, Tensor]:
     from vfmtok_fast.cache import read_tokens
 
     tokens, labels = read_tokens(options.tokens, options.view)
-    # Evenly, for the index goes class by class.
+    # Evenly spaced, because the index is ordered by class.
     rows = np.linspace(0, len(tokens) - 1, min(options.limit, len(tokens))).astype(int)
     codes, classes = (torch.from_numpy(part[rows].astype("int64")) for part in (tokens, labels))
     return GPT.from_pretrained(options.gpt), codes, classes
 
 
 def logits(model: GPT, codes: Tensor, classes: Tensor, kv_dtype: torch.dtype | None) -> Tensor:
-    """Of every position in float64; with ``kv_dtype`` step by step, as generation has them."""
+    """Return all positions' logits in float64; with ``kv_dtype`` step by step, as in generation."""
     if kv_dtype is None:
         return model(codes, classes).double()
     cache, weights = model.decoder(len(codes), kv_dtype=kv_dtype).cache, model.step_weights()

@@ -1,7 +1,7 @@
-"""Other implementations of deformable sampling, where they are installed; nothing is downloaded.
+"""Other implementations of deformable sampling, if they are installed; nothing is downloaded.
 
-They take finished locations in [0, 1], and the compiled ones finished
-weights too: their softmax is part of the call. What is not here says how it is got.
+They take final locations in [0, 1]. The compiled ones also take final weights, so the softmax is
+part of the timed call. An implementation that is missing says how to install it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Images that the compiled op takes at a time; it must divide the batch.
+# Images per call of the compiled op; must divide the batch.
 IMAGES_AT_A_TIME = 64
 HUB_KERNEL = "kernels-community/deformable-detr"
-# How each is got, by a person who wants it measured.
+# How to install each, in order to measure it.
 GET_DEFORMOPS = "pip install deformops"
 GET_EXTENSION = "build models/ops of Deformable DETR with nvcc, against this torch"
 GET_KERNELS = "pip install kernels"
@@ -26,11 +26,11 @@ GET_HUB_KERNEL = f"python -c 'import kernels; kernels.get_kernel(\"{HUB_KERNEL}\
 
 
 class NotHere(Exception):
-    """Why a peer cannot be measured on this machine."""
+    """The reason why a peer cannot be measured on this machine."""
 
 
 def deformops() -> Callable[..., Tensor]:
-    """``deformops`` from PyPI: Triton kernels, atomics in the backward."""
+    """``deformops`` from PyPI: Triton kernels, with atomics in the backward pass."""
     try:
         from deformops.registry import msda
     except ImportError as error:
@@ -52,7 +52,7 @@ def compiled_extension() -> Callable[..., Tensor]:
 
 
 def from_the_hub() -> Callable[..., Tensor]:
-    """``kernels-community/deformable-detr`` through Hugging Face ``kernels``, if it is there."""
+    """``kernels-community/deformable-detr`` via Hugging Face ``kernels``, if it is cached."""
     module = _cached_kernel()
     try:
         return _autograd(module)
@@ -73,7 +73,7 @@ def _cached_kernel() -> ModuleType:
     try:
         return get_kernel(HUB_KERNEL, revision="main")
     except Exception as error:
-        # It has many ways to say that a file is not there.
+        # A missing file can raise many kinds of errors.
         lines = str(error).splitlines() or [""]
         why = f"{HUB_KERNEL} is not in the local cache ({GET_HUB_KERNEL}), or cannot be loaded"
         raise NotHere(f"{why}: {type(error).__name__}: {lines[0]:.120}") from error
@@ -82,7 +82,7 @@ def _cached_kernel() -> ModuleType:
 
 
 def _autograd(module: ModuleType) -> Callable[..., Tensor]:
-    """The two functions of a compiled op as one that can be differentiated."""
+    """Wrap the two functions of a compiled op in one differentiable function."""
     forward, backward = module.ms_deform_attn_forward, module.ms_deform_attn_backward
 
     class Sample(torch.autograd.Function):

@@ -1,8 +1,8 @@
-"""How the authors' release generates, as a provider to measure against: not for use.
+"""Generation as in the authors' release: a baseline for the benchmarks, not for use.
 
-LlamaGen's loop as published: both halves of the guided batch to the last step, attention over the
-whole padded cache under a boolean mask, softmax over a full sort for top-k and top-p, a multinomial
-draw. Written anew from its description; the weights are those of our model.
+LlamaGen's loop as published: both halves of the guided batch up to the last step, attention over
+the whole padded cache under a boolean mask, and a multinomial draw. It was written from the
+description of the release; the weights are those of our model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vfmtok_fast.functional import rms_norm, rotate
 
 
 class Cache(nn.Module):
-    """Buffers of a module, as the release has them, which torch.compile may put into graphs."""
+    """KV cache as module buffers, as in the release, so that torch.compile can use CUDA graphs."""
 
     def __init__(self, keys: Tensor, values: Tensor):
         super().__init__()
@@ -27,7 +27,7 @@ class Cache(nn.Module):
 
 
 class ReleaseStyle(nn.Module):
-    """Generates with ``model``'s weights; caches are kept for one batch size."""
+    """Generates with the weights of ``model``; the caches serve one batch size."""
 
     def __init__(self, model: GPT, rows: int, compiled: bool = False):
         super().__init__()
@@ -42,11 +42,11 @@ class ReleaseStyle(nn.Module):
         square = torch.ones(capacity, capacity, device=weight.device, dtype=torch.bool)
         self.register_buffer("mask", square.tril())
         self.next = self.step
-        if compiled:  # As the release's sampling script does; needs a GPU to be of use.
+        if compiled:  # As in the release's sampling script; only useful on a GPU.
             self.next = torch.compile(self.step, mode="reduce-overhead", fullgraph=True)
 
     def step(self, x: Tensor, at: Tensor) -> Tensor:
-        """x [rows, 1, C] at position ``at`` [1] to logits [rows, K]."""
+        """Map x [rows, 1, C] at position ``at`` [1] to logits [rows, K]."""
         model = self.model
         rotary, mask = model.rotary[at], self.mask[None, None, at]
         for block, cache in zip(model.blocks, self.caches, strict=True):
@@ -55,7 +55,7 @@ class ReleaseStyle(nn.Module):
             q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
             q, k = (rotate(t, rotary[:, None]).transpose(1, 2) for t in (q, k))
             cache.keys[:, :, at], cache.values[:, :, at] = k, v.transpose(1, 2)
-            # With a mask and one query, torch takes its plain ("math") attention on GPUs.
+            # With a mask and one query, torch uses its plain ("math") attention on GPUs.
             scores = q @ cache.keys.transpose(-1, -2) / math.sqrt(q.shape[-1])
             weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
             x = x + attention.out((weights @ cache.values).transpose(1, 2).flatten(2))
@@ -66,7 +66,7 @@ class ReleaseStyle(nn.Module):
 
     @torch.no_grad()
     def generate(self, class_ids: Tensor, cfg_scale: float, count: int) -> Tensor:
-        """The first ``count`` codes [B, count] of each image."""
+        """Generate the first ``count`` codes [B, count] of each image."""
         model, B = self.model, len(class_ids)
         none = torch.full_like(class_ids, model.config.num_classes)
         x = model.class_embedding(torch.cat([class_ids, none]))[:, None]

@@ -1,10 +1,10 @@
-"""How the authors' release tokenises without a CUDA extension, to measure against: not for use.
+"""Tokenising as in the authors' release, without a CUDA extension: a baseline, not for use.
 
-timm's own loop over the backbone's blocks, `F.grid_sample` for the deformable attention, distances
-to all codes in one matrix, and a VQGAN decoder in torch's default layout: norm, SiLU, convolution
-and nearest upsampling each by itself. Written anew from its description; the weights are those of
-our model. The parts that are plain torch in ours as well (projectors, self-attention, token
-decoder) are called, with nothing enabled.
+It uses timm's own loop over the backbone's blocks, `F.grid_sample` for the deformable attention,
+one matrix of the distances to all codes, and a VQGAN decoder in torch's default layout with
+separate norm, SiLU, convolution and nearest upsampling. It was written from the description of the
+release; the weights are those of our model. Parts that are plain torch in our model too
+(projectors, self-attention, token decoder) are called with nothing enabled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vfmtok_fast import VFMTok
 
 
 class ReleaseTokenizer:
-    """Encodes and decodes with ``model``'s weights, float32, TF32 where the process allows it."""
+    """Encodes and decodes with the weights of ``model``: float32, or TF32 if the process allows."""
 
     def __init__(self, model: VFMTok):
         self.model = model
@@ -58,7 +58,7 @@ def block(part: nn.Module, x: Tensor) -> Tensor:
 
 
 def attend(part: nn.Module, x: Tensor) -> Tensor:
-    """One head over all positions, its weights in memory."""
+    """Attend with one head over all positions, with the attention weights in memory."""
     h = part.norm(x)
     q, k, v = (project(h).flatten(2) for project in (part.q, part.k, part.v))
     weights = (q.transpose(1, 2) @ k / math.sqrt(q.shape[1])).softmax(dim=-1)
