@@ -1,4 +1,4 @@
-"""Costs of tokens for whole data sets, from the rates that `bench_cache` measured."""
+"""Cost of tokenising whole data sets, from the rates that `bench_cache` measured."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import math
 
 from bounds import table
 
-# Views per second of one GPU; assumed, not measured.
+# Assumed rates of one GPU in views per second; not measured.
 GPU_RATES = (400, 1000, 2000)
 GPUS = 8
-# Bytes of a view's tokens, and of an image's index, label and status.
+# Bytes of the tokens of a view, and of the index, label and status of an image.
 VIEW_BYTES, PICTURE_BYTES = 512, 13
 DATA_SETS = {"ImageNet-1k": 1_281_167, "100 M images": 10**8, "1 B images": 10**9}
 VIEW_SETS = {"center": 1, "ten-crop": 10}
 
 
 def cost_sheet(content: dict) -> list[str]:
-    """Time, disk space and machines for whole data sets, from the rates of a cache.json."""
+    """Tabulate time, disk space and machines for whole data sets, by the rates in a cache.json."""
     found: dict[str, tuple[int, float]] = {}
     for record in content["records"]:
         if record["provider"] == "pipeline":
             name, workers = record["shape"].split(" workers=")
-            # With all cores in use, which is how a cache is built.
+            # The rate with all cores at work, as when a cache is made.
             found[name] = max(found.get(name, (0, 0.0)), (int(workers), record["images_s"]))
     rates = {name: rate / workers for name, (workers, rate) in found.items()}
     rows, machines, cores = [], [], []
@@ -39,18 +39,18 @@ def cost_sheet(content: dict) -> list[str]:
     at = [f"{rate} views/s" for rate in GPU_RATES]
     head = ["data set", "views", "tokens on disk", "core hours", *(f"GPU hours, {a}" for a in at)]
     return [
-        "#### What whole data sets cost",
+        "#### Cost of whole data sets",
         "",
-        "Computed, not measured: the pictures per second and core above, with all cores at work, "
-        "times cores; the views per second of a GPU are assumed.",
+        "Computed, not measured: the images per second and core above, with all cores at work, "
+        "times the number of cores; the views per second of a GPU are assumed.",
         "",
         *table(head, rows),
         "",
-        f"Machines of {GPUS} such GPUs that are done in a day / in a week:",
+        f"Machines with {GPUS} such GPUs needed to finish in a day / in a week:",
         "",
         *table(["data set", "views", *at], machines),
         "",
-        "Cores that keep one GPU busy:",
+        "Cores needed to keep one GPU busy:",
         "",
         *table(["views", *at], cores),
     ]

@@ -1,14 +1,13 @@
 """Count the tokens that each precision leaves unchanged: `python benchmarks/precision.py`.
 
-The full-size tokenizer encodes seeded random crops of photographs with the float32 reference and in
-other ways, and equal tokens are counted. `float32` is the fast path. On a GPU, each other precision
-is the model after `set_precision`. On a CPU, the roundings are emulated in float32 arithmetic: both
-factors of a product are rounded, the sum is not, and in half precision the result is. ``--parts``
-rounds one part of the foundation model at a time, to show which parts need more precision.
+The full-size tokenizer encodes seeded random crops of photographs with the reference in float32 and
+with each precision, and equal tokens are counted. `float32` is the fast path. On a GPU, each other
+precision is the model after `set_precision`. On a CPU, its rounding is emulated in float32
+arithmetic: both factors of a product are rounded, the sum is not, and in half precision the result
+is. ``--parts`` rounds one part of the foundation model at a time, to see which must stay wide.
 
-Weights are those of the tests' golden recipe: random, but with the sizes of trained weights.
-Records go to precision/ in the results after every batch; a second run resumes where the last one
-ended:
+The weights follow the tests' golden recipe: random, but of trained magnitude. Records are written
+to precision/ of the results after every batch; a second run continues where the last one ended:
 
     python benchmarks/precision.py --crops 1000
     python benchmarks/precision.py --images photos/ --model vfmtok/
@@ -47,12 +46,12 @@ MARKS = "<!-- precision: by `make report` -->", "<!-- end of precision -->"
 PARTS = ("patch", "qkv", "attention", "proj", "fc1", "fc2", "stream")
 PRODUCTS = PARTS[:-1]
 BATCH = 4
-# Number of crops whose decoded images are compared; decoding costs as much as encoding.
+# Number of crops whose decoded images are compared: decoding costs as much as encoding.
 DECODED = 8
 
 
 def narrow(x: Tensor, kind: str | None) -> Tensor:
-    """Round ``x`` to a dtype's values, but keep its own dtype."""
+    """Round ``x`` to the values of a type, and keep its dtype."""
     if kind is None:
         return x
     if kind == "tf32":
@@ -67,7 +66,7 @@ def product(layer: torch.nn.Linear, x: Tensor, kind: str | None) -> Tensor:
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, kind: str | None, causal: bool = False) -> Tensor:
-    """Fused attention: scores are not rounded, weights are rounded for the second product."""
+    """Attention as in a fused kernel: wide scores, weights rounded for the second product."""
     if kind is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     q, k, v = (narrow(x, kind) for x in (q, k, v))
@@ -78,7 +77,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, kind: str | None, causal: bool = F
 
 
 def read(tok: VFMTok, images: Tensor, kinds: dict[str, str]) -> list[Tensor]:
-    """Return the backbone's maps, with the parts that ``kinds`` names rounded."""
+    """Return the backbone's maps, with rounding in the parts that ``kinds`` names."""
     backbone, vit = tok.backbone, tok.backbone.vit
     x = ((images.clamp(-1, 1) + 1) / 2 - backbone.mean) / backbone.std
     kind, conv = kinds.get("patch"), vit.patch_embed.proj
@@ -104,7 +103,7 @@ def read(tok: VFMTok, images: Tensor, kinds: dict[str, str]) -> list[Tensor]:
 
 
 class Rounded(TorchFunctionMode):
-    """Rounds both factors of every linear layer inside; with TF32, attention is in float16."""
+    """Round both factors of every linear layer in the block; with TF32, attend in float16."""
 
     def __init__(self, kind: str):
         super().__init__()
@@ -123,7 +122,7 @@ def all_products(kind: str) -> dict[str, str]:
     return dict.fromkeys(PRODUCTS, kind)
 
 
-# How a precision is emulated: roundings in the backbone, and in the linear layers behind it.
+# How each precision is emulated: rounding in the backbone, and in the linear layers after it.
 EMULATED: dict[str, tuple[dict[str, str], str | None]] = {
     "mixed": (all_products("float16"), "tf32"),
     "mixed, no tf32": (all_products("float16"), None),
@@ -140,7 +139,7 @@ def queries_of(tok: VFMTok, maps: list[Tensor], kind: str | None) -> Tensor:
 
 
 def emulations(parts: bool) -> dict[str, Callable[[VFMTok, Tensor], Tensor]]:
-    """Functions that return the queries of images, by name of precision."""
+    """Functions that return the queries of images, by the name of a precision."""
     wanted = dict(EMULATED)
     if parts:
         wanted |= {f"only {part} in float16": ({part: "float16"}, None) for part in PARTS}
@@ -168,7 +167,7 @@ def golden_model() -> VFMTok:
 
 
 def crops(folder: Path, size: int, first: int, count: int) -> Iterator[np.ndarray]:
-    """Yield seeded square crops of half to all of the shorter side, every other one mirrored."""
+    """Yield seeded square crops, half to all of an image's short side; every other one mirrored."""
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not paths:
         raise SystemExit(f"{folder}: holds no pictures (.jpg, .png)")
@@ -184,7 +183,7 @@ def crops(folder: Path, size: int, first: int, count: int) -> Iterator[np.ndarra
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """PSNR in decibels, of images in [-1, 1]."""
+    """PSNR in decibels of images in [-1, 1]."""
     error = float((a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean())
     return 10 * math.log10(4 / error) if error else math.inf
 
@@ -192,7 +191,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 def measure(
     tok: VFMTok, images: Tensor, variants: dict[str, Callable], found: dict[str, dict], decode: int
 ) -> None:
-    """Add a batch to the results found so far."""
+    """Add the results of a batch to ``found``."""
     exact = tok.encode_regions(images)[0]
     codes, scores = ops.nearest_code(
         exact.flatten(0, 1), tok.quantizer.codebook, k=2, return_score=True
@@ -215,7 +214,7 @@ def measure(
 
 
 def real(model: Callable[[], VFMTok], device: torch.device) -> dict[str, Callable]:
-    """On a GPU: functions for the model in each precision."""
+    """On a GPU: functions that return the queries of the model in each precision."""
 
     @functools.cache
     def made(precision: str) -> VFMTok:
@@ -239,32 +238,32 @@ def summary(row: dict, tokens: int) -> tuple[str, str]:
     if not row["psnr"]:
         return said, "not compared"
     decibels = [d for d in row["psnr"] if math.isfinite(d)]
-    picture = f"{len(row['psnr']) - len(decibels)} of {len(row['psnr'])} the same"
+    picture = f"{len(row['psnr']) - len(decibels)} of {len(row['psnr'])} identical"
     if decibels:
-        picture += f", else {np.median(decibels):.0f} dB"
+        picture += f", the others at {np.median(decibels):.0f} dB PSNR"
     return said, picture
 
 
-# Name of a precision in the table, and in the records of the H200.
+# The name of each precision here, and in the records of the H200.
 ON_H200 = {
     "float32": "fp32", "tf32": "tf32", "float16": "fp16", "bfloat16": "bf16", "mixed": "mixed",
 }  # fmt: skip
 
 
 def table() -> list[str]:
-    """README.md's lines on precision, computed from the records alone."""
+    """README.md's lines on precision, made from the records."""
     lines, rows = [], {name: [name, "", "", "not measured"] for name in PRECISIONS}
-    # Records of parts, with fewer crops, are used only where nothing else has a value.
+    # Records with parts come last: they have fewer crops, and fill in what the others lack.
     paths = sorted((harness.ROOT / "benchmarks/results/precision").glob("*.json"))
     for path in sorted(paths, key=lambda path: path.stem.endswith("-parts")):
         content = json.loads(path.read_text())
         how = (
-            "emulated on a CPU, float32 measured there"
+            "emulated on a CPU (float32 was measured there)"
             if content["emulated"]
             else f"on {path.stem}"
         )
-        weights = content["weights"].replace("golden recipe", "random weights by the golden recipe")
-        said = f"Tokens: {how}, {weights}, crops of {content['images']}/."
+        weights = content["weights"].replace("golden recipe", "random weights of the golden recipe")
+        said = f"Tokens: {how}, with {weights} and crops of {content['images']}/."
         lines += [said] if said not in lines else []
         for name, row in content["found"].items():
             if name in rows and not rows[name][1]:
@@ -280,15 +279,15 @@ def table() -> list[str]:
     commit = content["environment"]["commit"]
     head = [
         "precision",
-        "tokens as in float32",
-        "pictures of them",
+        "tokens unchanged from float32",
+        "images decoded from them",
         f"encode on an H200 at {commit}",
     ]
     return [*bounds.table(head, rows.values()), "", *lines]
 
 
 def rewrite() -> None:
-    """Put the table between README.md's marks."""
+    """Insert the table between README.md's marks."""
     path = harness.ROOT / "README.md"
     before, mark, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
@@ -338,7 +337,7 @@ def main() -> None:
             done = min(has.values())
             if done >= options.crops:
                 break
-            # Each precision resumes where it ended.
+            # Each variant continues where it ended.
             count = min(batch, options.crops - done, *(n - done for n in has.values() if n > done))
             behind = {name: variants[name] for name in variants if has[name] == done}
             views = np.stack(list(crops(options.images, tok.config.image_size, done, count)))

@@ -1,8 +1,8 @@
-"""The authors' way of generating, as a provider to compare with, not for use.
+"""Generation as in the authors' release: a baseline for the benchmarks, not for use.
 
-LlamaGen's loop as published: both halves of the guided batch until the last step, attention over
-the whole padded cache with a boolean mask, softmax over a full sort for top-k and top-p, and a
-multinomial draw. Rewritten from its description; the weights are those of our model.
+LlamaGen's loop as published: both halves of the guided batch up to the last step, attention over
+the whole padded cache under a boolean mask, and a multinomial draw. It was written from the
+description of the release; the weights are those of our model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vfmtok_fast.functional import rms_norm, rotate
 
 
 class Cache(nn.Module):
-    """Buffers of a module, as in the release, which torch.compile may put into CUDA graphs."""
+    """KV cache as module buffers, as in the release, so that torch.compile can use CUDA graphs."""
 
     def __init__(self, keys: Tensor, values: Tensor):
         super().__init__()
@@ -27,13 +27,13 @@ class Cache(nn.Module):
 
 
 class ReleaseStyle(nn.Module):
-    """Generates with ``model``'s weights; caches are kept for one batch size."""
+    """Generates with the weights of ``model``; the caches serve one batch size."""
 
     def __init__(self, model: GPT, rows: int, compiled: bool = False):
         super().__init__()
         config, weight = model.config, model.head.weight
         self.model = model
-        # Padded to a multiple of 8, as in the release.
+        # Padded to a multiple of 8, as the release does.
         capacity = -(-(config.block_size + 1) // 8) * 8
         shape = (rows, config.num_heads, capacity, config.head_dim)
         self.caches = nn.ModuleList(
@@ -42,7 +42,7 @@ class ReleaseStyle(nn.Module):
         square = torch.ones(capacity, capacity, device=weight.device, dtype=torch.bool)
         self.register_buffer("mask", square.tril())
         self.next = self.step
-        if compiled:  # As in the release's sampling script; useful only on a GPU.
+        if compiled:  # As in the release's sampling script; only useful on a GPU.
             self.next = torch.compile(self.step, mode="reduce-overhead", fullgraph=True)
 
     def step(self, x: Tensor, at: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Write REPORT.md, its plots and README.md's table from the result files alone: `make report`.
+"""Build REPORT.md, its plots and the table in README.md from the result files: `make report`.
 
-If the environment variable RESULTS names another folder than the committed one, the report goes
-there and README.md is not changed.
+If the environment variable RESULTS names a folder other than the committed one, the report is
+written there and README.md is left unchanged.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ COMMITTED = HERE / "results"
 RESULTS = Path(os.environ.get("RESULTS") or COMMITTED).resolve()
 AOT = COMMITTED / "aot"
 README = HERE.parent / "README.md"
-# What README.md shows for each device, between its two marks: op, shape, and baselines. The first
-# baseline that was measured is used.
+# The rows that README.md shows for each device, between its two marks: op, shape, and baselines, of
+# which the first that was measured is used.
 MARKS = "<!-- measured: by `make report` -->", "<!-- end -->"
 RELEASE = ("release style compiled", "release style")
 SHOWN = (
@@ -53,7 +53,7 @@ def commit_of(environment: dict) -> str:
 
 
 def measured(path: Path) -> list[str]:
-    """Report one op on one device."""
+    """The section of the report for one op on one device."""
     content = json.loads(path.read_text())
     environment, ceilings = content["environment"], content["ceilings"]
     versions = ", ".join(f"{name} {value}" for name, value in environment["versions"].items())
@@ -72,7 +72,7 @@ def measured(path: Path) -> list[str]:
     for note in content.get("notes", []):
         lines += [f"**{note}**" if content.get("outdated") and "rewritten" in note else note, ""]
     if not content.get("complete", True):
-        lines += ["The run was cut off: not all was measured.", ""]
+        lines += ["The run was cut off: not everything was measured.", ""]
     if failed := content.get("failed"):
         lines += [f"Failed, so not shown: {', '.join(failed)}.", ""]
     reasons: dict[str, list[str]] = {}
@@ -102,7 +102,7 @@ COLUMNS = [
 
 
 def spread(record: dict) -> str:
-    """Spread of the rounds; some records do not have the slowest."""
+    """The range of the rounds; some records do not have the slowest round."""
     if record["min_us"] is None:
         return ""
     if record["max_us"] is None:
@@ -111,7 +111,7 @@ def spread(record: dict) -> str:
 
 
 def record_rows(records: list[dict]) -> list[list[object]]:
-    """Table rows of one shape; values that a record does not have are left empty."""
+    """The table rows of one shape; a cell is empty where the record has no value."""
     base = next((r["median_us"] for r in records if r["provider"] == "reference"), None)
 
     def cell(record: dict, name: str, unit: str = "") -> str:
@@ -152,7 +152,7 @@ def record_rows(records: list[dict]) -> list[list[object]]:
 
 
 def predicted(path: Path) -> list[str]:
-    """Report what the machine code of one chip predicts."""
+    """The section of the report with the predictions for one chip."""
     content = json.loads(path.read_text())
     chip, versions = content["chip"], content["versions"]
     lines = [
@@ -187,15 +187,15 @@ def predicted(path: Path) -> list[str]:
 
 
 def measured_beside(chip: str, kernel: str, problem: str) -> str:
-    """Times of whole calls that run this kernel on this problem and chip, if there are any."""
+    """Measured times of whole calls that run this kernel on this problem and chip, if any."""
     op, name = kernel.split()[0].split(".")
     found = []
     for path in sorted(RESULTS.glob(f"*{chip.lower()}*/{op}*.json")):
         content = json.loads(path.read_text())
         if content.get("outdated"):
-            continue  # These times are of kernels other than those of this machine code.
+            continue  # These times are of older kernels than the machine code.
         for record in content["records"]:
-            # Tuning runs name a single kernel as their provider.
+            # Records of tuning runs have the name of one kernel as their provider.
             takes_it = record["provider"] in ("fast", name.removeprefix("_"))
             takes_it &= ("backward" in record["shape"]) == ("grad" in name)
             if takes_it and record.get("problem", record["shape"]) == problem:
@@ -206,14 +206,14 @@ def measured_beside(chip: str, kernel: str, problem: str) -> str:
 
 
 def best(record: dict) -> tuple[float, str]:
-    """Microseconds of the best round, since other work on the machine can only add time."""
+    """Microseconds of the best round: other load on the machine can only add to it."""
     if record["min_us"] is None:  # Only the median was kept.
         return record["median_us"], f"{duration(record['median_us'])} (median)"
     return record["min_us"], duration(record["min_us"])
 
 
 def readme_rows(device: Path) -> tuple[list[list[object]], list[str]]:
-    """Rows of README.md's table for which this device has results, and notes about them."""
+    """The rows of README.md's table that this device has results for, and notes about them."""
     rows, notes = [], []
     for op, shape, baselines in SHOWN:
         path = device / f"{op}.json"
@@ -225,9 +225,9 @@ def readme_rows(device: Path) -> tuple[list[list[object]], list[str]]:
         if baseline is None or "fast" not in records:
             continue
         if records[baseline]["timer"] != records["fast"]["timer"]:
-            continue  # Times from different timers cannot be divided.
+            continue  # Times from two clocks cannot be divided.
         (before, said), (after, ours) = best(records[baseline]), best(records["fast"])
-        # Today's enable() does something else, so the row says so too.
+        # enable() runs other kernels today, so the row says so.
         old = " (old kernels)" * bool(content.get("outdated"))
         row = [f"`{op}`{old}", shape, f"{said} ({baseline})", ours, f"{before / after:.1f} x"]
         rows.append([device.name, commit_of(content["environment"]), *row])
@@ -237,7 +237,7 @@ def readme_rows(device: Path) -> tuple[list[list[object]], list[str]]:
 
 
 def with_table(text: str, devices: list[Path]) -> str:
-    """Return README.md's text with the table between its marks."""
+    """README.md's text, with the table inserted between its marks."""
     rows, notes = [], []
     for device in devices:
         found, said = readme_rows(device)
@@ -253,28 +253,28 @@ def with_table(text: str, devices: list[Path]) -> str:
 
 
 def report_path() -> Path:
-    """Path of the report: beside the committed results, or inside another results folder."""
+    """REPORT.md: next to the committed results, or inside any other results folder."""
     return HERE / "REPORT.md" if RESULTS == COMMITTED else RESULTS / "REPORT.md"
 
 
-# Results folders that do not belong to a device.
+# Folders of results that do not belong to a device.
 KINDS = ("ablation", "aot", "precision")
 
 
 def devices_of(results: Path) -> list[Path]:
-    """Devices' results folders, GPUs first."""
+    """The devices' folders of results, GPUs first."""
     found = [path for path in results.iterdir() if path.is_dir() and path.name not in KINDS]
     return sorted(found, key=lambda path: (path.name.startswith("cpu"), path.name))
 
 
 def whole_report(devices: list[Path]) -> str:
-    """Return the text of the report, and draw each op's plot."""
+    """Return the text of the report, and draw the plot of each op along the way."""
     lines = ["# Benchmarks", "", f"Made by `make report` from `{RESULTS.name}/`; do not edit.", ""]
     lines += [
-        "`bound by` is what keeps the device busy for at least a quarter of the time: bytes at the "
-        "rate of copying, or operations at the rate of a matrix product. `latency` stands where "
-        "neither does: the call waits for launches or for loads that depend on each other, or "
-        "issues instructions that are no floating-point operations.",
+        "`bound by` names what keeps the device busy for at least a quarter of the time: bytes at "
+        "the rate of a copy, or operations at the rate of a matrix product. `latency` means that "
+        "neither does: the call waits for launches or for dependent loads, or issues instructions "
+        "that are not floating-point operations.",
         "",
     ]
     for device in devices:
@@ -282,14 +282,15 @@ def whole_report(devices: list[Path]) -> str:
         for path in sorted(device.glob("*.json")):
             lines += measured(path)
     if not any(not device.name.startswith("cpu") for device in devices):
-        lines += ["No GPU has been measured here: `make gpu-report` on a machine that has one.", ""]
+        lines += ["No GPU was measured here: run `make gpu-report` on a machine with one.", ""]
     if files := sorted(AOT.glob("*.json")):
         lines += [
             "## Predicted from the machine code",
             "",
-            "Not measured. Main loops only: overlapped is the busier of the ALU and the matrix "
-            "unit, in turns is their sum. Both are lower bounds: no waiting for memory is in them. "
-            "At commit 29c1965 whole calls on an H200 took two to four times what was predicted.",
+            "Not measured, and for main loops only. *overlapped* is the time of the busier of the "
+            "ALU and the matrix unit; *in turns* is the sum of both times. Both are lower bounds: "
+            "they include no time spent waiting for memory. At commit 29c1965, whole calls on an "
+            "H200 took two to four times as long as predicted.",
             "",
         ]
         for path in files:
@@ -304,7 +305,7 @@ def main() -> None:
     files = [report, f"the plots in {RESULTS}"]
     if RESULTS == COMMITTED:
         files.append(f"the table in {README}")
-    # Say so before writing, since files of a clone may be among them.
+    # Announced first: these may be tracked files of the clone.
     print("writes", *files, sep="\n  ")
     report.write_text(whole_report(devices), encoding="utf-8")
     if RESULTS == COMMITTED:
