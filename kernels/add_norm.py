@@ -198,6 +198,4 @@ def _backward(ctx, by_total: Tensor, by_normed: Tensor) -> tuple[Tensor | None, 
     return by_x, by_branch, by_weight, by_bias, by_scale, None, None
 
 
-differentiable(
-    "add_norm_triton", _setup, _backward, ["add_norm_triton_backward"], without="add_norm"
-)
+differentiable("add_norm_triton", _setup, _backward, without="add_norm")

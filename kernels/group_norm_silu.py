@@ -406,6 +406,5 @@ differentiable(
     "group_norm_silu_triton",
     _setup,
     _backward,
-    ["group_norm_silu_triton_grad"],
     without="group_norm_silu and residual_block",
 )

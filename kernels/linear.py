@@ -189,4 +189,4 @@ def _backward(ctx, grad: Tensor) -> Tensor:
     return torch.ops.vfmtok_fast.gelu_triton_backward(grad, *ctx.saved_tensors)
 
 
-differentiable("gelu_triton", _setup, _backward, ["gelu_triton_backward"], without="linear")
+differentiable("gelu_triton", _setup, _backward, without="linear")

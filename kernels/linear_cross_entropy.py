@@ -258,10 +258,4 @@ def _backward(ctx, grad: Tensor, *unused: Tensor | None) -> tuple[Tensor | None,
     return x, weight, None, bias, None, None, None, None
 
 
-differentiable(
-    "linear_cross_entropy_triton",
-    _setup,
-    _backward,
-    ["linear_cross_entropy_triton_again", "linear_cross_entropy_triton_scale"],
-    without="linear_cross_entropy",
-)
+differentiable("linear_cross_entropy_triton", _setup, _backward, without="linear_cross_entropy")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from ..functional import first_derivatives_only
 
 # Ops live as long as the library object that defined them.
 library = torch.library.Library("vfmtok_fast", "FRAGMENT")
@@ -35,28 +37,26 @@ def registered(
 
 
 def differentiable(
-    launcher: str, setup: Callable[..., None], backward: Callable[..., Any],
-    derivatives: Sequence[str], without: str,
-) -> None:  # fmt: skip
+    launcher: str, setup: Callable[..., None], backward: Callable[..., Any], without: str
+) -> None:
     """Register the first derivative of a launcher, and an error for second derivatives.
 
     Args:
         launcher: its name, as in the schema.
         setup, backward: as for `torch.library.register_autograd`.
-        derivatives: launchers of the backward pass; without the error, torch would treat their
-            derivatives as zero.
         without: ops that the error says to leave out of ``enable``; the error names the first one
             as its source.
     """
+    message = (
+        f"{without.split()[0]}: its Triton kernels have first derivatives only; "
+        f"leave {without} out of enable(ops=...)"
+    )
 
-    def refuse(ctx, *grads: Any) -> None:
-        raise NotImplementedError(
-            f"{without.split()[0]}: its Triton kernels have first derivatives only; "
-            f"leave {without} out of enable(ops=...)"
-        )
+    def once(ctx, *grads: Any) -> tuple[Any, ...]:
+        with torch.no_grad():
+            made = backward(ctx, *grads)
+        return first_derivatives_only(made, message)
 
     torch.library.register_autograd(
-        f"vfmtok_fast::{launcher}", backward, setup_context=setup, lib=library
+        f"vfmtok_fast::{launcher}", once, setup_context=setup, lib=library
     )
-    for name in derivatives:
-        torch.library.register_autograd(f"vfmtok_fast::{name}", refuse, lib=library)

@@ -205,3 +205,31 @@ def factor(grad: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> 
     if reduction == "mean":
         return grad / (targets != ignore_index).sum().clamp(min=1)
     return grad
+
+
+class _FirstOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad: Tensor, anchor: Tensor, message: str) -> Tensor:
+        ctx.message = message
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *unused: Tensor):
+        raise NotImplementedError(ctx.message)
+
+
+def first_derivatives_only(
+    grads: tuple[Tensor | None, ...], message: str
+) -> tuple[Tensor | None, ...]:
+    """Return gradients that raise NotImplementedError if they are differentiated themselves.
+
+    For the end of a backward pass without a graph of its own. With ``create_graph=True`` its
+    gradients would otherwise look like constants, and a gradient penalty would have no effect.
+    """
+    if not torch.is_grad_enabled():  # The usual backward pass, without create_graph.
+        return grads
+    anchor = torch.zeros((), device="cpu", requires_grad=True)
+    return tuple(
+        _FirstOnly.apply(grad, anchor, message) if isinstance(grad, Tensor) else grad
+        for grad in grads
+    )

@@ -343,10 +343,4 @@ for _name, _schema, _launch, _fake in (
      _backward_value, _like_value),
 ):  # fmt: skip
     registered(f"deformable_sample_triton{_name}{_schema}", _fake)(_launch)
-differentiable(
-    "deformable_sample_triton",
-    _setup,
-    _backward,
-    ["deformable_sample_triton_samples", "deformable_sample_triton_value"],
-    without="deformable_sample",
-)
+differentiable("deformable_sample_triton", _setup, _backward, without="deformable_sample")

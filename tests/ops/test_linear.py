@@ -160,3 +160,18 @@ def test_inductor_takes_it_too():
     torch.testing.assert_close(got, expected)
     grads = (torch.autograd.grad(y.square().sum(), weight)[0] for y in (got, expected))
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "swiglu"])
+def test_no_second_derivative_is_lost(activation, implementation: str):
+    """A gradient penalty counts, or is refused in words: of a sum too, whose gradient is plain."""
+    x, weight, bias = (part.requires_grad_() for part in make(5, N=16))
+    out = ops.linear(x, weight, bias, activation=activation).sum()
+    grads = torch.autograd.grad(out, (x, weight), create_graph=True)
+    penalty = sum(grad.square().sum() for grad in grads)
+    if implementation == "reference":
+        penalty.backward()
+        assert x.grad is not None and weight.grad is not None
+        return
+    with pytest.raises(NotImplementedError, match="^linear: its CPU code has first derivatives"):
+        (out + penalty).backward()

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ..functional import first_derivatives_only
 
 # Checked here, because torch.compile cannot look into these.
 AVAILABLE = torch.backends.mkldnn.is_available()
+ONCE = "linear: its CPU code has first derivatives only; leave linear out of enable(ops=...)"
 BFLOAT16 = AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -72,8 +74,13 @@ class _Linear(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
+        with torch.no_grad():
+            grads = _Linear.gradients(ctx, grad)
+        return first_derivatives_only(grads, ONCE)
+
+    @staticmethod
+    def gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, y = ctx.saved_tensors
         if ctx.activation == "gelu":
             grad = torch.ops.aten.gelu_backward(grad, y)

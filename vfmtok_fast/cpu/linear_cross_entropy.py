@@ -17,11 +17,13 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..functional import factor, head_in_chunks, reduced
+from ..functional import factor, first_derivatives_only, head_in_chunks, reduced
 
 CHUNK_BYTES = 2**26
+ONCE = (
+    "linear_cross_entropy: its CPU code has first derivatives only; leave it out of enable(ops=...)"
+)
 
 
 def linear_cross_entropy(
@@ -98,8 +100,13 @@ class _Loss(torch.autograd.Function):
         return reduced(made[0], targets, ignore_index, reduction)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
+        with torch.no_grad():
+            grads = _Loss.gradients(ctx, grad)
+        return first_derivatives_only(grads, ONCE)
+
+    @staticmethod
+    def gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         ignore_index, smoothing, reduction, wanted = ctx.options
         targets, *saved = ctx.saved_tensors
         if reduction == "none":
