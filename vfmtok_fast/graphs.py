@@ -68,14 +68,27 @@ def state_of(model: nn.Module) -> tuple | None:
     return tuple(state)
 
 
+def settings() -> tuple:
+    """The process's settings that a captured graph bakes in, because they choose its kernels."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    return (
+        switch.policy(), switch.generation(), torch.are_deterministic_algorithms_enabled(),
+        cuda.matmul.fp32_precision, cudnn.conv.fp32_precision,
+        cudnn.enabled, cudnn.deterministic, cudnn.benchmark,
+        cuda.matmul.allow_fp16_reduced_precision_reduction,
+        cuda.matmul.allow_bf16_reduced_precision_reduction,
+        cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+    )  # fmt: skip
+
+
 class Replayed:
     """A function of a model and one tensor, captured for the most recent shapes.
 
     The first call with a shape runs normally, the second is captured, and all later ones are
     replayed, on the stream that was current at capture. Every call compares what a capture depends
-    on: shape, dtype, stream, the policy of `switch`, torch's settings and all weights. If any of
-    these differs, the call runs normally, once. A replay calls no op; `status` counts replays under
-    ``name``.
+    on: shape, dtype, stream, `settings` and all weights. If any of these differs, the call runs
+    normally, once. A replay calls no op; `status` counts replays under ``name``.
     """
 
     # The most captured graphs, each with its own buffers, and the most remembered calls, which are
@@ -101,8 +114,7 @@ class Replayed:
     def _call(self, fn: Callable[[Tensor], Tensor], model: nn.Module, given: Tensor) -> Tensor:
         key = (
             tuple(given.shape), given.dtype, torch.cuda.current_stream(given.device).cuda_stream,
-            switch.policy(), switch.generation(), torch.are_deterministic_algorithms_enabled(),
-            torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision,
+            settings(),
         )  # fmt: skip
         state = state_of(model)
         if state is None:

@@ -39,7 +39,8 @@ _VECTOR = {
     "choices": {
         "tile": (1, 2, 4, 8), "warps": (1, 2, 4, 8), "chunk": (256, 1024, 4096), "early": (0, 1),
     },
-    "bits": ("warps", "chunk"),
+    # The tile too, see `_in_registers`.
+    "bits": ("tile", "warps", "chunk"),
     # 16-byte loads in half precision, and at most 32 columns per thread.
     "valid": lambda s: 8 <= s.chunk // (32 * s.warps) <= 32,
 }  # fmt: skip
@@ -58,7 +59,8 @@ HEAD_ROWS = Space("decode_step.head", defaults={80: {**_ROW, "tile": 8, "warps":
 # image must not depend on the batch that it is in.
 _MATRIX = {
     "choices": {"tile": (16, 32, 64), "slices": (1, 4), "piece": (128, 256), "stages": (2, 3, 4)},
-    "bits": ("slices", "piece"),
+    # All of them: tile and stages too can make the pieces smaller, see `_depth`.
+    "bits": ("tile", "slices", "piece", "stages"),
     # Either one tile per warp for four warps, or one tile for all four.
     "valid": lambda s: (s.tile == 64) == (s.slices == 1),
 }
@@ -145,13 +147,15 @@ def _product(
             )  # fmt: skip
             return
         # One setting is measured for all layers of a step; the nearest K is used.
-        space = FEW if rows <= matrix.FEW_ROWS else SOME
-        tile, slices, piece, stages = space.at(device, dtype_name(x), K)
+        few = rows <= matrix.FEW_ROWS
+        setting = (FEW if few else SOME).at(device, dtype_name(x), K)
         padded = max(8, triton.next_power_of_2(rows))
-        depth = _depth(tile, slices, piece, stages, padded, pairs, x)
-        _matrix[(triton.cdiv(N, tile),)](
-            x, weight, out, rotary, position, keys, values, rows, N, K=K, P=padded, TILE=tile,
-            DEPTH=depth, SLICES=slices, STAGES=stages, **what, num_warps=4,
+        # For the most rows of the class, because the depth decides which columns a slice adds up.
+        depth = _depth(*setting, matrix.FEW_ROWS if few else matrix.MAX_ROWS, pairs, x)
+        _matrix[(triton.cdiv(N, setting.tile),)](
+            x, weight, out, rotary, position, keys, values, rows, N, K=K, P=padded,
+            TILE=setting.tile, DEPTH=depth, SLICES=setting.slices, STAGES=setting.stages, **what,
+            num_warps=4,
         )  # fmt: skip
 
 
@@ -174,16 +178,14 @@ def _in_registers(
 
 
 def _depth(
-    tile: int, slices: int, piece: int, stages: int, padded: int, pairs: bool, x: Tensor
+    tile: int, slices: int, piece: int, stages: int, most: int, pairs: bool, x: Tensor
 ) -> int:
-    """Columns per piece: as chosen, or as many as the pieces in flight leave room for.
-
-    The pieces in flight must fit into shared memory.
+    """Columns per piece: as chosen, or as many as shared memory has room for with ``most`` rows.
     """
     depth, both = max(16, piece // x.itemsize), 2 if pairs else 1
-    column = (both * tile + padded) * x.itemsize
+    column = (both * tile + most) * x.itemsize
     # The smallest chips give a program 99 KiB; the sums of the slices pass through it at the end.
-    room = 96 * 1024 - (both * slices * tile * padded * 4 if slices > 1 else 0)
+    room = 96 * 1024 - (both * slices * tile * most * 4 if slices > 1 else 0)
     while depth > 16 and (stages - 1) * slices * depth * column > room:
         depth //= 2
     return depth

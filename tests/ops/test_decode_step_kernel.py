@@ -226,6 +226,35 @@ def test_a_row_does_not_depend_on_the_others(part):
         assert torch.equal(few, together[[last_row, 3, 2, 1, 0]])
 
 
+class Noted:
+    """In a kernel's place: notes the constants of a launch, and computes nothing."""
+
+    def __init__(self) -> None:
+        self.constants: list[dict[str, object]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **constants: self.constants.append(constants)
+
+
+@pytest.mark.parametrize(
+    ("space", "rows"), [(kernel.FEW, (5, 8, 9, 16)), (kernel.SOME, (17, 32, 33, 64))]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("part", ["hidden", "logits"])
+def test_a_setting_sums_in_one_order_for_all_rows_of_its_class(
+    part, dtype, space, rows, monkeypatch
+):
+    """Whatever tune chooses: an image must not depend on how many others there are."""
+    monkeypatch.setattr(kernel, "_rms_norm", Noted())
+    for setting in space.candidates():
+        monkeypatch.setattr(kernel, "_matrix", noted := Noted())
+        with space.using(setting):
+            for count in rows:
+                call(part, *inputs(part, count, 1024, 64, dtype))
+        assert len({(c["DEPTH"], c["SLICES"]) for c in noted.constants}) == 1, setting
+        assert len(noted.constants) == len(rows)
+
+
 @runs
 @pytest.mark.parametrize("rows", [2, 6, 66])
 @pytest.mark.parametrize("position", [torch.tensor([0]), torch.tensor(4, dtype=torch.int32)])

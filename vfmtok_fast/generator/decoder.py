@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import ops, switch, tf32
 from ..checks import check_class_ids
 from ..decoding import KVCache, StepWeights
-from ..graphs import capture, synchronize
+from ..graphs import capture, settings, synchronize
 from ..ops.checks import check_int, check_integers
 from .memory import told_if_out_of_memory
 from .sampling import Sampling
@@ -200,18 +200,18 @@ class Decoder:
     ) -> None:
         """Run one step on a GPU: eagerly the first time to warm up, then captured and replayed.
 
-        A graph bakes in the settings, except the seed, and the implementations that the switch
-        selects; a change of either captures anew.
+        A graph bakes in the sampling settings, except the seed, and the process's `settings`; a
+        change of either captures anew.
         """
-        settings, rows = replace(sampling, seed=0), len(cache[0].keys)
-        key = (settings, switch.policy(), switch.generation(), rows, embedding.data_ptr())
+        rows = len(cache[0].keys)
+        key = (replace(sampling, seed=0), settings(), rows, embedding.data_ptr())
         if key in self.graphs:
             self.graphs[key].replay()
             switch.record.replay("a decode step")
             return
         # Drop graphs of other settings, which would pile up. Three stay alive: the first step's,
         # and those of guided and unguided steps.
-        self.graphs = {old: graph for old, graph in self.graphs.items() if old[:3] == key[:3]}
+        self.graphs = {old: graph for old, graph in self.graphs.items() if old[:2] == key[:2]}
         step = (weights, cache, sampling, embedding, self.at)
         # The warm-up run is this step; the captured run does not execute. The lock keeps out a
         # tokenizer that decodes in another thread: its TF32 setting would stay in the graph.
