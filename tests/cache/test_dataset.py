@@ -93,7 +93,7 @@ def test_a_copys_workers_see_its_epoch(built, copied, start):
 
 
 def test_ranks_of_ddp_share_the_pictures_and_agree_on_their_views(built):
-    """Ranks, each with a sampler and workers, share the epoch, as under DistributedDataParallel."""
+    """As under DistributedDataParallel: a sampler and workers per rank, and one epoch for all."""
     for epoch in (0, 1):
         shown = {}
         for rank in range(3):
