@@ -106,7 +106,7 @@ def test_killed_at_random_moments(tmp_path, fake):
 
 @pytest.mark.slow
 def test_killed_before_and_after_every_rename(tmp_path, fake):
-    """11 images in 6 shards, 2 of them with a quarantine list: every kill leaves a whole cache."""
+    """11 images in 6 shards, 2 with a quarantine list: resuming always makes the same files."""
     images = fake.make_tree(tmp_path / "p", bad=(3, 7))
     (tmp_path / "out").mkdir()
     killed = run_harness(fake, "renames", images, tmp_path / "out")

@@ -266,7 +266,7 @@ def test_a_shard_that_goes_while_it_is_counted(tree, out, tokenizer, monkeypatch
 
 
 def test_a_run_without_a_bar_waits_for_no_lock():
-    """Forked processes share tqdm's lock, and one that was killed with it holds it for ever."""
+    """Forked processes share tqdm's lock; one killed while it holds the lock never frees it."""
 
     def report() -> None:
         with reporting(False, total=2, done=0) as tell:
