@@ -117,7 +117,10 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def built(fake, tmp_path_factory):
-    """A cache of all of them in one class folder, named .JPEG, together with good neighbours."""
+    """Summary, tokens and reasons of a cache of them all.
+
+    They lie in one class folder, under names that end in .JPEG, together with good neighbours.
+    """
     root = tmp_path_factory.mktemp("bad")
     folder = root / "p" / "class0"
     folder.mkdir(parents=True)
@@ -175,7 +178,7 @@ def test_the_run_goes_on_and_neighbours_do_not_notice(built, fake, tmp_path):
 
 
 def test_names_of_files_and_folders(tmp_path, out, tokenizer, fake):
-    """Empty classes, hidden files, link loops, mixed case and a name in two classes all work."""
+    """Empty classes, hidden files, link loops, mixed case and a name in two classes are handled."""
     tree = tmp_path / "p"
     names = ["a/x.JpEg", "b/x.JpEg", "b/deep/x.JpEg", "a/\u00e9 \u4f60;$(touch pwned)'\".PNG"]
     for number, name in enumerate(names):

@@ -129,7 +129,10 @@ def test_a_batch_size_and_an_extension_at_once(tree, out, tokenizer, fake, monke
 
 
 def test_one_that_began_before_completes_no_extended_cache(tmp_path, out, tokenizer, fake):
-    """It must not, although its shards are all full and so belong to the extended cache too."""
+    """A run that began before an extension must not complete the extended cache.
+
+    Its shards are all full, so they are shards of the extended cache too.
+    """
     tree = fake.make_tree(tmp_path / "p", count=12)
     cache.build(tree, out, tokenizer, **SMALL)
     slow = cache.prepare(tree, out, tokenizer, **SMALL)

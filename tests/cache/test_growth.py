@@ -403,7 +403,7 @@ def test_deleted_pictures_are_no_reason_to_refuse(tmp_path, out, tokenizer, fake
 
 
 def test_what_extending_keeps_of_deleted_pictures(tmp_path, out, tokenizer, fake):
-    """It keeps their tokens, except in a last shard that has room and is therefore made again."""
+    """Extending keeps their tokens, except in a last shard that has room and is made again."""
     tree = fake.make_tree(tmp_path / "p")
     cache.build(tree, out, tokenizer, **SMALL)
     before = tokens_by_path(out)
@@ -427,7 +427,10 @@ def test_what_extending_keeps_of_deleted_pictures(tmp_path, out, tokenizer, fake
 
 
 def test_a_slow_run_does_not_write_over_an_extended_cache(tree, out, tokenizer, fake, monkeypatch):
-    """A run that began before the extension is stopped before its commit, or undoes the commit."""
+    """A run that began before the extension is stopped before its commit, or undoes the commit.
+
+    Its last shard has fewer images than that of the extended cache.
+    """
     slow = cache.prepare(tree, out, tokenizer, **SMALL)
     cache.build(tree, out, tokenizer, **SMALL)
     fake.add(tree, "class2/new.png")

@@ -121,7 +121,7 @@ def test_names_that_are_not_utf8(tmp_path):
 
 def test_very_deep_folders(tmp_path):
     deep = [tmp_path / "p"]
-    for _ in range(1200):  # deeper than Python's stack, within the longest path
+    for _ in range(1200):  # deeper than Python's stack, below the longest path
         deep[-1].mkdir()
         deep.append(deep[-1] / "d")
     touch(deep[-2], "x.png")
@@ -215,7 +215,7 @@ def test_index_that_cannot_be_written(tmp_path):
 
 
 def test_arrow_holds_nothing_of_pythons(tmp_path, monkeypatch):
-    """Arrow releases Python files late; if the interpreter exits before, the process aborts."""
+    """Arrow gets no Python file: it releases one late, and an exit before that aborts."""
     path = tmp_path / "index.parquet"
     write_index(path, [Entry(f"a/{number:04d}.png", number, 0) for number in range(300)], 100)
 

@@ -220,7 +220,7 @@ def test_bad_pictures_of_other_processes_count(tmp_path, out, tokenizer, fake):
 
 
 def test_a_shard_that_comes_while_it_is_counted_counts_once(tmp_path, out, tokenizer, fake):
-    """Another process made it, or an actor that committed it and died before it reported that."""
+    """The shard comes from another process, or an actor that died between commit and report."""
     tree = fake.make_tree(tmp_path / "p", bad=(3,))
     job = cache.prepare(tree, out, tokenizer, **SMALL)
     state = State(job, None)
@@ -233,7 +233,7 @@ def test_a_shard_that_comes_while_it_is_counted_counts_once(tmp_path, out, token
 
 
 def test_another_takes_the_completion_away_as_it_is_read(tree, out, tokenizer, monkeypatch):
-    """A process that still has a shard to encode removes COMPLETE.json."""
+    """finish copes if a process that still has a shard to encode removes COMPLETE.json."""
     cache.build(tree, out, tokenizer, **SMALL)
     job = cache.prepare(tree, out, tokenizer, **SMALL)
     read = LocalPlace.read_bytes

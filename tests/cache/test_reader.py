@@ -89,7 +89,7 @@ def test_incomplete_caches_only_on_request(tree, out, tokenizer):
 
 
 def test_a_shard_that_shrinks_under_its_reader(tree, out, tokenizer):
-    """It raises an error; a memory-mapped shard would end the process with SIGBUS."""
+    """Reading it raises an error; if it were mapped, SIGBUS would end the process."""
     cache.build(tree, out, tokenizer, batch_size=3, shard_size=4)
     reader = cache.TokenCache(out)
     first = reader[0]

@@ -386,7 +386,7 @@ def test_the_checksum_covers_places_and_files(tmp_path):
 
 
 def test_an_lmdb_that_was_cut_short(tmp_path, fake):
-    """It is refused: the lmdb library maps the file, and a page past its end would raise SIGBUS."""
+    """A cut file is refused: lmdb maps the file, and a page past its end would raise SIGBUS."""
     root = fake.MAKERS["lmdb"](fake.make_tree(tmp_path / "p"), tmp_path / "archive")
     whole = (root / "data.mdb").stat().st_size
     assert len(list(open_source(root).entries())) == 11

@@ -88,7 +88,10 @@ def test_the_same_files_as_on_a_disk(tmp_path, out, url, tokenizer, fake):
 @pytest.mark.parametrize("moment", ["before", "half", "after"])
 @pytest.mark.parametrize("error", [Killed, OSError, RuntimeError])
 def test_whenever_a_put_fails_the_next_run_goes_on(tmp_path, url, tokenizer, fake, moment, error):
-    """The next run completes 3 shards and 2 quarantine lists, whichever of the 8 puts failed."""
+    """The next run completes the cache, whichever put failed.
+
+    11 images in 3 shards, 2 with a quarantine list, take 8 puts; a ninth never comes.
+    """
     tree = fake.make_tree(tmp_path / "p", bad=(3, 7))
     cache.build(tree, url + "-whole", tokenizer, **SMALL)
     for at in range(1, 9):
