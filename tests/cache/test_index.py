@@ -215,7 +215,7 @@ def test_index_that_cannot_be_written(tmp_path):
 
 
 def test_arrow_holds_nothing_of_pythons(tmp_path, monkeypatch):
-    """Arrow gets no Python file: it releases one late, and an exit before that aborts."""
+    """Arrow gets no Python file: it releases one late, and an earlier exit aborts the process."""
     path = tmp_path / "index.parquet"
     write_index(path, [Entry(f"a/{number:04d}.png", number, 0) for number in range(300)], 100)
 
