@@ -1,4 +1,4 @@
-"""A tokenizer that is quick and exact, and small folders of pictures."""
+"""Fixtures for the cache tests: a fast, exact fake tokenizer and small folders of images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIDE, TOKENS, CODEBOOK = 16, 4, 1000
 
 @dataclasses.dataclass(frozen=True)
 class FakeConfig:
-    """The part of VFMTokConfig that a cache needs, with one more field that only it covers."""
+    """The fields of VFMTokConfig that a cache needs, plus `levels`, which only `config` covers."""
 
     image_size: int = SIDE
     num_regions: int = TOKENS
@@ -37,7 +37,7 @@ class FakeConfig:
 
 
 class FakeTokenizer(torch.nn.Module):
-    """Tokens are a hash of the pixels, in integers: every pixel of a picture counts, no other."""
+    """Tokens are an integer hash of all pixels of an image, and of no other image's pixels."""
 
     def __init__(self, config: FakeConfig = FakeConfig(), scale: int = 1) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class FakeTokenizer(torch.nn.Module):
 
 
 def write_picture(path: Path, seed: int) -> Path:
-    """A small PNG of noise, unlike any other seed's."""
+    """Write a small PNG of noise; each seed gives a different one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     values = rng.integers(0, 256, (20 + seed % 7, 20 + seed % 5, 3), dtype=np.uint8)
@@ -64,7 +64,7 @@ def write_picture(path: Path, seed: int) -> Path:
 
 
 def make_tree(root: Path, count: int = 11, bad: tuple[int, ...] = ()) -> Path:
-    """`count` pictures in three classes; those numbered in `bad` are broken."""
+    """Write `count` images in three classes; those whose numbers are in `bad` are broken."""
     for number in range(count):
         path = root / f"class{number % 3}" / f"{number:03d}.png"
         write_picture(path, number)
@@ -74,13 +74,13 @@ def make_tree(root: Path, count: int = 11, bad: tuple[int, ...] = ()) -> Path:
 
 
 def add(tree: Path, *names: str) -> None:
-    """Pictures that come later."""
+    """Add images to a tree that exists already."""
     for name in names:
         write_picture(tree / name, sum(name.encode()))
 
 
 def read_tree(out: Path) -> dict[str, bytes]:
-    """Every file below a folder with its bytes."""
+    """Return every file below a folder with its bytes."""
     return {
         path.relative_to(out).as_posix(): path.read_bytes()
         for path in sorted(out.rglob("*"))
@@ -97,7 +97,7 @@ def add_member(archive, name, data=b"", **fields):
 
 
 def pictures(tree):
-    """(relative path, bytes, class number), sorted."""
+    """Return (relative path, bytes, class number) of every image, sorted."""
     return [
         (path.relative_to(tree).as_posix(), path.read_bytes(), int(path.parent.name[5:]))
         for path in sorted(tree.rglob("*.png"))
@@ -168,11 +168,12 @@ MAKERS = {
 
 @pytest.fixture
 def as_nobody(tmp_path_factory) -> Path:
-    """A folder, in a test that has no more rights than any user, also where root runs the tests."""
+    """A folder for a test that must run with an ordinary user's rights, even if root starts it."""
     if os.geteuid() != 0:
         yield tmp_path_factory.mktemp("nobody")
         return
-    # pytest's own folders are closed to others; and what is imported late must be there already.
+    # pytest's own folders are closed to other users. The build below runs first so that everything
+    # that is imported lazily has been imported already.
     with tempfile.TemporaryDirectory() as folder:
         warm = Path(folder) / "warm"
         cache.build(make_tree(warm / "p", 1), warm / "t", FakeTokenizer(), workers=1)
@@ -188,7 +189,7 @@ def as_nobody(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A function that makes a file system of some size at `tmp_path / "disk"`, or changes it."""
+    """A function that mounts or remounts a file system of a given size at `tmp_path / "disk"`."""
     disk = tmp_path / "disk"
     disk.mkdir()
 
@@ -216,17 +217,17 @@ def fake():
 
 @pytest.fixture
 def tmp_path(tmp_path: Path) -> LocalPlace:
-    """A path that the cache's inner functions take too."""
+    """The temporary folder, as a path that the cache's internal functions accept too."""
     return LocalPlace(tmp_path)
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """Eleven good pictures."""
+    """A folder of eleven good images."""
     return make_tree(tmp_path / "pictures")
 
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """Where a cache may go; not there yet."""
+    """Where a cache may be written; the folder does not exist yet."""
     return tmp_path / "tokens"

@@ -1,7 +1,7 @@
-"""Every kind of bad or odd picture in one folder: quarantined with its reason, or tokenised.
+"""Every kind of bad or odd image in one folder: quarantined with its reason, or tokenised.
 
-What is tokenised must have the tokens of the picture that the comment beside it says, taken through
-the reference rule; what is quarantined must not stop the run nor change a neighbour.
+A tokenised image must have the tokens of the image that the comment above it names, cropped by the
+reference rule. A quarantined image must neither stop the run nor change a neighbour.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2}
 
 
 def photo(width=40, height=30, seed=0):
-    """Smooth, so that JPEG keeps it nearly; unlike any other seed's."""
+    """Return a smooth image, which JPEG changes little; each seed gives a different one."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -42,7 +42,7 @@ def without_adobe_marker(data):
 
 
 def with_frame_size(data, width, height):
-    """A JPEG whose header says another size."""
+    """Return the JPEG with another size in its header."""
     at = data.index(b"\xff\xc0") + 5
     return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
 
@@ -68,7 +68,7 @@ LAB = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
 GRAY16 = np.arange(0, 65536, 55, dtype=np.uint16)[:1190].reshape(34, 35)
 PALETTE = photo(seed=3).quantize(16)
 
-# Tokens of what Pillow itself reads and converts to RGB.
+# These get the tokens of what Pillow itself reads and converts to RGB.
 READ = {
     "png": encoded(photo(seed=1), "PNG"),
     "cmyk-adobe": encoded(photo().convert("CMYK"), "JPEG"),
@@ -95,7 +95,8 @@ READ = {
     },
     "900x2": encoded(photo(900, 2), "PNG"),
 }
-# Why they are quarantined; a picture of 900 x 2 is, where it would be scaled to 336.
+# These are quarantined, each with the pattern of its reason. The 900 x 2 image above would be too
+# if it had to be scaled to 336.
 REFUSED = {
     "half": (JPEG[: len(JPEG) // 2], "truncated"),
     "last-10-bytes": (JPEG[:-10], "truncated"),
@@ -116,7 +117,10 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def built(fake, tmp_path_factory):
-    """All in one class folder, under names that end in .JPEG, with neighbours that are fine."""
+    """Summary, tokens and reasons of a cache of them all.
+
+    They lie in one class folder, under names that end in .JPEG, together with good neighbours.
+    """
     root = tmp_path_factory.mktemp("bad")
     folder = root / "p" / "class0"
     folder.mkdir(parents=True)
@@ -174,7 +178,7 @@ def test_the_run_goes_on_and_neighbours_do_not_notice(built, fake, tmp_path):
 
 
 def test_names_of_files_and_folders(tmp_path, out, tokenizer, fake):
-    """An empty class, hidden files, a loop of links, mixed case, one name in two classes."""
+    """Empty classes, hidden files, link loops, mixed case and a name in two classes are handled."""
     tree = tmp_path / "p"
     names = ["a/x.JpEg", "b/x.JpEg", "b/deep/x.JpEg", "a/\u00e9 \u4f60;$(touch pwned)'\".PNG"]
     for number, name in enumerate(names):
@@ -191,7 +195,7 @@ def test_names_of_files_and_folders(tmp_path, out, tokenizer, fake):
 
 
 def test_a_shard_of_bad_pictures_alone(tmp_path, out, tokenizer, fake):
-    tree = fake.make_tree(tmp_path / "p", count=12, bad=(0, 3, 6, 9))  # all of class0
+    tree = fake.make_tree(tmp_path / "p", count=12, bad=(0, 3, 6, 9))  # all images of class0
     summary = cache.build(tree, out, tokenizer, **SMALL)
     assert (summary.bad, summary.shards) == (4, 3) and cache.verify(out, tokenizer, tree).ok
     assert cache.status(out).state == "complete" and len(cache.TokenCache(out)) == 8
@@ -201,7 +205,7 @@ def test_a_shard_of_bad_pictures_alone(tmp_path, out, tokenizer, fake):
 
 
 def test_formats_that_are_not_read(tmp_path, out, tokenizer, fake):
-    """Some of Pillow's plugins run other programs, or take any bytes for a picture."""
+    """Formats whose Pillow plugins run programs or accept any bytes as an image are not read."""
     tree = fake.make_tree(tmp_path / "p", count=2)
     (tree / "class0" / "eps.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     (tree / "class0" / "tga.jpg").write_bytes(encoded(photo(), "TGA"))

@@ -1,4 +1,4 @@
-"""Batches: what a device cuts out of 8-bit squares is what the reference rule gives, bit by bit."""
+"""Batches: the views a device cuts from 8-bit squares equal the reference rule's, bit for bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def photos(count, seed=0):
 @pytest.mark.parametrize("names", SETS, ids=" ".join)
 @pytest.mark.parametrize("size", [1, 3, 8, 32])
 def test_views_are_those_of_the_reference_rule(names, size, device):
-    """Fed as a shard is: some pictures straddle two batches, every fourth row is a bad one's."""
+    """Batches match when filled as for a shard: some images span two, every fourth image is bad."""
     views = parse_views(names)
     plan = plan_views(views, 17)
     batch, wanted, row = Batch(plan, size, device == "cuda"), np.zeros((size, 17, 17, 3), "u1"), 0

@@ -1,4 +1,4 @@
-"""Building: what a shard holds, bad pictures, going on where a run stopped."""
+"""Building: the contents of a shard, bad images, and resuming a run."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_progress(tree, out, tokenizer, capfd):
     )
     assert states[0].done >= 7 and states[-1].done == 11
     cache.build(tree, out, tokenizer, views=("center", "center-flip"), progress=True, **SMALL)
-    assert capfd.readouterr() == ("", "")  # no terminal, no bar
+    assert capfd.readouterr() == ("", "")  # without a terminal there is no progress bar
 
 
 def test_max_bad(tmp_path, out, tokenizer, fake):
@@ -232,15 +232,15 @@ def test_max_bad(tmp_path, out, tokenizer, fake):
         cache.build(tree, out, tokenizer, max_bad=2, **SMALL)
     assert one_line(caught) and caught.value.exit_code == 4
     assert not (out / "COMPLETE.json").exists()
-    with pytest.raises(cache.TooManyBadImages):  # not forgotten by the next run
+    with pytest.raises(cache.TooManyBadImages):  # the next run still counts them
         cache.build(tree, out, tokenizer, max_bad=2, **SMALL)
     assert cache.build(tree, out, tokenizer, max_bad=3, **SMALL).exit_code == 3
-    with pytest.raises(cache.TooManyBadImages):  # nor by one that has nothing to encode
+    with pytest.raises(cache.TooManyBadImages):  # and so does one that has nothing to encode
         cache.build(tree, out, tokenizer, max_bad=0, **SMALL)
 
 
 def test_decoding_ahead_is_bounded(tree, out, tokenizer, monkeypatch):
-    """However slow the encoder, at most two batches and the workers' pictures are held."""
+    """However slow the encoder is, at most two batches and the workers' images are held."""
     job = cache.prepare(tree, out, tokenizer, batch_size=1, shard_size=100, workers=1)
     rows = index.read_rows(out / "index.parquet", 0)
     decoded, ahead = [], []
@@ -261,7 +261,7 @@ def test_decoding_ahead_is_bounded(tree, out, tokenizer, monkeypatch):
 
 
 def test_padding_and_bad_pictures_are_black(tmp_path, out, tokenizer, fake):
-    """Buffers are used again, so what an earlier batch left in them must go."""
+    """Buffers are reused, so what an earlier batch left there must be cleared."""
     tree = fake.make_tree(tmp_path / "p", count=8, bad=(4,))
     batches, encode = [], tokenizer.encode
     tokenizer.encode = lambda images: batches.append(images.clone()) or encode(images)
@@ -303,7 +303,7 @@ def test_a_default_device_changes_nothing(tree, tmp_path, tokenizer, fake):
 
 
 def test_a_compiled_or_wrapped_tokenizer_is_the_same(tree, out, tokenizer):
-    """torch.compile and DistributedDataParallel put their own words into the names of weights."""
+    """The checksum ignores what torch.compile and DistributedDataParallel add to weight names."""
     cache.build(tree, out, tokenizer, **SMALL)
     plain = weights_checksum({"a.weight": torch.ones(2), "b.c": torch.zeros(1)})
     for names in (
@@ -336,7 +336,7 @@ def test_wrappers_as_torch_makes_them_leave_the_checksum(tmp_path):
 
 
 def test_another_current_folder_during_a_build(tree, tokenizer, tmp_path, monkeypatch):
-    """As after Hydra's chdir: both paths mean what they meant when they were given."""
+    """Both paths keep their meaning if the current folder changes, as it does with Hydra."""
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tree.parent)
     calls = []
@@ -368,7 +368,7 @@ def test_the_batch_size_is_the_caches_own(tree, out, tokenizer):
 
 
 def test_until_the_first_shard_the_batch_size_may_change(tree, tmp_path, out, tokenizer, fake):
-    """As after a first run that was out of memory."""
+    """A cache without shards accepts another batch size, as after a run that ran out of memory."""
     slow = cache.prepare(tree, out, tokenizer, batch_size=64, shard_size=4)
     with pytest.raises(cache.FingerprintMismatch, match="views"):
         cache.prepare(tree, out, tokenizer, batch_size=3, shard_size=4, views=["center-flip"])
@@ -387,7 +387,7 @@ def test_until_the_first_shard_the_batch_size_may_change(tree, tmp_path, out, to
 
 @pytest.mark.parametrize("in_flight", [2, 3])
 def test_batches_in_flight_change_no_byte(in_flight, tree, tmp_path, fake, monkeypatch):
-    """As on a GPU: encoded beside each other, but for the first, and taken in order."""
+    """As on a GPU, all batches but the first are encoded concurrently, and collected in order."""
     running, most, calls = [], [], itertools.count()
 
     class Slow(fake.FakeTokenizer):
@@ -396,8 +396,8 @@ def test_batches_in_flight_change_no_byte(in_flight, tree, tmp_path, fake, monke
             running.append(call)
             most.append(len(running))
             if 1 <= call <= number:
-                together.wait(60)  # for as many as there may be, whatever the machine's pace
-            # The later ones are done first.
+                together.wait(60)  # for the largest number in flight, however slow the machine
+            # Even calls take twice as long as odd ones, so batches may finish out of order.
             time.sleep(0.05 / (1 + call % 2))
             tokens = super().encode(images)
             running.pop()

@@ -1,4 +1,4 @@
-"""TokenCacheDataset: which view is shown when, and that worker processes agree."""
+"""TokenCacheDataset: which view is shown at which epoch, and that worker processes agree."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def test_one_view_an_epoch(built):
         assert torch.equal(tokens, every[epoch % 18][0][shown[-1][epoch % 18]])
     counts = np.bincount(np.ravel(shown), minlength=4)
     expected = 18 * 200 / 4
-    assert ((counts - expected) ** 2 / expected).sum() < 25  # chi-square, 3 degrees: p = 1e-5
+    assert ((counts - expected) ** 2 / expected).sum() < 25  # chi-square, df = 3: p = 1e-5
     pairs = np.bincount(np.ravel(shown[:-1]) * 4 + np.ravel(shown[1:]), minlength=16)
     expected = 18 * 199 / 16
-    assert ((pairs - expected) ** 2 / expected).sum() < 50  # 15 degrees: p = 1e-5
+    assert ((pairs - expected) ** 2 / expected).sum() < 50  # df = 15: p = 1e-5
     again = cache.TokenCacheDataset(built, seed=3)
     again.set_epoch(7)
     assert [again.view_of(picture) for picture in range(18)] == shown[7]
@@ -69,7 +69,7 @@ def test_worker_processes_see_the_epoch_also_when_they_live_on(built):
         assert torch.equal(tokens, torch.stack([data[i][0] for i in range(18)]))
         seen.append(tokens)
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
-    data[0]  # opens a file, which must not travel
+    data[0]  # opens a file, which must not be pickled
     again = pickle.loads(pickle.dumps(data))
     assert again.epoch == 2 and torch.equal(again[4][0], data[4][0])
 
@@ -78,7 +78,7 @@ def test_worker_processes_see_the_epoch_also_when_they_live_on(built):
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda data: pickle.loads(pickle.dumps(data))])
 def test_a_copys_workers_see_its_epoch(built, copied, start):
-    """As of a data set that a framework copies, or sends, before it makes a loader of it."""
+    """Workers follow the epoch of a copy, which a framework may make before it makes a loader."""
     original = cache.TokenCacheDataset(built)
     original.set_epoch(3)
     data = copied(original)
@@ -93,7 +93,7 @@ def test_a_copys_workers_see_its_epoch(built, copied, start):
 
 
 def test_ranks_of_ddp_share_the_pictures_and_agree_on_their_views(built):
-    """As under DistributedDataParallel: a sampler a rank, workers of its own, one epoch for all."""
+    """As under DistributedDataParallel: a sampler and workers per rank, and one epoch for all."""
     for epoch in (0, 1):
         shown = {}
         for rank in range(3):

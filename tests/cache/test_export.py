@@ -1,4 +1,4 @@
-"""Exports hold what the cache holds, whole or not at all; repair mends what verify names."""
+"""Exports hold what the cache holds, whole or not at all; repair fixes what verify reports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2, "views": ("center", "ce
 
 @pytest.fixture
 def built(tmp_path, out, tokenizer, fake):
-    """11 pictures in 3 shards, of which the second holds a bad one; 10 are readable."""
+    """A cache of 11 images in 3 shards; the one bad image is in the second, so 10 are readable."""
     tree = fake.make_tree(tmp_path / "p", bad=(1,))
     cache.build(tree, out, tokenizer, **SMALL)
     return tree
@@ -131,7 +131,7 @@ def test_repair(built, out, tmp_path, tokenizer, fake):
 
 
 def test_repair_makes_up_for_pictures_that_are_back(built, out, tokenizer, fake):
-    """Gone while a shard was made again; row by row the cache is then what it was."""
+    """Repair reads images that were missing when their shard was remade; all files match again."""
     before, bad = fake.read_tree(out), cache.status(out).bad
     picture = built / "class0" / "000.png"
     content = picture.read_bytes()
@@ -139,7 +139,7 @@ def test_repair_makes_up_for_pictures_that_are_back(built, out, tokenizer, fake)
     shards.shard_path(out, 0).unlink()
     assert cache.repair(built, out, tokenizer) == 1
     assert cache.status(out).bad == bad + 1 and fake.read_tree(out) != before
-    assert cache.repair(built, out, tokenizer) == 0  # still gone
+    assert cache.repair(built, out, tokenizer) == 0  # the image is still missing
     picture.write_bytes(content)
     told = []
     assert cache.repair(built, out, tokenizer, tell=told.append) == 1

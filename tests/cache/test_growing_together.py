@@ -1,4 +1,4 @@
-"""Extensions at once: another process does its work between two looks of this one."""
+"""Concurrent extensions: another process works between two reads of this one."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_two_that_extend_at_once_lose_nothing(tree, out, tokenizer, fake, monkey
 
 
 def test_two_listings_at_once_leave_a_sound_cache(tree, out, tokenizer, fake, monkeypatch):
-    """The second writes its index over the first one's, which has no manifest yet."""
+    """The second overwrites the first one's index, which has no manifest yet."""
     cache.build(tree, out, tokenizer, **SMALL)
     fake.add(tree, "class0/a.png")
     write, calls = index.write_index, []
@@ -109,7 +109,7 @@ def test_two_listings_at_once_leave_a_sound_cache(tree, out, tokenizer, fake, mo
 
 
 def test_a_batch_size_and_an_extension_at_once(tree, out, tokenizer, fake, monkeypatch):
-    """Of a cache without a shard; the weights' hash takes long enough for both."""
+    """Both can happen while this process hashes the weights of a cache that has no shard yet."""
     cache.prepare(tree, out, tokenizer, **{**SMALL, "batch_size": 64})
     fake.add(tree, "class0/a.png")
     describe, jobs = prepare.describe, []
@@ -129,7 +129,10 @@ def test_a_batch_size_and_an_extension_at_once(tree, out, tokenizer, fake, monke
 
 
 def test_one_that_began_before_completes_no_extended_cache(tmp_path, out, tokenizer, fake):
-    """Its shards are full ones, and those of the extended cache too."""
+    """A run that began before an extension must not complete the extended cache.
+
+    Its shards are all full, so they are shards of the extended cache too.
+    """
     tree = fake.make_tree(tmp_path / "p", count=12)
     cache.build(tree, out, tokenizer, **SMALL)
     slow = cache.prepare(tree, out, tokenizer, **SMALL)

@@ -1,4 +1,4 @@
-"""Pictures that come later, hashes, and indexing that is interrupted."""
+"""Images added later, hashes, and interrupted indexing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tokens_by_path(out):
     return found
 
 
-# ---- pictures added later
+# ---- images added later
 
 
 def test_extending_keeps_every_row_and_label(tree, out, tokenizer, fake):
@@ -43,7 +43,7 @@ def test_extending_keeps_every_row_and_label(tree, out, tokenizer, fake):
         cache.build(tree, out, tokenizer, **SMALL)
     assert fake.read_tree(out) == first
     summary = cache.build(tree, out, tokenizer, extend=True, **SMALL)
-    # 11 pictures in shards of 4: the third was not full.
+    # 11 images in shards of 4: the third shard was not full.
     assert (summary.images, summary.encoded, summary.shards) == (15, 7, 4)
     for name in ("shards/tokens-00000.safetensors", "shards/tokens-00001.safetensors"):
         assert fake.read_tree(out)[name] == first[name]
@@ -54,7 +54,7 @@ def test_extending_keeps_every_row_and_label(tree, out, tokenizer, fake):
     assert found.classes == ["class0", "class1", "class2", "aaa", "class1b"]
     assert labels[11:].tolist() == [3, 0, 4, 2]
     assert cache.verify(out, tokenizer, tree).agreement == 1.0
-    # From here on it is a cache like any other: the same input goes on, with and without the word.
+    # From here on it is a cache like any other: the same input resumes, with or without `extend`.
     for extend in (False, True):
         assert cache.build(tree, out, tokenizer, extend=extend, **SMALL).encoded == 0
     anew = out.with_name("anew")
@@ -134,7 +134,7 @@ def test_going_on_with_one_split_when_another_has_come(tmp_path, out, tokenizer,
 
 @pytest.mark.parametrize("after", [False, True])
 def test_an_interrupted_extension_goes_on(tmp_path, tokenizer, fake, monkeypatch, after):
-    """Killed before and after each rename of the extension: index, manifest, and both in place."""
+    """A kill before or after each rename loses nothing: index and manifest, then both installed."""
     tree = fake.make_tree(tmp_path / "p")
     cache.build(tree, tmp_path / "base", tokenizer, **SMALL)
     fake.add(tree, "class0/0.png", "class3/1.png")
@@ -158,7 +158,7 @@ def test_an_interrupted_extension_goes_on(tmp_path, tokenizer, fake, monkeypatch
             patch.setattr(os, "replace", killing)
             with pytest.raises(Stop):
                 cache.build(tree, out, tokenizer, extend=True, **SMALL)
-        # Once the new manifest was whole, a run without the word takes it up; before, it refuses.
+        # Once the new manifest is complete, a run without `extend` resumes; before, it refuses.
         begun = at > 2 or (at == 2 and after)
         if begun:
             cache.build(tree, out, tokenizer, **SMALL)
@@ -181,7 +181,7 @@ def test_many_processes_extend_as_one(tree, out, tokenizer, fake, monkeypatch):
             assert done() and job.manifest.images == 12
 
     monkeypatch.setattr(prepare, "_await", await_first)
-    # Rank 0 is not there to do its shards.
+    # Rank 0 does not run, so rank 1 must not wait long for its shards.
     monkeypatch.setattr(progress, "SLOW_SHARD", 0.1)
     extended = {"extend": True, "rank": 1, "world_size": 2}
     assert cache.build(tree, out, tokenizer, **extended, **SMALL).images == 12
@@ -233,7 +233,7 @@ def test_hashes_notice_what_keeps_its_size(tmp_path, out, tokenizer, fake, kind)
         cache.build(root, tmp_path / "plain", tokenizer, hashed=True, **SMALL)
 
 
-# ---- indexing that is interrupted
+# ---- interrupted indexing
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar", "webdataset", "parquet", "lmdb"])
@@ -319,7 +319,7 @@ def test_parts_that_are_no_parts(tree, out, tokenizer):
 
 
 def test_an_extension_that_lost_its_index(tree, out, tokenizer, fake):
-    """It is forgotten, unless the index is not that of the cache either."""
+    """An extension without its index is dropped, unless the cache's index does not fit either."""
     cache.build(tree, out, tokenizer, **SMALL)
     fake.add(tree, "class0/0.png")
     other = out.with_name("other")
@@ -342,14 +342,14 @@ def test_an_extension_that_lost_its_index(tree, out, tokenizer, fake):
 @pytest.mark.parametrize("how", ["repair", "extend", "extend with more"])
 @pytest.mark.parametrize("hashed", [False, True])
 def test_quarantined_pictures_that_were_mended_heal(tmp_path, out, tokenizer, fake, how, hashed):
-    """Of another size than when they were indexed; one is in the midst of a full shard."""
+    """Images that were mended to another size are encoded, also in the middle of a full shard."""
     tree = fake.make_tree(tmp_path / "p", count=9, bad=(2, 4, 7))
     settings = {**SMALL, "hashed": hashed}
     assert cache.build(tree, out, tokenizer, **settings).bad == 3
     before = dict(zip(cache.TokenCache(out).rows, cache.read_tokens(out)[0], strict=True))
     for number in (2, 7):
         fake.write_picture(tree / f"class{number % 3}" / f"{number:03d}.png", number)
-    # Nobody is refused for it; what cannot be read has no tokens that could be wrong.
+    # This is no reason to refuse a run: a quarantined image has no tokens that could be wrong.
     assert cache.build(tree, out, tokenizer, **settings).encoded == 0
     if how == "repair":
         assert cache.repair(tree, out, tokenizer) >= 1
@@ -394,7 +394,7 @@ def test_hashes_take_in_what_was_mended_to_the_same_size(tmp_path, out, tokenize
 def test_deleted_pictures_are_no_reason_to_refuse(tmp_path, out, tokenizer, fake):
     tree = fake.make_tree(tmp_path / "p", bad=(4,))
     cache.build(tree, out, tokenizer, **SMALL)
-    for number in (0, 4):  # one whose tokens are cached, one that could not be read
+    for number in (0, 4):  # one with cached tokens, one that could not be read
         (tree / f"class{number % 3}" / f"{number:03d}.png").unlink()
     fake.add(tree, "class2/new.png")
     summary = cache.build(tree, out, tokenizer, extend=True, **SMALL)
@@ -403,7 +403,7 @@ def test_deleted_pictures_are_no_reason_to_refuse(tmp_path, out, tokenizer, fake
 
 
 def test_what_extending_keeps_of_deleted_pictures(tmp_path, out, tokenizer, fake):
-    """Their tokens, but for those of the last shard, where it has room and is made again."""
+    """Extending keeps their tokens, except in a last shard that has room and is made again."""
     tree = fake.make_tree(tmp_path / "p")
     cache.build(tree, out, tokenizer, **SMALL)
     before = tokens_by_path(out)
@@ -420,14 +420,17 @@ def test_what_extending_keeps_of_deleted_pictures(tmp_path, out, tokenizer, fake
     now = tokens_by_path(out)
     assert now.keys() == before.keys() - {last} | {"class2/new.png"}
     assert now[first] == before[first]
-    # Where the picture comes back, so do its tokens.
+    # When the image comes back, so do its tokens.
     (tree / last).write_bytes(kept)
     assert cache.repair(tree, out, tokenizer) == 1
     assert tokens_by_path(out)[last] == before[last]
 
 
 def test_a_slow_run_does_not_write_over_an_extended_cache(tree, out, tokenizer, fake, monkeypatch):
-    """It began before; its last shard has fewer pictures. Before its commit, and in the midst."""
+    """A run that began before the extension is stopped before its commit, or undoes the commit.
+
+    Its last shard has fewer images than that of the extended cache.
+    """
     slow = cache.prepare(tree, out, tokenizer, **SMALL)
     cache.build(tree, out, tokenizer, **SMALL)
     fake.add(tree, "class2/new.png")
@@ -437,7 +440,7 @@ def test_a_slow_run_does_not_write_over_an_extended_cache(tree, out, tokenizer, 
     with pytest.raises(cache.ImagesChanged, match="extended it from 11 to 12 pictures; run again"):
         cache.encode_shard(slow, last)
     assert {**fake.read_tree(out), "COMPLETE.json": before["COMPLETE.json"]} == before
-    # Between its look at the manifest and its commit nobody can hold it back: it takes it back.
+    # Nothing can stop it between its check of the manifest and its commit, so it undoes the commit.
     check, looks = job._check_current, []
 
     def late(one):

@@ -1,4 +1,4 @@
-"""The index: order, labels, and everything odd that a folder can hold."""
+"""The index: order, labels, and every odd thing that a folder can hold."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_only_pictures_and_nothing_hidden(tmp_path):
 
 
 def test_labels_are_places_of_sorted_class_folders(tmp_path):
-    # Empty folders count; sorting is that of the names alone ("a" before "a-b").
+    # Empty folders count, and folders are sorted by their names alone ("a" before "a-b").
     touch(tmp_path / "p", "a-b/1.png", "a/same.png", "c/deep/same.png", "loose.png")
     (tmp_path / "p" / "b").mkdir()
     (count, _), classes = make(tmp_path / "p", tmp_path / "index.parquet")
@@ -121,7 +121,7 @@ def test_names_that_are_not_utf8(tmp_path):
 
 def test_very_deep_folders(tmp_path):
     deep = [tmp_path / "p"]
-    for _ in range(1200):  # deeper than Python's stack, shorter than the longest path
+    for _ in range(1200):  # deeper than Python's stack, below the longest path
         deep[-1].mkdir()
         deep.append(deep[-1] / "d")
     touch(deep[-2], "x.png")
@@ -196,7 +196,7 @@ def test_changes_are_noticed_and_vanished_files_tolerated(tmp_path):
 
 
 def test_indexing_needs_little_memory(tmp_path):
-    """Memory is that of a shard, however many there are: a million takes what 40,000 take."""
+    """Memory is that of one shard, however many there are: a million images take what 40,000 do."""
     names = (f"n{i // 1000:04d}/n{i // 1000:04d}_{i:08d}.JPEG" for i in range(40_000))
     entries = (Entry(name, i, i // 1000) for i, name in enumerate(names))
     tracemalloc.start()
@@ -215,7 +215,7 @@ def test_index_that_cannot_be_written(tmp_path):
 
 
 def test_arrow_holds_nothing_of_pythons(tmp_path, monkeypatch):
-    """Its threads let go of a Python file late; where the interpreter ends, the process aborts."""
+    """Arrow gets no Python file: it releases one late, and an earlier exit aborts the process."""
     path = tmp_path / "index.parquet"
     write_index(path, [Entry(f"a/{number:04d}.png", number, 0) for number in range(300)], 100)
 

@@ -1,4 +1,4 @@
-"""A run may be killed at any moment: what is there is whole, and going on gives the same bytes."""
+"""A run may be killed at any moment: every file is whole, and resuming gives the same bytes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from vfmtok_fast.cache.store import atomic
 
 SMALL = {"batch_size": 3, "shard_size": 2, "workers": 2}
 
-# A process that imports once and forks one builder per trial. It says on its last line how many
-# builders were killed. `at` counts the renames, the only moments at which anything becomes visible.
+# A process that imports once and forks one builder per trial. Its last line is the number of
+# builders killed. `at` counts the renames, the only moments at which anything becomes visible.
 HARNESS = (
     START
     + DIE_AT_RENAME
@@ -106,7 +106,7 @@ def test_killed_at_random_moments(tmp_path, fake):
 
 @pytest.mark.slow
 def test_killed_before_and_after_every_rename(tmp_path, fake):
-    """11 pictures in 6 shards, 2 of them with a quarantine list."""
+    """11 images in 6 shards, 2 with a quarantine list: resuming always makes the same files."""
     images = fake.make_tree(tmp_path / "p", bad=(3, 7))
     (tmp_path / "out").mkdir()
     killed = run_harness(fake, "renames", images, tmp_path / "out")
@@ -131,7 +131,7 @@ def test_polite_signals_leave_nothing_half_written(
 
         def interrupted(argument):
             calls.append(argument)
-            if len(calls) == 5:  # for fsync: inside the manifest or a shard, its file is open
+            if len(calls) == 5:  # for fsync: while the file of the manifest or of a shard is open
                 os.kill(os.getpid(), number)
                 time.sleep(0.1)
             return original(argument)
@@ -182,7 +182,7 @@ def test_sweep_takes_what_the_dead_left_and_nothing_else(tmp_path, gone_pid):
     kept = [
         f"b.tmp-{host}-{os.getpid()}",
         f"b.tmp-{host}-{os.getpid()}-0123abcd",
-        # Of an older version, or of another PID namespace of this host.
+        # From an older version, or from another PID namespace of this host.
         f"b.tmp-{socket.gethostname()}-{gone_pid}",
         f"b.tmp-{socket.gethostname()}.1-{gone_pid}-0123abcd",
         "c.tmp-elsewhere-1",
@@ -212,7 +212,7 @@ def test_a_run_sweeps_the_cache(tree, out, tokenizer, fake, gone_pid):
 
 
 def test_disk_full(tree, out, tokenizer, fake):
-    """A real refusal by the system, in the middle of a shard."""
+    """The operating system itself refuses a write in the middle of a shard."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     encode = tokenizer.encode
 
@@ -239,7 +239,7 @@ def test_disk_full_while_indexing(tree, out, tokenizer, fake, monkeypatch):
 
     def fill(*place):
         walks.append(place)
-        if len(walks) == 2:  # the first looks for one readable picture
+        if len(walks) == 2:  # the first walk looks for one readable image
             resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
         return walk(*place)
 
@@ -255,7 +255,7 @@ def test_disk_full_while_indexing(tree, out, tokenizer, fake, monkeypatch):
 def test_a_disk_that_fills_up_and_one_that_turns_read_only(
     tree, tmp_path, tokenizer, fake, small_disk
 ):
-    """A tmpfs of pages: index, manifest and some of the six shards fit."""
+    """The tmpfs, allocated in pages, has room for index, manifest and some of the six shards."""
     cache.build(tree, tmp_path / "whole", fake.FakeTokenizer(), **SMALL)
     out = small_disk("size=20k") / "tokens"
     with pytest.raises(cache.CacheWriteError) as caught:
@@ -292,18 +292,18 @@ def test_a_failed_write_keeps_what_was_there(tmp_path):
 
 
 def test_threads_write_under_names_of_their_own(tmp_path):
-    """Of one process, whose id they share."""
+    """Threads of one process share its id, yet their temporary files have different names."""
     path = tmp_path / "file"
     with path.writing() as one, path.writing() as other:
         one.write(b"one")
         other.write(b"other")
         assert len(list(tmp_path.iterdir())) == 2
-    assert path.read_bytes() == b"one"  # which ended last
+    assert path.read_bytes() == b"one"  # the writer that closed last
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_living_writer_of_another_pid_namespace_is_left_alone(tmp_path, monkeypatch):
-    """Containers of one host name count their processes each from 1."""
+    """Containers with the same host name each number their processes from 1."""
     here = atomic._machine()
     with (tmp_path / "file").writing() as file:
         file.write(b"half")

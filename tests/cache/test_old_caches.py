@@ -1,4 +1,4 @@
-"""A cache of commit f734c78, before the cache was rebuilt, is read and gone on with."""
+"""A cache of commit f734c78, from before the cache was rebuilt, can be read and resumed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SETTINGS = {"views": ("center", "center-flip"), "batch_size": 3, "shard_size": 4
 
 @pytest.fixture
 def old(tmp_path):
-    """A copy, for a run may write into it."""
+    """A copy of the old cache, because a run may write into it."""
     return shutil.copytree(OLD, tmp_path / "old")
 
 

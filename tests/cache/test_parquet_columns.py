@@ -1,4 +1,4 @@
-"""Which columns of Parquet files are taken, and that another one never comes in between."""
+"""Which columns of Parquet files are read, and that a cache never mixes in another one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write(path, features=None, **columns):
 
 
 def levels(source):
-    """The gray level of every picture, and its label."""
+    """Return the gray level and the label of every image."""
     found = []
     for entry in source.entries():
         with Image.open(io.BytesIO(source.read(entry))) as image:
@@ -230,7 +230,7 @@ def test_a_resumed_run_keeps_to_its_columns(tmp_path, tokenizer, fake):
         with pytest.raises(cache.ImagesChanged, match=next(iter(other))) as caught:
             cache.build(path, out, tokenizer, **SMALL, **{**right, **other})
         assert "\n" not in str(caught.value)
-    # Neither verify nor repair has to be told again.
+    # verify and repair do not need the choice repeated.
     assert cache.verify(out, tokenizer, path).agreement == 1.0
     (out / "shards" / "tokens-00000.safetensors").unlink()
     assert cache.repair(path, out, tokenizer) == 1
@@ -238,7 +238,7 @@ def test_a_resumed_run_keeps_to_its_columns(tmp_path, tokenizer, fake):
 
 
 def test_a_cache_of_the_first_column_goes_on_only_with_it(tmp_path, tokenizer, out):
-    """Before there was a choice the first struct was taken, and no index says so."""
+    """Before columns could be chosen the first struct was taken, which no index records."""
     path = write(tmp_path / "q.parquet", mask=pictures(9, 8), image=pictures(1, 2), label=[0, 1])
     cache.build(path, out, tokenizer, **SMALL, image_column="mask")
     assert index.read_origin(out / "index.parquet").chosen == {}

@@ -1,4 +1,4 @@
-"""Many processes on one cache: any number, coming and going, give the bytes of one."""
+"""Any number of processes, coming and going, make the same cache bytes as a single one."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ def test_killed_worlds_of_changing_size(tmp_path, fake):
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 6
-    # What killed processes leave is swept by the next run.
+    # The next run sweeps what killed processes left.
     cache.build(images, tmp_path / "out", fake.FakeTokenizer(), views=views, **SMALL)
     assert fake.read_tree(tmp_path / "out") == fake.read_tree(tmp_path / "whole")
 
 
 def test_what_others_did_meanwhile_is_not_done_again(tree, tmp_path, out, tokenizer, fake):
-    """Rank 1 of 2 runs from start to end while rank 0 is in its first shard."""
+    """Rank 1 of 2 runs from start to finish while rank 0 is in its first shard."""
     cache.build(tree, tmp_path / "whole", fake.FakeTokenizer(), **SMALL)
     other = []
 
@@ -99,7 +99,7 @@ def test_what_others_did_meanwhile_is_not_done_again(tree, tmp_path, out, tokeni
             other[0] = cache.build(tree, out, fake.FakeTokenizer(), **settings)
 
     first = cache.build(tree, out, tokenizer, rank=0, world_size=2, progress=help_out, **SMALL)
-    # The shard that rank 0 was in and the one whose pictures it had begun to decode.
+    # Rank 0 made the shard that it was in and the one whose images it had begun to decode.
     assert 2 <= first.encoded <= 4 and 7 <= other[0].encoded <= 11
     assert fake.read_tree(out) == fake.read_tree(tmp_path / "whole")
 
@@ -183,7 +183,7 @@ def test_other_ranks_leave_the_index_to_the_first(tree, out, tokenizer, monkeypa
 
 @pytest.mark.parametrize("view", ["center", "center-flip"])
 def test_another_manifest_at_the_same_time(tree, out, tokenizer, monkeypatch, view):
-    """Another process begins and ends its indexing during ours; harmless, if it does the same."""
+    """Another process indexes during ours, which is harmless if its settings are the same."""
     write = parts.write_in_parts
 
     def meanwhile(*arguments):
@@ -220,7 +220,7 @@ def test_bad_pictures_of_other_processes_count(tmp_path, out, tokenizer, fake):
 
 
 def test_a_shard_that_comes_while_it_is_counted_counts_once(tmp_path, out, tokenizer, fake):
-    """Made by another process, or by an actor that committed it and died before it said so."""
+    """The shard comes from another process, or an actor that died between commit and report."""
     tree = fake.make_tree(tmp_path / "p", bad=(3,))
     job = cache.prepare(tree, out, tokenizer, **SMALL)
     state = State(job, None)
@@ -233,7 +233,7 @@ def test_a_shard_that_comes_while_it_is_counted_counts_once(tmp_path, out, token
 
 
 def test_another_takes_the_completion_away_as_it_is_read(tree, out, tokenizer, monkeypatch):
-    """Whoever has a shard to come does so."""
+    """finish copes if a process that still has a shard to encode removes COMPLETE.json."""
     cache.build(tree, out, tokenizer, **SMALL)
     job = cache.prepare(tree, out, tokenizer, **SMALL)
     read = LocalPlace.read_bytes
@@ -266,7 +266,7 @@ def test_a_shard_that_goes_while_it_is_counted(tree, out, tokenizer, monkeypatch
 
 
 def test_a_run_without_a_bar_waits_for_no_lock():
-    """Of tqdm: forked processes share it, and one that was killed holds it for ever."""
+    """Forked processes share tqdm's lock; one killed while it holds the lock never frees it."""
 
     def report() -> None:
         with reporting(False, total=2, done=0) as tell:

@@ -1,4 +1,4 @@
-"""The engine ray: the bytes of a run without it, whatever becomes of actors and nodes."""
+"""The Ray engine makes the bytes of a run without Ray, even if actors or nodes are lost."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ SMALL = {"batch_size": 3, "shard_size": 4, "views": ("center", "ten-crop-6")}
 
 @pytest.fixture(scope="module")
 def cluster(fake):
-    """A local Ray of two nodes with a core each."""
+    """A local Ray cluster of two nodes with one core each."""
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    # Classes of the tests travel by value: the actors cannot import them.
+    # Classes of the tests are pickled by value, because the actors cannot import them.
     modules = sys.modules[fake.__name__], sys.modules[__name__]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -36,13 +36,13 @@ def cluster(fake):
         yield found
         ray.shutdown()
         found.shutdown()
-        signal.signal(signal.SIGTERM, handler)  # Ray leaves its own.
+        signal.signal(signal.SIGTERM, handler)  # Ray leaves its own handler.
         for module in modules:
             ray.cloudpickle.unregister_pickle_by_value(module)
 
 
 def watched(fake, folder, die_at=None):
-    """A tokenizer that starts once two processes have it; one of them dies at its n-th batch."""
+    """Return a tokenizer that waits until two processes use it; one dies at batch `die_at`."""
 
     class Watched(fake.FakeTokenizer):
         def encode(self, images):
@@ -73,7 +73,7 @@ def test_the_same_bytes_although_an_actor_is_killed(cluster, tmp_path, out, fake
     tree = fake.make_tree(tmp_path / "p", count=60, bad=(3, 4, 31))
     cache.build(tree, tmp_path / "whole", fake.FakeTokenizer(), **SMALL)
     seen = []
-    with switch.enable("nearest_code", strict=True):  # and so in the actors
+    with switch.enable("nearest_code", strict=True):  # and thereby in the actors
         tokenizer = watched(fake, tmp_path / "seen", die_at=7)
         summary = cache.build_on_ray(tree, out, tokenizer, progress=seen.append, **SMALL)
     assert (tmp_path / "seen" / "died").exists() and len(pids(tmp_path / "seen")) >= 2
@@ -81,7 +81,7 @@ def test_the_same_bytes_although_an_actor_is_killed(cluster, tmp_path, out, fake
     assert seen[-1] == cache.Progress(60, 3, 60) and [p.done for p in seen] == sorted(
         p.done for p in seen
     )
-    # What the killed actor left half written is swept by the next run, which finds all done.
+    # The next run sweeps what the killed actor left half written, and finds every shard done.
     assert cache.build(tree, out, fake.FakeTokenizer(), **SMALL).encoded == 0
     assert fake.read_tree(out) == fake.read_tree(tmp_path / "whole")
 
@@ -142,7 +142,7 @@ def test_the_command(cluster, tmp_path, tree, out, capsys):
 
 
 class LostCluster:
-    """Ray whose first actor starts and is lost with its node; no other one ever starts."""
+    """A fake Ray whose first actor starts and is lost with its node; no other actor ever starts."""
 
     class exceptions:
         class RayError(Exception):

@@ -1,4 +1,4 @@
-"""Reading tokens back: random access, views, bad pictures left out, other processes."""
+"""Reading tokens back: random access, views, skipped bad images, and other processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def built(tmp_path, out, tokenizer, fake):
 
 
 def test_random_access(built, out, tmp_path, tokenizer, fake):
-    """The same tokens as a cache of the good pictures alone, at positions without gaps."""
+    """Reading gives the tokens of a cache of the good images alone, at positions without gaps."""
     for name in ("class1/001.png", "class1/010.png"):
         (built / name).unlink()
     cache.build(built, tmp_path / "good", tokenizer, **{**SMALL, "shard_size": 100})
@@ -69,7 +69,7 @@ def test_unknown_view(built, out):
 
 def test_loader_processes_and_pickles(built, out):
     tokens = cache.TokenCache(out, "center")
-    tokens[0]  # opens a file, which must not travel
+    tokens[0]  # opens a file, which must not be pickled
     loader = DataLoader(tokens, batch_size=4, num_workers=1)
     batches = list(loader)
     assert [len(labels) for _, labels in batches] == [4, 4, 1]
@@ -89,7 +89,7 @@ def test_incomplete_caches_only_on_request(tree, out, tokenizer):
 
 
 def test_a_shard_that_shrinks_under_its_reader(tree, out, tokenizer):
-    """Mapped, it would end the process with SIGBUS."""
+    """Reading it raises an error; if it were mapped, SIGBUS would end the process."""
     cache.build(tree, out, tokenizer, batch_size=3, shard_size=4)
     reader = cache.TokenCache(out)
     first = reader[0]
@@ -124,7 +124,7 @@ def test_a_shard_that_another_thread_closes_at_once(built, out):
 
 
 def test_another_current_folder(built, out, tmp_path, monkeypatch):
-    """As after Hydra's chdir."""
+    """A relative path keeps its meaning if the current folder changes, as it does with Hydra."""
     monkeypatch.chdir(out.parent)
     reader = cache.TokenCache(out.name)
     want = reader[3][0]

@@ -1,4 +1,4 @@
-"""Everything that a build refuses: one line, and nothing touched."""
+"""Everything that a build refuses, with a one-line message and without touching any file."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_impossible_tokens_are_an_error(tree, out, tokenizer, answer, text):
     with pytest.raises(cache.TokenError, match=text) as caught:
         cache.build(tree, out, tokenizer, **SMALL)
     assert one_line(caught) and list((out / "shards").iterdir()) == []
-    assert tokenizer.training  # put back although it failed
+    assert tokenizer.training  # restored although the build failed
 
 
 def test_codebook_must_fit_16_bits(tree, out, fake):
@@ -164,7 +164,7 @@ def test_codebook_must_fit_16_bits(tree, out, fake):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_in_half_precision_the_enabled_ops_count(dtype, fake, clean_switch):
-    """They round differently there; in float32 their codes are the reference's."""
+    """Enabled ops round differently in half precision; in float32 codes are the reference's."""
     tokenizer = fake.FakeTokenizer().to(dtype)
     plain = describe(tokenizer, ["center"], 4)
     with vfmtok_fast.enable(["nearest_code", "sample_token"]):
@@ -192,7 +192,7 @@ def test_a_cache_in_half_precision_is_not_gone_on_with_otherwise(tree, out, fake
 
 
 def test_a_url_that_pathlib_has_had(tree, tokenizer, tmp_path, monkeypatch):
-    """Path("s3://bucket/x") is the local folder s3:/bucket/x."""
+    """A URL given as a Path is refused: Path("s3://bucket/x") is the local folder s3:/bucket/x."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="give a URL as a string"):
         cache.build(tree, Path("s3://bucket/tokens"), tokenizer, **SMALL)

@@ -1,4 +1,4 @@
-"""Many pictures: 200,000 rows through kills to the last token, a million in little memory."""
+"""Many images: 200,000 rows are exact despite kills; a million are indexed in little memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def peak():
 """
 )
 
-# Pictures are made up from their row, so that all the time goes to what is under test.
+# Images are made up from their row number, so that all the time goes to the code under test.
 ROWS = (
     SCALE
     + """
@@ -119,7 +119,7 @@ def run(script, fake, out):
 @pytest.mark.slow
 def test_two_hundred_thousand_rows(tmp_path, out, fake):
     for name, count in (("many", 200_000), ("few", 20_000)):
-        # One that can be read, or nothing would be begun.
+        # The first image can be read; with none, the run would not begin.
         images = [b"P6 1 1 255\n---"] + [b"x"] * (count - 1)
         table = pa.table({"image": images, "label": np.arange(count) % 1000})
         pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=1000)
@@ -129,7 +129,7 @@ def test_two_hundred_thousand_rows(tmp_path, out, fake):
     rows = np.arange(200_000)
     good = rows % 1009 != 7
     tokens, labels = cache.read_tokens(out)
-    # The fake tokenizer's sum over pixels, one colour at a time.
+    # The fake tokenizer's sum over pixels, taken per colour channel.
     pixels = fake.SIDE * fake.SIDE
     places = np.arange(3 * pixels * fake.TOKENS).reshape(3, pixels, fake.TOKENS)
     weights = (places * 7919 % 65521).sum(1)

@@ -1,4 +1,4 @@
-"""Inputs other than a folder: the same tokens from each, and nothing in an archive is trusted."""
+"""Inputs other than a folder: each gives the same tokens, and no archive is trusted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2}
 
 @pytest.mark.parametrize("kind", ["tar", "webdataset", "parquet", "lmdb"])
 def test_an_input_is_called_as_it_was_named(tmp_path, fake, kind):
-    """One archive of a folder by its own name, for others may lie beside it."""
+    """A single archive goes by its own name, not its folder's, as others may lie beside it."""
     root = fake.MAKERS[kind](fake.make_tree(tmp_path / "p"), tmp_path / "archive")
     source = open_source(root)
     assert source.shown == (root / "data.mdb" if kind == "lmdb" else root)
@@ -51,10 +51,10 @@ def test_the_same_tokens_as_from_the_folder(tmp_path, tokenizer, fake, kind):
         (_, then), (_, now) = map(shards.read_shard, paths)
         for name in ("tokens", "index", "label", "status"):
             np.testing.assert_array_equal(getattr(then, name), getattr(now, name))
-        # The quarantine list, whose checksum the shard holds, names the places in the archive.
+        # The shard holds the checksum of the quarantine list, which names places in the archive.
         assert kind != "tar" or paths[0].read_bytes() == paths[1].read_bytes()
     assert cache.verify(outs[1], tokenizer, root).agreement == 1.0
-    # A resumed run makes the same bytes, from any shard on.
+    # A resumed run makes the same bytes, whichever shard is missing.
     before = fake.read_tree(outs[1])
     shards.shard_path(outs[1], 1).unlink()
     assert cache.build(root, outs[1], tokenizer, views=views, **SMALL).encoded == 4
@@ -159,7 +159,7 @@ def test_a_truncated_tar_is_refused(tmp_path, tree, tokenizer, out, maker, cut, 
 
 
 def test_a_damaged_header_is_not_taken_for_the_end(tmp_path, tree, fake):
-    """tarfile by itself stops there without a word, and half the data set is gone."""
+    """tarfile alone stops there without an error, and half the data set would be lost."""
     path = fake.make_tar_of_tars(tree, tmp_path / "train.tar")
     data = bytearray(path.read_bytes())
     second = data.index(b"class1.tar")
@@ -355,7 +355,7 @@ def test_kinds_are_told_apart(tmp_path, tree):
 
 
 def test_indexing_an_archive_needs_little_memory(tmp_path):
-    """Memory is that of a shard and a header, however many there are."""
+    """Memory is that of one shard and one header, however many there are."""
     header = tarfile.TarInfo("n01440764/n01440764_10026.JPEG").tobuf(tarfile.GNU_FORMAT)
     (tmp_path / "p.tar").write_bytes(header * 5_000 + bytes(1024))
     tracemalloc.start()
@@ -386,7 +386,7 @@ def test_the_checksum_covers_places_and_files(tmp_path):
 
 
 def test_an_lmdb_that_was_cut_short(tmp_path, fake):
-    """It is mapped by its library; a page behind the file's end would be SIGBUS."""
+    """A cut file is refused: lmdb maps the file, and a page past its end would raise SIGBUS."""
     root = fake.MAKERS["lmdb"](fake.make_tree(tmp_path / "p"), tmp_path / "archive")
     whole = (root / "data.mdb").stat().st_size
     assert len(list(open_source(root).entries())) == 11

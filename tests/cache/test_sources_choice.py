@@ -1,4 +1,4 @@
-"""What a folder is taken for, and which of its files are taken."""
+"""Which kind of input a folder is taken for, and which of its files are used."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2}
 
 
 def hub(fake, tree, root, split="train"):
-    """Two Parquet files as the hub lays them out: root/data/train-00000-of-00002.parquet."""
+    """Write two Parquet files in the hub's layout: root/data/train-00000-of-00002.parquet."""
     files = fake.make_parquet(tree, root.with_name(f"{root.name}-flat"))
     for path in sorted(files.iterdir()):
         target = root / "data" / path.name.replace("train", split)
@@ -129,7 +129,7 @@ def test_splits_in_one_folder_are_asked_about(tmp_path, tree, tokenizer, maker, 
     assert count(open_source(root, exclude=["validation-*"])) == 11
     with pytest.raises(ValueError, match="nothing is left in it with include 'no"):
         open_source(root, include=["no*"])
-    # Recorded, so that another choice does not go on with it, and verify and repair take the same.
+    # The choice is recorded: a run with another one is refused, and verify and repair use it too.
     cache.build(root, out, tokenizer, **SMALL, **train)
     before = fake.read_tree(out)
     with pytest.raises(cache.ImagesChanged, match="include .there .*, here none"):
@@ -225,7 +225,7 @@ def test_compressed_shards_are_not_left_out(tmp_path, tree, fake):
 def test_parts_that_an_older_version_left_are_listed_anew(
     tree, tmp_path, out, tokenizer, fake, monkeypatch
 ):
-    """It took other folders for classes, so that its labels are others."""
+    """The older version took other folders for classes, so its labels differ."""
     monkeypatch.setattr(parts, "PART", 2)
     fake.write_picture(tree / "__MACOSX" / "a.png", 1)
     with monkeypatch.context() as patch:
@@ -354,7 +354,7 @@ def test_splits_in_one_tar(tmp_path, tree, fake):
     ],
 )
 def test_patterns_reach_into_inner_tars(tmp_path, tree, fake, chosen):
-    """As into the folder that they would be unpacked to."""
+    """Patterns match there as in the folder that the tars would be unpacked to."""
     source = open_source(fake.make_tar_of_tars(tree, tmp_path / "t.tar"), **chosen)
     folders = open_source(tree, **chosen)
     assert source.classes(-1) == folders.classes(-1)

@@ -1,4 +1,4 @@
-"""Nothing in an input is passed over without a word, and nothing is read behind the wrong name."""
+"""Everything left out of an input is reported, and nothing is read under the wrong name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ JUNK = ["__MACOSX", "lost+found", "@eaDir", "$RECYCLE.BIN", "System Volume Infor
 
 
 def archive_of(path, fake, *members):
-    """A tar of (name, data) and of (name, data, fields)."""
+    """Write a tar whose members are given as (name, data) or (name, data, fields)."""
     path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for name, data, *fields in members:
@@ -88,7 +88,7 @@ def test_compressed_inner_tars_are_counted(tmp_path, tree, fake):
     assert source.left_out == {"compressed tars (decompress them to plain .tar)": 1}
 
 
-# ---- what systems leave behind
+# ---- what operating systems leave behind
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
@@ -134,7 +134,7 @@ def test_a_cache_with_a_class_of_junk_is_refused_and_readable(
     assert len(cache.TokenCache(out, view="center")) == 12
 
 
-# ---- indexing that goes on
+# ---- resumed indexing
 
 
 @pytest.mark.parametrize("inner", [False, True])
@@ -195,7 +195,7 @@ def test_tars_behind_one_another(tmp_path, tokenizer, out, fake):
 
 
 def with_sizes_in_pax_headers(path, fake, *members):
-    """A tar whose own headers say 0 bytes, as POSIX allows where a PAX header says how many."""
+    """Write a tar whose headers give 0 bytes, as POSIX allows if a PAX header gives the size."""
     blocks = []
     for name, data in members:
         info = tarfile.TarInfo(name)
@@ -341,7 +341,7 @@ def test_the_commands_options(tmp_path, fake, capsys):
 
 # ---- HEIC
 
-# Stands in for pillow-heif: "HEIF" is a PNG behind the mark of a HEIC file.
+# Stands in for pillow-heif: "HEIF" is a PNG after the signature of a HEIC file.
 PLUGIN = """
 import io
 from PIL import Image, PngImagePlugin
@@ -395,7 +395,7 @@ def test_its_version_is_in_the_fingerprint_where_it_is_used(
     picture = tree / "class1" / "x.HEIC"
     data = fake.write_picture(tmp_path / "x.png", 1).read_bytes()
     picture.write_bytes(b"\0\0\0\x18ftypheic" + data)
-    # Its fingerprint cannot change any more.
+    # The fingerprint of this cache cannot change any more.
     with pytest.raises(ValueError, match="cannot get any"):
         cache.build(tree, tmp_path / "plain", tokenizer, extend=True, **SMALL)
     assert cache.build(tree, out, tokenizer, **SMALL).bad == 0

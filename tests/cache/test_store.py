@@ -1,4 +1,4 @@
-"""A cache in a store that fsspec reaches: no renames, torn and failing puts, reading back."""
+"""Caches in a store behind fsspec: no renames, torn puts, failing puts, and reading back."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _count = itertools.count()
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nothing of ours may catch it."""
+    """Stands for kill -9; the package must not catch it."""
 
 
 class Faulty(MemoryFileSystem):
-    """A store whose n-th put fails: before it, half way, or after it; as an error or a death."""
+    """A store whose n-th put fails before, halfway or after it, with an error or like a kill."""
 
     protocol = "faulty"
     at, moment, error, puts = 0, "", Killed, 0
@@ -61,13 +61,13 @@ fsspec.register_implementation("faulty", Faulty)
 
 @pytest.fixture
 def url():
-    """A place in memory that no other test has; of the faulty store, which is armed by tests."""
+    """The URL of a new place in the faulty in-memory store; a test arms the fault itself."""
     Faulty.arm(0)
     return f"faulty://bucket{next(_count)}/tokens"
 
 
 def read_store(url):
-    """Every object below a URL with its bytes."""
+    """Return every object below a URL with its bytes."""
     root = Faulty._strip_protocol(url)
     files = {path: file.getvalue() for path, file in MemoryFileSystem.store.items()}
     return {k.removeprefix(root + "/"): v for k, v in files.items() if k.startswith(root + "/")}
@@ -88,7 +88,10 @@ def test_the_same_files_as_on_a_disk(tmp_path, out, url, tokenizer, fake):
 @pytest.mark.parametrize("moment", ["before", "half", "after"])
 @pytest.mark.parametrize("error", [Killed, OSError, RuntimeError])
 def test_whenever_a_put_fails_the_next_run_goes_on(tmp_path, url, tokenizer, fake, moment, error):
-    """11 pictures in 3 shards, 2 with a quarantine list: 8 puts and one more that does not come."""
+    """The next run completes the cache, whichever put failed.
+
+    11 images in 3 shards, 2 with a quarantine list, take 8 puts; a ninth never comes.
+    """
     tree = fake.make_tree(tmp_path / "p", bad=(3, 7))
     cache.build(tree, url + "-whole", tokenizer, **SMALL)
     for at in range(1, 9):
@@ -106,8 +109,8 @@ def test_whenever_a_put_fails_the_next_run_goes_on(tmp_path, url, tokenizer, fak
     cache.build(tree, f"{url}-9", tokenizer, **SMALL)
 
 
-# Forks one builder after the other and kills it at a random moment, on a file system that has
-# neither renames nor puts in one piece: it writes under the final name, bit by bit.
+# Forks one builder after another and kills each at a random moment. The file system has neither
+# renames nor atomic puts: it writes to the final name piece by piece.
 HARNESS = (
     START
     + """
@@ -207,7 +210,7 @@ def test_reading_back(tmp_path, out, url, tokenizer, fake, monkeypatch):
     report = cache.verify(url, tokenizer, tree)
     assert report.ok and report.agreement == 1.0 and report.bad == 2
     local, remote = cache.TokenCache(out), cache.TokenCache(url)
-    assert not (tmp_path / "home").exists()  # nothing is fetched before it is asked for
+    assert not (tmp_path / "home").exists()  # nothing is fetched before it is needed
     assert len(remote) == 18 and (remote.rows == local.rows).all()
     for position in range(18):
         assert torch.equal(remote[position][0], local[position][0])

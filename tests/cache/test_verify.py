@@ -1,4 +1,4 @@
-"""verify and status: sound caches pass, and every kind of damage is found and named."""
+"""verify and status: sound caches pass, and every kind of damage is found and reported."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHARD = "shards/tokens-00001.safetensors"
 
 @pytest.fixture
 def built(tmp_path, out, tokenizer, fake):
-    """11 pictures, 3 shards; one bad picture, in shard 1."""
+    """The images of a cache of 11 images in 3 shards, with one bad image in shard 1."""
     tree = fake.make_tree(tmp_path / "p", bad=(1,))
     cache.build(tree, out, tokenizer, views=("center", "center-flip"), **SMALL)
     return tree
@@ -45,7 +45,7 @@ def test_sound_cache(built, out, tokenizer, fake):
 
 
 def test_contact_sheet(tmp_path, built, out, tokenizer):
-    """Pairs of the first view and of what is decoded from the cached tokens, bad ones passed by."""
+    """The sheet pairs first views with their decoded tokens; a good image replaces a bad one."""
     decoded = []
 
     def decode(codes):
@@ -185,7 +185,7 @@ def test_damage_is_named(built, out, tokenizer, damage, text):
     ],
 )
 def test_wrong_contents_with_right_checksums_are_named(built, out, change, text):
-    """What a faulty writer would produce."""
+    """verify reports what a faulty writer would produce."""
     header, shard = shards.read_shard(out / SHARD)
     bad = int(np.flatnonzero(shard.status)[0])
     assert bad == 0
@@ -286,13 +286,13 @@ def test_failures_are_listed_while_it_runs(tmp_path, out, tokenizer, fake):
     def look(state):
         found = cache.status(out)
         listed = [entry["path"] for entry in cache.failures(out)]
-        # Another shard may be committed at any moment.
+        # Another shard may be committed between these calls.
         assert found.bad <= len(listed) <= cache.status(out).bad
         seen.append((found.state, listed))
 
     cache.build(tree, out, tokenizer, progress=look, **SMALL)
     every = ["class0/000.png", "class1/010.png", "class2/005.png"]
-    # Which of them show when depends on the pace of the thread that commits.
+    # Which of them are listed at a given call depends on the speed of the committing thread.
     assert all(listed == [path for path in every if path in listed] for _, listed in seen)
     assert any(state == "incomplete" and listed for state, listed in seen)
     assert seen[-1][1] == every

@@ -1,4 +1,4 @@
-"""Views: where each crop lies, and that a random one depends on its own key alone."""
+"""Views: the position of each crop, and that a random crop depends only on its own key."""
 
 from __future__ import annotations
 
@@ -93,13 +93,13 @@ def test_random_crops_depend_on_seed_path_and_number_alone():
 
 
 def test_draws_stay_the_same_for_ever():
-    """Numbers written down once: caches made by an older program must go on to fit."""
+    """The expected numbers never change, so that caches of older versions stay valid."""
     drawn = [_draw(0, 2, "n01/x.JPEG", step, 1000) for step in range(3)]
     assert drawn + [_draw(7, 0, "\u00e9.png", 0, 85)] == [620, 636, 230, 47]
 
 
 def test_random_crops_are_uniform():
-    """Short side and place, by chi-square at 1e-6 or so: 36 degrees of freedom at most."""
+    """Short side and place pass chi-square tests at 1e-6 or so (36 degrees of freedom at most)."""
     for step, count in ((0, 5), (1, 37), (2, 8)):
         drawn = [_draw(0, k, f"{i}.jpg", step, count) for i in range(400) for k in range(10)]
         seen = np.bincount(drawn, minlength=count)
@@ -114,7 +114,7 @@ def test_all_views_in_a_cache(tree, out, tokenizer, fake):
     assert len(found.views) == 14 and found.covers["seed"] == 3
     assert set(found.covers["view_rules"]) == {"random", "ten-crop"}
     assert cache.verify(out, tokenizer, tree).agreement == 1.0
-    # A view's tokens do not depend on which others there are.
+    # The tokens of a view do not depend on which other views there are.
     alone = out.with_name("alone")
     cache.build(tree, alone, tokenizer, views=["random-1"], seed=3, batch_size=5, shard_size=7)
     np.testing.assert_array_equal(

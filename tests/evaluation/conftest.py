@@ -1,4 +1,4 @@
-"""A tiny tokenizer, photos, and a stand-in for Inception that takes no time."""
+"""Fixtures: a tiny tokenizer, photos, and an instant stand-in for Inception."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vfmtok_fast import VFMTok, evaluation
 
 
 class SmallInception:
-    """Means over a grid of 2 x 2 as pool, a random mixture of them as spatial features."""
+    """Pool features are means over a 2 x 2 grid, spatial ones a random mixture of those."""
 
     sizes = {"pool": 12, "spatial": 5}
 
@@ -39,17 +39,17 @@ def inception() -> SmallInception:
 
 @pytest.fixture
 def small_inception(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands take the stand-in."""
+    """Make commands use the stand-in for Inception."""
     monkeypatch.setattr(evaluation, "Inception", SmallInception)
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> VFMTok:
-    """The smallest tokenizer that has every part, for pictures of 64 x 64, in eval mode."""
+    """The smallest tokenizer that has every part, for images of 64 x 64, in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = VFMTok(TINY).eval()
-        # The norms of the two passes start alike.
+        # The norms of the two passes start alike; make them differ.
         torch.nn.init.normal_(model.token_decoder.feature_norm.weight)
     return model
 
@@ -63,7 +63,7 @@ def model(tokenizer: VFMTok, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes, red and blue, with 5 pictures each, no two alike, wider than high."""
+    """A folder of two classes, red and blue, with 5 images each, all different, wider than high."""
     root = tmp_path_factory.mktemp("photos")
     write_photos(root, coloured=True)
     return root
@@ -71,5 +71,5 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pictures() -> np.ndarray:
-    """uint8 [24, 32, 32, 3], no two alike."""
+    """Images, uint8 [24, 32, 32, 3], all different."""
     return np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)

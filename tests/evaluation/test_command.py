@@ -77,7 +77,7 @@ def test_a_sweep_and_one_of_its_folders_again(
     )
     torch.manual_seed(0)
     gpt = GPT(config)
-    # Zero, as training starts, would make all codes equally likely whatever the guidance.
+    # Zeros, as at the start of training, would make all codes equally likely under any guidance.
     torch.nn.init.normal_(gpt.head.weight)
     gpt.save_pretrained(tmp_path / "gpt")
     np.savez(tmp_path / "reference.npz", arr_0=pictures)
@@ -107,7 +107,7 @@ def test_a_sweep_and_one_of_its_folders_again(
     line = ("sweep", out, *models, *reference, "--num", 8, "--size", 32, "--cfg-scale", 2, 3)
     code, _, errors = run(*line)
     assert code == 2 and "sweep.json has scale 1 too; name it as well" in errors
-    # A folder of other samples is found before a picture of the scale before it is made.
+    # A folder of other samples is found before any image of an earlier scale is made.
     (out / "sweep.json").unlink()
     code, _, errors = run(*line, "--seed", 1)
     assert code == 2 and "cfg-3 holds other samples" in errors
@@ -121,12 +121,12 @@ def test_probe(run, photos: Path, model: Path, tmp_path: Path):
     assert code == 2 and "those are the training pictures; name others" in errors
     (tmp_path / "link").symlink_to(photos)
     assert "the training pictures" in run(*line, "--test", tmp_path / "link")[2]
-    # The rate of so few would never have risen.
+    # With so few epochs, the learning rate would never finish its warm-up.
     code, _, errors = run(*line, "--epochs", 3)
     assert code == 2 and "3 epochs end within the protocol's 10 of warm-up" in errors
     others = tmp_path / "others"
     shutil.copytree(photos, others)
-    # What is left out of the training pictures is not left out of these.
+    # What is excluded from the training images is not excluded from the test images.
     one = sorted(photos.rglob("*.png"))[0].name
     code, text, _ = run(*line, "--exclude", f"**/{one}", "--test", others)
     assert code == 0 and "probe-sgd" in text
@@ -141,7 +141,7 @@ def test_probe(run, photos: Path, model: Path, tmp_path: Path):
 
 
 def test_two_files_of_one_folder(run, photos: Path, model: Path, tmp_path: Path):
-    """They are two inputs, and results say which was taken; an unreadable one gives exit code 3."""
+    """Each file is its own input, named in results; an unreadable image gives exit code 3."""
     paths = sorted(photos.rglob("*.png"))
     for name, some in (("train", paths[::2]), ("test", [*paths[1::2], photos / "none.png"])):
         images = [{"bytes": one.read_bytes() if one.exists() else b"no picture"} for one in some]

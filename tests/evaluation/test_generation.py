@@ -1,4 +1,4 @@
-"""Generated pictures against a reference: what is read, told, warned of and refused."""
+"""Generated images against a reference: input, results, warnings and refusals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL = PROTOCOLS["generation-float64"].changed(num=12, size=32)
 
 @pytest.fixture
 def files(tmp_path: Path, pictures: np.ndarray) -> tuple[Path, Path]:
-    """Samples with labels, and a reference of other pictures."""
+    """Samples with labels, and a reference of other images."""
     np.savez(tmp_path / "samples.npz", arr_0=pictures[:12], arr_1=np.arange(12) % 3)
     np.savez_compressed(tmp_path / "reference.npz", arr_0=pictures[12:])
     return tmp_path / "samples.npz", tmp_path / "reference.npz"
@@ -59,7 +59,7 @@ def test_figures_and_what_is_told(files, inception, pictures: np.ndarray):
 def test_statistics_count_and_pictures_beside_them_only_for_neighbours(
     files, inception, pictures: np.ndarray
 ):
-    """As VIRTUAL_imagenet256_labeled.npz, whose statistics are of more pictures than it holds."""
+    """As in VIRTUAL_imagenet256_labeled.npz, whose statistics are of more images than it holds."""
     samples, reference = files
     moments = seen(inception, pictures).moments
     found = moments["pool"].statistics()
@@ -72,7 +72,7 @@ def test_statistics_count_and_pictures_beside_them_only_for_neighbours(
     np.savez(reference, arr_0=pictures[12:], **values)
     both = evaluate_generation(samples, reference, SMALL, inception)["metrics"]
     assert both["FID"] == metrics["FID"] and both["sFID"] is None and both["recall"] > 0
-    # Statistics for sFID alone leave FID to the pictures.
+    # With statistics for sFID alone, FID comes from the images.
     spatial = moments["spatial"].statistics()
     values = {"mu_s": spatial.mean.numpy(), "sigma_s": spatial.covariance.numpy()}
     np.savez(reference, arr_0=pictures[12:], **values)

@@ -1,4 +1,4 @@
-"""Each figure against formulas written another way, and against the libraries that have it."""
+"""Each metric against formulas written another way, and against libraries that have it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vfmtok_fast.evaluation.metrics import (  # fmt: skip
 
 
 def activations(count: int, size: int = 24, seed: int = 0) -> np.ndarray:
-    """Correlated, not centred, in float32, as pool_3 is."""
+    """Return float32 features that are correlated and not centred, like pool_3."""
     draw = np.random.default_rng(seed)
     mixed = draw.normal(size=(count, size)) @ draw.normal(size=(size, size)) / 5
     return np.maximum(mixed + 0.4, 0).astype(np.float32)
@@ -54,7 +54,7 @@ def test_fid_is_the_formula_with_a_matrix_root():
 
 
 def test_fid_of_fewer_pictures_than_features():
-    """By the small matrix of inner products, which has no direction without values."""
+    """FID matches the value from the small matrix of inner products, without empty directions."""
     x, y = activations(9, size=64), activations(6, size=64, seed=1)
     centred = [(z - z.mean(0, dtype=np.float64)) / math.sqrt(len(z) - 1) for z in (x, y)]
     step = x.mean(0, dtype=np.float64) - y.mean(0, dtype=np.float64)
@@ -73,12 +73,12 @@ def test_inception_score_of_splits():
         scores.append(np.exp(kl.sum(1).mean()))
     found = inception_score(torch.from_numpy(logits), split=10)
     assert found == pytest.approx(np.mean(scores), rel=1e-12)
-    # A probability of 0 counts as nothing, where ADM's float32 gives NaN.
+    # A probability of 0 adds nothing, where ADM's float32 gives NaN.
     assert inception_score(torch.tensor([[1000.0, 0], [0, 1000.0]])) == pytest.approx(2)
 
 
 def by_hand(reference: np.ndarray, samples: np.ndarray, distance, k: int = 3):
-    """Precision and recall, a point after the other."""
+    """Return precision and recall, computed point by point."""
 
     def inside(points: np.ndarray, manifold: np.ndarray) -> float:
         radii = [sorted(distance(x, y) for y in manifold)[k] for x in manifold]
@@ -93,7 +93,7 @@ def exact(u: np.ndarray, v: np.ndarray) -> float:
 
 
 def rounded(u: np.ndarray, v: np.ndarray) -> np.float16:
-    """ADM's: every step in float16, sums inside in float32."""
+    """Return ADM's distance: steps round to float16, sums inside them are wider."""
     u, v = u.astype(np.float16), v.astype(np.float16)
     norms = [np.float16(np.square(z).astype(np.float32).sum()) for z in (u, v)]
     product = np.float16((u.astype(np.float64) * v.astype(np.float64)).sum())
@@ -107,7 +107,7 @@ def test_precision_and_recall(half: bool, monkeypatch):
     expected = by_hand(x, y, rounded if half else exact)
     found = precision_recall(torch.from_numpy(x), torch.from_numpy(y), half=half)
     assert found == pytest.approx(expected, abs=1e-12) and 0 < found[0] < 1 and 0 < found[1] < 1
-    # Too large for float16: nothing overflows.
+    # Values too large for float16 do not overflow.
     large = torch.from_numpy(x) * 200, torch.from_numpy(y) * 200
     assert precision_recall(*large, half=True) == pytest.approx(by_hand(x, y, exact))
     with pytest.raises(ValueError, match="more than k = 3 pictures of each, got 30 and 3"):
@@ -139,7 +139,7 @@ def test_torch_fidelity_has_the_same_figures():
 
 @pytest.fixture
 def pair(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Smooth pictures that differ a little, not square."""
+    """Smooth images, not square, in two versions that differ a little."""
     smooth = pictures[:3, :20, :17].astype(np.float64).cumsum(2) / 40
     noise = np.random.default_rng(1).normal(0, 9, smooth.shape)
     return smooth.clip(0, 255).astype(np.uint8), (smooth + noise).clip(0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Features of the tokenizer, and the classifiers on them."""
+"""Features of the tokenizer, and the classifiers that are trained on them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_probe_features(tokenizer: VFMTok, photos: Path):
 
 
 def test_semantic_class_is_the_hidden_state_before_the_slice(tokenizer: VFMTok, photos: Path):
-    """Of the whole pass, patches and registers included, which the token cannot see."""
+    """The state equals that of a whole pass, whose patches and registers the token cannot see."""
     crops = images.load_images(sorted(photos.rglob("*.png"))[:3], 64)
     decoder, hidden = tokenizer.token_decoder, []
     hook = decoder.layers[-1].register_forward_hook(lambda module, args, out: hidden.append(out))
@@ -49,7 +49,7 @@ def test_semantic_class_is_the_hidden_state_before_the_slice(tokenizer: VFMTok, 
 
 
 def blobs(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Three classes around places far from zero, on scales that differ by a thousand."""
+    """Return points of three classes, far from zero, with scales that differ by a thousand."""
     draw = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 3
     centres = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)) * 3
@@ -60,7 +60,7 @@ def blobs(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
 def test_linear_probe(optimizer: str):
     (train, labels), (test, truth) = blobs(150, 1), blobs(90, 2)
-    # LARS moves the weights by a thousandth of their length times the rate.
+    # LARS moves the weights by a thousandth of their norm times the learning rate.
     rate = 0.1 if optimizer == "sgd" else 80.0
     probe = dataclasses.replace(QUICK, optimizer=optimizer, base_lr=rate)
     found = linear_probe(train, labels, test, 3, probe)
@@ -73,7 +73,7 @@ def test_linear_probe(optimizer: str):
 
 
 def test_lars_is_maes():
-    """The weight moves a thousandth of its length times the rate; the bias by its gradient."""
+    """The weight moves by a thousandth of its norm times the rate, the bias by its gradient."""
     layer = torch.nn.Linear(5, 3)
     before = layer.weight.detach().clone(), layer.bias.detach().clone()
     optimizer = _optimizer(layer, dataclasses.replace(PROBES["probe-mae"], base_lr=2.0))
@@ -97,7 +97,7 @@ def test_nearest_neighbours_vote_by_weight():
 
 
 def test_evaluate_probe(tokenizer: VFMTok, photos: Path, tmp_path: Path):
-    """Red and blue are told apart by features of random weights too."""
+    """Features of random weights are enough to tell red from blue."""
     source = open_source(photos)
     result = evaluate_probe(tokenizer, source, source, QUICK, "regions", batch_size=4)
     assert result["metrics"]["linear, top 1"] == 1.0
@@ -116,7 +116,7 @@ def test_evaluate_probe(tokenizer: VFMTok, photos: Path, tmp_path: Path):
 
 
 def test_labels_of_archives(tokenizer: VFMTok, photos: Path, tmp_path: Path):
-    """Classes without names are matched by number; of a damaged label one picture is left out."""
+    """Classes without names are matched by number; an image with a damaged label is left out."""
     with tarfile.open(tmp_path / "shard-000.tar", "w") as archive:
         for number, path in enumerate(sorted(photos.rglob("*.png"))):
             label = "dog" if number == 3 else str(int(number >= 5))

@@ -1,4 +1,4 @@
-"""Pictures against their reconstructions, and which pictures."""
+"""Images against their reconstructions, and which images are compared."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VFMTOK = PROTOCOLS["reconstruction-vfmtok"]
 
 
 def test_figures_are_those_of_the_pictures(tokenizer: VFMTok, photos: Path, inception):
-    """The authors' way, step by step: crop, encode, decode, 8 bit, Pillow's bicubic."""
+    """Figures match the authors' steps: crop, encode, decode, 8 bits, Pillow's bicubic."""
     protocol = VFMTOK.changed(num=10, size=48)
     result = evaluate_reconstruction(
         tokenizer, open_source(photos), protocol, inception, batch_size=4,
@@ -87,7 +87,7 @@ def test_crops_and_raw_pictures_are_two_protocols(tokenizer, photos: Path, tmp_p
 def test_which_pictures(photos: Path, tmp_path: Path):
     source = open_source(photos)
     labels = [batch.labels for batch in Pictures(source, 64, num=4).batches(3)]
-    # Evenly spaced, so of both classes.
+    # The images are evenly spaced, so both classes occur.
     assert np.concatenate(labels).tolist() == [0, 0, 1, 1]
     with pytest.raises(ValueError, match="11 pictures were asked for, it holds 10; --num 10"):
         Pictures(source, 64, num=11)

@@ -1,4 +1,4 @@
-"""What the tests of training share."""
+"""Fixtures for the training tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vfmtok_fast.training import PatchDiscriminator, TokenizerTrainer, Tokenizer
 
 @pytest.fixture(scope="session")
 def tiny() -> VFMTokConfig:
-    """The smallest tokenizer that has every part, for pictures of 64 x 64."""
+    """The smallest tokenizer that has every part, for images of 64 x 64."""
     return TINY
 
 
@@ -37,20 +37,20 @@ def golden_tokenizer(official_weights) -> Callable[[], VFMTok]:
 
 @pytest.fixture(scope="session")
 def golden_images(golden) -> Tensor:
-    """The two pictures of the training goldens, [2, 3, 336, 336] in [-1, 1]."""
+    """The two images of the training goldens, [2, 3, 336, 336] in [-1, 1]."""
     return to_float(golden("tokenizer_small")["images"])
 
 
 @pytest.fixture(scope="session")
 def reconstructed(golden_tokenizer, golden_images: Tensor) -> tuple[Tensor, Tensor]:
-    """The golden pictures, and of the first its reconstruction in eval mode, not clamped."""
+    """The golden images, and the unclamped reconstruction of the first in eval mode."""
     model = golden_tokenizer()
     return golden_images, model.decode(model.encode(golden_images[:1]))
 
 
 @pytest.fixture(scope="session")
 def dino_weights(official_weights) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The golden DINO ViT-S/16 and the golden heads, under the names of their files."""
+    """The golden DINO ViT-S/16 and the golden heads, under the names that their files use."""
     weights = official_weights("train_tokenizer_small")
     vit, heads = "discriminator.dino_proxy.0.", "discriminator."
     return (
@@ -61,7 +61,7 @@ def dino_weights(official_weights) -> tuple[dict[str, Tensor], dict[str, Tensor]
 
 @pytest.fixture(scope="session")
 def lpips_weights(official_weights) -> dict[str, Tensor]:
-    """The golden VGG16 and linear layers: the recipe's, two kinds changed (golden README)."""
+    """The golden VGG16 and linear layers: the recipe's, with two kinds changed (golden README)."""
     found = {}
     for key, value in official_weights("train_tokenizer_small").items():
         if key.startswith("perceptual_loss."):
@@ -72,7 +72,7 @@ def lpips_weights(official_weights) -> dict[str, Tensor]:
 
 
 class Distance(nn.Module):
-    """In the place of LPIPS, which takes longer than all else here."""
+    """A stand-in for LPIPS, which takes longer than everything else here."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return (x - y).abs().mean(dim=(1, 2, 3))
@@ -107,7 +107,7 @@ def images() -> Tensor:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of two classes with 5 pictures each, no two alike, wider than high."""
+    """A folder of two classes with 5 images each, all different and wider than high."""
     root = tmp_path_factory.mktemp("photos")
     write_photos(root)
     return root

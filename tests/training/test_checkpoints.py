@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, the last few, and a run that goes on bit for bit."""
+"""Checkpoints: written whole or not at all, the last few kept, and resumed bit for bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vfmtok_fast.training import TokenizerTrainer, checkpoints
 
 
 def everything(value: object, name: str = "") -> dict[str, object]:
-    """Each leaf of a state, by its place."""
+    """Return each leaf of a state by its path."""
     if isinstance(value, dict):
         parts = value.items()
     elif isinstance(value, list | tuple):
@@ -37,7 +37,7 @@ def check_same(one: dict, other: dict) -> None:
 def test_a_run_goes_on_bit_for_bit(
     make: Callable[..., TokenizerTrainer], images: Tensor, tmp_path: Path, kept_after: int
 ):
-    """Before and after the discriminator's start, with dropout."""
+    """A resumed run matches before and after the discriminator's start, with dropout."""
     settings = {"dropout": 0.2, "discriminator_start": 3, "warmup_steps": 3, "lr": 1e-3}
     batches = [images.roll(shift, dims=3) for shift in range(4)]
     whole = make(**settings)
@@ -47,9 +47,9 @@ def test_a_run_goes_on_bit_for_bit(
     for batch in batches[:kept_after]:
         first.step(batch)
     checkpoints.save(tmp_path, first.steps, first.state_dict())
-    torch.manual_seed(99)  # another process drew other numbers
+    torch.manual_seed(99)  # another process has drawn other numbers
     second = make(**settings)
-    second.step(batches[0])  # and is not new
+    second.step(batches[0])  # and its trainer is not new
     second.load_state_dict(checkpoints.load(checkpoints.latest(tmp_path)))
     assert (second.steps, second.images) == (kept_after, 4 * kept_after)
     assert [second.step(batch) for batch in batches[kept_after:]] == expected[kept_after:]

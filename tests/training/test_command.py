@@ -106,7 +106,7 @@ def test_recipe_of_rae(photos: Path, config: Path, tmp_path: Path):
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "step-00000003.pt")
     settings = checkpoint["trainer"]["settings"]
     assert settings["schedule"] == "cosine" and settings["adaptive_weight"]
-    # Two steps an epoch: learns from epoch 6, counts from epoch 8.
+    # Two steps per epoch: the discriminator learns from epoch 6, its loss counts from epoch 8.
     assert settings["discriminator_update_start"] == 13 and settings["discriminator_start"] == 17
 
 
@@ -121,9 +121,9 @@ def test_dry_run(photos: Path, config: Path, tmp_path: Path, capsys):
 
 
 def test_estimate_of_the_release():
-    """Against sums by hand: 20 + 20 + 33 million weights on 304, about 1.9 TFLOP."""
+    """Estimates are near sums by hand: 20 + 20 + 33 million weights plus 304, about 1.9 TFLOP."""
     found = estimate_tokenizer(VFMTokConfig(), TokenizerTraining(), DinoDiscriminator)
-    # The tokenizer without its backbone, and the discriminator's heads.
+    # The tokenizer without its backbone, and the heads of the discriminator.
     assert found.learned == pytest.approx(73.3e6 + 7_386_245, rel=0.05)
     # DINOv2, VGG16's convolutions and DINO.
     assert found.frozen == pytest.approx(304e6 + 14.7e6 + 21.7e6, rel=0.02)

@@ -1,4 +1,4 @@
-"""Which pictures a step gets, and which part of them."""
+"""Which images a step gets, and which crop of each."""
 
 from __future__ import annotations
 
@@ -67,7 +67,10 @@ def test_processes_share_the_batches_of_one(photos: Path, world_size: int):
 
 
 def test_crops_are_the_authors(tmp_path: Path):
-    """Of a picture whose pixels tell where they lie: squares of 64 of 80 at most, half mirrored."""
+    """Crops are squares of 64 from a short side of 80 at most, and half of them are mirrored.
+
+    The pixels of the image encode their position.
+    """
     y, x = np.mgrid[0:64, 0:128]
     pixels = np.stack([x, y, np.zeros_like(x)], axis=-1).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "ramp.png")
@@ -102,7 +105,7 @@ def test_every_input_gives_the_same_pictures(photos: Path, tmp_path: Path):
     pq.write_table(pa.table(table), tmp_path / "photos.parquet")
     folder = take(Pictures(open_source(photos), 5, size=64), 2)
     assert same(folder, take(Pictures(open_source(tmp_path / "photos.tar"), 5, size=64), 2))
-    # Its rows have names of their own, and so other orders and crops.
+    # Parquet rows have other names, and therefore other orders and crops.
     rows = take(Pictures(open_source(tmp_path / "photos.parquet"), 5, size=64), 2)
     assert len({path for batch in rows for path in batch.paths}) == 10
 
@@ -118,7 +121,7 @@ def test_what_cannot_be_is_said(photos: Path, tmp_path: Path):
 
 
 def test_parquet_is_shuffled_by_row_groups(tmp_path: Path, monkeypatch):
-    """Each is read once or twice an epoch, though pictures come from many of them at a time."""
+    """Each group is read once or twice an epoch, although batches mix images of many groups."""
     for name, count in (("a", 57), ("b", 43)):
         rows = [{"bytes": b"%s%d" % (name.encode(), row), "path": ""} for row in range(count)]
         pq.write_table(pa.table({"image": rows}), tmp_path / f"{name}.parquet", row_group_size=5)
@@ -133,7 +136,7 @@ def test_parquet_is_shuffled_by_row_groups(tmp_path: Path, monkeypatch):
     found = [pictures.source.read(pictures.entries[place]) for place in places]
     assert len(set(found)) == 100
     assert len(reads) <= 2 * 21
-    # Neighbours in a batch are of many groups, and the next epoch has other windows.
+    # A batch mixes many groups, and the next epoch has other windows.
     first = [pictures.entries[place] for place in places[:10]]
     assert len({(entry.file, entry.offset // 5) for entry in first}) >= 3
     assert set(places[:20]) != {p for done in (10, 11) for p in pictures.order.places(done)}

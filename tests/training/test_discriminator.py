@@ -1,4 +1,4 @@
-"""Discriminators against the authors' logits, and what is ours in them."""
+"""Discriminators against the authors' logits, and the parts that are our own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def vit(dino_weights) -> dict[str, Tensor]:
 
 
 def without_dino() -> DinoDiscriminator:
-    """One whose ViT is shallow, where only the heads or the input count."""
+    """Return a discriminator without ViT blocks, for tests of the heads or the input."""
     model = DinoDiscriminator()
     model.vit.blocks = model.vit.blocks[:0]
     model.read = lambda images: [model.vit.patch_embed(images).transpose(1, 2)] * 5
@@ -45,7 +45,7 @@ def test_only_heads_are_trained(vit: dict[str, Tensor]):
     model = DinoDiscriminator.from_files(vit)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all(name.startswith("heads.") for name in trained)
-    # As the authors' file counts them.
+    # The number in the authors' file.
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 7_386_245
     assert all(not block.attn.qkv.bias[384:768].any() for block in model.vit.blocks)
 
@@ -107,7 +107,7 @@ def test_a_call_in_training_is_one_power_iteration():
 
 def test_input_is_resized_or_cropped_as_the_seed_says():
     model = without_dino().train()
-    # Each pixel tells where it lies.
+    # The value of each pixel encodes its position.
     images = torch.arange(300.0 * 300).view(1, 1, 300, 300).expand(2, 3, -1, -1)
     resized = F.interpolate(images, size=224, mode="area")
     torch.testing.assert_close(model.eval()._fitted(images), resized)
@@ -124,7 +124,7 @@ def test_input_is_resized_or_cropped_as_the_seed_says():
     assert 15 <= len(crops) <= 45
     places = {divmod(int(x[0, 0, 0, 0]), 300) for x in crops}
     assert len(places) > 10
-    for crop in crops:  # the same square of all pictures
+    for crop in crops:  # the same square of all images
         top, left = divmod(int(crop[0, 0, 0, 0]), 300)
         assert torch.equal(crop, images[..., top : top + 224, left : left + 224])
     small = torch.rand(1, 3, 112, 112)

@@ -1,4 +1,4 @@
-"""A small tokenizer learns real pictures end to end, by the command."""
+"""A small tokenizer learns real images end to end through the command line."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Steps of the generator's trainer against the authors' own, from the same weights (golden README).
 
-Weights are compared by how far they moved. Limits are the golden README's: of float32 against
-float64, of a second implementation in float64.
+Weights are compared by how far they moved. Limits are the golden README's: those for float32 come
+from float32 against float64, those for float64 from a second implementation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def named(model: GPT) -> dict[str, Tensor]:
 
 
 def gradients(model: GPT) -> dict[str, Tensor]:
-    """By the authors' names, which a copy that has them for weights knows."""
+    """Return gradients under the authors' names, through a copy that has them as weights."""
     copy = GPT(model.config).to(model.device, model.dtype)
     copy.load_state_dict({name: weight.grad for name, weight in model.named_parameters()})
     return named(copy)
@@ -46,7 +46,7 @@ def start(official_weights) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("variant", "wide"), CASES)
 def test_three_steps(golden, start, variant, wide, fast, monkeypatch):
     case = golden("train_gpt_small")
-    # Who draws below the dropout has no class; nothing else is drawn.
+    # A row that draws a number below the dropout loses its class; nothing else is drawn.
     monkeypatch.setattr(torch, "rand", lambda *_, device: 1 - case["drop_mask"].float().to(device))
     dropout = 0.5 if variant == "dropped_class" else 0.0
     config = GPTConfig(

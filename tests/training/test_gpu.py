@@ -1,4 +1,4 @@
-"""On a GPU: the authors' numbers with the kernels, half precision, and the same bits twice."""
+"""On a GPU: the authors' numbers with the kernels, half precision, and bitwise repeatability."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_same_bits_twice(make: Callable[..., TokenizerTrainer], images: Tens
 
 
 def test_half_precision_learns_as_with_float32_logits():
-    """The head and the loss in one op, in bfloat16, over 300 steps of a small generator."""
+    """One bfloat16 op for head and loss: a small generator's loss stays close over 300 steps."""
     config = GPTConfig(
         num_layers=3, num_heads=4, dim=128, block_size=64, vocab_size=512, num_classes=10,
         class_dropout=0, token_dropout=0, residual_dropout=0, ffn_dropout=0,
@@ -90,7 +90,7 @@ def test_half_precision_learns_as_with_float32_logits():
 
     fused, wide = curve(False), curve(True)
     assert set(vfmtok_fast.status().ops["linear_cross_entropy"].calls) == {"triton"}
-    assert wide[-20:].mean() < 0.8 * wide[:20].mean()  # It learns, and so two curves could part.
+    assert wide[-20:].mean() < 0.8 * wide[:20].mean()  # It learns, so the curves could diverge.
     smooth = torch.ones(1, 1, 20) / 20
     one, other = (F.conv1d(curve.view(1, 1, -1), smooth) for curve in (fused, wide))
     torch.testing.assert_close(one, other, rtol=0.01, atol=0)

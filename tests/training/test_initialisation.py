@@ -1,4 +1,4 @@
-"""A model starts as the authors' does: from there it can learn."""
+"""A new model starts like the authors', from where it can learn."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def fresh(tiny: VFMTokConfig) -> VFMTok:
 
 
 def is_normal(values: Tensor, std: float) -> bool:
-    """Whether mean and spread are those of N(0, std**2), within five standard errors."""
+    """Return whether mean and spread match N(0, std**2) within five standard errors."""
     error = 5 * std / math.sqrt(values.numel())
     return abs(float(values.mean())) < error and abs(float(values.std()) - std) < error
 
 
 def is_xavier(weight: Tensor) -> bool:
-    """Whether it is uniform up to Xavier's bound; all of it to its edge."""
+    """Return whether the weight stays within Xavier's bound and reaches almost to it."""
     bound = math.sqrt(6 / sum(weight.shape))
     largest = float(weight.abs().max())
     return largest <= bound and largest > bound * (1 - 10 / weight.numel())
@@ -39,7 +39,7 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 def test_codebook_rows_have_length_one(fresh: VFMTok):
     lengths = fresh.quantizer.codebook.norm(dim=-1)
     assert torch.allclose(lengths, torch.ones_like(lengths), atol=1e-6)
-    # In every direction: the mean of 256 unit rows of 12 numbers is about 1/16 long.
+    # Rows point in every direction: the mean of 256 unit rows of 12 numbers is about 1/16 long.
     assert float(fresh.quantizer.codebook.mean(dim=0).norm()) < 4 / 16
 
 
@@ -77,7 +77,7 @@ def test_linear_layers(fresh: VFMTok):
     assert len(linear) == 2 * 6 + 1 + 2 * 2
     for layer in linear:
         assert is_xavier(layer.weight) and not layer.bias.any()
-    # torch's own start elsewhere: uniform up to 1 / sqrt(inputs), biases too.
+    # Other layers have torch's default: uniform up to 1 / sqrt(inputs), biases too.
     for layer in (decoder.proj, fresh.quantizer.proj, fresh.region_encoder.layers[0].up):
         bound = layer.in_features**-0.5
         assert 0.9 * bound < float(layer.weight.abs().max()) <= bound and layer.bias.any()

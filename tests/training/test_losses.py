@@ -1,4 +1,4 @@
-"""Losses against their formulas written out, and LPIPS against the authors' numbers."""
+"""Losses against their written-out formulas, and LPIPS against the authors' numbers."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_semantic_loss():
     assert float(losses.semantic_loss(a, b)) == pytest.approx(float(1 - cosine.mean()), rel=1e-6)
     assert float(losses.semantic_loss(a, 3 * a)) == pytest.approx(0, abs=1e-6)
     assert float(losses.semantic_loss(a, -a)) == pytest.approx(2, rel=1e-6)
-    # In half precision the angle is still taken in float32.
+    # In half precision the angle is still computed in float32.
     half = losses.semantic_loss(a.bfloat16(), b)
     assert half.dtype == torch.float32
     assert torch.equal(half, losses.semantic_loss(a.bfloat16().float(), b))
@@ -79,22 +79,25 @@ def test_adaptive_weight():
 
 
 def test_adaptive_weight_of_float16():
-    """Gradients below its smallest number, of large batches, count; those that overflow do not."""
+    """With a scale, gradients below float16's smallest number count, as those of large batches.
+
+    Gradients that overflow do not count.
+    """
     wide = torch.ones(3, requires_grad=True)
 
     def weight(scale: float) -> float:
-        last = wide.half()  # whose gradient is rounded on its way
+        last = wide.half()  # its gradient is rounded to float16
         small, other = 1e-9 * last.float().sum(), 1e-3 * last.float().sum()
         return float(losses.adaptive_weight(small, other, wide, scale))
 
     expected = 1e-9 * 3**0.5 / (1e-3 * 3**0.5 + 1e-4)
     assert weight(1.0) == 0.0
     assert weight(2.0**14) == pytest.approx(expected, rel=1e-2)
-    assert weight(2.0**40) == 0.0  # infinity by infinity
+    assert weight(2.0**40) == 0.0  # a finite norm by an infinite one
 
 
 def as_torchvision(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """VGG16 under torchvision's names, with a part of the classifier that is in its file."""
+    """Return VGG16 under torchvision's names, with a part of the classifier as in its file."""
     convs = {k: v for k, v in weights.items() if k.startswith("net.")}
     renamed = {f"features.{k.split('.', 2)[2]}": v for k, v in convs.items()}
     return renamed | {"classifier.0.bias": torch.zeros(3)}
@@ -160,7 +163,7 @@ def test_lpips_dropout_is_an_option_and_only_in_training():
     assert torch.equal(noisy.eval()(x, y), plain(x, y))
     copies = x[:1].expand(64, -1, -1, -1), y[:1].expand(64, -1, -1, -1)
     drawn, exact = noisy.train()(*copies), plain(x[:1], y[:1])
-    # Unbiased: dropped terms are made up for by the others.
+    # The result is unbiased: the other terms make up for the dropped ones.
     assert drawn.std() > 0
     assert abs(drawn.mean() - exact) < 5 * drawn.std() / math.sqrt(64)
 
@@ -169,7 +172,7 @@ def test_lpips_gradient_is_finite_where_all_features_are_zero():
     model = LPIPS()
     for layer in model.features:
         if isinstance(layer, torch.nn.Conv2d):
-            torch.nn.init.constant_(layer.bias, -5)  # every ReLU is shut
+            torch.nn.init.constant_(layer.bias, -5)  # every ReLU outputs zero
     x = torch.zeros(1, 3, 16, 16, requires_grad=True)
     distance = model(x, torch.ones(1, 3, 16, 16))
     distance.sum().backward()

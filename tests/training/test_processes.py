@@ -1,4 +1,4 @@
-"""Two processes that share each batch are one process with all of it."""
+"""Two processes that share each batch train like one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vfmtok_fast import VFMTok, VFMTokConfig
 
-# The command, and its trainer's state afterwards.
+# Runs the command and saves its trainer's state afterwards.
 SCRIPT = """
 import sys, torch
 from vfmtok_fast import cli, training
@@ -50,7 +50,7 @@ def leaves(value: object) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def command(photos: Path, tiny: VFMTokConfig, tmp_path_factory: pytest.TempPathFactory):
-    """``command(name)``: the command whose run is named so, and the folder of all of them."""
+    """``command(name)``: the command for the run `name`, and the folder of all runs."""
     folder = tmp_path_factory.mktemp("runs")
     config = folder / "tiny.json"
     config.write_text(json.dumps(dataclasses.asdict(tiny)))
@@ -64,7 +64,7 @@ def command(photos: Path, tiny: VFMTokConfig, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def alone(command) -> dict:
-    """The state of one process's run."""
+    """The state after the run of a single process."""
     line, folder = command("one")
     finish(start(folder / "one.pt", line))
     return torch.load(folder / "one.pt")
@@ -75,7 +75,7 @@ def alone(command) -> dict:
 def test_two_processes_are_one_with_twice_the_batch(command, alone: dict, more: list[str]):
     line, folder = command(name := f"two{len(more)}")
     with socket.socket() as taken:
-        # Kept, so that nobody else is given this port; torch may listen there all the same.
+        # Keep the socket, so that no other process gets this port; torch can listen on it anyway.
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", 0))
         pair = [
@@ -93,7 +93,7 @@ def test_two_processes_are_one_with_twice_the_batch(command, alone: dict, more: 
         for process in pair:
             finish(process)
 
-    # Of a sharded model too: a state is whole.
+    # A state is whole, also that of a sharded model.
     first, second = (torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1))
     ours, theirs = leaves(first), leaves(second)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), "processes differ"
@@ -106,11 +106,11 @@ def test_two_processes_are_one_with_twice_the_batch(command, alone: dict, more: 
             assert line[term] == other[term], term
         for term in ("rec", "semantic", "codebook", "commit", "total", "grad_norm"):
             assert line[term] == pytest.approx(other[term], rel=1e-3), term
-    # The first step's difference is rounding; Adam makes more of it where a gradient is tiny.
+    # The first step differs by rounding, which Adam magnifies where a gradient is tiny.
     weights = (state["model"]["pixel_decoder.conv_in.weight"] for state in (first, alone))
     moved = 3 * 1e-4
     assert float(torch.sub(*weights).abs().mean()) < 0.01 * moved
-    # After the last step the codes without use took the first process's queries, on both the same.
+    # After the last step, unused codes took the first process's queries, the same on both.
     assert line["revived"] > 0
     names = sorted(path.name for path in (folder / name).iterdir())
     assert names == [*("checkpoints", "log.jsonl", "model", "pictures"), "vfmtok-tokenizer.pt"]

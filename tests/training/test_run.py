@@ -1,4 +1,4 @@
-"""Runs: what they leave, and that nothing which stops one loses it."""
+"""Runs: the files they leave, and that nothing which stops a run loses its progress."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Begin = Callable[..., Run]
 
 @pytest.fixture(scope="module")
 def begin(make: Callable[..., TokenizerTrainer], photos: Path) -> Begin:
-    """``begin(folder, **settings)``: a run of 4 steps over 10 pictures, 4 at a time."""
+    """``begin(folder, **settings)``: a run of 4 steps over 10 images, 4 at a time."""
 
     def begin(out: Path, steps: int = 4, **settings) -> Run:
         trainer = make(**{"dropout": 0.2, "discriminator_start": 2, "lr": 1e-3, **settings})
@@ -66,7 +66,7 @@ def check_equal(run: Run, other: Run) -> None:
 
 
 def check_goes_on(run: Run, whole: Run) -> None:
-    """From its third step, to what the run that was never stopped came to."""
+    """Check that `run` resumes from its third step and ends like a run that never stopped."""
     assert run.resume() == run.out / "checkpoints" / "step-00000003.pt"
     run.train()
     check_equal(whole, run)
@@ -97,7 +97,7 @@ def test_what_a_run_leaves(whole: Run):
 
 
 def test_a_run_that_was_killed_goes_on_bit_for_bit(begin: Begin, whole: Run, tmp_path: Path):
-    """As by SIGKILL, between two checkpoints: nothing is saved on the way out."""
+    """The kill, like SIGKILL, comes between two checkpoints and saves nothing."""
 
     class Killed(BaseException):
         pass
@@ -122,7 +122,7 @@ def test_a_signal_saves_first(begin: Begin, whole: Run, tmp_path: Path):
     handler = signal.getsignal(number)
     first = begin(tmp_path / "stopped")
     first.reports.append(lambda line: line["step"] == 1 and os.kill(os.getpid(), number))
-    # Pictures take time that there may not be.
+    # Making images takes time that a stopped run may not have.
     first.show_every, first.show = 1000, lambda model: pytest.fail("shown before the end")
     with pytest.raises(Stopped, match=r"SIGTERM: saved .*step-0000000[12]\.pt") as stopped:
         first.train()
@@ -161,8 +161,8 @@ def test_pictures_that_cannot_be_shown_lose_no_steps(begin: Begin, whole: Run, t
 
 
 def test_a_signal_that_comes_twice_at_once_counts_once(monkeypatch):
-    """A scheduler tells all processes, and torchrun tells its own again."""
-    # These tests may run under nohup themselves.
+    """A scheduler signals all processes, and torchrun signals its own once more."""
+    # The tests themselves may run under nohup.
     outside = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         monkeypatch.setattr(signals, "SAME", 60)
@@ -238,5 +238,5 @@ def test_pictures_of_the_way(begin: Begin, tmp_path: Path):
     names = sorted(path.name for path in (run.out / "pictures").iterdir())
     assert names == ["step-00000001.png", "step-00000002.png"]
     with Image.open(run.out / "pictures" / names[0]) as image:
-        # Four rows of original, reconstruction and regions.
+        # Four rows, each of original, reconstruction and regions.
         assert image.size == (3 * 64, 4 * 64)

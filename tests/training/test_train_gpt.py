@@ -48,7 +48,7 @@ def tokenizer(tiny: VFMTokConfig, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def cache(photos: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten pictures of two classes, in two views."""
+    """A cache of ten images of two classes, in two views."""
     out = tmp_path_factory.mktemp("caches") / "cache"
     build(photos, out, VFMTok.from_pretrained(tokenizer), views=["center", "center-flip"])
     return out
@@ -140,7 +140,7 @@ def test_dry_run(cache, config, tmp_path, capsys):
 
 
 def test_estimate_of_a_preset():
-    """6 operations a weight and code, of all weights but the embeddings; attention on top."""
+    """Per code, each weight but the embeddings takes 6 operations; attention comes on top."""
     found = estimate_gpt(GPTConfig.preset("GPT-B"), GPTTraining())
     embeddings = (16_384 + 1_001) * 768
     assert found.flops == pytest.approx(6 * (found.learned - embeddings) * 256, rel=0.05)
@@ -180,7 +180,7 @@ def test_refusals(cache, photos, config, tokenizer, tmp_path, tiny, capsys):
 def test_other_pictures_or_views_are_another_run(
     cache, photos, config, tokenizer, tmp_path, capsys
 ):
-    """As many pictures of other places or classes; other views of the same ones."""
+    """As many images of other paths or classes, or other views of the same ones, are refused."""
 
     def refused(given: Path, out: str, *more: object) -> str:
         assert cli.main(line(given, tmp_path / out, config, "--steps", "1", *more)) == 2
@@ -199,7 +199,7 @@ def test_other_pictures_or_views_are_another_run(
 
 
 def test_online_one_bad_label_is_a_bad_picture(tmp_path: Path, tokenizer: Path):
-    """As in a cache; a picture without any is refused."""
+    """As in a cache, a damaged label makes a bad image; an image without a label is refused."""
     with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
         for number, label in enumerate(("0", "1", "cat", "1")):
             picture = io.BytesIO()
@@ -235,7 +235,7 @@ def test_an_epoch_has_every_picture_once_and_draws_its_view(cache: Path):
         for name, some in zip(batch.paths, batch.items, strict=True)
     ]
     assert set(views) == {0, 1} and views[:10] != views[10:]
-    # A run that goes on has the same, and so have two processes that share it.
+    # A resumed run gets the same batches, and so do two processes that share them.
     again = list(itertools.islice(codes.batches(2), 2))
     assert all(torch.equal(a.items, b.items) for a, b in zip(batches[2:], again, strict=True))
     whole = next(Codes(data, 4).batches(0))
@@ -358,7 +358,10 @@ def test_dropout_and_drop_path_together(cache, config, tmp_path):
 
 
 def test_what_lies_in_the_folder(cache, photos, config, tokenizer, tiny, tmp_path, capsys):
-    """Another tokenizer's codes; a run killed before its first checkpoint; others' files."""
+    """Another tokenizer's codes and foreign files are refused.
+
+    A run that was killed before its first checkpoint starts anew.
+    """
     out = tmp_path / "run"
     assert cli.main(line(photos, out, config, "--model", tokenizer)) == 0
     VFMTok(tiny).save_pretrained(tmp_path / "other")
@@ -390,7 +393,7 @@ def test_a_closed_pipe_does_not_end_a_run(cache, config, tmp_path, monkeypatch, 
 
 
 def test_a_sharded_model_as_a_whole(batch, tmp_path):
-    """What --overfit asks at the end, when the other processes have gone."""
+    """The whole model works on its own, as --overfit needs when the other processes have ended."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**CONFIG, block_size=16, vocab_size=64, num_classes=3))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -438,7 +441,7 @@ def test_a_trainer_refuses_rounded_weights_and_no_codes(make: Make, batch):
 
 
 def test_compiled_layers_learn_the_same(make: Make, batch, monkeypatch):
-    """With dynamo alone: a compiler takes minutes to make code that is torch's to get right."""
+    """Tested with Dynamo alone: a compiler takes minutes, and its code is torch's to get right."""
     compile = functools.partialmethod(torch.nn.Module.compile, backend="eager", fullgraph=True)
     monkeypatch.setattr(torch.nn.Module, "compile", compile)
     trainer = make(compile=True)

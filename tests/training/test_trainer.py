@@ -1,4 +1,4 @@
-"""What a step does, on a small model: schedules, precision, seeds, and what it refuses."""
+"""A training step on a small model: schedules, precision, seeds, and refusals."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_step_moves_what_learns_and_nothing_else(make, images: Tensor):
         moved = not torch.equal(value, before[key])
         assert moved == (".backbone." not in key and not key.endswith("registers")), key
     assert trainer.steps == 1 and trainer.images == 4
-    # The average has the model's own backbone, and moved a ten-thousandth of the way.
+    # The EMA shares the model's backbone and has moved a ten-thousandth of the way.
     assert trainer.ema.backbone is trainer.model.backbone and not trainer.ema.training
     codebook = "quantizer.codebook"
     expected = before[f"ema.{codebook}"] * 0.9999 + after[f"model.{codebook}"] * (1 - 0.9999)
@@ -71,7 +71,7 @@ def test_the_rate_of_a_step_is_the_schedules(make, images: Tensor):
         terms = trainer.step(images)
         moved = float((trainer.model.quantizer.proj.weight - before).detach().abs().max())
         assert terms["lr"] == trainer.settings.rate(number)
-        # Adam's steps are about as large as the rate.
+        # Adam's steps are about as large as the learning rate.
         assert 0.5 * terms["lr"] < moved < 2 * terms["lr"]
     # The discriminator has no warm-up.
     assert trainer.judge.optimizer.param_groups[0]["lr"] == 1e-3
@@ -85,14 +85,14 @@ def test_steps_are_the_same_bits_whatever_the_process_drew(make, images: Tensor)
         terms = []
         for _ in range(2):
             before = torch.get_rng_state()
-            trainer.model.train(draws == 1)  # as who looks at it leaves it
+            trainer.model.train(draws == 1)  # as a caller who used the model may leave it
             terms.append(trainer.step(images))
             assert torch.equal(torch.get_rng_state(), before)
         return state(trainer), terms
 
     (one, terms), (other, again) = run(1), run(7)
     assert terms == again and same(one, other)
-    # Dropout is drawn anew at each step, and from the seed.
+    # Dropout is drawn anew at each step, from the seed.
     assert make(dropout=0.3, seed=1).step(images) != terms[0]
 
 
@@ -103,7 +103,7 @@ def test_micro_batches_add_up_to_the_batch(make, images: Tensor):
     pairs = zip(whole.model.parameters(), parts.model.parameters(), strict=True)
     for a, b in pairs:
         if a.grad is not None:
-            # Some gradients are zero but for rounding.
+            # Some gradients are zero except for rounding.
             reach = max(1e-7, 1e-4 * float(a.grad.abs().max()))
             torch.testing.assert_close(a.grad, b.grad, atol=reach, rtol=0)
 
@@ -139,19 +139,19 @@ def test_before_its_start_the_discriminator_counts_steps_and_stays(make, images:
     terms = trainer.step(images)
     assert terms["disc_grad_norm"] > 0
     moved = trainer.discriminator.layers[0].weight - before["judge.layers.0.weight"]
-    # Adam's third step after two of zero gradient; a first one would be the rate itself.
+    # Adam's third step, after two of zero gradient; a first one would equal the learning rate.
     mean, square = (1 - 0.9) / (1 - 0.9**3), (1 - 0.95) / (1 - 0.95**3)
     expected = trainer.settings.lr * mean / math.sqrt(square)
     assert float(moved.detach().abs().max()) == pytest.approx(expected, rel=1e-3)
 
 
 def test_float16_has_an_idle_discriminator_too(make, images: Tensor):
-    # One picture: some processors' convolutions have no fast gradient in float16.
+    # One image, because on some CPUs convolutions have no fast gradient in float16.
     trainer, image = make(discriminator_start=2, precision="float16"), images[:1]
     assert trainer.step(image)["disc_grad_norm"] == 0 and judge_steps(trainer) == 1
     assert trainer.judge.scaler.get_scale() == 65536
     norms = [trainer.step(image)["disc_grad_norm"] for _ in range(4)]
-    learned = [norm for norm in norms if math.isfinite(norm)]  # others: the scale was too large
+    learned = [norm for norm in norms if math.isfinite(norm)]  # else the scale was too large
     assert learned and min(learned) > 0 and judge_steps(trainer) == 1 + len(learned)
 
 
@@ -233,7 +233,7 @@ def test_nan_stops_before_any_weight_has_moved(make, images: Tensor):
 
 
 def test_a_refused_step_moves_no_spectral_norm(make, images: Tensor):
-    """Each forward pass in training mode moves their vectors."""
+    """A refused step keeps their vectors, which each forward pass in training mode changes."""
     trainer = make()
     for layer in trainer.discriminator.modules():
         if isinstance(layer, nn.Conv2d):
@@ -251,13 +251,13 @@ def test_usage_counts_the_codes_of_late(make, images: Tensor):
     assert trainer.step(images[:2])["usage"] == codes / 256
     trainer.last_used[:] = 2
     trainer.images = 10_000
-    # 4096 pictures of 16 codes are the window; those of long ago do not count.
+    # The window is 4096 images of 16 codes; older images do not count.
     assert trainer.step(images)["usage"] < 1
 
 
 @pytest.mark.parametrize(("pictures", "steps"), [(7, 1), (8, 2), (3, 1)])
 def test_usage_is_of_whole_steps(make, images: Tensor, pictures: int, steps: int, monkeypatch):
-    """A window that cuts through a step of four pictures leaves it out."""
+    """A step of four images that is partly outside the window does not count."""
     trainer = make(judge=False)
     monkeypatch.setattr(tokenizer_trainer, "USAGE_WINDOW", 16 * pictures)
     told = [trainer.step(some)["usage"] for some in (images, images.flip(0), images.flip(-1))][-1]
@@ -267,7 +267,7 @@ def test_usage_is_of_whole_steps(make, images: Tensor, pictures: int, steps: int
 def test_codes_without_use_start_anew_at_queries(make, images: Tensor):
     trainer = make(judge=False, revive_after=6)
     first = trainer.step(images)
-    assert first["revived"] == 0  # of four pictures
+    assert first["revived"] == 0  # after only four images
     before = trainer.model.quantizer.codebook.detach().clone()
     used = trainer.last_used > 0
     terms = trainer.step(images)
@@ -279,7 +279,8 @@ def test_codes_without_use_start_anew_at_queries(make, images: Tensor):
     state = trainer.learner.optimizer.state[trainer.model.quantizer.codebook]
     assert not state["exp_avg"][anew].any() and not state["exp_avg_sq"][anew].any()
     assert terms["usage"] == float((trainer.last_used > 0).float().mean())
-    # They are where queries are, so some get used; the others have their time, others follow.
+    # Revived codes lie at queries, so some get used. The rest have time before they are revived
+    # again, and other codes are revived meanwhile.
     trainer.step(images)
     assert trainer.last_used[anew].max() == 12 and (trainer.revived_at[anew] == 8).all()
 

@@ -1,9 +1,10 @@
 """Steps of the trainer against the authors' own, from the same weights (golden README).
 
-`switch` has a discriminator from its second step on, so its first step is that of a run without,
-and its Adam has counted one step by then. Weights are compared by how far they moved: three steps
-hardly change a weight. Limits are the golden README's, which come from float32 against float64;
-of gradients three times those, for the fast implementations round otherwise.
+The variant `switch` has a discriminator from its second step on. So its first step is that of a run
+without one, and by then the discriminator's Adam has counted one step. Weights are compared by how
+far they moved, because three steps hardly change a weight. Limits are the golden README's, which
+come from float32 against float64. Limits for gradients are three times as large, because the fast
+implementations round differently.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import vfmtok_fast
 from vfmtok_fast.checkpoint import TOKENIZER_NAMES, official_name
 from vfmtok_fast.training import LPIPS, DinoDiscriminator, TokenizerTrainer, TokenizerTraining
 
-# Ours to theirs; of each variant and step.
+# Our name of each term, and the authors', which has a value per variant and step.
 TERMS = {
     **{name: f"loss/{name}" for name in ("rec", "mse", "perceptual", "semantic", "codebook")},
     "commit": "loss/commit",
@@ -32,13 +33,13 @@ TERMS = {
     "logits_real": "logits_real",
     "logits_fake": "logits_fake",
 }
-# Relative; of losses 1.4e-5.
+# Relative limits; that of losses is 1.4e-5.
 LIMITS = {"disc_grad_norm": 1.1e-3, "grad_norm": 8e-5, "logits_real": 1e-4, "logits_fake": 1e-4}
 FAST = "triton" if torch.cuda.is_available() else "cpu"
 
 
 class Remembering(nn.Module):
-    """LPIPS that reads the same pictures once, as each step here has them: a third of its time."""
+    """LPIPS that reads the golden images once, since every step has them: a third of its time."""
 
     def __init__(self, lpips: LPIPS):
         super().__init__()
@@ -63,7 +64,10 @@ def lpips(lpips_weights) -> Remembering:
 
 @dataclass
 class Run:
-    """Weights by the authors' names, those of the discriminator behind "disc/"."""
+    """A trainer, its weights before the first step, and the terms of each step.
+
+    Weights have the authors' names; those of the discriminator are prefixed with "disc/".
+    """
 
     trainer: TokenizerTrainer
     before: dict[str, Tensor]
@@ -117,7 +121,7 @@ def test_three_steps_with_a_discriminator_from_the_second_on(golden, train):
         for key in (name.removeprefix(names) for name in case if name.startswith(names)):
             theirs = case[f"{names}{key}"] - thin(run.before[prefix + key])
             errors[key] = off(thin(moved[prefix + key]), theirs)
-            # Those of spectral norms, which are no weights, have no spread.
+            # Buffers of spectral norms, which are not weights, have no spread.
             allowed = 5 * float(case.get(f"{spread}{key}", 0))
             assert errors[key] <= max(0.15, allowed), key
         assert len(errors) == (70 if prefix else 248)
