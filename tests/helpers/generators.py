@@ -1,4 +1,4 @@
-"""A small generator whose codes all differ."""
+"""A small generator whose sampled codes all differ."""
 
 from __future__ import annotations
 
