@@ -34,8 +34,7 @@ def install() -> None:
 
 
 def _replace_language_once() -> None:
-    """Replace and restore functions only at a launch; functions called inside it find all replaced.
-    """
+    """Replace and restore functions only at a launch; inner functions find all replaced."""
     replace, replaced, seen_from = interpreter._patch_lang, set(), {}
 
     def restore_all(restore) -> None:

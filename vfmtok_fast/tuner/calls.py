@@ -61,9 +61,7 @@ class Call:
         return args, kwargs
 
     def run(self, function: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Call ``function`` and return its outputs, followed by all gradients if ``backward`` is
-        set.
-        """
+        """Call ``function``; return its outputs, then all gradients if ``backward`` is set."""
         if not self.backward:
             with torch.no_grad():
                 out = function(*args, **kwargs)

@@ -42,8 +42,7 @@ def compiling(chip: int) -> contextlib.AbstractContextManager:
 
 
 def launches(call: Call, chip: int) -> list[Any]:
-    """Compile what a call launches, for a chip that need not be present, and return the launches.
-    """
+    """Compile what a call launches, for a chip that need not be present; return the launches."""
     with compiling(chip) as found:
         args, kwargs = call.arguments(torch.device("cpu"), empty=True)
         call.run(getattr(switch.kernel(call.op), call.op), args, kwargs)

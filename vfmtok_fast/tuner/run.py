@@ -225,8 +225,7 @@ class Tuner:
 
     @staticmethod
     def _news(asked: dict[Call, dict[str, tuple[str, int]]]) -> list[tuple[Call, str]]:
-        """Return what to measure: for each space, kind and size, the first call that looks it up.
-        """
+        """Return what to measure: the first call to look up each space, kind and size."""
         first: dict[tuple[str, str, int], tuple[Call, str]] = {}
         for call, spaces_of_it in asked.items():
             for name, (kind, size) in spaces_of_it.items():
