@@ -40,8 +40,7 @@ def taking(implementation: str) -> Callable[[str], Iterator[None]]:
 
 @pytest.fixture(scope="session")
 def check_error() -> Callable[..., None]:
-    """``check_error(got, truth, ruler)``: the error is at most twice the ruler's, plus one
-    rounding.
+    """``check_error(got, truth, ruler)``: at most twice the ruler's error, plus one rounding.
 
     This is the tolerance rule of all ops, except for float32 sums of linear layers, which use
     `float32_bounds`. ``truth`` is computed in float64; ``ruler`` is the reference in the dtype
@@ -182,8 +181,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Recorder]
 
 @pytest.fixture
 def check_rounding() -> Callable[..., None]:
-    """``check_rounding(op, *tensors)``: when enabled, the op errs at most twice its reference's
-    error.
+    """``check_rounding(op, *tensors)``: an enabled op's error is at most twice the reference's.
 
     The truth is the reference in float64; one rounding of the result is allowed on top. ``took`` is
     the implementation that the call must use.

@@ -31,7 +31,9 @@ test_in_the_interpreter = in_the_interpreter(__file__)
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Use short tiles in the interpreter, which runs programs one by one: caches are short there.
+    """Use short tiles in the interpreter, so that its short caches have several tiles.
+
+    Caches are short there because it runs programs one after another.
     """
     if not GPU:
         monkeypatch.setattr(kernel, "MAX_KEYS", 16)

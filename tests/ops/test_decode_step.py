@@ -207,7 +207,7 @@ def test_the_class_position_vanishes(int8_cache):
 
 
 def test_a_rotary_table_may_lie_anyhow_and_be_longer():
-    """A complex number needs two adjacent values that start at an even offset."""
+    """Any strides work, though a complex number needs two adjacent values at an even offset."""
     arguments = make()
     table = arguments[2].rotary
     want = ops.decode_step(*copied(arguments))
@@ -251,7 +251,7 @@ def test_no_images(options, dtype):
 
 @pytest.mark.parametrize("rows", [1, 3, 7])
 def test_it_needs_no_gradient_and_leaves_none(rows):
-    """Weights are parameters, which require gradients by default."""
+    """Weights require gradients, as parameters do; the logits and the cache must not."""
     arguments = make(rows)
     want = ops.decode_step(*copied(arguments))
 

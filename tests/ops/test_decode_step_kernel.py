@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 H, T, D, EPS = 3, 5, 4, 1e-5
 SIZES = {"H": H, "T": T, "D": D, "V": 30}
 PARTS = ("queries", "add", "hidden", "logits")
-# The smallest and largest number of rows of all three forms.
+# Numbers of rows at the ends of all three forms.
 ROWS = (1, 2, 4, 5, 16, 64, 65)
 
 
@@ -110,9 +110,7 @@ def roundings(part: str, K: int) -> int:
 
 @pytest.fixture
 def check(check_error, check_bound, float32_bounds) -> Callable[..., None]:
-    """Float32 results are within their bound, half-precision ones within twice the reference's
-    error.
-    """
+    """Check float32 results against their bound, and half precision by `check_error`."""
 
     def run(part: str, rows: int, K: int, N: int, dtype: torch.dtype, **options) -> None:
         x, norm, weight, last = inputs(part, rows, K, N, dtype, **options)
