@@ -137,7 +137,7 @@ def test_the_plot_of_generation_has_no_panel_with_a_single_batch(
     assert plots.plot(path, json.loads(path.read_text()))
     (figure,) = made
     assert len(figure.axes) == panels
-    for axes in figure.axes:  # Beside the points, never on them.
+    for axes in figure.axes:  # Beside the points, not on them.
         legend = axes.get_legend().get_window_extent()
         assert legend.x0 >= axes.get_window_extent().x1
     monkeypatch.undo()

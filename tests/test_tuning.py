@@ -66,7 +66,7 @@ def write(path: Path, settings=(), ops=(), **changes) -> None:
 def test_a_chip_takes_the_default_of_the_highest_capability_that_it_has(space, card):
     cpu = torch.device("cpu")
     assert space.at(cpu, "any", 1) == (32, 4)
-    assert space.at(CUDA, "any", 1) == (16, 4)  # 8.9
+    assert space.at(CUDA, "any", 1) == (16, 4)  # compute capability 8.9
     for chip, rows in ((80, 16), (89, 16), (90, 32), (120, 32), (70, 16)):
         with tuning.pretend(chip):
             assert space.at(cpu, "any", 1).rows == rows

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from vfmtok_fast.kernels import decode_step, launch
 
 CLASSES = torch.arange(64) % 10
-# For the interpreter.
+# Sizes for the interpreter.
 SMALL = {"block_size": 9, "num_layers": 1, "dim": 32, "num_heads": 2, "vocab_size": 96}
 SETTINGS = (
     {"seed": 1},

@@ -1,4 +1,4 @@
-"""Triton's GELU of linear against float64, on a GPU if there is one, else in the interpreter."""
+"""Triton's activations of linear against float64, on a GPU if there is one, else interpreted."""
 
 from __future__ import annotations
 
