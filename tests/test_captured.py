@@ -70,7 +70,7 @@ class OnGpu(Tensor):
 
 
 def _refusing(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Wrap torch.tensor or torch.as_tensor, which need a driver before they dispatch."""
+    """Wrap torch.tensor or torch.as_tensor to refuse copies; both ask for a driver first."""
 
     def made(data: object, *args: object, device: object = None, **options: object) -> Tensor:
         if isinstance(data, OnGpu) and make.__name__ == "as_tensor":

@@ -111,7 +111,7 @@ def test_the_file_holds_what_the_models_make(tmp_path):
         assert file.files == ["arr_0", "arr_1"]
         pictures, labels = file["arr_0"], file["arr_1"]
     assert np.array_equal(labels, np.arange(150) % 5) and labels.dtype == np.int64
-    # Generate all images in whole batches: an image's id is its position.
+    # Generate all images in one batch: an image's id is its position.
     codes = made.gpt.generate(made.class_ids, **SAMPLING)
     assert np.array_equal(pictures, made.tokenizer.decode_to_uint8(codes, 2).numpy())
     assert pictures.dtype == np.uint8 and pictures.shape == (150, 2, 2, 3)

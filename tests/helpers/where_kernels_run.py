@@ -25,7 +25,7 @@ _starts_child = pytest.mark.skipif(GPU or INTERPRETED, reason="the tests below r
 
 
 def combined(*choices: Sequence) -> list[tuple]:
-    """Combine the values of several parameters: all on a GPU, else each value at least once."""
+    """Return all combinations of several parameters on a GPU, else each value at least once."""
     if GPU:
         return list(itertools.product(*choices))
     count = max(map(len, choices))

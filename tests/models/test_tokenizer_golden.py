@@ -172,7 +172,7 @@ def test_enabled_regions_and_codes(case: Case):
 
 
 def test_enabled_pixels(case: Case):
-    """On the same map, the fast ops of the pixel decoder are within rounding."""
+    """On the same map, the fast ops of the pixel decoder obey the tolerance rule."""
     z = case.single["z"]
     names = ["group_norm_silu", "residual_block", "upsample_conv"]
     with torch.no_grad(), vfmtok_fast.enable(names, strict=True):
@@ -185,7 +185,7 @@ def test_enabled_pixels(case: Case):
 
 
 def test_enabled_gradients(case: Case):
-    """Gradients of the golden file's keys, for one image, are as exact as the reference's."""
+    """For one image, gradients of the golden file's keys obey the tolerance rule."""
     truth = train_once(case, copy.deepcopy(case.model).double(), case.double, count=1)
     ruler = train_once(case, case.model, count=1)
     vfmtok_fast.switch.record.clear()
@@ -223,7 +223,7 @@ def train_once(
 
     Maps of ``count`` images are those of ``seen``, by default our own in float32.
     """
-    # Their own maps are as exact as ours, which are computed only once.
+    # The authors' maps are as exact as ours, so ours are used, which are computed once.
     seen = seen or case.single
     maps = [seen[f"level{i}"][:count] for i in range(4)]
     model.zero_grad(set_to_none=True)

@@ -260,7 +260,7 @@ def test_any_strides(dtype: torch.dtype, check_error):
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled there")
 def test_no_batch_compiles_a_variant():
-    """The batch size must not select another compiled variant, or a row's bits would depend on it.
+    """The batch size must not select another compiled variant, or a row's bits could depend on it.
 
     The caches are laid out as in generation. The test compares what real launches compile, and
     needs no GPU.
