@@ -1,4 +1,4 @@
-"""What all tests share: golden cases, a clean switch, and the `gpu` mark."""
+"""Shared by all tests: golden cases, a clean dispatch state, and the `gpu` mark."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ GOLDEN = Path(__file__).parent / "data" / "golden"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A shell ignores SIGINT for what it runs in the background, and children inherit that; the
-    # tests of Ctrl-C need Python's own handling.
+    # A shell makes background jobs ignore SIGINT, and their children inherit that. The Ctrl-C tests
+    # need Python's own handler.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Torch looks at it once, at a process's first product; tests of deterministic mode need it.
+    # Torch reads it once, at a process's first matrix product. Deterministic mode needs it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if os.environ.get("TRITON_INTERPRET") == "1":
         import faster_interpreter
 
         faster_interpreter.install()
     if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-        # Processes that share the cores must not each start a thread per core; nor their children.
+        # Processes that share the cores must not each start one thread per core, nor may their
+        # children.
         threads = max(1, (os.cpu_count() or 1) // int(workers))
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
@@ -47,8 +48,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
     if "PYTEST_XDIST_WORKER" in os.environ:
-        # Processes take files in this order: the longest first, lest one of them start when the
-        # others are done. Else pytest-xdist goes by number of tests, and the interpreter is one.
+        # Worker processes take files in this order. The longest come first, so that none of them
+        # starts when the others are done. By default pytest-xdist sorts files by number of tests,
+        # but a whole run in the interpreter is one test.
         rank: dict[Path, int] = {}
         for item in items:
             interpreted = "run_in_interpreter" in getattr(item, "fixturenames", ())
@@ -59,7 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def clean_switch() -> Iterator[None]:
-    """Start and end every test with nothing enabled, and no calls or fallbacks recorded."""
+    """Start and end every test with no op enabled and no calls or fallbacks recorded."""
     switch.disable()
     switch.record.clear()
     yield
@@ -69,13 +71,13 @@ def clean_switch() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], dict[str, torch.Tensor]]:
-    """``golden(case)``: what the authors' code gave, by the names of the golden README."""
+    """``golden(case)``: outputs of the authors' code, under the names in the golden README."""
     return lambda case: load_file(GOLDEN / f"{case}.safetensors")
 
 
 @pytest.fixture(scope="session")
 def official_weights() -> Callable[[str], dict[str, torch.Tensor]]:
-    """``official_weights(case)``: the case's weights under the authors' names, float32."""
+    """``official_weights(case)``: the case's float32 weights under the authors' names."""
     recipe_tensor = runpy.run_path(str(GOLDEN / "recipe.py"))["recipe_tensor"]
 
     def make(case: str) -> dict[str, torch.Tensor]:
@@ -87,10 +89,11 @@ def official_weights() -> Callable[[str], dict[str, torch.Tensor]]:
 
 @pytest.fixture(scope="session")
 def check_law() -> Callable[..., None]:
-    """``check_law(codes, probabilities)``: codes drawn with fixed seeds follow that law.
+    """``check_law(codes, probabilities)``: check that codes drawn with fixed seeds follow that law.
 
-    By Pearson's chi-square. The seeds are fixed, so a run never fails by chance; a right sampler
-    would fail here with one seed in 10^5, so hardly with the one that was written down.
+    It uses Pearson's chi-square test. The seeds are fixed, so a run never fails by chance. A
+    correct sampler would fail with one seed in 10^5, so the seed that was written down is very
+    unlikely to fail.
     """
     from scipy import stats
 
@@ -102,14 +105,14 @@ def check_law() -> Callable[..., None]:
         kept = probabilities > 0
         assert counts[~kept].sum() == 0, "a code that the filters drop was drawn"
         if kept.sum() == 1:
-            # No freedom is left: chi-square of one cell would divide by zero.
+            # No degree of freedom is left: a chi-square test of one cell would divide by zero.
             assert counts[kept].item() == len(codes)
             return
-        # Sums of the two may differ by rounding, which scipy does not forgive.
+        # The two totals may differ by rounding, which scipy rejects.
         expected = probabilities[kept] / probabilities[kept].sum() * len(codes)
         observed = counts[kept]
-        # Pearson's approximation wants 5 a cell: rarer codes share one, with one common code so
-        # that it has them.
+        # Pearson's approximation needs an expected count of 5 per cell. Rarer codes share one cell,
+        # together with one common code that brings it to 5.
         rare = expected < 5
         if rare.any():
             rare[np.argmin(np.where(rare, np.inf, expected))] = True
@@ -123,7 +126,7 @@ def check_law() -> Callable[..., None]:
 
 @pytest.fixture
 def fake_op(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A CPU nearest_code that answers -7, and no other fast implementation of any op."""
+    """A CPU nearest_code that always returns -7; no other op has a fast implementation."""
 
     def nearest_code(z, codebook, *, k=1, normalize=True, return_score=False):
         return torch.full((z.shape[0],), -7)
@@ -144,10 +147,10 @@ def fake_op(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 @pytest.fixture
 def run_in_interpreter() -> Callable[..., None]:
-    """``run_in_interpreter(__file__, "-k", "name")`` runs tests of kernels in a child pytest.
+    """``run_in_interpreter(__file__, "-k", "name")`` runs kernel tests in a child pytest.
 
-    The interpreter must be chosen before Triton is imported. float32 and float16 are right in it;
-    bfloat16 products are not (triton#11584).
+    The interpreter must be selected before Triton is imported. It computes float32 and float16
+    correctly, but not bfloat16 products (triton#11584).
     """
 
     def run(file: str, *arguments: str) -> None:

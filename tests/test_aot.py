@@ -1,6 +1,6 @@
-"""Every kernel compiles for an H200, within the committed budget, without a GPU.
+"""Without a GPU, every kernel compiles for an H200 within the committed budget.
 
-`make aot` does so for all chips that we name.
+`make aot` does this for all chips that we name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SCRIPT = ROOT / "benchmarks" / "aot.py"
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """Its own process: the interpreter of other tests must not be on."""
+    """Run in a separate process, where the interpreter of other tests is off."""
     out = tmp_path_factory.mktemp("aot")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
@@ -66,7 +66,7 @@ def test_every_kernel_of_every_module_is_compiled(compiled):
 
 
 def launched_kernels(source: str) -> set[str]:
-    """Names of kernels that a module launches: ``_name[grid](...)``; they all begin so."""
+    """Return names of kernels that a module launches, ``_name[grid](...)``; all start with "_"."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     return {
         call.func.value.id
@@ -84,7 +84,7 @@ def test_a_number_over_the_budget_fails(compiled, aot, key: str):
     budget = json.loads(aot.BUDGET.read_text()) | {"triton": aot.triton.__version__}
     name = "nearest_code._screen d=12 float32"
     tight = copy.deepcopy(budget)
-    # Whatever the installed compiler makes of it.
+    # Slightly below whatever the installed compiler produces.
     tight["H200"]["kernels"][name][key] = (
         rows[name].get(key, rows[name]["main_loop"].get(key)) - 0.001
     )
@@ -95,7 +95,7 @@ def test_a_number_over_the_budget_fails(compiled, aot, key: str):
     lonely = {**rows[name], "occupancy": {"programs": 1, "warps": 1}}
     assert "1 warps are resident" in aot.check(name, "H200", lonely, budget)[0]
     assert aot.check("no such kernel", "H200", rows[name], budget)
-    # What the settings that are not the default take has a budget of its own.
+    # Settings other than the default have their own budget.
     assert aot.check(name, "H200", rows[name], budget, "variants")
 
 
@@ -117,7 +117,7 @@ print(*sorted({launch.kernel for launch in launches}))
 
 @pytest.mark.slow
 def test_launches_of_ones_compile(tmp_path):
-    """Through Triton's own launcher, which makes a constant of every 1: types change with that."""
+    """Triton's own launcher makes every 1 a constant, which changes types."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
         [sys.executable, "-P", "-c", LAUNCHES],

@@ -1,4 +1,4 @@
-"""How far a command has come, where stderr is a terminal and where it is a log."""
+"""Progress of a command, on a terminal and in a log."""
 
 from __future__ import annotations
 

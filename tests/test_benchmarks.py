@@ -1,4 +1,4 @@
-"""The benchmarks' harness: a failure costs its own record only."""
+"""The benchmark harness: a failure loses only its own record."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ ceilings = lambda: {"copy_gb_s": 1, "matmul_tflop_s": 1}
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch) -> Path:
-    """The harness with two files of its own; a copy's ceilings are small ones."""
+    """Return a folder with a copy of the harness, small ceilings and two benchmark files."""
     monkeypatch.delenv("RESULTS", raising=False)
     (tmp_path / "benchmarks").mkdir()
     for name in ("conftest.py", "harness.py", "bounds.py"):
@@ -85,7 +85,7 @@ def results(folder: Path) -> dict[str, dict]:
 
 
 def test_a_failure_costs_its_own_record_and_what_follows_nothing(folder: Path):
-    """Not even where the whole run dies: a record is written when it is made."""
+    """This holds even if the whole run dies, because each record is written at once."""
     code, _, found = run(folder)
     assert code == 9
     first, second = found["first"], found["second"]
@@ -147,7 +147,7 @@ def test_compiled_providers_come_last_and_are_never_fatal(folder: Path):
         "bench_third[slow compiled]": "TimeoutError: it took longer than 5 s",
         "bench_third[broken compiled]": "RuntimeError: no such backend",
     }
-    assert "third" in text and " us  " in text  # The table, each time in a unit of its own.
+    assert "third" in text and " us  " in text  # The table, with a fitting unit for each time.
 
 
 RATIO = """
@@ -176,7 +176,7 @@ def test_the_table_says_how_much_faster_than_the_reference(folder: Path):
 
 def test_only_the_file_that_is_named_runs(folder: Path):
     shutil.copy(BENCHMARKS.parent / "Makefile", folder.parent)
-    # As if not below `make test ARGS=...`, which hands its own down.
+    # Without the variables that `make test ARGS=...` would pass down.
     plain = {k: v for k, v in os.environ.items() if not k.startswith("M") and k != "ARGS"}
     options = {"cwd": folder.parent, "env": plain, "capture_output": True, "text": True}
     command = ["make", "-n", "bench", "VENV=", "ARGS=benchmarks/bench_second.py"]
@@ -210,7 +210,7 @@ def test_durations_are_in_the_unit_that_fits(microseconds, text):
 
 
 def test_every_file_of_benchmarks_can_be_read(tmp_path: Path):
-    """No benchmark names what is no longer there when it is collected."""
+    """All benchmark files can be collected, so none names something that no longer exists."""
     command = [sys.executable, "-P", "-m", "pytest", "-q", "--collect-only", str(BENCHMARKS)]
     command += ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"]
     command += ["-p", "no:cacheprovider"]
@@ -221,7 +221,7 @@ def test_every_file_of_benchmarks_can_be_read(tmp_path: Path):
 
 
 def test_the_release_style_tokenizer_computes_what_ours_does(monkeypatch, clean_switch):
-    """A baseline that computes something else would be none."""
+    """A baseline that computes something else would be no baseline."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     from release_tokenizer import ReleaseTokenizer
 
@@ -229,14 +229,14 @@ def test_the_release_style_tokenizer_computes_what_ours_does(monkeypatch, clean_
     images = torch.rand(2, 3, 336, 336, generator=torch.Generator().manual_seed(0)) * 2 - 1
     codes = tok.encode(images)
     released = ReleaseTokenizer(tok)
-    # A near tie may fall to the other side, by rounding.
+    # Rounding may decide a near tie the other way.
     assert float((released.encode(images) == codes).float().mean()) >= 0.998
     want = tok.decode(codes)
     torch.testing.assert_close(released.decode(codes), want, rtol=0, atol=1e-4 * float(want.max()))
 
 
 def test_operations_are_those_of_the_formula(monkeypatch):
-    """Attention, which torch does not count on a CPU, among them."""
+    """The count includes attention, which torch does not count on a CPU."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     from bench_tokenizer import flops
 
@@ -245,7 +245,7 @@ def test_operations_are_those_of_the_formula(monkeypatch):
     layer = 2 * tokens * 12 * C**2 + 4 * tokens**2 * C
     counted = flops()
     assert counted["backbone"] == depth * layer + 2 * patches * 3 * 14**2 * C
-    # Two blocks of two convolutions; the level is the last, and as wide as the one before.
+    # Two blocks of two convolutions; this is the last level, as wide as the one before.
     assert counted["pixel decoder, 336 x 336"] == 4 * 2 * 336**2 * 9 * 128**2
     parts = ("backbone", "region encoder", "quantiser")
     assert counted["encode"] == sum(counted[part] for part in parts)

@@ -1,10 +1,10 @@
-"""What may be captured in a CUDA graph neither waits for the device nor copies pageable memory.
+"""Code captured in a CUDA graph must neither wait for the device nor copy pageable memory.
 
-All ops in every implementation, the tokenizer, training steps of both models and decoding steps are
-looked at, without a GPU. Tensors are torch's meta tensors, which have shapes and no values, and say
-that they are on a GPU. A dispatch mode sees every operation on them, those of the backward pass and
-of our kernels' launchers included. (torch's own fake tensors on "cuda" have no backward pass where
-there is no GPU.)
+The tests check all ops in every implementation, the tokenizer, training steps of both models and
+decoding steps, without a GPU. Tensors are torch's meta tensors, which have shapes but no values,
+and claim to be on a GPU. A dispatch mode sees every operation on them, including those of the
+backward pass and of our kernels' launchers. (torch's own fake tensors on "cuda" have no backward
+pass without a GPU.)
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ pytestmark = pytest.mark.skipif(
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[1]
 GPU, META = torch.device("cuda", 0), torch.device("meta")
-# The host reads their results or a state, beyond those that torch has tagged as such.
+# The host reads their results or a state; these are in addition to those that torch tags.
 WAITS = {"multinomial", "_unique2", "unique_dim", "unique_consecutive", "histc", "randperm"}
 TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-# They copy a number that lies on the host as a tensor, which others take as an argument.
+# They copy a number that is on the host as a tensor, which other ops take as an argument.
 COPIES_NUMBERS = {"where", "index", "index_put", "index_put_", "copy_", "_to_copy"}
 
 
@@ -48,7 +48,7 @@ class WouldBreakCapture(AssertionError):
 
 
 class OnGpu(Tensor):
-    """A meta tensor that says it is on a GPU, but to torch's own rules for meta tensors."""
+    """A meta tensor that claims to be on a GPU, except to torch's own rules for meta tensors."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
     honest = False
@@ -56,7 +56,7 @@ class OnGpu(Tensor):
     is_cuda = property(lambda self: not OnGpu.honest)
     is_meta = property(lambda self: OnGpu.honest)
 
-    # Of a meta tensor these do not even make a tensor of the data.
+    # For a meta tensor, these do not even create a tensor from the data.
     def new_tensor(self, data: object, **options: object) -> Tensor:
         raise WouldBreakCapture(f"new_tensor: it copies {data} from pageable memory, at {blame()}")
 
@@ -70,7 +70,7 @@ class OnGpu(Tensor):
 
 
 def _refusing(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``make``, torch.tensor or torch.as_tensor, which ask for a driver before they dispatch."""
+    """Wrap torch.tensor or torch.as_tensor to refuse copies; both ask for a driver first."""
 
     def made(data: object, *args: object, device: object = None, **options: object) -> Tensor:
         if isinstance(data, OnGpu) and make.__name__ == "as_tensor":
@@ -85,20 +85,20 @@ def _refusing(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def refuse_lists(index: object) -> None:
-    """A list as an index becomes a tensor, which is copied."""
+    """Refuse a list as an index, because it becomes a tensor that is copied."""
     parts = index if isinstance(index, tuple) else (index,)
     if any(isinstance(part, list) for part in parts):
         raise WouldBreakCapture(f"index {index}: it copies from pageable memory, at {blame()}")
 
 
 def on_gpu(tensor: Tensor) -> Tensor:
-    """``tensor`` without its values."""
+    """Return ``tensor`` without its values."""
     tensor = tensor if tensor.device == META else torch.empty_like(tensor, device=META)
     return Tensor._make_subclass(OnGpu, tensor, tensor.requires_grad)
 
 
 class Watch(TorchDispatchMode):
-    """Raises `WouldBreakCapture`, which names the line of ours that is to blame."""
+    """Raises `WouldBreakCapture`, which names the responsible line of this repository."""
 
     def __init__(self):
         super().__init__()
@@ -109,7 +109,7 @@ class Watch(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         self.seen.add(name)
         if func.namespace == "vfmtok_fast":
-            # What runs on a device: the launcher, not the rule for the shape of its result.
+            # Run what runs on a device: the launcher, not the rule for its result's shape.
             with self:
                 keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
                 return func.redispatch(keys, *args, **kwargs)
@@ -131,11 +131,11 @@ def _marked(value: object) -> object:
 
 
 def objection(func, name: str, args: tuple, kwargs: dict) -> str | None:
-    """Why ``func`` cannot be captured, or None."""
+    """Return why ``func`` cannot be captured, or None."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     to = kwargs.get("device")
     to = None if to is None else torch.device(to).type
-    # From where C++ moves a tensor to the device of another, it knows that as "meta".
+    # Where C++ moves a tensor to another tensor's device, that device shows as "meta".
     there = to in ("cuda", "meta") or any(x.device.type == "cuda" for x in tensors)
     if not there:
         return None
@@ -148,7 +148,7 @@ def objection(func, name: str, args: tuple, kwargs: dict) -> str | None:
         if any(isinstance(x, Tensor) and x.dtype in marks for x in args[1]):
             return "the host must wait for the number of marked elements"
     if name.endswith("_like") or name.startswith("new_"):
-        return None  # Of their tensor only the shape counts.
+        return None  # Only the shape of their tensor matters.
     for x in tensors:
         if x.device.type == "cpu" and (x.ndim > 0 or name in COPIES_NUMBERS):
             return f"it copies {tuple(x.shape)} from pageable memory of the host"
@@ -156,7 +156,7 @@ def objection(func, name: str, args: tuple, kwargs: dict) -> str | None:
 
 
 def blame() -> str:
-    """The innermost line of this repository, other than of the look itself."""
+    """Return the innermost line of this repository outside the checking code."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename).resolve()
         ours = ROOT in path.parents and ".venv" not in path.parts
@@ -167,10 +167,10 @@ def blame() -> str:
 
 @contextlib.contextmanager
 def capturing(launched: Callable[[str], object] = lambda name: None) -> Iterator[Watch]:
-    """Run what is inside as if a graph were captured on a GPU of compute capability 9.0.
+    """Run the body as if a graph were captured on a GPU of compute capability 9.0.
 
-    Make its tensors with `on_gpu` or `moved`, before or inside. Triton kernels do not run;
-    ``launched`` is told their names.
+    Create its tensors with `on_gpu` or `moved`, before or inside. Triton kernels do not run;
+    ``launched`` is called with their names.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
@@ -192,7 +192,7 @@ def capturing(launched: Callable[[str], object] = lambda name: None) -> Iterator
 
 
 def moved(module: nn.Module) -> nn.Module:
-    """The module with its parameters and buffers `on_gpu`."""
+    """Return the module with its parameters and buffers `on_gpu`."""
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):
             if parameter is not None:
@@ -264,7 +264,7 @@ def test_the_look_finds(name):
 
 
 def test_the_look_lets_pass():
-    """What needs no copy: numbers as arguments, fills, device tensors everywhere."""
+    """No copy is needed for numbers as arguments, fills, or device tensors everywhere."""
     x = floats(3, learns=True)
     with capturing() as watch:
         at = torch.arange(3, device=x.device)
@@ -307,7 +307,7 @@ def sampling(dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def step(dtype: torch.dtype) -> None:
-    """Few rows, more, and many; full and int8 caches."""
+    """A few rows, more, and many; full and int8 caches."""
     table, norm = floats(10, 32, dtype=dtype), floats(32, dtype=dtype)
     shapes = ((96, 32), (32, 32), (80, 32), (32, 40), (50, 32))
     qkv, out, gate_up, down, head = (floats(*shape, dtype=dtype) for shape in shapes)
@@ -332,7 +332,7 @@ def norm(dtype: torch.dtype) -> None:
 
 
 def block(dtype: torch.dtype) -> None:
-    """Without gradients, and with."""
+    """Without and with gradients."""
     x, weight = last(2, 8, 4, 4, dtype=dtype), floats(8, dtype=dtype)
     pairs = [(weight, weight), (floats(8, 8, 3, 3, dtype=dtype), weight)] * 2
     with torch.no_grad():
@@ -391,9 +391,9 @@ CALLS = {
     "sample_token": sampling, "decode_step": step, "group_norm_silu": norm,
     "residual_block": block, "upsample_conv": upsampling, "patch_embed": cutting,
 }  # fmt: skip
-# Of the CPU ones, those that a capture leaves to the reference, in part at least.
+# During capture, these CPU implementations leave some or all calls to the reference.
 LEFT = {"nearest_code", "decode_attention"}
-# Without Triton they have nothing but their references.
+# Without Triton these ops have only their references.
 UNCHANGED = {"group_norm_silu", "residual_block", "patch_embed"}
 
 
@@ -401,7 +401,7 @@ UNCHANGED = {"group_norm_silu", "residual_block", "patch_embed"}
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("implementation", ["reference", "cpu", "triton"])
 def test_ops(implementation, name, dtype, monkeypatch):
-    """Forward, and backward where there is one."""
+    """Every implementation can be captured: forward, and backward if there is one."""
     launched: list[str] = []
     if (implementation, name, dtype) == ("cpu", "linear", torch.bfloat16):
         from vfmtok_fast.cpu.linear import BFLOAT16
@@ -454,7 +454,7 @@ types = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=st
 @policies
 @types
 def test_tokenizer(enabled, dtype):
-    """encode, encode_regions, sampling_points, decode, decode_to_uint8."""
+    """Capturable are encode, encode_regions, sampling_points, decode, decode_to_uint8."""
     model, images = tokenizer(dtype).eval(), floats(2, 3, 112, 112, dtype=dtype)
     codes = integers(2, 256, dtype=torch.uint16)
     with vf.enable(enabled, strict=True), capturing():
@@ -505,7 +505,7 @@ def test_training_of_the_generator(enabled, dtype):
 @pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
 @torch.no_grad()
 def test_a_decoding_step(enabled, dtype, guided):
-    """All between two codes, with the position on the host and on the device."""
+    """Everything between two codes, with the position on the host and on the device."""
     model = generator(dtype)
     settings = Sampling(cfg_scale=1.5 if guided else 1.0, top_k=7, top_p=0.9)
     with vf.enable(enabled, strict=True), capturing():
@@ -521,7 +521,7 @@ def test_a_decoding_step(enabled, dtype, guided):
 
 @torch.no_grad()
 def test_steps_are_captured_on_the_device_of_the_model():
-    """A graph's streams are of the current device, which may be another one."""
+    """A graph's streams belong to the current device, which may differ from the model's."""
     model, inside, steps = generator(torch.float32), [], []
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it writes, says and exits with."""
+"""The command line from a user's view: what it writes and prints, and its exit codes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "images"
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Two classes, three pictures."""
+    """Two classes, three images."""
     root = tmp_path / "photos"
     for name in ("animals/chelsea.png", "vehicles/rocket.jpg"):
         (root / name).parent.mkdir(parents=True)
@@ -44,7 +44,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]):
-    """Run a command; its exit code, stdout, and the lines of stderr but for the untrained note."""
+    """Run a command; return exit code, stdout, and stderr lines except the untrained note."""
 
     def call(*arguments: object) -> tuple[int, str, list[str]]:
         code = cli.main([str(argument) for argument in arguments])
@@ -56,7 +56,7 @@ def run(capsys: pytest.CaptureFixture[str]):
 
 
 def refusal(result: tuple[int, str, list[str]]) -> str:
-    """The one line of a command that failed with exit code 2."""
+    """Return the only line of a command that failed with exit code 2."""
     code, _, lines = result
     assert code == 2
     assert len(lines) == 1, lines
@@ -78,7 +78,7 @@ def test_cache_verify_and_status(run, photos: Path, tmp_path: Path) -> None:
     assert (code, problems) == (0, [])
     assert "100.0000% of tokens agree" in text
 
-    # What was cached is what Python gives.
+    # The cache holds what the Python API gives.
     tokens, _ = vf.cache.read_tokens(out)
     images = vf.images.load_images([photos / "animals/chelsea.png"])
     codes = untrained_tokenizer("small").encode(images)
@@ -101,7 +101,7 @@ def test_verify_and_repair_compute_as_the_cache_was_made(fast, run, photos, tmp_
     (out / "shards/tokens-00000.safetensors").write_bytes(b"")
     code, text, _ = run("repair", photos, out, *SMALL)
     assert code == 0 and "complete; 1 of 1 shards made again" in text
-    # A named precision is taken as named.
+    # An explicit precision overrides that of the cache.
     line = refusal(run("repair", photos, out, *SMALL, "--precision", "float32"))
     assert "dtype (there float16, here float32)" in line
 
@@ -124,7 +124,7 @@ def test_verify_draws_a_contact_sheet(run, photos: Path, tmp_path: Path) -> None
 
 
 def test_reconstruct_writes_over_no_picture(run, photos: Path) -> None:
-    """As `reconstruct *.png` would of two photos."""
+    """`reconstruct *.png` would overwrite one of two photos."""
     (photos / "a.png").write_bytes(b"a photo")
     code, _, (line,) = run("reconstruct", photos, photos / "a.png", *SMALL)
     assert code == 2 and "a.png is there already; choose another name" in line
@@ -230,7 +230,7 @@ def test_processes_of_torchrun_share_a_cache(run, photos, tmp_path, monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     code, text, _ = run(*common)
-    assert (code, text) == (0, "")  # the first process speaks for all
+    assert (code, text) == (0, "")  # only the first process prints
     monkeypatch.setenv("RANK", "0")
     code, text, _ = run(*common)
     assert code == 0 and "0 encoded now" in text
@@ -426,7 +426,7 @@ def test_convert_then_sample(run, tmp_path: Path) -> None:
     again = vf.GPT.from_pretrained(out)
     assert again.config == gpt.config
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in gpt.state_dict().items())
-    # The folder is not overwritten, and the preset's shape is not that of the file.
+    # The folder is not overwritten, and the preset does not have the file's shape.
     refusal(run("convert", "GPT-B", out, *arguments))
     line = refusal(run("convert", "GPT-B", tmp_path / "b", "--file", tmp_path / "gpt.pt"))
     assert "missing" in line and "layers.11.ffn_norm.weight" in line
@@ -434,7 +434,7 @@ def test_convert_then_sample(run, tmp_path: Path) -> None:
 
 
 def test_paths_from_home_and_a_config_of_windows(run, photos, tmp_path, monkeypatch) -> None:
-    """Shells leave the ~ of --option=~/x as it is; some editors begin a file with a BOM."""
+    """Shells leave the ~ of --option=~/x unexpanded, and some editors start a file with a BOM."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     gpt = untrained_gpt("small")
@@ -512,7 +512,7 @@ def test_doctor_names_every_op(run) -> None:
 
 
 def test_doctor_names_what_is_missing_and_how_to_get_it(run, monkeypatch) -> None:
-    """Every extra that users may want, and no others."""
+    """These are all extras for users, and no others."""
     pyproject = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     extras = pyproject["project"]["optional-dependencies"]
     assert {extra for extra, _ in OPTIONAL.values()} == {*extras} - {"test", "bench", "dev"}

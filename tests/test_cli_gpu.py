@@ -1,4 +1,4 @@
-"""The commands on a GPU, with the model that comes along: they end well, and as on a CPU."""
+"""Commands on a GPU with the shipped model succeed, with the same results as on a CPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def log(out: Path) -> list[dict]:
 
 
 def took(op: str) -> set[str]:
-    """By what the calls of the last command were made."""
+    """Return the implementations that the last command's calls used."""
     return set(status().ops[op].calls)
 
 
@@ -51,12 +51,12 @@ def test_train_tokenizer(tmp_path, more):
     patch = ("--no-lpips", "--discriminator", "patch", "--discriminator-start", "2")
     line = ("train-tokenizer", PICTURES, tmp_path / "run", "--start-from", "emoji", *patch)
     assert run(*line, *TRAINING, *more) == 0
-    # "triton (compiled)" where layers are compiled.
+    # "triton (compiled)" if layers are compiled.
     found = took("deformable_sample")
     assert found and all(name.startswith("triton") for name in found)
     first, last = log(tmp_path / "run")
     assert last["rec"] < 0.5 and last["generator"] is not None and first["step"] == 2
-    # On from the checkpoint in the midst, as after a kill.
+    # Resume from a checkpoint in the middle, as after a kill.
     (tmp_path / "run" / "checkpoints" / "step-00000004.pt").unlink()
     assert run(*line, *TRAINING, *more) == 0
     assert log(tmp_path / "run")[-1]["rec"] == pytest.approx(last["rec"], rel=0.05)
@@ -97,5 +97,5 @@ def test_evaluate(tmp_path):
             assert run(*line, "--out", out, device=device) == 0
             found[device] = json.loads(out.read_text())["metrics"]
         for name, value in found["cpu"].items():
-            # One picture of sixty may be classified otherwise.
+            # One image of sixty may be classified differently.
             assert found[DEVICE][name] == pytest.approx(value, rel=1e-3, abs=0.1 * number), name

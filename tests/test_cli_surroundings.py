@@ -1,4 +1,4 @@
-"""The command line in its surroundings: streams, terminals, schedulers, folders."""
+"""The command line and its environment: streams, terminals, schedulers, folders."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_version():
 
 @pytest.mark.parametrize("encoding", ["ascii", "ascii:strict", "utf-8:strict", "latin-1"])
 def test_names_that_a_stream_cannot_show(encoding, tmp_path):
-    """An error about such a name, told; and no second one."""
+    """An error about such a name is reported without causing a second error."""
     missing = tmp_path / "snow\N{SNOWMAN}man\udcff"
     result = run("status", missing, env={**os.environ, "PYTHONIOENCODING": encoding})
     assert result.returncode == 2 and b"no token cache here" in result.stderr
@@ -107,9 +107,9 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path, capsys):
         ({}, (0, 1)),
         ({"RANK": "3", "WORLD_SIZE": "8"}, (3, 8)),
         ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0"}, (2, 4)),
-        # A batch script itself, whose job has four tasks, is one process.
+        # The batch script itself is one process, although its job has four tasks.
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1)),
-        # torchrun inside of a step.
+        # torchrun inside a step.
         ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "1"}, (1, 2)),
     ],
 )  # fmt: skip
@@ -134,7 +134,7 @@ def test_torchrun_is_not_told_of_a_crash(monkeypatch):
 
 @pytest.fixture
 def official(tmp_path) -> list[str]:
-    """The arguments that convert a small generator in the authors' layout."""
+    """Return the arguments that convert a small generator in the authors' layout."""
     import json
 
     from vfmtok_fast.checkpoint import official_gpt

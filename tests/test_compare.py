@@ -1,4 +1,4 @@
-"""`benchmarks/compare.py`: slower beyond noise fails, noise does not, nonsense is told."""
+"""`benchmarks/compare.py`: slower beyond noise fails, noise does not, bad input is reported."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def run(*folders: Path) -> tuple[int, str, str]:
     [
         (record(100), record(120), "slower", 1),
         (record(100), record(80), "faster", 0),
-        # Far outside the rounds' spread, and yet too little to matter.
+        # Far outside the spread of the rounds, but too small to matter.
         (record(100, iqr_us=0.1), record(104, iqr_us=0.1), "same", 0),
-        # Much, and yet within what the rounds of one run differ by: 3 x hypot(5, 5) is 21.2.
+        # Large, but within the spread of the rounds of one run: 3 x hypot(5, 5) is 21.2.
         (record(100, iqr_us=5), record(120, iqr_us=5), "same", 0),
         (record(100, iqr_us=5), record(122, iqr_us=5), "slower", 1),
         # Records from before quartiles were kept: half of the range, 3 x hypot(5, 5) again.
@@ -97,6 +97,6 @@ def test_what_cannot_be_compared_is_one_line_and_two(tmp_path):
 
 
 def test_a_folder_is_as_fast_as_itself():
-    """The committed records, old ones without rounds among them, can be read."""
+    """All committed records can be read, including old ones without rounds."""
     code, said, error = run(COMPARE.parent / "results", COMPARE.parent / "results")
     assert code == 0 and not error and "slower" not in said

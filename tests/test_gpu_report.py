@@ -1,4 +1,4 @@
-"""`make gpu-report`: parts within their time, whatever one of them does."""
+"""`make gpu-report`: all parts keep to their time, whatever one of them does."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def gpu_report():
     name = "gpu_report_under_test"
     spec = importlib.util.spec_from_file_location(name, BENCHMARKS / "gpu_report.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # Its dataclasses look for themselves there.
+    sys.modules[name] = module  # Its dataclasses look themselves up there.
     spec.loader.exec_module(module)
     yield module
     del sys.modules[name]
 
 
 class Machine:
-    """A clock and a runner: each part takes so long, or until its limit."""
+    """A clock and a runner: each part takes a given time, or stops at its limit."""
 
     def __init__(self, takes: dict[str, float]):
         self.takes, self.now, self.limits = takes, 0.0, {}
@@ -64,7 +64,7 @@ def test_a_part_that_hangs_takes_its_share_and_no_more(gpu_report):
     assert how == {
         "compile": "cut off after 100 s", "tests": "done", "bench": "done", "report": "done",
     }  # fmt: skip
-    # Time that the tests left over is the benchmarks'; the report's is kept.
+    # Time that the tests leave over goes to the benchmarks; the report keeps its own.
     assert machine.limits["bench"] == (400 - 130 - gpu_report.REPORT,)
 
 
@@ -87,7 +87,7 @@ def test_the_parts_and_their_order(gpu_report):
     names = [part.name for part in parts]
     assert names[:3] == ["compile", "tests", "tune"] and names[-1] == "report"
     assert names[3:5] == ["nearest_code", "deformable_sample"]
-    # All there are, but for the one that a GPU has no part in.
+    # All benchmarks, except the one that has no GPU part.
     on_disk = {path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py")}
     assert set(names[3:-1]) == on_disk - {"cache"}
 
@@ -103,7 +103,7 @@ def test_every_test_that_needs_a_gpu_is_among_the_parts(gpu_report):
 
 
 def test_benchmarks_share_what_is_left_by_their_weights(gpu_report):
-    """A long file costs those behind it nothing; what a short one leaves over is theirs."""
+    """A long file does not shorten later ones, and they get the time that a short one leaves."""
     machine = Machine({"tests": 20, "long": 1e9, "short": 10, "last": 1e9, "report": 5})
     todo = [
         gpu_report.Part("tests", ("tests",), 0.5),
@@ -190,7 +190,7 @@ def test_a_failure_is_told_from_success(gpu_report):
 
 
 def test_nothing_of_a_part_is_left_behind(gpu_report, tmp_path, monkeypatch):
-    """Not even a child of a process that heeds no signal."""
+    """A child is ended too, even if its parent ignores signals."""
     monkeypatch.setattr(gpu_report, "GRACE", 0.2)
     noted = tmp_path / "pid"
     child = "import time; time.sleep(300)"
@@ -211,7 +211,7 @@ def wait_for_its_end(pid: int) -> None:
             status = Path(f"/proc/{pid}/status").read_text()
         except (FileNotFoundError, ProcessLookupError):
             return
-        # Whoever inherited it may not have taken note of its end.
+        # The process that inherited it may not have reaped it yet.
         if "State:\tZ" in status:
             return
         time.sleep(0.1)
@@ -220,7 +220,7 @@ def wait_for_its_end(pid: int) -> None:
 
 
 def test_a_killed_run_keeps_its_records(gpu_report, tmp_path):
-    """Each record is on disk as soon as it is made, so that a hanging one loses only itself."""
+    """Each record is written to disk at once, so a benchmark that hangs loses only its own."""
     pytest.importorskip("pytest_benchmark")
     for name in ("conftest.py", "harness.py", "bounds.py"):
         (tmp_path / name).write_text((BENCHMARKS / name).read_text())

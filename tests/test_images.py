@@ -1,4 +1,4 @@
-"""Decoding and preprocessing: exact on the authors' cases, and one line for everything broken."""
+"""Decoding and preprocessing: exact on the authors' cases, a one-line error for broken files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vfmtok_fast.images import (
 
 PHOTOS = Path(__file__).resolve().parents[1] / "examples" / "images"
 
-# SHA-256 of the uint8 [336, 336, 3] arrays that the authors' preprocessing made of these photos.
+# SHA-256 of the uint8 [336, 336, 3] arrays that the authors' preprocessing gave for these photos.
 GOLDEN = {
     "people/astronaut.png": "bca2e6da37c3ac2120a070c07e8572694c6fdac861c338c288bacd89936f4091",
     "food/coffee.png": "e57f09b8f9efdaf82bfe71053888886338c01b754387f05e6481a7a26238b6e0",
@@ -52,7 +52,7 @@ def encoded(image: Image.Image, format: str, **options) -> bytes:
 
 
 def png(width: int, height: int, depth: int, color: int, rows: np.ndarray) -> bytes:
-    """A PNG written by hand: Pillow cannot write every kind that it reads."""
+    """Write a PNG byte by byte: Pillow cannot write every kind that it reads."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
@@ -89,7 +89,7 @@ def test_crop_is_bit_exact_with_the_authors(name):
 def test_large_pictures_are_halved_by_box(halvings):
     image = noise(336 << halvings, 336 << halvings)
     expected = np.asarray(image).astype(int)
-    for _ in range(halvings):  # Pillow rounds to 8 bit after each direction
+    for _ in range(halvings):  # Pillow rounds to 8 bits after each direction
         expected = (expected[:, ::2] + expected[:, 1::2] + 1) >> 1
         expected = (expected[::2] + expected[1::2] + 1) >> 1
     np.testing.assert_array_equal(center_crop(image), expected)
@@ -200,7 +200,7 @@ def test_image_grid():
         image_grid(cells, columns=0)
 
 
-# ---- decoding: what is read, and as what
+# ---- decoding: files that can be read, and the result
 
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM", "GIF", "WEBP"])
@@ -235,7 +235,8 @@ def test_gray_palette_and_alpha_are_pillows_conversion():
 
 @pytest.mark.parametrize("adobe_marker", [True, False])
 def test_cmyk(adobe_marker):
-    # Pillow writes CMYK with Adobe's marker and inverted values; without it values are as stored.
+    # Pillow writes CMYK with Adobe's marker and inverted values; without the marker, values are as
+    # stored.
     data = encoded(gradient().convert("CMYK"), "JPEG", quality=100, subsampling=0)
     if not adobe_marker:
         at = data.index(b"\xff\xee")
@@ -274,7 +275,7 @@ def test_pixels_without_a_range_are_refused(values, kind):
 def tiff(
     values: np.ndarray, bits: int, photometric: int, order: str = "<", planes: bool = False, **more
 ) -> bytes:
-    """A TIFF written by hand. `more`: SampleFormat as `form`, Compression as `deflate`."""
+    """Write a TIFF byte by byte. `more`: SampleFormat as `form`, Compression as `deflate`."""
     height, width = values.shape[:2]
     samples = values.shape[2] if values.ndim == 3 else 1
     form, deflate = more.get("form", 1), more.get("deflate", False)
@@ -320,7 +321,7 @@ def test_gray_tiff_comes_out_right_or_is_refused(bits, white_is_zero, order, def
     values = levels % (top + 1) if bits < 8 else levels * top // 255
     wanted = values * 255 // top if bits <= 8 else values >> (bits - 8)
     data = tiff(values, bits, 0 if white_is_zero else 1, order, deflate=deflate)
-    # What Pillow itself does not open.
+    # Kinds that Pillow itself does not open.
     if (bits == 12 and (white_is_zero or order == ">")) or (bits, white_is_zero, order) == (
         16,
         True,
@@ -383,7 +384,7 @@ def test_animations_give_their_first_frame(format):
     np.testing.assert_array_equal(np.asarray(decode_image(data)), np.asarray(first))
 
 
-# ---- decoding: what is refused
+# ---- decoding: files that are refused
 
 JPEG = encoded(gradient(200, 150), "JPEG")
 
@@ -457,7 +458,7 @@ def test_random_damage_never_raises_anything_else():
     for trial in range(3000):
         data = bytearray(sources[trial % len(sources)])
         for _ in range(rng.choice((1, 2, 5, 20))):
-            # Mostly the headers, where damage is more than another colour.
+            # Mostly in the headers, where damage does more than change a colour.
             at = min(int(rng.expovariate(1 / 60)), len(data) - 1)
             data[at] = rng.randrange(256)
         try:

@@ -14,8 +14,8 @@ import vfmtok_fast
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "vfmtok_fast"
 
-# The parts of the package and the parts that each may import, bottom first: a part may import only
-# from lines above its own, so the table cannot hold a cycle.
+# The parts of the package and the parts that each may import, lowest first. A part may import only
+# from lines above its own, so the table cannot contain a cycle.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "bars": set(),
@@ -54,7 +54,7 @@ ALLOWED["sample_folder"] = BASE | {"cache"}
 ALLOWED["tuner"] = BASE
 ALLOWED["evaluation"] = BASE | {"cache"}
 ALLOWED["training"] = BASE | {"visualize", "cache", "evaluation"}
-# What a user imports: the models, the switch and the cache; the tools stand beside that.
+# What users import: the models, dispatch and the cache, plus the tools.
 ALLOWED["__init__"] = {
     *("lazy", "switch", "images", "ops", "tokenizer", "generator", "cache"),
     *("tuner", "training", "evaluation"),
@@ -65,10 +65,10 @@ ALLOWED["cli"] = BASE | {
 }
 ALLOWED["__main__"] = {"cli"}
 
-# The rooms of the cache, each of which uses only those before it.
+# The rooms (subpackages) of the cache; each uses only those before it.
 ROOMS = ("store", "format", "sources", "make", "read", "check", "__init__")
 
-# What the lower parts may import from outside, besides the standard library.
+# External packages that the lower parts may import, besides the standard library.
 OUTSIDE: dict[str, set[str]] = {
     "lazy": set(),
     "record": set(),
@@ -89,12 +89,12 @@ OUTSIDE: dict[str, set[str]] = {
     "timing": {"torch"},
     "ops": {"torch"},
 }
-# Top-level folders of the repository: importable only by accident, where it is on sys.path.
+# Top-level folders of the repository: importable only by accident, if it is on sys.path.
 NOT_PACKAGES = {"kernels", "benchmarks", "tests", "examples", "setup"}
 
 
 def module_files() -> dict[str, Path]:
-    """Every module by its import name."""
+    """Return every module by its import name."""
     files = {}
     for name, folder in ((PACKAGE, ROOT / PACKAGE), (f"{PACKAGE}.kernels", ROOT / "kernels")):
         for path in sorted(folder.rglob("*.py")):
@@ -109,7 +109,7 @@ MODULES = module_files()
 
 
 def imports(name: str, source: str, is_package: bool) -> list[str]:
-    """All that a module imports, wherever in it that stands; ``from x import y`` gives ``x.y``."""
+    """Return every import of a module, at any nesting; ``from x import y`` gives ``x.y``."""
     package = name.split(".") if is_package else name.split(".")[:-1]
     tree = ast.parse(source)
     found = []
@@ -131,7 +131,7 @@ def imports_of(name: str) -> list[str]:
 
 
 def module_of(imported: str) -> str | None:
-    """The module of ours that an import names, itself or by one of its attributes."""
+    """Return our module that an import names, itself or through one of its attributes."""
     owner = imported.rpartition(".")[0]
     return next((name for name in (imported, owner) if name in MODULES), None)
 
@@ -146,7 +146,7 @@ def room_of(module: str) -> int:
 
 
 def violation(name: str, target: str) -> str | None:
-    """Why the module may not import this, or None."""
+    """Return why the module may not import this, or None."""
     part = part_of(name)
     top = target.split(".")[0]
     if top in NOT_PACKAGES:
@@ -158,7 +158,8 @@ def violation(name: str, target: str) -> str | None:
     module = module_of(target)
     if module is None:
         return f"{name} imports {target}, which does not exist"
-    # A part that is not written yet looks like an attribute of the package; its rule holds already.
+    # A part that does not exist yet looks like an attribute of the package, but its rule applies
+    # already.
     target_part = part_of(target) if part_of(target) in ALLOWED else part_of(module)
     allowed = {part, *ALLOWED[part]}
     if target_part == part == "cache" and room_of(module) > room_of(name):
@@ -215,7 +216,7 @@ def test_a_wrong_import_is_seen(name: str, line: str):
 
 
 def test_only_the_switch_imports_by_name():
-    """Imports by a string would pass the rules unseen; the switch needs them, to import late."""
+    """Imports by a string would evade the rules; the switch needs them to import late."""
     by_name = {
         part_of(name)
         for name in MODULES
@@ -223,7 +224,7 @@ def test_only_the_switch_imports_by_name():
         if target.split(".")[0] in {"importlib", "runpy", "pkgutil"}
         and not target.startswith(("importlib.metadata", "importlib.util", "importlib.resources"))
     }
-    # What packages offer is imported when it is asked for.
+    # The package's public names are imported on first use.
     assert by_name <= {"switch", "lazy"}
 
 
@@ -257,7 +258,7 @@ def test_import_leaves_triton_alone(tmp_path: Path):
 
 @pytest.mark.slow
 def test_everything_but_the_kernels_imports_without_triton(tmp_path: Path):
-    """Optional dependencies too: one of them imported at the top of a module fails here."""
+    """This covers optional dependencies: a top-level import of one of them fails here."""
     late = (f"{PACKAGE}.kernels.", f"{PACKAGE}.providers.")
     names = [name for name in MODULES if not name.startswith(late)]
     lines = [f"import {name}" for name in names if not name.endswith(".__main__")]

@@ -1,4 +1,4 @@
-"""What is kept between calls serves every later one, whatever mode the first was made in."""
+"""State kept between calls serves every later call, whatever mode the first was made in."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOKENIZER = VFMTokConfig(
 
 @contextlib.contextmanager
 def defaults(device: str | None = None, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """torch's defaults, which belong to the process or the thread."""
+    """Set torch's defaults, which belong to the process or the thread."""
     torch.set_default_device(device)
     torch.set_default_dtype(dtype or torch.float32)
     try:
@@ -62,7 +62,7 @@ def generator_calls(model: GPT) -> list[torch.Tensor]:
     return [
         model.generate([0, 1, 2], cfg_scale=2.0, seed=3),
         model.generate([2], seed=4, kv_dtype=torch.int8),
-        # The decoder that is kept serves the first call of the next round.
+        # The kept decoder serves the first call of the next round.
         model.generate([2, 1, 0], cfg_scale=3.0, seed=5),
         ops.sample_token(logits, ids, 2, seed=5),
     ]
@@ -104,9 +104,9 @@ MODELS = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_mode_of_the_first_call_does_not_show(kind: str, mode: str, first: str, policy):
-    """Called in a mode, then outside of it and with gradients; or outside, inside, outside.
+    """Calls run inside a mode, then outside with gradients; or outside, inside, outside.
 
-    A new thread has nothing kept yet, so what threads keep meets the mode in its first call too.
+    A new thread has cached nothing yet, so per-thread caches also see the mode in their first call.
     """
     make, calls, train = MODELS[kind]
 
@@ -120,7 +120,7 @@ def test_the_mode_of_the_first_call_does_not_show(kind: str, mode: str, first: s
             if mode != "autocast":
                 same(calls(model))
             elif kind == "tokenizer":
-                calls(model)  # It is to round there.
+                calls(model)  # Here it is expected to round.
             else:
                 with pytest.raises(TypeError, match="must not be under autocast"):
                     calls(model)

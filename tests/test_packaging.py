@@ -35,7 +35,8 @@ print(json.dumps({
 """
 
 # Hugging Face's `kernels` hooks into every setuptools build of an environment that holds it, under
-# this entry point; there it must find its own module and not our folder of the same name.
+# this entry point. The build must find that package's own module and not our folder of the same
+# name.
 HUB_KERNELS_ENTRY_POINTS = """[egg_info.writers]
 kernels.lock = kernels.locking:write_egg_lockfile
 """
@@ -47,7 +48,7 @@ def write_egg_lockfile(cmd, basename, filename):
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    # A PYTHONPATH that leads to the checkout would hide what was installed.
+    # A PYTHONPATH to the checkout would hide what was installed.
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     kept = [path for path in paths if path and Path(path).resolve() != ROOT]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(kept)}
@@ -64,13 +65,13 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 def pip(python: Path, *arguments: str | Path, cwd: Path) -> None:
-    """Run this environment's pip on another one: no network, nothing but what is there."""
+    """Run this environment's pip on another one, without network and with local files only."""
     command = (sys.executable, "-P", "-m", "pip", "--python", python, *arguments)
     run(*command, "--no-build-isolation", "--no-deps", "--no-index", cwd=cwd)
 
 
 class Environment:
-    """A fresh virtual environment that sees this one's packages (torch is large) behind its own."""
+    """A new virtual environment that falls back to this one's packages, because torch is large."""
 
     def __init__(self, folder: Path):
         venv.create(folder, with_pip=False, symlinks=True)
@@ -79,7 +80,7 @@ class Environment:
         code = "import sysconfig; print(sysconfig.get_path('purelib'))"
         self.site = Path(run(self.python, "-c", code, cwd=folder).strip())
         # Lines of a .pth file add folders without running the .pth files in them, so an editable
-        # install of ours over there stays over there.
+        # install of ours there has no effect here.
         borrowed = [p for p in sys.path if Path(p).name in {"site-packages", "dist-packages"}]
         (self.site / "borrowed.pth").write_text("\n".join(borrowed) + "\n", encoding="utf-8")
 
@@ -103,7 +104,7 @@ class Environment:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A copy of the sources: a build leaves folders beside what it builds."""
+    """A copy of the sources, because a build leaves folders beside what it builds."""
     folder = tmp_path / "source"
     folder.mkdir()
     for name in SOURCES:

@@ -1,4 +1,4 @@
-"""The benchmarks' peers: asked as they document, and never downloaded."""
+"""Peers in the benchmarks are called as documented, and never downloaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The emoji model that comes with the package: found by name, and as good as it is said to be."""
+"""The shipped emoji model is found by name and is as good as documented."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from vfmtok_fast.hub import PRETRAINED
 
 EMOJI = Path(__file__).resolve().parents[1] / "examples" / "emoji"
 HELD_OUT = EMOJI / "data" / "heldout"
-# Pictures of the samples that are measured here, from all groups.
+# How many images are measured here, from all groups.
 SOME = 48
 
 
 @pytest.fixture(scope="module")
 def evaluate() -> ModuleType:
-    """examples/emoji/evaluate.py, which imports what lies beside it."""
+    """Load examples/emoji/evaluate.py, which imports modules beside it."""
     sys.path.insert(0, str(EMOJI))
     try:
         spec = importlib.util.spec_from_file_location("emoji_evaluate", EMOJI / "evaluate.py")
@@ -90,17 +90,17 @@ def test_the_page_says_what_was_measured():
 
 
 def test_pictures_that_it_was_not_trained_on_come_back(tokenizer, evaluate):
-    """Measured on all 150: 22.7 dB; a white square has 9.2."""
+    """Measured on all 150: a PSNR of 22.7 dB; a white square has 9.2."""
     images = vf.images.load_images(some_held_out(), tokenizer.config.image_size)
     real, (made, codes) = vf.images.to_uint8(images), evaluate.reconstruct(tokenizer, images)
     assert psnr(real, made).mean() > 20
-    # Pictures are told by codes of their own, not by a few that serve all.
+    # Images have their own codes instead of sharing a few.
     assert len(codes.unique()) > 500
     assert psnr(real, made.roll(1, 0)).mean() < 12
 
 
 def test_another_network_recognises_what_is_generated(tokenizer, gpt, evaluate):
-    """Measured on 40 of each group: 0.66; chance is 0.11; of real held-out pictures 0.67."""
+    """Measured on 40 of each group: 0.66; chance is 0.11; for real held-out images 0.67."""
     judge = evaluate.Classifier.load(EMOJI / "classifier.safetensors")
     drawn, labels, _ = evaluate.generate(gpt, tokenizer, 12, cfg_scale=2.0)
     assert evaluate.accuracy(judge, drawn, labels) > 0.45

@@ -1,4 +1,4 @@
-"""What README and docs show runs, the recipes are right, and the links lead somewhere."""
+"""Code shown in README and docs runs, the recipes are right, and the links work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def snippets(page: Path, language: str) -> list[str]:
 
 
 def example() -> dict:
-    """The names that the page's code block leaves behind."""
+    """Return the names that the page's code block defines."""
     (code,) = snippets(ROOT / "docs" / "deformable-attention.md", "python")
     names: dict = {}
     torch.manual_seed(0)
@@ -37,7 +37,7 @@ def example() -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", SHOWN, ids=lambda page: page.name)
 def test_every_python_snippet_runs(page, tmp_path, monkeypatch, clean_switch):
-    """In a folder with a photo and a folder of photos, as a reader has."""
+    """Snippets run in a folder with a photo and a folder of photos, as a reader would have."""
     shutil.copy(PHOTOS / "vehicles" / "rocket.jpg", tmp_path / "photo.jpg")
     shutil.copytree(PHOTOS, tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
@@ -53,7 +53,7 @@ def test_every_command_parses():
 
 
 def check(got: Tensor, truth: Tensor, ruler: Tensor) -> None:
-    """The tolerance rule of all ops: twice the error of the reference, and one rounding."""
+    """The tolerance rule of all ops: twice the error of the reference, plus one rounding."""
     error, allowed = (float((x - truth).abs().max()) for x in (got, ruler))
     assert error <= 2 * allowed + torch.finfo(got.dtype).eps * float(truth.abs().max())
 
@@ -69,7 +69,7 @@ def test_the_code_block():
 
 
 def finished(value: Tensor, levels, locations: Tensor, weights: Tensor) -> Tensor:
-    """What other models' op computes: `grid_sample` at finished locations, finished weights."""
+    """Compute other models' op: `grid_sample` at final locations, with final weights."""
     B, Q, H, L, P, _ = locations.shape
     total = value.new_zeros(B, Q, H, value.shape[-1])
     for level, image in enumerate(value.split([h * w for h, w in levels], dim=1)):
@@ -105,7 +105,7 @@ PAGES += [page.relative_to(ROOT).as_posix() for page in sorted((ROOT / "kernels"
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str):
-    """To a file, and where a section is named to that section."""
+    """A link leads to a file, and to a section if it names one."""
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if "://" in target:

@@ -35,7 +35,7 @@ def write(folder: Path, op: str, records: list[dict], commit: str = "abc1234", *
 
 @pytest.fixture
 def report(tmp_path: Path, monkeypatch):
-    """The report's module, with results of its own."""
+    """Load the report's module, with its own results folder."""
     monkeypatch.delenv("RESULTS", raising=False)
     monkeypatch.syspath_prepend(BENCHMARKS)
     spec = importlib.util.spec_from_file_location("report_under_test", BENCHMARKS / "report.py")
@@ -78,7 +78,7 @@ def test_readme_has_gpus_first_and_says_what_is_old(report):
     both = [record("reference", shape, 3600.0), record("fast", shape, 400.0)]
     note = "The kernels have been rewritten since."
     write(report.RESULTS / "nvidia-h200", "nearest_code", both, outdated=True, notes=[note])
-    # Half of a comparison is none, whatever another device has.
+    # Half of a comparison is no comparison, whatever another device has.
     write(report.RESULTS / "cpu-2-cores", "nearest_code", both[:1])
     images = "GPT-L B=1 guided, 256 codes"
     whole = [record("release style", images, 4e6), record("fast", images, 2e5, min_us=None)]
@@ -137,7 +137,7 @@ def test_the_plot_of_generation_has_no_panel_with_a_single_batch(
     assert plots.plot(path, json.loads(path.read_text()))
     (figure,) = made
     assert len(figure.axes) == panels
-    for axes in figure.axes:  # Beside the points, never on them.
+    for axes in figure.axes:  # Beside the points, not on them.
         legend = axes.get_legend().get_window_extent()
         assert legend.x0 >= axes.get_window_extent().x1
     monkeypatch.undo()
@@ -160,7 +160,7 @@ def test_of_other_results_the_report_lies_among_them_and_the_repository_stays(tm
 
 
 def test_what_is_committed_is_what_make_report_makes(report, monkeypatch):
-    """No number was typed, and none is left of records that are gone."""
+    """No number was typed by hand, and none remains of deleted records."""
     monkeypatch.setattr(report, "RESULTS", report.COMMITTED)
     monkeypatch.setattr(report, "plot", lambda path, content: path.with_suffix(".png").exists())
     devices = report.devices_of(report.COMMITTED)

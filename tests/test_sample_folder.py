@@ -1,4 +1,4 @@
-"""Generated pictures: the same bytes whoever makes them, killed or not."""
+"""Generated images have the same bytes whichever process makes them, killed or not."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ print(total)
 
 
 class FakeTokenizer(torch.nn.Module):
-    """Pictures are a hash of the codes."""
+    """Images are a hash of the codes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class FakeTokenizer(torch.nn.Module):
     def decode_to_uint8(self, codes: torch.Tensor, size: int) -> torch.Tensor:
         self.groups.append(len(codes))
         if codes.is_cuda:
-            # So late that codes whose memory was given away too early would be others by now.
+            # Late enough that codes whose memory was freed too early would be overwritten by now.
             torch.cuda._sleep(20_000_000)
         weights = torch.arange(codes.shape[1] * size * size * 3, device=codes.device)
         weights = weights.reshape(codes.shape[1], -1) % 251
@@ -111,7 +111,7 @@ def test_the_file_holds_what_the_models_make(tmp_path):
         assert file.files == ["arr_0", "arr_1"]
         pictures, labels = file["arr_0"], file["arr_1"]
     assert np.array_equal(labels, np.arange(150) % 5) and labels.dtype == np.int64
-    # Whole batches of all images at once: the names of the images are their positions.
+    # Generate all images in one batch: an image's id is its position.
     codes = made.gpt.generate(made.class_ids, **SAMPLING)
     assert np.array_equal(pictures, made.tokenizer.decode_to_uint8(codes, 2).numpy())
     assert pictures.dtype == np.uint8 and pictures.shape == (150, 2, 2, 3)
@@ -147,7 +147,7 @@ def test_generation_is_told_code_by_code(tmp_path):
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     out = tmp_path / "out"
     (out / "shards").mkdir(parents=True)
-    assert run(out, count=3)  # as a run leaves it that died before its settings were written
+    assert run(out, count=3)  # the state of a run that died before its settings were written
     for name in ("manifest.json", "shards/tokens-00000.safetensors"):
         other = tmp_path / name.replace("/", "-")
         (other / name).parent.mkdir(parents=True)
@@ -158,7 +158,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 
 def test_a_process_that_comes_while_another_begins(tmp_path, monkeypatch):
-    """The settings appear between the look at the folder and the look at them."""
+    """The settings appear after the folder is checked but before the settings are read."""
     original = sample_folder._holds_something
 
     def while_another_begins(out):
@@ -187,7 +187,7 @@ def test_two_jobs_that_begin_at_once_share_no_folder(tmp_path, monkeypatch):
 
 def test_many_processes_make_the_bytes_of_one(tmp_path):
     assert run(tmp_path / "a")
-    # Each rank looks for what is missing when it starts; the second world finds one shard left.
+    # Each rank looks for missing shards at its start; the second world finds one shard left.
     assert not run(tmp_path / "b", rank=0, world=2)
     assert run(tmp_path / "b", rank=0, world=1)
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
@@ -204,7 +204,7 @@ def on_gpu(out: Path) -> sample_folder.Job:
 
 @pytest.mark.gpu
 def test_decoding_beside_generation_makes_the_same_bytes(tmp_path):
-    """The thread with a stream of its own, against one shard after the other on one stream."""
+    """The thread with its own stream must match one shard after another on a single stream."""
     with vfmtok_fast.enable():
         beside, inline = on_gpu(tmp_path / "beside"), on_gpu(tmp_path / "inline")
         sample_folder.make_shards(beside, sample_folder.pending(beside), 64, lambda count: None)
@@ -227,7 +227,8 @@ def test_an_error_while_decoding_beside_generation_ends_the_run(tmp_path):
 
     with pytest.raises(ZeroDivisionError):
         sample_folder.make_shards(made, sample_folder.pending(made), 64, stop)
-    # It was in the second shard; the first is whole, and of the third none or all is there.
+    # The error was in the second shard; the first is complete, and the third exists fully or not at
+    # all.
     assert made.path(0).exists() and not made.path(1).exists()
     assert not [name for name in tree(tmp_path / "a") if ".tmp" in name]
     sample_folder.make_shards(made, sample_folder.pending(made), 64, lambda count: None)
@@ -236,7 +237,7 @@ def test_an_error_while_decoding_beside_generation_ends_the_run(tmp_path):
 
 @pytest.mark.slow
 def test_killed_before_and_after_every_rename(tmp_path):
-    """Settings, 3 shards and the result, in worlds of one to three processes."""
+    """Renames are those of settings, 3 shards and the result, with one to three processes."""
     (tmp_path / "out").mkdir()
     paths = Path(vfmtok_fast.__file__).parents[1], Path(__file__).parent / "helpers"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
@@ -341,7 +342,7 @@ def test_a_file_of_another_kind_is_made_again(tmp_path):
 
 @pytest.mark.parametrize("left", [0, 50, -1])
 def test_what_is_there_in_part_is_made_again(tmp_path, left):
-    """By a disk that was full, or a copy that was stopped."""
+    """Such files come from a full disk or an interrupted copy."""
     run(tmp_path / "a")
     before = tree(tmp_path / "a")
     for name in ("shards/pictures-00001.npy", "samples.npz"):

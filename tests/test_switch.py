@@ -1,4 +1,4 @@
-"""The policy: what is enabled when, what each call took, and what the user is told."""
+"""The policy: what is enabled when, what each call used, and what the user is told."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vfmtok_fast.switch import FallbackError, FallbackWarning
 NAMES = set(ops.__all__)
 Z, CODEBOOK = torch.eye(3), torch.eye(3).flip(0)
 NEAREST = [2, 1, 0]
-FAKE = -7  # What `fake_op` gives.
+FAKE = -7  # The code that `fake_op` returns.
 
 
 def call() -> int:
@@ -199,7 +199,7 @@ def test_the_triton_kernel_comes_first_and_its_refusal_is_told(fake_op, monkeypa
     kernel = types.ModuleType("kernel")
     kernel.nearest_code = lambda z, codebook, **options: torch.full((len(z),), 2 * FAKE)
     monkeypatch.setattr(switch._registry["nearest_code"].candidates[0], "module", kernel)
-    # Without the interpreter a kernel is not meant for CPU tensors: no fallback.
+    # Without the interpreter, a kernel does not serve CPU tensors, so this is no fallback.
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with vf.enable(strict=True):
         assert call() == FAKE
@@ -286,7 +286,7 @@ def test_status_is_a_snapshot(fake_op):
 
 
 def test_threads_never_see_a_broken_policy(fake_op):
-    """Every call takes what some open policy allows; the records lose none; all closes."""
+    """Every call obeys some open policy, no record is lost, and every policy closes."""
     rounds, workers = 200, 4
     wrong, barrier = [], threading.Barrier(workers + 1)
 
@@ -308,7 +308,7 @@ def test_threads_never_see_a_broken_policy(fake_op):
 
     threads = [threading.Thread(target=caller) for _ in range(workers - 1)]
     threads += [threading.Thread(target=switcher) for _ in range(2)]
-    with vf.enable(ops="sample_token"):  # The outermost, so that none begins the record anew.
+    with vf.enable(ops="sample_token"):  # The outermost, so that no other one resets the record.
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -340,7 +340,7 @@ def run(code: str) -> str:
 
 
 def test_a_kernel_whose_triton_cannot_be_imported_says_so(tmp_path):
-    """As on a machine without Triton; the kernel is one of our own making."""
+    """The machine appears to have no Triton; the kernel is made by the test."""
     (tmp_path / "nearest_code.py").write_text("import triton\n")
     out = run(f"""
         import sys, warnings
@@ -364,7 +364,7 @@ def test_a_kernel_whose_triton_cannot_be_imported_says_so(tmp_path):
 
 
 def test_enable_and_status_work_where_there_are_no_kernels():
-    """The bare folder on sys.path, which does not map kernels/ to vfmtok_fast.kernels."""
+    """With the bare folder on sys.path, kernels/ is not mapped to vfmtok_fast.kernels."""
     root = Path(__file__).parents[1]
     out = run(f"""
         import sys
@@ -379,7 +379,7 @@ def test_enable_and_status_work_where_there_are_no_kernels():
 
 
 def test_the_switch_alone_knows_the_ops():
-    """As in a process that has imported nothing else: an actor, a spawned worker."""
+    """A process may import nothing else: an actor, a spawned worker."""
     code = (
         "from vfmtok_fast import switch\n"
         "assert 'nearest_code' in switch.enable().policy.ops and switch.status().ops\n"

@@ -11,7 +11,7 @@ from vfmtok_fast.switch import FallbackError, FallbackWarning
 
 Z, CODEBOOK = torch.eye(3), torch.eye(3).flip(0)
 NEAREST = [2, 1, 0]
-FAKE = -7  # What `fake_op` gives.
+FAKE = -7  # The code that `fake_op` returns.
 
 
 def took(op: str = "nearest_code") -> dict[str, int]:
@@ -45,7 +45,7 @@ def compiled(**options):
 
 def test_flipping_the_policy_is_right_and_compiles_once_each(fake_op):
     function, graphs = compiled(fullgraph=True)
-    # More flips than torch's limit on recompilations: equal policies share one graph.
+    # More switches than torch's limit on recompilations: equal policies share one graph.
     for _ in range(LIMIT + 2):
         assert function(Z, CODEBOOK).tolist() == NEAREST
         with vf.enable(ops="nearest_code"):

@@ -1,4 +1,4 @@
-"""The timer: in turns, as often as asked, the caches overwritten before each call."""
+"""The timer: in turns, as often as requested, with the caches overwritten before each call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def small_flush(monkeypatch):
 
 
 class Clock:
-    """Says what the calls of a test made it say."""
+    """A clock that only the test's calls advance."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0

@@ -1,4 +1,4 @@
-"""`tune` without a GPU: a kernel, a timer and a clock that are not real, and compilers that are."""
+"""`tune` without a GPU: with a fake kernel, timer and clock, but real compilers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SECOND = Call("decode_attention", "other heads", "float32", {**SIZES, "D": 8})
 
 
 class FakeKernel(types.SimpleNamespace):
-    """decode_attention by its reference, but wrong, or failing, under some settings."""
+    """The reference of decode_attention, made wrong or failing for some settings."""
 
     def __init__(self, monkeypatch):
         monkeypatch.setattr(tuning.Space, "made", [])
@@ -63,7 +63,7 @@ def fake(monkeypatch) -> FakeKernel:
 
 @pytest.fixture
 def tuner(fake, tmp_path) -> run.Tuner:
-    """Times are 10 for the default, 10 - rows of any other, and 8 for the reference."""
+    """Times are 10 for the default, 10 - rows for any other setting, and 8 for the reference."""
 
     def timer(functions, rounds):
         times = []
@@ -135,7 +135,8 @@ def test_where_the_default_is_wrong_nothing_is_chosen(fake, tuner):
 
 def test_where_the_default_does_not_launch_the_run_goes_on(fake, tuner):
     def compiler(jobs):
-        # From here on: what a call asks is seen from a launch that only compiles.
+        # Only now, because before this, launches that only compile show which spaces a call looks
+        # up.
         fake.broken = {fake.space.default(CPU)} if jobs[0][0] == CALL else set()
         yield from ((job, "") for job in jobs)
 
@@ -242,7 +243,7 @@ def test_models_that_someone_holds():
 
 
 STEP = {"layers": 1, "C": 16, "H": 2, "F": 24, "V": 64, "T": 4, "position": 2}
-# Of what no model's list holds.
+# A kind that no model's list holds.
 SMALLER = [Call("decode_step", "int8 cache", "float32", {"rows": 4, **STEP, "int8_cache": True})]
 
 
@@ -252,7 +253,7 @@ def every_call() -> list[Call]:
 
 @pytest.mark.parametrize("call", [*every_call(), *SMALLER], ids=str)
 def test_calls_are_what_their_op_takes(call):
-    """Small ones of each kind run; the op's own validation looks at them."""
+    """Small calls of each kind run, so the op's own validation checks their arguments."""
     small = {"B": 2, "N": 40, "K": 96, "Q": 6, "rows": 2, "V": 64, "T": 4, "H": 2, "G": 2}
     small["side"] = 6
     sizes = {name: small.get(name, size) for name, size in call.sizes.items()}
@@ -263,12 +264,12 @@ def test_calls_are_what_their_op_takes(call):
     small_call = Call(call.op, call.what, "float32", sizes, call.backward)
     args, kwargs = small_call.arguments(CPU)
     op = getattr(vf.ops, call.op)
-    kwargs.pop("attend", None)  # Of implementations alone.
+    kwargs.pop("attend", None)  # Only implementations take it.
     again, _ = small_call.arguments(CPU)
     assert all(torch.equal(a, b) for a, b in zip(args, again, strict=True) if torch.is_tensor(a))
     got = small_call.run(op, args, kwargs)
     assert all(tensor.isfinite().all() for tensor in got)
-    # The oracle finds the op's own results right, and others wrong.
+    # The oracle accepts the op's own results and rejects wrong ones.
     args, _ = small_call.arguments(CPU)
     check = oracles.oracle(small_call, args, kwargs)
     got = small_call.run(op, args, kwargs)
@@ -278,9 +279,9 @@ def test_calls_are_what_their_op_takes(call):
 
 
 def test_processes_compile_what_launches_need_and_say_what_fails(tmp_path, monkeypatch):
-    """Real compilers, one of which is given a job that cannot be done."""
+    """The compilers are real, and one gets a job that cannot be done."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    # Others may print to what the answers come by.
+    # Other code may print to the stream that carries the answers.
     (tmp_path / "sitecustomize.py").write_text("print('hello')")
     monkeypatch.syspath_prepend(tmp_path)
     call = next(c for c in every_call() if c.op == "decode_attention")

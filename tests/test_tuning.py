@@ -1,4 +1,4 @@
-"""Settings as data: spaces, tables on disk, and what an enabled op makes of them."""
+"""Settings as data: spaces, tables on disk, and how an enabled op uses them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def space(monkeypatch) -> tuning.Space:
 
 @pytest.fixture
 def card(monkeypatch, tmp_path) -> Path:
-    """A GPU that is not there; returns the path of the user's table of it."""
+    """A GPU that does not exist; returns the path of the user's table for it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: CARD)
@@ -66,7 +66,7 @@ def write(path: Path, settings=(), ops=(), **changes) -> None:
 def test_a_chip_takes_the_default_of_the_highest_capability_that_it_has(space, card):
     cpu = torch.device("cpu")
     assert space.at(cpu, "any", 1) == (32, 4)
-    assert space.at(CUDA, "any", 1) == (16, 4)  # 8.9
+    assert space.at(CUDA, "any", 1) == (16, 4)  # compute capability 8.9
     for chip, rows in ((80, 16), (89, 16), (90, 32), (120, 32), (70, 16)):
         with tuning.pretend(chip):
             assert space.at(cpu, "any", 1).rows == rows
@@ -92,7 +92,7 @@ def test_a_measured_setting_is_taken_at_the_nearest_size(space, card):
     assert space.at(CUDA, "float32", 1024) == (64, 8)
     assert space.at(CUDA, "float32", 3000) == (64, 8)
     assert space.at(CUDA, "float32", 2**18) == (16, 8)
-    # Nothing was measured for that.
+    # Nothing was measured for this dtype.
     assert space.at(CUDA, "bfloat16", 1024) == (16, 4)
     # Nor does it count for a chip that is only compiled for.
     with tuning.pretend(90):
@@ -126,7 +126,7 @@ def test_a_table_of_other_versions_does_not_count_and_says_so(space, card, versi
         assert said in text and "vfmtok-fast tune" in text and "defaults of compute" in text
     else:
         assert taken == (64, 8) and "1 settings measured on 2026-11-26" in text
-    # What ships with the package is a part of it.
+    # A table that ships with the package is part of it.
     card.unlink()
     if said != "damaged":
         write(tables.SHIPPED / card.name, [row()], versions=tables.versions() | versions)
@@ -182,7 +182,7 @@ def test_saving_keeps_other_rows_and_replaces_its_own(card):
     content = json.loads(card.read_text())
     assert [r["size"] for r in content["settings"]] == [4, 1024]
     assert content["settings"][1]["take"]["rows"] == 16 and len(content["ops"]) == 1
-    # Of other versions, or damaged, nothing is kept.
+    # Nothing is kept of a table that is damaged or of other versions.
     tables.save(card, first | {"versions": {"triton": "0", "vfmtok_fast": "0"}, "settings": []})
     assert json.loads(card.read_text())["settings"] == []
     card.write_text("{")
@@ -234,13 +234,13 @@ def test_two_processes_lose_nothing(card):
 
 
 class TestAnEnabledOp:
-    """Which implementation it takes where a table knows both times; tensors are on a CPU."""
+    """Which implementation it uses if a table has both times; tensors are on a CPU."""
 
     Z, CODEBOOK = torch.eye(3), torch.eye(3).flip(0)
 
     @pytest.fixture(autouse=True)
     def kernel(self, monkeypatch, card):
-        """A kernel of nearest_code that answers -7, on a card that was measured."""
+        """A kernel of nearest_code that returns -7, on a card that was measured."""
 
         class Module:
             @staticmethod
@@ -311,7 +311,7 @@ class TestAnEnabledOp:
         with vf.enable("nearest_code"):
             for n in (3, 5, 9, 17):
                 assert function(torch.ones(n, 3), self.CODEBOOK).shape == (n,)
-        # The first size, then any.
+        # The first size, then any size.
         assert len(graphs) <= 2
 
     @staticmethod
@@ -320,7 +320,7 @@ class TestAnEnabledOp:
 
 
 def test_shipped_tables_fit_the_kernels_of_today():
-    """Names, kinds of values and settings; that they are fast is what they were measured for."""
+    """Checks names, kinds of values and settings; their speed is what was measured."""
     files = sorted(tables.SHIPPED.glob("*.json"))
     assert files, "no card was measured"
     every = {

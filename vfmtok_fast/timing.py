@@ -1,8 +1,8 @@
 """Timing of calls: device time with overwritten caches on a GPU, wall time on a CPU.
 
-On a GPU a call is captured in a CUDA graph. The second-level cache is overwritten before each
-replay, which is timed with events. A call that cannot be captured is timed with events alone, and
-the result says so. Triton is not needed.
+On a GPU a call is captured in a CUDA graph. The L2 cache is overwritten before each replay, and
+events time the replay. A call that cannot be captured is timed with events alone, and the result
+says so. Triton is not needed.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-# Larger than any last-level cache that it must empty. A GPU writes this in about 80 us, during
-# which the call is queued, so launches do not count.
+# Larger than any last-level cache that it has to flush. A GPU writes this in about 80 us. The call
+# is queued during that time, so launch overhead does not count.
 FLUSH_BYTES = {"cuda": 256 * 2**20, "cpu": 128 * 2**20}
 # At least this many rounds are timed, even past the time limit.
 FEWEST = {"cuda": 5, "cpu": 3}

@@ -1,8 +1,9 @@
-"""Triton's interpreter without what it does over and over; the results are the same.
+"""Triton's interpreter without its repeated work; the results are the same.
 
-Hardly any of a kernel's time in it is NumPy's. It goes into types, of which every operation makes
-several, into comparing them, and into a search of `triton.language` for what to replace at every
-call. Here equal types are one object, and what follows from types alone is worked out once.
+NumPy takes hardly any of a kernel's time in the interpreter. Most of it goes into creating types,
+several per operation, into comparing them, and into searching `triton.language` at every call for
+functions to replace. Here equal types are one object, and what depends on types alone is computed
+once.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from triton.runtime import interpreter
 
 
 def install() -> None:
-    """Once, before the first launch; for Triton 3.6 to 3.8."""
+    """Patch the interpreter once, before the first launch; for Triton 3.6 to 3.8."""
     builder = interpreter.interpreter_builder
     if not builder.options.debug:
-        # Else sums and products of int32 are made in int64 too, for an assertion of debug alone.
+        # Otherwise sums and products of int32 are computed in int64 as well, for a debug-only
+        # assertion.
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     _replace_language_once()
     _share_types()
@@ -32,7 +34,7 @@ def install() -> None:
 
 
 def _replace_language_once() -> None:
-    """Only a launch replaces and puts back; functions that it calls find all replaced."""
+    """Replace and restore functions only at a launch; inner functions find all replaced."""
     replace, replaced, seen_from = interpreter._patch_lang, set(), {}
 
     def restore_all(restore) -> None:
@@ -46,7 +48,7 @@ def _replace_language_once() -> None:
             seen = {m.__name__ for m in fn.__globals__.values() if inspect.ismodule(m)}
             seen_from[fn] = seen = seen & {"triton.language", "triton.language.core"}
         if seen <= replaced:
-            return None  # Only a launch puts back what it replaced, and a launch comes first.
+            return None  # Only a launch restores, and a launch comes first.
         scope = replace(fn)
         if not replaced:
             scope.restore = functools.partial(restore_all, scope.restore)
@@ -55,7 +57,7 @@ def _replace_language_once() -> None:
 
     def replace_member(package, name, member, builder, scope) -> None:
         semantic = TritonSemantic(builder)
-        # Without the wrapper that asks for `_semantic`.
+        # Skip the wrapper that checks for `_semantic`.
         direct = getattr(member, "__wrapped__", member)
 
         def call(*args, **kwargs):
@@ -69,7 +71,7 @@ def _replace_language_once() -> None:
 
 
 def _share_types() -> None:
-    """One `block_type` for each element type and shape, which keeps what follows from it."""
+    """Keep one `block_type` per element type and shape, which caches what depends on it."""
     block, make_tensor, blocks = core.block_type, core.tensor.__init__, {}
     make_block, to_ir, with_element = block.__init__, block.to_ir, block.with_element_ty
 
@@ -110,7 +112,7 @@ def _share_types() -> None:
 
 
 def _compare_types_fast() -> None:
-    """Without `isinstance` where the type itself says it, and with identity first."""
+    """Compare identity first, and avoid `isinstance` where the type itself has the answer."""
     dtype, unwrap = core.dtype, core._unwrap_if_constexpr
     broadcast = TritonSemantic.broadcast_impl_value
     integers = frozenset(dtype.SINT_TYPES + dtype.UINT_TYPES)
@@ -157,7 +159,7 @@ def _remember_numpy_types() -> None:
 
 
 def _reduce_by_slices() -> None:
-    """All results of a reduction by a kernel's own function at once, each in the same order."""
+    """Compute all results of a reduction with a custom function at once, each in the same order."""
     by_element = interpreter.ReduceOps.generic_reduce
 
     def by_slice(self, input):
@@ -170,7 +172,7 @@ def _reduce_by_slices() -> None:
         for at in rest:
             total = self.combine_fn.fn(*total, *at)
             total = total if isinstance(total, tuple) else (total,)
-            # Each step is rounded to the type of the input.
+            # Each step rounds to the input's dtype.
             total = tuple(
                 self.to_tensor(x.handle.data, k) for x, k in zip(total, kinds, strict=True)
             )

@@ -1,4 +1,4 @@
-"""A small generator whose codes all differ."""
+"""A small generator with random weights, so that its codes differ."""
 
 from __future__ import annotations
 

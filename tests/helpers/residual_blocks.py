@@ -1,4 +1,4 @@
-"""Random maps, and the weights of a residual block."""
+"""Random feature maps and the weights of a residual block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def maps(*shape: int, seed: int = 0, dtype=torch.float64) -> Tensor:
 
 
 def block(C: int, O: int, dtype=torch.float64, shortcut: bool = True):  # noqa: E741
-    """The five pairs of a block."""
+    """Return the five (weight, bias) pairs of a block."""
     shapes = (((C,), (C,)), ((O, C, 3, 3), (O,)), ((O,), (O,)), ((O, O, 3, 3), (O,)))
     pairs = [
         tuple(maps(*shape, seed=10 * i + j, dtype=dtype) / 3 for j, shape in enumerate(pair))

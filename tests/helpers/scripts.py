@@ -1,6 +1,6 @@
-"""What scripts begin with that tests run in a process of their own, to kill it or to measure it."""
+"""Beginnings of scripts that tests run in their own process, to kill or to measure it."""
 
-# The module of which path is the first argument, as `fake`.
+# Loads the module whose path is the first argument, as `fake`.
 START = """
 import importlib.util, itertools, os, random, resource, shutil, signal, sys, time
 spec = importlib.util.spec_from_file_location("fake", sys.argv[1])

@@ -1,4 +1,4 @@
-"""Small models and pictures of more than one folder of tests."""
+"""Small models and images used by more than one folder of tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 from vfmtok_fast import BackboneConfig, VFMTokConfig
 
-# The smallest tokenizer that has every part, for pictures of 64 x 64.
+# The smallest tokenizer that has every part, for images of 64 x 64.
 TINY = VFMTokConfig(
     image_size=64, grid=4, num_regions=16,
     dim=32, encoder_depth=2, decoder_depth=2, num_heads=2, decoder_mlp_dim=48,
@@ -19,7 +19,7 @@ TINY = VFMTokConfig(
 
 
 def write_photos(root: Path, coloured: bool = False) -> None:
-    """Two classes with 5 pictures each, no two alike, wider than high; red and blue if coloured."""
+    """Write two classes of 5 images, all different, wider than high; red and blue if coloured."""
     for number in range(10):
         draw = np.random.default_rng(number)
         coarse = draw.integers(0, 100 if coloured else 256, (7, 9, 3), dtype=np.uint8)

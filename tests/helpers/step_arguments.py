@@ -16,7 +16,7 @@ EPS = 1e-5
 def make(
     rows=2, H=2, D=8, T=6, ffn=20, V=11, layers=2, dtype=torch.float32, int8_cache=False, seed=0,
 ) -> list:  # fmt: skip
-    """For position 3; NaN everywhere in the caches from there on."""
+    """Return arguments for position 3; the caches hold NaN from there on."""
     draw = torch.Generator().manual_seed(seed)
     C = H * D
 
@@ -54,7 +54,7 @@ def make(
 
 
 def changed(arguments: list, to: Callable[[Tensor], Tensor]) -> list:
-    """Copies of the arguments, of every tensor what ``to`` makes of it."""
+    """Return a copy of the arguments in which ``to`` replaces every tensor."""
 
     def change(value: object) -> object:
         return to(value).clone() if isinstance(value, Tensor) else value
@@ -65,5 +65,5 @@ def changed(arguments: list, to: Callable[[Tensor], Tensor]) -> list:
 
 
 def copied(arguments: list) -> list:
-    """The same arguments, with a cache of their own."""
+    """Return the same arguments with a copy of the cache."""
     return [*arguments[:3], *changed(arguments, lambda t: t)[3:]]

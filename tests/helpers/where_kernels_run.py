@@ -1,6 +1,6 @@
-"""Where Triton's kernels run in a test: on a GPU, or in the interpreter of a child pytest.
+"""Where a test runs Triton kernels: on a GPU, or in the interpreter of a child pytest.
 
-`run_in_interpreter` of tests/ops/conftest.py starts the child; tests marked with `runs` run there.
+`run_in_interpreter` of tests/conftest.py starts the child; tests marked with `runs` run there.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if GPU else "cpu"
-# Of torch.compile: what traces and captures is the same, and nothing is compiled for a CPU.
+# For torch.compile: tracing and capture are the same, and nothing is compiled for a CPU.
 BACKEND = "inductor" if GPU else "aot_eager"
-# The interpreter's bfloat16 products are wrong; a GPU's are not.
+# Bfloat16 products are wrong in the interpreter but right on a GPU.
 HALVES = [torch.float16, torch.bfloat16] if GPU else [torch.float16]
 HERE = pytest.mark.skipif(not INTERPRETED, reason="runs in the child pytest")
 runs = pytest.mark.gpu if GPU else HERE
@@ -25,7 +25,7 @@ _starts_child = pytest.mark.skipif(GPU or INTERPRETED, reason="the tests below r
 
 
 def combined(*choices: Sequence) -> list[tuple]:
-    """Values of several parameters: on a GPU all combinations, else each value at least once."""
+    """Return all combinations of several parameters on a GPU, else each value at least once."""
     if GPU:
         return list(itertools.product(*choices))
     count = max(map(len, choices))
@@ -33,7 +33,7 @@ def combined(*choices: Sequence) -> list[tuple]:
 
 
 def in_the_interpreter(file: str) -> Callable[..., None]:
-    """The test that runs a file's tests of kernels in a child pytest, see conftest.py."""
+    """Return a test that runs a file's kernel tests in a child pytest; see tests/conftest.py."""
 
     @pytest.mark.slow
     @_starts_child

@@ -1,4 +1,4 @@
-"""What the models' tests share."""
+"""Shared by the tests of models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vfmtok_fast.generator import Sampling
 def _guided_logits(
     model: GPT, codes: Tensor, classes: Tensor, scale: float, interval: int
 ) -> Tensor:
-    """Teacher-forced logits as `generate` mixes them at every step."""
+    """Return teacher-forced logits, mixed as `generate` mixes them at every step."""
     with torch.no_grad():
         conditional = model(codes, classes)
         none = torch.full_like(classes, model.config.num_classes)
@@ -48,9 +48,9 @@ def _uncached(model: GPT, classes: Tensor, image_ids: Tensor | None = None, **se
 
 @pytest.fixture(scope="session")
 def uncached() -> Callable[..., Tensor]:
-    """``uncached(gpt, classes, **settings)``: generation that computes all positions every time.
+    """``uncached(gpt, classes, **settings)``: generation that recomputes all positions every time.
 
-    The oracle of the cache and of the loop; the model is to be in eval mode.
+    It is the oracle for the cache and the loop. The model must be in eval mode.
     """
     return _uncached
 

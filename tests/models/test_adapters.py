@@ -1,4 +1,4 @@
-"""Models whose layers were replaced, adapted or hooked: used or refused, not passed over."""
+"""Models with replaced, adapted or hooked layers use the change or refuse it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLASSES = torch.arange(2)
 
 
 class Adapted(nn.Module):
-    """As adapters look: the weight and bias of what they wrap, and more in the forward pass."""
+    """Like a common adapter: it exposes the wrapped weight and bias, but its forward does more."""
 
     def __init__(self, base: nn.Linear):
         super().__init__()
@@ -56,7 +56,7 @@ def test_layers_that_a_step_would_not_call_are_refused(how: str):
     changed(how, model)
     with pytest.raises(TypeError, match="reads the weights of plain layers .* merge adapters"):
         model.generate(CLASSES[:2])
-    # The loss is that of the logits, as what is trained.
+    # The loss is the cross-entropy of the model's own logits, so training uses the changed layers.
     codes = torch.arange(8).view(2, 4)
     logits = model(codes, CLASSES[:2])
     want = nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten())
@@ -66,7 +66,7 @@ def test_layers_that_a_step_would_not_call_are_refused(how: str):
 @pytest.mark.parametrize("how", ["adapter", "hook", "quantised"])
 @pytest.mark.parametrize("enabled", [(), None], ids=["reference", "enabled"])
 def test_a_backbone_is_read_as_it_is_now(tiny: VFMTokConfig, how: str, enabled):
-    """Its blocks are read past their own forward passes only while those are plain."""
+    """The backbone bypasses the forward passes of its blocks only while those are plain."""
     torch.manual_seed(0)
     tok = VFMTok(dataclasses.replace(tiny, image_size=64, grid=4)).eval()
     images = torch.rand(1, 3, 64, 64) * 2 - 1

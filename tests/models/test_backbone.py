@@ -1,4 +1,4 @@
-"""Any other timm ViT as the foundation model; what cannot serve is refused in one line."""
+"""Any other timm ViT can be the foundation model; unsuitable ones raise a one-line error."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pictures(count: int = 1) -> torch.Tensor:
 
 
 def expected_maps(backbone: Backbone, images: torch.Tensor) -> list[torch.Tensor]:
-    """Block by block through hooks, and the whole forward for the normalised last map."""
+    """Return block outputs caught by hooks, and the full forward for the normalised last map."""
     cfg = backbone.vit.pretrained_cfg
     x = (images + 1) / 2
     if backbone.image_size != images.shape[-1]:
@@ -79,12 +79,12 @@ def test_timm_models(name: str, size: int | None, levels: tuple, mean: tuple):
     assert len(maps) == 4 and all(m.shape == (1, 576, backbone.dim) for m in maps)
     for ours, theirs in zip(maps, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    # A LayerNorm came last, with its initial weights.
+    # The last operation was a LayerNorm with its initial weights.
     torch.testing.assert_close(maps[-1].mean(-1), torch.zeros(1, 576), atol=1e-4, rtol=0)
 
 
 def test_dinov2_maps():
-    """The own backbone: ImageNet statistics, block outputs, the last one normalised."""
+    """The built-in backbone uses ImageNet statistics and block outputs, the last one normalised."""
     config = BackboneConfig(dim=32, depth=6, num_heads=2, levels=(1, 2, 4, 5))
     backbone = Backbone(config, grid=24)
     backbone.vit.pretrained_cfg = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
@@ -136,7 +136,7 @@ def test_plain_maps_are_timms_bit_for_bit(options: dict, levels: tuple[int, ...]
 
 
 def test_a_wide_stream_is_only_a_matter_of_the_weights():
-    """Products in bfloat16, stream and norms in float32: closer than all in bfloat16."""
+    """With bfloat16 products, a float32 stream and norms are closer than all in bfloat16."""
     config = BackboneConfig(dim=32, depth=4, num_heads=2, levels=(1, 3))
     torch.manual_seed(0)
     backbone = Backbone(config, grid=8)
@@ -148,7 +148,7 @@ def test_a_wide_stream_is_only_a_matter_of_the_weights():
             module.bfloat16()
     narrow = narrow.bfloat16()(images.bfloat16())
     for enabled in ((), ["add_norm", "linear"]):
-        # Not every processor has instructions for bfloat16.
+        # Not every processor has bfloat16 instructions.
         with vfmtok_fast.enable(enabled, strict=BFLOAT16):
             maps = mixed(images)
         for got, want, worse in zip(maps, truth, narrow, strict=True):
@@ -232,7 +232,7 @@ def test_weights_of_a_timm_model(files: tuple[dict, dict], tmp_path: Path, confi
         loaded = VFMTok.from_official(tokenizer, source, config).backbone.vit.state_dict()
         assert all(torch.equal(value, vit[key]) for key, value in loaded.items())
         assert set(vit) - set(loaded) == {"head.weight", "head.bias"}
-    # The published table has another size; timm resizes it.
+    # The published table has another size, so timm resizes it.
     published = timm.create_model("test_vit").state_dict()
     table = VFMTok.from_official(tokenizer, published, config).backbone.vit.pos_embed
     assert table.shape == vit["pos_embed"].shape

@@ -1,4 +1,4 @@
-"""The authors' files: every wrapper is read, everything broken is refused in one line."""
+"""The authors' files: every wrapper can be read, and every broken file raises a one-line error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GPT_CONFIG = GPTConfig(
 
 @pytest.fixture(scope="module")
 def backbone(tiny: VFMTokConfig) -> dict[str, Tensor]:
-    """A file in DINOv2's own naming, with the table at the size that DINOv2 was trained at."""
+    """A file in DINOv2's own naming, with the position table at DINOv2's training size."""
     torch.manual_seed(0)
     state = VFMTok(tiny).backbone.vit.state_dict()
     state["register_tokens"] = torch.randn_like(state.pop("reg_token"))
@@ -93,7 +93,7 @@ def wrong_in(path: Path, content: object) -> Path:
     return path
 
 
-# What is read.
+# Files that are read.
 
 
 @pytest.mark.parametrize("where", ["mapping", "file", "old file", "safetensors"])
@@ -127,7 +127,7 @@ def test_back_to_the_authors_naming(tokenizer, backbone, load):
     assert theirs.keys() == tokenizer.keys()
     for key, value in theirs.items():
         if key == "slot_quantize.codebook_used":
-            # As large as in a file of theirs, which is strict about it.
+            # It has the size of the authors' file, because their code loads it strictly.
             full = json.loads((GOLDEN / "tokenizer_full.keys.json").read_text())
             assert list(value.shape) == full[key] and not value.any()
         else:
@@ -144,7 +144,7 @@ def test_a_backbone_alone(tokenizer, backbone, load, tiny: VFMTokConfig):
 
 
 def test_positions_of_the_backbone(tokenizer, backbone, load):
-    """The class position goes to the class token, the others are resized, registers get none."""
+    """The class token gets the class position, the others are resized, registers get none."""
     vit = load(tokenizer, backbone).backbone.vit
     table = backbone["pos_embed"]
     assert torch.equal(vit.cls_token, backbone["cls_token"] + table[:, :1])
@@ -156,7 +156,7 @@ def test_backbone_inside_the_tokenizer_file(tokenizer, backbone, load):
     expected = load(tokenizer, backbone).state_dict()
     together = load({"model": tokenizer | inside(backbone)}).state_dict()
     assert all(torch.equal(value, together[key]) for key, value in expected.items())
-    # A backbone given on its own comes before the one inside.
+    # A separate backbone takes precedence over the one inside.
     again = load(tokenizer | inside(shifted(backbone)), backbone).state_dict()
     assert all(torch.equal(value, again[key]) for key, value in expected.items())
 
@@ -176,7 +176,7 @@ def test_tokenizer_wrappers(tokenizer, wrapper: str | None, prefix: str):
 
 @pytest.mark.parametrize("empty", [None, {}], ids=repr)
 def test_precedence(tokenizer, backbone, gpt, empty, load):
-    """ema, then model, then state_dict; for a GPT ema, module, state_dict, model."""
+    """The order is ema, model, state_dict; for a GPT ema, module, state_dict, model."""
 
     def bias(content: dict) -> float:
         return float(load(content, backbone).state_dict()["quantizer.proj.bias"][0])
@@ -185,7 +185,7 @@ def test_precedence(tokenizer, backbone, gpt, empty, load):
     content = {"state_dict": shifted(tokenizer, 2), "model": shifted(tokenizer, 1)}
     assert bias(content) == pytest.approx(base + 1)
     assert bias({**content, "ema": tokenizer}) == pytest.approx(base)
-    # Training without EMA may leave an entry with nothing in it.
+    # Training without EMA may leave an empty entry.
     assert bias({**content, "ema": empty}) == pytest.approx(base + 1)
 
     content, order = {}, ["model", "state_dict", "module", "ema"]
@@ -199,7 +199,7 @@ def test_precedence(tokenizer, backbone, gpt, empty, load):
 
 
 def test_a_namespace_in_the_file_is_read_over(tokenizer, backbone, tmp_path: Path, load):
-    """And paths in it: of this system, of another, of a later Python."""
+    """Paths in it are read too: of this system, of another, of a later Python."""
     args = argparse.Namespace(lr=1e-4, name="x", sizes=[1, 2], out=Path("/runs/1"))
     load(wrong_in(tmp_path / "t.pt", {"ema": tokenizer, "args": args}), backbone)
     file = tmp_path / "t.pt"
@@ -214,7 +214,7 @@ def test_a_namespace_in_the_file_is_read_over(tokenizer, backbone, tmp_path: Pat
 
 
 def test_words_of_compiled_blocks_and_averages_are_left_out(tokenizer):
-    """Of torch.compile on single blocks, and of torch's AveragedModel."""
+    """This covers torch.compile on single blocks, and torch's AveragedModel."""
     names = {key: "module." + key.replace("layers.0.", "layers.0._orig_mod.") for key in tokenizer}
     content = {names[key]: value for key, value in tokenizer.items()}
     found = read_tensors({**content, "n_averaged": torch.tensor(7)}, (), "tokenizer")
@@ -236,7 +236,7 @@ def test_an_average_that_was_wrapped_itself(tokenizer, count: str, prefix: str):
 
 
 def test_two_names_of_one_weight_are_refused(tokenizer):
-    """Which of the two counts nobody knows."""
+    """Nobody knows which of the two counts."""
     name = "decode_transformer.transformer.layers.0.norm1.weight"
     other = name.replace("layers.0.", "layers.0._orig_mod.")
     content = tokenizer | {other: tokenizer[name] + 1}
@@ -300,7 +300,7 @@ def test_a_path_from_home(gpt, tmp_path: Path, monkeypatch):
 
 @pytest.mark.parametrize("case", ["tokenizer_small", "tokenizer_full", "gpt_small", "gpt_b"])
 def test_names_are_one_to_one(case: str):
-    """Every entry of the authors' release has one of ours, every one of ours has one there."""
+    """Entries of the authors' release and of our models correspond one to one."""
     shapes = json.loads((GOLDEN / f"{case}.keys.json").read_text())
     small = {"dim": 128, "decoder_mlp_dim": 256, "pixel_channels": 32, "codebook_size": 1024}
     small |= {"encoder_depth": 2, "decoder_depth": 2}
@@ -333,7 +333,7 @@ def test_names_are_one_to_one(case: str):
     assert set(shapes) - unused == set(theirs)
 
 
-# What is refused.
+# Files that are refused.
 
 
 def test_everything_that_does_not_fit_is_named_at_once(tokenizer, backbone, load):
@@ -391,7 +391,7 @@ def test_no_mapping_of_tensors(content: object, tmp_path: Path, load):
 
 
 class Trap:
-    """Unpickled carelessly, it leaves a file behind."""
+    """Unpickled without precautions, it creates a folder."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -408,7 +408,7 @@ def test_a_pickle_that_would_run_code(tokenizer, tmp_path: Path, new: bool, load
     message = refused(ValueError, load, path)
     assert f"{path} was refused: it refers to posix.mkdir" in message
     assert not sprung.exists()
-    # The trap works: it is our reading that does not spring it.
+    # The trap works: only our loader avoids it.
     torch.load(path, weights_only=False)
     assert sprung.exists()
 
@@ -425,7 +425,7 @@ def test_a_refusal_says_what_to_do(tokenizer, tmp_path: Path, load):
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("protocol", [4, 5])
 def test_another_pickle_protocol_is_named(tokenizer, tmp_path: Path, protocol: int, load):
-    """The file is whole; weights_only reads torch.save's default protocol."""
+    """The file is intact, but weights_only reads only torch.save's default protocol."""
     path = tmp_path / "t.pt"
     torch.save({"model": tokenizer}, path, pickle_protocol=protocol)
     message = refused(ValueError, load, path)
@@ -478,7 +478,7 @@ def test_no_file(tokenizer, tmp_path: Path, load):
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As HF_HUB_OFFLINE=1 does, with empty caches."""
+    """Same as HF_HUB_OFFLINE=1, with empty caches."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))

@@ -1,4 +1,4 @@
-"""The decoder: equal codes, one set of buffers, no weights of its own, batches that fit."""
+"""The decoder gives the same codes, with one set of buffers and no weights of its own."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_a_decoder_takes_one_thread_at_a_time_and_recovers(model):
 
 
 def test_threads_share_a_model(model):
-    """Each has a decoder while it runs; one is kept."""
+    """Each thread has its own decoder while it runs; one is kept."""
     want = [model.generate(CLASSES[:2], seed=seed) for seed in range(4)]
     kept, codes = model.kept.nbytes, {}
     together = threading.Barrier(4)
@@ -161,7 +161,7 @@ def test_threads_share_a_model(model):
 
 @pytest.fixture
 def made(monkeypatch) -> list[tuple]:
-    """What decoders were made for, while the test runs."""
+    """Record what decoders are created for while the test runs."""
     made: list[tuple] = []
     init = Decoder.__init__
 
@@ -193,11 +193,11 @@ def test_one_decoder_is_kept_for_calls_that_it_fits(made):
         assert (held in last) is not new
         last = [held]
         assert model.kept.nbytes == held.nbytes
-    # A smaller batch at the end fills the buffers of the others in part.
+    # A smaller last batch fills only part of the buffers.
     made.clear()
     assert len(list(model.stream(CLASSES[:7], batch_size=3))) == 3
     assert made == [(3, False, None)]
-    # Of a call that was stopped it is kept as well, and only one of a call within a call.
+    # The decoder of a stopped call is kept too, and a nested call leaves only one.
     with pytest.raises(KeyError):
         model.generate(CLASSES[:3], progress=lambda done, total: {}[done])
     model.generate(CLASSES[:3], progress=lambda done, total: model.generate(CLASSES[:3]))
@@ -232,7 +232,7 @@ def test_a_decoder_follows_its_model():
 
 
 def test_a_shallow_copy_makes_its_own_codes():
-    """It shares what is kept with its original, and may outlive it."""
+    """It shares the kept decoders with its original and may outlive it."""
     first = make()
     first.generate(CLASSES[:2], greedy=True)
     copied = copy.copy(first)
@@ -268,8 +268,8 @@ def test_a_copy_of_a_model_has_no_decoder_yet():
 @pytest.mark.parametrize("first", [False, True], ids=["plain first", "inference mode first"])
 @pytest.mark.parametrize("policy", [(), STEP_OPS], ids=["", "enabled"])
 def test_calls_in_and_outside_inference_mode(policy, first):
-    """Its tensors cannot be written to outside of it, and the buffers outlive a call."""
-    # Of a size of its own: what a thread keeps from other tests would hide what is kept here.
+    """Inference tensors cannot be written outside inference mode, but buffers outlive a call."""
+    # No other test uses this size: what a thread caches from other tests would hide the error.
     model = make(vocab_size=501 + first)
     with vfmtok_fast.enable(policy, strict=True):
         with torch.inference_mode(first):
@@ -283,7 +283,7 @@ def test_calls_in_and_outside_inference_mode(policy, first):
 
 @pytest.mark.parametrize("settings", SETTINGS[:4], ids=str)
 def test_an_image_is_the_same_in_batches_of_1_3_and_64(model, settings):
-    """Products round differently with the rows; a tie that this decides would show here."""
+    """Products round differently with the number of rows; a tie that depends on it would show."""
     together = fast(model, CLASSES, **settings)
     for rows in (slice(0, 1), slice(5, 6), slice(20, 23)):
         ids = torch.arange(64)[rows]
@@ -313,7 +313,7 @@ def live_bytes() -> int:
     storages = {
         x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
         for x in gc.get_objects()
-        # Not what torch.compile left behind in this process, which has no memory.
+        # Excludes what torch.compile left in this process, which has no memory.
         if type(x) in (torch.Tensor, nn.Parameter)
         and not torch._is_functional_tensor(x)
         and x.device.type == "cpu"
@@ -327,13 +327,13 @@ def test_buffers_are_kept_once_hold_no_weights_and_go_with_the_model():
     fast(model, CLASSES[:3], cfg_scale=2.0)
     kept = live_bytes() - before
     cache = 6 * 2 * CONFIG.num_layers * CONFIG.dim * CONFIG.block_size * 4
-    # Besides keys and values only the codes, and the noise's workspace of the thread.
+    # Besides keys and values only the codes, and the thread's workspace for noise.
     assert cache <= kept <= cache + 8 * 3 * 20 + 6 * 8 * 3 * CONFIG.vocab_size
     for _ in range(20):
         fast(model, CLASSES[:3], cfg_scale=2.0)
         fast(model, CLASSES[:3], cfg_scale=2.0, cfg_interval=2, seed=3)
     assert live_bytes() - before == kept
-    fast(model, CLASSES[:1], cfg_scale=2.0)  # Other buffers take the place of the first.
+    fast(model, CLASSES[:1], cfg_scale=2.0)  # Other buffers replace the first.
     assert live_bytes() - before < kept
     gone = weakref.ref(model)
     del model
@@ -371,7 +371,7 @@ def test_a_call_within_a_call_and_after_one_that_was_stopped(model):
 @pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=str)
 @pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[2]], ids=str)
 def test_steps_with_positions_on_the_device_make_the_same_codes(model, settings, kv_dtype):
-    """What a graph replays: the decoder's step with a tensor for the position, here eagerly."""
+    """A graph replays the decoder's step with a tensor as position; here it runs eagerly."""
     want = model.generate(CLASSES[:2], **settings, kv_dtype=kv_dtype)
     sampling = Sampling(**settings)
     made = model.decoder(2, guided=sampling.guided(0), kv_dtype=kv_dtype)
@@ -388,7 +388,7 @@ def test_steps_with_positions_on_the_device_make_the_same_codes(model, settings,
 
 
 class Graph:
-    """A stand-in for a CUDA graph: what is called while it is captured runs when it is replayed."""
+    """A stand-in for a CUDA graph: calls made during capture run at replay."""
 
     made = 0
 
@@ -403,7 +403,7 @@ class Graph:
 
 @pytest.fixture
 def replaying(monkeypatch) -> Callable[[Decoder], Decoder]:
-    """``replaying(decoder)`` takes the way of a GPU, on the CPU."""
+    """``replaying(decoder)`` makes a decoder take the GPU code path on the CPU."""
     recording: list[Graph] = []
 
     @contextlib.contextmanager
@@ -451,7 +451,7 @@ def test_graphs_make_the_same_codes_and_are_captured_once(model, settings, repla
         want = model.generate(CLASSES[:B], **settings)
         assert torch.equal(decoder.generate(CLASSES[:B], **settings), want), B
         assert Graph.made == len(decoder.graphs) == kinds
-    # Other images, classes and seeds come through the same graphs.
+    # The same graphs serve other images, classes and seeds.
     ids, classes = torch.tensor([7, 2**40]), CLASSES[4:6]
     for seed in (settings.get("seed", 0), 2**32, 2**64 - 1):
         other = {**settings, "seed": seed}
@@ -461,7 +461,7 @@ def test_graphs_make_the_same_codes_and_are_captured_once(model, settings, repla
 
 
 def test_weights_that_are_computed_are_read_anew(replaying):
-    """A parametrization makes a weight at each call, and its parameters stay where they are."""
+    """A parametrization computes a weight at each call; its parameters keep their addresses."""
     model, fresh = make(), make()
     layer = torch.nn.utils.parametrizations.weight_norm(model.blocks[0].attention.qkv)
     decoder = replaying(model.decoder(2))
@@ -488,21 +488,21 @@ def test_graphs_follow_what_is_baked_into_them(replaying, monkeypatch):
     guided = {"seed": 1, "cfg_scale": 2.0, "cfg_interval": 4}
     assert captures(**guided) == 3 and captures(**guided) == 0
     assert captures(**{**guided, "seed": 2}) == 0
-    assert captures(**{**guided, "temperature": 0.9}) == 3  # The settings of a draw
+    assert captures(**{**guided, "temperature": 0.9}) == 3  # Settings of a draw are baked in,
     assert captures(seed=2) == 2 and captures(seed=3) == 0
-    with vfmtok_fast.enable(STEP_OPS):  # what the switch takes
+    with vfmtok_fast.enable(STEP_OPS):  # and the dispatch policy,
         assert captures(seed=2) == 2 and captures(seed=2) == 0
-        vfmtok_fast.switch.new_generation()  # settings of kernels
+        vfmtok_fast.switch.new_generation()  # and kernel settings,
         assert captures(seed=2) == 2 and captures(seed=2) == 0
     assert captures(seed=2) == 2
     monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
     assert captures(seed=2) == 2 and captures(seed=2) == 0
     with torch.no_grad():
-        model.head.weight.mul_(-1)  # Not values of weights, which are read where they are,
+        model.head.weight.mul_(-1)  # but not the values of weights,
     assert captures(seed=2) == 0
-    model.head.weight = nn.Parameter(model.head.weight.detach().flip(0).clone())  # but where.
+    model.head.weight = nn.Parameter(model.head.weight.detach().flip(0).clone())  # only addresses.
     assert captures(seed=2) == 2
-    # And an end after an error leaves none that is half done.
+    # After an error no incomplete graph is left.
     with pytest.raises(KeyError):
         decoder.generate(CLASSES[:2], seed=2, progress=lambda done, total: {}[done])
     assert captures(seed=2) == 0

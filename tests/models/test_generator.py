@@ -1,4 +1,4 @@
-"""The generator: its cache, its noise, its training mode and its moves between types."""
+"""The generator: its cache, noise, training mode and conversions between dtypes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SMALL = GPTConfig(
 
 
 def make(config: GPTConfig = SMALL, dtype: torch.dtype = torch.float64, **changes) -> GPT:
-    """A model in eval mode with every parameter random: a new one's head is zero."""
+    """Return an eval-mode model with all parameters random: a new model's head is zero."""
     torch.manual_seed(0)
     model = GPT(dataclasses.replace(config, **changes))
     for name, parameter in model.named_parameters():
@@ -54,7 +54,7 @@ def test_cached_equals_uncached(head_dim, uncached):
 
 
 def test_generated_codes_are_the_arg_max_of_teacher_forcing(model, guided_logits):
-    """An oracle of guidance and its interval that shares no code with `generate`."""
+    """An oracle for guidance and its interval that shares no code with `generate`."""
     for scale, interval in ((1.0, -1), (2.5, -1), (2.5, 0), (2.5, 3), (0.0, 7), (2.5, 99)):
         codes = model.generate(CLASSES, cfg_scale=scale, cfg_interval=interval, greedy=True)
         logits = guided_logits(model, codes, CLASSES, scale, interval)
@@ -71,7 +71,7 @@ def test_guidance_and_its_interval_matter(model):
     assert not torch.equal(base, generate())
     # Codes 0..n+1 are guided, so the first n+2 agree.
     assert torch.equal(base[:, :4], generate(cfg_scale=3.0, cfg_interval=2)[:, :4])
-    # Without a class all depends on the noise alone.
+    # Without a class, everything depends on the noise alone.
     none = model.generate(CLASSES, cfg_scale=0.0, image_ids=torch.zeros(7, dtype=torch.int64))
     assert torch.equal(none, none[:1].expand(7, -1))
 
@@ -102,7 +102,7 @@ def test_seed_and_image_id_change_the_image_and_default_to_the_row(model):
 
 
 def test_first_codes_follow_the_model(check_law):
-    """Many images of one class: the frequencies of code 0 against its softmax."""
+    """With many images of one class, frequencies of the first code match its softmax."""
     n = 4000
     short = make(block_size=1, vocab_size=6)
     codes = short.generate(torch.full((n,), 2), seed=4)[:, 0]
@@ -186,8 +186,8 @@ def test_half_precision_models(dtype):
     assert model.head.weight.dtype == dtype
     got = model(codes, CLASSES)
     assert got.dtype == torch.float32
-    # Rounding of weights and activations, relative to the logits' spread, through 2 layers of
-    # about ten roundings each, adding up at random.
+    # Rounding of weights and activations, relative to the logits' spread, through 2 layers of about
+    # ten roundings each that add up at random.
     assert (got - want).norm() / want.norm() < 20 * torch.finfo(dtype).eps
     drawn = model.generate(CLASSES, cfg_scale=1.5, seed=1)
     assert drawn.shape == (7, 16) and 0 <= int(drawn.min()) and int(drawn.max()) < 37
@@ -214,7 +214,7 @@ def test_rotary_angles_stay_float32_through_every_move():
     assert torch.equal(filled.eval()(codes, CLASSES), model.float().eval()(codes, CLASSES))
 
 
-# As the papers round them; of GPT-2B, which VFMTok added, there is but the name.
+# Rounded as in the papers; of GPT-2B, which VFMTok added, only the name is known.
 SIZES = {"B": "111M", "L": "343M", "XL": "775M", "XXL": "1.4B", "2B": "2B", "3B": "3.1B"}
 SIZES |= {"1B": "1.2B", "XXXL": "3.9B", "7B": "6.6B"}
 
@@ -266,7 +266,7 @@ def test_classes_may_be_a_list():
 
 
 def test_a_presets_name_is_the_published_file(monkeypatch):
-    """GPT.from_official("GPT-L") downloads; a file needs its config named."""
+    """GPT.from_official("GPT-L") downloads; a file needs a named config."""
     asked = []
 
     def fetch(name, flag):

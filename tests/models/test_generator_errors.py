@@ -1,4 +1,4 @@
-"""What the generator refuses, and the folders it is saved to."""
+"""Arguments that the generator refuses, and the folders it is saved to."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def refuses(error: type[Exception], message: str):
     ],
 )
 def test_generate_refuses(model, settings, error, message):
-    """`stream` at once, before the first batch is asked for."""
+    """`stream` refuses at once, before its first batch is requested."""
     for generate in (model.generate, model.stream):
         with refuses(error, f"generate: {message}"):
             generate(**({"class_ids": CLASSES} | settings))
@@ -98,7 +98,7 @@ def test_generate_refuses(model, settings, error, message):
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_generation_is_refused_under_autocast(model, fast):
-    """It would run, with other codes for other batch sizes."""
+    """It would run, but codes would depend on the batch size."""
     with vfmtok_fast.enable() if fast else contextlib.nullcontext():
         with (
             torch.autocast("cpu", torch.bfloat16),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import vfmtok_fast
 from vfmtok_fast import GPT, GPTConfig, ops
 
-# All that a decoding step calls.
+# All ops that a decoding step calls.
 STEP = ("decode_step", "decode_attention")
 
 
@@ -20,14 +20,14 @@ WAYS = ["reference", "cpu", pytest.param("triton", marks=pytest.mark.gpu)]
 
 
 def enabled(way: str) -> contextlib.AbstractContextManager:
-    """What ``way`` asks for, and no other: cpu on a CPU, Triton on a GPU."""
+    """Enable the implementations of ``way`` only: cpu on a CPU, Triton on a GPU."""
     if way == "reference":
         return contextlib.nullcontext()
     return vfmtok_fast.enable((*STEP, "sample_token"), strict=True)
 
 
 class Golden:
-    """One golden case: the authors' weights in our model, in float32 and, the truth, float64."""
+    """A golden case: the authors' weights in our model, in float32 and in float64, the truth."""
 
     def __init__(self, case: str, config: GPTConfig, golden, official_weights):
         self.want = golden(case)
@@ -38,8 +38,8 @@ class Golden:
             self.logits = self.model(codes, self.classes)
             self.truth = self.model.double()(codes, self.classes)
         self.model.float()
-        # What float32 does to our logits. The authors' arithmetic is as exact, so that theirs lie
-        # within twice that of the truth, three times of ours.
+        # The float32 error of our logits. The authors' arithmetic is as exact, so their logits are
+        # within twice that error of the truth, and within three times of ours.
         self.ruler = float((self.logits - self.truth).abs().max())
         assert 0 < self.ruler < 1e-4 * float(self.truth.abs().max())
 
@@ -49,7 +49,7 @@ class Golden:
         for logits, bound in ((self.truth, 2 * self.ruler), (self.logits, 3 * self.ruler)):
             top = logits.gather(-1, want["logits_top8_index"].long())
             assert (top - want["logits_top8"]).abs().max() <= bound + rounding
-            # They are the eight largest: no other exceeds the least of them.
+            # They are the eight largest: no other logit exceeds the smallest of them.
             rest = logits.scatter(-1, want["logits_top8_index"].long(), float("-inf")).amax(-1)
             assert torch.all(rest <= top.amin(-1) + 2 * bound)
             assert (logits.logsumexp(-1) - want["logits_lse"]).abs().max() <= bound + rounding
@@ -58,7 +58,7 @@ class Golden:
 
     @contextlib.contextmanager
     def on(self, way: str) -> Iterator[torch.device]:
-        """The model on the device of ``way``, for a while."""
+        """Keep the model on the device of ``way`` inside the context."""
         device = torch.device("cuda" if way == "triton" else "cpu")
         self.model.to(device)
         try:
@@ -67,7 +67,7 @@ class Golden:
             self.model.cpu()
 
     def check_steps(self, way: str) -> None:
-        """Logits of each decoding step, given the codes so far, within the rule of all ops."""
+        """Check logits of each decoding step, given the codes so far, by the rule of all ops."""
         config, model = self.model.config, self.model
         vfmtok_fast.switch.record.clear()
         with self.on(way) as device, torch.no_grad(), enabled(way):
@@ -99,7 +99,7 @@ class Golden:
         assert got.shape == want.shape and got.dtype == torch.int64
         logits = guided_logits(self.model, want, self.classes, scale, int(interval))
         best = logits.topk(2).values
-        # Guidance enlarges the error of both parts.
+        # Guidance amplifies the error of both parts.
         close = best[..., 0] - best[..., 1] <= 2 * 3 * self.ruler * (2 * abs(scale) + 1)
         assert close.float().mean() < 0.02
         for row in range(len(want)):
@@ -145,7 +145,7 @@ def test_golden_small_greedy(gpt_small, name, guided_logits, way):
 )
 @pytest.mark.parametrize("way", WAYS[1:])
 def test_the_same_seeds_give_the_same_codes(gpt_small, settings, way):
-    """Whatever the implementation; a tie within rounding would have to be looked at."""
+    """This holds for every implementation; a tie within rounding would need a closer look."""
     model, classes = gpt_small.model, gpt_small.classes
     want = model.generate(classes, **settings)
     with gpt_small.on(way) as device, enabled(way):
@@ -166,7 +166,7 @@ def gpt_b(golden, official_weights) -> Golden:
 def test_golden_b(gpt_b, guided_logits, way):
     names = sorted(name for name in gpt_b.want if name.startswith("greedy"))
     assert len(names) == 2
-    if way != "triton":  # The small model takes each of them in every way.
+    if way != "triton":  # The small model runs all of them in every way.
         names = [names[way == "cpu"]]
     if way == "reference":
         gpt_b.check_teacher_forcing()

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from vfmtok_fast.kernels import decode_step, launch
 
 CLASSES = torch.arange(64) % 10
-# For the interpreter.
+# Sizes for the interpreter.
 SMALL = {"block_size": 9, "num_layers": 1, "dim": 32, "num_heads": 2, "vocab_size": 96}
 SETTINGS = (
     {"seed": 1},
@@ -45,7 +45,7 @@ def make(**changes: int) -> GPT:
 
 @pytest.fixture(autouse=True)
 def large_programs():
-    """The interpreter runs one program after the other: few of them."""
+    """Use few large programs in the interpreter, which runs them one after another."""
     with contextlib.ExitStack() as stack:
         for space in decode_step.SPACES if not GPU else ():
             if "tile" in space.choices and "slices" not in space.choices:
@@ -61,7 +61,7 @@ def model() -> GPT:
 
 
 def fast(model: GPT, classes: torch.Tensor, **settings) -> torch.Tensor:
-    """Codes made by Triton kernels and nothing else, on ``DEVICE``."""
+    """Return codes computed on ``DEVICE`` by Triton kernels and nothing else."""
     switch.record.clear()
     model.to(DEVICE)
     try:
@@ -78,7 +78,7 @@ def fast(model: GPT, classes: torch.Tensor, **settings) -> torch.Tensor:
 @runs
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_codes_are_the_references(model, settings):
-    """In float32, where a tie within rounding would have to be looked at."""
+    """In float32; a tie within rounding would need a closer look."""
     for B in (1, 3, 34) if GPU else (2,):
         want = model.generate(CLASSES[:B], **settings)
         assert torch.equal(fast(model, CLASSES[:B], **settings), want), B
@@ -87,7 +87,7 @@ def test_codes_are_the_references(model, settings):
 @runs
 @pytest.mark.parametrize("settings", SETTINGS[:2], ids=str)
 def test_codes_of_an_int8_cache_are_the_references(model, settings):
-    """A value that is rounded the other way, by a tie, would have to be looked at."""
+    """A value at a tie that rounds the other way would need a closer look."""
     settings = {**settings, "kv_dtype": torch.int8}
     for B in (1, 3, 34) if GPU else (2,):
         want = model.generate(CLASSES[:B], **settings)
@@ -112,7 +112,7 @@ def test_a_decoder_of_ones_own_replays(model):
 
 @pytest.mark.gpu
 def test_a_replay_is_no_repeat(model):
-    """Other seeds, images and classes come through a captured graph; the same ones repeat."""
+    """One graph gives new codes for other seeds, images and classes, and the same for the same."""
     first = fast(model, CLASSES[:4], seed=1, cfg_scale=2.0)
     assert torch.equal(fast(model, CLASSES[:4], seed=1, cfg_scale=2.0), first)
     for other in (
@@ -134,7 +134,7 @@ def test_an_image_is_the_same_in_batches_of_1_3_and_64(model, settings):
 
 @pytest.mark.gpu
 def test_calls_on_two_streams_share_nothing(model):
-    """The second begins on the host while the first is still running on the device."""
+    """The second call starts on the host while the first is still running on the device."""
     model.to("cuda")
     classes = CLASSES[:4].cuda()
     try:
@@ -170,7 +170,7 @@ def test_a_model_on_another_gpu_than_the_current_one(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("B", [1, 4, 16])
 def test_kernels_that_overlap_make_the_same_codes(dtype, B, monkeypatch):
-    """A kernel that reads before the one ahead of it has written would show here, by chance."""
+    """A kernel that reads before the previous one has written would show here, by chance."""
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("programmatic dependent launch needs sm_90")
     model = make(num_layers=8, dim=512, num_heads=8, block_size=64).to(dtype)

@@ -1,4 +1,4 @@
-"""save_pretrained and from_pretrained: a round trip, and one line for everything else."""
+"""save_pretrained and from_pretrained: a round trip, and a one-line error for everything else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GENERATOR = GPTConfig(
 
 @pytest.fixture
 def config(tiny: VFMTokConfig) -> VFMTokConfig:
-    """Other than the defaults in every part, or a file that is not read would not show."""
+    """Every part differs from the defaults, or a file that is not read would go unnoticed."""
     backbone = dataclasses.replace(tiny.backbone, num_registers=1)
     return dataclasses.replace(tiny, codebook_dim=8, backbone=backbone)
 
@@ -35,7 +35,7 @@ def folder(tmp_path: Path, config: VFMTokConfig) -> Path:
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As HF_HUB_OFFLINE=1 does, with an empty cache."""
+    """Same as HF_HUB_OFFLINE=1, with an empty cache."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "no cache"))
 
@@ -61,13 +61,13 @@ def test_round_trip_of_the_tokenizer(tmp_path: Path, config: VFMTokConfig):
     assert all(torch.equal(value, again[key]) for key, value in saved.items())
     images = torch.rand(1, 3, 336, 336) * 2 - 1
     assert torch.equal(model.eval().encode(images), loaded.encode(images))
-    # Twice over, as a user does who changes a model and saves it where it was.
+    # Saved twice, as when a user changes a model and saves it to the same folder.
     loaded.save_pretrained(tmp_path)
     assert VFMTok.from_pretrained(str(tmp_path)).config == config
 
 
 def test_a_folder_stays_where_a_new_one_cannot_be_written(tmp_path: Path, monkeypatch):
-    """As on a full disk: neither the old model is lost nor a new one there in part."""
+    """A full disk must neither lose the old model nor leave an incomplete new one."""
     GPT(GENERATOR).save_pretrained(tmp_path / "old")
     names = sorted(path.name for path in (tmp_path / "old").iterdir())
 
@@ -90,7 +90,7 @@ def test_round_trip_of_the_generator(tmp_path: Path):
 
 @pytest.mark.parametrize("config", [None, "GPT-B", {"num_layers": 12}], ids=repr)
 def test_every_way_to_give_a_config_is_saved(tmp_path: Path, config):
-    """The mixin writes no config.json for defaults, a preset's name, or parts of a mapping."""
+    """The mixin writes no config.json for defaults, a preset's name, or a partial mapping."""
     with torch.device("meta"):
         model = GPT() if config is None else GPT(config)
     model._save_pretrained = lambda folder: None
@@ -169,7 +169,7 @@ def test_no_folder_and_no_repo(offline: None, source: str):
     message = refused(FileNotFoundError, source)
     assert f"no folder {source}" in message and "config.json" in message
     if "/" not in source:
-        # Nobody is asked for it: a name alone is that of no repo.
+        # No server is asked: a name without a slash is no repo.
         assert "come with the package are emoji" in message and "from_official" in message
 
 
@@ -191,7 +191,7 @@ def test_a_config_as_transformers_and_windows_write_it(folder: Path):
 
 
 def test_tied_weights_are_in_the_file_once(tmp_path: Path):
-    """safetensors leaves the second name out, and says so in the file's metadata."""
+    """safetensors omits the second name and records it in the file's metadata."""
     model = GPT(GPTConfig(num_layers=1, num_heads=2, dim=16, vocab_size=32, block_size=4))
     model.head.weight = model.token_embedding.weight
     model.save_pretrained(tmp_path)
@@ -202,7 +202,7 @@ def test_tied_weights_are_in_the_file_once(tmp_path: Path):
 
 
 def test_tied_weights_in_several_files(tmp_path: Path):
-    """As huggingface_hub splits them: the names left out stand in the index."""
+    """huggingface_hub splits files like this: the omitted names are in the index."""
     model = GPT(GENERATOR)
     model.head.weight = model.token_embedding.weight
     model.save_pretrained(tmp_path)

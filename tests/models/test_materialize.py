@@ -29,7 +29,7 @@ def built(request, tiny: VFMTokConfig) -> torch.nn.Module:
     if request.param == "rotary":
         config = dataclasses.replace(config, backbone=ROTARY)
     model = VFMTok(config).eval()
-    # Other than at the start, where every region looks along the same star.
+    # Unlike at initialisation, where every region looks along the same star.
     for layer in model.region_encoder.layers:
         torch.nn.init.normal_(layer.cross_attention.offsets.weight, std=0.1)
         torch.nn.init.normal_(layer.cross_attention.weights.weight, std=0.1)
@@ -37,7 +37,7 @@ def built(request, tiny: VFMTokConfig) -> torch.nn.Module:
 
 
 def answer(model: torch.nn.Module) -> torch.Tensor:
-    """Codes, which depend on every buffer."""
+    """Return codes, which depend on every buffer."""
     model.eval()
     if isinstance(model, GPT):
         return model.generate(torch.arange(4), seed=1)
@@ -56,7 +56,7 @@ def constants(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def soil(model: torch.nn.Module) -> torch.nn.Module:
-    """`to_empty` often gives zeroed memory, or that of before; any values may be there."""
+    """`to_empty` often returns zeroed or reused memory, but any values are possible."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
@@ -83,7 +83,7 @@ def test_built_on_meta(built: torch.nn.Module, assign: bool, request):
     empty = on_meta(built)
     assert all(parameter.is_meta for parameter in empty.parameters())
     if "rotary" in request.node.callspec.id:
-        # timm's own, which it works out where the model is built.
+        # This is timm's own buffer, computed when the model is built.
         with pytest.raises(ValueError, match="backbone.vit.* on the meta device") as error:
             if not assign:
                 empty.to_empty(device="cpu")
@@ -109,7 +109,7 @@ def test_there_and_back_over_meta(built: torch.nn.Module):
 
 
 def test_a_part_at_a_time(built: torch.nn.Module):
-    """Weights that come in several files: nothing is amiss before the last one."""
+    """Weights may come in several files: no error before the last one."""
     built = built.to("meta")
     state = on_cpu = type(built)(built.config).state_dict()
     names = sorted(on_cpu)
@@ -120,7 +120,7 @@ def test_a_part_at_a_time(built: torch.nn.Module):
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_and_back_loses_no_digits(built: torch.nn.Module, half: torch.dtype):
-    """What no state dict holds could not be had back: a float32 model that is not exact."""
+    """What no state dict holds could not be restored, and a float32 model would not be exact."""
     state, expected = copy.deepcopy(built.state_dict()), answer(built)
     before = {name: value.clone() for name, value in constants(built).items()}
     back = pickle.loads(pickle.dumps(copy.deepcopy(built.to(half)))).float()

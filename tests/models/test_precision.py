@@ -1,4 +1,4 @@
-"""In what a tokenizer computes: the caller's choice, and what it leaves as it was."""
+"""The precision of a tokenizer: the caller's choice, and process-wide settings left unchanged."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_mixed_narrows_the_products_of_the_backbone_alone():
     assert queries.dtype == features.dtype == torch.float32
     want, _ = exact.encode_regions(images())
     off = float((queries - want).abs().max())
-    # Roundings of 11 bits around four blocks; and not none at all.
+    # Roundings of 11 bits in four blocks, but not no rounding at all.
     assert 0 < off < 64 * torch.finfo(torch.float16).eps
     assert torch.equal(tok.decode(exact.encode(images())), exact.decode(exact.encode(images())))
 
@@ -98,12 +98,12 @@ def switches() -> tuple[str, str]:
 
 @pytest.mark.parametrize(("tf32", "expected"), [(True, "tf32"), (False, "ieee")])
 def test_the_process_keeps_its_own_switches(tf32, expected):
-    """Whatever it had set, also after an error; calls within calls."""
+    """Process settings are restored, also after an error and with nested calls."""
     before = switches()
     cuda = torch.device("cuda")
     with pytest.raises(KeyError), computing(cuda, tf32):
         assert switches() == (expected, expected)
-        # As inductor asks; they raise where the old and the new names say different things.
+        # Inductor reads these; they raise if the old and the new names disagree.
         assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
         assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
         with computing(cuda, not tf32):

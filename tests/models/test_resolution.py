@@ -1,4 +1,4 @@
-"""Backbones of any patch size and images of any size: what is read, made, cached and refused."""
+"""Backbones of any patch size and images of any size: reading, decoding, caching and errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pictures(size: int, count: int = 1) -> torch.Tensor:
 
 
 def check_all(config: VFMTokConfig, reads: int) -> VFMTok:
-    """Train forward and backward, encode, decode; the backbone sees ``reads`` pixels in patches."""
+    """Run training, encode and decode; the backbone must read ``reads`` pixels per side."""
     torch.manual_seed(0)
     model = VFMTok(config)
     assert model.backbone.image_size == reads
@@ -74,7 +74,7 @@ def check_all(config: VFMTokConfig, reads: int) -> VFMTok:
         (336, 24, 144, TINY, 384),
         (160, 10, 1, TINY, 160),
         pytest.param(512, 32, 256, TINY, 512, marks=pytest.mark.slow),
-        # By any name that timm has the size is what the grid says.
+        # For any timm name, the grid determines the size.
         (64, 5, 16, BackboneConfig(timm_name="vit_tiny_patch16_384"), 80),
         (64, 2, 16, BackboneConfig(timm_name="vit_tiny_r_s16_p8_384"), 64),
         (64, 5, 16, BackboneConfig(timm_name="eva02_tiny_patch14_336"), 70),
@@ -109,7 +109,7 @@ def test_published_models(tiny: VFMTokConfig, name, size, grid, reads, levels):
 
 @pytest.mark.parametrize("name", ["test_vit", "eva02_tiny_patch14_336", "vit_small_patch16_dinov3"])
 def test_the_grid_makes_the_model_that_its_size_makes(name: str):
-    """Rotary tables and all: the same weights give the same maps."""
+    """With the same weights the maps are the same, rotary tables included."""
     by_grid = Backbone(BackboneConfig(timm_name=name), grid=5)
     size = by_grid.image_size
     by_size = Backbone(BackboneConfig(timm_name=name, timm_image_size=size), grid=5)
@@ -143,7 +143,7 @@ def test_as_many_regions_are_drawn_as_are_asked_for():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_resizing_in_other_dtypes(tiny: VFMTokConfig, dtype: torch.dtype):
-    """torch antialiases no half precision on a CPU."""
+    """torch does not antialias half precision on a CPU."""
     torch.manual_seed(0)
     model = VFMTok(dataclasses.replace(tiny, image_size=64, grid=4)).eval()
     images = pictures(64)
@@ -158,7 +158,7 @@ def test_defaults_are_todays_model():
     assert (config.grid, config.feature_grid, config.pixel_grid) == (None, 24, 21)
     assert VFMTokConfig(grid=24).feature_grid == 24
     assert VFMTokConfig(image_size=224).feature_grid == 16
-    # Neither arguments by position nor a config.json from before the field may mean anything else.
+    # Positional arguments and a config.json older than the field must keep their meaning.
     old = {k: v for k, v in dataclasses.asdict(config).items() if k != "grid"}
     assert VFMTokConfig(*old.values()) == VFMTokConfig(**old) == config
 
@@ -171,7 +171,7 @@ def test_the_grid_is_saved(tmp_path: Path, tiny: VFMTokConfig):
     loaded = VFMTok.from_pretrained(tmp_path)
     assert loaded.config == config
     assert torch.equal(loaded.encode(pictures(64)), model.encode(pictures(64)))
-    # A folder from before there was the field.
+    # A folder older than the field.
     torch.manual_seed(0)
     VFMTok(tiny).save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
@@ -217,7 +217,7 @@ def test_refused_sizes(tiny: VFMTokConfig, changes: dict, message: str):
 
 
 def test_a_cache(tmp_path: Path, tiny: VFMTokConfig):
-    """Views are cut at the size that `encode` takes, and shown at the size that `decode` makes."""
+    """Views are cut at the size that `encode` takes and shown at the size that `decode` returns."""
     config = dataclasses.replace(tiny, image_size=32, grid=3, num_regions=9)
     torch.manual_seed(0)
     model = VFMTok(config).eval()
@@ -246,7 +246,7 @@ def test_a_cache(tmp_path: Path, tiny: VFMTokConfig):
 
 
 def test_caches_from_before_the_field_go_on(tiny: VFMTokConfig):
-    """Their fingerprint covers the config, so an option that is not taken must not be in it."""
+    """Their fingerprint covers the config, so an unused option must not be in it."""
     covers = fingerprint.describe(VFMTok(tiny), ["center"], 4)
     before = json.loads(json.dumps(dataclasses.asdict(tiny)))
     del before["grid"]

@@ -1,4 +1,4 @@
-"""Many images: batches that fit, that gain something, and that are handed out as they finish."""
+"""Many images: batches fit into memory, are no larger than useful, and come as they finish."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def test_a_batch_is_no_larger_than_gains_something(model, monkeypatch):
         slice(6, 7),
     ]
     assert torch.equal(torch.cat([codes for _, codes in model.stream(CLASSES[:7])]), want)
-    # Who names a batch gets it, and a kind of device that nobody measured has no such limit.
+    # An explicit batch size is used as given. A device type that was not measured has no such
+    # limit.
     assert [i for i, _ in model.stream(CLASSES[:7], batch_size=6)] == [slice(0, 6), slice(6, 7)]
     monkeypatch.delitem(memory.ENOUGH, "cpu")
     assert [images for images, _ in model.stream(CLASSES[:7])] == [slice(0, 7)]
@@ -94,7 +95,7 @@ def test_out_of_memory_says_what_to_take_instead(where, monkeypatch):
 
 
 def test_what_is_kept_counts_as_free(monkeypatch):
-    """Else the second of two equal calls would find less room than the first."""
+    """Otherwise the second of two equal calls would find less memory than the first."""
     model = make()
     each = memory.bytes_per_image(model, False)
     list(model.stream(CLASSES[:8]))

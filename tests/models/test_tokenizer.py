@@ -1,4 +1,4 @@
-"""The tokenizer as a user meets it: shapes, other sizes, other backbones, errors, training."""
+"""The tokenizer from a user's view: shapes, other sizes, other backbones, errors, training."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMALL = {
 
 
 def make(**changes) -> VFMTok:
-    """A small tokenizer with weights under which regions look at different places."""
+    """Return a small tokenizer with weights that make regions look at different places."""
     torch.manual_seed(0)
     model = VFMTok(VFMTokConfig(**(SMALL | changes))).eval()
     for layer in model.region_encoder.layers:
@@ -77,7 +77,7 @@ def test_shapes(tok: VFMTok, codes: torch.Tensor):
 
 
 class LiveBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside hold at a time."""
+    """Records the most bytes that tensors created inside hold at a time."""
 
     def __init__(self):
         super().__init__()
@@ -107,7 +107,7 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("enabled", [(), None], ids=["reference", "enabled"])
 def test_decoding_many_takes_the_memory_of_a_few(enabled, tok: VFMTok, monkeypatch):
-    """By the maps' own rule: those of 3 pictures at a time, beside what grows with all."""
+    """Besides what grows with the batch, memory is limited to the maps of 3 images at a time."""
     per_picture = 5 * 4 * tok.pixel_decoder.largest_map
     monkeypatch.setattr("vfmtok_fast.tokenizer.model._PIECE_BYTES", 3 * per_picture)
     codes = torch.randint(0, tok.config.codebook_size, (10, 256))
@@ -316,16 +316,16 @@ def test_every_trainable_parameter_learns():
     (loss + output.codebook_loss + output.commit_loss + output.entropy_loss).backward()
     trainable = {k: p for k, p in model.named_parameters() if p.requires_grad}
     assert not [k for k, p in trainable.items() if p.grad is None or not p.grad.isfinite().all()]
-    # The bias of keys shifts every logit of a row alike, so softmax takes no notice of it; its
-    # gradient is zero but for rounding. The registers come last in a causal sequence, as in the
-    # release, so no patch ever sees them. Everything else must feel the loss.
+    # The bias of keys shifts every logit of a row alike, which softmax ignores, so its gradient is
+    # zero except for rounding. The registers come last in a causal sequence, as in the release, so
+    # no patch ever sees them. Everything else must get a gradient.
     silent = {k for k, p in trainable.items() if not p.grad.any()}
     silent = {k for k in silent if not k.endswith(("attention.k.bias", "middle.1.k.bias"))}
     assert silent == {"token_decoder.registers"}
 
 
 def test_what_the_semantic_branch_alone_trains():
-    """Without it, these get no gradient, and nothing else goes without."""
+    """Without the semantic branch these parameters get no gradient, and all others get one."""
     model = make().train()
     output = model(pictures())
     (output.reconstruction.square().mean() + output.codebook_loss + output.commit_loss).backward()
@@ -336,7 +336,7 @@ def test_what_the_semantic_branch_alone_trains():
 
 
 def test_gradients_pass_straight_through(tok: VFMTok):
-    """The encoder gets the decoder's gradient as if there were no quantiser; the codebook none."""
+    """The encoder gets the decoder's gradient as without a quantiser; the codebook gets none."""
     quantizer = make().quantizer
     queries = F.normalize(torch.randn(1, 256, 12), dim=-1).requires_grad_()
     quantized = quantizer(queries)
@@ -361,7 +361,7 @@ def test_each_quantiser_loss_trains_its_own_side():
 
 
 def test_entropy_term():
-    """Against its definition, summed by hand in float64."""
+    """It matches its definition, summed explicitly in float64."""
     torch.manual_seed(0)
     z, e = torch.randn(2, 5, 4).double(), torch.randn(7, 4).double()
     z = F.normalize(z, dim=-1)
@@ -384,7 +384,7 @@ def test_evaluation_has_no_semantic_branch():
     output = model(images)
     assert output.semantic is None
     assert torch.equal(output.codes, model.encode(images))
-    # Not equal: straight through, a vector is query + (vector - query).
+    # Not equal: with straight-through, a vector is query + (vector - query).
     torch.testing.assert_close(output.reconstruction, model.decode(output.codes), atol=1e-9, rtol=0)
 
 
@@ -398,7 +398,7 @@ def test_decoder_dropout():
 
 
 def test_sampling_points_are_those_of_the_last_layer(tok: VFMTok):
-    """Its cross-attention, caught by a hook, follows from the points and weights alone."""
+    """Points and weights alone reproduce the layer's cross-attention, which a hook records."""
     caught = {}
     attention = tok.region_encoder.layers[-1].cross_attention
     hook = attention.register_forward_hook(lambda m, args, out: caught.update(args=args, out=out))
@@ -409,7 +409,7 @@ def test_sampling_points_are_those_of_the_last_layer(tok: VFMTok):
     torch.testing.assert_close(weights.sum(dim=(3, 4)), torch.ones(2, 256, 4))
     _, memory, shapes, _ = caught["args"]
     value = attention.value(memory).unflatten(-1, (4, -1))
-    # ops.deformable_sample adds a reference and offsets in pixels: the points, from a corner.
+    # ops.deformable_sample adds a reference and offsets in pixels: here the points, from a corner.
     size = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32)[:, None]
     sampled = ops.deformable_sample(
         value, shapes, torch.zeros(1, 256, 4, 2), points * size, weights.flatten(3).log()
@@ -437,7 +437,7 @@ def test_regions_stand_on_the_grid_row_by_row(tok: VFMTok):
     ],
 )
 def test_which_models_come_with_antialiased_positions(config: BackboneConfig, antialias: bool):
-    """As DINOv2 publishes them: with registers, in sizes S, B and L."""
+    """These are the DINOv2 releases with registers, in sizes S, B and L."""
     assert config.antialias_positions == antialias
 
 
@@ -455,10 +455,10 @@ def test_position_tables(antialias: bool):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("side", "grid"), [(24, 21), (37, 24), (5, 11)])
 def test_position_tables_side_after_side(side: int, grid: int, dtype: torch.dtype):
-    """As on a GPU."""
+    """A GPU resizes one side after the other."""
     image = torch.randn(1, 6, side, side, dtype=torch.float64).to(dtype)
     scale = (grid + 0.1) / side
-    # In float32 torch finds the coordinates in float32 as well.
+    # In float32, torch computes the coordinates in float32 as well.
     wide = image if dtype == torch.float64 else image.float()
     truth = F.interpolate(wide, scale_factor=scale, mode="bicubic")
     ours = functional._resized_by_sides(image, scale)
@@ -469,7 +469,7 @@ def test_position_tables_side_after_side(side: int, grid: int, dtype: torch.dtyp
 
 @pytest.mark.slow
 def test_bfloat16_and_autocast(codes: torch.Tensor):
-    """They run, and most codes stay: half precision moves only those near a border."""
+    """Both run, and most codes stay: half precision changes only those near a border."""
     model, images = make(), pictures()
     with torch.autocast("cpu", torch.bfloat16):
         assert float((model.encode(images) == codes).float().mean()) > 0.8
@@ -484,7 +484,7 @@ def test_bfloat16_and_autocast(codes: torch.Tensor):
 
 @pytest.mark.slow
 def test_under_torch_compile(tok: VFMTok, codes: torch.Tensor):
-    """One graph, no break."""
+    """torch.compile makes one graph without a break."""
     torch.compiler.reset()
     encode = torch.compile(tok.encode, backend="eager", fullgraph=True)
     assert torch.equal(encode(pictures()), codes)

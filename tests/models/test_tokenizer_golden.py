@@ -1,10 +1,10 @@
-"""The tokenizer against the authors' own code, on weights that a recipe makes.
+"""The tokenizer against the authors' own code, with weights from a recipe.
 
-Tolerances are derived, not chosen. *Truth* is our model in float64, *ruler* the error of our
-float32 run against it. The authors' float32 numbers must lie within twice the ruler plus one
-rounding of the truth: they made their roundings, we made ours, both as large. The ruler itself
-must be what float32 gives over the depth of the network, so that a bad run of ours cannot excuse
-a bad result.
+Tolerances are derived, not chosen. *Truth* is our model in float64; *ruler* is the error of our
+float32 run against it. The authors' float32 numbers must be within twice the ruler plus one
+rounding of the truth: their roundings differ from ours, but are as large. The ruler itself must be
+what float32 gives over the depth of the network, so that a bad run of ours cannot excuse a bad
+result.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ CONFIGS = {
     "tokenizer_full": VFMTokConfig(),
 }
 FLOAT32 = torch.finfo(torch.float32).eps
-# Rounding errors of a residual network add up like a random walk: about eps * sqrt(operations in
+# Rounding errors of a residual network add up like a random walk, to about eps * sqrt(operations in
 # a row). 24 blocks of about 16 roundings each, then 6 + 6 layers and 25 convolutions, stay below
-# 1000 in a row; the factor 8 is for sums inside an operation, which round more than once.
+# 1000 in a row. The factor 8 covers sums inside an operation, which round more than once.
 DEEPEST = 8 * 1000**0.5 * FLOAT32
-# Of a gradient that passes through the region encoder: a sample that lies on the edge of a cell, or
-# a ReLU that is given zero but for rounding, takes its slope from one side in float32 and from the
-# other in float64. One or a few of millions do.
+# For a gradient that passes through the region encoder. A sample on the edge of a cell, or a ReLU
+# whose input is zero except for rounding, takes its slope from one side in float32 and from the
+# other in float64. One or a few in millions do.
 EDGE = 1e-3
-# What `enable` takes on a CPU: the kernels where Triton's interpreter runs them.
+# What `enable` selects on a CPU: the kernels if Triton's interpreter runs them.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FAST = "triton" if INTERPRETED else "cpu"
-# What the golden files keep of each tensor (golden README).
+# The parts of each tensor that the golden files keep (golden README).
 THINNED: dict[str, Callable[[Tensor], Tensor]] = {
     **{f"level{i}": lambda x: x[:, ::48, ::4] for i in range(4)},
     "slots": lambda x: x[..., ::4],
@@ -64,7 +64,7 @@ THINNED: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclasses.dataclass
 class Case:
-    """One golden case: the loaded model, the authors' numbers, ours in float32 and float64."""
+    """A golden case: the loaded model, the authors' numbers, ours in float32 and in float64."""
 
     golden: dict[str, Tensor]
     model: VFMTok
@@ -74,7 +74,7 @@ class Case:
 
 
 def observe(model: VFMTok, images: Tensor) -> dict[str, Tensor]:
-    """Every tensor of the evaluation path, by its golden name, whole."""
+    """Return every full tensor of the evaluation path by its golden name."""
     with torch.no_grad():
         maps = model.backbone(images)
         seen = {f"level{i}": level for i, level in enumerate(maps)}
@@ -117,18 +117,18 @@ def test_evaluation_path(case: Case, name: str):
 
 
 def test_codes(case: Case):
-    """Equal; the file's own margins say that no code is a tie within rounding."""
+    """Codes are equal; the file's own margins show that no code is a tie within rounding."""
     assert torch.equal(case.single["indices"], case.golden["indices"].long())
     assert torch.equal(case.double["indices"], case.golden["indices_float64"].long())
     assert torch.equal(case.model.encode(case.images), case.golden["indices"].long())
 
 
 def test_margins(case: Case):
-    """The gap to the second best code, which the float64 scores give too."""
+    """The gap to the second-best code agrees with our float64 scores."""
     codebook = F.normalize(case.model.quantizer.codebook.detach().double(), dim=-1)
     best = (case.double["queries"] @ codebook.T).topk(2).values
     margin = best[..., 0] - best[..., 1]
-    # A score moves by at most the error of its unit query, and there are two of them. The file's
+    # A score changes by at most the error of its unit query, and there are two scores. The file's
     # own float64 run started from the float32 queries.
     error = (case.single["queries"] - case.double["queries"]).norm(dim=-1).max()
     assert float((margin - case.golden["margin"]).abs().max()) <= 4 * float(error) + FLOAT32
@@ -153,7 +153,7 @@ ENCODE = ["add_norm", "deformable_sample", "linear", "nearest_code"]
 
 
 def test_enabled_regions_and_codes(case: Case):
-    """The fast implementations, on the same maps: features to rounding, the authors' codes."""
+    """On the same maps, the fast ops give features within rounding and the authors' codes."""
     maps = [case.single[f"level{i}"] for i in range(4)]
     got = {}
     with torch.no_grad(), vfmtok_fast.enable(ENCODE, strict=True):
@@ -172,7 +172,7 @@ def test_enabled_regions_and_codes(case: Case):
 
 
 def test_enabled_pixels(case: Case):
-    """The fast implementations of the pixel decoder, on the same map."""
+    """On the same map, the fast ops of the pixel decoder obey the tolerance rule."""
     z = case.single["z"]
     names = ["group_norm_silu", "residual_block", "upsample_conv"]
     with torch.no_grad(), vfmtok_fast.enable(names, strict=True):
@@ -185,7 +185,7 @@ def test_enabled_pixels(case: Case):
 
 
 def test_enabled_gradients(case: Case):
-    """Of the keys in the golden file, for one image: no further off than the reference's."""
+    """For one image, gradients of the golden file's keys obey the tolerance rule."""
     truth = train_once(case, copy.deepcopy(case.model).double(), case.double, count=1)
     ruler = train_once(case, case.model, count=1)
     vfmtok_fast.switch.record.clear()
@@ -196,7 +196,7 @@ def test_enabled_gradients(case: Case):
     assert kinks <= 5
     for key, exact in truth.grads.items():
         allowed, error = (float((x.grads[key] - exact).norm()) for x in (ruler, ours))
-        # Which of them do depends on a processor's last bits.
+        # Which ones do depends on a processor's last bits.
         kinked = key.startswith("encode_transformer.") and kinks > 0
         more = EDGE if kinked else FLOAT32
         assert error <= 2 * allowed + more * float(exact.norm()), (key, kinks)
@@ -206,7 +206,8 @@ def test_enabled_gradients(case: Case):
 class Branch:
     """One training step of the encoder, the quantiser and the semantic branch.
 
-    ``sides``: of each ReLU of the region encoder which values passed, and of each sample its cell.
+    ``sides`` holds, for each ReLU of the region encoder, which values passed, and for each sample
+    its cell.
     """
 
     losses: dict[str, Tensor]
@@ -218,11 +219,11 @@ class Branch:
 def train_once(
     case: Case, model: VFMTok, seen: dict[str, Tensor] | None = None, count: int = 2
 ) -> Branch:
-    """The authors' training branch: no pixel term, gradients of the plain sum of three losses.
+    """Run the authors' training branch: gradients of the sum of three losses, without pixels.
 
     Maps of ``count`` images are those of ``seen``, by default our own in float32.
     """
-    # Their own maps are as exact as ours: computed once.
+    # The authors' maps are as exact as ours, so ours are used, which are computed once.
     seen = seen or case.single
     maps = [seen[f"level{i}"][:count] for i in range(4)]
     model.zero_grad(set_to_none=True)
@@ -246,7 +247,7 @@ def train_once(
 
 @contextlib.contextmanager
 def sides_of(encoder: RegionEncoder) -> Iterator[list[Tensor]]:
-    """Where a slope changes, on which side the values of a forward pass are."""
+    """Record on which side of each change of slope the values of a forward pass are."""
     sides: list[Tensor] = []
 
     def passed(_module, _given, made: Tensor) -> None:
@@ -271,7 +272,7 @@ def sides_of(encoder: RegionEncoder) -> Iterator[list[Tensor]]:
 
 
 def semantic_pass(target: Tensor, model: VFMTok, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Predicted features, thinned as in the golden files, and their loss."""
+    """Return predicted features, thinned as in the golden files, and their loss."""
     predicted = model.token_decoder.features(model.token_decoder.regions(vectors))
     cosine = F.cosine_similarity(predicted, target, dim=-1, eps=1e-6)
     return predicted[:, ::48, ::16], (1 - cosine).mean()
@@ -283,7 +284,7 @@ def head(gradient: Tensor) -> Tensor:
 
 @pytest.mark.slow
 def test_training_branch(case: Case):
-    """Losses, predicted features and gradients of the authors' training step, without dropout."""
+    """Losses, features and gradients match the authors' training step, without dropout."""
     truth = train_once(case, copy.deepcopy(case.model).double(), case.double)
     ours = train_once(case, case.model)
     for name, exact in truth.losses.items():
@@ -305,7 +306,7 @@ def test_training_branch(case: Case):
 
 
 def test_public_training_forward_gives_the_same_terms(case: Case):
-    """The steps above, through the model's own forward; one image, as the pixels are costly."""
+    """The model's own forward gives the same terms; one image, since pixels are costly."""
     maps = [case.single[f"level{i}"][:1] for i in range(4)]
     model = case.model.train()
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """The tokenizer with its kernels in Triton's interpreter: tests of test_tokenizer_golden.py.
 
-In a file of its own, so that another process of the suite can take it.
+They have their own file, so that another process of the suite can take it.
 """
 
 from __future__ import annotations

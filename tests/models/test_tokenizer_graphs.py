@@ -1,4 +1,4 @@
-"""`encode` and `decode` of few pictures as CUDA graphs: the same results, and never stale ones."""
+"""`encode` and `decode` of few images as CUDA graphs: the same results, and never stale ones."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_streams_threads_and_inference_mode(tok):
 
 @pytest.mark.gpu
 def test_bad_pictures_are_told_whatever_runs_already(tok):
-    """Values are looked at while the batch is encoded."""
+    """The check of values runs while the batch is being encoded."""
     images = pictures(2)
     bad = images.clone()
     bad[1, 2, 5, 5] = float("nan")
@@ -154,7 +154,7 @@ def test_the_state_tells_every_change():
     states.append(state_of(model))
     model[0].bias = nn.Parameter(torch.zeros(2))
     states.append(state_of(model))
-    model(torch.zeros(3, 2))  # running statistics
+    model(torch.zeros(3, 2))  # changes the running statistics
     states.append(state_of(model))
     model.double()
     states.append(state_of(model))

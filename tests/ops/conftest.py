@@ -1,6 +1,7 @@
-"""What the tests of Triton kernels share.
+"""Shared by the tests of ops and kernels.
 
-They run on a GPU where there is one, else in Triton's interpreter, see `run_in_interpreter`.
+Tests of Triton kernels run on a GPU if there is one, else in Triton's interpreter; see
+`run_in_interpreter`.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ def implementation(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def taking(implementation: str) -> Callable[[str], Iterator[None]]:
-    """``yield from taking("op")``: calls of that op take ``implementation``, and only that."""
+    """``yield from taking("op")``: calls of that op use ``implementation``, and nothing else."""
 
     def take(op: str) -> Iterator[None]:
         if implementation == "cpu":
             vfmtok_fast.enable(op, strict=True)
         yield
-        # A fixture of a wider scope than `clean_switch` would be undone before the test begins.
+        # In a fixture of wider scope, `clean_switch` would disable the op before the test begins.
         assert (op in vfmtok_fast.switch.policy().ops) == (implementation == "cpu")
         took = set(vfmtok_fast.status().ops[op].calls)
         assert took <= {implementation, f"{implementation} (compiled)"}
@@ -39,10 +40,11 @@ def taking(implementation: str) -> Callable[[str], Iterator[None]]:
 
 @pytest.fixture(scope="session")
 def check_error() -> Callable[..., None]:
-    """``check_error(got, truth, ruler)``: no further off than twice the ruler, and one rounding.
+    """``check_error(got, truth, ruler)``: at most twice the ruler's error, plus one rounding.
 
-    The tolerance rule of all ops but for float32 sums of linear layers, which have
-    `float32_bounds`: ``truth`` is in float64, ``ruler`` the reference in the type.
+    This is the tolerance rule of all ops, except for float32 sums of linear layers, which use
+    `float32_bounds`. ``truth`` is computed in float64; ``ruler`` is the reference in the dtype
+    under test.
     """
 
     def check(got: Tensor, truth: Tensor, ruler: Tensor) -> None:
@@ -54,12 +56,12 @@ def check_error() -> Callable[..., None]:
     return check
 
 
-# Unit roundoff of float32, and the largest slope of silu, at 2.4.
+# Unit roundoff of float32, and the largest slope of silu, which it has at 2.4.
 U, SLOPE = 2.0**-24, 1.0999
 
 
 def gamma(roundings: int) -> float:
-    """Largest relative error of a product of so many factors (1 + d), |d| <= U.
+    """Largest relative error of a product of this many factors (1 + d), |d| <= U.
 
     Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., lemma 3.1.
     """
@@ -68,20 +70,21 @@ def gamma(roundings: int) -> float:
 
 @pytest.fixture(scope="session")
 def float32_bounds() -> Callable[..., list[Tensor]]:
-    """``float32_bounds(part, wide, roundings, position)``: how far float32 may be off, by element.
+    """``float32_bounds(part, wide, roundings, position)``: error bound of each float32 element.
 
-    For the linear layers of a decoding step, of all that they write. An argument instead of a
-    comparison: a library's sum may be more exact than a plain one, by its order or by luck.
+    The bounds cover everything that the linear layers of a decoding step write. They are derived,
+    not taken from a comparison: a library's sum may be more exact than a plain one, because of its
+    order or by luck.
 
     A computed sum of products is the exact sum of x_k w_k (1 + e_k), |e_k| <= gamma(n), if no
-    product passes more than n roundings, in whatever order (Higham, section 3.1). So it is off by
-    at most gamma(n) sum |x_k w_k|. Roundings of factors that all products share, as RMSNorm's
-    scale, count along. What follows the sums has few roundings of its own.
+    product passes through more than n roundings, in whatever order (Higham, section 3.1). So its
+    error is at most gamma(n) sum |x_k w_k|. Roundings of factors that all products share, such as
+    RMSNorm's scale, are included in n. The few roundings after the sums are added separately.
 
     Args:
         part: "queries", "add", "hidden" or "logits".
-        wide: x, the norm's weight, the weight in full, and what else the part reads, in float64.
-        roundings: n of the kernel, those of RMSNorm included.
+        wide: x, the norm's weight, the weight and what else the part reads, in float64.
+        roundings: the kernel's n, including the roundings of RMSNorm.
     """
 
     def bounds(part: str, wide: list[Tensor], roundings: int, position: int = 3) -> list[Tensor]:
@@ -96,8 +99,8 @@ def float32_bounds() -> Callable[..., list[Tensor]]:
         if part == "hidden":
             (total, up), (off, off_up) = total.chunk(2, dim=-1), off.chunk(2, dim=-1)
             gate, off_gate = F.silu(total), SLOPE * off
-            # The exponential's argument is rounded twice, so its value is off by 2 |g|; the rest,
-            # approximate exponential and division among it, is 8 at most.
+            # The exponential's argument is rounded twice, so its value is off by 2 |g|. The rest,
+            # which includes the approximate exponential and the division, adds 8 at most.
             own = (2 * total.abs() + 8) * U
             most = (gate.abs() + off_gate) * (up.abs() + off_up)
             return [most * (1 + own) - gate.abs() * up.abs()]
@@ -106,7 +109,7 @@ def float32_bounds() -> Callable[..., list[Tensor]]:
         rows, half = x.shape[0], table.shape[0]
         even, odd = total.view(rows, 3, -1, half, 2).abs().unbind(-1)
         off_even, off_odd = off.view(rows, 3, -1, half, 2).unbind(-1)
-        # Each product is rounded, and their sum.
+        # Each product is rounded, and so is their sum.
         one = off_even * cos + off_odd * sin
         one = one + gamma(2) * ((even + off_even) * cos + (odd + off_odd) * sin)
         two = off_odd * cos + off_even * sin
@@ -132,7 +135,7 @@ def check_bound() -> Callable[..., None]:
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill fresh memory with NaN or -1, so that what a kernel fails to write shows."""
+    """Fill new memory with NaN or -1, which exposes what a kernel fails to write."""
 
     def poisoned(make: Callable) -> Callable:
         def filled(*args, **kwargs):
@@ -147,7 +150,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Recorder:
-    """A kernel that notes the arguments of its launches."""
+    """Wraps a kernel and records the arguments of its launches."""
 
     def __init__(self, kernel):
         self.kernel = kernel
@@ -165,7 +168,7 @@ class Recorder:
 
 @pytest.fixture
 def record(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Recorder]]:
-    """``record(module, "_a", "_b")`` makes these kernels note their launches."""
+    """``record(module, "_a", "_b")`` makes these kernels record their launches."""
 
     def install(module: ModuleType, *names: str) -> dict[str, Recorder]:
         recorders = {name: Recorder(getattr(module, name)) for name in names}
@@ -178,10 +181,10 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Recorder]
 
 @pytest.fixture
 def check_rounding() -> Callable[..., None]:
-    """``check_rounding(op, *tensors)``: enabled, it errs at most twice as much as its reference.
+    """``check_rounding(op, *tensors)``: an enabled op's error is at most twice the reference's.
 
-    The truth is the reference in float64; one rounding of the result is free.
-    ``took`` is the implementation that must have been taken.
+    The truth is the reference in float64; one rounding of the result is allowed on top. ``took`` is
+    the implementation that the call must use.
     """
 
     def check(op: Callable, *tensors: Tensor, took: str = "cpu", **kwargs) -> None:

@@ -19,7 +19,7 @@ def fast(taking):
 def make(
     *shape: int, dtype=torch.float32, branch=None, weight=None, scaled: bool = True
 ) -> list[Tensor | None]:
-    """x, branch, weight, bias, scale."""
+    """Return x, branch, weight, bias, scale."""
     draw = torch.Generator().manual_seed(0)
     dtypes = (dtype, branch or dtype, weight or dtype, weight or dtype, weight or dtype)
     shapes = (shape, shape, *[shape[-1:]] * 3)
@@ -53,10 +53,10 @@ def test_the_formula(dtypes: tuple, scaled: bool, check_error):
     x, b, w, bias, scale = wide(parts)
     truth = x + b * (1 if scale is None else scale)
     assert total.dtype == dtype and normed.dtype == normed_dtype
-    # Two roundings at most: of the product and of the sum.
+    # At most two roundings: of the product and of the sum.
     rounding = torch.finfo(dtype).eps * float(truth.abs().max())
     assert float((total - truth).abs().max()) <= rounding
-    # What is normalised is the sum as it was rounded.
+    # The norm applies to the rounded sum.
     truth = F.layer_norm(total.double(), (33,), w, bias, 1e-6)
     ruler = F.layer_norm(total.float(), (33,), w.float(), bias.float(), 1e-6).to(normed_dtype)
     check_error(normed, truth, ruler)

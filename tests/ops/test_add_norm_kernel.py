@@ -1,4 +1,4 @@
-"""The Triton add_norm against float64: on a GPU where there is one, else in the interpreter."""
+"""Triton's add_norm against float64, on a GPU if there is one, else in the interpreter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vfmtok_fast.kernels import add_norm as kernel
 pytestmark = pytest.mark.usefixtures("poison")
 EPS = 1e-6
 HALF = HALVES[-1]
-# Of stream, branch and parameters, and of what is normalised.
+# Dtypes of the stream, the branch, the parameters and the normalised output.
 DTYPES = [(torch.float32,) * 4, (HALF,) * 4, (torch.float32, HALF, torch.float32, HALF)]
 
 
@@ -33,7 +33,7 @@ def make(shape: tuple[int, ...], dtypes: tuple, scaled: bool) -> list[Tensor | N
 
 
 def results(function, parts: list[Tensor | None], dtype, grads: list[Tensor]) -> list[Tensor]:
-    """Both outputs, and the gradients of all that is given."""
+    """Return both outputs and the gradients of all given tensors."""
     parts = [None if part is None else part.detach().requires_grad_() for part in parts]
     out = function(*parts, EPS, dtype)
     given = [part for part in parts if part is not None]

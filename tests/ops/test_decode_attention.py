@@ -1,4 +1,4 @@
-"""decode_attention, reference and the CPU one, against full attention in float64."""
+"""decode_attention: reference and CPU implementation against full attention in float64."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
 
 
 def bound(q: Tensor, k: Tensor, v: Tensor) -> float:
-    """How far rounding may take the result, to first order.
+    """Return a first-order bound of the rounding error of the result.
 
-    A score is D products and sums, rounded to q's dtype, of size up to max|q.k| / sqrt(D); an error
-    e of the scores changes the output by at most 2 e max|v|; the weights, their sum and the output
-    are rounded once more each, and the sum over T positions adds its own.
+    A score is D products and sums, rounded to q's dtype, of magnitude up to max|q.k| / sqrt(D). An
+    error e of the scores changes the output by at most 2 e max|v|. The weights, their sum and the
+    output are each rounded once more, and the sum over T positions adds its own error.
     """
     wide = q.dtype == torch.float64
     eps = torch.finfo(q.dtype).eps
@@ -77,7 +77,7 @@ def test_matches_full_attention(D, H, G, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_matches_full_attention_of_many_heads(dtype):
-    """As many as take another way on a CPU; what lies beyond the length is NaN."""
+    """On a CPU this many heads take another code path; positions beyond the length hold NaN."""
     q, k, v = make(B=50, H=8, G=4, T=12, D=16, dtype=dtype)
     k[:, :, 7:], v[:, :, 7:] = float("nan"), float("nan")
     for length in (7, torch.tensor([7])):
@@ -125,7 +125,7 @@ def test_caches_of_8_bits_stand_for_numbers_times_scales(H, G, dtype):
     for length, lengths in ((7, [7] * 3), (torch.tensor([7, 1, 3]), [7, 1, 3])):
         got = decode_attention(q, k, v, length, k_scale=k_scale, v_scale=v_scale)
         assert got.dtype == dtype
-        # Keys and values are rounded to q's type once more.
+        # Keys and values are rounded to q's dtype once more.
         allowed = bound(q, *full) + 2 * bound(q.to(dtype), *full) / 3
         assert float((got - oracle(q, *full, lengths)).abs().max()) <= allowed
 
@@ -141,7 +141,7 @@ def test_8_bits_need_both_caches_and_both_scales():
     ):
         with pytest.raises(error, match=f"^decode_attention: {message}"):
             decode_attention(q, *caches, 3, k_scale=scales[0], v_scale=scales[1])
-    # The call that every test here has to make.
+    # A valid call, the base of every wrong one above.
     decode_attention(q, k8, v8, 3, k_scale=k_scale, v_scale=v_scale)
 
 
@@ -158,7 +158,7 @@ def test_large_scores_do_not_overflow():
 
 
 def test_a_slice_of_a_larger_cache():
-    """As the generator passes it: one layer, some rows, other strides than a fresh tensor's."""
+    """The generator passes such slices: one layer, some rows, strides unlike a new tensor's."""
     q, k, v = make(B=4)
     keys, values = torch.stack([v, k, v]), torch.stack([k, v, k])
     got = decode_attention(q[:2], keys[1, :2], values[1, :2], 7)

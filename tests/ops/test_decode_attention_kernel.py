@@ -1,4 +1,4 @@
-"""The Triton attention against float64: on a GPU where there is one, else in the interpreter."""
+"""Triton's decode_attention against float64, on a GPU if there is one, else in the interpreter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 from vfmtok_fast.kernels import decode_attention as kernel
 
 pytestmark = pytest.mark.usefixtures("poison")
-# The interpreter's bfloat16 products are wrong, and only half precision takes products.
+# Only half precision uses matrix products, which are wrong in the interpreter for bfloat16.
 HALF = torch.bfloat16 if GPU else torch.float16
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
 GARBAGE = (float("nan"), float("inf"), float("-inf"), 1e30)
@@ -31,14 +31,17 @@ test_in_the_interpreter = in_the_interpreter(__file__)
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """The interpreter runs one program after the other: short caches, so that they have tiles."""
+    """Use short tiles in the interpreter, so that its short caches have several tiles.
+
+    Caches are short there because it runs programs one after another.
+    """
     if not GPU:
         monkeypatch.setattr(kernel, "MAX_KEYS", 16)
 
 
 @pytest.fixture
 def tile_of():
-    """``tile_of(group, D, dtype)``: keys of a tile by default; a table of the card's may differ."""
+    """``tile_of(group, D, dtype)``: default keys per tile; a table for this card may differ."""
     spaces = {2: kernel.HALF, 4: kernel.FLOAT32}
 
     def tile(group: int, D: int, dtype: torch.dtype) -> int:
@@ -64,7 +67,7 @@ def make(B=2, H=2, G=2, T=70, D=64, dtype=torch.float32, seed=0) -> tuple[Tensor
 
 
 def spoil(cache: Tensor, lengths: list[int], garbage: float = float("nan")) -> Tensor:
-    """The cache with garbage in every dead position."""
+    """Return the cache with garbage in every dead position."""
     cache = cache.clone()
     for row, length in zip(cache, lengths, strict=True):
         row[:, length:] = garbage
@@ -83,7 +86,7 @@ def as_lengths(length: int | Tensor, rows: int) -> list[int]:
 
 @pytest.fixture
 def check(check_error):
-    """``check(q, k, v, length)``: within the tolerance rule, dead positions spoilt."""
+    """``check(q, k, v, length)``: apply the tolerance rule, with garbage in dead positions."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, length: int | Tensor, garbage=GARBAGE[0]) -> Tensor:
         lengths = as_lengths(length, len(q))
@@ -106,7 +109,7 @@ def test_head_dims_and_groups(D: int, group: int, dtype: torch.dtype, check, lau
     for length in (1, 37):
         check(*make(B=1, H=2 * group, G=2, T=40, D=D, dtype=dtype), length)
     assert [constants["D"] for constants in launches.constants] == [D, D]
-    # Half precision reads a key-value head once, whatever looks at it.
+    # Half precision reads a key-value head once for all query heads that share it.
     assert launches.constants[0]["R"] == (1 if dtype == torch.float32 else group)
 
 
@@ -129,7 +132,7 @@ def test_half_precision_with_and_without_the_matrix_unit(D, matrix, stages, chec
     with kernel.HALF.using(kernel.HALF.setting(values)):
         for length in (1, 16, 33, 70):
             check(*make(D=D, dtype=HALF), length)
-        # Who shares keys with others always takes it.
+        # Queries that share keys always use the matrix unit.
         check(*make(H=4, D=D, dtype=HALF), 37)
     rows = [constants["ROWS"] for constants in launches.constants]
     assert rows == [16 if matrix else 1] * 4 + [16]
@@ -153,7 +156,7 @@ def test_programs_that_go_from_head_to_head_change_no_bit(H, G, D, eight, launch
                 made.append(kernel.decode_attention(*tensors, length, **scales))
     for one, other in zip(*got.values(), strict=True):
         assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
-    # Rows with lengths of their own have a program each.
+    # If each row has its own length, each (row, head) pair has its own program.
     assert [c["RESIDENT"] for c in launches.constants] == [False] * 6 + [True] * 5 + [False]
 
 
@@ -173,7 +176,7 @@ def test_lengths_of_any_form(integer: torch.dtype, check, launches):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("H", "G", "D"), [(2, 2, 64), (6, 2, 100), (3, 1, 12)])
 def test_caches_of_8_bits(H: int, G: int, D: int, dtype: torch.dtype, check_error):
-    """Dead positions hold NaN as scales; the truth has the caches in full."""
+    """Scales of dead positions are NaN; the truth uses the dequantised caches."""
     q, k, v = make(H=H, G=G, D=D)
     (k, k_scale), (v, v_scale) = in_8_bits(k), in_8_bits(v)
     q = q.to(dtype)
@@ -212,7 +215,7 @@ def test_live_values_that_are_not_finite_show_as_in_the_reference(dtype: torch.d
     q, k, v = make(B=6, T=40, dtype=dtype)
     q[:, :, 0] = q[:, :, 0].abs() + 1
     k[0, 0, 20, 3] = float("nan")
-    k[1, 1, :20, 0] = -float("inf")  # Weight 0 for the first tiles, all of some lanes' keys.
+    k[1, 1, :20, 0] = -float("inf")  # Weight 0 in the first tiles: every key of some lanes.
     k[2, 0, :, 0] = -float("inf")
     k[3, 0, 39, 0] = float("inf")
     v[4, 0, 2, 5] = float("inf")
@@ -233,11 +236,11 @@ def test_large_scores_pick_their_value():
 @runs
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_any_strides(dtype: torch.dtype, check_error):
-    """Rows of a cache of several layers; positions outside heads; keys laid out unlike values.
+    """Accept layers of a larger cache, positions outside heads, and keys laid out unlike values.
 
-    The same bits where the layout allows the same loads. Where it allows narrower ones only,
-    float32 is summed in another order on a GPU, and the rule for rounding holds; the matrix unit
-    has one.
+    Bits are the same if the layout allows the same loads. If it allows only narrower loads, a GPU
+    sums float32 in another order, and the tolerance rule applies. The matrix unit has only one
+    order.
     """
     q, k, v = make(B=4, D=24, dtype=dtype)
     want = attend(q[:2].clone(), k[:2].clone(), v[:2].clone(), 50)
@@ -257,9 +260,10 @@ def test_any_strides(dtype: torch.dtype, check_error):
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled there")
 def test_no_batch_compiles_a_variant():
-    """Of caches as generation has them: else a row's bits could depend on the batch it is in.
+    """The batch size must not select another compiled variant, or a row's bits could depend on it.
 
-    What real launches compile; needs no GPU.
+    The caches are laid out as in generation. The test compares what real launches compile, and
+    needs no GPU.
     """
     from vfmtok_fast.kernels.compiling import compile_only
 
@@ -275,7 +279,7 @@ def test_no_batch_compiles_a_variant():
             apart = [make(B, H, H, T, D, dtype) for B in (1, 2, 3, 7)]
             parts = [[x[:B] for x in whole] for B in (1, 2, 4)]
             assert len({key(*tensors) for tensors in (whole, *apart, *parts)}) == 1
-    # The look at it is worth something: a layout with narrower loads is another variant.
+    # A check of the test itself: a layout with narrower loads compiles another variant.
     q, k, v = make(8, 3, 3, 16, 12)
     assert key(q, k.transpose(1, 2).contiguous().transpose(1, 2), v) != key(q, k, v)
 
@@ -352,7 +356,7 @@ def test_torch_compile_takes_it_without_a_graph_break_or_a_graph_per_length(form
             length = n if form == "int" else torch.tensor([n], device=DEVICE)
             assert torch.equal(compiled(q, length), step(q, length))
         assert "triton (compiled)" in vfmtok_fast.status().ops["decode_attention"].calls
-    # An int is a constant once, then a number of any value.
+    # torch.compile first treats an int as a constant, then as a symbol of any value.
     assert graphs.frame_count <= (2 if form == "int" else 1)
 
 
@@ -374,7 +378,7 @@ def test_lengths_share_compiled_kernels():
 
 @pytest.mark.gpu
 def test_cuda_graph_counts_on(check_error):
-    """A graph that is replayed with its length moving on."""
+    """A captured graph stays correct when its length tensor grows between replays."""
     T = 256
     q, k, v = make(B=2, H=4, G=4, T=T, dtype=torch.bfloat16)
     at = torch.ones(1, dtype=torch.int64, device="cuda")
@@ -392,7 +396,7 @@ def test_cuda_graph_counts_on(check_error):
 
 @pytest.mark.gpu
 def test_addresses_beyond_32_bits():
-    """A cache of 5 GB: the last row's offset does not fit."""
+    """In a cache of 5 GB, the offset of the last row does not fit in 32 bits."""
     k = torch.zeros(5, 4, 2**20, 128, dtype=torch.bfloat16, device="cuda")
     k[4, 3, :3] = torch.randn(3, 128)
     q = torch.randn(5, 4, 128, dtype=torch.bfloat16, device="cuda")

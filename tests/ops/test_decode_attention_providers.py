@@ -1,8 +1,9 @@
-"""decode_attention by flash-attn and xformers, in place of which stand doubles here.
+"""decode_attention with flash-attn and xformers, replaced by test doubles.
 
-The real libraries need a GPU and are **not exercised** but by the tests marked `gpu` at the end. A
-double has the documented signature, refuses what the library is documented to refuse, and computes
-by our reference: layouts, dtypes, lengths and refusals are tested, and no arithmetic of theirs.
+The real libraries need a GPU and are **not exercised**, except by the tests marked `gpu` at the
+end. A double has the documented signature, refuses what the library is documented to refuse, and
+computes with our reference. So layouts, dtypes, lengths and refusals are tested, but none of the
+libraries' arithmetic.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ OP = "decode_attention"
 
 
 def require(condition: bool, what: str) -> None:
-    """As the libraries raise."""
+    """Raise RuntimeError like the libraries."""
     if not condition:
         raise RuntimeError(what)
 
@@ -42,7 +43,7 @@ def flash_attn_with_kvcache(
     window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0,
     return_softmax_lse=False,
 ):  # fmt: skip
-    """[B, 1, H, D] from q [B, 1, H, D], caches [B, T, G, D], lengths int or int32 [B]."""
+    """Return [B, 1, H, D] for q [B, 1, H, D], caches [B, T, G, D], lengths int or int32 [B]."""
     B, steps, H, D = q.shape
     rows, capacity, heads, _ = k_cache.shape
     require(q.dtype in (torch.float16, torch.bfloat16), "only fp16 and bf16")
@@ -62,7 +63,7 @@ def flash_attn_with_kvcache(
 def memory_efficient_attention(
     query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
 ):
-    """[B, M, H, K] or [B, M, G, H, K], the fourth expanded; keys and values shaped as queries."""
+    """Take [B, M, H, K] or [B, M, G, H, K] with axis 3 expanded; keys and values like queries."""
     require(query.dtype in (torch.float16, torch.bfloat16), "only fp16 and bf16 here")
     require(key.shape == value.shape and key.shape[2:] == query.shape[2:], "never broadcasts")
     require(key.shape[0] == query.shape[0] > 0 and query.shape[1] == 1, "shapes")
@@ -89,7 +90,7 @@ calls: list[str] = []
 
 @pytest.fixture(autouse=True)
 def no_library(monkeypatch):
-    """Neither is installed, a CPU counts as a GPU for them, and Triton is out of the way."""
+    """Neither library is installed, both accept a CPU as a GPU, and Triton is disabled."""
     for candidate in switch._registry[OP].candidates:
         if candidate.library:
             monkeypatch.setattr(candidate, "module", None)
@@ -108,7 +109,7 @@ def no_library(monkeypatch):
 
 @pytest.fixture
 def install(monkeypatch):
-    """``install("flash_attn")`` puts a double where the library would be."""
+    """``install("flash_attn")`` puts a double in the library's place."""
 
     def put(*libraries: str) -> None:
         for library in libraries:
@@ -144,7 +145,7 @@ def test_flash_attn_gets_what_it_documents(length, H, G, D, dtype, install):
     q, k, v = make(H=H, G=G, D=D, dtype=dtype)
     with vf.enable(OP, strict=True):
         got = decode_attention(q, k, v, length)
-    # The first is the trial.
+    # The first call is the trial.
     assert calls == ["flash_attn"] * 2 and took() == {"flash_attn": 1}
     assert got.shape == q.shape and got.dtype == dtype
     assert torch.equal(got, reference(q, k, v, length))
@@ -215,7 +216,7 @@ def test_xformers_refuses_lengths_on_the_device_and_flash_attn_gradients(install
 
 
 def test_the_order_and_what_is_said(install):
-    """flash-attn, then xformers, then torch; one that is not installed is no fallback."""
+    """The order is flash-attn, xformers, torch; a library that is not installed is no fallback."""
     q, k, v = make()
     missing = {"flash_attn is not installed", "xformers is not installed"}
     with warnings.catch_warnings():
@@ -247,7 +248,7 @@ def test_the_order_and_what_is_said(install):
 
 
 def test_a_library_that_cannot_be_imported_says_why(install):
-    """As where it was built for another torch: it is there, and of no use."""
+    """A library that is present but unusable, such as one built for another torch, says why."""
     install("flash_attn")
     del sys.modules["flash_attn"].flash_attn_with_kvcache
     with vf.enable(OP, strict=True):
@@ -263,7 +264,7 @@ EXTENSION = "libcudart.so.12: cannot open shared object file"
 @pytest.mark.parametrize("error", ["OSError", "ImportError", "RuntimeError", "AttributeError"])
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_library_whose_extension_cannot_be_loaded(library, error, tmp_path, monkeypatch):
-    """A package on disk whose import raises; tried once, however often the op is enabled."""
+    """A package on disk whose import raises is tried once, however often the op is enabled."""
     package = tmp_path / library
     package.mkdir()
     (package / "__init__.py").write_text(
@@ -283,7 +284,7 @@ def test_a_library_whose_extension_cannot_be_loaded(library, error, tmp_path, mo
 
 
 def break_it(monkeypatch, library: str, how: Callable) -> list[torch.Size]:
-    """Let the library's function be ``how``; returns what was asked of it."""
+    """Replace the library's function by ``how``; return the list of shapes it is called with."""
     asked = []
     owner, name = {
         "flash_attn": ("flash_attn", "flash_attn_with_kvcache"),
@@ -321,7 +322,7 @@ BROKEN = {
 @pytest.mark.parametrize(("how", "why"), BROKEN.items(), ids=["built", "image", "zeros", "nan"])
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_library_that_is_installed_and_does_not_work(library, how, why, install, monkeypatch):
-    """Found out before the first call is let through; said once, in every place."""
+    """This is found before the first call goes through, and reported once in every place."""
     install(library)
     asked = break_it(monkeypatch, library, how)
     q, k, v = make()
@@ -341,14 +342,14 @@ def test_a_library_that_is_installed_and_does_not_work(library, how, why, instal
     assert reason in switch.forecast(OP, "cpu")
     with vf.enable(OP, strict=True), pytest.raises(switch.FallbackError, match=why):
         decode_attention(q, k, v, 7)
-    # Another head dim or dtype is another kernel of the library's, so another trial.
+    # Another head dim or dtype is another kernel of the library, so it has its own trial.
     with vf.enable(OP):
         decode_attention(q[..., :8], k[..., :8], v[..., :8], 7)
     assert len(asked) == 2
 
 
 def test_what_doctor_says_of_it(install, monkeypatch):
-    """The forecast tries it, so that nobody has to call first."""
+    """The forecast runs the trial, so no call has to come first."""
     install(*LIBRARIES)
     break_it(monkeypatch, "xformers", no_operator)
     text = switch.forecast(OP, "cpu")
@@ -357,7 +358,7 @@ def test_what_doctor_says_of_it(install, monkeypatch):
 
 
 def test_a_trial_is_not_made_where_it_would_do_harm(install, monkeypatch):
-    """Nothing may wait while a graph is captured, and memory that ran out tells nothing."""
+    """No trial runs during graph capture, and one that runs out of memory proves nothing."""
     install("flash_attn")
     q, k, v = make()
     module = importlib.import_module(f"vfmtok_fast.providers.{OP}_flash_attn")
@@ -384,7 +385,7 @@ def test_a_trial_is_not_made_where_it_would_do_harm(install, monkeypatch):
 
 
 def test_torch_compile_neither_breaks_nor_compiles_twice(install, monkeypatch):
-    """It never takes a provider, and what a trial finds later changes nothing for it."""
+    """torch.compile never uses a provider, so a later trial does not change the compiled code."""
     install("xformers")
     break_it(monkeypatch, "xformers", no_operator)
     q, k, v = make()
@@ -415,7 +416,7 @@ def test_on_a_cpu_they_are_not_meant(install, monkeypatch):
 
 @pytest.fixture
 def real(monkeypatch, no_library):
-    """``real("flash_attn")``: the provider over the library itself, where that is installed."""
+    """``real("flash_attn")``: the provider over the real library, if that is installed."""
     monkeypatch.undo()
 
     def load(library: str) -> types.ModuleType:
@@ -430,7 +431,7 @@ def real(monkeypatch, no_library):
 @pytest.mark.parametrize(("H", "G", "D"), [(4, 4, 64), (8, 2, 128), (4, 4, 80)])
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_the_real_library(library, H, G, D, dtype, real, check_error):
-    """Skipped where it is not installed; dead positions hold NaN."""
+    """Skipped if the library is not installed; dead positions hold NaN."""
     module = real(library)
     q, k, v = make(H=H, G=G, T=256, D=D, dtype=dtype)
     for length in (1, 77, 256, torch.tensor([77]), torch.tensor([5, 256, 64])):
@@ -442,7 +443,7 @@ def test_the_real_library(library, H, G, D, dtype, real, check_error):
             got = module.decode_attention(q.cuda(), keys, values, on_device)
             truth = reference(q.double(), k.double(), v.double(), lengths)
             check_error(got.cpu(), truth, reference(q, k, v, lengths))
-        elif not module.trial.failures():  # Else it is installed and cannot run here.
+        elif not module.trial.failures():  # Otherwise it is installed but cannot run here.
             assert library == "xformers" and isinstance(length, Tensor)
 
 

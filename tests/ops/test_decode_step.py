@@ -1,4 +1,4 @@
-"""decode_step, the reference and the CPU one: against plain mathematics in float64."""
+"""decode_step: reference and CPU implementation against plain mathematics in float64."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def chosen(taking, clean_switch):
 
 
 def oracle(code, embedding, weights, cache, position) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Logits in float64, and the keys and values of the new position in each layer."""
+    """Return logits in float64, and the keys and values of the new position in each layer."""
 
     def normalised(x: Tensor, weight: Tensor) -> Tensor:
         return x / (x.square().mean(1, keepdim=True) + weights.eps).sqrt() * weight.double()
@@ -72,8 +72,8 @@ def check(arguments: list, slack: float = 1.0) -> Tensor:
     got = ops.decode_step(*arguments)
     dtype = embedding.dtype
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    # Some thirty roundings a layer, of numbers around one, that add up at random; in half precision
-    # only where the type is stored, so fewer. Seen: 21 and 9 at most.
+    # About thirty roundings per layer, of numbers around one, that add up at random. In half
+    # precision there are fewer, only where that dtype is stored. Largest seen: 21 and 9.
     roundings = 12 if dtype in HALVES else 40
     atol = roundings * slack * torch.finfo(dtype).eps
     torch.testing.assert_close(got.double(), want, rtol=0, atol=atol)
@@ -103,7 +103,7 @@ def test_against_plain_mathematics(rows, dtype):
 @pytest.mark.parametrize("sizes", [WORDS, {"ffn": 2050}, {"ffn": 0}], ids=str)
 @pytest.mark.parametrize("rows", [1, 4, 6])
 def test_sizes_that_take_other_ways(rows, sizes, dtype):
-    """Products of whole vectors, of long rows, and of none."""
+    """Products of whole vectors, of long rows, and with no elements."""
     check(make(rows, dtype=dtype, **sizes))
 
 
@@ -121,14 +121,14 @@ def test_rounds_no_worse_than_the_reference(rows, sizes, dtype, implementation, 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_cache_of_8_bits(dtype):
-    """Scales are float32 in every type; in half precision values are rounded to a neighbour."""
+    """Scales are float32 in every dtype; half-precision values may round to a neighbour."""
     slack = {torch.float64: 1e9, torch.float16: 4}.get(dtype, 1)
     check(make(3, dtype=dtype, int8_cache=True), slack)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_rotates_in_float32(dtype):
-    """Keys are the turned ones of an idle table, rounded once more."""
+    """Keys equal those of an identity rotation, rotated in float32 and rounded once more."""
     arguments = make(3, layers=1, dtype=dtype)
     turned, idle = copied(arguments), copied(arguments)
     table = torch.tensor([1.0, 0.0]).expand(6, 4, 2).contiguous()
@@ -138,14 +138,14 @@ def test_rotates_in_float32(dtype):
     keys, still = (one[3][0].keys[:, :, 3].double() for one in (turned, idle))
     turn = torch.complex(*arguments[2].rotary[3].double().unbind(-1))
     want = torch.view_as_real(torch.view_as_complex(still.unflatten(-1, (-1, 2))) * turn)
-    # Half an ulp is at most half of eps, and float32's own errors are far below.
+    # Half an ulp is at most half of eps, and float32's own errors are far smaller.
     half = torch.finfo(dtype).eps / 2
     torch.testing.assert_close(keys, want.flatten(-2), rtol=1.01 * half, atol=2.0**-20)
 
 
 @pytest.mark.parametrize("size", [3e4, 1e-3])
 def test_the_norm_leaves_float16_no_overflow(size):
-    """x squared would be infinite, or lose its digits."""
+    """x squared would overflow, or lose its digits."""
     code, embedding, weights, cache, position = make(3, layers=1, dtype=torch.float16)
     embedding = embedding.clamp(-1, 1) * size
     arguments = [code, embedding, weights, cache, position]
@@ -162,7 +162,7 @@ def test_eps_counts(dtype):
     code, embedding, weights, cache, position = make(dtype=dtype, layers=1)
     for eps in (0, 0.5, 1e3):
         check([code, embedding, weights._replace(eps=eps), cache, position])
-    # An input of zeros is no division by zero.
+    # An input of zeros does not divide by zero.
     ops.decode_step(code, embedding * 0, weights, cache, position)
     for part in cache[0][:2]:
         assert not part[:, :, 3].any()
@@ -175,7 +175,7 @@ def test_eps_counts(dtype):
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
 def test_any_shape(rows, H, half, ffn, V, position, dtype, seed):
-    """Of two channels a sum may nearly vanish, whose rounding the next norm magnifies."""
+    """With two channels a sum may nearly vanish, and the next norm amplifies its rounding error."""
     arguments = make(rows, H, 2 * half, 5, ffn, V, 1, dtype, seed=seed)
     check([*arguments[:4], position], slack=1e3)
 
@@ -193,7 +193,7 @@ def test_position_on_the_device(position):
 
 @pytest.mark.parametrize("int8_cache", [False, True], ids=["", "int8_cache"])
 def test_the_class_position_vanishes(int8_cache):
-    """The release stores cos = sin = 0 for it: its q and k are zero, v is not."""
+    """The release stores cos = sin = 0 for this position: its q and k are zero, but v is not."""
     code, embedding, weights, cache, _ = arguments = make(int8_cache=int8_cache)
     weights.rotary[0] = 0
     if not int8_cache:
@@ -201,13 +201,13 @@ def test_the_class_position_vanishes(int8_cache):
     assert ops.decode_step(code, embedding, weights, cache, 0).isfinite().all()
     for layer in cache:
         assert not layer.keys[:, :, 0].any()
-        # Of 8 bits some of the small ones are zero.
+        # With 8 bits, some of the small values are zero.
         assert layer.values[:, :, 0].any(-1).all() if int8_cache else layer.values[:, :, 0].all()
         assert all(scale[:, :, 0].isfinite().all() for scale in layer.scales.values())
 
 
 def test_a_rotary_table_may_lie_anyhow_and_be_longer():
-    """Complex numbers need two neighbours at an even place."""
+    """Any strides work, though a complex number needs two adjacent values at an even offset."""
     arguments = make()
     table = arguments[2].rotary
     want = ops.decode_step(*copied(arguments))
@@ -226,7 +226,7 @@ def test_a_rotary_table_may_lie_anyhow_and_be_longer():
 
 
 def test_rows_of_a_larger_cache():
-    """As guidance leaves it: a slice of the batch, written through to the whole."""
+    """Guidance passes such a slice of the batch; the whole cache is written through it."""
     code, embedding, weights, small, position = make(2)
     large = KVCache(
         tuple(LayerCache(*(torch.cat([t, t + 1]) for t in layer[:2])) for layer in small)
@@ -251,7 +251,7 @@ def test_no_images(options, dtype):
 
 @pytest.mark.parametrize("rows", [1, 3, 7])
 def test_it_needs_no_gradient_and_leaves_none(rows):
-    """Weights are parameters, which need gradients as they come."""
+    """Weights require gradients, as parameters do; the logits and the cache must not."""
     arguments = make(rows)
     want = ops.decode_step(*copied(arguments))
 
@@ -297,7 +297,7 @@ def test_torch_compile_takes_it_without_a_graph_break(implementation):
 @pytest.mark.slow
 @pytest.mark.parametrize("int8_cache", [False, True], ids=["", "int8_cache"])
 def test_positions_compile_no_variants(int8_cache):
-    """One for the first position, one for all others; torch.compile gives up after eight."""
+    """One graph for the first position, one for all others; torch.compile gives up after eight."""
     arguments = make(layers=1, int8_cache=int8_cache)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
@@ -310,7 +310,7 @@ def test_positions_compile_no_variants(int8_cache):
 
 
 def with_changes(**changes: Callable) -> list:
-    """Arguments with some of them replaced by a function of what they were."""
+    """Return arguments, some of them replaced by a function of their old value."""
     names = ("code", "embedding", "weights", "cache", "position")
     arguments = dict(zip(names, make(), strict=True))
     for name, change in changes.items():
@@ -546,9 +546,9 @@ def test_refuses_in_one_line(changes, error, message):
     with pytest.raises(error, match=f"^decode_step: {message}") as caught:
         ops.decode_step(*arguments)
     assert "\n" not in str(caught.value)
-    if "cache" not in changes:  # Nothing was written before.
+    if "cache" not in changes:  # Nothing was written before the error.
         assert all(t[:, :, 3].isnan().all() for layer in arguments[3] for t in layer[:2])
-    # The call that every test here has to make.
+    # A valid call, the base of every wrong one above.
     ops.decode_step(*make())
 
 

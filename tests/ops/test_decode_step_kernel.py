@@ -1,4 +1,4 @@
-"""The kernels of a decoding step against float64, in the interpreter or on a GPU."""
+"""Triton's decode_step against float64, on a GPU if there is one, else in the interpreter."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 H, T, D, EPS = 3, 5, 4, 1e-5
 SIZES = {"H": H, "T": T, "D": D, "V": 30}
 PARTS = ("queries", "add", "hidden", "logits")
-# The ends of all three forms.
+# Numbers of rows at the ends of all three forms.
 ROWS = (1, 2, 4, 5, 16, 64, 65)
 
 
@@ -38,7 +38,7 @@ test_in_the_interpreter = in_the_interpreter(__file__)
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
-    """Few columns at a time, so that the interpreter's small layers have several chunks."""
+    """Use few columns at a time, so that the interpreter's small layers have several chunks."""
     if not GPU:
         monkeypatch.setattr(kernel.vector, "CHUNK", 64)
 
@@ -50,7 +50,7 @@ def moved(tensor: Tensor) -> Tensor:
 def inputs(
     part: str, rows: int, K: int, N: int, dtype: torch.dtype, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, the norm's weight, the weight, and the residual or the rotary table."""
+    """Return x, the norm's weight, the weight, and the residual or the rotary table."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -77,7 +77,7 @@ def oracle(part: str, x: Tensor, norm: Tensor, weight: Tensor, last: Tensor) -> 
 
 
 def call(part: str, x: Tensor, norm: Tensor, weight: Tensor, last: Tensor) -> list[Tensor]:
-    """What the kernel gives, on the CPU; of the cache only the new position is written."""
+    """Return the kernel's outputs on the CPU; check that only the new cache position is written."""
     x, norm, weight, last = (t.to(DEVICE) for t in (x, norm, weight, last))
     if part == "add":
         kernel._add(last, x, weight, True)
@@ -98,19 +98,19 @@ def call(part: str, x: Tensor, norm: Tensor, weight: Tensor, last: Tensor) -> li
 
 
 def roundings(part: str, K: int) -> int:
-    """The most that a product passes in float32 before what follows the sums, in any order."""
+    """Most float32 roundings that a product passes through, the sum included, in any order."""
     total = K + 1
     if part == "add":
         return total
-    # Gain times x, times 1 / rms, and x once more where it is normalised beforehand. Of that: half
-    # of the error of the mean (the squares' product and sum, the division by K, eps), and rsqrt's,
-    # 2^-22.9 on a GPU (PTX ISA), so less than three.
+    # The norm's weight times x, times 1 / rms, and x once more if it is normalised beforehand. Then
+    # half of the error of the mean (product and sum of the squares, the division by K, eps), and
+    # that of rsqrt, which is 2^-22.9 on a GPU (PTX ISA), so less than three.
     return total + 3 + -(-(K + 3) // 2) + 3
 
 
 @pytest.fixture
 def check(check_error, check_bound, float32_bounds) -> Callable[..., None]:
-    """Results within the float32 bound, or of half precision twice the reference's error."""
+    """Check float32 results against their bound, and half precision by `check_error`."""
 
     def run(part: str, rows: int, K: int, N: int, dtype: torch.dtype, **options) -> None:
         x, norm, weight, last = inputs(part, rows, K, N, dtype, **options)
@@ -135,7 +135,7 @@ def check(check_error, check_bound, float32_bounds) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("rows", "dtype"),
     [(rows, torch.float32) for rows in ROWS]
-    # In the interpreter, where time is short, one number of rows for each form.
+    # In the interpreter, which is slow, one number of rows for each form.
     + [(rows, dtype) for rows in (ROWS if GPU else (2, 16, 65)) for dtype in HALVES],
 )
 @pytest.mark.parametrize("part", PARTS)
@@ -167,7 +167,8 @@ def test_any_shape(part, rows, K, N, half, seed, check_error, check_bound, float
     ):
         error, allowed = (float((t.double() - exact).abs().max()) for t in (one, own))
         eps = torch.finfo(x.dtype).eps
-        # A rounding more than twice the reference's, and a float32 sum of K products in any order.
+        # One rounding on top of twice the reference's error, and a float32 sum of K products in any
+        # order.
         slack = eps * float(exact.abs().max()) + 4 * K * 2.0**-24 * (1 + K**0.5)
         assert error <= 2 * allowed + slack
 
@@ -179,7 +180,7 @@ def test_every_setting(space, check):
     kind = space.name.partition(".")[2]
     settings = space.candidates()
     if INTERPRETED and kind in parts:
-        # It knows no warps, and at this K no number of them makes a tile smaller.
+        # The interpreter has no warps, and at this K no number of them makes a tile smaller.
         settings = list({setting.tile: setting for setting in settings}.values())
     for setting in settings:
         with space.using(setting):
@@ -193,7 +194,7 @@ def test_every_setting(space, check):
 @pytest.mark.parametrize("size", [3e4, 1e-3])
 @pytest.mark.parametrize("rows", [2, 6])
 def test_the_norm_leaves_float16_no_overflow(part, size, rows):
-    """x times the norm's weight would be infinite, or lose its digits."""
+    """x times the norm's weight would overflow, or lose its digits."""
     x, norm, weight, last = inputs(part, rows, 64, 16, torch.float16)
     given = [x.clamp(-1, 1) * size, norm * 8, weight, last]
     wide = weight.double()
@@ -206,15 +207,15 @@ def test_the_norm_leaves_float16_no_overflow(part, size, rows):
 @runs
 @pytest.mark.parametrize("part", PARTS)
 def test_a_row_does_not_depend_on_the_others(part):
-    """Bit for bit, within the form that the number of rows takes; whatever else the rows hold."""
+    """Within the form that the number of rows selects, a row's bits depend on that row alone."""
     x, norm, weight, last = inputs(part, 9, 200, 40, torch.float32)
 
     def rows(which: slice | list[int]) -> list[Tensor]:
         own = last if part == "queries" else last[which].clone()
         return call(part, x[which], norm, weight, own)
 
-    # numpy's products, which the interpreter has, may round by how many columns there are: five and
-    # eight rows are padded to as many, nine to more.
+    # NumPy's products, which the interpreter uses, may round differently by number of columns. Five
+    # and eight rows are padded to the same number, nine rows to more.
     last_row = 8 if GPU else 7
     four, many = rows(slice(0, 4)), rows(slice(0, last_row + 1))
     for i in range(4):
@@ -259,7 +260,7 @@ def test_a_setting_sums_in_one_order_for_all_rows_of_its_class(
 @pytest.mark.parametrize("rows", [2, 6, 66])
 @pytest.mark.parametrize("position", [torch.tensor([0]), torch.tensor(4, dtype=torch.int32)])
 def test_position_of_any_form(position, rows):
-    """And rows of a larger cache: the rest of the batch stays as it is."""
+    """The rows belong to a larger cache; the rest of the batch keeps its values."""
     x, norm, weight, table = inputs("queries", rows, 64, 0, torch.float32)
     caches = [torch.full((rows + 2, H, T, D), 7.0, device=DEVICE) for _ in range(2)]
     q = kernel._queries(
@@ -279,7 +280,7 @@ def test_position_of_any_form(position, rows):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("rows", [2, 3, 8, 70])
 def test_a_whole_step(rows, dtype, options, check_error):
-    """Through the op, whose seam takes these kernels for all of it and for attention."""
+    """Through the op: dispatch uses these kernels for the step and Triton for attention."""
     given = make(rows, dtype=dtype, **SIZES, **options)
     there = changed(given, moved)
     with vfmtok_fast.enable(["decode_step", "decode_attention"], strict=True):
@@ -287,21 +288,21 @@ def test_a_whole_step(rows, dtype, options, check_error):
     assert vfmtok_fast.status().ops["decode_step"].calls["triton"] == 1
     written = changed(there, Tensor.cpu)[3]
     wide = changed(given, lambda t: t.double() if t.dtype == dtype else t)
-    # Scales and the table stay float32 in every type.
+    # Scales and the table stay float32 in every dtype.
     wide[2] = wide[2]._replace(rotary=given[2].rotary)
     layers = (
         LayerCache(*layer[:2], *(None if s is None else s.float() for s in layer[2:]))
         for layer in wide[3]
     )
     wide[3] = KVCache(tuple(layers))
-    # A value next to a tie of 8 bits may be rounded the other way, which no rounding of a type
-    # bounds. So the oracle attends to the cache that the kernel wrote, and that is looked at below.
+    # An 8-bit value next to a tie may be rounded the other way, which no dtype's rounding bounds.
+    # So the oracle attends to the cache that the kernel wrote, and that cache is checked below.
     attends = (attending_to(written) if options else attention for _ in range(2))
     truth = reference(*wide, 4, next(attends))
     own = copied(given)
     ruler = reference(*own, 4, next(attends))
     if dtype == torch.float32:
-        # Each part has its bound above, and none is carried through two layers: what is asked is a
+        # Each part has its bound above, but no bound covers two layers. The limit here is a
         # hundredth of a float16 rounding.
         error = float((got.cpu() - truth).abs().max())
         assert error <= 1e-5 * float(truth.abs().max())
@@ -309,18 +310,19 @@ def test_a_whole_step(rows, dtype, options, check_error):
         check_error(got.cpu(), truth, ruler)
     for layer, other in zip(written, own[3], strict=True):
         for ours, want in zip(in_position_3(layer), in_position_3(other), strict=True):
-            # Within what the type can hold; of 8 bits each is off by half a step, too.
+            # Within what the dtype can hold; an 8-bit value may be off by half a step, too.
             most = float(want.abs().max())
             step = most / 127 if options else 0.0
             assert float((ours - want).abs().max()) <= 8 * torch.finfo(dtype).eps * most + step
         if options and dtype == torch.float32:
-            # Next to a tie is where few are: what is cut, not rounded, differs in every second.
+            # Few values are next to a tie. Truncation instead of rounding would change every second
+            # one.
             pairs = ((layer[i][:, :, 3], other[i][:, :, 3]) for i in (0, 1))
             assert all(float((ours != want).float().mean()) <= 0.01 for ours, want in pairs)
 
 
 def attending_to(cache: KVCache) -> Callable[..., Tensor]:
-    """Attention of one step that reads ``cache``, a layer a call, instead of what it is given."""
+    """Return an attention that reads ``cache``, one layer per call, instead of its arguments."""
     layers = iter(cache)
 
     def attend(q: Tensor, keys: Tensor, values: Tensor, length: int, **scales: Tensor) -> Tensor:
@@ -331,7 +333,7 @@ def attending_to(cache: KVCache) -> Callable[..., Tensor]:
 
 
 def in_position_3(layer: LayerCache) -> list[Tensor]:
-    """Keys and values of the new position, of 8 bits in full."""
+    """Return keys and values of the new position, dequantised if they have 8 bits."""
     keys, values, *scales = (None if part is None else part[:, :, 3] for part in layer)
     return [in_full(x, s, torch.float64) for x, s in zip((keys, values), scales, strict=True)]
 
@@ -391,7 +393,7 @@ def test_compiles_without_graph_breaks():
 @pytest.mark.skipif(INTERPRETED, reason="runs without a kernel")
 @pytest.mark.parametrize("part", PARTS)
 def test_the_bound_tells_float32_from_less(part, check_bound, float32_bounds):
-    """Products of TF32 operands, ten bits, break it: it is not so wide that it means nothing."""
+    """Products of TF32 operands, with ten bits, exceed the bound, so it is not too wide."""
     x, norm, weight, last = inputs(part, 3, 200, 40, torch.float32)
     wide = [x.double(), norm.double(), weight.double()]
     exact_last = last if part == "queries" else last.double()
@@ -409,7 +411,7 @@ def test_the_bound_tells_float32_from_less(part, check_bound, float32_bounds):
 @pytest.mark.parametrize("rows", [2, 32, 128])
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_graph_replays_the_same_bits(rows, overlap, monkeypatch):
-    """With kernels that overlap, in a chain: each reads what the one before it wrote."""
+    """With overlap, kernels form a chain: each reads what the previous one wrote."""
     if overlap and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("programmatic dependent launch needs sm_90")
     monkeypatch.setattr(launch, "OVERLAP", False)

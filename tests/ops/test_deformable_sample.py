@@ -1,7 +1,7 @@
-"""deformable_sample against a slow oracle: one sample, one pixel at a time, in float64.
+"""deformable_sample against a slow float64 oracle: one sample, one pixel at a time.
 
-Every test runs on the reference and on the CPU implementation; the Triton kernels have a file
-of their own.
+Every test runs on the reference and on the CPU implementation; the Triton kernels have their own
+file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import vfmtok_fast
 from vfmtok_fast import switch
 from vfmtok_fast.ops import deformable_sample
 
-# Odd, not square, one pixel wide: nothing that a mix-up of height and width would survive.
+# Odd, not square, one pixel wide: confusing height and width cannot pass.
 LEVELS = ((5, 7), (3, 2), (1, 4), (1, 1))
 
 
@@ -30,7 +30,7 @@ def chosen(taking, clean_switch):
 def make(
     levels=LEVELS, B=2, Q=5, H=2, P=3, D=6, seed=0, rows=None, dtype=torch.float64, spread=2.0
 ):
-    """Random arguments, in the order of the op."""
+    """Return random arguments, in the op's order."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -43,7 +43,7 @@ def make(
 
 
 def pixel(value: Tensor, start: int, height: int, width: int, row: int, column: int) -> Tensor:
-    """value [S, D] at a pixel of the level that begins at ``start``, zero outside."""
+    """Return value [S, D] at a pixel of the level that begins at ``start``, zero outside."""
     if 0 <= row < height and 0 <= column < width:
         return value[start + row * width + column]
     return torch.zeros_like(value[0])
@@ -62,7 +62,7 @@ def oracle(value, levels, points, offsets, logits) -> Tensor:
                     centre = points[b if len(points) > 1 else 0, q, level]
                     for p in range(P):
                         offset = offsets[b, q, h, level, p]
-                        # In pixels, pixel centres at whole numbers.
+                        # In pixels; pixel centres are integers.
                         x = float((centre[0] + offset[0] / width) * width - 0.5)
                         y = float((centre[1] + offset[1] / height) * height - 0.5)
                         left, top = math.floor(x), math.floor(y)
@@ -115,11 +115,12 @@ def test_matches_the_oracle_for_any_shape(levels, B, Q, H, P, D, spread, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_narrow_types_round_only(dtype):
-    """Each of L*P samples may be off by a location, a weight and a few sums.
+    """Half precision and float32 are within a derived rounding bound of the float64 oracle.
 
-    A location is a number up to 2 (in [-1, 1] of `grid_sample`), rounded 4 times, and one level
-    unit of it is W / 2 pixels between values that differ by up to `step`; then come about 4 + L
-    roundings of numbers up to `size`.
+    Each of L*P samples may be off by the errors of a location, a weight and a few sums. A location
+    is a number up to 2 (in [-1, 1] of `grid_sample`), rounded 4 times. One level unit of it is W /
+    2 pixels between values that differ by up to `step`. Then follow about 4 + L roundings of
+    numbers up to `size`.
     """
     arguments = make(P=2, dtype=dtype, spread=1.0)
     got = deformable_sample(*arguments)
@@ -132,7 +133,7 @@ def test_narrow_types_round_only(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_one_image_of_full_size_in_half_precision(dtype):
-    """torch's own `grid_sample` reads elsewhere for the strides that such an input would give."""
+    """For the strides of such an input, torch's own `grid_sample` reads the wrong memory."""
     arguments = make(((24, 24),), B=1, Q=16, H=8, P=4, D=64, dtype=dtype, spread=1.0)
     wide = [x.double() if isinstance(x, Tensor) else x for x in arguments]
     error = (deformable_sample(*arguments) - deformable_sample(*wide)).abs().max()
@@ -141,7 +142,7 @@ def test_one_image_of_full_size_in_half_precision(dtype):
 
 
 def at(x: float, y: float, image: Tensor) -> float:
-    """A one-level, one-head, one-channel image [h, w] sampled once at (x, y) in [0, 1]."""
+    """Sample a one-level, one-head, one-channel image [h, w] once at (x, y) in [0, 1]."""
     height, width = image.shape
     return float(
         deformable_sample(
@@ -223,7 +224,7 @@ def test_a_bad_location_spoils_its_own_query_and_head_only():
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_gradients(rows):
-    """In all four tensors, against finite differences, away from the kinks at pixel centres."""
+    """All four gradients match finite differences, away from the kinks at pixel centres."""
     value, levels, points, offsets, logits = make(
         ((3, 2), (1, 2)), Q=2, H=1, P=2, D=2, rows=rows, seed=3
     )
@@ -248,7 +249,7 @@ def test_nothing_gives_nothing(empty):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_gradients_of_narrow_types(dtype):
-    """Twice the reference's own error against float64, and one rounding."""
+    """Gradients are within twice the reference's own error against float64, plus one rounding."""
     arguments = make(levels=((8, 4), (4, 16)), P=2, dtype=dtype)
     weight = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(9)).to(dtype)
 

@@ -1,4 +1,4 @@
-"""The Triton sampling and its gradients against float64, in the interpreter or on a GPU."""
+"""Triton's deformable_sample against float64, on a GPU if there is one, else in the interpreter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vfmtok_fast.kernels import deformable_sample as kernel
 
 KERNELS = ("_gather", "_grad_samples", "_sort", "_grad_value", "_add_value")
 pytestmark = pytest.mark.usefixtures("poison")
-# Odd, not square, one pixel wide; a strip of three tiles and more; tiles in two rows.
+# Odd, not square, one pixel wide; a strip of more than three tiles; tiles in two rows.
 ODD = ((5, 7), (3, 2), (1, 4), (1, 1))
 WIDE = ((9, 27), (17, 8))
 
@@ -40,7 +40,7 @@ def launched(record):
 
 
 def make(levels=ODD, B=2, Q=21, H=2, P=4, D=16, seed=0, rows=None, dtype=torch.float32, spread=2.0):
-    """Random arguments, in the order of the op."""
+    """Return random arguments, in the op's order."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -54,33 +54,37 @@ def make(levels=ODD, B=2, Q=21, H=2, P=4, D=16, seed=0, rows=None, dtype=torch.f
 
 
 def run(function, arguments, dtype: torch.dtype) -> list[Tensor]:
-    """Output, and gradients of value, points, offsets and logits under a random cotangent."""
+    """Return the output and the four gradients under a random output gradient.
+
+    The gradients are those of value, points, offsets and logits.
+    """
     leaves = [
         x.to(dtype).detach().requires_grad_() if isinstance(x, Tensor) else x for x in arguments
     ]
     out = function(*leaves)
     draw = torch.Generator().manual_seed(9)
     cotangent = torch.randn(out.shape, generator=draw, dtype=torch.float64)
-    # Of the narrow type whatever ``dtype``: all runs differentiate the same sum.
+    # Rounded to the arguments' dtype, whatever ``dtype`` is: all runs differentiate the same sum.
     cotangent = cotangent.to(DEVICE, arguments[0].dtype).to(dtype)
     inputs = [x for x in leaves if isinstance(x, Tensor)]
     return [out.detach(), *torch.autograd.grad(out, inputs, cotangent)]
 
 
 def float32_bounds(arguments, exact_places: bool) -> list[Tensor]:
-    """How far float32 may be off, by element, of all five results: an argument, no factor of luck.
+    """Return error bounds of float32 for every element of all five results; derived, not tuned.
 
-    Every result is a sum of products. So it is off by at most the sum with each factor's absolute
-    value at its largest, less the sum at the exact ones. A factor's own error:
+    Every result is a sum of products. So its error is at most the sum with the largest absolute
+    value of each factor, minus the sum with the exact ones. The error of a factor:
 
-    - a share of a pixel, as much as its place: one rounding of each number that makes it;
-    - a slope, by 2 where the place may lie on the other side of a pixel's centre;
-    - a share of attention, by a few roundings of what is in its exponential;
-    - a sum of K products, by 2 K roundings of the sum of absolute values (a matrix unit may cut
-      where others round) and eight of each product, as float32 in three TF32 parts has.
+    - a share of a pixel: that of its place, one rounding of each number that the place is computed
+      from;
+    - a slope: 2 where the place may lie on the other side of a pixel's centre;
+    - a share of attention: a few roundings of what is in its exponential;
+    - a sum of K products: 2 K roundings of the sum of absolute values (a matrix unit may truncate
+      where others round), plus eight of each product, as for float32 in three TF32 parts.
 
     Args:
-        exact_places: places are sums of few powers of two, which no rounding moves.
+        exact_places: places are sums of a few powers of two, which no rounding moves.
     """
     unit = 2.0**-24
     value, levels, points, offsets, logits = (
@@ -97,7 +101,7 @@ def float32_bounds(arguments, exact_places: bool) -> list[Tensor]:
     attention = torch.stack([attention, attention * (1 + own.view_as(attention))])
 
     def total(equation: str, *factors: Tensor, terms: int) -> Tensor:
-        """The sum at its exact factors and at its largest, [2, ...]."""
+        """The sum of the exact factors and of the largest ones, [2, ...]."""
         exact, most = (torch.einsum(equation, *(f[i] for f in factors)) for i in (0, 1))
         return torch.stack([exact, most * (1 + (2 * terms + 8) * unit)])
 
@@ -157,7 +161,7 @@ def float32_bounds(arguments, exact_places: bool) -> list[Tensor]:
 
 
 def check(arguments, deterministic: bool = True, exact_places: bool = False) -> list[Tensor]:
-    """float32 within its bound; half precision within twice the reference's, and a rounding."""
+    """Check float32 against its bound, half precision against twice the ruler plus a rounding."""
     dtype = arguments[0].dtype
     got = run(
         functools.partial(kernel.deformable_sample, deterministic=deterministic), arguments, dtype
@@ -191,15 +195,15 @@ SHAPES = [
     {"levels": WIDE, "B": 1, "Q": 50, "P": 3, "D": 100},
     {"levels": ((6, 6),), "B": 1, "P": 9, "D": 128},
     {"levels": ((6, 6),), "P": 16, "D": 16},
-    # So many samples that no power of two of queries fills what the backward pass may keep.
+    # So many samples that no power-of-two number of queries fills the backward pass's limit.
     {"levels": ((3, 3),) * 4, "B": 1, "Q": 32, "H": 1, "P": 20, "D": 8},
     {"B": 1, "Q": 1, "H": 1, "P": 1, "D": 1},
 ]
 
 
-# In the interpreter half precision takes a shape of each kind only: rows of two tiles, channels and
-# points that are no powers of two. What it changes is the width of loads and how values' gradient
-# multiplies, which `test_every_setting` has too.
+# In the interpreter, half precision runs one shape of each kind only: rows of two tiles, channels
+# and points that are not powers of two. The dtype changes the width of loads and how the values'
+# gradient multiplies, which `test_every_setting` covers too.
 IN_HALF = SHAPES if GPU else [SHAPES[2], SHAPES[4]]
 
 
@@ -218,10 +222,11 @@ def test_any_type(shape, dtype, launched):
 
 
 def groups_of_settings() -> list:
-    """(type, settings): each by itself on a GPU; else one of each kernel at a time.
+    """Return (dtype, settings): one setting at a time on a GPU, else one per kernel at a time.
 
-    In the interpreter half precision takes those of values' gradient only: it changes no other
-    kernel's arithmetic. Additions come instead of that kernel, so theirs stand apart.
+    In the interpreter, half precision runs only the settings of the values' gradient, because it
+    changes no other kernel's arithmetic. The kernel that adds atomically replaces that one, so its
+    settings are separate.
     """
     groups, of_a_type = [], (kernel.VALUE, kernel.VALUE_FLOAT32)
     others = [space for space in kernel.SPACES if space not in (*of_a_type, kernel.ADD)]
@@ -241,7 +246,7 @@ def groups_of_settings() -> list:
 @runs
 @pytest.mark.parametrize(("dtype", "group"), groups_of_settings())
 def test_every_setting(dtype, group):
-    """In lists of two chunks and more than one group, rows of two tiles, five points of a level."""
+    """It has lists of two chunks, several groups, rows of two tiles and 5 points per level."""
     shape = {"levels": ((33, 9), (2, 5)), "B": 1, "Q": 130, "H": 1, "P": 5, "D": 8}
     with contextlib.ExitStack() as stack:
         for space, setting in group:
@@ -269,7 +274,7 @@ def test_additions_in_no_order_where_they_are_asked_for(dtype, launched):
 
 @runs
 def test_lists_hold_every_sample_that_touches_a_strip_once(launched):
-    """In order of list and number, for any size of a chunk."""
+    """Lists hold their samples in order of number, for any chunk size."""
     arguments = make(((9, 3), (4, 4)), B=1, Q=50, H=2, P=5, spread=4.0)
     for chunk in (16, 64, 256):
         setting = kernel.SORT.default(torch.device("cpu"))._replace(chunk=chunk, group=4)
@@ -297,10 +302,10 @@ def test_lists_hold_every_sample_that_touches_a_strip_once(launched):
 @pytest.mark.parametrize("D", [32, 24])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_rounds_the_matrix_and_the_result_only(dtype, D):
-    """Sharper than the reference, which rounds locations, where an error counts in pixels.
+    """The kernel is more precise than the reference, which rounds locations, in pixels.
 
-    Forward has no product of the matrix unit, so the interpreter is right in bfloat16 too, whose
-    values are loaded two at a time.
+    The forward pass uses no matrix unit, so the interpreter is right for bfloat16 too. Values of
+    that dtype are loaded two at a time.
     """
     arguments = make(dtype=dtype, D=D)
     with torch.no_grad():
@@ -326,15 +331,15 @@ def test_any_shape(levels, B, Q, H, P, D, half, spread, seed):
     got = run(kernel.deformable_sample, arguments, dtype)
     truth = run(reference, arguments, torch.float64)
     value, points, offsets, _ = (x.double() for x in arguments if isinstance(x, Tensor))
-    # Coordinates are float32 numbers below 2^5 and off by 2 roundings, which moves values,
-    # differing by up to 2 * size, by as much; the results round once in their type, the matrix
-    # once. Sums of gradients have up to Q * P terms.
+    # Coordinates are float32 numbers below 2^5 with an error of 2 roundings, which moves values
+    # that differ by up to 2 * size by as much. Results are rounded once in their dtype, and the
+    # matrix once. Sums of gradients have up to Q * P terms.
     size, place = float(value.abs().max()), float(offsets.abs().max()) + 11
     moved = 4 * torch.finfo(torch.float32).eps * place * size
     slack = 2 * (moved + 4 * torch.finfo(dtype).eps * size)
     for exact, ours in zip((truth[0],), got[:1], strict=True):
         assert float((ours - exact).abs().max()) <= slack
-    # A gradient may sit on the other side of a kink; the value's has none.
+    # A gradient may be on the other side of a kink; the value's gradient has no kinks.
     cotangent = 4.0 * Q * P
     assert float((got[1] - truth[1]).abs().max()) <= slack / size * cotangent
     assert all(bool(x.isfinite().all()) for x in got)
@@ -343,13 +348,13 @@ def test_any_shape(levels, B, Q, H, P, D, half, spread, seed):
 @runs
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_gradients_at_whole_numbers_are_the_floor_sides(dtype):
-    """Powers of two, so that float64 too meets the pixel centres and borders exactly."""
+    """Float64 too hits centres and borders exactly: places are sums of powers of two."""
     levels = ((8, 4), (4, 16))
     value, _, points, offsets, logits = make(levels, Q=24, P=2, dtype=dtype)
     points = (torch.arange(48 * 4, device=DEVICE).reshape(2, 24, 2, 2) % 17 / 16).to(dtype)
     offsets = offsets.round() + 0.5 * torch.eye(2, dtype=dtype, device=DEVICE)[0]
     got = check([value, levels, points, offsets, logits], exact_places=True)
-    # It is a real test only where the sides differ.
+    # The test proves something only where the two sides differ.
     nudged = check([value, levels, points, offsets - 2.0**-5, logits], exact_places=True)
     assert float((got[3] - nudged[3]).abs().max()) > 0.1
 
@@ -357,12 +362,12 @@ def test_gradients_at_whole_numbers_are_the_floor_sides(dtype):
 @runs
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
 def test_a_location_that_is_not_on_the_map_counts_nothing(bad):
-    """NaN too: no other query is touched, and the gradients stay finite."""
+    """This holds for NaN too: no other query changes, and the gradients stay finite."""
     arguments = make(dtype=torch.float32 if bad == 3e38 else torch.float16)
     arguments[3][1, 2, 1, 0, 1, 0] = bad
     got = run(kernel.deformable_sample, arguments, arguments[0].dtype)
     assert all(bool(x.isfinite().all()) for x in got)
-    arguments[3][1, 2, 1, 0, 1, 0] = -1000  # So far out that it counts nothing in the reference.
+    arguments[3][1, 2, 1, 0, 1, 0] = -1000  # Too far out to count in the reference.
     for ours, far in zip(
         got, run(kernel.deformable_sample, arguments, arguments[0].dtype), strict=True
     ):
@@ -371,11 +376,11 @@ def test_a_location_that_is_not_on_the_map_counts_nothing(bad):
 
 @runs
 def test_nothing_is_read_of_another_head_or_past_the_end():
-    """Rows are loaded as wide as the next power of two; what lies there is NaN."""
+    """Rows are loaded as wide as the next power of two, and the extra elements hold NaN here."""
     value, levels, *rest = make(B=1, Q=5, D=12, dtype=torch.float16)
     padded = value.new_full((value.numel() + 64,), float("nan"))
     spoilt = padded[: value.numel()].view_as(value).copy_(value)
-    for clean in (0, 1):  # The first head, then the one that the padding follows.
+    for clean in (0, 1):  # The first head, then the one before the padding.
         spoilt[:, :, clean], spoilt[:, :, 1 - clean] = value[:, :, clean], float("nan")
         want, got = (
             run(kernel.deformable_sample, [x, levels, *rest], torch.float16)
@@ -383,7 +388,7 @@ def test_nothing_is_read_of_another_head_or_past_the_end():
         )
         for results in (want, got):
             results[0] = results[0].unflatten(-1, (2, 12))
-            del results[2]  # The points' gradients are sums over heads, dimension 2 of all others.
+            del results[2]  # Sums over heads, which are dimension 2 elsewhere.
         for ours, exact in zip(got, want, strict=True):
             assert torch.equal(ours[:, :, clean], exact[:, :, clean])
 
@@ -446,7 +451,10 @@ def test_only_what_is_needed_is_computed(launched):
 @runs
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_what_is_allocated_is_results_and_a_tenth(dtype, monkeypatch):
-    """A tenth of inputs and results; counted where it is made. test_memory has a GPU's peak."""
+    """Beyond inputs and results at most a tenth of their bytes is allocated.
+
+    Allocations are counted where they are made; test_memory checks the peak on a GPU.
+    """
     made = []
 
     def counted(make, *args, **kwargs) -> Tensor:
@@ -468,7 +476,7 @@ def test_what_is_allocated_is_results_and_a_tenth(dtype, monkeypatch):
 
 @runs
 def test_a_second_derivative_is_refused():
-    """Not taken for zero."""
+    """A second derivative raises an error instead of counting as zero."""
     value, levels, *rest = make(Q=5)
     out = kernel.deformable_sample(value.requires_grad_(), levels, *rest)
     (grad,) = torch.autograd.grad(out.square().sum(), value, create_graph=True)
@@ -506,7 +514,7 @@ def test_a_measurement_counts_for_calls_of_its_kind():
 @runs
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_leaves_the_types_alone(dtype):
-    """As for any op that autocast does not know; the layers around it set the type."""
+    """Autocast leaves ops that it does not know alone; the layers around the op set the dtype."""
     arguments = make()
     with torch.autocast(DEVICE, dtype):
         got = kernel.deformable_sample(*arguments)
@@ -546,7 +554,7 @@ def test_torch_compile_takes_it_without_a_graph_break():
 
 
 class Devices(TorchDispatchMode):
-    """Notes on which devices the tensors are that operations take and make."""
+    """Records the device types of all tensors that operations take and return."""
 
     def __init__(self):
         super().__init__()
@@ -579,7 +587,7 @@ def test_backward_makes_no_tensor_on_the_host():
         assert shapes == [x.shape for x in leaves] and devices.seen == {"cuda"}
         with Devices() as devices:
             leaves[0].new_tensor([5, 7])
-        assert devices.seen == {"cpu", "cuda"}  # What the test is to notice.
+        assert devices.seen == {"cpu", "cuda"}  # What the test must detect.
 
 
 def encoder_shape(B: int, dtype: torch.dtype):
@@ -595,7 +603,7 @@ def test_region_encoder_shape(dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory(dtype):
-    """Inputs, outputs and gradients, and a tenth."""
+    """Peak memory is at most a tenth above inputs, outputs and gradients."""
     arguments = encoder_shape(16, dtype)
     run(kernel.deformable_sample, arguments, dtype)
     leaves = [x.requires_grad_() for x in arguments if isinstance(x, Tensor)]
@@ -617,7 +625,7 @@ def test_cuda_graph_and_stream():
 
     def step() -> tuple[Tensor, ...]:
         out = kernel.deformable_sample(leaves[0], arguments[1], *leaves[1:])
-        # Detached: a graph kept from another stream would bring that stream into the capture.
+        # Detached: an autograd graph from another stream would draw that stream into the capture.
         return out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))
 
     expected = step()

@@ -1,4 +1,4 @@
-"""group_norm_silu and residual_block: references against the formula, and what they refuse."""
+"""group_norm_silu and residual_block: references against the formula, and argument errors."""
 
 from __future__ import annotations
 

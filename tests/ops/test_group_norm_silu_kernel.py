@@ -1,4 +1,4 @@
-"""Triton's group_norm_silu and residual_block against float64, in the interpreter or on a GPU."""
+"""Triton's group_norm_silu and residual_block against float64, on a GPU or in the interpreter."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make(B=2, C=12, H=5, W=7, dtype=torch.float32, mean=3.0) -> list[Tensor]:
 
 
 def run(function, arguments: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The result, and the gradients of all arguments under a random cotangent."""
+    """Return the result and the gradients of all arguments under a random output gradient."""
     leaves = [t.to(dtype).detach().requires_grad_() for t in arguments]
     out = function(*leaves)
     cotangent = maps(*out.shape, seed=9).to(DEVICE, arguments[0].dtype).to(dtype)
@@ -53,8 +53,8 @@ def formula(groups: int, eps: float, shifted: bool):
     return norm
 
 
-# A group of one channel, of all, of a number that is no power of two; one pixel; several chunks of
-# several tiles with rows left over.
+# Groups of one channel, of all channels, of a number that is not a power of two; one pixel; several
+# chunks of several tiles with rows left over.
 SHAPES = {
     "one channel": ({"C": 12}, 12),
     "all": ({"C": 5, "H": 3}, 1),
@@ -85,13 +85,13 @@ def test_results_and_gradients(shape, dtype, shifted, check_error, record):
     for one, exact, rounded in zip(got[:4], truth, ruler, strict=False):
         check_error(one, exact, rounded)
     if shifted:
-        # It sums the gradient of x over pixels, to 0 in a group of one channel. One rounding is
-        # that of each summand.
+        # The shift's gradient sums that of x over pixels, which is 0 in a group of one channel.
+        # Each summand has one rounding.
         error, allowed = (float((x[4] - truth[4]).abs().max()) for x in (got, ruler))
         sizes = truth[1].abs().sum((0, 2, 3)) + truth[4].abs()
         assert error <= 2 * allowed + torch.finfo(dtype).eps / 2 * float(sizes.max())
     if shape == "chunks":
-        # A chunk's places meet more tiles than are asked for at once; rows are left over.
+        # A chunk has more tiles than are requested at once, and rows are left over.
         constants = launched["_partial"].constants[0]
         assert constants["CHUNK"] > (1 + kernel.AHEAD.value) * constants["ROWS"]
         assert constants["PIXELS"] % constants["CHUNK"] % constants["ROWS"]
@@ -104,15 +104,15 @@ def test_a_mean_far_above_the_deviation():
     got = kernel.group_norm_silu(x, weight, bias, 4, 1e-6)
     exact = formula(4, 1e-6, False)
     truth = exact(x.double(), weight.double(), bias.double())
-    # Of differences from the mean, each of which is off by a rounding of the mean.
+    # The result depends on differences from the mean, each off by a rounding of the mean.
     assert float((got - truth).abs().max()) <= 4 * 2e4 * torch.finfo(torch.float32).eps
 
 
 @runs
 def test_a_first_pixel_far_from_all_others():
-    """Differences are taken from it, in its chunk, where it is the place's first.
+    """In its chunk, differences are taken from this pixel where it is the first of its place.
 
-    The squares of as many tiles as there are then cancel, so the deviation has that many roundings.
+    The squares of all tiles then cancel, so the deviation has as many roundings as there are tiles.
     """
     x, weight, bias, _ = make(B=1, C=128, H=120, W=120)
     x[:, :, 0, 0] += 1e4
@@ -157,7 +157,7 @@ def test_what_is_not_finite_stays_in_its_group():
 
 @pytest.fixture
 def exact_convolutions() -> Iterator[None]:
-    """cuDNN rounds float32 to TF32 where nothing is said."""
+    """Disable TF32, to which cuDNN rounds float32 by default."""
     conv = torch.backends.cudnn.conv
     before, conv.fp32_precision = conv.fp32_precision, "ieee"
     yield
@@ -189,7 +189,7 @@ def test_block(O, grad, check_error, record):  # noqa: E741
     with vfmtok_fast.enable("residual_block", strict=True):
         got = results(torch.float32)
         assert vfmtok_fast.status().ops["residual_block"].calls == {"triton": 1}
-    # With gradients autograd adds.
+    # With gradients, autograd does the addition.
     assert len(launched["_add"].launches) == (not grad) and torch.equal(x, kept)
     for one, exact, rounded in zip(got, truth, ruler, strict=True):
         check_error(one, exact, rounded)
@@ -198,7 +198,7 @@ def test_block(O, grad, check_error, record):  # noqa: E741
 @runs
 @pytest.mark.usefixtures("exact_convolutions")
 def test_a_block_of_which_little_learns(check_error):
-    """Whatever wants a gradient has one."""
+    """Every tensor that requires a gradient gets the right one, when no other does."""
 
     def gradient(number: int, dtype: torch.dtype) -> Tensor:
         x = last(maps(2, 8, 5, 6).to(DEVICE, dtype))

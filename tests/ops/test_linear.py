@@ -70,7 +70,7 @@ def test_strides_and_what_is_not_finite(activation):
 
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 def test_gate(dtype: torch.dtype, check_error):
-    """silu of the first half times the second."""
+    """The gate is silu of the first half times the second."""
     draw = torch.Generator().manual_seed(0)
     x, weight, bias = (
         torch.randn(shape, generator=draw).to(dtype) for shape in ((3, 7, 5), (12, 5), (12,))
@@ -110,7 +110,7 @@ def test_autocast_casts_as_torchs_own_layer_does():
 
 
 def test_what_onednn_cannot_take_is_said(monkeypatch):
-    """The private op is in torch 2.11 and 2.14; where oneDNN is missing, so is it."""
+    """The private op exists in torch 2.11 and 2.14, but not without oneDNN."""
     assert torch.ops.mkldnn._linear_pointwise is not None
     x, weight, bias = make(5)
     assert "not torch.float64" in cpu.unsupported_reason(x.double(), weight, bias, None)
@@ -152,7 +152,7 @@ def test_compiles(trained: bool):
 
 @pytest.mark.slow
 def test_inductor_takes_it_too():
-    """Its own lowering refuses oneDNN's product of weights that it does not know as constants."""
+    """Inductor's own lowering rejects oneDNN's product if the weights are not known constants."""
     x, weight, bias = make(4)
     weight.requires_grad_()
     call = lambda x: ops.linear(x, weight, bias)  # noqa: E731

@@ -17,13 +17,13 @@ IGNORED = -100
 
 @pytest.fixture(autouse=True)
 def fast(taking, monkeypatch):
-    # Chunks of 128 rows, the least.
+    # Chunks of 128 rows, the minimum.
     monkeypatch.setattr(cpu, "CHUNK_BYTES", 1)
     yield from taking("linear_cross_entropy")
 
 
 def make(N: int = 300, C: int = 24, V: int = 37, dtype=torch.float32) -> list[Tensor]:
-    """x, weight, bias, and targets of which every seventh is ignored."""
+    """Return x, weight, bias, and targets of which every seventh is ignored."""
     draw = torch.Generator().manual_seed(0)
     parts = [torch.randn(s, generator=draw).to(dtype) for s in ((N, C), (V, C), (V,))]
     targets = torch.randint(V, (N,), generator=draw)
@@ -32,7 +32,7 @@ def make(N: int = 300, C: int = 24, V: int = 37, dtype=torch.float32) -> list[Te
 
 
 def results(function, parts: list[Tensor], targets: Tensor, **options) -> list[Tensor]:
-    """The loss, and the gradients of all that is given for a gradient that is not 1."""
+    """Return the loss and all gradients, for an output gradient that is not 1."""
     parts = [part.detach().requires_grad_() for part in parts]
     x, weight, bias = (*parts, None)[:3]
     loss = function(x, weight, targets, bias=bias, **options)
@@ -43,7 +43,7 @@ def results(function, parts: list[Tensor], targets: Tensor, **options) -> list[T
 def plain(
     x, weight, targets, bias=None, ignore_index=IGNORED, label_smoothing=0.0, reduction="mean"
 ):
-    """The reference by the names of the op."""
+    """The reference with the op's argument names."""
     return reference(x, weight, targets, bias, ignore_index, label_smoothing, reduction)
 
 
@@ -85,7 +85,7 @@ def test_very_large_logits(size: float, check_error):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("N", [0, 5])
 def test_no_row_that_counts(N: int, reduction: str):
-    """As torch: a mean of nothing is NaN, and no gradient is."""
+    """Like torch, the mean over no rows is NaN, but no gradient is NaN."""
     *parts, targets = make(N)
     targets.fill_(IGNORED)
     loss, *grads = results(ops.linear_cross_entropy, parts, targets, reduction=reduction)
@@ -120,7 +120,7 @@ def test_gradcheck(reduction: str, smoothing: float):
     parts = [part.requires_grad_() for part in parts]
 
     def loss(x, weight, bias, factor):
-        # A gradient of the loss that is neither 1 nor constant: of the factor itself.
+        # The factor is the gradient of the loss, so it is neither 1 nor constant.
         one = ops.linear_cross_entropy(
             x, weight, targets, bias=bias, label_smoothing=smoothing, reduction=reduction
         )
@@ -176,7 +176,7 @@ def test_autocast(reduction: str):
 
 
 def curve(loss, dtype: torch.dtype) -> Tensor:
-    """Losses of 300 steps of SGD on a layer and its output layer, products in ``dtype``."""
+    """Losses of 300 SGD steps on a layer and its output layer, with products in ``dtype``."""
     draw = torch.Generator().manual_seed(1)
     given, targets = torch.randn(160, 8, generator=draw), torch.randint(40, (160,), generator=draw)
     layers = [torch.randn(s, generator=draw).requires_grad_() for s in ((16, 8), (40, 16))]
@@ -192,7 +192,7 @@ def curve(loss, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.slow
 def test_learns_in_half_precision_as_with_logits_in_float32():
-    """Liger-Kernel's issue 512: a weight's gradient that adds up in half precision diverges."""
+    """Liger-Kernel's issue 512: a weight gradient accumulated in half precision diverges."""
     exact, ruler = curve(plain, torch.float32), curve(plain, torch.bfloat16)
     got = curve(ops.linear_cross_entropy, torch.bfloat16)
     assert exact[-1] < 0.7 * exact[0]
@@ -214,7 +214,7 @@ def test_compiles(reduction: str):
 
 
 def test_holds_the_logits_of_few_rows(monkeypatch, implementation: str):
-    """Nothing of [N, V] is made."""
+    """The CPU implementation creates no tensor of [N, V]; the reference does."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):

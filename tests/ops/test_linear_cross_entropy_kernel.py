@@ -1,4 +1,4 @@
-"""The Triton linear_cross_entropy against float64: on a GPU or in the interpreter."""
+"""Triton's linear_cross_entropy against float64, on a GPU or in the interpreter."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ test_in_the_interpreter = in_the_interpreter(__file__)
 
 @pytest.fixture(autouse=True)
 def chunks(monkeypatch):
-    """Of 128 rows, the least."""
+    """Use chunks of 128 rows, the minimum."""
     monkeypatch.setattr(kernel, "CHUNK_BYTES", 1)
 
 
 def make(N: int = 150, C: int = 24, V: int = 37, dtype=torch.float32) -> list[Tensor]:
-    """x, weight, bias, and targets of which every seventh is ignored."""
+    """Return x, weight, bias, and targets of which every seventh is ignored."""
     draw = torch.Generator().manual_seed(0)
     parts = [torch.randn(s, generator=draw).to(dtype).to(DEVICE) for s in ((N, C), (V, C), (V,))]
     targets = torch.randint(V, (N,), generator=draw)
@@ -37,7 +37,7 @@ def make(N: int = 150, C: int = 24, V: int = 37, dtype=torch.float32) -> list[Te
 
 
 def results(function, parts, targets, smoothing=0.0, reduction="mean") -> list[Tensor]:
-    """The loss, and the gradients of all that is given for a gradient that is not 1."""
+    """Return the loss and all gradients, for an output gradient that is not 1."""
     parts = [part.detach().requires_grad_() for part in parts]
     x, weight, bias = (*parts, None)[:3]
     loss = function(x, weight, targets, bias, IGNORED, smoothing, reduction)
@@ -57,7 +57,7 @@ def test_results_and_gradients(
         monkeypatch.setattr(kernel, "HELD_LOGITS", 16)
     launches = record(kernel, "_cross_entropy", "_scale")
     *parts, targets = make(V=V, dtype=dtype)
-    # With a bias and without.
+    # With and without a bias.
     parts = parts if held else parts[:2]
     got = results(kernel.linear_cross_entropy, parts, targets, smoothing, reduction)
     truth = results(reference, [p.double() for p in parts], targets, smoothing, reduction)
@@ -72,7 +72,7 @@ def test_results_and_gradients(
 
 @runs
 def test_several_chunks_of_half_precision_add_up_in_float32(check_error):
-    """More chunks must not cost digits."""
+    """More chunks must not cost precision."""
     *parts, targets = make(1024, C=8, dtype=HALVES[-1])
     got = results(kernel.linear_cross_entropy, parts, targets)
     truth = results(reference, [part.double() for part in parts], targets)

@@ -1,4 +1,4 @@
-"""The Triton GELU of linear against float64: on a GPU where there is one, else interpreted."""
+"""Triton's activations of linear against float64, on a GPU if there is one, else interpreted."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_values_of_every_kind(check_error):
     got = torch.ops.vfmtok_fast.gelu_triton(z)
     gelu = torch.nn.functional.gelu
     check_error(got[:4001], gelu(z[:4001].double()), gelu(z[:4001]))
-    # By the formula: torch's own vectors on a CPU make NaN of infinity.
+    # Expected values follow the formula: torch's vectorised CPU code turns infinity into NaN.
     odd = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.0], device=DEVICE)
     want = torch.tensor([float("nan"), float("inf"), float("nan"), 0.0], device=DEVICE)
     got = torch.ops.vfmtok_fast.gelu_triton(odd)

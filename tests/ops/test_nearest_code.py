@@ -18,7 +18,7 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor
 
 
 def distances(z: Tensor, codebook: Tensor, normalize: bool) -> Tensor:
-    """Euclidean, float64, one pair at a time."""
+    """Return squared Euclidean distances in float64, one pair at a time."""
     z, codebook = z.double(), codebook.double()
     if normalize:
         z = z / z.norm(dim=-1, keepdim=True)
@@ -27,7 +27,7 @@ def distances(z: Tensor, codebook: Tensor, normalize: bool) -> Tensor:
 
 
 def check(z: Tensor, codebook: Tensor, code: Tensor, normalize: bool) -> int:
-    """Require the nearest code, but for ties within rounding; count those.
+    """Require the nearest code, except for ties within rounding; return the number of such ties.
 
     Two scores of length-d dot products, each wrong by up to gamma = (d + 4) eps times the sum of
     magnitudes (d products and sums, four roundings of the normalisation), may swap if their
@@ -52,7 +52,7 @@ def check(z: Tensor, codebook: Tensor, code: Tensor, normalize: bool) -> int:
 def test_matches_brute_force(N, K, d, dtype, normalize):
     z, codebook = normal(N, d, seed=1, dtype=dtype), normal(K, d, seed=2, dtype=dtype)
     ties = check(z, codebook, nearest_code(z, codebook, normalize=normalize), normalize)
-    # With d = 1 every direction ties; else only half precision makes rows equal at all.
+    # With d = 1 every direction ties; otherwise only half precision makes rows equal at all.
     assert d == 1 or ties == 0
 
 
@@ -84,10 +84,10 @@ def test_exact_ties_take_the_lowest_index(data, d, K, normalize):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_of_duplicate_rows_the_first_is_chosen(dtype, normalize):
-    """Corners of a cube, of length 2: every sum is exact, whatever order a matrix product adds in.
+    """Codes are corners of a cube, of length 2: sums are exact in any order of addition.
 
-    Of codes whose sums round, equal ones may get different bits: a matrix product may treat its
-    last columns otherwise than the rest.
+    If sums round, equal codes may get different bits, because a matrix product may treat its last
+    columns differently.
     """
     corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=dtype)] * 4)
     order = torch.randperm(16 * 21, generator=torch.Generator().manual_seed(4)) % 16
@@ -195,7 +195,7 @@ def test_k_are_in_order_and_the_best(N, K, d, k, seed, normalize):
     code, score = code.view(N, k), score.view(N, k)
     assert bool((score[:, :-1] >= score[:, 1:]).all())
     assert all(len(set(row)) == k for row in code.tolist())
-    # Its i-th is as near as the i-th nearest: `check` says which slack that has.
+    # The i-th code is as near as the i-th nearest, within the slack that `check` explains.
     distance = distances(z, codebook, normalize)
     magnitude = z.double().abs() @ codebook.double().abs().T + codebook.double().square().sum(-1)
     scale = 1.0 if normalize else float(magnitude.max())
@@ -227,7 +227,7 @@ def test_k_of_rows_and_codes_without_a_direction():
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_distances_far_from_the_origin(offset):
-    """In float32 z.e - |e|^2 / 2 cancels: 298 of these 300 rows came out wrong."""
+    """In float32 z.e - |e|^2 / 2 cancels, which gave 298 of these 300 rows a wrong code."""
     z, codebook = normal(300, 12, seed=1) + offset, normal(500, 12, seed=2) + offset
     want = torch.cdist(z.double() - offset, codebook.double() - offset).argmin(1)
     code, score = nearest_code(z, codebook, normalize=False, return_score=True)

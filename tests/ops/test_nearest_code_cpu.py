@@ -1,4 +1,4 @@
-"""The CPU search: exact against float64 on every kind of input, and small in memory."""
+"""The CPU search is exact against float64 on every kind of input and needs little memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROUNDING = 2.0**-24
 
 
 def truth(z: torch.Tensor, codebook: torch.Tensor, normalize: bool = True) -> torch.Tensor:
-    """float64 scores [N, K]; equal codes get equal bits, as no matrix product promises."""
+    """Return float64 scores [N, K]; equal codes get equal bits, unlike in a matrix product."""
     z, codebook = z.double(), codebook.double()
     if normalize:
         z, codebook = F.normalize(z, dim=-1), F.normalize(codebook, dim=-1)
@@ -32,9 +32,9 @@ def truth(z: torch.Tensor, codebook: torch.Tensor, normalize: bool = True) -> to
 
 
 def check(z: torch.Tensor, codebook: torch.Tensor, normalize: bool = True, k: int = 1) -> None:
-    """Codes are the float64 order, the lowest first on ties; scores are right to one rounding.
+    """Check codes against the float64 order, lowest index first on ties, for k = 1 and ``k``.
 
-    Those of k = 1 always, and as many more as ``k`` says.
+    Scores must be right to one rounding.
     """
     k = min(k, len(codebook))
     ordered = truth(z, codebook, normalize).sort(dim=1, descending=True, stable=True)
@@ -44,7 +44,8 @@ def check(z: torch.Tensor, codebook: torch.Tensor, normalize: bool = True, k: in
         assert code.dtype == torch.int64 and code.shape == score.shape == shape
         best, expected = (part[:, :count].reshape(shape) for part in ordered)
         assert torch.equal(code, expected)
-        # Without `normalize` the score is a difference; its parts set the size of a rounding.
+        # Without `normalize` the score is a difference, and its terms determine the size of a
+        # rounding.
         parts = best.abs().max() + codebook.double().square().sum(1).max()
         size = 1.0 if normalize else float(parts)
         torch.testing.assert_close(score.double(), best, rtol=0, atol=2 * ROUNDING * size)
@@ -111,7 +112,7 @@ def test_duplicated_rows_give_the_lowest_index():
 
 @pytest.fixture
 def searched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many pairs of a row and a group each step of a call scores in float64."""
+    """Record the number of (row, group) pairs that each step of a call scores in float64."""
     counts, rescan = [], cpu._rescan
 
     def counted(queries, codes, group, k):
@@ -125,7 +126,7 @@ def searched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("distinct", [1, 5, 64])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_dead_codes_are_not_searched_one_by_one(distinct: int, normalize: bool, searched):
-    """Most of a codebook repeats few codes: their first k are searched, in order of index."""
+    """If a codebook mostly repeats few codes, only their first k are searched, in index order."""
     z, codebook = random(100, 12), random(distinct, 12, seed=1)
     codebook = codebook[torch.arange(3000).mul_(7919) % distinct]
     for k in (1, 2, 8):
@@ -162,13 +163,13 @@ def test_64_clusters_need_no_more_rescans_than_one(spread: float, searched):
 
 @pytest.mark.parametrize("offset", [1e2, 1e4, 1e6])
 def test_far_from_the_origin_no_more_is_searched(offset: float, searched):
-    """The screen looks from amid the codes; what counts are the scores from the origin."""
+    """The screen is centred among the codes, though the returned scores are from the origin."""
     z, codebook = random(200, 12).double() + offset, random(2000, 12, seed=1).double() + offset
     for k in (1, 3):
         searched.clear()
         code = cpu.nearest_code(z, codebook, k=k, normalize=False).view(200, k)
         assert sum(searched) <= 200 * (k + 1)
-        # Of scores as large as offset squared, float64 holds so much.
+        # Float64 resolution of scores as large as offset squared.
         near = torch.cdist(z - offset, codebook - offset).square() / 2
         slack = 2.0**-52 * 12 * (offset + 5) ** 2 * 14
         best = near.sort(dim=1).values[:, :k]
@@ -185,7 +186,7 @@ def test_dtypes_are_exact_with_respect_to_the_input(dtype: torch.dtype, normaliz
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_float64_arguments_stay_as_they_are(normalize: bool):
-    """What is not finite is cleared in copies; and it still shows."""
+    """Values that are not finite are cleared in copies only, and still show in the result."""
     z, codebook = random(3, 4).double(), random(8, 4, seed=1).double()
     z[1, 2], codebook[5, 0] = float("nan"), float("inf")
     before = z.clone(), codebook.clone()
@@ -215,7 +216,7 @@ def test_float64_distances_that_overflow_give_codes_that_exist(size: float):
 
 
 def test_repeats_that_alternate_with_others_of_the_same_sum():
-    """Their order among equal keys is that of the codebook, so neighbours need not be equal."""
+    """Sorting keeps equal keys in codebook order, so neighbours need not be equal."""
     codebook = torch.tensor([[1e20, 1.0], [1e20, 2.0]]).repeat(2000, 1)
     for k in (1, 2, 3, 8):
         code = cpu.nearest_code(torch.tensor([[0.0, 1.0]]), codebook, k=k)
@@ -245,7 +246,7 @@ def test_coarse_values_tie_often(n: int, k: int, d: int, seed: int, levels: int,
     if n:
         scores = truth(z, codebook, normalize)
         best = scores.amax(1)
-        # Scaled copies differ by float64 roundings, which are no gap.
+        # Scaled copies differ by float64 roundings, which do not count.
         assert bool((scores.gather(1, code[:, None])[:, 0] >= best - 1e-13).all())
 
 
@@ -287,7 +288,7 @@ def test_zero_codes_are_codes_like_any_other():
 
 @pytest.mark.parametrize("where", [0, 3, 499])
 def test_a_broken_code_shows(where: int):
-    """As in the reference, where NaN wins every maximum."""
+    """As in the reference, NaN wins every maximum."""
     codebook = random(500, 12, seed=1)
     codebook[where:, 5] = float("nan")
     z = random(20, 12)
@@ -301,7 +302,7 @@ def test_a_broken_code_shows(where: int):
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_a_bound_that_is_too_small_is_seen(k: int, monkeypatch):
-    """The other tests are worth something: without the certificate they fail."""
+    """Without the certificate the other tests fail, so they prove something."""
     monkeypatch.setattr(cpu, "_screen_error", lambda dim: 0.0)
     codebook = F.normalize(random(6000, 12, seed=1), dim=1)
     for copy in (slice(2000, 4000), slice(4000, 6000)):
@@ -328,7 +329,8 @@ def test_autocast_does_not_reach_it():
     expected = truth(z, codebook).max(1).indices
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(cpu.nearest_code(z, codebook), expected)
-        # The seam keeps it from the reference too, which has no certificate but no near ties here.
+        # Dispatch disables autocast for the reference too, which has no certificate but no near
+        # ties here.
         assert torch.equal(ops.nearest_code(z, codebook), expected)
 
 
@@ -351,7 +353,7 @@ def test_shapes_without_values(k: int):
 @pytest.mark.parametrize("k", [1, 2])
 def test_torch_compile_takes_it_without_a_graph_break(k: int):
     z, codebook = random(50, 12), random(300, 12, seed=1)
-    # Once with a real compiler, to which the op is opaque.
+    # One case uses a real compiler, to which the op is opaque.
     compiled = torch.compile(
         lambda z, e: ops.nearest_code(z * 2, e, k=k) + 1,
         backend="inductor" if k == 1 else "aot_eager",
@@ -393,10 +395,10 @@ print(peak() - before - n * 12)
     ids=["many queries", "many codes", "both", "all codes equal"],
 )
 def test_extra_memory_is_at_most_64_mb(n: int, k: int, d: int, same: int):
-    """Of the whole process, so what the matrix library takes is counted too; N*12 is the result.
+    """The limit is for the whole process, the matrix library included; N*12 is the result.
 
-    malloc keeps freed blocks for later ones, how many differs from run to run (25 to 73 MB were
-    seen for one case); told to map every block on its own, the peak is what is in use, to 0.3 MB.
+    malloc keeps freed blocks for later use, and how many varies between runs (25 to 73 MB were seen
+    for one case). If it maps every block separately, the peak is the memory in use, to 0.3 MB.
     """
     command = [sys.executable, "-P", "-c", MEMORY, *map(str, (n, k, d, same))]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}

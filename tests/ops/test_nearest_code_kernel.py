@@ -1,4 +1,4 @@
-"""The Triton search against float64: on a GPU where there is one, else in Triton's interpreter."""
+"""Triton's nearest_code against float64, on a GPU if there is one, else in the interpreter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ test_in_the_interpreter = in_the_interpreter(__file__)
 
 @pytest.fixture(autouse=True)
 def small_grids(monkeypatch):
-    """The interpreter runs one program after the other."""
+    """Use small grids in the interpreter, which runs one program after another."""
     if not GPU:
         monkeypatch.setattr(kernel, "MAX_SPLITS", 4)
         monkeypatch.setattr(kernel, "SPLITS_AGAIN", 4)
@@ -42,7 +42,7 @@ SCORES = ["float32 64", "float16 128"]
 
 @pytest.fixture(params=SCORES)
 def scores(request):
-    """The first screen's form."""
+    """Select the form of the first screen."""
     kind, tile = request.param.split()
     values = {"scores": kind, "tile": int(tile), "rows": 64, "warps": 4, "stages": 2}
     with kernel.SCREEN.using(kernel.SCREEN.setting(values)):
@@ -55,7 +55,7 @@ def launched(record):
 
 
 def listed(launched, call: int = -1) -> int:
-    """How many rows the first screen of a call could not certify."""
+    """Return how many rows the first screen of a call could not certify."""
     return int(launched["_screen"].launches[2 * call][COUNT][0])
 
 
@@ -64,7 +64,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def truth(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """float64 cosines [N, K]; equal codes get equal bits, as no matrix product promises."""
+    """Return float64 cosines [N, K]; equal codes get equal bits, unlike in a matrix product."""
     z, codebook = F.normalize(z.double(), dim=-1), F.normalize(codebook.double(), dim=-1)
     scores = torch.zeros(z.shape[0], codebook.shape[0], dtype=torch.float64)
     for i in range(z.shape[1]):
@@ -88,7 +88,10 @@ def check(z: torch.Tensor, codebook: torch.Tensor, k: int = 1) -> None:
 
 
 def near_ties(gap: float, copies: int = 2, n: int = 50) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every query between ``copies`` codes whose scores differ by about ``gap``, far apart."""
+    """Return queries between ``copies`` codes whose scores differ by about ``gap``, and the codes.
+
+    These codes are far apart in the codebook.
+    """
     base = F.normalize(random(2 * n, 12, seed=1), dim=1)
     codebook = base.repeat(copies, 1)
     codebook[2 * n :] *= 1 + gap * random(len(codebook) - 2 * n, 12, seed=2)
@@ -103,7 +106,7 @@ def near_ties(gap: float, copies: int = 2, n: int = 50) -> tuple[torch.Tensor, t
             (1, 1, 4),
             (1, 700, 12),
             (130, 1, 12),
-            # Two tiles of rows, spans that its splits cannot share evenly; for either form.
+            # Two tiles of rows, and spans that the splits cannot share evenly, for either form.
             (65, 1025 if GPU else 600, 31),
             *[(65, 600, 31)] * (not GPU),
             (40, 129, 8),
@@ -121,10 +124,10 @@ def test_shapes(shape: tuple[int, int, int], launched, scores):
 
 
 def ends(space) -> list[tuple]:
-    """(space, setting) with the ends of every choice, one at a time."""
+    """Return (space, setting) with the first and last value of every choice, one at a time."""
     tried = []
     for name, values in space.choices.items():
-        if name in ("stages", "warps"):  # The interpreter knows neither.
+        if name in ("stages", "warps"):  # The interpreter has neither.
             continue
         for value in {values[0], values[-1]}:
             near = [s for s in space.candidates() if getattr(s, name) == value]
@@ -134,7 +137,7 @@ def ends(space) -> list[tuple]:
 
 
 def groups_of_settings() -> list[list[tuple]]:
-    """Each by itself on a GPU; else one of each kernel at a time, which share nothing."""
+    """Each setting by itself on a GPU, else one per kernel at a time; kernels share none."""
     every = [ends(space) for space in kernel.SPACES]
     if GPU:
         return [[one] for one in itertools.chain(*every)]
@@ -143,7 +146,7 @@ def groups_of_settings() -> list[list[tuple]]:
 
 @runs
 def test_no_setting_changes_a_bit():
-    """The answer is certified whatever they are."""
+    """The result is certified for every setting."""
     z, codebook = near_ties(1e-5, n=12)
     codebook = torch.cat([codebook, codebook[:20]])
     with kernel.SCREEN.using(kernel.SCREEN.defaults[90]):
@@ -166,11 +169,11 @@ def test_several_codes(k: int, scores):
 
 @runs
 def test_several_codes_where_they_tie_or_nearly(monkeypatch):
-    """Repeated codes come one after the other, lowest first; near ties in the order of float64."""
+    """Repeated codes come lowest index first, near ties in float64 order."""
     codebook = random(40, 12, seed=1).repeat(4, 1)
     check(codebook[:12] + 0.1 * random(12, 12), codebook, 3)
     check(*near_ties(1e-6), k=2)
-    # As many as there are.
+    # k equal to the number of codes, and all codes equal.
     check(random(9, 12), codebook[:6], 6)
     check(random(9, 12), random(1, 12, seed=1).expand(40, 12), 8)
 
@@ -194,7 +197,7 @@ def test_near_ties(gap: float, scores):
 @runs
 @pytest.mark.parametrize(("k", "scores"), combined([1, 2], SCORES), indirect=["scores"])
 def test_a_bound_that_is_too_small_is_seen(k: int, scores, monkeypatch):
-    """The other tests are worth something: without the certificate they fail."""
+    """Without the certificate the other tests fail, so they prove something."""
     monkeypatch.setattr(kernel, "BOUND", 0.0)
     with pytest.raises(AssertionError, match="wrong rows"):
         check(*near_ties(1e-5, copies=k + 1), k)
@@ -202,28 +205,28 @@ def test_a_bound_that_is_too_small_is_seen(k: int, scores, monkeypatch):
 
 @runs
 def test_so_is_that_of_the_second_screen(monkeypatch):
-    monkeypatch.setattr(kernel, "BOUND", 1e3)  # Every row comes to it.
+    monkeypatch.setattr(kernel, "BOUND", 1e3)  # Every row goes to the second screen.
     monkeypatch.setattr(kernel, "BOUND_AGAIN", 0.0)
     with pytest.raises(AssertionError, match="wrong rows"):
         check(*near_ties(1e-6))
 
 
 def errors_of_the_screen(z, codebook, screen, again: bool = False) -> tuple:
-    """How far its best scores are off, and how far they may be: half the slack, as cosines."""
+    """Return the errors of a screen's best scores and their bound, half the slack, as cosines."""
     search(z, codebook)
     launch, constants = screen.launches[again], screen.constants[again]
     best, slack = launch[BEST].double().cpu(), launch[SLACK].double().cpu()
-    # Of the listed rows, in the order of the list; the first splits * LANES values of each.
+    # For the second screen: the listed rows in list order, and their first splits * LANES values.
     row = launch[COUNT - 1].cpu() if again else torch.arange(len(z))
     slots = constants["SPLITS"] * 4
     best = best.flatten()[: len(z) * slots].view(len(z), slots).amax(1)
-    # The kernel's own units: queries scaled to a largest value in [1, 2), and both its scales.
+    # The kernel's own units: queries scaled to a largest value in [1, 2), and both scale factors.
     size = torch.ldexp(z, 1 - torch.frexp(z.abs().amax(1, keepdim=True)).exponent).double()
     unit = (size.norm(dim=1) * 256 * (64 if constants["WIDE"] else 1))[row]
     return (best / unit - truth(z, codebook).amax(1)[row]).abs(), slack / unit / 2
 
 
-# Of a score, by which its key may be cut where the column stands in the last bits.
+# Most that a score loses if its key holds the column in the last bits.
 CUT = 64 * 2.0**-23
 
 
@@ -233,7 +236,7 @@ def test_the_screen_stays_within_its_bound(launched, scores):
         random(128 if GPU else 70, 12), random(900 if GPU else 300, 12, seed=1), launched["_screen"]
     )
     assert bool((error <= bound + CUT).all())
-    # It is of use: hardly any code is that close to the best.
+    # The bound is useful: hardly any code is that close to the best.
     assert float(bound.max()) < (1e-3 if scores == "float32" else 2e-3)
 
 
@@ -248,10 +251,10 @@ def test_so_does_the_second(launched, monkeypatch):
 
 @runs
 def test_the_worst_roundings_reach_the_bound(launched):
-    """So no part of it can be left out.
+    """The bound has no superfluous part.
 
-    Of a code of equal magnitudes all components round alike, by R / sqrt(12) each, and those of
-    the query along it by nearly half a unit in the last place: both errors lie along the product.
+    All components of a code of equal magnitudes round alike, by R / sqrt(12) each. Those of a query
+    along it round by nearly half a unit in the last place. So both errors point along the product.
     """
     codebook = random(200, 12, seed=1).sign()
     z = codebook[::4] * (1 + 0.49 * 2.0**-10)
@@ -263,7 +266,7 @@ def test_the_worst_roundings_reach_the_bound(launched):
 @runs
 @pytest.mark.parametrize("scores", SCORES if GPU else SCORES[1:], indirect=True)
 def test_every_row_can_be_listed_and_come_back(launched, monkeypatch, scores):
-    """Clusters tighter than the first bound; the second screen tells them apart."""
+    """Clusters are tighter than the first screen's bound; the second screen separates them."""
     monkeypatch.setattr(kernel, "MAX_SPLITS", 1)
     codebook = random(4, 12, seed=1)[torch.arange(300) % 4] + 1e-3 * random(300, 12, seed=2)
     check(codebook[::15] + 1e-3 * random(20, 12, seed=3), codebook)
@@ -272,15 +275,15 @@ def test_every_row_can_be_listed_and_come_back(launched, monkeypatch, scores):
 
 @runs
 def test_duplicated_rows_give_the_lowest_index(launched, monkeypatch):
-    """And are no work: only the lowest of equal codes takes part in the screens."""
-    monkeypatch.setattr(kernel, "MAX_SPLITS", 1)  # A GPU would take a split for every tile.
+    """They cost no extra work: only the lowest of equal codes takes part in the screens."""
+    monkeypatch.setattr(kernel, "MAX_SPLITS", 1)  # A GPU would use one split per tile.
     codebook = random(60, 12, seed=1).repeat(9, 1)
     check(random(20, 12), codebook)
     assert listed(launched) < 5
-    # Also where all codes share a place of the table, so that most duplicates are not found out.
+    # It holds too if all codes share one table slot, so that most duplicates are not detected.
     monkeypatch.setattr(kernel, "_table", lambda codes: 1)
     check(random(20, 12), codebook)
-    # Nearly equal, so that the answers are all over the codebook, in its last tile too.
+    # Nearly equal codes, so that results are all over the codebook, its last tile included.
     codebook *= 1 + 1e-6 * random(len(codebook), 12, seed=2)
     check(random(20, 12), codebook)
     assert listed(launched) == 20
@@ -288,7 +291,7 @@ def test_duplicated_rows_give_the_lowest_index(launched, monkeypatch):
 
 @runs
 def test_one_code_over_and_over(launched):
-    """Queries on its far side have negative scores only, which no screen certifies."""
+    """Queries on its far side have only negative scores, which no screen certifies."""
     z = random(30, 12)
     check(z, random(1, 12, seed=1).expand(300, 12))
     assert 5 < listed(launched) < 25
@@ -297,7 +300,7 @@ def test_one_code_over_and_over(launched):
 
 @runs
 def test_a_tie_between_chunks_gives_the_lowest_index(monkeypatch):
-    """The later of two equal codes stands in the lane that is looked at first."""
+    """The later of two equal codes is in the lane that is read first."""
     monkeypatch.setattr(kernel, "MAX_SPLITS", 1)
     codebook = random(256, 12, seed=1)
     codebook[128:160] = codebook[96:128]
@@ -359,7 +362,7 @@ def test_zero_rows():
 
 @runs
 def test_a_broken_code_shows(monkeypatch):
-    """As in the reference, where NaN wins every maximum; also in rows that would be resolved."""
+    """As in the reference, NaN wins every maximum, also in rows that would be rescanned."""
     monkeypatch.setattr(kernel, "MAX_SPLITS", 1)
     z, codebook = random(20, 12), random(128, 12, seed=1).repeat(3, 1)
     codebook[77:90, 5] = float("nan")
@@ -391,7 +394,7 @@ def test_coarse_values_tie_often(n: int, k: int, d: int, seed: int, levels: int,
     code, _ = search(z, codebook, take)
     code = code.view(n, take)
     scores = truth(z, codebook)
-    # Scaled copies differ by float64 roundings, which are no gap.
+    # Scaled copies differ by float64 roundings, which do not count.
     assert bool((scores.gather(1, code) >= scores.topk(take).values - 1e-13).all())
     assert all(len(set(row)) == take for row in code.tolist())
 
@@ -431,7 +434,7 @@ def test_torch_compile_takes_it_without_a_graph_break():
 
 @pytest.mark.gpu
 def test_a_million_rows():
-    """Against the CPU search, which is exact too and tested on its own."""
+    """The expected codes come from the CPU search, which is exact and has its own tests."""
     from vfmtok_fast.cpu.nearest_code import nearest_code as cpu
 
     z, codebook = random(10**6, 12).cuda(), random(16384, 12, seed=1).cuda()
@@ -440,7 +443,7 @@ def test_a_million_rows():
 
 @runs
 def test_rows_in_rounds(launched, monkeypatch):
-    """More rows than scratch is kept for; each round lists its own."""
+    """More rows than scratch memory holds are searched in rounds, each with its own list."""
     monkeypatch.setattr(kernel, "BLOCK_ROWS", 30)
     check(random(70, 12), random(200, 12, seed=1))
     check(*near_ties(1e-6), k=2)
@@ -450,7 +453,7 @@ def test_rows_in_rounds(launched, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["clusters 0.1", "clusters 0.03", "half duplicated", "one code"])
 def test_no_distribution_is_wrong(kind: str):
-    """At full size; that none is slow is measured by benchmarks/bench_nearest_code.py."""
+    """At full size; benchmarks/bench_nearest_code.py measures that none of them is slow."""
     from vfmtok_fast.cpu.nearest_code import nearest_code as cpu
 
     z, codebook = random(65536, 12).cuda(), random(16384, 12, seed=1).cuda()

@@ -1,4 +1,4 @@
-"""`ops.patch_embed`: what it refuses, and its kernel against float64, on a GPU or interpreted."""
+"""`ops.patch_embed`: argument errors, and its kernel against float64, on a GPU or interpreted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ test_in_the_interpreter = in_the_interpreter(__file__)
 
 @pytest.fixture(autouse=True)
 def exact():
-    """cuDNN's convolutions in float32, which torch rounds to TF32 else: they are the ruler."""
+    """Disable TF32 in cuDNN's float32 convolutions, which are the ruler."""
     before = torch.backends.cudnn.conv.fp32_precision
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     yield

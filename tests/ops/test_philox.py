@@ -1,4 +1,4 @@
-"""The noise of sample_token: Philox 4x32-10 as published, as Triton has it, and Gumbel from it."""
+"""The noise of sample_token: Philox 4x32-10 as published and as in Triton, and Gumbel from it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_known_answers(counter, key, first):
 
 
 def python_philox(seed: int, counter: list[int]) -> int:
-    """Salmon et al. 2011, section 3.3, in whole numbers."""
+    """Salmon et al. 2011, section 3.3, in Python integers."""
     key, mask = [seed % 2**32, seed >> 32], 2**32 - 1
     for _ in range(10):
         left, right = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
@@ -53,7 +53,7 @@ def python_philox(seed: int, counter: list[int]) -> int:
 
 
 def counters(n: int) -> np.ndarray:
-    """Random counters [n, 4], edges of the 32-bit range among them."""
+    """Return random counters [n, 4], some at the edges of the 32-bit range."""
     rng = np.random.default_rng(0)
     drawn = rng.integers(0, 2**32, (n, 4))
     edges = np.array([0, 1, 2**31 - 1, 2**31, 2**32 - 1])
@@ -68,7 +68,7 @@ def test_matches_whole_numbers(seed):
 
 
 def test_matches_triton(tmp_path):
-    """What a kernel draws with `tl.philox` and `tl.rand4x` are the same words."""
+    """Kernels draw the same words with `tl.philox`, and `tl.rand` is derived from them."""
     pytest.importorskip("triton")
     script = tmp_path / "draw.py"
     script.write_text(
@@ -100,7 +100,7 @@ def test_matches_triton(tmp_path):
         """)
     )
     drawn = counters(64)
-    # Triton passes a seed as a signed or unsigned 64-bit number; it keeps all 64 bits.
+    # Triton passes a seed as a signed or unsigned 64-bit number and keeps all 64 bits.
     done = subprocess.run(
         [sys.executable, str(script)],
         input=json.dumps({"seeds": SEEDS, "counters": drawn.tolist()}),
@@ -112,7 +112,7 @@ def test_matches_triton(tmp_path):
     zero = torch.zeros_like(columns[0])
     for seed, (theirs, rand) in zip(SEEDS, json.loads(done.stdout), strict=True):
         assert philox(seed, *columns).tolist() == theirs, seed
-        # tl.rand(seed, i) is a fold of the word at counter (i, 0, 0, 0) to 31 bits.
+        # tl.rand(seed, i) folds the word at counter (i, 0, 0, 0) to 31 bits.
         word = philox(seed, columns[0], zero, zero, zero)
         signed = torch.where(word >= 2**31, word - 2**32, word)
         folded = torch.where(signed < 0, -signed - 1, signed).double() * 4.6566127342e-10
@@ -121,7 +121,7 @@ def test_matches_triton(tmp_path):
 
 
 def exact_gumbel(seed: int, ids: list[int], step: int, V: int) -> tuple[np.ndarray, np.ndarray]:
-    """The noise in float64 from whole-number Philox, and how far float32 may be from it."""
+    """Return the float64 noise from integer Philox, and how far float32 may be from it."""
     word = np.array(
         [[python_philox(seed, [v, step, i % 2**32, i >> 32]) for v in range(V)] for i in ids]
     )
@@ -129,8 +129,8 @@ def exact_gumbel(seed: int, ids: list[int], step: int, V: int) -> tuple[np.ndarr
     e = -np.log1p(-u)
     noise = -np.log(e)
     eps = 2.0**-23
-    # u is rounded by eps/2 of itself, or clamped to 1 - 2^-24; that moves E by 1 / (1 - u) times
-    # as much, and E in turn -log E by 1 / E. Then both logarithms and E are rounded, 1 ulp each.
+    # u is rounded by eps/2 relative, or clamped to 1 - 2^-24. That moves E by 1 / (1 - u) times as
+    # much, and E in turn moves -log E by 1 / E. Then both logarithms and E are rounded, 1 ulp each.
     moved = (eps * u + 2.0**-24 * (u > 1 - 2.0**-24)) / np.maximum(1 - u, 2.0**-24)
     return noise, (moved + 2 * eps * e) / e + eps * np.maximum(np.abs(noise), 1)
 
@@ -147,7 +147,7 @@ def test_noise_is_gumbel_of_the_keyed_word():
 def test_noise_follows_the_gumbel_law():
     noise = gumbel_noise(7, torch.arange(100), 0, 2000).flatten().double().numpy()
     assert stats.kstest(noise, stats.gumbel_r.cdf).pvalue > 1e-4
-    # Neighbouring codes, images and steps, which differ in one bit of the counter.
+    # Adjacent codes, images and steps, which differ in one bit of the counter.
     grid = noise.reshape(100, 2000)
     other = gumbel_noise(7, torch.arange(100), 1, 2000).double().numpy()
     pairs = [(grid[:, :-1], grid[:, 1:]), (grid[:-1], grid[1:]), (grid, other)]
@@ -163,7 +163,7 @@ def test_the_extremes_of_the_word_are_finite(monkeypatch):
     monkeypatch.setattr(module, "philox", lambda *args: extremes)
     noise = gumbel_noise(0, torch.zeros(1, dtype=torch.int64), 0, 5)[0]
     assert torch.isfinite(noise).all()
-    # No other word exceeds that of the smallest, and none falls below that of the largest.
+    # The smallest word has the largest noise, and the largest word the smallest.
     assert noise.argmax() == 0 and noise.min() == noise[2]
     assert float(noise[0]) == pytest.approx(33 * np.log(2), rel=1e-6)
 

@@ -1,4 +1,4 @@
-"""sample_token: the filters, and that its draws follow the softmax law."""
+"""sample_token: its filters, and that its draws follow the softmax law."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from vfmtok_fast.functional import filter_logits
 from vfmtok_fast.ops import sample_token
 
 DRAWS = 100_000
-# All seeds are fixed, so a run never fails by chance; a right sampler would fail here with one
-# seed in 10^5, so hardly with the one that was written down.
+# All seeds are fixed, so a run never fails by chance. A correct sampler would fail with one seed in
+# 10^5, so the seed that was written down is very unlikely to fail.
 P_VALUE = 1e-5
 
 
@@ -32,7 +32,7 @@ def law(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> np.ndarray:
-    """Probabilities of [V] logits in float64, by loops over codes ordered by size."""
+    """Return probabilities of [V] logits in float64, by loops over codes sorted by size."""
     logits = logits.astype(np.float64)
     if uncond is not None:
         logits = uncond + cfg_scale * (logits - uncond)
@@ -77,7 +77,7 @@ def test_draws_follow_the_law(name, guided, check_law):
     extra = {}
     uncond = None
     if guided:
-        # Whole numbers of 1/8: guidance by 1.5 leaves the ties exact.
+        # Multiples of 1/8, so guidance by 1.5 keeps the ties exact.
         uncond = np.array([1.0, 0.5, 0.25, 1.0, 0.0, 1.0, 0.5, -0.25], np.float32)
         extra["uncond_logits"] = torch.from_numpy(uncond).expand(DRAWS, -1)
         settings["cfg_scale"] = 1.5
@@ -90,7 +90,7 @@ def test_draws_follow_the_law(name, guided, check_law):
 
 
 def test_the_law_test_tells_top_k_ties_apart(check_law):
-    """What a sampler that keeps 3 of the 5 tied codes would draw is far from the law."""
+    """The test detects a sampler that keeps 3 codes where ties make top_k=3 keep 5."""
     wrong = np.zeros(8)
     wrong[[4, 1, 0]] = law(TIES)[[4, 1, 0]]
     codes = np.random.default_rng(0).choice(8, DRAWS, p=wrong / wrong.sum())
@@ -99,7 +99,7 @@ def test_the_law_test_tells_top_k_ties_apart(check_law):
 
 
 def test_the_law_test_of_one_code_is_exact(check_law):
-    """Where one code is left every draw is that one; a single other is noticed."""
+    """If one code is left, every draw must be that code; a single other draw is detected."""
     one = np.array([0.0, 1.0, 0.0])
     codes = torch.ones(100, dtype=torch.int64)
     check_law(codes, one)
@@ -113,7 +113,7 @@ def test_the_law_test_of_one_code_is_exact(check_law):
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 100, "top_p": 0.95}], ids=str)
 def test_a_wide_law(settings, check_law):
-    """Many codes, most of them rare, drawn by 100 steps of 200 images."""
+    """Many codes, most of them rare, drawn in 100 steps for 200 images."""
     logits = np.random.default_rng(1).normal(size=257).astype(np.float32) * 1.5
     rows = torch.from_numpy(logits).expand(200, -1)
     codes = [sample_token(rows, ids(200), step, seed=3, **settings) for step in range(100)]
@@ -197,7 +197,7 @@ def test_greedy_ignores_noise_and_filters():
 def test_temperature_zero_is_greedy():
     logits = torch.randn(200, 40, generator=torch.Generator().manual_seed(0))
     got = sample_token(logits, ids(200), 0, temperature=0.0)
-    # At 1e-5 a code 1e-3 below the best has exp(-100) of its chance.
+    # Temperature 0 acts as 1e-5, where a code 1e-3 below the best has exp(-100) of its probability.
     best = logits.topk(2).values
     clear = best[:, 0] - best[:, 1] > 1e-3
     assert clear.sum() > 150
@@ -218,7 +218,7 @@ LOGS = [math.log(p) for p in (0.125, 0.5, 0.25, 0.0625, 0.0625)]
     ("top_p", "codes"),
     [
         (0.01, [1]), (0.49, [1]), (0.51, [1, 2]), (0.74, [1, 2]), (0.76, [0, 1, 2]),
-        (0.874, [0, 1, 2]), (0.876, [0, 1, 2, 3]), (0.93, [0, 1, 2, 3]),  # Of a tie the lower code.
+        (0.874, [0, 1, 2]), (0.876, [0, 1, 2, 3]), (0.93, [0, 1, 2, 3]),  # The lower code of a tie.
         (0.95, [0, 1, 2, 3, 4]), (1.0, [0, 1, 2, 3, 4]),
     ],
 )  # fmt: skip
@@ -227,7 +227,7 @@ def test_top_p_keeps_the_first_code_past_the_threshold(top_p, codes):
 
 
 def test_top_p_takes_equal_codes_in_order():
-    # 0.5 of 1000: 500 codes, and one that crosses, however the sum of thousandths is rounded.
+    # 500 of 1000 codes reach 0.5; how the sum rounds decides whether one more is kept.
     codes = kept([0.25] * 1000, top_p=0.5)
     assert codes == list(range(len(codes))) and len(codes) in (500, 501)
 
@@ -241,7 +241,7 @@ def test_top_k_keeps_ties(top_k, codes):
 
 
 def test_top_p_counts_among_what_top_k_left():
-    # Of 0.5 and 0.25 alone the first has 2/3.
+    # Of 0.5 and 0.25 alone, the first has 2/3.
     assert kept(LOGS, top_k=2, top_p=0.6) == [1]
     assert kept(LOGS, top_p=0.6) == [1, 2]
 
@@ -259,7 +259,7 @@ def test_wide_and_narrow_logits():
     same = torch.ones_like(fine)
     guided = sample_token(
         same, names[:1], 0, uncond_logits=2 - fine, cfg_scale=2.0, greedy=True
-    )  # Twice the difference from `fine`'s mirror image.
+    )  # Guidance doubles the difference from `fine`'s mirror image.
     assert guided.item() == 1
 
 

@@ -1,4 +1,4 @@
-"""sample_token on a CPU: the reference's codes and noise, bit for bit, when it is enabled."""
+"""On a CPU, the enabled sample_token gives the reference's codes and noise, bit for bit."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_noise_takes_ids_and_steps_in_every_form():
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_codes_are_the_reference_codes(settings: dict, guided: bool):
     ids = torch.arange(5)
-    # Multiples of 1/8 tie often, at the threshold of top-k too.
+    # Multiples of 1/8 tie often, also at the threshold of top-k.
     logits, uncond = ((random(5, 4000, seed=s) * 8).round() / 8 for s in (1, 2))
     if guided:
         settings = {**settings, "uncond_logits": uncond, "cfg_scale": 1.5}
@@ -83,7 +83,7 @@ def test_an_empty_batch():
 
 
 def test_a_wrong_key_schedule_is_seen(monkeypatch: pytest.MonkeyPatch):
-    """The tests of the bits are worth something: one wrong constant fails them."""
+    """A single wrong constant fails the tests of the bits, so they prove something."""
     monkeypatch.setattr(cpu, "_KEY_STEPS", (0x9E3779B9, 0xBB67AE84))
     with pytest.raises(AssertionError):
         test_noise_has_the_reference_bits(1, 7)
@@ -91,7 +91,7 @@ def test_a_wrong_key_schedule_is_seen(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("first", [False, True])
 def test_calls_in_and_outside_inference_mode(first: bool):
-    """The workspace is kept from one to the other; of a size that no other test has."""
+    """Both modes share one cached workspace; no other test uses this size."""
     logits = random(2, 1237 + first)
     want = reference.sample_token(logits, IDS[:2], 3)
     for mode in (first, not first, first):

@@ -1,4 +1,4 @@
-"""The Triton sampler against its reference: on a GPU where there is one, else interpreted."""
+"""Triton's sample_token against its reference, on a GPU if there is one, else interpreted."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SETTINGS = [
     {"top_k": 50, "top_p": 0.8, "temperature": 1.3},
 ]
 FILTERS = [{"top_k": 7}, {"top_p": 0.5}, {"top_k": 9, "top_p": 0.7}]
-# The mass before a code is uncertain by this part of the whole; kernels/sample_token.md, "Filters".
+# Uncertainty of the mass before a code, relative to the total; kernels/sample_token.md, "Filters".
 MASS = 9 * 2.0**-20
 
 
@@ -62,7 +62,7 @@ def right_codes(
     uncond_logits: Tensor | None = None, cfg_scale: float = 1.0, temperature: float = 1.0,
     top_k: int = 0, top_p: float = 1.0, greedy: bool = False, seed: int = 0,
 ) -> Tensor:  # fmt: skip
-    """[B, V]: the right codes; several only where the float64 truth is tied within rounding."""
+    """Return right codes [B, V]; more than one only if the float64 truth ties within rounding."""
     x = logits.float()
     if uncond_logits is not None:
         x = uncond_logits.float() + cfg_scale * (x - uncond_logits.float())
@@ -80,8 +80,8 @@ def right_codes(
     halves = torch.tensor(step), wide % 2**32, (wide >> 32) % 2**32
     noise = exact_gumbel(philox(seed, torch.arange(x.shape[1])[None], *halves))
     total = x + noise
-    # 3.5 * 2^-24 of the noise is the kernel's error over all u, less than 2.2 the reference's;
-    # the sum is rounded once.
+    # The kernel's error over all u is 3.5 * 2^-24 of the noise, the reference's is less than 2.2.
+    # The sum is rounded once.
     error = 2.0**-24 * (3.5 * noise.abs().clamp(min=1) + total.abs())
     error = error.where(possibly, 0)
     least = (total - error).masked_fill(~surely, -INF).amax(-1, keepdim=True)
@@ -90,7 +90,7 @@ def right_codes(
 
 @pytest.fixture
 def check(exact_gumbel) -> Callable[..., Tensor]:
-    """Every code is right, and the reference's wherever only one is."""
+    """Check that every code is right, and equal to the reference's if only one is right."""
 
     def check(logits: Tensor, image_ids: Tensor, step: int = 3, **options) -> Tensor:
         codes = draw(logits, image_ids, step, **options)
@@ -145,7 +145,7 @@ def test_half_precision_counts_as_it_is(dtype: torch.dtype, check):
 
 @runs
 def test_a_wrong_seed_is_seen(check, monkeypatch: pytest.MonkeyPatch):
-    """The tests above are worth something."""
+    """With a wrong seed the tests above fail, so they prove something."""
     monkeypatch.setattr(kernel, "_signed", lambda word: (word + 1) % 2**31)
     with pytest.raises(AssertionError):
         check(random(4, 500), IDS[:4])
@@ -154,7 +154,7 @@ def test_a_wrong_seed_is_seen(check, monkeypatch: pytest.MonkeyPatch):
 @runs
 @pytest.mark.parametrize("options", [{}, {"greedy": True}, {"temperature": 0.0}, *FILTERS], ids=str)
 def test_nan_and_infinity_give_what_they_give_in_the_reference(options: dict):
-    """The first NaN, else the first +inf, else as if -inf were not there, else code 0."""
+    """The first NaN, else the first +inf; -inf counts as absent; if nothing is left, code 0."""
     logits, uncond = random(7, 40), random(7, 40, seed=1)
     logits[0, [9, 30]] = NAN
     logits[1, 5], logits[1, 8] = INF, -NAN
@@ -202,7 +202,7 @@ def test_step_and_image_ids_in_every_form(launched):
 @runs
 @pytest.mark.parametrize("seed", [0, 2**32 + 7, 2**63 + 5, 2**64 - 1])
 def test_a_seed_may_be_a_tensor(seed, launched):
-    """What a graph reads, so that one serves all seeds."""
+    """A captured graph reads the seed from a tensor, so one graph serves all seeds."""
     logits, ids = random(3, 400), torch.tensor([100, 0, 7])
     want = draw(logits, ids, 200, seed=seed)
     assert torch.equal(want, reference(logits, ids, 200, seed=seed))
@@ -293,7 +293,7 @@ def test_torch_compile_takes_it_without_a_graph_break():
             for seed in seeds:
                 assert torch.equal(compiled(logits, step, seed), sample(logits, step, seed))
         calls = vfmtok_fast.status().ops["sample_token"].calls
-    # A number for the first seed, a symbol for the others, those from 2^63 apart.
+    # The first seed is a constant; the others are symbols, those from 2^63 on a separate one.
     assert 2 <= calls["triton (compiled)"] <= 6 and calls["triton"] == 2 * len(seeds)
 
 
@@ -302,7 +302,7 @@ def test_torch_compile_takes_it_without_a_graph_break():
     "options", [{}, {"cfg_scale": 1.5}, {"top_k": 9, "top_p": 0.7}, {"greedy": True}], ids=str
 )
 def test_a_row_that_is_shared_gets_the_same_code(options, record, monkeypatch):
-    """Ties, NaN, infinities and rows of nothing too, which fall into other shares."""
+    """This includes ties, NaN, infinities and rows of -inf, which fall into different shares."""
     V = 100
     x = random(9, V).round()
     x[1], x[2, V // 2 :], x[3, V - 1], x[4, V // 3], x[5, V - 2] = -INF, INF, NAN, NAN, INF
@@ -338,7 +338,7 @@ def test_how_many_share_a_row(rows, V, shares):
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled there")
 def test_no_number_compiles_a_variant():
-    """Triton's own binder, whose result is the key of its compiled kernels; needs no GPU."""
+    """Triton's own binder returns the key of its compiled kernels; this needs no GPU."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature

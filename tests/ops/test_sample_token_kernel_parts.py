@@ -1,4 +1,4 @@
-"""The parts of the Triton sampler: its noise, and what its filters keep."""
+"""Parts of Triton's sample_token: its noise, and what its filters keep."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from vfmtok_fast.kernels.sample_token import (  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poison")
 SEEDS = (0, 1, 2**31, 2**32 + 5, 2**63 + 11, 2**64 - 1)
-# Largest error of the noise over all u there are, in units of max(1, |noise|):
+# Largest error of the noise over all possible u, in units of max(1, |noise|):
 # kernels/sample_token.md, "Noise".
 NOISE_ERROR = 3.5 * 2.0**-24
-# The mass before a code is uncertain by this part of the whole; kernels/sample_token.md, "Filters".
+# Uncertainty of the mass before a code, relative to the total; kernels/sample_token.md, "Filters".
 MASS_ERROR = 9 * 2.0**-20
 
 
@@ -63,7 +63,7 @@ def made_noise(seed: int, ids: Tensor, step: int, V: int) -> tuple[Tensor, Tenso
     words = torch.empty(len(ids), V, dtype=torch.int64, device=DEVICE)
     noise = torch.empty(len(ids), V, device=DEVICE)
     numbers = (_signed(word) for word in (seed, seed >> 32))
-    # The interpreter runs one program after the other, so it gets one.
+    # The interpreter runs programs one after another, so it gets only one.
     rows = max(1, 2048 // V) if GPU else len(ids)
     _draw_noise[(len(ids) // rows,)](
         *numbers, ids.to(DEVICE), step, words, noise, CODES=V, ROWS=rows, enable_fp_fusion=False
@@ -93,7 +93,7 @@ def _noise_of(words, noise, N: tl.constexpr):
 
 @runs
 def test_noise_of_the_smallest_and_largest_words(exact_gumbel):
-    """The tail decides samples: it must be right relative to E, down to E = 2^-33."""
+    """The tail decides samples, so it must be right relative to E, down to E = 2^-33."""
     near = torch.arange(512)
     edges = [near, 2**32 - 1 - near, *(2**k - 256 + near for k in range(9, 32))]
     # Around u = 1/3 and 2/3, where the reduction changes.
@@ -110,7 +110,7 @@ def test_noise_of_the_smallest_and_largest_words(exact_gumbel):
 
 @runs
 def test_noise_draws_the_softmax_law(check_law):
-    """2^17 draws, in one program: the interpreter would take an hour for as many calls."""
+    """One program makes 2^17 draws: as many calls would take the interpreter an hour."""
     logits = torch.tensor([0.5, 1.25, -0.5, 0.5, 2.0, 0.5, -1.0, 0.0])
     _, noise = made_noise(11, torch.arange(2**17), 5, len(logits))
     check_law((logits + noise).argmax(-1).cpu(), logits.double().softmax(-1))
@@ -127,10 +127,10 @@ def _thresholds(logits, values, codes, top_k, top_p, V: tl.constexpr, BLOCK: tl.
 def check_kept(
     logits: Tensor, top_k: int, top_p: float, told: tuple[int, float] | None = None
 ) -> int:
-    """What the filters keep is what the reference keeps, but for codes that cannot be drawn.
+    """Check that the filters keep what the reference keeps, except codes that cannot be drawn.
 
-    The kernel is ``told`` other settings to see that this notices. Returns how many codes have a
-    mass before them so close to top_p that either is right.
+    ``told`` gives the kernel other settings, to prove that this check detects them. Returns how
+    many codes have a mass before them so close to top_p that keeping or dropping them is right.
     """
     B, V = logits.shape
     values = torch.empty(B, device=DEVICE)
@@ -161,10 +161,11 @@ def check_kept(
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
 def test_what_is_kept(B, V, seed, steps, spread, shift, top_k, top_p):
-    """Coarse logits tie often, at the thresholds too."""
+    """Coarse logits tie often, also at the thresholds."""
     logits = ((random(B, V, seed=seed) * steps).round() / steps) * spread + shift
     close = check_kept(logits, top_k, top_p)
-    # Equal codes whose number times top_p is whole; all codes of the tail for top_p near one.
+    # Equal codes whose number times top_p is an integer; all codes of the tail if top_p is near
+    # one.
     assert close <= B or top_p > 0.999
 
 
@@ -177,7 +178,7 @@ def test_all_ties_at_top_k_are_kept_and_those_of_the_nucleus_in_order():
     check_kept(zeros - 2.5, 0, 1e-6)
     high = torch.cat([zeros + 1, zeros], 1)
     check_kept(high, 1200, 0.9)
-    # 1000 of e times as much as the others: the first 633 of them.
+    # 1000 codes with e times the weight of the others: the first 633 of them.
     check_kept(high, 0, 633 / 1000 * math.e / (1 + math.e) - 1e-4)
     tiny = torch.zeros(1, 40)
     tiny[0, ::2] = 1e-45 * torch.arange(20)
@@ -186,7 +187,7 @@ def test_all_ties_at_top_k_are_kept_and_those_of_the_nucleus_in_order():
 
 @runs
 def test_a_wrong_filter_is_seen():
-    """The tests above are worth something."""
+    """With wrong settings the check fails, so the tests above prove something."""
     for asked, told in (((10, 1.0), (9, 1.0)), ((0, 0.8), (0, 0.79))):
         with pytest.raises(AssertionError):
             check_kept(random(2, 100), *asked, told=told)

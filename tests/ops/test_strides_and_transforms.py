@@ -1,6 +1,6 @@
-"""What holds of every op that is differentiable, whatever it takes: any strides, any transform.
+"""Every differentiable op accepts any strides and any torch.func transform.
 
-Tried of the CPU implementations here, and of the kernels on a GPU or in a child pytest.
+The CPU implementations are tested here, the kernels on a GPU or in a child pytest.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import vfmtok_fast as vf
 from vfmtok_fast import ops
 
 KERNELS = GPU or INTERPRETED
-# On a CPU these have nothing but their references.
+# On a CPU these ops have only their references.
 WITHOUT = {"group_norm_silu", "residual_block"}
 pytestmark = [pytest.mark.gpu] if GPU else []
 
@@ -32,7 +32,7 @@ def made(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.randn(shape, generator=draw).to(DEVICE) for shape in shapes)
 
 
-# Each a function of tensors, and tensors for it.
+# A function of tensors and the tensors for it.
 CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "linear": (ops.linear, made((5, 16), (8, 16), (8,))),
     **{
@@ -63,12 +63,12 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
 
 
 def spread(tensor: Tensor) -> Tensor:
-    """The same values, every other one of a tensor twice as large in the last dimension."""
+    """Return the same values as every other element of a last dimension twice as large."""
     return tensor.repeat_interleave(2, dim=-1)[..., ::2]
 
 
 def check_taken(name: str) -> None:
-    """That all calls were of what the test is about."""
+    """Check that all calls used the implementation under test."""
     op = name.partition(",")[0]
     expected = "triton" if KERNELS else "reference" if op in WITHOUT else "cpu"
     assert set(vf.status().ops[op].calls) == {expected}
@@ -83,7 +83,7 @@ def enabled(clean_switch):
 
 @pytest.mark.parametrize("name", CASES)
 def test_strides(name: str):
-    """Of each tensor alone, and of all at once: values, and the gradients."""
+    """Values and gradients are right if one tensor, or every one, is strided."""
     call, given = CASES[name]
 
     def of(tensors: tuple[Tensor, ...]) -> list[Tensor]:
@@ -104,7 +104,7 @@ def test_strides(name: str):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_row_for_all(name: str):
-    """A bias that is one number, expanded: its memory ends where others begin."""
+    """The last argument is one number, expanded: its storage has one element only."""
     call, given = CASES[name]
     one = given[-1].flatten()[:1].expand(given[-1].numel()).view(given[-1].shape)
     with torch.inference_mode():
@@ -115,7 +115,10 @@ def test_a_row_for_all(name: str):
 
 @pytest.mark.parametrize("name", CASES)
 def test_transforms_are_the_references(name: str):
-    """A kernel has no tangent and no batching rule; without a word it would be taken for zero."""
+    """Transforms use the references, because kernels have no tangents and no batching rules.
+
+    Otherwise the tangent would silently count as zero.
+    """
     call, given = CASES[name]
     tangents = made(*(tensor.shape for tensor in reversed(given)))[::-1]
 
@@ -153,6 +156,6 @@ def test_draws_under_tracing_leave_nothing_behind():
         assert ops.sample_token(mode.from_tensor(logits), mode.from_tensor(ids), 1).shape == (4,)
     traced = torch.func.functionalize(lambda x: ops.sample_token(x, ids, 1))(logits)
     assert torch.equal(traced, want)
-    with FakeTensorMode() as mode:  # another shape, which nothing was kept for
+    with FakeTensorMode() as mode:  # Another shape, for which nothing is cached.
         ops.sample_token(torch.randn(3, 50), torch.arange(3), 1)
     assert torch.equal(ops.sample_token(logits[:3], ids[:3], 1), want[:3])

@@ -1,4 +1,4 @@
-"""`tune` around real kernels in Triton's interpreter; a child pytest of tests/test_tuner.py."""
+"""`tune` with real kernels in Triton's interpreter; a child pytest of tests/test_tuner.py."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ CALLS = (
 
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_settings_are_right_by_the_oracle(call, tmp_path, monkeypatch):
-    """Times are such that the last setting wins, whatever it is.
+    """The timer makes the last setting win, whichever it is.
 
-    Of each kernel a few, over all of its list: every one is tried in the kernel's own tests.
+    A few settings of each kernel's whole list are tested; the kernel's own tests cover all of them.
     """
     every = Space.candidates
 

@@ -1,4 +1,4 @@
-"""upsample_conv: one transposed convolution is nearest x2 and a 3x3 convolution."""
+"""upsample_conv: one transposed convolution equals nearest x2 and a 3x3 convolution."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_gradients():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_further_off_than_the_reference(dtype, check_error):
-    """Of weights that are summed first, and rounded once more."""
+    """The weights are summed first and rounded once more, but the error limit holds."""
     arguments = make(C=64, O=32, H=9, W=9, dtype=dtype)
     truth = upsample_conv(*(x.double() for x in arguments))
     check_error(fast(*arguments), truth, upsample_conv(*arguments))

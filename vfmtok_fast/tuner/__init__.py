@@ -1,4 +1,4 @@
-"""Measuring the settings of the kernels on the GPU at hand."""
+"""Measures the kernel settings on this machine's GPU and keeps the best."""
 
 from .run import Outcome, tune
 

@@ -1,7 +1,8 @@
-"""A compiler process of `compile_in_processes`: ``python -m vfmtok_fast.tuner CHIP``.
+"""One compiler process of `compile_in_processes`: ``python -m vfmtok_fast.tuner CHIP``.
 
-A job a line on stdin; what went wrong with it, "" if nothing, a line on stdout that begins with
-`ANSWER`, for others may print there too.
+It reads one job per line from stdin. For each job it writes a line to stdout that begins with
+`ANSWER` and holds the problem, or "" if there was none. The prefix is needed because other code may
+print to stdout too.
 """
 
 from __future__ import annotations

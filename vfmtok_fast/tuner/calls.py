@@ -1,7 +1,7 @@
-"""Calls of the ops as the models make them: what `tune` times and `make aot` compiles.
+"""The op calls that the models make: what `tune` times and `make aot` compiles.
 
-A `Call` is plain data, so that it can go to another process; `Call.arguments` makes its tensors on
-any device. `model_calls` lists those of a tokenizer and of generators, most important first.
+A `Call` is plain data, so it can be sent to another process; `Call.arguments` creates its tensors
+on any device. `model_calls` lists the calls of a tokenizer and of generators, most important first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..tokenizer import VFMTokConfig
 
 # Gradients of values, offsets and logits; the model's reference points are fixed.
 BY_DEFORMABLE = (0, 3, 4)
-# Makes a tensor of a size and dtype: random values, or memory as it is where nobody looks at it.
+# Creates a tensor of a given size and dtype: random, or uninitialised if its values are never read.
 New = Callable[..., Tensor]
 
 
@@ -29,8 +29,8 @@ New = Callable[..., Tensor]
 class Call:
     """One call of an op.
 
-    ``sizes`` are the numbers that its arguments are made from; ``backward`` holds the positions of
-    those whose gradients are asked for too.
+    ``sizes`` holds the numbers that determine its arguments. ``backward`` holds the positions of
+    the arguments whose gradients are computed too.
     """
 
     op: str
@@ -45,7 +45,7 @@ class Call:
     def arguments(
         self, device: torch.device, empty: bool = False
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments; ``empty`` leaves the values to chance, for no time."""
+        """Return positional and keyword arguments; ``empty`` leaves values uninitialised."""
         dtype = getattr(torch, self.dtype)
         generator = torch.Generator(device).manual_seed(0)
 
@@ -61,7 +61,7 @@ class Call:
         return args, kwargs
 
     def run(self, function: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Call ``function``: what it returns, or with ``backward`` that and all gradients."""
+        """Call ``function``; return its outputs, then all gradients if ``backward`` is set."""
         if not self.backward:
             with torch.no_grad():
                 out = function(*args, **kwargs)
@@ -69,7 +69,7 @@ class Call:
         out = function(*args, **kwargs)
         outputs = out if isinstance(out, tuple) else (out,)
         inputs = [args[i] for i in self.backward]
-        # Any gradient will do that is not constant.
+        # Any output gradient that is not constant will do.
         values = [one.detach() for one in outputs]
         return [*values, *torch.autograd.grad(outputs, inputs, values)]
 
@@ -104,7 +104,7 @@ def _nearest_code(new: New, device, *, N: int, K: int, d: int, **keywords):
 def _deformable_sample(new: New, device, *, B: int, Q: int, H: int, D: int, P: int, levels, **keys):
     levels = tuple(tuple(level) for level in levels)
     L, pixels = len(levels), sum(height * width for height, width in levels)
-    # Queries all over the map, as those of the model are.
+    # Queries are spread over the whole map, as in the model.
     side = math.ceil(math.sqrt(Q))
     centres = (torch.arange(side * side, device=device)[:Q].float() + 0.5) / side
     points = torch.stack([centres % 1, (centres / side)], dim=-1)[None, :, None].expand(1, Q, L, 2)
@@ -192,7 +192,7 @@ _MAKERS = {
 def model_calls(
     tokenizer: VFMTokConfig | None, generators: Iterable[tuple[str, GPTConfig]] = ()
 ) -> list[Call]:
-    """The calls of a tokenizer, and of generators by name; most important first."""
+    """Return the calls of a tokenizer and of named generators, most important first."""
     calls = [*(tokenizer_calls(tokenizer) if tokenizer is not None else ())]
     for name, config in generators:
         calls += generator_calls(name, config)
@@ -219,7 +219,7 @@ def tokenizer_calls(config: VFMTokConfig) -> list[Call]:
 
 
 def decoder_calls(config: VFMTokConfig) -> list[Call]:
-    """The norms of the pixel decoder, by width: 16 pictures, of which it decodes many in turn."""
+    """Return the pixel decoder's norms, one per width, for 16 images; it decodes more in pieces."""
     side, calls = config.image_size, []
     for multiple in config.pixel_channel_mult:
         sizes = {"B": 16, "C": multiple * config.pixel_channels, "side": side, "groups": 32}
@@ -229,7 +229,10 @@ def decoder_calls(config: VFMTokConfig) -> list[Call]:
 
 
 def generator_calls(name: str, config: GPTConfig, dtype: str = "bfloat16") -> list[Call]:
-    """A guided step of one image and of 64, of four layers: all are alike, and kernels overlap."""
+    """Return the calls of a guided decoding step for 1 and 64 images, the whole step also for 16.
+
+    A step has four layers: all layers are alike, and kernels overlap.
+    """
     C, H, V = config.dim, config.num_heads, config.vocab_size
     T, D = config.block_size, config.head_dim
     step = {"layers": 4, "C": C, "H": H, "F": config.ffn_dim, "V": V, "T": T, "position": T // 2}

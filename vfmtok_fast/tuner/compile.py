@@ -1,7 +1,7 @@
-"""Compile the launches of calls under other settings, in processes that need no GPU.
+"""Compile the launches of calls for several settings, in processes that need no GPU.
 
-``python -m vfmtok_fast.tuner CHIP`` is such a process. What it compiles lies in Triton's cache
-afterwards, where launches find it.
+``python -m vfmtok_fast.tuner CHIP`` is such a process. The compiled kernels are left in Triton's
+cache, where later launches find them.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ import torch
 from .. import switch
 from .calls import Call
 
-# What a compiler process's answers begin with.
+# Prefix of a compiler process's answers.
 ANSWER = "vfmtok_fast compiled: "
-# A call, the name of a space, and values of it.
+# A call, the name of a space, and one setting of that space.
 Job = tuple[Call, str, dict[str, Any]]
 
 
 def spaces(op: str) -> dict[str, Any]:
-    """The spaces of an op's kernels by name."""
+    """Return the spaces of an op's kernels by name."""
     return {space.name: space for space in getattr(switch.kernel(op), "SPACES", ())}
 
 
 def compiling(chip: int) -> contextlib.AbstractContextManager:
-    """`compile_only`, but for the interpreter, where there is nothing to compile."""
+    """Return `compile_only`, except under the interpreter, where there is nothing to compile."""
     from ..kernels.compiling import compile_only
 
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -42,7 +42,7 @@ def compiling(chip: int) -> contextlib.AbstractContextManager:
 
 
 def launches(call: Call, chip: int) -> list[Any]:
-    """What a call launches on a chip that need not be there, compiled."""
+    """Compile what a call launches, for a chip that need not be present; return the launches."""
     with compiling(chip) as found:
         args, kwargs = call.arguments(torch.device("cpu"), empty=True)
         call.run(getattr(switch.kernel(call.op), call.op), args, kwargs)
@@ -50,7 +50,7 @@ def launches(call: Call, chip: int) -> list[Any]:
 
 
 def asked_spaces(call: Call, chip: int) -> dict[str, tuple[str, int]]:
-    """Which spaces a call's launches ask, and for what (kind, size), in the order of asking."""
+    """Return the spaces that a call's launches look up, each with (kind, size), in lookup order."""
     asked: dict[str, tuple[str, int]] = {}
     every = spaces(call.op)
     before = {name: space.at for name, space in every.items()}
@@ -75,9 +75,9 @@ def asked_spaces(call: Call, chip: int) -> dict[str, tuple[str, int]]:
 def compile_in_processes(
     jobs: Sequence[Job], chip: int, processes: int | None = None
 ) -> Iterator[tuple[Job, str]]:
-    """Fill Triton's cache for ``jobs``; yields each and what went wrong with it, "" if nothing.
+    """Fill Triton's cache for ``jobs``; yield each job with its problem, "" if there was none.
 
-    The processes have no GPU in use, so their number is the cores', not that of what fits memory.
+    The processes use no GPU, so their default number depends on the CPU cores, not on GPU memory.
     """
     count = max(1, min(processes or (os.cpu_count() or 2) - 1, len(jobs)))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -120,7 +120,7 @@ def compile_in_processes(
 
 
 def compile_call(call: Call, name: str, values: dict[str, Any], chip: int) -> str:
-    """Compile one job here; what went wrong, "" if nothing."""
+    """Compile one job in this process; return the problem, "" if there was none."""
     from triton.errors import TritonError
 
     space = spaces(call.op)[name]

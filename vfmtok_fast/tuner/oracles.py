@@ -1,7 +1,7 @@
-"""Whether the result of a `Call` is right: the op's reference in float64, on a few of its rows.
+"""Check the result of a `Call` against the op's reference in float64, on a few rows.
 
-For `tune`, which must never keep a setting that computes something else. The first rows stand for
-all: what a tile size, a number of warps or a pipeline can break, it breaks there too.
+`tune` uses this, because it must never keep a setting that gives a wrong result. The first rows
+stand for all: an error caused by a tile size, a number of warps or pipelining shows there too.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from .. import switch
 from ..decoding import KVCache, LayerCache
 from .calls import Call
 
-# Rows that are compared: images, queries or rows of logits.
+# How many rows are compared: images, queries or rows of logits.
 ROWS = {"nearest_code": 512, "deformable_sample": 1, "decode_attention": 4}
 MANY = 64
-# A certified search errs by less; the scores of ours and of the truth are both float64 sums.
+# The error of a certified search is smaller; both scores compared here are float64 sums.
 TIE = 1e-12
 
 Check = Callable[[Sequence[Tensor]], str]
 
 
 def oracle(call: Call, args: Sequence[Any], kwargs: dict[str, Any]) -> Check:
-    """A function of what `Call.run` returned: "" where that is right, else what is wrong."""
+    """Return a function that checks a result of `Call.run`: "" if it is right, else the problem."""
     reference = switch.reference(call.op)
     if call.op == "nearest_code":
         return _search(args, kwargs)
     if call.op == "sample_token":
         with torch.no_grad():
             want = reference(*args, **kwargs)
-        # One code of a batch may be tied within rounding.
+        # One code in a batch may be a tie within rounding.
         return lambda got: _say(int((got[0] != want).sum()), 1, "codes differ from the reference's")
     if call.op == "decode_step":
         return _step(reference, args)
@@ -60,7 +60,7 @@ def _search(args: Sequence[Any], kwargs: dict[str, Any]) -> Check:
 
 
 def _step(reference: Callable, args: Sequence[Any]) -> Check:
-    """The logits of a step whose weights and cache are too many to be compared themselves."""
+    """Check only the logits of a step: its weights and cache are too large to compare."""
     code, embedding, weights, cache, position, length = args
 
     def logits(dtype: torch.dtype | None) -> Tensor:
@@ -71,7 +71,8 @@ def _step(reference: Callable, args: Sequence[Any]) -> Check:
             return value
 
         own = tree_map(same, weights)
-        # Scales are float32 whatever is computed in: a step writes them so.
+        # Scales are float32 whatever the dtype of the computation, because a step writes them as
+        # float32.
         layers = KVCache(
             tuple(
                 LayerCache(
@@ -108,7 +109,7 @@ def _continuous(
             return value
         value = value.detach()
         value = value[:rows] if value.shape[:1] == (batch,) else value
-        # Also of the caches that an op writes into: the reference gets its own.
+        # This copies the caches that an op writes to, so the reference gets its own.
         return (value.to(dtype) if dtype and value.is_floating_point() else value).clone()
 
     def results(dtype: torch.dtype | None, out: Tensor) -> list[Tensor]:
@@ -128,7 +129,8 @@ def _continuous(
         truth, ruler = results(torch.float64, got[0]), results(None, got[0])
         for one, exact, rounded in zip(got, truth, ruler, strict=True):
             error, own = (float((x.double() - exact).abs().max()) for x in (one, rounded))
-            # Twice what the tests allow: a sum in another order is right, another sum is not.
+            # Twice what the tests allow: another order of summation passes, a different sum does
+            # not.
             rounding = torch.finfo(one.dtype).eps * float(exact.abs().max())
             if not error <= 4 * own + 2 * rounding:
                 return f"it is off by {error:.2e}, the reference by {own:.2e}"

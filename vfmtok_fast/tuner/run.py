@@ -1,10 +1,10 @@
-"""Measure the settings of the kernels on this machine's GPU, and keep the best: `tune`.
+"""`tune`: measure the kernel settings on this machine's GPU and keep the best.
 
-For each call of a model: which `Space`s its launches ask is seen from a launch that only compiles;
-other processes then compile every setting, for they need no GPU; each setting's result is held
-against the op's oracle, and settings are timed in turns, as replays of a CUDA graph after the cache
-was overwritten. A setting replaces the default only where it is faster by more than noise. Last the
-op is timed against its reference, so that `enable` can leave alone what would be slower.
+A launch that only compiles shows which `Space`s a model's call looks up. Other processes then
+compile every setting, which needs no GPU. Each setting's result is checked against the op's oracle.
+Settings are timed in turns, as CUDA graph replays after the cache was overwritten. A setting
+replaces the default only if it is faster by more than noise. Finally the op is timed against its
+reference, so that `enable` can skip kernels that would be slower.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from . import calls, oracles
 from .calls import Call
 from .compile import Job, asked_spaces, compile_in_processes, spaces
 
-# Gains below this are taken for noise, and the default stays.
+# Smaller gains count as noise, and the default stays.
 NOISE = 0.02
-# Settings slower than the best by this in the first turns are not looked at again.
+# Settings slower than the fastest by this factor in the first turns are not timed again.
 CLOSE = 1.15
 TURNS, MORE_TURNS = 5, 20
 
@@ -41,7 +41,7 @@ Timer = Callable[[Sequence[Callable[[], object]], int], list[float]]
 
 @dataclass
 class Outcome:
-    """What a run measured: rows of a table, settings that failed and why, calls not reached."""
+    """What a run measured: table rows, failed settings with the reason, and calls not reached."""
 
     path: Path
     settings: list[dict[str, Any]] = field(default_factory=list)
@@ -79,22 +79,22 @@ def tune(
     progress: bool = False,
     path: str | os.PathLike | None = None,
 ) -> Outcome:
-    """Measure this GPU's settings for some models, and keep them for every later process.
+    """Measure this GPU's settings for some models, and save them for every later process.
 
-    The table is written after each call that is through, so an interrupted run keeps what it has;
-    rows of other models that the table already had stay.
+    The table is written after each call is finished, so an interrupted run keeps its results so
+    far. Rows of other models already in the table are kept.
 
     Args:
-        models: a `VFMTok`, a `GPT`, "VFMTok" or the name of a generator such as "GPT-L"; or
-            several; "all" stands for all that were published, None for the tokenizer and GPT-L.
-        ops: only these; None stands for all.
-        seconds: about how long to go on.
+        models: a `VFMTok`, a `GPT`, "VFMTok", the name of a generator such as "GPT-L", or several
+            of these. "all" means all published models, None the tokenizer and GPT-L.
+        ops: measure only these ops; None means all.
+        seconds: approximate time limit.
         device: which GPU; the current one by default.
-        progress: show a bar.
-        path: another file than ``$XDG_CACHE_HOME/vfmtok_fast/tuned/<card>.json``.
+        progress: show a progress bar.
+        path: write here instead of to ``$XDG_CACHE_HOME/vfmtok_fast/tuned/<card>.json``.
 
     Returns:
-        what was measured; print it to read it.
+        The measurements; print them for a summary.
 
     Raises:
         ValueError: no GPU, an unknown model or op, seconds that are not positive.
@@ -112,7 +112,7 @@ def tune(
         raise ValueError(f"tune: device must be a GPU such as cuda:0, got {device}")
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    # Launches, timers and events go to the current device.
+    # Launches, timers and events use the current device.
     with torch.cuda.device(device):
         table = None if path is None else Path(os.path.expanduser(path))
         return Tuner(device, path=table).run(todo, seconds, progress)
@@ -154,14 +154,14 @@ def _models(models: Any) -> tuple[VFMTokConfig | None, list[tuple[str, GPTConfig
 
 
 class Tuner:
-    """One run of `tune`; its parts can be replaced, so that it can be tried without a GPU.
+    """One run of `tune`; its parts can be replaced, so that it can be tested without a GPU.
 
     Args:
-        device: what is measured.
-        timer: seconds of each of some functions, measured in turns.
-        clock: seconds since some moment.
-        compiler: yields the jobs that it has compiled and what went wrong ("" if nothing).
-        path: the table; None stands for the user's of this card.
+        device: the device to measure.
+        timer: returns the seconds that each of several functions takes, timed in turns.
+        clock: returns seconds since an arbitrary moment.
+        compiler: yields each compiled job with its problem ("" if there was none).
+        path: the table; None means the user's table for this card.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class Tuner:
         from ..kernels import tables, tuning
 
         self.tables, self.tuning = tables, tuning
-        # What a setting may end in that asks for too much of a chip, or is none to a compiler.
+        # What a setting may raise if the chip lacks the resources or the compiler rejects it.
         self.failures = (RuntimeError, torch.OutOfMemoryError, TritonError)
         self.device, self.clock = device, clock
         self.timer = timer or self._time
@@ -189,7 +189,7 @@ class Tuner:
         self.path = path or tables.user_folder() / f"{tables.slug(self.card)}.json"
 
     def run(self, todo: Sequence[Call], seconds: float, progress: bool = False) -> Outcome:
-        """Measure ``todo``, most important first, until ``seconds`` are over."""
+        """Measure ``todo``, most important first, until ``seconds`` have passed."""
         end = self.clock() + seconds
         outcome = Outcome(self.path)
         chip = self.tuning.capability(self.device)
@@ -204,7 +204,7 @@ class Tuner:
         with tqdm(total=len(jobs), unit="setting", disable=not progress, leave=False) as bar:
             waiting = self.compiler(jobs) if jobs else iter(())
             with contextlib.ExitStack() as stack:
-                if isinstance(waiting, Generator):  # Its processes end with it.
+                if isinstance(waiting, Generator):  # Closing it ends its processes.
                     stack.enter_context(contextlib.closing(waiting))
                 for call in todo:
                     while left[call] and self.clock() < end:
@@ -225,7 +225,7 @@ class Tuner:
 
     @staticmethod
     def _news(asked: dict[Call, dict[str, tuple[str, int]]]) -> list[tuple[Call, str]]:
-        """What to measure: the first call that asks a space for a kind and size stands for all."""
+        """Return what to measure: the first call to look up each space, kind and size."""
         first: dict[tuple[str, str, int], tuple[Call, str]] = {}
         for call, spaces_of_it in asked.items():
             for name, (kind, size) in spaces_of_it.items():
@@ -263,7 +263,7 @@ class Tuner:
             if key is None or call.backward or failed:
                 return
             kind, size = key(*args, **kwargs)
-            # Of several calls that a table cannot tell apart, the first is the most important.
+            # If a table cannot distinguish several calls, the first, most important one counts.
             row = {"op": call.op, "kind": kind, "size": size}
             if any(row.items() <= other.items() for other in outcome.ops):
                 return
@@ -273,13 +273,13 @@ class Tuner:
                     [run, lambda: call.run(reference, args, kwargs)], MORE_TURNS
                 )
             except torch.OutOfMemoryError:
-                return  # The reference does not fit: nothing to compare with.
+                return  # The reference does not fit in memory, so there is nothing to compare with.
             outcome.ops.append({**row, "us": _us(us), "reference_us": _us(reference_us)})
 
     def _runs(self, run: Callable[[], object]) -> bool:
         try:
             run()
-        except self.failures:  # It is in the outcome already, as a setting that failed.
+        except self.failures:  # The outcome already lists it as a setting that failed.
             return False
         return True
 
@@ -291,7 +291,7 @@ class Tuner:
         oracle: Callable[[list[Tensor]], str],
         outcome: Outcome,
     ) -> dict[str, Any] | None:
-        """The fastest setting and its time, or None where there was no choice."""
+        """Return the fastest setting and its time, or None if there was no choice."""
         default = space.default(self.device)
         right = []
         for setting in dict.fromkeys([default, *settings]):
@@ -341,7 +341,7 @@ class Tuner:
         return [statistics.median(times) for times in every]
 
     def _compile(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
-        """Compile in as many processes as there are cores, in order as far as that goes."""
+        """Compile in order as far as possible, with one process fewer than there are cores."""
         yield from compile_in_processes(jobs, self.tuning.capability(self.device))
 
 
