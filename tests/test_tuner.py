@@ -203,6 +203,21 @@ def test_a_reference_that_does_not_fit_claims_nothing(fake, tuner):
     assert outcome.settings and not outcome.ops
 
 
+def test_a_call_that_does_not_fit_ends_no_run(fake, tuner, monkeypatch):
+    whole = run.oracles.oracle
+
+    def oracle(call, args, kwargs):
+        if call == CALL:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate much")
+        return whole(call, args, kwargs)
+
+    monkeypatch.setattr(run.oracles, "oracle", oracle)
+    outcome = tuner.run([CALL, SECOND], 10)
+    assert outcome.failed == [f"{CALL}: CUDA out of memory."]
+    assert [row["kind"] for row in outcome.settings] == ["D=8"]
+    assert json.loads(tuner.path.read_text())["settings"] == outcome.settings
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -25,6 +25,15 @@ def through(
         else:
             x = layer(x, *others)
     return x
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs the forward pass of its class and nothing else."""
+    hooks = (
+        module._forward_pre_hooks, module._forward_hooks,
+        module._backward_pre_hooks, module._backward_hooks,
+    )  # fmt: skip
+    return "forward" not in module.__dict__ and not any(hooks)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -180,8 +180,7 @@ def _in_registers(
 def _depth(
     tile: int, slices: int, piece: int, stages: int, most: int, pairs: bool, x: Tensor
 ) -> int:
-    """Columns per piece: as chosen, or as many as shared memory has room for with ``most`` rows.
-    """
+    """Columns per piece: as chosen, or as many as shared memory has room for with ``most`` rows."""
     depth, both = max(16, piece // x.itemsize), 2 if pairs else 1
     column = (both * tile + most) * x.itemsize
     # The smallest chips give a program 99 KiB; the sums of the slices pass through it at the end.

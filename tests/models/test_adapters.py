@@ -32,6 +32,10 @@ class Adapted(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
+def zeros(self: nn.Module, x: Tensor, rotary: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
 def changed(how: str, model: GPT) -> None:
     block = model.blocks[1]
     if how == "adapter":
@@ -42,6 +46,14 @@ def changed(how: str, model: GPT) -> None:
         model.head = nn.Linear(model.config.dim, model.config.vocab_size)
     elif how == "hook":
         block.ffn_norm.register_forward_hook(lambda module, given, out: -out)
+    elif how == "block hook":
+        block.register_forward_hook(lambda module, given, out: 0 * out)
+    elif how == "attention hook":
+        block.attention.register_forward_pre_hook(lambda module, given: (2 * given[0], given[1]))
+    elif how == "subclass":
+        block.attention.__class__ = type("Other", (type(block.attention),), {"forward": zeros})
+    elif how == "input hook":
+        model.dropout.register_forward_hook(lambda module, given, out: -out)
     elif how == "pruning":
         prune.l1_unstructured(block.ffn.down, "weight", 0.5)
     else:
@@ -49,7 +61,11 @@ def changed(how: str, model: GPT) -> None:
         block.ffn.down.forward = lambda x: 2 * plain(x)
 
 
-@pytest.mark.parametrize("how", ["adapter", "head", "bias", "hook", "pruning", "method"])
+HOW = ["adapter", "head", "bias", "hook", "pruning", "method", "subclass"]
+HOOKS = ["block hook", "attention hook", "input hook"]
+
+
+@pytest.mark.parametrize("how", HOW + HOOKS)
 def test_layers_that_a_step_would_not_call_are_refused(how: str):
     model = GPT(GENERATOR).eval()
     nn.init.normal_(model.head.weight)
@@ -61,6 +77,126 @@ def test_layers_that_a_step_would_not_call_are_refused(how: str):
     logits = model(codes, CLASSES[:2])
     want = nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten())
     torch.testing.assert_close(model.loss(codes, CLASSES[:2]), want)
+
+
+def test_what_a_subclass_or_a_norm_computes_otherwise_is_refused():
+    class Scaled(GPT):
+        def predict(self, x: Tensor) -> Tensor:
+            return 2 * super().predict(x)
+
+    model = Scaled(GENERATOR).eval()
+    nn.init.normal_(model.head.weight)
+    with pytest.raises(TypeError, match="Scaled overrides embed, hidden or predict"):
+        model.generate(CLASSES)
+    codes = torch.arange(8).view(2, 4)
+    logits = model(codes, CLASSES).flatten(0, 1)
+    want = nn.functional.cross_entropy(logits, codes.flatten())
+    torch.testing.assert_close(model.loss(codes, CLASSES), want)
+    model = GPT(GENERATOR)
+    model.blocks[0].ffn_norm.eps = 1.0
+    with pytest.raises(ValueError, match=r"must have the config's norm_eps 1e-05, got 1\.0"):
+        model.generate(CLASSES)
+    # What changes no result is taken: a forward of its own around the same logits, no dropout.
+    plain = GPT(GENERATOR).eval()
+    other = type("Other", (GPT,), {"forward": lambda self, *args: None})(GENERATOR).eval()
+    other.load_state_dict(plain.state_dict())
+    for block in other.blocks:
+        block.ffn.dropout = nn.Identity()
+    assert torch.equal(other.generate(CLASSES), plain.generate(CLASSES))
+
+
+class AdaptedConv(Adapted):
+    """The same around a convolution."""
+
+    def __init__(self, base: nn.Conv2d):
+        nn.Module.__init__(self)
+        self.base = base
+        self.down = nn.Conv2d(base.in_channels, 2, 1, bias=False)
+        self.up = nn.Conv2d(2, base.out_channels, 1, bias=False)
+
+
+class Doubled(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def replace(tok: VFMTok, path: str, make) -> nn.Module:
+    """Put ``make(layer)`` in the place of a layer, and return it."""
+    parent, _, name = path.rpartition(".")
+    layer = make(tok.get_submodule(path))
+    setattr(tok.get_submodule(parent), name, layer)
+    return layer
+
+
+def hooked(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda module, given, out: 2 * out)
+    return layer
+
+
+def pruned(layer: nn.Module) -> nn.Module:
+    return prune.l1_unstructured(layer, "weight", 0.5)
+
+
+def reflecting(layer: nn.Conv2d) -> nn.Module:
+    other = nn.Conv2d(layer.in_channels, layer.out_channels, 3, padding=1, padding_mode="reflect")
+    other.load_state_dict(layer.state_dict())
+    return other
+
+
+BLOCK = "pixel_decoder.levels.0.blocks.0"
+PLACES = [
+    (f"{BLOCK}.conv1", AdaptedConv), (f"{BLOCK}.conv2", pruned), (f"{BLOCK}.conv1", reflecting),
+    (f"{BLOCK}.norm1", hooked), ("pixel_decoder.levels.0.upsample", AdaptedConv),
+    ("pixel_decoder.levels.0.upsample", hooked), ("pixel_decoder.norm_out", hooked),
+    ("pixel_decoder.middle.1.q", AdaptedConv), ("pixel_decoder.middle.1.out", hooked),
+    ("pixel_decoder.conv_in", AdaptedConv), ("token_decoder.layers.0.gate_up", Adapted),
+    ("token_decoder.layers.0.ffn_norm", hooked), ("token_decoder.layers.0.attention.q", hooked),
+    ("region_encoder.layers.0.up", Adapted), ("region_encoder.layers.0.cross_norm", hooked),
+    ("region_encoder.layers.0.ffn_norm", lambda layer: Doubled(layer.normalized_shape)),
+    ("region_encoder.layers.0.down", pruned),
+    ("token_decoder.layers.0.ffn_norm", lambda layer: nn.RMSNorm(layer.normalized_shape)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "make"), PLACES)
+@pytest.mark.parametrize("enabled", [(), None], ids=["reference", "enabled"])
+def test_every_layer_of_the_tokenizer_that_is_no_longer_plain_is_called(
+    tiny: VFMTokConfig, path: str, make, enabled
+):
+    """As if no op read weights: outputs change, the layer runs, and it gets gradients."""
+    torch.manual_seed(0)
+    tok = VFMTok(dataclasses.replace(tiny, image_size=64, grid=4)).eval()
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    with vf.enable(enabled):
+        before = tok(images)
+        layer = replace(tok, path, make)
+        runs = []
+        layer.register_forward_hook(lambda module, given, out: runs.append(out))
+        after = tok(images)
+        assert runs
+        which = "queries" if path.startswith("region_encoder") else "reconstruction"
+        assert not torch.equal(getattr(before, which), getattr(after, which))
+        getattr(after, which).square().sum().backward()
+        learned = [weight for weight in layer.parameters() if weight.requires_grad]
+        assert learned and all(weight.grad is not None for weight in learned)
+
+
+def test_an_adapter_is_what_its_merged_weights_are(tiny: VFMTokConfig):
+    """Before the activation, where a layer fuses one."""
+    torch.manual_seed(0)
+    tok = VFMTok(dataclasses.replace(tiny, image_size=64, grid=4)).eval()
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    paths = ("region_encoder.layers.0.up", "token_decoder.layers.0.gate_up")
+    adapters = [replace(tok, path, Adapted) for path in paths]
+    adapted = tok(images)
+    for path, adapter in zip(paths, adapters, strict=True):
+        base = adapter.base
+        with torch.no_grad():
+            base.weight += adapter.up.weight @ adapter.down.weight
+        replace(tok, path, lambda layer, base=base: base)
+    merged = tok(images)
+    torch.testing.assert_close(adapted.queries, merged.queries)
+    torch.testing.assert_close(adapted.reconstruction, merged.reconstruction)
 
 
 @pytest.mark.parametrize("how", ["adapter", "hook", "quantised"])

@@ -16,7 +16,7 @@ from ..checkpoint import check_there, fetch_official, load_gpt
 from ..checks import check_class_ids, check_codes, check_device
 from ..configs import config_from_mapping
 from ..decoding import BlockWeights, StepWeights
-from ..functional import rms_norm, rotate, through
+from ..functional import is_unhooked, rms_norm, rotate, through
 from ..hub import HubModel, register_constant
 from ..ops.checks import check_int
 from .config import PRESETS, GPTConfig
@@ -109,32 +109,39 @@ class Block(nn.Module):
         return branch * (kept / (1 - self.drop_path)).to(branch.dtype)
 
     def step_weights(self) -> BlockWeights:
-        """Return the weights of this block that `ops.decode_step` reads."""
+        """The weights that `ops.decode_step` reads."""
         attention, ffn = self.attention, self.ffn
+        _check_plain(self, Block)
+        _check_plain(attention, Attention)
+        _check_plain(ffn, FeedForward)
+        for dropout in (attention.dropout, ffn.dropout):
+            _check_plain(dropout, nn.Dropout, nn.Identity)
         layers = (
             self.attention_norm, attention.qkv, attention.out, self.ffn_norm, ffn.gate_up, ffn.down
         )  # fmt: skip
         return BlockWeights(*map(_weight, layers))
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer computes only its class's product, norm or look-up, without a bias."""
-    known = (nn.Linear.forward, nn.Embedding.forward, RMSNorm.forward)
+def _is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether calling a module runs the forward pass of one of these classes, and nothing else."""
     return (
-        type(layer).forward in known
-        and "forward" not in vars(layer)
-        and getattr(layer, "bias", None) is None
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        type(module).forward in [kind.forward for kind in kinds]
+        and is_unhooked(module)
+        and getattr(module, "bias", None) is None
     )
 
 
-def _weight(layer: nn.Module) -> Tensor:
-    """Return the weight that a decoding step reads, which does not call the layer's forward."""
-    if not _is_plain(layer):
+def _check_plain(module: nn.Module, *kinds: type[nn.Module]) -> None:
+    if not _is_plain(module, *kinds):
         raise TypeError(
             "generate: reads the weights of plain layers without bias or hooks, and got "
-            f"{type(layer).__name__}; merge adapters, and remove hooks and pruning, first"
+            f"{type(module).__name__}; merge adapters, and remove hooks and pruning, first"
         )
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    """The weight of a layer that decoding steps compute without calling it."""
+    _check_plain(layer, nn.Linear, nn.Embedding, RMSNorm)
     return layer.weight
 
 
@@ -221,7 +228,7 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
             Scalar, float32 (float64 for a float64 model).
         """
         x, targets = self._teach(codes, class_ids), codes.flatten()
-        if not _is_plain(self.head):  # For example an adapter.
+        if not _is_plain(self.head, nn.Linear) or type(self).predict is not GPT.predict:
             return F.cross_entropy(self.predict(x).flatten(0, 1), targets.long())
         hidden = self.hidden(x).flatten(0, 1)
         return ops.linear_cross_entropy(hidden, self.head.weight, targets)
@@ -265,9 +272,25 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         """Return all weights except the embeddings, in the form that `ops.decode_step` reads.
 
         Raises:
-            TypeError: a layer that was replaced, adapted or hooked.
+            TypeError: a layer that was replaced, adapted or hooked, or a subclass that computes
+                something else.
+            ValueError: a norm with another eps than the config's.
         """
+        own = (type(self).embed, type(self).hidden, type(self).predict)
+        if own != (GPT.embed, GPT.hidden, GPT.predict):
+            raise TypeError(
+                f"generate: computes what GPT does, and {type(self).__name__} overrides embed, "
+                "hidden or predict"
+            )
+        _check_plain(self, type(self))
+        _check_plain(self.dropout, nn.Dropout, nn.Identity)
         blocks = tuple(block.step_weights() for block in self.blocks)
+        norms = (self.norm, *(n for b in self.blocks for n in (b.attention_norm, b.ffn_norm)))
+        if other := [norm.eps for norm in norms if norm.eps != self.config.norm_eps]:
+            raise ValueError(
+                f"generate: every norm must have the config's norm_eps {self.config.norm_eps}, "
+                f"got {other[0]}"
+            )
         return StepWeights(
             blocks, _weight(self.norm), _weight(self.head), self.rotary, self.config.norm_eps
         )

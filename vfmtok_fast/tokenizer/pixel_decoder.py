@@ -7,34 +7,31 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .. import ops
-from ..functional import through
+from ..functional import is_unhooked, through
 from .attention import attend
 from .config import VFMTokConfig
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
-
-
-def pair(module: nn.Module) -> tuple[Tensor, Tensor]:
-    return module.weight, module.bias
+from .layers import Conv, GroupNorm, are_plain, norm_silu, upsampled, weights
 
 
 class ResidualBlock(nn.Module):
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__()
-        self.norm1 = group_norm(channels_in)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2 = group_norm(channels_out)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.norm1 = GroupNorm(channels_in)
+        self.conv1 = Conv(channels_in, channels_out, 3)
+        self.norm2 = GroupNorm(channels_out)
+        self.conv2 = Conv(channels_out, channels_out, 3)
         self.shortcut = nn.Identity()
         if channels_in != channels_out:
-            self.shortcut = nn.Conv2d(channels_in, channels_out, 1)
+            self.shortcut = Conv(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = None if isinstance(self.shortcut, nn.Identity) else pair(self.shortcut)
+        layers = (self.norm1, self.conv1, self.norm2, self.conv2)
+        narrow = type(self.shortcut) is nn.Identity and is_unhooked(self.shortcut)
+        if not are_plain(*layers, *(() if narrow else (self.shortcut,))):
+            h = self.conv2(norm_silu(self.conv1(norm_silu(x, self.norm1)), self.norm2))
+            return self.shortcut(x) + h
         return ops.residual_block(
-            x, *map(pair, (self.norm1, self.conv1, self.norm2, self.conv2)), shortcut,
+            x, *map(weights, layers), None if narrow else weights(self.shortcut),
             num_groups=self.norm1.num_groups, eps=self.norm1.eps,
         )  # fmt: skip
 
@@ -44,24 +41,27 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.norm = group_norm(channels)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.out = nn.Conv2d(channels, channels, 1)
+        self.norm = GroupNorm(channels)
+        self.q = Conv(channels, channels, 1)
+        self.k = Conv(channels, channels, 1)
+        self.v = Conv(channels, channels, 1)
+        self.out = Conv(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # 1x1 convolutions are linear layers over the channels.
+        height = x.shape[2]
         h = rearrange(self.norm(x), "b c y x -> b 1 (y x) c").contiguous()
-        q, k, v = (_rows(project, h) for project in (self.q, self.k, self.v))
+        q, k, v = (_rows(project, h, height) for project in (self.q, self.k, self.v))
         # One head over all pixels.
-        mixed = _rows(self.out, attend(q, k, v))
-        return x + rearrange(mixed, "b 1 (y x) c -> b c y x", y=x.shape[2])
+        mixed = _rows(self.out, attend(q, k, v), height)
+        return x + rearrange(mixed, "b 1 (y x) c -> b c y x", y=height)
 
 
-def _rows(conv: nn.Conv2d, rows: Tensor) -> Tensor:
-    """Apply a 1x1 convolution to rows [..., C]."""
-    return ops.linear(rows, conv.weight.flatten(1), conv.bias)
+def _rows(conv: nn.Module, rows: Tensor, height: int) -> Tensor:
+    """Apply a 1x1 convolution to the pixels [B, 1, height * width, C] of a map."""
+    if are_plain(conv):  # A linear layer over the channels.
+        return ops.linear(rows, conv.weight.flatten(1), conv.bias)
+    made = conv(rearrange(rows, "b 1 (y x) c -> b c y x", y=height))
+    return rearrange(made, "b c y x -> b 1 (y x) c")
 
 
 class Level(nn.Module):
@@ -72,20 +72,18 @@ class Level(nn.Module):
         self.blocks = nn.Sequential(
             ResidualBlock(channels_in, channels_out), ResidualBlock(channels_out, channels_out)
         )
-        self.upsample = nn.Conv2d(channels_out, channels_out, 3, padding=1) if upsample else None
+        self.upsample = Conv(channels_out, channels_out, 3) if upsample else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(x)
-        if self.upsample is None:
-            return x
-        return ops.upsample_conv(x, *pair(self.upsample))
+        return x if self.upsample is None else upsampled(x, self.upsample)
 
 
 class PixelDecoder(nn.Module):
     def __init__(self, config: VFMTokConfig):
         super().__init__()
         widths = [config.pixel_channels * m for m in reversed(config.pixel_channel_mult)]
-        self.conv_in = nn.Conv2d(config.dim, widths[0], 3, padding=1)
+        self.conv_in = Conv(config.dim, widths[0], 3)
         self.middle = nn.Sequential(
             ResidualBlock(widths[0], widths[0]),
             SpatialAttention(widths[0]),
@@ -101,8 +99,8 @@ class PixelDecoder(nn.Module):
         )
         sides = [config.image_size >> i for i in reversed(range(len(widths)))]
         self.largest_map = max(width * side**2 for width, side in zip(widths, sides, strict=True))
-        self.norm_out = group_norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.norm_out = GroupNorm(widths[-1])
+        self.conv_out = Conv(widths[-1], 3, 3)
         self.grad_checkpointing = False
 
     def fitting(self, nbytes: int, itemsize: int) -> int:
@@ -116,5 +114,4 @@ class PixelDecoder(nn.Module):
         # Channels last: convolutions and norms keep that format from here on.
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         x = through([*self.middle, *self.levels], x, recompute=self.grad_checkpointing)
-        norm = self.norm_out
-        return self.conv_out(ops.group_norm_silu(x, *pair(norm), norm.num_groups, norm.eps))
+        return self.conv_out(norm_silu(x, self.norm_out))

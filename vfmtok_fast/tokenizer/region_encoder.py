@@ -6,6 +6,7 @@ import copy
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
@@ -13,7 +14,7 @@ from ..functional import through
 from ..hub import register_constant
 from .attention import CausalSelfAttention
 from .config import VFMTokConfig
-from .layers import Linear
+from .layers import Linear, add_norm, are_plain
 
 
 class Projector(nn.Sequential):
@@ -90,14 +91,11 @@ class RegionLayer(nn.Module):
         self.ffn_norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, position: Tensor, *sources) -> Tensor:
-        x = _add_norm(x, self.cross_attention(x + position, *sources), self.cross_norm)
+        x = add_norm(x, self.cross_attention(x + position, *sources), self.cross_norm)[1]
         # The release adds the position to the values as well.
-        x = _add_norm(x, self.self_attention(x + position), self.self_norm)
-        return _add_norm(x, self.down(self.up(x, "relu")), self.ffn_norm)
-
-
-def _add_norm(x: Tensor, branch: Tensor, norm: nn.LayerNorm) -> Tensor:
-    return ops.add_norm(x, branch, norm.weight, norm.bias, eps=norm.eps)[1]
+        x = add_norm(x, self.self_attention(x + position), self.self_norm)[1]
+        hidden = self.up(x, "relu") if are_plain(self.up) else F.relu(self.up(x))
+        return add_norm(x, self.down(hidden), self.ffn_norm)[1]
 
 
 class RegionEncoder(nn.Module):

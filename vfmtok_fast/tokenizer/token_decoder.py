@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .. import ops
 from ..functional import resize_positions, through
 from .attention import CausalSelfAttention
 from .config import VFMTokConfig
-from .layers import Linear
+from .layers import Linear, add_norm, are_plain
 
 # Tokens after the patches: DINOv2's number of registers, whatever the backbone.
 NUM_REGISTERS = 4
@@ -28,9 +28,11 @@ class DecoderLayer(nn.Module):
         self.down = Linear(config.decoder_ffn_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        branch, norm = self.attention(self.attention_norm(x)), self.ffn_norm
-        x, normed = ops.add_norm(x, branch, norm.weight, norm.bias, eps=norm.eps)
-        return x + self.down(self.gate_up(normed, "swiglu"))
+        x, normed = add_norm(x, self.attention(self.attention_norm(x)), self.ffn_norm)
+        if are_plain(self.gate_up):
+            return x + self.down(self.gate_up(normed, "swiglu"))
+        gate, up = self.gate_up(normed).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
 
 
 class TokenDecoder(nn.Module):

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import switch, timing
+from ..errors import first_line
 from ..generator import GPT, GPTConfig
 from ..generator.config import PRESETS
 from ..tokenizer import VFMTok, VFMTokConfig
@@ -219,7 +220,11 @@ class Tuner:
                         outcome.not_reached.append(str(call))
                         continue
                     bar.set_description(str(call))
-                    self._measure(call, asked[call], compiled, outcome)
+                    try:
+                        self._measure(call, asked[call], compiled, outcome)
+                    except torch.OutOfMemoryError as error:  # A smaller call may still fit.
+                        outcome.failed.append(f"{call}: {first_line(error):.200}")
+                        torch.cuda.empty_cache()
                     self._save(outcome)
         return outcome
 
