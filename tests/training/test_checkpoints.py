@@ -92,6 +92,8 @@ def test_the_last_few_stay(tmp_path: Path):
     for step in (1, 2, 30, 1_000_000_000):
         path = checkpoints.save(folder, step, {"step": step}, keep=2)
         assert path == checkpoints.latest(folder) and checkpoints.load(path) == {"step": step}
+    assert checkpoints.save(str(folder), 1_000_000_000, {"step": step}, keep=2) == path
+    assert checkpoints.latest(str(folder)) == path and checkpoints.load(str(path)) == {"step": step}
     (folder / "notes.txt").write_text("mine")
     checkpoints.save(folder, 1_000_000_001, {}, keep=2)
     names = sorted(path.name for path in folder.iterdir())

@@ -392,6 +392,15 @@ def test_a_closed_pipe_does_not_end_a_run(cache, config, tmp_path, monkeypatch, 
     assert "3 steps, 1.50 epochs" in error and "the rate rises over 9 steps" in error
 
 
+def test_an_average_that_hardly_moves_is_named(cache, config, tmp_path, capsys):
+    """The average is the result, and a short run would end with what it began with."""
+    assert cli.main(line(cache, tmp_path / "slow", config)) == 0
+    error = capsys.readouterr().err
+    assert "after 3 steps still holds 100% of the initial ones; --ema 0 follows faster" in error
+    assert cli.main(line(cache, tmp_path / "fast", config, "--ema", "0.4")) == 0
+    assert "initial" not in capsys.readouterr().err
+
+
 def test_a_sharded_model_as_a_whole(batch, tmp_path):
     """The whole model works on its own, as --overfit needs when the other processes have ended."""
     torch.manual_seed(0)

@@ -31,6 +31,8 @@ FIELDS = (
     *("lr", "min_lr", "clip", "micro_batch", "seed", "ema", "schedule", "weight_decay"),
     *("grad_checkpointing", "compile"),
 )
+# Share of the initial weights in the average from which a run warns.
+MOST_INITIAL = 0.1
 
 
 def add_schedule_options(
@@ -180,6 +182,9 @@ def run_to_end(
             note(f"going on from {path}")
         if rank == 0 and (warmup := work.trainer.settings.warmup_steps) > work.steps:
             note(f"note: the rate rises over {warmup} steps, and the run has {work.steps}")
+        # --overfit checks the weights themselves.
+        if rank == 0 and getattr(options, "overfit", None) is None:
+            _note_average(work.trainer.settings.ema, work.steps)
         try:
             with contextlib.ExitStack() as stack:
                 if rank == 0:
@@ -194,6 +199,16 @@ def run_to_end(
         if rank == 0:
             model.save_pretrained(out / "model")
         return finish(options, work, model, rank)
+
+
+def _note_average(ema: float, steps: int) -> None:
+    """Warn of a run that is too short for its average, which is the model that it gives."""
+    if (share := ema**steps) > MOST_INITIAL:
+        note(
+            f"note: the result is the average of the weights, which after {steps} steps still "
+            f"holds {share:.0%} of the initial ones; --ema {max(0, 1 - 10 / steps):.4g} follows "
+            "faster"
+        )
 
 
 def _check_out(out: Path) -> None:

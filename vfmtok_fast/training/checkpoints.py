@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from ..errors import first_line, is_out_of_memory
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 
 
-def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 3) -> Path:
+def save(folder: str | os.PathLike, step: int, state: Mapping[str, Any], keep: int = 3) -> Path:
     """Write ``step-<step>.pt``, then remove all but the newest ``keep``.
 
     Args:
@@ -47,19 +48,20 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 3) -> Pa
     return Path(path)
 
 
-def latest(folder: Path) -> Path | None:
+def latest(folder: str | os.PathLike) -> Path | None:
     """Return the newest checkpoint of a folder, or None if there is none."""
     found = _found(folder)
     return found[-1][1] if found else None
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: str | os.PathLike) -> dict[str, Any]:
     """Return the state that `save` was given, with all tensors on the CPU.
 
     Raises:
         ValueError: the file is damaged.
         OSError, RuntimeError: the file is missing or cannot be read now, or memory runs out.
     """
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
@@ -89,8 +91,9 @@ class _Target:
             raise
 
 
-def _found(folder: Path) -> list[tuple[int, Path]]:
+def _found(folder: str | os.PathLike) -> list[tuple[int, Path]]:
     """Return (step, path) of each checkpoint, in order of steps."""
+    folder = Path(folder)
     if not folder.is_dir():
         return []
     matches = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
