@@ -1,6 +1,6 @@
-"""Inputs: where the pictures of a token cache come from, one kind to a module.
+"""Inputs: where the images of a token cache come from, one module per kind.
 
-Nothing is ever extracted: pictures are read in place, by path, offset, row or key, so a name in an
+Nothing is ever extracted: images are read in place, by path, offset, row or key, so a name in an
 archive never becomes a name on disk.
 """
 
@@ -33,28 +33,28 @@ def open_source(
     images: str | os.PathLike, kind: str | None = None, *, include: Iterable[str] = (),
     exclude: Iterable[str] = (), image_column: str | None = None, label_column: str | None = None,
 ) -> Source:  # fmt: skip
-    """Find out what an input is, by its name and what lies in it.
+    """Open an input, whose kind follows from its name and contents.
 
     A file: `.tar` is a tar of class tars or of class folders, or a WebDataset shard if it holds
     `.cls` members; `.parquet`; `.mdb`. A folder: an LMDB if it holds `data.mdb`; Parquet files or
-    WebDataset shards, at any depth, if it holds only those; class folders of pictures if it holds
-    pictures. Where more than one could be meant, the user is asked.
+    WebDataset shards, at any depth, if it holds only those; class folders of images if it holds
+    images. If more than one could be meant, the error asks the user to choose.
 
     Args:
         images: the input.
-        kind: one of KINDS, where the rule above would guess wrong; None: by the rule.
+        kind: one of KINDS, if the rule above would guess wrong; None: by the rule.
         include: patterns of the files to take (see `choice`); none, or "*": all of them.
         exclude: patterns of the files to leave out.
-        image_column, label_column: of Parquet files, where they are not plain; "none" for no
+        image_column, label_column: columns of Parquet files, if they are not clear; "none" for no
             labels.
 
     Returns:
-        The input, its pictures not listed yet.
+        The input; its images are not listed yet.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: it is not there, or is a file of another kind.
-        ValueError: no such kind, or it is not of the kind that was said; or more than one thing
-            could be meant.
+        FileNotFoundError, NotADirectoryError: it does not exist, or is a file of another kind.
+        ValueError: there is no such kind, or the input is not of the kind given; or more than one
+            thing could be meant.
     """
     if not str(images):
         raise ValueError("an empty path: name the pictures, or . for the current folder")
@@ -93,7 +93,7 @@ def open_source(
 def _of_archives(
     root: Path, kind: str, choice: Choice, said: bool, columns: tuple[str | None, str | None]
 ) -> Source:
-    """WebDataset shards or Parquet files; ``said``: the user has named the kind."""
+    """Open WebDataset shards or Parquet files; ``said``: whether the user has named the kind."""
     names = _archives(root, ".parquet" if kind == "parquet" else ".tar", choice)
     folder = root if root.is_dir() else root.parent
     if kind == "webdataset" and root.is_dir() and not said:
@@ -107,23 +107,23 @@ def _of_archives(
 
 
 def open_again(images: str | os.PathLike, index: Place, kind: str | None = None) -> Source:
-    """Open the input that a cache was made from; ``kind`` where it is to be taken as another."""
+    """Open the input that a cache was made from; ``kind`` overrides the kind that was recorded."""
     found, choices = choices_of(index)
     return open_source(images, kind or found, **choices)
 
 
 def choices_of(path: Place) -> tuple[str | None, dict[str, Any]]:
-    """Kind and further arguments with which `open_source` opens the input of an index again."""
+    """Return kind and other arguments with which `open_source` opens an index's input again."""
     try:
         origin = read_origin(path)
-    except ValueError:  # damaged, as whoever checks the index will say
+    except ValueError:  # damaged, which the check of the index reports
         return None, {}
     again = {"include": ("*",), "image_column": FIRST, "label_column": FIRST, **origin.chosen}
     return origin.kind, again
 
 
 def _folder(root: Path, choice: Choice) -> FolderSource:
-    """Class folders, also those in the one split that was chosen."""
+    """Open class folders, possibly inside the one split that was chosen."""
     split = choice.split_among(class_folders(root)) if choice.split else None
     folders = [split] if split else class_folders(root, choice)
     check_splits(root, folders, choice, whole=True)
@@ -149,7 +149,7 @@ def _archives(root: Path, suffix: str, choice: Choice) -> tuple[str, ...]:
             raise ValueError(f"{root}: no *{suffix} files in this folder")
     else:
         names = (root.name,) if choice.takes(root.name) else ()
-    if choice.split:  # test-set/train-0.parquet is of train
+    if choice.split:  # test-set/train-0.parquet belongs to train
         names = tuple(name for name in names if named_split(name) == choice.split)
     if not names:
         raise ValueError(f"{root}: {_nothing(choice)}")
