@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..cache.sources import Source
     from ..cache.store import Place
 
-# Names that a note lists.
+# Most names that a note lists.
 MOST_NAMES = 10
 SUMMARY = "tokenise a folder of images into a token cache, or go on with one"
 
@@ -110,7 +110,7 @@ def included(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def open_input(options: argparse.Namespace, images: str) -> Source:
-    """Pictures, with what `add_input_option` and `add_choices` say of them."""
+    """Open the images as the options of `add_input_option` and `add_choices` say."""
     from ..cache.sources import open_source
 
     return open_source(
@@ -122,7 +122,7 @@ def open_input(options: argparse.Namespace, images: str) -> Source:
 def run(options: argparse.Namespace) -> int:
     from ..cache import CacheSpec
 
-    # Before the model, which may have to be downloaded.
+    # Before loading the model, which may have to be downloaded.
     spec = CacheSpec(
         input_kind=options.input, views=options.views, seed=options.seed,
         batch_size=options.batch_size, shard_size=options.shard_size, workers=options.workers,
@@ -199,7 +199,7 @@ def _tell(summary: Summary, as_json: bool, rank: int) -> None:
 
 
 def _tell_classes(out: Place) -> None:
-    """How many classes there are; and those in which there is no picture, which may be none."""
+    """Print how many classes there are, and name those without an image, which may be a mistake."""
     from .. import cache
     from ..cache.format.index import INDEX, used_labels
 
@@ -216,7 +216,7 @@ def _tell_classes(out: Place) -> None:
 
 @contextlib.contextmanager
 def _notes() -> Iterator[None]:
-    """Say what an input's listing passed over, in a line on stderr."""
+    """Print what an input's listing passed over, in a line on stderr."""
     from ..cache.sources.base import LeftOutWarning
 
     with warnings.catch_warnings():
@@ -234,7 +234,7 @@ def _notes() -> Iterator[None]:
 
 
 def _json_lines() -> Callable[[Progress], None]:
-    """A progress function that prints a line of JSON a second."""
+    """Return a progress function that prints at most one line of JSON per second."""
     last = 0.0
 
     def report(state: Progress) -> None:

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     from ..generator import GPT
     from ..tokenizer import VFMTok
 
-    # A link is where it leads to; what is there may be a mount or the folder that we are in.
+    # Follow a link to its target, which may be a mount or the current folder.
     out = local_path(options.out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is not an empty folder; choose a new one")

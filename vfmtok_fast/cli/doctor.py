@@ -11,7 +11,7 @@ from .output import say
 
 SUMMARY = "what is installed, what will run fast here, and why not"
 
-# Packages that nothing needs by default: the extra that installs each, and what it is for.
+# Optional packages: the extra that installs each, and what it is for.
 OPTIONAL = {
     "ray": ("ray", "`cache --engine ray`"),
     "lmdb": ("lmdb", "pictures in the authors' LMDB"),
@@ -28,7 +28,7 @@ OPTIONAL = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It has none."""
+    """This command has no arguments."""
 
 
 def run(options: argparse.Namespace) -> int:

@@ -83,7 +83,7 @@ def _generation(options: argparse.Namespace, out: Path) -> int:
 
 
 def _sweep(options: argparse.Namespace, out: Path) -> int:
-    """Sample at each scale, or go on with what lies there; evaluate; plot."""
+    """Sample at each scale, or resume the samples that exist; evaluate; plot."""
     from .. import evaluation, sample_folder
     from ..generator import Sampling
 
@@ -94,7 +94,7 @@ def _sweep(options: argparse.Namespace, out: Path) -> int:
     inception = _inception(options, tokenizer.device)
     names = ("cfg_interval", "temperature", "top_k", "top_p", "seed")
     same = {name: getattr(options, name) for name in names} | {"greedy": False}
-    # All that can be wrong is found before hours of sampling.
+    # Everything is checked before hours of sampling.
     evaluation.open_reference(options.reference, protocol, inception)
     for scale in options.cfg_scale:
         Sampling(cfg_scale=scale, **same).check()
@@ -128,7 +128,7 @@ def _sweep(options: argparse.Namespace, out: Path) -> int:
 
 
 def _check_scales(scales: list[float], path: Path) -> None:
-    """Refuse to write over the figures of scales that are not asked for."""
+    """Refuse to overwrite the results of scales that are not asked for."""
     if not path.exists():
         return
     try:
@@ -149,7 +149,7 @@ def _probe(options: argparse.Namespace, out: Path) -> int:
     train = open_input(options, options.images)
     test = None
     if options.test is not None:
-        # What is chosen of the training pictures, a split for one, is not for these.
+        # The choice of training images, for example a split, does not apply to the test images.
         test = open_source(
             options.test, options.input, image_column=options.image_column,
             label_column=options.label_column,
@@ -166,7 +166,7 @@ def _probe(options: argparse.Namespace, out: Path) -> int:
 
 
 def _pictures_of(source: Source) -> tuple:
-    """What two inputs that hold the same pictures have in common, however they are spelled."""
+    """Return a key that is equal for inputs that hold the same images, however they are spelled."""
     return source.root.resolve(), source.files(), source.chosen
 
 
@@ -217,12 +217,12 @@ def _lpips(options: argparse.Namespace) -> LPIPS | None:
 
 
 def _report(result: dict[str, Any], out: Path) -> int:
-    """A table on stdout, all there is in a file; the exit code."""
+    """Print a table, write everything to a file, and return the exit code."""
     _warn(result["warnings"])
     width = max(map(len, result["metrics"]))
     for name, value in result["metrics"].items():
         say(f"{name:<{width}}  {_shown(value)}")
-    # Last, so that a full disk does not take the figures too.
+    # Last, so that the results are on stdout even if the disk is full.
     _write(out, result)
     say(f"wrote {out}: {_named(result)}")
     return 3 if result["compared"].get("unreadable") else 0
@@ -256,5 +256,5 @@ def _say_row(*values: object) -> None:
 def _shown(value: object) -> str:
     if value is None:
         return "-"
-    # Of -0.0 too: an sFID of the same pictures.
+    # Adding 0.0 turns -0.0 into 0.0; an sFID of equal images gives -0.0.
     return f"{round(value, 4) + 0.0:.4f}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""The options that name models, and loading what they name."""
+"""The options that name models, and the loading of those models."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def _renamed(value: str) -> str:
 
 
 def check_input(options: argparse.Namespace, manifest: Manifest) -> None:
-    """Before the model, which may have to be downloaded: is the cache's input there?
+    """Check that the cache's input exists, before the model, which may have to be downloaded.
 
-    And may it be the authors' tokenizer, which is meant where none is named?
+    Also check that the authors' tokenizer, the default, can have made the cache.
     """
     from ..cache.format.index import INDEX
     from ..cache.sources import open_again
@@ -90,17 +90,17 @@ def check_input(options: argparse.Namespace, manifest: Manifest) -> None:
 
 
 def policy(options: argparse.Namespace) -> AbstractContextManager:
-    """The fast implementations for the time of a block, unless --no-fast."""
+    """Return a context that enables the fast implementations, unless --no-fast was given."""
     from .. import switch
 
-    # As they come they would drown the progress.
+    # Shown as they occur, they would break up the progress bar.
     warnings.simplefilter("ignore", switch.FallbackWarning)
     return _telling(options) if options.fast else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def _telling(options: argparse.Namespace) -> Iterator[None]:
-    """Enabled for a block; what fell back in it is told at the end, once in a command."""
+    """Enable them for a block; at its end, print what fell back, each once per command."""
     from .. import switch
 
     with switch.enable():
@@ -151,24 +151,24 @@ def load_gpt(options: argparse.Namespace, device: str | None) -> GPT:
         )
     else:
         gpt = GPT.from_pretrained(options.gpt)
-    # Its products have no TF32 of their own.
+    # The generator has no TF32 mode of its own.
     dtype = "float32" if options.precision == "tf32" else options.precision
     return _moved(gpt.to(getattr(torch, dtype)), device)
 
 
 def _moved(model: torch.nn.Module, name: str | None) -> torch.nn.Module:
-    """The model on a device, in eval mode."""
+    """Move the model to a device, in eval mode."""
     return model.eval().to(checked_device(name))
 
 
 def check_seed(seed: int | None) -> None:
-    """Require one that torch's generators take."""
+    """Require a seed that torch's generators accept."""
     if seed is not None and not -(2**63) <= seed < 2**64:
         raise ValueError(f"--seed must be in [-2^63, 2^64), got {seed}")
 
 
 def checked_device(name: str | None) -> torch.device:
-    """The device of a name, None is a GPU if there is one; ValueError for one that is not here."""
+    """Return the named device, for None a GPU if there is one; ValueError if it does not exist."""
     import torch
 
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")

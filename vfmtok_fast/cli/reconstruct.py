@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     out = local_path(options.out)
     if out.suffix.lower() != ".png":
         raise ValueError(f"the picture to write must be named .png, got {out}")
-    if out.exists():  # Perhaps a photo, as of `reconstruct *.png`.
+    if out.exists():  # It may be a photo, as in `reconstruct *.png`.
         raise FileExistsError(f"{out} is there already; choose another name")
     if options.limit < 1 or options.regions < 1:
         raise ValueError("--limit and --regions must be at least 1")
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _photos(path: Path, limit: int) -> list[tuple[Path, int]]:
-    """Some pictures, each with its size in bytes or why there is none."""
+    """Return some images, each with its size in bytes or why there is none."""
     from ..cache.sources.folder import walk
 
     if path.is_file():
@@ -68,6 +68,6 @@ def _photos(path: Path, limit: int) -> list[tuple[Path, int]]:
     found = [(path / name, size) for name, size in walk(path)]
     if not found:
         raise ValueError(f"{path}: no pictures in this folder")
-    # Spread over the folder, so that not all are of its first class.
+    # Spread over the folder, so that not all come from its first class.
     limit = min(limit, len(found))
     return [found[number * len(found) // limit] for number in range(limit)]

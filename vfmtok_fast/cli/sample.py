@@ -43,12 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance; 1 is none")
     parser.add_argument("--greedy", action="store_true", help="take the likeliest code each time")
     add_sampling(parser)
-    # Mixed is for encoding.
+    # Mixed precision is for encoding only.
     add_tokenizer_options(parser, precisions=[name for name in PRECISIONS if name != "mixed"])
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """What holds whatever the guidance scale."""
+    """Add the sampling options that do not depend on the guidance scale."""
     parser.add_argument(
         "--cfg-interval", type=int, default=-1, help="guide decode steps 0..N only; -1: all"
     )
@@ -83,13 +83,13 @@ def run(options: argparse.Namespace) -> int:
     classes = torch.tensor(options.classes or range(count))
     names = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "greedy", "seed")
     settings = {name: getattr(options, name) for name in names}
-    # All that can be wrong is found before the long work, and before anything is written.
+    # Everything is checked before the long work, and before anything is written.
     Sampling(**settings).check()
     kv_dtype = torch.int8 if options.kv_int8 else None
     class_ids = classes[torch.arange(options.num) % len(classes)]
     job = sample_folder.Job(gpt, tokenizer, out, class_ids, options.size, settings, kv_dtype)
     sample_folder.prepare(job)
-    # By number: a process that comes late finds fewer left, and would take others.
+    # By shard number: a process that starts late sees fewer left, and would split them differently.
     mine = [number for number in sample_folder.pending(job) if number % world_size == rank]
     count = fill(options, job, mine, options.batch_size, hidden=rank > 0)
     if not sample_folder.finish(job):
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check_together(gpt: GPT, tokenizer: VFMTok) -> None:
-    """Require that the tokenizer decodes what the generator makes."""
+    """Require that the tokenizer can decode what the generator makes."""
     if gpt.config.block_size != tokenizer.config.num_regions or (
         gpt.config.vocab_size > tokenizer.config.codebook_size
     ):
@@ -121,7 +121,7 @@ def fill(
     batch_size: int | None,
     hidden: bool = False,
 ) -> int:
-    """Make some shards of a prepared folder behind a progress bar; how many images they hold."""
+    """Make some shards of a prepared folder with a progress bar; return their image count."""
     from .. import sample_folder
 
     count = sum(len(job.rows(number)) for number in numbers)
@@ -129,7 +129,7 @@ def fill(
 
         def generating(done: int, codes: int) -> None:
             shown.set_postfix_str(f"codes {done / codes:.0%}", refresh=False)
-            shown.update(0)  # Drawn as often as bars are.
+            shown.update(0)  # Redraws the bar, at its usual interval.
 
         sample_folder.make_shards(job, numbers, batch_size, shown.update, generating)
     return count

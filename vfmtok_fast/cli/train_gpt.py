@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from ..training import Codes, GPTTraining, OnlineCodes, Run
 
 SUMMARY = "train a generator on a token cache, or on pictures; or go on with a run"
-# The result in the authors' naming.
+# File for the result under the authors' names.
 OFFICIAL = "gpt.pt"
-# Below this loss a generator knows what it was shown.
+# Below this loss, a generator has memorised its training data.
 LEARNED = 0.1
 
 
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _prepare(options: argparse.Namespace, out: Path, rank: int, world_size: int) -> Run:
-    """What is quick to check comes first."""
+    """Make the run; what is quick to check comes first."""
     import torch
 
     from ..cache.format.fingerprint import weights_checksum
@@ -103,7 +103,7 @@ def _prepare(options: argparse.Namespace, out: Path, rank: int, world_size: int)
         model = GPT(config)
     trainer = GPTTrainer(model.to(device), settings, sharded=options.sharded)
     arguments = {name: getattr(options, name) for name in ("batch_size", "seed", "overfit")}
-    # Another tokenizer's codes are another language.
+    # A run cannot go on with another tokenizer's codes.
     if manifest:
         arguments |= {"tokens": manifest.fingerprint, "pictures_sha256": manifest.index_sha256}
         arguments["views"] = list(data.data.views)
@@ -138,7 +138,7 @@ def _finish(options: argparse.Namespace, work: Run, model: GPT, rank: int) -> in
 def _data(
     options: argparse.Namespace, device: torch.device, rank: int, world_size: int
 ) -> tuple[Codes | OnlineCodes, Manifest | None, VFMTok | None]:
-    """What is trained on; the cache's manifest, where there is one; the tokenizer, if named."""
+    """Return the training data; the manifest, if it is a cache; and the tokenizer, if named."""
     from ..cache import TokenCacheDataset
     from ..cache.format.manifest import NAME
     from ..cache.store import place
@@ -177,12 +177,12 @@ def _data(
 
 
 def _check_tokenizer(tokenizer: VFMTok, manifest: Manifest, options: argparse.Namespace) -> None:
-    """Refuse one whose codes are not those of the cache."""
+    """Refuse a tokenizer whose codes are not those of the cache."""
     import copy
 
     from ..cache.format.fingerprint import weights_checksum
 
-    # The cache knows the weights as they were rounded for it.
+    # The cache records the checksum of the weights in its own precision.
     rounded = copy.deepcopy(tokenizer).set_precision(manifest.covers["dtype"])
     if weights_checksum(rounded.state_dict()) != manifest.covers["weights_sha256"]:
         raise ValueError(
@@ -192,7 +192,7 @@ def _check_tokenizer(tokenizer: VFMTok, manifest: Manifest, options: argparse.Na
 
 
 def _sizes(manifest: Manifest | None, tokenizer: VFMTok | None) -> tuple[int, int]:
-    """Codes there are, and codes of an image."""
+    """Return the codebook size and the number of codes per image."""
     if manifest is not None:
         return manifest.codebook_size, manifest.num_tokens
     return tokenizer.config.codebook_size, tokenizer.config.num_regions
@@ -201,7 +201,7 @@ def _sizes(manifest: Manifest | None, tokenizer: VFMTok | None) -> tuple[int, in
 def _config(
     options: argparse.Namespace, vocab_size: int, block_size: int, num_classes: int
 ) -> GPTConfig:
-    """Of the model; what the data decides is checked where a file says it too."""
+    """Return the model's config; what the data determines is checked if a file states it too."""
     import dataclasses
 
     from ..configs import config_from_mapping
@@ -252,7 +252,7 @@ def _settings(
 
 
 def _check_learned(options: argparse.Namespace, work: Run, model: GPT) -> int:
-    """Does the generator give the codes back that it was shown?"""
+    """Check whether the generator reproduces the codes that it was trained on."""
     import torch
 
     batch = work.data.batch(range(options.overfit))
@@ -272,7 +272,7 @@ def _check_learned(options: argparse.Namespace, work: Run, model: GPT) -> int:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    """The real architecture without memory, and two steps of a small one on the real codes."""
+    """Estimate the real model without allocating it; run two steps of a small one on the codes."""
     import dataclasses
 
     from ..generator import GPT

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "train a tokenizer on pictures, or go on with a run"
 RECIPES = ("vfmtok", "rae")
-# The result in the authors' naming, without the backbone, as theirs.
+# File for the result under the authors' names, without the backbone, like theirs.
 OFFICIAL = "vfmtok-tokenizer.pt"
 
 
@@ -127,7 +127,7 @@ def _finish(options: argparse.Namespace, work: Run, model: VFMTok, rank: int) ->
 
 
 def _prepare(options: argparse.Namespace, out: Path, rank: int, world_size: int) -> Run:
-    """What is quick to check comes first."""
+    """Make the run; what is quick to check comes first."""
     from ..cache.format.fingerprint import weights_checksum
     from ..training import Run, TokenizerTrainer, reconstructions
     from ..training.estimate import estimate_tokenizer
@@ -144,7 +144,7 @@ def _prepare(options: argparse.Namespace, out: Path, rank: int, world_size: int)
     )
     names = ("batch_size", "seed", "discriminator", "lpips_dropout")
     arguments = {name: getattr(options, name) for name in names}
-    # No checkpoint holds what does not learn.
+    # Checkpoints do not hold frozen weights.
     frozen = {"backbone": model.backbone, "lpips": lpips, "dino": discriminator}
     for name, part in frozen.items():
         arguments[name] = None if part is None else weights_checksum(_frozen(part))
@@ -163,7 +163,7 @@ def _frozen(part: nn.Module) -> dict[str, Tensor]:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    """The real architecture without memory, and two steps of a small one on the real pictures."""
+    """Estimate the real model without allocating it; run two steps of a small one on the images."""
     import dataclasses
 
     from ..tokenizer import VFMTok

@@ -1,4 +1,4 @@
-"""What the commands share that train: options, processes, and a run from its start to its end."""
+"""What the training commands share: options, processes, and a run from its start to its end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..training.estimate import Estimate
     from ..training.loop import Data
 
-# Of the settings, those that options of the same name give, where they are given.
+# Settings that are taken from the option of the same name, if it is given.
 FIELDS = (
     *("lr", "min_lr", "clip", "micro_batch", "seed", "ema", "schedule", "weight_decay"),
     *("grad_checkpointing", "compile"),
@@ -128,7 +128,7 @@ def open_pictures(
 def fields_of(
     options: argparse.Namespace, steps_per_epoch: int, device: torch.device
 ) -> dict[str, object]:
-    """Fields that the settings of both trainers have; ``total_steps`` is the run's length."""
+    """Return the fields that both trainers' settings have; ``total_steps`` is the run's length."""
     steps, warmup = options.steps, options.warmup_steps
     if steps is None:
         steps = max(1, round(options.epochs * steps_per_epoch))
@@ -148,16 +148,17 @@ def run_to_end(
     dry_run: Callable[[argparse.Namespace], int],
     finish: Callable[[argparse.Namespace, Run, nn.Module, int], int],
 ) -> int:
-    """Begin a run or go on with it, among all processes, train, and save the averaged model.
+    """Start or resume a run among all processes, train, and save the averaged model.
 
     Args:
-        prepare: given the options, the folder, this process's rank and how many there are.
+        prepare: called with the options, the folder, this process's rank and the number of
+            processes.
         dry_run: what --dry-run does instead.
-        finish: what is left to do when it has trained, on all processes; given the options, the
-            run, the averaged model and the rank, returns an exit code.
+        finish: called on all processes after training, with the options, the run, the averaged
+            model and the rank; returns an exit code.
 
     Returns:
-        The exit code; where a signal came, its own.
+        The exit code; 128 plus the signal's number if a signal stopped the run.
     """
     from ..training import Stopped
 
@@ -197,7 +198,7 @@ def run_to_end(
 
 
 def _check_out(out: Path) -> None:
-    """Refuse a folder that is no run's. One that ended before its first checkpoint begins anew."""
+    """Refuse a folder that is not a run's. A run without a checkpoint starts from the beginning."""
     from ..cache.store import atomic
     from ..training import checkpoints
     from ..training.loop import CHECKPOINTS, LOG, PICTURES
@@ -213,7 +214,7 @@ def _check_out(out: Path) -> None:
 
 @contextlib.contextmanager
 def _alone(out: Path, rank: int) -> Iterator[None]:
-    """Lock a run's folder, for its first process; the system unlocks it when that ends."""
+    """Lock a run's folder on rank 0; the system unlocks it when that process ends."""
     from ..cache.store import LocalPlace
 
     if rank:
@@ -226,15 +227,15 @@ def _alone(out: Path, rank: int) -> Iterator[None]:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            new = False  # It is the other's.
+            new = False  # It belongs to the other process.
             raise FileExistsError(
                 f"{out}: another process trains there; wait for it, or choose another folder"
             ) from error
         except OSError:
-            pass  # Some network disks lock no folders.
+            pass  # Some network disks cannot lock folders.
         yield
     finally:
-        if new:  # If the run was refused, it is empty. Locked still, so that nobody begins there.
+        if new:  # Empty if the run was refused. Still locked, so that no other run starts there.
             LocalPlace(out).remove_folder()
         os.close(folder)
 
@@ -245,7 +246,7 @@ def _deterministic(options: argparse.Namespace) -> Iterator[None]:
 
     before = torch.are_deterministic_algorithms_enabled()
     if options.deterministic:
-        # Without, cuBLAS has no order of sums; it must stand before the first product.
+        # cuBLAS sums in a fixed order only with this; it must be set before the first product.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     try:
@@ -255,7 +256,7 @@ def _deterministic(options: argparse.Namespace) -> Iterator[None]:
 
 
 def save_official(path: Path, weights: dict[str, Tensor]) -> None:
-    """A checkpoint as the authors' code reads it."""
+    """Write a checkpoint that the authors' code reads."""
     import torch
 
     from ..cache.store import LocalPlace
@@ -265,7 +266,7 @@ def save_official(path: Path, weights: dict[str, Tensor]) -> None:
 
 
 def speed(device: torch.device, precision: str, world_size: int) -> float | None:
-    """FLOP/s of all devices, for the log; of CPUs nobody asks."""
+    """Return the FLOP/s of all GPUs, for the log; None on a CPU."""
     from ..training.estimate import product_rate
 
     return world_size * product_rate(device, precision) if device.type == "cuda" else None
@@ -293,7 +294,7 @@ def _together(rank: int, world_size: int, device: str | None) -> Iterator[None]:
 
 
 def try_steps(options: argparse.Namespace, trainer: Trainer, data: Data) -> None:
-    """Two steps of a small model, for --dry-run."""
+    """Run two steps of a small model, for --dry-run."""
     with policy(options), contextlib.closing(data.batches(0)) as batches:
         for _ in range(2):
             terms = trainer.step(*data.arguments(next(batches), trainer.device))
@@ -301,7 +302,7 @@ def try_steps(options: argparse.Namespace, trainer: Trainer, data: Data) -> None
 
 
 def tell_estimate(found: Estimate, images: int, precision: str, device: torch.device) -> None:
-    """Weights, memory, and how long an epoch of so many pictures takes at least."""
+    """Print weights, memory, and the least time that an epoch of so many images takes."""
     from ..training.estimate import product_rate
 
     rate = product_rate(device, precision)
