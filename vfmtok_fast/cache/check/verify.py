@@ -22,7 +22,7 @@ from ..sources import Source, open_again
 from ..store import Place, place
 from .sheet import contact_sheet
 
-MEND = "mend it with vfmtok-fast repair"
+MEND = "run vfmtok-fast repair"
 
 
 @dataclass
@@ -92,8 +92,8 @@ def verify(
         covers = describe(tokenizer, found.views, found.batch_size, found.seed, found.heif)
         if differing := differences(found.covers, covers):
             raise FingerprintMismatch(
-                f"{out}: was not made by this tokenizer and program: {differing}; name the model "
-                "and precision that made it, with the fast ops on or off as then"
+                f"{out}: was not made by this tokenizer and program: {differing}; use the model "
+                "and precision that made it, with the fast ops on or off as they were then"
             )
     report = Report(images=found.images, shards=found.shards)
     sound = _check_files(out, found, report)
@@ -114,7 +114,7 @@ def _check_files(out: Place, found: Manifest, report: Report) -> list[int]:
     """Fill in `report.problems` and `report.bad`; return the numbers of the sound shards."""
     try:
         if index.index_checksum(out / INDEX) != (found.images, found.index_sha256):
-            report.problems.append(f"{out / INDEX}: does not fit its checksum in the manifest")
+            report.problems.append(f"{out / INDEX}: does not match its checksum in the manifest")
             return []
     except ValueError as error:
         report.problems.append(str(error))

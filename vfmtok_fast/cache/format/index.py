@@ -258,7 +258,7 @@ def _opened(path: Place) -> Iterator[pq.ParquetFile]:
             yield file
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(
-            f"{path}: cannot read the index: {one_line(error)}; restore it, or cache anew"
+            f"{path}: cannot read the index: {one_line(error)}; restore it, or make a new cache"
         ) from error
 
 

@@ -124,12 +124,12 @@ def read_manifest(out: str | os.PathLike | Place, name: str = NAME) -> Manifest:
             f"{out}: no token cache here ({NAME} is missing); make one with vfmtok-fast cache"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); restore it, or cache anew") from error
+        raise ValueError(f"{path}: damaged ({error}); restore it, or make a new cache") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: not the manifest of a token cache")
     if content.get("version") != VERSION:
         raise ValueError(
-            f"{path}: format version {content.get('version')}, this program reads {VERSION}"
+            f"{path}: format version {content.get('version')}, but this program reads {VERSION}"
         )
     try:
         manifest = Manifest(
@@ -142,11 +142,13 @@ def read_manifest(out: str | os.PathLike | Place, name: str = NAME) -> Manifest:
         said = content["fingerprint"], content["counts"]["shards"], content["views"]
         sound = (manifest.fingerprint, manifest.shards, manifest.views) == said
     except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{path}: damaged (entry {error}); restore it, or cache anew") from error
+        raise ValueError(
+            f"{path}: damaged (entry {error}); restore it, or make a new cache"
+        ) from error
     if not sound:
         raise ValueError(
-            f"{path}: damaged (the fingerprint does not fit what it covers); "
-            "restore it, or cache anew"
+            f"{path}: damaged (the fingerprint does not match what it covers); "
+            "restore it, or make a new cache"
         )
     return manifest
 
@@ -162,7 +164,7 @@ def check_same(found: Manifest, covers: dict[str, Any], shard_size: int, out: Pl
     )
     if differing:
         raise FingerprintMismatch(
-            f"{out}: holds a cache made otherwise: {differing}; "
+            f"{out}: holds a cache made with other settings: {differing}; "
             "use the same settings, or another folder"
         )
 

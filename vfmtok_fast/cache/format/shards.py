@@ -226,18 +226,18 @@ def problems(header: Header, shard: Shard, number: int, manifest: Manifest) -> l
                 f"{name} is {array.dtype} {array.shape} instead of {np.dtype(dtype)} {shapes[name]}"
             )
         elif _sha256(array) != header.checksums.get(name):
-            found.append(f"{name} does not fit its checksum")
+            found.append(f"{name} does not match its checksum")
     if found:
         return found
     if not np.array_equal(shard.index, np.asarray(manifest.rows_of(number))):
         found.append("index is not the run of numbers that belongs to this shard")
     if not np.isin(shard.status, list(STATUS_NAMES)).all():
-        found.append(f"status holds other values than {list(STATUS_NAMES)}")
+        found.append(f"status holds values other than {list(STATUS_NAMES)}")
     good = shard.status == OK
     if header.bad != int((~good).sum()):
-        found.append(f"says {header.bad} bad pictures, holds {int((~good).sum())}")
+        found.append(f"says {header.bad} bad pictures, but holds {int((~good).sum())}")
     if (shard.tokens[good] >= manifest.codebook_size).any():
-        found.append(f"holds tokens of {manifest.codebook_size} or more")
+        found.append(f"holds tokens that are {manifest.codebook_size} or more")
     if (shard.tokens[~good] != BAD_TOKEN).any():
         found.append("holds tokens for bad pictures")
     return found

@@ -90,10 +90,10 @@ def parse_views(names: Iterable[str]) -> tuple[View, ...]:
     if not views:
         raise ValueError(f"views: must name at least one of {known}, got none")
     if len(views) > _MAX_VIEWS:
-        raise ValueError(f"views: {_MAX_VIEWS} at most, got {len(views)}")
+        raise ValueError(f"views: must be at most {_MAX_VIEWS}, got {len(views)}")
     if len(set(views)) < len(views):
         twice = next(view for view in views if views.count(view) > 1)
-        raise ValueError(f"views: each name once, got {twice} twice")
+        raise ValueError(f"views: must name each view once, got {twice} twice")
     return tuple(views)
 
 
@@ -103,7 +103,7 @@ def _parse(name: str) -> list[View]:
     if match := _RANGE.fullmatch(name):
         first, last = int(match[1]), int(match[2])
         if first > last or last - first >= _MAX_VIEWS:
-            raise ValueError(f"views: {name!r} must count up, by {_MAX_VIEWS} at most")
+            raise ValueError(f"views: {name!r} must count up, over at most {_MAX_VIEWS} views")
         return [View("random", number, bool(match[3])) for number in range(first, last + 1)]
     if name in ("center", "center" + FLIP):
         return [View("center", 0, name != "center")]

@@ -70,7 +70,7 @@ def _check_kind(source: Source, origin: index.Origin, has_files: bool) -> None:
     """
     if origin.kind != source.kind:
         raise ImagesChanged(
-            f"{source.root}: is a {source.kind} input, the cache was made from {origin.kind}; "
+            f"{source.root}: is a {source.kind} input, but the cache was made from {origin.kind}; "
             f"give the same input (--input {origin.kind}), or cache into a new folder"
         )
     patterns = {"include", "exclude"} if has_files and source.kind in ARCHIVES else ()
@@ -222,13 +222,13 @@ def _extended(source: Source, out: Place, found: Manifest, workers: int) -> Mani
         classes = source.classes(max(highest, len(found.classes) - 1))
         if classes[: len(found.classes)] != found.classes:
             raise ImagesChanged(
-                f"{source.root}: with what was added the classes have other names or numbers; "
+                f"{source.root}: what was added changes the names or numbers of the classes; "
                 "cache into a new folder"
             )
     if not found.heif and index.holds_suffix(out / NEXT_INDEX, HEIF_SUFFIXES):
         raise ImagesChanged(
-            f"{source.root}: a cache without .heic and .heif pictures cannot get any, for its "
-            "fingerprint lacks the version of what reads them; cache into a new folder"
+            f"{source.root}: .heic and .heif pictures cannot be added to a cache without any, "
+            "because its fingerprint lacks their decoder's version; cache into a new folder"
         )
     if not _is_current(out, found):
         return None
@@ -273,7 +273,7 @@ def _new_pictures(
     lost = sorted(set(found.classes) - set(classes))
     if changed or lost:
         raise ImagesChanged(
-            f"{source.root}: only what is new can be added, but {changed} pictures have another "
+            f"{source.root}: only new pictures can be added, but {changed} pictures have another "
             f"size, and {len(lost)} classes are gone; restore them, or cache into a new folder"
         )
     classes = [*found.classes, *sorted(set(classes) - set(found.classes))]

@@ -232,7 +232,7 @@ def _encode_batch(tokenizer: Tokenizer, batch: Batch, manifest: Manifest) -> np.
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= manifest.codebook_size:
         raise TokenError(
-            f"tokenizer.encode must return tokens of 0 to {manifest.codebook_size - 1}, "
+            f"tokenizer.encode must return tokens from 0 to {manifest.codebook_size - 1}, "
             f"got {low if low < 0 else high}; nothing was written for this shard"
         )
     return tokens.astype(np.uint16)

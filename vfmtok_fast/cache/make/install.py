@@ -43,7 +43,7 @@ def read_newer(out: Place, found: Manifest) -> Manifest:
     install(out)
     if (now := read_manifest(out)) == found:
         index.index_checksum(out / INDEX)  # Raises a clearer error if it cannot be read at all.
-        raise ValueError(f"{out / INDEX}: damaged; restore it, or cache anew")
+        raise ValueError(f"{out / INDEX}: damaged; restore it, or make a new cache")
     return now
 
 
@@ -58,5 +58,7 @@ def is_index_of(found: Manifest, path: Place) -> bool:
 def _give_up(out: Place) -> None:
     """Drop an extension whose index was overwritten by that of another one, with other images."""
     if not is_index_of(read_manifest(out), out / INDEX):
-        raise ValueError(f"{out / NEXT_MANIFEST}: does not fit the index; cache into a new folder")
+        raise ValueError(
+            f"{out / NEXT_MANIFEST}: does not match the index; cache into a new folder"
+        )
     (out / NEXT_MANIFEST).remove()

@@ -131,13 +131,13 @@ def _check_current(job: Job) -> None:
     now = manifest.read_manifest(job.out)
     if now.batch_size != job.manifest.batch_size:
         raise ImagesChanged(
-            f"{job.out}: another run has begun it with a batch size of {now.batch_size} instead of "
-            f"{job.manifest.batch_size}; run again, all with the same one"
+            f"{job.out}: another run has started it with a batch size of {now.batch_size} instead "
+            f"of {job.manifest.batch_size}; run again, with the same batch size everywhere"
         )
     if now != job.manifest:
         raise ImagesChanged(
             f"{job.out}: another run has extended it from {job.manifest.images} to {now.images} "
-            "pictures; run again, to go on with those"
+            "pictures; run again to include those"
         )
 
 

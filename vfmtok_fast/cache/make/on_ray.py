@@ -263,14 +263,14 @@ class _Crew:
             ) from error
         if self.lost[None] > 2 * self.room.actors + 2:
             raise ActorsLost(
-                f"{self.out}: {self.lost[None]} Ray actors in turn died as they started; "
+                f"{self.out}: {self.lost[None]} Ray actors in a row died while starting; "
                 f"see Ray's logs, then run again (finished shards are kept): {first_line(error)}"
             ) from error
 
     def _check_patience(self, heard: float) -> None:
         if time.monotonic() - heard > START_PATIENCE:
             raise ActorsLost(
-                f"{self.out}: in {START_PATIENCE:.0f} s Ray has started no actor of "
-                f"{self.room.cores} CPU cores and {self.room.gpus} GPUs; see `ray status`, then "
-                "run again (finished shards are kept)"
+                f"{self.out}: Ray has not started an actor with {self.room.cores} CPU cores and "
+                f"{self.room.gpus} GPUs in {START_PATIENCE:.0f} s; see `ray status`, then run "
+                "again (finished shards are kept)"
             )

@@ -89,10 +89,10 @@ def _check_outside(root: Path, out: Place) -> None:
         return
     check_utf8(out)
     if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out}: must be a folder, is a file; choose another name")
+        raise FileExistsError(f"{out}: must be a folder, but is a file; choose another name")
     if out.resolve().is_relative_to(root.resolve()):
         raise ValueError(
-            f"{out}: lies inside the pictures' folder {root}, where it would become a class; "
+            f"{out}: is inside the pictures' folder {root}, where it would become a class; "
             "choose a folder outside"
         )
 
@@ -110,8 +110,7 @@ def _is_free(out: Place) -> bool:
         if (out / manifest.NAME).exists():
             return False
         raise FileExistsError(
-            f"{out}: holds something else ({name!r}) and is left alone; "
-            "choose a new or empty folder"
+            f"{out}: holds something other than a cache ({name!r}); choose a new or empty folder"
         )
     return True
 
@@ -185,7 +184,7 @@ def _resume(
         return _resume(source, out, now, covers, spec, workers, rank)
     if spec.hashed and not index.read_hashed(out / INDEX):
         raise ValueError(
-            f"{out}: was indexed without hashes; leave them out, or cache into a new folder"
+            f"{out}: was indexed without hashes; run without --hash, or cache into a new folder"
         )
     if spec.extend:
         return _extend(source, out, found, workers, rank)
@@ -219,8 +218,8 @@ def _publish(found: manifest.Manifest, out: Place) -> None:
         found.write(out)
     elif manifest.read_manifest(out) != found:
         raise changes.ImagesChanged(
-            f"{out}: another process began a cache of other pictures or with other settings here "
-            "at the same time; remove the folder, and start all processes alike"
+            f"{out}: another process started a cache of other pictures or with other settings here "
+            "at the same time; remove the folder, and start all processes with the same arguments"
         )
 
 

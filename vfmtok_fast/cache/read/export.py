@@ -61,10 +61,10 @@ def export(
         raise ValueError(f"{out}: not complete; finish it with vfmtok-fast cache")
     if target.remote and format == "llamagen":
         raise ValueError(
-            f"{target}: llamagen is two files to a picture; write it to a local folder, and pack it"
+            f"{target}: llamagen has two files per picture; write to a local folder, and pack it"
         )
     if target.exists() or (not target.remote and target.is_symlink()):  # even a dangling one
-        raise FileExistsError(f"{target}: is there already; choose another name")
+        raise FileExistsError(f"{target}: already exists; choose another name")
     target.parent.make_folder()
     names = [found.views[place] for place in places]
     return FORMATS[format](target, _parts(out, found, places), names)
@@ -77,9 +77,9 @@ def _parts(out: Place, found: Manifest, places: list[int]) -> Iterator[_Part]:
         try:
             header, shard = shards.read_shard(path)
         except FileNotFoundError as error:
-            raise ValueError(f"{error}; mend it with vfmtok-fast repair") from error
+            raise ValueError(f"{error}; run vfmtok-fast repair") from error
         if wrong := shards.problems(header, shard, number, found):
-            raise ValueError(f"{path}: {wrong[0]}; mend it with vfmtok-fast repair")
+            raise ValueError(f"{path}: {wrong[0]}; run vfmtok-fast repair")
         good = np.flatnonzero(shard.status == shards.OK)
         paths = index.read_rows(out / INDEX, number).paths
         tokens = shard.tokens[good][:, places]

@@ -57,8 +57,8 @@ class TokenCache:
         self._view = slice(None) if view is None else names.index(view)
         if not partial and not (self.out / shards.COMPLETE).exists():
             raise ValueError(
-                f"{out}: not complete; finish it with `vfmtok-fast cache`; in Python partial=True "
-                "takes what is there"
+                f"{out}: not complete; finish it with `vfmtok-fast cache`; in Python, partial=True "
+                "reads the finished shards"
             )
         rows, labels = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
         self._files: dict[int, _Rows] = {}
@@ -67,7 +67,7 @@ class TokenCache:
         if self.out.remote:
             self._mirror = place(_default_mirror(self.out) if mirror is None else os.fspath(mirror))
             if self._mirror.remote:
-                raise ValueError(f"{mirror}: a mirror is a local folder")
+                raise ValueError(f"{mirror}: a mirror must be a local folder")
         found_in = self.out.spread(self._look, range(self.manifest.shards))
         for number, found in enumerate(found_in):
             if found is not None:
@@ -132,7 +132,7 @@ class TokenCache:
         if not copy.exists():
             data = path.read_bytes()
             if wrong := shards.problems(*shards.read_shard(path, data), number, self.manifest):
-                raise ValueError(f"{path}: {wrong[0]}; mend it with vfmtok-fast repair")
+                raise ValueError(f"{path}: {wrong[0]}; run vfmtok-fast repair")
             self._mirror.make_folder()
             copy.put(data)
         return copy
@@ -165,7 +165,7 @@ class _Rows:
         """Return uint16 [V, T], by pread: forked processes share the file and its position."""
         data = os.pread(self.file.fileno(), self.size, self.start + row * self.size)
         if len(data) < self.size:
-            raise ValueError(f"{self.path}: was cut short; mend it with vfmtok-fast repair")
+            raise ValueError(f"{self.path}: was cut short; run vfmtok-fast repair")
         return np.frombuffer(data, np.uint16).reshape(self.shape)
 
 

@@ -60,8 +60,8 @@ def open_source(
         raise ValueError("an empty path: name the pictures, or . for the current folder")
     if "://" in str(images):
         raise ValueError(
-            f"{images}: pictures are read from local files; mount this, or copy it (a cache itself "
-            "may lie at a URL)"
+            f"{images}: pictures are read from local files; mount this, or copy it (only the cache "
+            "itself may be at a URL)"
         )
     root = Path(os.path.expanduser(images)).absolute()
     if not root.exists():
@@ -76,7 +76,7 @@ def open_source(
         raise ValueError(f"{root}: is {kind}; only Parquet has columns to choose")
     if kind == "folder":
         if not root.is_dir():
-            raise NotADirectoryError(f"{root}: must be a folder of pictures, is a file")
+            raise NotADirectoryError(f"{root}: must be a folder of pictures, but is a file")
         return _folder(root, choice)
     check_utf8(root)
     if kind == "lmdb":
@@ -85,7 +85,7 @@ def open_source(
         return LmdbSource(root)
     if kind == "tar":
         if root.is_dir():
-            raise ValueError(f"{root}: must be one tar file, is a folder; name the file in it")
+            raise ValueError(f"{root}: must be one tar file, but is a folder; name the file in it")
         return TarSource(root, choice)
     return _of_archives(root, kind, choice, said, (image_column, label_column))
 
@@ -134,8 +134,8 @@ def _folder(root: Path, choice: Choice) -> FolderSource:
             source = FolderSource(root / split, choice.below(split))
         elif not choice.include and class_folders(root / split):
             raise ValueError(
-                f"{root}: holds nothing but the folder {split}, and that holds class folders; give "
-                f"{root / split}, or take it for one class with --include '*'"
+                f"{root}: holds nothing but the folder {split}, which holds class folders; give "
+                f"{root / split}, or take it as one class with --include '*'"
             )
     if choice.record() and next(walk(source.root, "", source.choice), None) is None:
         raise ValueError(f"{root}: {_nothing(choice)}")
@@ -175,5 +175,5 @@ def _kind_of_file(path: Path) -> str:
             f"{path}: a compressed tar cannot be read in place; decompress it to a plain .tar"
         )
     raise NotADirectoryError(
-        f"{path}: must be a folder of pictures, or a .tar, .parquet or .mdb file, is another file"
+        f"{path}: must be a folder of pictures, or a .tar, .parquet or .mdb file; is another file"
     )

@@ -71,7 +71,7 @@ def _members(
     if file.read(BLOCK) != bytes(BLOCK):
         raise ValueError(
             f"{path}: damaged or truncated at byte {archive.offset} (no end of archive there); "
-            "fetch it again"
+            "download or copy it again"
         )
     return _next_archive(file, archive.offset, end)
 
@@ -143,8 +143,8 @@ def read_member(root: Path, entry: Entry) -> bytes:
             size = _size_at(file, entry, header)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(
-            f"{path}: this archive has gone since it was indexed; "
-            "bring it back and run again (finished shards are kept)"
+            f"{path}: this archive has disappeared since it was indexed; "
+            "restore it and run again (finished shards are kept)"
         ) from error
     if size is None:
         raise BadImage(GONE, "changed since it was indexed: no member of the tar here")

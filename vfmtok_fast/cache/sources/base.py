@@ -114,7 +114,7 @@ def behind(entries: Iterator[Entry], after: Entry | None) -> Iterator[Entry]:
         place = after.path, after.file, after.offset
         if all((entry.path, entry.file, entry.offset) != place for entry in entries):
             raise ValueError(
-                f"{after.path!r} was listed when indexing was interrupted, and is not any more; "
+                f"{after.path!r} was listed before indexing was interrupted, but is missing now; "
                 "cache into a new folder"
             )
     yield from entries

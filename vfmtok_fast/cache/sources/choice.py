@@ -40,7 +40,7 @@ class Choice:
         for name in ("include", "exclude"):
             value = getattr(self, name)
             if isinstance(value, str):
-                raise TypeError(f"input: {name} must be patterns, not one string; got {value!r}")
+                raise TypeError(f"input: {name} must be a list of patterns, got {value!r}")
             object.__setattr__(self, name, tuple(value))
 
     @cached_property
@@ -128,8 +128,8 @@ def check_splits(where: object, paths: Iterable[str], choice: Choice, whole: boo
     if len(found) > 1 and not named:
         words, examples = zip(*found.values(), strict=True)
         raise ValueError(
-            f"{where}: holds several splits of a data set ({', '.join(examples)}); choose one, as "
-            f"with --split {words[0]}, or take all with --include '*'"
+            f"{where}: holds several splits of a data set ({', '.join(examples)}); choose one, for "
+            f"example with --split {words[0]}, or take all with --include '*'"
         )
 
 

@@ -63,12 +63,12 @@ class Columns:
             ValueError: its columns or the names of its classes differ.
         """
         if not _has(schema, self.image, lambda kind: leaf_of(schema, self.image) is not None):
-            wrong = f"has no pictures in the column {self.image!r}, unlike files before it"
+            wrong = f"has no pictures in the column {self.image!r}, unlike the files before it"
             raise ValueError(f"{path}: {wrong}; leave it out with --exclude; {_listed(schema)}")
         if self.label is None or self.values is not None:
             return
         if not _has(schema, self.label, _is_label):
-            wrong = f"has no class numbers in the column {self.label!r}, unlike files before it"
+            wrong = f"has no class numbers in the column {self.label!r}, unlike the files before it"
             raise ValueError(f"{path}: {wrong}; leave it out with --exclude; {_listed(schema)}")
         names = _class_names(_features(schema), self.label)
         if names and self.names and names != self.names:
@@ -175,8 +175,8 @@ def _image(where: Path, schema: pa.Schema, asked: str | None) -> str:
     if asked is not None:
         if leaf_of(schema, asked) is None:
             raise ValueError(
-                f"{where}: the column {asked!r} (--image-column) must be there, and hold bytes or "
-                f"a struct with them; {_listed(schema)}"
+                f"{where}: the column {asked!r} (--image-column) must exist, and hold bytes or a "
+                f"struct with them; {_listed(schema)}"
             )
         return asked
     leaves = {name: leaf for name in schema.names if (leaf := leaf_of(schema, name))}
@@ -211,7 +211,7 @@ def _label(where: Path, schema: pa.Schema, asked: str | None) -> str | None:
         empty = pa.types.is_null(column.type)
         if column.name == asked or (column.name.lower() in LABEL_COLUMNS and not empty):
             raise ValueError(
-                f"{where}: column {column.name!r} must hold class numbers, is {column.type}; name "
+                f"{where}: column {column.name!r} must hold class numbers, got {column.type}; name "
                 f"another with --label-column, or take no labels (--label-column {NO_LABELS})"
             )
     return None

@@ -110,8 +110,8 @@ def check_shards(root: Path, names: tuple[str, ...]) -> None:
         suffixes = suffixes_in(root / name)
         if ".tar" in suffixes:
             raise ValueError(
-                f"{root}: holds tar files that are no WebDataset shards ({name} holds tars, as "
-                f"ILSVRC2012 comes); give one of the files itself, as {root / name}"
+                f"{root}: holds tar files that are not WebDataset shards ({name} holds tars, like "
+                f"ILSVRC2012); give one of the files itself, such as {root / name}"
             )
         if suffixes - EXTENSIONS:
             return

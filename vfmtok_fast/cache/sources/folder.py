@@ -82,8 +82,8 @@ class FolderSource(Source):
         except (FileNotFoundError, NotADirectoryError) as error:
             if not path.parent.is_dir():
                 raise FileNotFoundError(
-                    f"{path.parent}: this folder has gone since it was indexed; "
-                    "bring it back and run again (finished shards are kept)"
+                    f"{path.parent}: this folder has disappeared since it was indexed; "
+                    "restore it and run again (finished shards are kept)"
                 ) from error
             if entry.size == NO_SIZE:
                 raise BadImage(BAD, "a link to a file that does not exist") from error

@@ -85,7 +85,7 @@ def place(out: str | os.PathLike | Place) -> Place:
     if not mark:
         if re.match(r"[a-z][a-z0-9+.-]+:/(?!/)", os.fspath(out)):  # what Path makes of s3://
             raise ValueError(
-                f"{out}: give a URL as a string; pathlib.Path takes one of its slashes"
+                f"{out}: give a URL as a string; pathlib.Path removes one of its slashes"
             )
         if not os.fspath(out):
             raise ValueError("an empty path: name a folder, or . for the current one")

@@ -55,7 +55,7 @@ class Tensors:
         except (AttributeError, LookupError, TypeError) as error:
             raise ValueError("no safetensors header") from error
         if not known or any(entry["dtype"] not in _DTYPES for entry in self.header.values()):
-            raise ValueError("holds other types than a shard does")
+            raise ValueError("holds dtypes that a shard does not have")
         if max(ends, default=self.start) != size:
             raise ValueError(f"holds {size} bytes instead of {max(ends, default=self.start)}")
 

@@ -110,7 +110,7 @@ class UrlPlace:
         except FileNotFoundError as error:
             if puts:  # no such bucket
                 raise StoreError(self.url, error) from error
-            raise FileNotFoundError(f"{self.url}: not there") from error
+            raise FileNotFoundError(f"{self.url}: does not exist") from error
         except Exception as error:
             # Each store raises its own errors; not all of them are OSErrors.
             raise StoreError(self.url, error) from error
@@ -126,7 +126,7 @@ def files_of(url: str) -> tuple[Any, str]:
         files = fsspec.filesystem(protocol, use_listings_cache=False)
     except ImportError as error:
         raise ValueError(
-            f"{url}: {one_line(error)}; pip install 'vfmtok-fast[cloud]' brings S3 and GCS"
+            f"{url}: {one_line(error)}; pip install 'vfmtok-fast[cloud]' adds S3 and GCS"
         ) from error
     except ValueError as error:
         raise ValueError(f"{url}: {one_line(error)}") from error
