@@ -328,7 +328,7 @@ def test_the_commands_options(tmp_path, fake, capsys):
     options = ["--untrained", "small", "--device", "cpu", "--batch-size", "1"]
     command = ["cache", str(root), str(tmp_path / "t"), *options]
     assert cli.main([*command, "--split", "x", "--include", "y"]) == 2
-    assert "give one of the two" in capsys.readouterr().err
+    assert "give only one of the two" in capsys.readouterr().err
     assert cli.main([*command, "--split", "test"]) == 2
     assert "nothing is left in it" in capsys.readouterr().err
     assert cli.main([*command, "--image-column", "label"]) == 2

@@ -54,14 +54,14 @@ def test_reconstruction(run, photos: Path, model: Path, tmp_path: Path):
     line = ("reconstruction", photos, "--model", model, "--size", 16, "--out", out)
     files = ("--vgg16", tmp_path / "vgg16.pth", "--lpips-linear", tmp_path / "vgg.pth")
     code, text, errors = run(*line, "--num", 4, *files)
-    assert code == 0 and "an Inception of random weights" in errors
+    assert code == 0 and "an Inception with random weights" in errors
     result = json.loads(out.read_text())
     assert result["metrics"]["LPIPS"] > 0 and result["metrics"]["rFID"] > 0
     assert [row.split("  ")[0] for row in text.splitlines()[:-1]] == [*result["metrics"]]
     assert text.endswith("reconstruction-vfmtok, num=4, size=16; Inception: random weights\n")
 
     code, _, errors = run(*line, "--num", 4)
-    assert code == 2 and "is there already; choose another name" in errors
+    assert code == 2 and "already exists; choose another name" in errors
     code, _, errors = run(*line[:-1], tmp_path / "b.json", "--no-inception")
     assert code == 2 and errors.count("\n") == 1
     assert "50000 pictures were asked for, it holds 10; --num 10" in errors
@@ -106,7 +106,7 @@ def test_a_sweep_and_one_of_its_folders_again(
 
     line = ("sweep", out, *models, *reference, "--num", 8, "--size", 32, "--cfg-scale", 2, 3)
     code, _, errors = run(*line)
-    assert code == 2 and "sweep.json has scale 1 too; name it as well" in errors
+    assert code == 2 and "sweep.json also has scale 1; name it as well" in errors
     # A folder of other samples is found before a picture of the scale before it is made.
     (out / "sweep.json").unlink()
     code, _, errors = run(*line, "--seed", 1)
@@ -118,7 +118,7 @@ def test_probe(run, photos: Path, model: Path, tmp_path: Path):
     out = tmp_path / "probe.json"
     line = ("probe", photos, "--model", model, "--features", "codes", "--epochs", 12, "--out", out)
     code, _, errors = run(*line, "--test", photos)
-    assert code == 2 and "those are the training pictures; name others" in errors
+    assert code == 2 and "these are the training pictures; name others" in errors
     (tmp_path / "link").symlink_to(photos)
     assert "the training pictures" in run(*line, "--test", tmp_path / "link")[2]
     # The rate of so few would never have risen.
@@ -155,7 +155,7 @@ def test_two_files_of_one_folder(run, photos: Path, model: Path, tmp_path: Path)
     compared = json.loads((tmp_path / "probe.json").read_text())["compared"]
     assert (compared["train"], compared["test"]) == (str(train), str(test))
     code, _, errors = run("probe", train, "--test", tmp_path / "." / "train.parquet", *line[:4])
-    assert code == 2 and "those are the training pictures" in errors
+    assert code == 2 and "these are the training pictures" in errors
     line = ("--model", model, "--num", 4, "--size", 16, "--no-inception")
     code, _, errors = run("reconstruction", train, *line, "--out", tmp_path / "one.json")
     assert code == 0 and "train.parquet is named as a training set" in errors

@@ -49,9 +49,10 @@ MOST_CHARACTERS = 1000
 # Commands that resume where they stopped.
 RESUMING = {"cache", "repair", "sample", "train-tokenizer", "train-gpt"}
 EXIT_CODES = """exit codes: 0 done; 1 verify found a problem, status: not complete, or train-gpt
---overfit failed; 2 wrong input or an error; 3 done, but some pictures could not be read (0 of a
-training, which takes others in their place, and under torchrun, to which it is a crash); 4 more of
-them than --max-bad; 130 interrupted, 143 terminated (a cache goes on where it stopped)"""
+--overfit failed; 2 wrong input or an error; 3 done, but some pictures could not be read (0 in
+training, which replaces them by others, and under torchrun, which takes 3 for a crash); 4 more
+unreadable pictures than --max-bad; 130 interrupted, 143 terminated (a cache resumes where it
+stopped)"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(options, text, getattr(error, "exit_code", 2))
     except KeyboardInterrupt:
-        resumes = "; run it again to go on where it stopped" if options.command in RESUMING else ""
+        resumes = "; run it again to resume where it stopped" if options.command in RESUMING else ""
         return _fail(options, f"interrupted{resumes}", 130)
 
 
@@ -83,8 +84,8 @@ def _explained(error: Exception) -> str | None:
         return text
     if is_out_of_memory(error):
         return (
-            f"{text}; a smaller --batch-size needs less, in training --micro-batch too (a cache "
-            "keeps the size of its first shard)"
+            f"{text}; a smaller --batch-size needs less memory, as does a smaller --micro-batch in "
+            "training (a cache keeps the batch size of its first shard)"
         )
     return None
 
@@ -92,7 +93,7 @@ def _explained(error: Exception) -> str | None:
 def _fail(options: argparse.Namespace, text: str, code: int) -> int:
     if len(text) > MOST_CHARACTERS:  # For example, all names in a wrong file.
         left = len(text) - MOST_CHARACTERS
-        text = f"{text[:MOST_CHARACTERS]} ... ({left} more characters; from Python all are told)"
+        text = f"{text[:MOST_CHARACTERS]} ... ({left} more characters; Python shows them all)"
     note(f"vfmtok-fast {options.command}: {text.removeprefix(f'{options.command}: ')}")
     return code
 

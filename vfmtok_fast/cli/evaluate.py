@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from ..evaluation import Generation, Inception
     from ..training import LPIPS
 
-SUMMARY = "figures by named protocols: of reconstructions, generated pictures, features"
+SUMMARY = "metrics by named protocols: of reconstructions, generated pictures, features"
 RANDOM_NOTE = (
-    "note: an Inception of random weights: FID and its like test the arithmetic and mean nothing; "
-    "--inception FILE names real ones"
+    "note: an Inception with random weights: FID and similar metrics test the arithmetic and mean "
+    "nothing; --inception FILE names real ones"
 )
 
 
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     out = local_path(options.out)
     if options.what != "sweep":
         if out.exists():
-            raise FileExistsError(f"{out} is there already; choose another name with --out")
+            raise FileExistsError(f"{out} already exists; choose another name with --out")
         check_writable(out)
     return WHAT[options.what][2](options, out)
 
@@ -137,7 +137,7 @@ def _check_scales(scales: list[float], path: Path) -> None:
         raise ValueError(f"{path} is damaged; remove it and run again") from error
     if left := [scale for scale in there if scale not in scales]:
         raise FileExistsError(
-            f"{path} has scale {left[0]:g} too; name it as well, or choose another folder"
+            f"{path} also has scale {left[0]:g}; name it as well, or choose another folder"
         )
 
 
@@ -155,7 +155,7 @@ def _probe(options: argparse.Namespace, out: Path) -> int:
             label_column=options.label_column,
         )  # fmt: skip
         if _pictures_of(test) == _pictures_of(train):
-            raise ValueError(f"--test {options.test}: those are the training pictures; name others")
+            raise ValueError(f"--test {options.test}: these are the training pictures; name others")
     tokenizer = load_tokenizer(options, options.device)
     with policy(options), bar(options.num, "img", "features") as shown:
         result = evaluation.evaluate_probe(
@@ -212,7 +212,7 @@ def _lpips(options: argparse.Namespace) -> LPIPS | None:
     if options.vgg16 is not None:
         return LPIPS.from_files(options.vgg16, options.lpips_linear)
     if options.lpips_linear is not None:
-        raise ValueError("--lpips-linear goes with --vgg16")
+        raise ValueError("--lpips-linear needs --vgg16")
     return None
 
 

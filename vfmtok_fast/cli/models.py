@@ -27,8 +27,8 @@ def add_input_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input",
         choices=INPUTS,
-        help="what IMAGES is, where that is not plain: class folders, one tar (also of tars, as "
-        "ILSVRC2012 comes), WebDataset shards, Parquet with image bytes, the authors' LMDB",
+        help="what IMAGES is, if that is not clear: class folders, one tar (also a tar of tars, "
+        "like ILSVRC2012), WebDataset shards, Parquet with image bytes, the authors' LMDB",
     )
 
 
@@ -42,29 +42,29 @@ def add_tokenizer_options(
     )
     source = group.add_mutually_exclusive_group()
     source.add_argument(
-        "--model", help="a folder made by convert or training, a hub repo like it, or emoji"
+        "--model", help="a folder made by convert or training, a hub repo with its files, or emoji"
     )
     source.add_argument("--tokenizer", metavar="FILE", help="the authors' vfmtok-tokenizer.pt")
     source.add_argument(
-        "--untrained", choices=untrained, help="random weights: shows the work, means nothing"
+        "--untrained", choices=untrained, help="random weights: runs, but the results mean nothing"
     )
     group.add_argument("--backbone", metavar="FILE", help="with --tokenizer: DINOv2's own file")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
-    mixed = "of those in half precision mixed the fewest; " if "mixed" in precisions else ""
+    mixed = "in half precision, mixed changes the fewest; " if "mixed" in precisions else ""
     group.add_argument(
         "--precision",
         choices=precisions,
         default="float32",
-        help=f"what to compute in; all but float32 change some tokens; {mixed}(%(default)s)",
+        help=f"precision to compute in; all but float32 change some tokens; {mixed}(%(default)s)",
     )
     group.add_argument("--dtype", type=_renamed, help=argparse.SUPPRESS)
     group.add_argument(
-        "--no-fast", dest="fast", action="store_false", help="take the reference everywhere"
+        "--no-fast", dest="fast", action="store_false", help="use the reference everywhere"
     )
 
 
 def _renamed(value: str) -> str:
-    raise argparse.ArgumentTypeError(f"is called --precision now: --precision {value}")
+    raise argparse.ArgumentTypeError(f"renamed to --precision: use --precision {value}")
 
 
 def check_input(options: argparse.Namespace, manifest: Manifest) -> None:
@@ -83,7 +83,7 @@ def check_input(options: argparse.Namespace, manifest: Manifest) -> None:
         options.model or options.tokenizer or options.untrained
     ):
         raise ValueError(
-            f"{options.out}: {made[1]} tokens of {made[2]} from {made[0]} pixels are not of the "
+            f"{options.out}: {made[1]} tokens of {made[2]} from {made[0]} pixels are not from the "
             "authors' tokenizer; name the one that made them with --model"
         )
     open_again(options.images, place(options.out) / INDEX, options.input)
@@ -119,7 +119,7 @@ def load_tokenizer(options: argparse.Namespace, device: str | None) -> VFMTok:
     from ..tokenizer import VFMTok
 
     if options.backbone is not None and options.tokenizer is None:
-        raise ValueError("--backbone goes with --tokenizer")
+        raise ValueError("--backbone needs --tokenizer")
     if options.untrained is not None:
         note(UNTRAINED_NOTE)
         model = untrained.untrained_tokenizer(options.untrained)
@@ -130,7 +130,7 @@ def load_tokenizer(options: argparse.Namespace, device: str | None) -> VFMTok:
         model = VFMTok.from_official(file, options.backbone)
     model = _moved(model.set_precision(options.precision), device)
     if options.precision == "tf32" and model.device.type == "cpu":
-        note("note: a CPU has no TF32; it computes in float32, and a cache is named tf32")
+        note("note: a CPU has no TF32; it computes in float32, and a cache records tf32")
     return model
 
 
@@ -146,8 +146,8 @@ def load_gpt(options: argparse.Namespace, device: str | None) -> GPT:
         gpt = untrained.untrained_gpt(options.untrained)
     elif options.gpt is None:
         raise ValueError(
-            "--gpt names the generator: a folder made by `vfmtok-fast convert GPT-L FOLDER`, the "
-            "model folder of a train-gpt run, or emoji, which comes with the package"
+            "--gpt must name the generator: a folder made by `vfmtok-fast convert GPT-L FOLDER`, "
+            "the model folder of a train-gpt run, or emoji, which comes with the package"
         )
     else:
         gpt = GPT.from_pretrained(options.gpt)

@@ -51,5 +51,5 @@ def exit_code(code: int) -> int:
 def _number(name: str, default: str) -> int:
     value = os.environ.get(name, default)
     if not value.isascii() or not value.isdigit():
-        raise ValueError(f"the environment variable {name} must be a number, is {value!r}")
+        raise ValueError(f"the environment variable {name} must be a number, got {value!r}")
     return int(value)

@@ -19,28 +19,28 @@ if TYPE_CHECKING:
 GPT_HELP = (
     "generator: a folder made by convert, the model folder of a train-gpt run, a hub repo, or emoji"
 )
-SUMMARY = "generate new images: OUT/samples.npz and a grid; resumes, by 64"
+SUMMARY = "generate new images: OUT/samples.npz and a grid; resumes in shards of 64"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="folder to write to")
     parser.add_argument("--gpt", help=GPT_HELP)
-    parser.add_argument("--num", type=int, default=16, help="images (%(default)s)")
+    parser.add_argument("--num", type=int, default=16, help="number of images (%(default)s)")
     parser.add_argument(
         "--classes",
         type=int,
         nargs="+",
         metavar="ID",
-        help="class ids, in turn; behind OUT, or before another option (all)",
+        help="class ids, used in turn; place it after OUT, or before another option (all)",
     )
     parser.add_argument(
-        "--batch-size", type=int, help="images generated at a time; by default what is fastest"
+        "--batch-size", type=int, help="images generated at a time; by default the fastest"
     )
     parser.add_argument(
         "--kv-int8", action="store_true", help="keep keys and values in 8 bits: half the memory"
     )
-    parser.add_argument("--size", type=int, default=256, help="pixels a side (%(default)s)")
-    parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance; 1 is none")
+    parser.add_argument("--size", type=int, default=256, help="pixels per side (%(default)s)")
+    parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance scale; 1: none")
     parser.add_argument("--greedy", action="store_true", help="take the likeliest code each time")
     add_sampling(parser)
     # Mixed precision is for encoding only.
@@ -59,7 +59,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-p", type=float, default=1.0, help="keep this much probability; 1: all codes"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (%(default)s)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--num, --batch-size and --size must be at least 1")
     out = local_path(options.out)
     if out.suffix.lower() in (".png", ".jpg", ".jpeg", ".npz"):
-        raise ValueError(f"OUT is a folder, which gets samples.png and samples.npz: {out}")
+        raise ValueError(f"OUT must be a folder, for samples.png and samples.npz, got {out}")
     rank, world_size, device = among_processes(options.device)
     gpt, tokenizer = load_gpt(options, device), load_tokenizer(options, device)
     check_together(gpt, tokenizer)
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     count = fill(options, job, mine, options.batch_size, hidden=rank > 0)
     if not sample_folder.finish(job):
         left = len(sample_folder.pending(job))
-        say(f"{job.out}: {count} images made now; {left} shards are still to come")
+        say(f"{job.out}: {count} images made now; {left} shards are still missing")
         return 0
     shown = next(sample_folder.shards_of(job))
     write_png(job.out / "samples.png", images.image_grid(shown, int(len(shown) ** 0.5)))
@@ -109,7 +109,7 @@ def check_together(gpt: GPT, tokenizer: VFMTok) -> None:
         gpt.config.vocab_size > tokenizer.config.codebook_size
     ):
         raise ValueError(
-            f"the generator makes {gpt.config.block_size} codes of {gpt.config.vocab_size}, the "
+            f"the generator makes {gpt.config.block_size} codes of {gpt.config.vocab_size}; the "
             f"tokenizer decodes {tokenizer.config.num_regions} of {tokenizer.config.codebook_size}"
         )
 

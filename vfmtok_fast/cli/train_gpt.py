@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..tokenizer import VFMTok
     from ..training import Codes, GPTTraining, OnlineCodes, Run
 
-SUMMARY = "train a generator on a token cache, or on pictures; or go on with a run"
+SUMMARY = "train a generator on a token cache or on pictures, or resume a run"
 # File for the result under the authors' names.
 OFFICIAL = "gpt.pt"
 # Below this loss, a generator has memorised its training data.
@@ -36,11 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what `cache` made; or pictures as `cache` reads them, with --model, which then "
         "makes their codes at each step",
     )
-    parser.add_argument("out", metavar="OUT", help="the run: a new folder, or one to go on with")
+    parser.add_argument("out", metavar="OUT", help="the run: a new folder, or one to resume")
     add_input_option(parser)
     add_choices(parser)
     parser.add_argument(
-        "--views", nargs="+", metavar="VIEW", help="of the cache, of which each epoch draws; all"
+        "--views", nargs="+", metavar="VIEW", help="views of the cache to draw from (all)"
     )
     parser.add_argument(
         "--model",
@@ -53,12 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="check instead: learn the first N pictures, each as a class of its own, until greedy "
-        "generation gives their codes back; exit code 1 if it does not",
+        "generation reproduces their codes; exit code 1 if it does not",
     )
     _add_model(parser)
     group = training.add_schedule_options(parser, epochs=300, batch_size=256, warmup_epochs=0)
     group.add_argument("--schedule", choices=("constant", "cosine"), help="(constant)")
-    group.add_argument("--ema", type=float, help="decay of the average (0.9999)")
+    group.add_argument("--ema", type=float, help="decay of the EMA (0.9999)")
     group.add_argument("--weight-decay", type=float, default=0.05, help="(%(default)s)")
     training.add_machine_options(parser)
     training.add_run_options(parser)
@@ -69,11 +69,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     source = group.add_mutually_exclusive_group()
     source.add_argument("--preset", choices=PRESETS, default="GPT-B", help="its size (%(default)s)")
     source.add_argument("--config", metavar="FILE", help="JSON with fields of GPTConfig")
-    source.add_argument("--start-from", metavar="FOLDER", help="a generator to train on")
-    group.add_argument("--dropout", type=float, help="of embeddings and branches (0.1)")
+    source.add_argument("--start-from", metavar="FOLDER", help="a generator to train further")
+    group.add_argument("--dropout", type=float, help="in embeddings and branches (0.1)")
     group.add_argument("--class-dropout", type=float, help="for guidance (0.1)")
     group.add_argument(
-        "--drop-path", type=float, help="instead of the branches' dropout, as the authors' (none)"
+        "--drop-path", type=float, help="instead of the branches' dropout, like the authors' (none)"
     )
 
 
@@ -152,7 +152,7 @@ def _data(
         choices = ("input", "split", "include", "exclude", "image_column", "label_column")
         if given := [name for name in choices if getattr(options, name)]:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise ValueError(f"{names}: of pictures; {options.input_path} is a token cache")
+            raise ValueError(f"{names}: only for pictures; {options.input_path} is a token cache")
         data = TokenCacheDataset(options.input_path, options.views, seed=options.seed)
         manifest = data.cache.manifest
         if tokenizer is not None:
@@ -165,12 +165,12 @@ def _data(
         return codes, manifest, tokenizer
     if tokenizer is None:
         raise ValueError(
-            f"{options.input_path}: no token cache; make one with vfmtok-fast cache, or name the "
-            "--model that makes the codes of these pictures"
+            f"{options.input_path}: not a token cache; make one with vfmtok-fast cache, or give "
+            "the --model that makes the codes of these pictures"
         )
     if options.overfit is not None or options.views is not None:
         name = "--views" if options.overfit is None else "--overfit"
-        raise ValueError(f"{name} is of a token cache; {options.input_path} holds pictures")
+        raise ValueError(f"{name} needs a token cache; {options.input_path} holds pictures")
     size = tokenizer.config.image_size
     pictures = training.open_pictures(options, options.input_path, size, rank, world_size)
     return OnlineCodes(pictures, tokenizer.to(device)), None, tokenizer
@@ -186,8 +186,8 @@ def _check_tokenizer(tokenizer: VFMTok, manifest: Manifest, options: argparse.Na
     rounded = copy.deepcopy(tokenizer).set_precision(manifest.covers["dtype"])
     if weights_checksum(rounded.state_dict()) != manifest.covers["weights_sha256"]:
         raise ValueError(
-            f"{options.input_path}: its tokens are of another tokenizer than {options.model}; "
-            "name that one, or make the cache anew"
+            f"{options.input_path}: its tokens are from a tokenizer other than {options.model}; "
+            "name that one, or make the cache again"
         )
 
 
@@ -266,7 +266,7 @@ def _check_learned(options: argparse.Namespace, work: Run, model: GPT) -> int:
         same = float((model.generate(classes, greedy=True) == codes).float().mean())
     conclude(
         options,
-        f"loss {loss:.3g} (asked: {LEARNED}); greedy generation gives {same:.2%} of the codes back",
+        f"loss {loss:.3g} (limit: {LEARNED}); greedy generation reproduces {same:.2%} of the codes",
     )
     return 0 if loss < LEARNED and same == 1 else 1
 

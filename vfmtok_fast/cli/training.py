@@ -41,15 +41,17 @@ def add_schedule_options(
     length.add_argument("--epochs", type=float, default=epochs, help="(%(default)s)")
     length.add_argument("--steps", type=int, help="instead of epochs")
     group.add_argument(
-        "--batch-size", type=int, default=batch_size, help="of all processes (%(default)s)"
+        "--batch-size", type=int, default=batch_size, help="over all processes (%(default)s)"
     )
     group.add_argument("--micro-batch", type=int, help="items at a time, for less memory")
     group.add_argument("--lr", type=float, default=1e-4, help="(%(default)s)")
     group.add_argument("--warmup-epochs", type=float, default=warmup_epochs, help="(%(default)s)")
     group.add_argument("--warmup-steps", type=int, help="instead of epochs")
-    group.add_argument("--min-lr", type=float, default=0.0, help="a cosine's end (%(default)s)")
+    group.add_argument(
+        "--min-lr", type=float, default=0.0, help="where a cosine schedule ends (%(default)s)"
+    )
     group.add_argument("--clip", type=float, default=1.0, help="gradient norm (%(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="of all that is random (%(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     return group
 
 
@@ -59,43 +61,49 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--precision",
         choices=("float32", "tf32", "bfloat16", "float16"),
-        help="by default bfloat16 on a GPU, float32 elsewhere",
+        help="default: bfloat16 on a GPU, float32 elsewhere",
     )
     group.add_argument(
         "--grad-checkpointing", action="store_true", help="less memory, a third more work"
     )
-    group.add_argument("--compile", action="store_true", help="layers through torch.compile")
+    group.add_argument("--compile", action="store_true", help="compile layers with torch.compile")
     group.add_argument(
         "--sharded",
         action="store_true",
-        help="each process holds a part of each weight (FSDP2), not all of all",
+        help="each process holds a part of each weight (FSDP2), not all weights",
     )
     group.add_argument(
-        "--no-fast", dest="fast", action="store_false", help="take the reference everywhere"
+        "--no-fast", dest="fast", action="store_false", help="use the reference everywhere"
     )
     group.add_argument(
-        "--deterministic", action="store_true", help="the same bits at each run, on a GPU too"
+        "--deterministic", action="store_true", help="the same bits in each run, on a GPU too"
     )
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the run")
     group.add_argument("--workers", type=int, default=4, help="threads that read (%(default)s)")
-    group.add_argument("--save-every", type=int, default=5000, help="steps (%(default)s)")
-    group.add_argument("--keep", type=int, default=3, help="checkpoints that stay (%(default)s)")
-    group.add_argument("--log-every", type=int, default=50, help="steps (%(default)s)")
+    group.add_argument(
+        "--save-every", type=int, default=5000, help="steps between checkpoints (%(default)s)"
+    )
+    group.add_argument("--keep", type=int, default=3, help="newest checkpoints kept (%(default)s)")
+    group.add_argument(
+        "--log-every", type=int, default=50, help="steps between log lines (%(default)s)"
+    )
     group.add_argument(
         "--show-every", type=int, default=1000, help="steps between grids; 0: none (%(default)s)"
     )
-    group.add_argument("--tensorboard", action="store_true", help="write events into OUT too")
-    group.add_argument("--json", action="store_true", help="the log's lines on stdout too")
     group.add_argument(
-        "--accept-changes", action="store_true", help="go on with other settings than before"
+        "--tensorboard", action="store_true", help="also write TensorBoard events into OUT"
+    )
+    group.add_argument("--json", action="store_true", help="also print the log's lines on stdout")
+    group.add_argument(
+        "--accept-changes", action="store_true", help="resume with settings other than before"
     )
     group.add_argument(
         "--dry-run",
         action="store_true",
-        help="train nothing: two steps of a small model, and what the real one would take",
+        help="train nothing: run two steps of a small model, and say what the real one would take",
     )
 
 
@@ -169,7 +177,7 @@ def run_to_end(
     _check_out(out)
     rank, world_size, options.device = among_processes(options.device)
     if options.sharded and world_size == 1:
-        raise ValueError("--sharded needs several processes, as torchrun starts them")
+        raise ValueError("--sharded needs several processes, such as torchrun starts")
     with (
         _deterministic(options), _together(rank, world_size, options.device), _alone(out, rank),
         policy(options),
@@ -178,9 +186,9 @@ def run_to_end(
         work.save_every, work.log_every = options.save_every, options.log_every
         work.show_every, work.keep = options.show_every, options.keep
         if (path := work.resume(changed=options.accept_changes)) and rank == 0:
-            note(f"going on from {path}")
+            note(f"resuming from {path}")
         if rank == 0 and (warmup := work.trainer.settings.warmup_steps) > work.steps:
-            note(f"note: the rate rises over {warmup} steps, and the run has {work.steps}")
+            note(f"note: the warm-up takes {warmup} steps, but the run has only {work.steps}")
         try:
             with contextlib.ExitStack() as stack:
                 if rank == 0:
@@ -189,7 +197,7 @@ def run_to_end(
                 work.train()
         except Stopped as stopped:
             if rank == 0:
-                note(f"vfmtok-fast {options.command}: {stopped}; run it again to go on")
+                note(f"vfmtok-fast {options.command}: {stopped}; run it again to resume")
             return 128 + stopped.number
         model = work.trainer.averaged()
         if rank == 0:
@@ -209,7 +217,7 @@ def _check_out(out: Path) -> None:
     names = {name for name in names if not atomic.is_temporary(name)}
     begun = LOG in names and names <= {CHECKPOINTS, LOG, PICTURES, EVENTS}
     if names and not begun and checkpoints.latest(out / CHECKPOINTS) is None:
-        raise FileExistsError(f"{out} is neither empty nor a run to go on with; choose a new one")
+        raise FileExistsError(f"{out} is neither empty nor a run to resume; choose a new folder")
 
 
 @contextlib.contextmanager
@@ -229,7 +237,7 @@ def _alone(out: Path, rank: int) -> Iterator[None]:
         except BlockingIOError as error:
             new = False  # It belongs to the other process.
             raise FileExistsError(
-                f"{out}: another process trains there; wait for it, or choose another folder"
+                f"{out}: another process is training there; wait for it, or choose another folder"
             ) from error
         except OSError:
             pass  # Some network disks cannot lock folders.
@@ -288,7 +296,9 @@ def _together(rank: int, world_size: int, device: str | None) -> Iterator[None]:
     except RuntimeError as error:
         if "closed by peer" not in str(error):
             raise
-        raise ConnectionError("another process of this run has ended; it says why") from error
+        raise ConnectionError(
+            "another process of this run has ended; its own message says why"
+        ) from error
     finally:
         dist.destroy_process_group()
 
@@ -312,6 +322,6 @@ def tell_estimate(found: Estimate, images: int, precision: str, device: torch.de
         f"frozen: {found.resting_bytes / 2**30:.2f} GiB before the first picture"
     )
     say(
-        f"{found.flops / 1e12:.3g} TFLOP a picture; a matrix product reaches {rate / 1e12:.3g} "
+        f"{found.flops / 1e12:.3g} TFLOP per picture; a matrix product reaches {rate / 1e12:.3g} "
         f"TFLOP/s here ({precision}), so an epoch takes at least {hours:.3g} hours (predicted)"
     )
