@@ -186,7 +186,7 @@ def test_what_cannot_end_well_does_not_begin(
     gpt.save_pretrained(tmp_path / "gpt")
     models = ("--model", model, "--gpt", tmp_path / "gpt", "--reference", samples)
     code, _, errors = run("sweep", tmp_path / "sweep", *models, "--num", 3, "--size", 32)
-    assert code == 2 and "--num: 3 pictures are too few, the figures need 4" in errors
+    assert code == 2 and "--num: 3 pictures are too few, the metrics need 4" in errors
     assert not (tmp_path / "sweep").exists()
     nowhere = ("--out", tmp_path / "a.npz" / "x.json")
     code, _, errors = run(*line[:-2], *nowhere, "--num", 5, "--reference", samples)
@@ -195,7 +195,7 @@ def test_what_cannot_end_well_does_not_begin(
     code, _, errors = run(
         "generation", tmp_path / "negative.npz", *line[2:], "--num", 5, "--reference", samples
     )
-    assert code == 2 and "must be whole numbers of at least 0" in errors
+    assert code == 2 and "must be integers of at least 0" in errors
 
 
 def test_mistakes_are_one_line(run, photos: Path, pictures: np.ndarray, tmp_path: Path):
@@ -203,10 +203,10 @@ def test_mistakes_are_one_line(run, photos: Path, pictures: np.ndarray, tmp_path
     (tmp_path / "b.npz").write_text("text")
     a, b, out = tmp_path / "a.npz", tmp_path / "b.npz", ("--out", tmp_path / "x.json")
     for line, message in (
-        ((a, "--reference", a), "must have 256x256 pixels, have 32x32; --size evaluates others"),
+        ((a, "--reference", a), "256x256 pixels, got 32x32; --size evaluates other sizes"),
         ((a, "--reference", a, "--size", 32), "50000 pictures were asked for, it holds 24"),
         ((a, "--reference", a, "--size", 32, "--num", 9), "holds no labels (arr_1)"),
-        ((b, "--reference", a), "is no .npz, or damaged"),
+        ((b, "--reference", a), "is not an .npz, or is damaged"),
         ((photos, "--reference", a), "samples.npz: no such file"),
         ((a, "--reference", photos), "no such file; pictures are evaluated as ADM's .npz"),
     ):

@@ -129,4 +129,4 @@ def test_labels_of_archives(tokenizer: VFMTok, photos: Path, tmp_path: Path):
     assert result["metrics"]["linear, top 1"] == 1.0
     assert result["compared"]["unreadable"] == 1 and result["compared"]["test_pictures"] == 9
     assert result["compared"]["test"].endswith("shard-000.tar")
-    assert any("matched by their numbers, as " in line for line in result["warnings"])
+    assert any("matched by their numbers, because " in line for line in result["warnings"])

@@ -49,7 +49,7 @@ def test_a_run_and_going_on_with_it(photos: Path, config: Path, tmp_path: Path, 
 
     assert cli.main(arguments(photos, out, config, *SMALL, "--lr", "0.01")) == 2
     error = capsys.readouterr().err
-    assert "settings have changed: lr (there 0.0001, here 0.01); to go on" in error
+    assert "settings have changed: lr (there 0.0001, here 0.01); to resume" in error
     more = (*SMALL, "--lr", "0.01", "--accept-changes", "--steps", "5")
     assert cli.main(arguments(photos, out, config, *more)) == 0
     text = capsys.readouterr()

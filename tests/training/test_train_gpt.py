@@ -91,7 +91,7 @@ def test_a_run_on_a_cache_and_going_on_with_it(cache, config, tokenizer, tmp_pat
 
     assert cli.main(line(cache, out, config, *more, "--weight-decay", "0.1")) == 2
     assert (
-        "settings have changed: weight_decay (there 0.05, here 0.1); to go on"
+        "settings have changed: weight_decay (there 0.05, here 0.1); to resume"
         in capsys.readouterr().err
     )
     assert cli.main(line(cache, out, config, *more, "--steps", "5", "--accept-changes")) == 0

@@ -132,8 +132,8 @@ def _weight(layer: nn.Module) -> Tensor:
     """What a decoding step reads of a layer, whose forward pass it does not call."""
     if not _is_plain(layer):
         raise TypeError(
-            "generate: reads the weights of plain layers without bias or hooks, and got "
-            f"{type(layer).__name__}; merge adapters, and remove hooks and pruning, first"
+            "generate: needs plain layers without bias or hooks, because it reads their weights, "
+            f"got {type(layer).__name__}; first merge adapters, and remove hooks and pruning"
         )
     return layer.weight
 
