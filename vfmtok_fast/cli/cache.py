@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard-size", type=int, default=8192, help="pictures per shard file (%(default)s)"
     )
-    parser.add_argument("--max-bad", type=int, help="stop at more unreadable pictures than this")
+    parser.add_argument("--max-bad", type=int, help="stop if more pictures than this are bad")
     parser.add_argument("--workers", type=int, help="threads that read pictures")
     parser.add_argument(
         "--extend",

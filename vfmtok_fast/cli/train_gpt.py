@@ -67,11 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     source = group.add_mutually_exclusive_group()
-    source.add_argument("--preset", choices=PRESETS, default="GPT-B", help="its size (%(default)s)")
+    source.add_argument("--preset", choices=PRESETS, default="GPT-B", help="size (%(default)s)")
     source.add_argument("--config", metavar="FILE", help="JSON with fields of GPTConfig")
     source.add_argument("--start-from", metavar="FOLDER", help="a generator to train further")
-    group.add_argument("--dropout", type=float, help="in embeddings and branches (0.1)")
-    group.add_argument("--class-dropout", type=float, help="for guidance (0.1)")
+    group.add_argument("--dropout", type=float, help="dropout in embeddings and branches (0.1)")
+    group.add_argument("--class-dropout", type=float, help="of classes, for guidance (0.1)")
     group.add_argument(
         "--drop-path", type=float, help="instead of the branches' dropout, like the authors' (none)"
     )

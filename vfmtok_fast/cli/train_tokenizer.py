@@ -66,7 +66,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     source.add_argument("--start-from", metavar="FOLDER", help="a tokenizer to train further")
     group.add_argument(
-        "--dropout", type=float, help="in the token decoder's attention (authors: 0.1; here 0)"
+        "--dropout", type=float, help="dropout in the token decoder's attention (0; authors: 0.1)"
     )
 
 
@@ -84,7 +84,7 @@ def _add_losses(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lpips-linear", metavar="FILE", help="lpips' vgg.pth; default: the installed package's"
     )
-    group.add_argument("--lpips-dropout", type=float, default=0.0, help="authors: 0.5 (none)")
+    group.add_argument("--lpips-dropout", type=float, default=0.0, help="(none; authors: 0.5)")
     group.add_argument("--no-lpips", action="store_true", help="no perceptual loss")
     group.add_argument(
         "--discriminator",
@@ -95,7 +95,9 @@ def _add_losses(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dino-vits16", metavar="FILE", help="dino_deitsmall16_pretrain.pth, as DINO publishes it"
     )
-    group.add_argument("--discriminator-start", type=int, help="first step (20000; RAE: epoch 8)")
+    group.add_argument(
+        "--discriminator-start", type=int, help="step from which it counts (20000; RAE: epoch 8)"
+    )
     group.add_argument("--discriminator-weight", type=float, help="(0.5; RAE: 0.75)")
     group.add_argument(
         "--skip-idle-discriminator",

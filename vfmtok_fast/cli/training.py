@@ -50,8 +50,8 @@ def add_schedule_options(
     group.add_argument(
         "--min-lr", type=float, default=0.0, help="where a cosine schedule ends (%(default)s)"
     )
-    group.add_argument("--clip", type=float, default=1.0, help="gradient norm (%(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    group.add_argument("--clip", type=float, default=1.0, help="gradient norm limit (%(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="seed of all randomness (%(default)s)")
     return group
 
 

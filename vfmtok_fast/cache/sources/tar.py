@@ -132,7 +132,7 @@ def _tops(folders: set[str], around: str) -> set[str]:
 
 
 def _split_in(folders: set[str], choice: Choice) -> str:
-    """Return the path of the folder that --split means, among folders of images.
+    """Return the path of the folder that --split means, among folders of chosen images.
 
     It ends with a slash, or is empty.
     """
