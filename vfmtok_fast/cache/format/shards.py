@@ -237,7 +237,7 @@ def problems(header: Header, shard: Shard, number: int, manifest: Manifest) -> l
     if header.bad != int((~good).sum()):
         found.append(f"says {header.bad} bad pictures, but holds {int((~good).sum())}")
     if (shard.tokens[good] >= manifest.codebook_size).any():
-        found.append(f"holds tokens that are {manifest.codebook_size} or more")
+        found.append(f"holds tokens of {manifest.codebook_size} or more")
     if (shard.tokens[~good] != BAD_TOKEN).any():
         found.append("holds tokens for bad pictures")
     return found
