@@ -117,7 +117,7 @@ def test_wrong_samples(files, inception, values: dict, message: str):
         ({"arr_0": np.zeros((9, 16, 16, 3), np.uint8)}, "must have 32x32 pixels, got 16x16"),
         ({"labels": np.zeros(3)}, "neither pictures (arr_0) nor statistics (mu and sigma)"),
         ({"mu": np.zeros(12)}, "has mu, but not both of mu and sigma"),
-        ({"mu": np.zeros(9), "sigma": np.eye(9)}, "mu must be of 12 features as this Inception"),
+        ({"mu": np.zeros(9), "sigma": np.eye(9)}, "mu must have 12 features as this Inception"),
         ({"mu": np.zeros(12), "sigma": np.eye(9)}, "must be [D] and [D, D], got [12] and [9, 9]"),
         (b"PK\3\4, and no more", "is not an .npz, or is damaged"),
         (None, "no such file; pictures are evaluated as ADM's .npz"),

@@ -111,7 +111,7 @@ def test_evaluate_probe(tokenizer: VFMTok, photos: Path, tmp_path: Path):
     (tmp_path / "green").mkdir()
     Image.new("RGB", (70, 80)).save(tmp_path / "green" / "x.png")
     other = open_source(tmp_path)
-    with pytest.raises(ValueError, match="its classes are not those of .*: 'green' stands where"):
+    with pytest.raises(ValueError, match="its classes are not those of .*: 'green' instead of"):
         evaluate_probe(tokenizer, source, other, QUICK, "codes")
 
 
