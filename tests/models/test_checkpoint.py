@@ -440,7 +440,7 @@ def test_truncated_files(tokenizer, tmp_path: Path, new: bool, load):
     whole = path.read_bytes()
     for part in (0.002, 0.02, 0.1, 0.3, 0.5, 0.9, 0.99, 0.9999):
         path.write_bytes(whole[: int(part * len(whole))])
-        assert f"{path} is no " in refused(ValueError, load, path)
+        assert f"{path} is not a complete " in refused(ValueError, load, path)
 
 
 @pytest.mark.parametrize(
