@@ -111,14 +111,14 @@ def test_verify_draws_a_contact_sheet(run, photos: Path, tmp_path: Path) -> None
     again = ["--images", photos, *SMALL, "--sheet"]
     assert run("verify", tmp_path / "out", *again, tmp_path / "sheet.png")[0] == 0
     assert Image.open(tmp_path / "sheet.png").size == (8 * 336, 336)
-    assert "must be named .png" in refusal(run("verify", tmp_path / "out", *again, "sheet.jpg"))
+    assert "must end in .png" in refusal(run("verify", tmp_path / "out", *again, "sheet.jpg"))
     drawn = (tmp_path / "sheet.png").read_bytes()
-    assert "is there already" in refusal(
+    assert "already exists" in refusal(
         run("verify", tmp_path / "out", *again, tmp_path / "sheet.png")
     )
     assert (tmp_path / "sheet.png").read_bytes() == drawn
     for option in (["--sheet", tmp_path / "new.png"], ["--sample", "3"]):
-        assert f"{option[0]} goes with --images" in refusal(
+        assert f"{option[0]} needs --images" in refusal(
             run("verify", tmp_path / "out", *SMALL, *option)
         )
 
@@ -127,7 +127,7 @@ def test_reconstruct_writes_over_no_picture(run, photos: Path) -> None:
     """`reconstruct *.png` would overwrite one of two photos."""
     (photos / "a.png").write_bytes(b"a photo")
     code, _, (line,) = run("reconstruct", photos, photos / "a.png", *SMALL)
-    assert code == 2 and "a.png is there already; choose another name" in line
+    assert code == 2 and "a.png already exists; choose another name" in line
     assert (photos / "a.png").read_bytes() == b"a photo"
 
 
@@ -201,7 +201,7 @@ def test_cache_in_parts_from_a_tar_then_export_and_repair(run, photos, tmp_path)
     views = ["--views", "ten-crop-8", "random-0..1", "--seed", 5]
     common = ["cache", archive, out, "--batch-size", 2, "--shard-size", 1, *views, *SMALL]
     code, text, _ = run(*common, "--shard-range", "1:2")
-    assert code == 0 and "2 shards are still to come" in text and run("status", out)[0] == 1
+    assert code == 0 and "2 shards are still missing" in text and run("status", out)[0] == 1
     code, text, _ = run(*common, "--json")
     assert code == 0
     lines = [json.loads(line) for line in text.splitlines()]
@@ -258,7 +258,7 @@ def test_ray_is_started_once(variable, run, photos, tmp_path, monkeypatch) -> No
         (["--input", "lmdb"], "LMDB"),
         (["--seed", -1], "seed must be at least 0"),
         (["--views", "ten-crop", "ten-crop-3"], "ten-crop-3 twice"),
-        (["--actors", 2], "--actors goes with --engine ray"),
+        (["--actors", 2], "--actors needs --engine ray"),
         (["--engine", "ray", "--shard-range", "0:2"], "Ray hands out the shards by itself"),
         (["--engine", "ray", "--actors", 0], "actors must be at least 1"),
     ],

@@ -49,7 +49,7 @@ def test_help_imports_no_torch():
 def test_the_old_name_of_precision_is_told(capsys):
     with pytest.raises(SystemExit):
         cli.main(["cache", "photos", "tokens", "--dtype", "bfloat16"])
-    assert "is called --precision now: --precision bfloat16" in capsys.readouterr().err
+    assert "renamed to --precision: use --precision bfloat16" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["sample", "out", "--precision", "mixed"])
     assert "invalid choice: 'mixed'" in capsys.readouterr().err
@@ -121,7 +121,7 @@ def test_processes_share_the_work(environment, expected, monkeypatch):
         monkeypatch.setenv(name, value)
     assert processes.among_processes("cpu") == (*expected, "cpu")
     monkeypatch.setenv("RANK", "x")
-    with pytest.raises(ValueError, match="RANK must be a number, is 'x'"):
+    with pytest.raises(ValueError, match="RANK must be a number, got 'x'"):
         processes.among_processes("cpu")
 
 

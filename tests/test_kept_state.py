@@ -122,7 +122,7 @@ def test_the_mode_of_the_first_call_does_not_show(kind: str, mode: str, first: s
             elif kind == "tokenizer":
                 calls(model)  # Here it is expected to round.
             else:
-                with pytest.raises(TypeError, match="must not be under autocast"):
+                with pytest.raises(TypeError, match="must not run under autocast"):
                     calls(model)
         same(calls(model))
         train(model)

@@ -299,7 +299,7 @@ def _read_file(path: Path, what: str) -> object:
     # On other bytes the unpickler may fail in any way. The usual case is a web page saved in place
     # of the file.
     if not head.startswith((ZIP_MAGIC, LEGACY_MAGIC)):
-        raise ValueError(f"{what}: {path} is no torch checkpoint, it begins with {head[:12]!r}")
+        raise ValueError(f"{what}: {path} is not a torch checkpoint, it begins with {head[:12]!r}")
     try:
         with torch.serialization.safe_globals(HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -311,13 +311,13 @@ def _read_file(path: Path, what: str) -> object:
             ) from error
         if "Unsupported operand" in str(error):
             raise ValueError(
-                f"{what}: {path} is no torch checkpoint of pickle protocol 2, torch.save's own, or "
-                f"it is damaged; {SAVED_ALONE}"
+                f"{what}: {path} is not a torch checkpoint of pickle protocol 2, torch.save's own, "
+                f"or it is damaged; {SAVED_ALONE}"
             ) from error
-        raise ValueError(f"{what}: {path} is no complete torch checkpoint") from error
+        raise ValueError(f"{what}: {path} is not a complete torch checkpoint") from error
     except (RuntimeError, OSError, EOFError, LookupError, ValueError) as error:
         reason = first_line(error).split(". ")[0]
-        raise ValueError(f"{what}: {path} is no complete torch checkpoint ({reason})") from error
+        raise ValueError(f"{what}: {path} is not a complete torch checkpoint ({reason})") from error
 
 
 def _translate(
@@ -387,7 +387,7 @@ def fetch_official(name: str, flag: str) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(
             f"cannot download {file} from the Hugging Face repo {OFFICIAL_REPO}; "
-            f"fetch it where there is a network and pass its path with {flag}"
+            f"download it on a machine with a network and pass its path with {flag}"
         ) from error
 
 
@@ -400,8 +400,8 @@ def _fetch_backbone(model: nn.Module) -> dict[str, Tensor]:
             return timm.create_model(config.timm_name, pretrained=True).state_dict()
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(
-                f"cannot download timm's weights of {config.timm_name}; fetch its "
-                "model.safetensors where there is a network and pass its path as backbone "
+                f"cannot download timm's weights of {config.timm_name}; download its "
+                "model.safetensors on a machine with a network and pass its path as backbone "
                 "(--backbone)"
             ) from error
     path = Path(torch.hub.get_dir()) / "checkpoints" / DINOV2_FILE
@@ -412,7 +412,7 @@ def _fetch_backbone(model: nn.Module) -> dict[str, Tensor]:
         except OSError as error:
             raise FileNotFoundError(
                 f"the tokenizer file holds no backbone and {DINOV2_URL} cannot be downloaded; "
-                f"fetch {DINOV2_FILE} where there is a network and pass its path as backbone "
-                "(--backbone)"
+                f"download {DINOV2_FILE} on a machine with a network and pass its path as "
+                "backbone (--backbone)"
             ) from error
     return read_tensors(path, ("model", "state_dict"), "backbone")

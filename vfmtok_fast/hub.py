@@ -207,7 +207,7 @@ def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:
                 tied = file.metadata()
         except (SafetensorError, OSError) as error:
             reason = first_line(error)
-            raise ValueError(f"{what}: {path} is no safetensors file ({reason})") from error
+            raise ValueError(f"{what}: {path} is not a safetensors file ({reason})") from error
     # Sizes and formats are there too.
     tied = tied.items() if isinstance(tied, dict) else ()
     tied = {name: kept for name, kept in tied if isinstance(kept, str) and kept in tensors}
@@ -223,7 +223,7 @@ def _read_parts(index: Path, files: object, what: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(files.values())):
         if Path(name).name != name or not (index.parent / name).is_file():
-            raise FileNotFoundError(f"{what}: {index} names {name}, which is not beside it")
+            raise FileNotFoundError(f"{what}: {index} names {name}, which is not in its folder")
         part = read_safetensors(index.parent / name, what)
         if twice := sorted(part.keys() & tensors.keys()):
             names = ", ".join(twice)
@@ -330,7 +330,7 @@ def _find(cls: type, source: str, name: str, download: Mapping) -> Path:
         if not (folder / name).is_file():
             if (folder / "model" / name).is_file():
                 raise FileNotFoundError(
-                    f"{cls.__name__}: {source} is a run; its model is {source}/model"
+                    f"{cls.__name__}: {source} is a training run; its model is {source}/model"
                 )
             raise FileNotFoundError(
                 f"{cls.__name__}: the folder {source} has no {name}; save_pretrained and "
@@ -346,16 +346,14 @@ def _find(cls: type, source: str, name: str, download: Mapping) -> Path:
             "the authors' models are read by from_official and vfmtok-fast convert"
         )
     if source.startswith(("/", ".", "~")) or source.endswith("/") or source.count("/") > 1:
-        raise FileNotFoundError(
-            f"{cls.__name__}: there is no folder {source}, which would hold {name}"
-        )
+        raise FileNotFoundError(f"{cls.__name__}: there is no folder {source} with {name}")
     try:
         return Path(hf_hub_download(source, name, **download))
     # HFValidationError is a ValueError: the source is a path, not the name of a repo.
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{cls.__name__}: there is no folder {source}, and {name} of a Hugging Face repo of "
-            f"that name cannot be fetched ({first_line(error)})"
+            f"{cls.__name__}: there is no folder {source}, and {name} cannot be downloaded from a "
+            f"Hugging Face repo of that name ({first_line(error)})"
         ) from error
 
 
@@ -369,7 +367,7 @@ def _read_json(path: Path, what: str) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"{what}: {path} is no JSON ({first_line(error)})") from error
+        raise ValueError(f"{what}: {path} is not JSON ({first_line(error)})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{what}: {path} must hold an object, got {type(content).__name__}")
     return content

@@ -172,7 +172,7 @@ def test_pictures_that_vanish_or_change_during_the_run(tree, out, tokenizer):
 def test_a_vanished_folder_stops_the_run_instead_of_quarantining_it(tree, out, tokenizer):
     job = cache.prepare(tree, out, tokenizer, **SMALL)
     shutil.rmtree(tree / "class0")
-    with pytest.raises(FileNotFoundError, match="class0: this folder has gone") as caught:
+    with pytest.raises(FileNotFoundError, match="class0: this folder has disappeared") as caught:
         cache.encode_shard(job, 0)
     assert one_line(caught) and list((out / "shards").iterdir()) == []
 

@@ -79,7 +79,7 @@ def test_nothing_is_left_of_an_export_that_fails(built, out, tmp_path, format, f
     data[-1] ^= 1
     path.write_bytes(data)
     before = fake.read_tree(tmp_path)
-    with pytest.raises(ValueError, match="tokens-00002.*does not fit its checksum; mend it"):
+    with pytest.raises(ValueError, match="tokens-00002.*not match its checksum; run vfmtok-fast"):
         cache.export(out, tmp_path / "target", format)
     assert fake.read_tree(tmp_path) == before and not (tmp_path / "target").exists()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -95,7 +95,7 @@ def test_nothing_is_left_of_an_export_that_fails(built, out, tmp_path, format, f
 def test_exports_that_are_refused(built, out, tmp_path):
     (tmp_path / "mine").write_text("precious")
     cases = [
-        (tmp_path / "mine", "rar", None, FileExistsError, "is there already"),
+        (tmp_path / "mine", "rar", None, FileExistsError, "already exists"),
         (tmp_path / "x", "npz", None, ValueError, "must be one of llamagen, rar, parquet"),
         (tmp_path / "x", "rar", ["random-0"], ValueError, "not 'random-0'"),
         (tmp_path / "mine" / "x", "rar", None, cache.CacheWriteError, "cannot write"),
@@ -121,7 +121,7 @@ def test_repair(built, out, tmp_path, tokenizer, fake):
     encode = tokenizer.encode
     tokenizer.encode = lambda images: encoded.append(len(images)) or encode(images)
     assert cache.repair(built, out, tokenizer, tell=told.append) == 2
-    assert len(told) == 2 and "does not fit its checksum" in told[0]
+    assert len(told) == 2 and "does not match its checksum" in told[0]
     assert fake.read_tree(out) == before and len(encoded) == 6
     assert cache.repair(built, out, tokenizer) == 0 and len(encoded) == 6
     for name in ("shards/tokens-00002.safetensors", "COMPLETE.json"):

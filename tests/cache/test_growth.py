@@ -314,7 +314,7 @@ def test_parts_of_another_input_are_not_gone_on_with(tmp_path, out, tokenizer, f
 def test_parts_that_are_no_parts(tree, out, tokenizer):
     (out / parts.FOLDER).mkdir(parents=True)
     (out / parts.FOLDER / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="holds something else"):
+    with pytest.raises(FileExistsError, match="holds something other than a cache"):
         cache.build(tree, out, tokenizer, **SMALL)
 
 
@@ -335,7 +335,7 @@ def test_an_extension_that_lost_its_index(tree, out, tokenizer, fake):
         fake.add(tree, "class0/2.png")
     shutil.copy(out.with_name("more") / "manifest.json", out / changes.NEXT_MANIFEST)
     shutil.copy(out.with_name("most") / "index.parquet", out / "index.parquet")
-    with pytest.raises(ValueError, match="manifest-next.json: does not fit the index"):
+    with pytest.raises(ValueError, match="manifest-next.json: does not match the index"):
         cache.build(tree, out, tokenizer, extend=True, **SMALL)
 
 

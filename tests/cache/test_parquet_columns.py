@@ -118,7 +118,7 @@ def test_sounds_and_lists_are_no_pictures(tmp_path, columns, features):
         ),
         (
             {"image": pictures(1), "label": ["cat"]},
-            "column 'label' must hold class numbers, is string",
+            "column 'label' must hold class numbers, got string",
             {"label_column": "none"},
             (1, -1),
         ),
@@ -167,8 +167,8 @@ def test_a_named_column_must_do(tmp_path):
     path = write(tmp_path / "q.parquet", image=pictures(1), text=["a"], label=[1])
     for choice, text in (
         ({"image_column": "text"}, "'text' .--image-column. must .*; got image: struct<"),
-        ({"image_column": "none"}, "'none' .--image-column. must be there"),
-        ({"label_column": "text"}, "'text' must hold class numbers, is string"),
+        ({"image_column": "none"}, "'none' .--image-column. must exist"),
+        ({"label_column": "text"}, "'text' must hold class numbers, got string"),
         ({"label_column": "gone"}, "no column 'gone' .--label-column.; got image"),
     ):
         with pytest.raises(ValueError, match=text):
@@ -270,5 +270,5 @@ def test_new_files_of_a_class_by_folder_keep_the_old_numbers(tmp_path, tokenizer
     cache.build(tmp_path / "s", out, tokenizer, **SMALL, extend=True)
     assert index.read_rows(out / "index.parquet", 0).labels == [0, 1, 1]
     write(tmp_path / "s" / "class=ape" / "1.parquet", image=pictures(2))
-    with pytest.raises(cache.ImagesChanged, match="other names or numbers"):
+    with pytest.raises(cache.ImagesChanged, match="changes the names or numbers"):
         cache.build(tmp_path / "s", out, tokenizer, **SMALL, extend=True)

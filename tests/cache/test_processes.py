@@ -195,7 +195,7 @@ def test_another_manifest_at_the_same_time(tree, out, tokenizer, monkeypatch, vi
     if view == "center":
         cache.prepare(tree, out, tokenizer, **SMALL)
         return
-    with pytest.raises(cache.ImagesChanged, match="another process began a cache"):
+    with pytest.raises(cache.ImagesChanged, match="another process started a cache"):
         cache.prepare(tree, out, tokenizer, **SMALL)
 
 

@@ -193,7 +193,7 @@ def test_a_cluster_that_starts_no_actor_any_more_is_not_waited_for_for_ever(monk
     check = crew._check_patience
     monkeypatch.setattr(on_ray, "START_PATIENCE", 0.0)
     monkeypatch.setattr(crew, "_check_patience", lambda heard: ray.opened and check(heard - 1))
-    with pytest.raises(cache.ActorsLost, match="has started no actor"):
+    with pytest.raises(cache.ActorsLost, match="has not started an actor"):
         list(crew.encode(iter([0])))
 
 

@@ -95,7 +95,7 @@ def test_a_shard_that_shrinks_under_its_reader(tree, out, tokenizer):
     first = reader[0]
     path = out / "shards" / "tokens-00000.safetensors"
     os.truncate(path, path.stat().st_size - 300)
-    with pytest.raises(ValueError, match="tokens-00000.safetensors: was cut short; mend it"):
+    with pytest.raises(ValueError, match="00000.safetensors: was cut short; run vfmtok-fast"):
         for position in range(4):
             reader[position]
     with pytest.raises(ValueError, match="damaged or not a shard"):

@@ -106,7 +106,7 @@ def test_folders_that_will_not_do(tmp_path, tree, out, tokenizer, fake):
         (note, out, NotADirectoryError, "must be a folder"),
         (empty, out, ValueError, "no pictures here"),
         (bad, out, ValueError, r"none of its 3 pictures can be read; .*000\.png.*truncated"),
-        (tree, note, FileExistsError, "must be a folder, is a file"),
+        (tree, note, FileExistsError, "must be a folder, but is a file"),
         (tree, tree / "out", ValueError, "inside the pictures' folder"),
         (tree, tree, ValueError, "inside the pictures' folder"),
         (tree, "/proc/self/no/out", cache.CacheWriteError, "cannot write /proc/self/no/out"),
@@ -125,7 +125,7 @@ def test_folders_that_will_not_do(tmp_path, tree, out, tokenizer, fake):
         ({"views": ()}, ValueError, "at least one of center, center-flip"),
         ({"views": "center"}, TypeError, r"use \['center'\]"),
         ({"views": ("centre",)}, ValueError, "must be among center, center-flip, .*, got 'centre'"),
-        ({"views": ("center", "center")}, ValueError, "each name once"),
+        ({"views": ("center", "center")}, ValueError, "name each view once"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"batch_size": 2.0}, TypeError, r"batch_size must be an integer, got 2\.0"),
         ({"shard_size": True}, TypeError, "shard_size must be an integer, got True"),
@@ -209,6 +209,6 @@ def test_paths_from_home(tree, tokenizer, tmp_path, monkeypatch):
 
 def test_a_cache_inside_of_pictures_from_home(tree, tokenizer, monkeypatch):
     monkeypatch.setenv("HOME", str(tree.parent))
-    with pytest.raises(ValueError, match="lies inside the pictures' folder"):
+    with pytest.raises(ValueError, match="is inside the pictures' folder"):
         cache.build(f"~/{tree.name}", f"~/{tree.name}/tokens", tokenizer, **SMALL)
     assert not (tree / "tokens").exists()

@@ -203,7 +203,7 @@ def test_members_that_move_under_the_run(tmp_path, tree, tokenizer, out, fake):
     cache.encode_shard(job, 0)
     assert shards.read_header(shards.shard_path(out, 0)).bad == 4
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="this archive has gone"):
+    with pytest.raises(FileNotFoundError, match="this archive has disappeared"):
         cache.encode_shard(job, 0)
 
 
@@ -256,7 +256,7 @@ def test_parquet_rows_that_hold_no_picture(tmp_path, tokenizer, out, fake):
     "table, text",
     [
         ({"text": ["a"]}, "no pictures in it: expected a column .*; got text"),
-        ({"image": [b"x"], "label": ["cat"]}, "column 'label' must hold class numbers, is string"),
+        ({"image": [b"x"], "label": ["cat"]}, "column 'label' must hold class numbers, got string"),
     ],
 )
 def test_parquet_of_another_kind_is_refused(tmp_path, tokenizer, out, table, text):

@@ -239,7 +239,7 @@ def test_mirrors_by_short_names(tree, url, tokenizer, tmp_path, monkeypatch, mir
     monkeypatch.chdir(tree)
     assert len(reader[0][0]) and list((tmp_path / "mirror").rglob("*.safetensors"))
     assert not (tree / "mirror").exists() and not (tree / "~").exists()
-    with pytest.raises(ValueError, match="a mirror is a local folder"):
+    with pytest.raises(ValueError, match="a mirror must be a local folder"):
         cache.TokenCache(url, mirror=url)
 
 
@@ -251,9 +251,9 @@ def test_export_and_repair(tmp_path, out, url, tree, tokenizer, fake):
             assert cache.export(source, target, format) == 11
         assert read_store(f"{url}-{format}") == {"x": (tmp_path / format).read_bytes()}
     assert cache.export(url, tmp_path / "llamagen", "llamagen") == 11
-    with pytest.raises(ValueError, match="llamagen is two files to a picture; write it to a local"):
+    with pytest.raises(ValueError, match="llamagen has two files per picture; write to a local"):
         cache.export(url, url + "-llamagen", "llamagen")
-    with pytest.raises(FileExistsError, match="is there already"):
+    with pytest.raises(FileExistsError, match="already exists"):
         cache.export(url, url + "-rar/x", "rar")
     before, said = read_store(url), []
     path = shards.shard_path(place(url), 1)
@@ -262,10 +262,10 @@ def test_export_and_repair(tmp_path, out, url, tree, tokenizer, fake):
     path.put(bytes(damaged))
     (path.parent / "tokens-00099.safetensors").put(b"")
     assert [p.partition(": ")[2] for p in cache.verify(url).problems] == [
-        "tokens does not fit its checksum; mend it with vfmtok-fast repair",
+        "tokens does not match its checksum; run vfmtok-fast repair",
         "does not belong to this cache",
     ]
-    with pytest.raises(ValueError, match="tokens-00001.safetensors: tokens does not fit its"):
+    with pytest.raises(ValueError, match="tokens-00001.safetensors: tokens does not match its"):
         list(cache.TokenCache(url, mirror=tmp_path / "mirror"))
     assert cache.repair(tree, url, tokenizer, tell=said.append) == 1 and len(said) == 2
     (path.parent / "tokens-00099.safetensors").remove()
@@ -291,7 +291,7 @@ def test_what_is_refused(tree, url, tokenizer):
     with pytest.raises(cache.FingerprintMismatch, match=r"batch_size \(there 3, here 5\)"):
         cache.build(tree, url, tokenizer, **{**SMALL, "batch_size": 5})
     (place(url + "-other") / "note.txt").put(b"x")
-    with pytest.raises(FileExistsError, match=r"holds something else \('note.txt'\)"):
+    with pytest.raises(FileExistsError, match=r"holds something other than a cache \('note.txt'\)"):
         cache.build(tree, url + "-other", tokenizer, **SMALL)
     with pytest.raises(FileNotFoundError, match="no token cache here"):
         cache.TokenCache(url + "-nowhere")

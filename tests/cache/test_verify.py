@@ -84,7 +84,7 @@ def test_every_flipped_bit_of_the_payload_is_found(built, out):
     for at in range(payload, len(data), 7):
         flip_bit(path, at)
         report = cache.verify(out)
-        assert len(report.problems) == 1 and "does not fit its checksum" in report.problems[0]
+        assert len(report.problems) == 1 and "does not match its checksum" in report.problems[0]
         assert SHARD in report.problems[0]
         flip_bit(path, at)
     assert cache.verify(out).ok
@@ -175,7 +175,7 @@ def test_damage_is_named(built, out, tokenizer, damage, text):
     [
         (lambda shard: shard.tokens.__setitem__((1, 0, 0), 1000), "tokens of 1000 or more"),
         (lambda shard: shard.tokens.__setitem__((0, 1, 3), 7), "holds tokens for bad pictures"),
-        (lambda shard: shard.status.__setitem__(1, 9), "status holds other values"),
+        (lambda shard: shard.status.__setitem__(1, 9), "status holds values other"),
         (lambda shard: shard.index.__setitem__(1, 0), "index is not the run of numbers"),
         (lambda shard: shard.label.__setitem__(1, 2), "labels do not agree with the index"),
         (
@@ -224,7 +224,7 @@ def test_a_folder_that_has_gone_is_one_problem_among_others(built, out, tokenize
     tokenizer.decode = lambda codes: torch.zeros(1, 3, 16, 16)
     report = cache.verify(out, tokenizer, built, sheet=out.with_name("x.png"))
     first, second = report.problems
-    assert SHARD in first and f"{built / 'class2'}: this folder has gone" in second
+    assert SHARD in first and f"{built / 'class2'}: this folder has disappeared" in second
     assert out.with_name("x.png").exists()
 
 
@@ -247,10 +247,10 @@ def test_no_cache_here(function, tmp_path):
 @pytest.mark.parametrize(
     "old, new, text",
     [
-        ('"version": 1', '"version": 2', "format version 2, this program reads 1"),
+        ('"version": 1', '"version": 2', "format version 2, but this program reads 1"),
         ("token cache", "other thing", "not the manifest of a token cache"),
         ('"shard_size": 4', '"shard_size": 0', "damaged"),
-        ('"batch_size": 3', '"batch_size": 4', "fingerprint does not fit"),
+        ('"batch_size": 3', '"batch_size": 4', "fingerprint does not match"),
         ('"counts"', '"count"', "damaged"),
         ("{", "", "damaged"),
     ],

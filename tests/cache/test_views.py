@@ -50,7 +50,7 @@ def test_names():
 def test_names_that_are_refused(name):
     with pytest.raises(ValueError, match=r"views: .*"):
         parse_views([name])
-    with pytest.raises(ValueError, match="each name once, got ten-crop-3 twice"):
+    with pytest.raises(ValueError, match="name each view once, got ten-crop-3 twice"):
         parse_views(["ten-crop", "ten-crop-3"])
 
 

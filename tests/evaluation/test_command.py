@@ -54,14 +54,14 @@ def test_reconstruction(run, photos: Path, model: Path, tmp_path: Path):
     line = ("reconstruction", photos, "--model", model, "--size", 16, "--out", out)
     files = ("--vgg16", tmp_path / "vgg16.pth", "--lpips-linear", tmp_path / "vgg.pth")
     code, text, errors = run(*line, "--num", 4, *files)
-    assert code == 0 and "an Inception of random weights" in errors
+    assert code == 0 and "an Inception with random weights" in errors
     result = json.loads(out.read_text())
     assert result["metrics"]["LPIPS"] > 0 and result["metrics"]["rFID"] > 0
     assert [row.split("  ")[0] for row in text.splitlines()[:-1]] == [*result["metrics"]]
     assert text.endswith("reconstruction-vfmtok, num=4, size=16; Inception: random weights\n")
 
     code, _, errors = run(*line, "--num", 4)
-    assert code == 2 and "is there already; choose another name" in errors
+    assert code == 2 and "already exists; choose another name" in errors
     code, _, errors = run(*line[:-1], tmp_path / "b.json", "--no-inception")
     assert code == 2 and errors.count("\n") == 1
     assert "50000 pictures were asked for, it holds 10; --num 10" in errors
@@ -106,7 +106,7 @@ def test_a_sweep_and_one_of_its_folders_again(
 
     line = ("sweep", out, *models, *reference, "--num", 8, "--size", 32, "--cfg-scale", 2, 3)
     code, _, errors = run(*line)
-    assert code == 2 and "sweep.json has scale 1 too; name it as well" in errors
+    assert code == 2 and "sweep.json also has scale 1; name it as well" in errors
     # A folder of other samples is found before any image of an earlier scale is made.
     (out / "sweep.json").unlink()
     code, _, errors = run(*line, "--seed", 1)
@@ -118,7 +118,7 @@ def test_probe(run, photos: Path, model: Path, tmp_path: Path):
     out = tmp_path / "probe.json"
     line = ("probe", photos, "--model", model, "--features", "codes", "--epochs", 12, "--out", out)
     code, _, errors = run(*line, "--test", photos)
-    assert code == 2 and "those are the training pictures; name others" in errors
+    assert code == 2 and "these are the training pictures; name others" in errors
     (tmp_path / "link").symlink_to(photos)
     assert "the training pictures" in run(*line, "--test", tmp_path / "link")[2]
     # With so few epochs, the learning rate would never finish its warm-up.
@@ -155,7 +155,7 @@ def test_two_files_of_one_folder(run, photos: Path, model: Path, tmp_path: Path)
     compared = json.loads((tmp_path / "probe.json").read_text())["compared"]
     assert (compared["train"], compared["test"]) == (str(train), str(test))
     code, _, errors = run("probe", train, "--test", tmp_path / "." / "train.parquet", *line[:4])
-    assert code == 2 and "those are the training pictures" in errors
+    assert code == 2 and "these are the training pictures" in errors
     line = ("--model", model, "--num", 4, "--size", 16, "--no-inception")
     code, _, errors = run("reconstruction", train, *line, "--out", tmp_path / "one.json")
     assert code == 0 and "train.parquet is named as a training set" in errors
@@ -186,7 +186,7 @@ def test_what_cannot_end_well_does_not_begin(
     gpt.save_pretrained(tmp_path / "gpt")
     models = ("--model", model, "--gpt", tmp_path / "gpt", "--reference", samples)
     code, _, errors = run("sweep", tmp_path / "sweep", *models, "--num", 3, "--size", 32)
-    assert code == 2 and "--num: 3 pictures are too few, the figures need 4" in errors
+    assert code == 2 and "--num: 3 pictures are too few, the metrics need 4" in errors
     assert not (tmp_path / "sweep").exists()
     nowhere = ("--out", tmp_path / "a.npz" / "x.json")
     code, _, errors = run(*line[:-2], *nowhere, "--num", 5, "--reference", samples)
@@ -195,7 +195,7 @@ def test_what_cannot_end_well_does_not_begin(
     code, _, errors = run(
         "generation", tmp_path / "negative.npz", *line[2:], "--num", 5, "--reference", samples
     )
-    assert code == 2 and "must be whole numbers of at least 0" in errors
+    assert code == 2 and "must be integers of at least 0" in errors
 
 
 def test_mistakes_are_one_line(run, photos: Path, pictures: np.ndarray, tmp_path: Path):
@@ -203,10 +203,10 @@ def test_mistakes_are_one_line(run, photos: Path, pictures: np.ndarray, tmp_path
     (tmp_path / "b.npz").write_text("text")
     a, b, out = tmp_path / "a.npz", tmp_path / "b.npz", ("--out", tmp_path / "x.json")
     for line, message in (
-        ((a, "--reference", a), "must have 256x256 pixels, have 32x32; --size evaluates others"),
+        ((a, "--reference", a), "256x256 pixels, got 32x32; --size evaluates other sizes"),
         ((a, "--reference", a, "--size", 32), "50000 pictures were asked for, it holds 24"),
         ((a, "--reference", a, "--size", 32, "--num", 9), "holds no labels (arr_1)"),
-        ((b, "--reference", a), "is no .npz, or damaged"),
+        ((b, "--reference", a), "is not an .npz, or is damaged"),
         ((photos, "--reference", a), "samples.npz: no such file"),
         ((a, "--reference", photos), "no such file; pictures are evaluated as ADM's .npz"),
     ):

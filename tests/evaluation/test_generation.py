@@ -90,16 +90,16 @@ def test_a_doubtful_reference_is_warned_of(files, inception, pictures: np.ndarra
     told = evaluate_generation(samples, tmp_path / "imagenet_val.npz", SMALL, inception)["warnings"]
     assert "looks like a validation set" in told[0] and len(told) == 3
     assert told[1].startswith("1 of the pictures are the reference's own")
-    assert told[2].startswith("1 of the pictures are there more than once")
+    assert told[2].startswith("1 of the pictures appear more than once")
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"arr_0": np.zeros((12, 16, 16, 3), np.uint8)}, "must have 32x32 pixels, have 16x16"),
+        ({"arr_0": np.zeros((12, 16, 16, 3), np.uint8)}, "must have 32x32 pixels, got 16x16"),
         ({"arr_0": np.zeros((5, 32, 32, 3), np.uint8)}, "12 pictures were asked for, it holds 5"),
         ({"arr_0": np.zeros((12, 32, 32, 3), np.uint8)}, "holds no labels (arr_1); --no-labels"),
-        ({"arr_0": np.zeros((12, 32, 32, 3))}, "must be uint8 pictures [N, H, W, 3], is float64"),
+        ({"arr_0": np.zeros((12, 32, 32, 3))}, "must be uint8 pictures [N, H, W, 3], got float64"),
         ({"arr_1": np.zeros(12)}, "holds no pictures (arr_0)"),
     ],
 )
@@ -114,12 +114,12 @@ def test_wrong_samples(files, inception, values: dict, message: str):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"arr_0": np.zeros((9, 16, 16, 3), np.uint8)}, "must have 32x32 pixels, have 16x16"),
+        ({"arr_0": np.zeros((9, 16, 16, 3), np.uint8)}, "must have 32x32 pixels, got 16x16"),
         ({"labels": np.zeros(3)}, "neither pictures (arr_0) nor statistics (mu and sigma)"),
         ({"mu": np.zeros(12)}, "has mu, but not both of mu and sigma"),
-        ({"mu": np.zeros(9), "sigma": np.eye(9)}, "mu must be of 12 features as this Inception"),
-        ({"mu": np.zeros(12), "sigma": np.eye(9)}, "must be [D] and [D, D], are [12] and [9, 9]"),
-        (b"PK\3\4, and no more", "is no .npz, or damaged"),
+        ({"mu": np.zeros(9), "sigma": np.eye(9)}, "mu must have 12 features as this Inception"),
+        ({"mu": np.zeros(12), "sigma": np.eye(9)}, "must be [D] and [D, D], got [12] and [9, 9]"),
+        (b"PK\3\4, and no more", "is not an .npz, or is damaged"),
         (None, "no such file; pictures are evaluated as ADM's .npz"),
     ],
 )

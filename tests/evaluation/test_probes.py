@@ -111,7 +111,7 @@ def test_evaluate_probe(tokenizer: VFMTok, photos: Path, tmp_path: Path):
     (tmp_path / "green").mkdir()
     Image.new("RGB", (70, 80)).save(tmp_path / "green" / "x.png")
     other = open_source(tmp_path)
-    with pytest.raises(ValueError, match="its classes are not those of .*: 'green' stands where"):
+    with pytest.raises(ValueError, match="its classes are not those of .*: 'green' instead of"):
         evaluate_probe(tokenizer, source, other, QUICK, "codes")
 
 
@@ -129,4 +129,4 @@ def test_labels_of_archives(tokenizer: VFMTok, photos: Path, tmp_path: Path):
     assert result["metrics"]["linear, top 1"] == 1.0
     assert result["compared"]["unreadable"] == 1 and result["compared"]["test_pictures"] == 9
     assert result["compared"]["test"].endswith("shard-000.tar")
-    assert any("matched by their numbers, as " in line for line in result["warnings"])
+    assert any("matched by their numbers, because " in line for line in result["warnings"])

@@ -76,7 +76,7 @@ def test_crops_and_raw_pictures_are_two_protocols(tokenizer, photos: Path, tmp_p
     assert "rFID" not in result["metrics"] and result["inception"] is None
     kept = np.stack([np.asarray(Image.open(path)) for path in sorted(tmp_path.iterdir())])
     assert result["compared"]["sha256"] == hashlib.sha256(kept).hexdigest()
-    with pytest.raises(ValueError, match="takes crops of 48x48; raw pictures go with --protocol"):
+    with pytest.raises(ValueError, match="takes crops of 48x48; raw pictures need --protocol"):
         evaluate_reconstruction(tokenizer, raw, of_crops)
     with pytest.raises(ValueError, match="--size must be at least 16, which LPIPS needs, got 15"):
         evaluate_reconstruction(tokenizer, raw, VFMTOK.changed(num=10, size=15), lpips=torch.dist)

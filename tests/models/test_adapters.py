@@ -70,7 +70,7 @@ def test_layers_that_a_step_would_not_call_are_refused(how: str):
     model = GPT(GENERATOR).eval()
     nn.init.normal_(model.head.weight)
     changed(how, model)
-    with pytest.raises(TypeError, match="reads the weights of plain layers .* merge adapters"):
+    with pytest.raises(TypeError, match="needs plain layers .* merge adapters"):
         model.generate(CLASSES[:2])
     # The loss is the cross-entropy of the model's own logits, so training uses the changed layers.
     codes = torch.arange(8).view(2, 4)

@@ -257,7 +257,7 @@ def test_sharded_safetensors(gpt, tmp_path: Path):
         assert torch.equal(loaded["norm.weight"], gpt["norm.weight"])
     (tmp_path / "model-2.safetensors").unlink()
     message = refused(FileNotFoundError, GPT.from_official, tmp_path, GPT_CONFIG)
-    assert "names model-2.safetensors, which is not beside it" in message
+    assert "names model-2.safetensors, which is not in its folder" in message
 
 
 def test_a_weight_in_two_parts_is_refused(gpt, tmp_path: Path):
@@ -286,7 +286,7 @@ def test_an_index_names_files_beside_it_only(gpt, tmp_path: Path, name: str):
     path = tmp_path / "in/model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": {"norm.weight": name}}))
     message = refused(FileNotFoundError, GPT.from_official, tmp_path / "in", GPT_CONFIG)
-    assert message == f"GPT checkpoint: {path} names {name}, which is not beside it"
+    assert message == f"GPT checkpoint: {path} names {name}, which is not in its folder"
 
 
 def test_a_path_from_home(gpt, tmp_path: Path, monkeypatch):
@@ -429,7 +429,7 @@ def test_another_pickle_protocol_is_named(tokenizer, tmp_path: Path, protocol: i
     path = tmp_path / "t.pt"
     torch.save({"model": tokenizer}, path, pickle_protocol=protocol)
     message = refused(ValueError, load, path)
-    assert f"{path} is no torch checkpoint of pickle protocol 2" in message
+    assert f"{path} is not a torch checkpoint of pickle protocol 2" in message
     assert "torch.save(model.state_dict(), FILE)" in message
 
 
@@ -440,7 +440,7 @@ def test_truncated_files(tokenizer, tmp_path: Path, new: bool, load):
     whole = path.read_bytes()
     for part in (0.002, 0.02, 0.1, 0.3, 0.5, 0.9, 0.99, 0.9999):
         path.write_bytes(whole[: int(part * len(whole))])
-        assert f"{path} is no " in refused(ValueError, load, path)
+        assert f"{path} is not a complete " in refused(ValueError, load, path)
 
 
 @pytest.mark.parametrize(
@@ -457,10 +457,10 @@ def test_truncated_files(tokenizer, tmp_path: Path, new: bool, load):
 def test_other_files(data: bytes, tmp_path: Path, load):
     path = tmp_path / "t.pt"
     path.write_bytes(data)
-    assert f"tokenizer: {path} is no torch checkpoint" in refused(ValueError, load, path)
+    assert f"tokenizer: {path} is not a torch checkpoint" in refused(ValueError, load, path)
     path = path.with_suffix(".safetensors")
     path.write_bytes(data)
-    assert f"tokenizer: {path} is no safetensors file" in refused(ValueError, load, path)
+    assert f"tokenizer: {path} is not a safetensors file" in refused(ValueError, load, path)
 
 
 def test_no_file(tokenizer, tmp_path: Path, load):

@@ -102,7 +102,7 @@ def test_a_decoder_takes_one_call_at_a_time(model):
     def again(done: int, total: int) -> None:
         decoder.generate(CLASSES[:2])
 
-    with pytest.raises(RuntimeError, match="^decoder: another call of it has not ended"):
+    with pytest.raises(RuntimeError, match="^decoder: another call is still running"):
         decoder.generate(CLASSES[:2], progress=again)
     assert torch.equal(decoder.generate(CLASSES[:2], seed=1), model.generate(CLASSES[:2], seed=1))
 
@@ -122,7 +122,7 @@ def test_a_decoder_takes_one_thread_at_a_time_and_recovers(model):
     thread.start()
     try:
         assert inside.wait(60)
-        with pytest.raises(RuntimeError, match="^decoder: another call of it has not ended"):
+        with pytest.raises(RuntimeError, match="^decoder: another call is still running"):
             decoder.generate(CLASSES[:2], seed=2)
     finally:
         told.set()
@@ -221,13 +221,13 @@ def test_a_decoder_follows_its_model():
     model.head.weight = nn.Parameter(model.head.weight.detach().flip(0).clone())
     assert torch.equal(decoder.generate(CLASSES[:2], seed=1), model.generate(CLASSES[:2], seed=1))
     model.double()
-    with pytest.raises(ValueError, match="^decoder: the model or the current stream is another"):
+    with pytest.raises(ValueError, match="^decoder: the model or the current stream has changed"):
         decoder.generate(CLASSES[:2])
     model.float()
     assert torch.equal(decoder.generate(CLASSES[:2], seed=1), model.generate(CLASSES[:2], seed=1))
     del model
     gc.collect()
-    with pytest.raises(RuntimeError, match="^decoder: its model is gone"):
+    with pytest.raises(RuntimeError, match="^decoder: its model was freed"):
         decoder.generate(CLASSES[:2])
 
 

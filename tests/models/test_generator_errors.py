@@ -102,7 +102,7 @@ def test_generation_is_refused_under_autocast(model, fast):
     with vfmtok_fast.enable() if fast else contextlib.nullcontext():
         with (
             torch.autocast("cpu", torch.bfloat16),
-            refuses(TypeError, "decode_step: it must not be under autocast"),
+            refuses(TypeError, "decode_step: must not run under autocast"),
         ):
             model.generate(CLASSES)
         assert model.generate(CLASSES).shape == (2, 4)
@@ -181,6 +181,6 @@ def test_load_is_strict(tmp_path, model):
 def test_a_setting_that_does_not_exist(model: GPT):
     for name, call in (("stream", model.stream), ("decoder", model.decoder(2).generate)):
         with refuses(
-            TypeError, f"{name}: no setting cfg; there are cfg_scale, cfg_interval, .*seed"
+            TypeError, f"{name}: unknown setting cfg; there are cfg_scale, cfg_interval, .*seed"
         ):
             call([1], cfg=2.0)

@@ -134,7 +134,7 @@ def test_broken_weights_file(folder: Path):
     whole = path.read_bytes()
     for broken in (b"", b"<html></html>", whole[:100], whole[: len(whole) // 2]):
         path.write_bytes(broken)
-        assert "is no safetensors file" in refused(ValueError, folder)
+        assert "is not a safetensors file" in refused(ValueError, folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -152,7 +152,7 @@ def test_config_that_does_not_fit(folder: Path):
     path.write_text(json.dumps(config | {"backbone": config["backbone"] | {"depth": 2.5}}))
     with pytest.raises(ValueError, match="BackboneConfig: depth must be an integer"):
         VFMTok.from_pretrained(folder)
-    for text, reason in (("{", "is no JSON"), ("[]", "must hold an object, got list")):
+    for text, reason in (("{", "is not JSON"), ("[]", "must hold an object, got list")):
         path.write_text(text)
         assert reason in refused(ValueError, folder)
 
@@ -175,7 +175,7 @@ def test_no_folder_and_no_repo(offline: None, source: str):
 
 def test_a_runs_folder_names_its_model(tmp_path: Path):
     GPT(GENERATOR).save_pretrained(tmp_path / "run" / "model")
-    with pytest.raises(FileNotFoundError, match=r"run is a run; its model is .*run/model$"):
+    with pytest.raises(FileNotFoundError, match=r"is a training run; its model is .*run/model$"):
         GPT.from_pretrained(tmp_path / "run")
 
 

@@ -198,7 +198,7 @@ def test_published_weights_fit_any_grid(tiny: VFMTokConfig, name: str, grid: int
     ("changes", "message"),
     [
         ({"image_size": 300, "grid": 20}, "must be a multiple of 16 .*, got 300"),
-        ({"image_size": 512}, r"an image_size of 512, no multiple of 14, needs grid"),
+        ({"image_size": 512}, r"image_size 512 is not a multiple of 14 and needs grid"),
         ({"image_size": 256, "grid": 0}, "grid must be an integer of at least 1, got 0"),
         ({"image_size": 256, "grid": 16.0}, "grid must be an integer of at least 1, got 16.0"),
         ({"image_size": 256, "grid": True}, "grid must be an integer of at least 1, got True"),

@@ -103,7 +103,7 @@ def test_norm_refuses(change, error, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"shortcut": None}, "from 8 to 12 channels it needs a shortcut"),
+        ({"shortcut": None}, "needs a shortcut from 8 to 12 channels"),
         ({"conv2": (torch.zeros(12, 8, 3, 3), torch.zeros(12))}, "conv2's weight must have shape"),
         ({"conv1": (torch.zeros(12, 8, 3, 3), torch.zeros(8))}, "conv1's bias must have shape"),
         ({"num_groups": 8}, "must divide the 12 channels"),

@@ -76,10 +76,10 @@ def test_another_model_or_setting_is_named(make, images: Tensor, tmp_path: Path)
         make(dropout=0.1).load_state_dict(state)
     make(dropout=0.1).load_state_dict(state, changed=True)
     older = {**state, "config": {**state["config"], "decoder_depth": 7}}
-    with pytest.raises(ValueError, match=r"another one: decoder_depth \(there 7, here"):
+    with pytest.raises(ValueError, match=r"the model differs: decoder_depth \(there 7, here"):
         make().load_state_dict(older, changed=True)
     names = {f"old.{name}": weight for name, weight in state["model"].items()}
-    with pytest.raises(ValueError, match=r"another version, .* other names: .*; begin a new one"):
+    with pytest.raises(ValueError, match=r"another version, .* other names: .*; start a new run"):
         make().load_state_dict({**state, "model": names})
     with pytest.raises(ValueError, match="the run had a discriminator"):
         make(judge=False).load_state_dict(state)

@@ -49,11 +49,11 @@ def test_a_run_and_going_on_with_it(photos: Path, config: Path, tmp_path: Path, 
 
     assert cli.main(arguments(photos, out, config, *SMALL, "--lr", "0.01")) == 2
     error = capsys.readouterr().err
-    assert "settings have changed: lr (there 0.0001, here 0.01); to go on" in error
+    assert "settings have changed: lr (there 0.0001, here 0.01); to resume" in error
     more = (*SMALL, "--lr", "0.01", "--accept-changes", "--steps", "5")
     assert cli.main(arguments(photos, out, config, *more)) == 0
     text = capsys.readouterr()
-    assert "going on from" in text.err and "5 steps, 2.50 epochs" in text.out
+    assert "resuming from" in text.err and "5 steps, 2.50 epochs" in text.out
     assert len((out / "log.jsonl").read_text().splitlines()) == 5
     again = ("--start-from", str(out / "model"), *SMALL)
     line = arguments(photos, tmp_path / "on", config, *again)
@@ -69,7 +69,7 @@ def test_two_runs_do_not_share_a_folder(photos: Path, config: Path, tmp_path: Pa
     folder = os.open(out, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
     assert cli.main(arguments(photos, out, config, *SMALL)) == 2
-    assert f"{out}: another process trains there" in capsys.readouterr().err
+    assert f"{out}: another process is training there" in capsys.readouterr().err
     assert list(out.iterdir()) == []
     os.close(folder)
     assert cli.main(arguments(photos, out, config, *SMALL, "--lr", "-1")) == 2
@@ -116,7 +116,7 @@ def test_dry_run(photos: Path, config: Path, tmp_path: Path, capsys):
     text = capsys.readouterr().out
     assert "10 pictures, 2 steps an epoch, 3 steps in all" in text
     assert "million weights learn" in text and "step 2 of a small model: total" in text
-    assert re.search(r"TFLOP a picture; .* at least \S+ hours \(predicted\)", text)
+    assert re.search(r"TFLOP per picture; .* at least \S+ hours \(predicted\)", text)
     assert not (tmp_path / "run").exists()
 
 
@@ -157,4 +157,4 @@ def test_mistakes_are_one_line(
 def test_a_folder_that_is_no_run_is_left_alone(photos: Path, config: Path, tmp_path: Path, capsys):
     (tmp_path / "thesis.txt").write_text("mine")
     assert cli.main(arguments(photos, tmp_path, config, *SMALL)) == 2
-    assert "neither empty nor a run to go on with" in capsys.readouterr().err
+    assert "neither empty nor a run to resume" in capsys.readouterr().err

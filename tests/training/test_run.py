@@ -196,7 +196,7 @@ def test_a_log_has_each_step_once(begin: Begin, whole: Run, tmp_path: Path):
 def test_checkpoints_that_are_none_or_not_the_same(begin: Begin, tmp_path: Path, monkeypatch):
     run = begin(tmp_path)
     checkpoints.save(tmp_path / "checkpoints", 7, {"weights": 1})
-    with pytest.raises(ValueError, match=r"step-00000007\.pt: no checkpoint of a run; remove it"):
+    with pytest.raises(ValueError, match=r"00000007\.pt: not a checkpoint of a run; remove it"):
         run.resume()
     monkeypatch.setattr(processes, "gather", lambda values: [*values, None])
     with pytest.raises(ValueError, match=r"disk that all processes share; .*-00000007\.pt, None"):
@@ -207,7 +207,7 @@ def test_nan_stops_with_the_pictures_and_the_state_before(begin: Begin, tmp_path
     run = begin(tmp_path / "nan")
     lpips = run.trainer.lpips
     run.trainer.lpips = lambda x, y: lpips(x, y) * (1 if run.trainer.steps < 2 else math.nan)
-    message = r"step 3: not finite: .*perceptual \(nan\).*; the batch's 4 pictures stand in .*log"
+    message = r"step 3: not finite: .*perceptual \(nan\).* 4 pictures are listed in .*log"
     with pytest.raises(NotFinite, match=f"{message}.*the state before it is"):
         run.train()
     line = lines(run)[-1]

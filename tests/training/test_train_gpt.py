@@ -91,7 +91,7 @@ def test_a_run_on_a_cache_and_going_on_with_it(cache, config, tokenizer, tmp_pat
 
     assert cli.main(line(cache, out, config, *more, "--weight-decay", "0.1")) == 2
     assert (
-        "settings have changed: weight_decay (there 0.05, here 0.1); to go on"
+        "settings have changed: weight_decay (there 0.05, here 0.1); to resume"
         in capsys.readouterr().err
     )
     assert cli.main(line(cache, out, config, *more, "--steps", "5", "--accept-changes")) == 0
@@ -108,7 +108,7 @@ def test_pictures_instead_of_a_cache(photos, config, tokenizer, tmp_path, capsys
     (last,) = log(tmp_path / "run")[-1:]
     assert last["bad_pictures"] == 0 and last["codes_share"] > 0
     assert cli.main(line(photos, tmp_path / "other", config)) == 2
-    assert "no token cache; make one" in capsys.readouterr().err
+    assert "not a token cache; make one" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_overfitting_gives_the_codes_back(cache, config, tmp_path, capsys):
     more = ("--overfit", "4", "--lr", "0.02", "--log-every", "50")
     assert cli.main(line(cache, tmp_path / "short", config, *more)) == 1
     assert cli.main(line(cache, tmp_path / "run", config, *more, "--steps", "90")) == 0
-    assert "greedy generation gives 100.00% of the codes back" in capsys.readouterr().out
+    assert "greedy generation reproduces 100.00% of the codes" in capsys.readouterr().out
 
 
 def test_a_cache_in_half_precision_knows_its_tokenizer(
@@ -128,7 +128,7 @@ def test_a_cache_in_half_precision_knows_its_tokenizer(
     for folder, code in ((tokenizer, 0), (tmp_path / "other", 2)):
         more = ("--model", folder, "--steps", "1", "--show-every", "0")
         assert cli.main(line(tmp_path / "cache", tmp_path / f"run{code}", config, *more)) == code
-    assert "its tokens are of another tokenizer than" in capsys.readouterr().err
+    assert "its tokens are from a tokenizer other than" in capsys.readouterr().err
 
 
 def test_dry_run(cache, config, tmp_path, capsys):
@@ -159,14 +159,14 @@ def test_refusals(cache, photos, config, tokenizer, tmp_path, tiny, capsys):
         (("--warmup-epochs", "inf"), config, "--warmup-epochs must be a number of at least 0"),
         (("--seed", str(2**70)), config, "--seed must be in [-2^63, 2^64)"),
         (("--show-every", "-1"), config, "--show-every must be at least 0"),
-        (("--model", tmp_path / "other"), config, "its tokens are of another tokenizer than"),
+        (("--model", tmp_path / "other"), config, "its tokens are from a tokenizer other than"),
         ((), narrow, "of vocab_size 128 cannot learn from tokens of another codebook"),
         ((), few, "has 2 classes, more than the generator's 1"),
         (("--overfit", "11"), config, "has 10 pictures, not 11"),
         (("--batch-size", "11"), config, "10 pictures are fewer than a batch of 11"),
         (("--sharded",), config, "--sharded needs several processes"),
         (("--views", "random-0"), config, "has the views center, center-flip, not 'random-0'"),
-        (("--split", "train", "--input", "lmdb"), config, "--input, --split: of pictures; "),
+        (("--split", "train", "--input", "lmdb"), config, "--input, --split: only for pictures; "),
     ]
     for number, (more, file, message) in enumerate(cases):
         words = line(cache, tmp_path / f"run{number}", file, *more)
@@ -195,7 +195,7 @@ def test_other_pictures_or_views_are_another_run(
     assert cli.main(line(moved, tmp_path / "online", config, *online)) == 0
     first.rename(moved / "zebra")
     assert "pictures_sha256 (there " in refused(moved, "online", *online)
-    assert "--views is of a token cache" in refused(photos, "none", *online, "--views", "center")
+    assert "--views needs a token cache" in refused(photos, "none", *online, "--views", "center")
 
 
 def test_online_one_bad_label_is_a_bad_picture(tmp_path: Path, tokenizer: Path):
@@ -389,7 +389,7 @@ def test_a_closed_pipe_does_not_end_a_run(cache, config, tmp_path, monkeypatch, 
     monkeypatch.setattr(training_reports.sys, "stdout", sys.__stdout__)
     assert cli.main(line(cache, tmp_path / "run", config, "--json", "--warmup-steps", "9")) == 0
     error = capsys.readouterr().err
-    assert "3 steps, 1.50 epochs" in error and "the rate rises over 9 steps" in error
+    assert "3 steps, 1.50 epochs" in error and "the warm-up takes 9 steps" in error
 
 
 def test_an_average_that_hardly_moves_is_named(cache, config, tmp_path, capsys):

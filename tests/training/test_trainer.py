@@ -298,7 +298,7 @@ def test_codes_start_anew_where_float16_has_left_all_steps_out(make, images: Ten
         ({"pixel_loss": "l3"}, "pixel_loss must be one of l2, l1, got 'l3'"),
         ({"lr": -1}, r"lr must be a number in \[0, inf\), got -1"),
         ({"ema": 1.0}, "ema must be a number in"),
-        ({"schedule": "cosine"}, "cosine needs total_steps beyond warmup_steps, got None and 0"),
+        ({"schedule": "cosine"}, "needs total_steps above warmup_steps, got None and 0"),
         ({"micro_batch": 0}, "micro_batch must be an integer of at least 1, got 0"),
         (
             {"discriminator_start": 5, "discriminator_update_start": 6},

@@ -1,11 +1,12 @@
-"""The token cache: every picture of a data set as tokens on disk, made once, read for ever.
+"""Token cache: encode every image of a data set into tokens once, then read them from disk.
 
 >>> from vfmtok_fast import cache
 >>> summary = cache.build("photos", "tokens", tokenizer, views=("center", "center-flip"))
 >>> tokens, label = cache.TokenCache("tokens", view="center")[0]
 
-In rooms, each of which uses only those before it: `store` (disks and object stores), `format` (what
-lies there), `sources` (where pictures come from), `make`, `read` and `check`.
+The subpackages form layers, each of which uses only those before it: `store` (disks and object
+stores), `format` (the files of a cache), `sources` (where images come from), `make`, `read` and
+`check`.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ __all__ = [
     "verify",
 ]
 
-# Imported when first asked for: `vfmtok-fast status` needs no torch.
+# Imported on first access, so that `vfmtok-fast status` does not import torch.
 __getattr__, __dir__ = attach(
     __name__,
     {

@@ -1,7 +1,7 @@
-"""The command line: ``vfmtok-fast``, also ``python -m vfmtok_fast``; one module a command.
+"""The command line: ``vfmtok-fast``, also ``python -m vfmtok_fast``; one module per command.
 
-A command has a SUMMARY, `add_arguments` and `run`, which returns an exit code. Modules import what
-takes time where it is used: `--help` imports no torch.
+A command has a SUMMARY, `add_arguments` and `run`, which returns an exit code. Modules import slow
+dependencies only where they are used, so `--help` does not import torch.
 """
 
 from __future__ import annotations
@@ -46,22 +46,23 @@ COMMANDS = {
     "doctor": doctor,
 }
 MOST_CHARACTERS = 1000
-# Those that go on where they stopped.
+# Commands that resume where they stopped.
 RESUMING = {"cache", "repair", "sample", "train-tokenizer", "train-gpt"}
 EXIT_CODES = """exit codes: 0 done; 1 verify found a problem, status: not complete, or train-gpt
---overfit failed; 2 wrong input or an error; 3 done, but some pictures could not be read (0 of a
-training, which takes others in their place, and under torchrun, to which it is a crash); 4 more of
-them than --max-bad; 130 interrupted, 143 terminated (a cache goes on where it stopped)"""
+--overfit failed; 2 wrong input or an error; 3 done, but some pictures could not be read (0 in
+training, which replaces them by others, and under torchrun, which takes 3 for a crash); 4 more
+unreadable pictures than --max-bad; 130 interrupted, 143 terminated (a cache resumes where it
+stopped)"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; errors are one line on stderr."""
+    """Run one command and return its exit code; an error is one line on stderr."""
     make_streams_safe()
     options = build_parser().parse_args(arguments)
     try:
         return COMMANDS[options.command].run(options)
     except BrokenPipeError:
-        # Who reads our output has seen enough, as in `| head`. Python would complain at exit.
+        # The reader of our output has closed it, as in `| head`. Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
@@ -70,12 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(options, text, getattr(error, "exit_code", 2))
     except KeyboardInterrupt:
-        resumes = "; run it again to go on where it stopped" if options.command in RESUMING else ""
+        resumes = "; run it again to resume where it stopped" if options.command in RESUMING else ""
         return _fail(options, f"interrupted{resumes}", 130)
 
 
 def _explained(error: Exception) -> str | None:
-    """An error of the user's or the machine's in one line; None for one of ours."""
+    """Return an error of the user's or the machine's in one line; None for a bug of ours."""
     text = one_line(error)
     if isinstance(error, MemoryError):
         return f"out of memory ({text})" if str(error) else "out of memory"
@@ -83,16 +84,16 @@ def _explained(error: Exception) -> str | None:
         return text
     if is_out_of_memory(error):
         return (
-            f"{text}; a smaller --batch-size needs less, in training --micro-batch too (a cache "
-            "keeps the size of its first shard)"
+            f"{text}; a smaller --batch-size needs less memory, as does a smaller --micro-batch in "
+            "training (a cache keeps the batch size of its first shard)"
         )
     return None
 
 
 def _fail(options: argparse.Namespace, text: str, code: int) -> int:
-    if len(text) > MOST_CHARACTERS:  # As of all names that a wrong file has.
+    if len(text) > MOST_CHARACTERS:  # For example, all names in a wrong file.
         left = len(text) - MOST_CHARACTERS
-        text = f"{text[:MOST_CHARACTERS]} ... ({left} more characters; from Python all are told)"
+        text = f"{text[:MOST_CHARACTERS]} ... ({left} more characters; Python shows them all)"
     note(f"vfmtok-fast {options.command}: {text.removeprefix(f'{options.command}: ')}")
     return code
 

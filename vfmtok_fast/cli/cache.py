@@ -22,42 +22,43 @@ if TYPE_CHECKING:
     from ..cache.sources import Source
     from ..cache.store import Place
 
-# Names that a note lists.
+# Most names that a note lists.
 MOST_NAMES = 10
-SUMMARY = "tokenise a folder of images into a token cache, or go on with one"
+SUMMARY = "tokenise a folder of images into a token cache, or resume one"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGES", help="class folders of pictures, or archives")
     add_input_option(parser)
     add_choices(parser)
-    parser.add_argument("out", metavar="OUT", help="the cache: a new folder, or one to go on with")
+    parser.add_argument("out", metavar="OUT", help="the cache: a new folder, or one to resume")
     parser.add_argument(
         "--views",
         nargs="+",
         default=["center"],
         metavar="VIEW",
-        help=f"of {', '.join(VIEWS)}; random-0..7 for eight; behind OUT, or before another option "
-        "(center)",
+        help=f"any of {', '.join(VIEWS)}; random-0..7 for eight; place it after OUT, or before "
+        "another option (center)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of random crops (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of random crops (%(default)s)")
     parser.add_argument(
         "--batch-size", type=int, help="views at a time; by default 64 on a GPU, 4 on a CPU"
     )
     parser.add_argument(
-        "--shard-size", type=int, default=8192, help="pictures a file (%(default)s)"
+        "--shard-size", type=int, default=8192, help="pictures per shard file (%(default)s)"
     )
-    parser.add_argument("--max-bad", type=int, help="stop above this many unreadable pictures")
+    parser.add_argument("--max-bad", type=int, help="stop if more pictures than this are bad")
     parser.add_argument("--workers", type=int, help="threads that read pictures")
     parser.add_argument(
         "--extend",
         action="store_true",
-        help="add pictures that came since the cache was made (refused otherwise)",
+        help="add pictures that are new since the cache was made (refused otherwise)",
     )
     parser.add_argument(
         "--hash",
         action="store_true",
-        help="note each picture's SHA-256, to notice changes that keep the size (reads all first)",
+        help="store each picture's SHA-256, to notice changes that keep the size; reads all "
+        "pictures first",
     )
     parser.add_argument(
         "--shard-range",
@@ -73,29 +74,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or of this machine (%(default)s)",
     )
     parser.add_argument(
-        "--actors", type=int, help="with --engine ray: how many; one per GPU by default"
+        "--actors", type=int, help="with --engine ray: number of actors; one per GPU by default"
     )
-    parser.add_argument("--json", action="store_true", help="progress and result as lines of JSON")
+    parser.add_argument(
+        "--json", action="store_true", help="print progress and result as lines of JSON"
+    )
     add_tokenizer_options(parser)
 
 
 def add_choices(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what of the input to take")
-    group.add_argument("--split", metavar="NAME", help="only files or folders named so: train")
+    group = parser.add_argument_group("which part of the input to take")
+    group.add_argument(
+        "--split", metavar="NAME", help="only files or folders of this split, such as train"
+    )
     group.add_argument(
         "--include",
         action="append",
         default=[],
         metavar="GLOB",
-        help="only files that fit, by their own name or a folder's, or with slashes by their path; "
-        "may be given again",
+        help="only files that match, by their own name or a folder's, or with slashes by their "
+        "path; may be repeated",
     )
     group.add_argument(
-        "--exclude", action="append", default=[], metavar="GLOB", help="no files that fit"
+        "--exclude", action="append", default=[], metavar="GLOB", help="no files that match"
     )
-    group.add_argument("--image-column", metavar="NAME", help="of Parquet, where not plain")
     group.add_argument(
-        "--label-column", metavar="NAME", help="of Parquet, where not plain; none: no labels"
+        "--image-column", metavar="NAME", help="Parquet column of the pictures, if not clear"
+    )
+    group.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="Parquet column of the labels, if not clear; none: no labels",
     )
 
 
@@ -105,12 +114,12 @@ def included(options: argparse.Namespace) -> tuple[str, ...]:
     if options.split is None:
         return tuple(options.include)
     if options.include:
-        raise ValueError("--split is an --include of its own; give one of the two")
+        raise ValueError("--split implies its own --include; give only one of the two")
     return split_patterns(options.split)
 
 
 def open_input(options: argparse.Namespace, images: str) -> Source:
-    """Pictures, with what `add_input_option` and `add_choices` say of them."""
+    """Open the images as the options of `add_input_option` and `add_choices` say."""
     from ..cache.sources import open_source
 
     return open_source(
@@ -122,7 +131,7 @@ def open_input(options: argparse.Namespace, images: str) -> Source:
 def run(options: argparse.Namespace) -> int:
     from ..cache import CacheSpec
 
-    # Before the model, which may have to be downloaded.
+    # Before loading the model, which may have to be downloaded.
     spec = CacheSpec(
         input_kind=options.input, views=options.views, seed=options.seed,
         batch_size=options.batch_size, shard_size=options.shard_size, workers=options.workers,
@@ -146,7 +155,7 @@ def _here(
     from .. import cache
 
     if options.actors is not None:
-        raise ValueError("--actors goes with --engine ray")
+        raise ValueError("--actors needs --engine ray")
     rank, world_size, device = among_processes(options.device)
     shard_range = _shard_range(options.shard_range)
     tokenizer = load_tokenizer(options, device)
@@ -165,7 +174,7 @@ def _on_ray(options: argparse.Namespace, spec: CacheSpec, progress: bool | Calla
     if options.shard_range is not None:
         raise ValueError("--shard-range is for batch systems; Ray hands out the shards by itself")
     if among_processes("cpu").world_size != 1:
-        raise ValueError("--engine ray is started once, not by torchrun or srun")
+        raise ValueError("--engine ray must be started once, not by torchrun or srun")
     # The actors hold the model; this process only checks its weights and sends it.
     tokenizer = load_tokenizer(options, "cpu")
     with policy(options), _notes():
@@ -187,7 +196,7 @@ def _tell(summary: Summary, as_json: bool, rank: int) -> None:
     if rank:
         return
     rate = f", {summary.encoded / summary.seconds:.1f} img/s" if summary.encoded else ""
-    still = f" ({summary.missing} shards are still to come)" if summary.missing else ""
+    still = f" ({summary.missing} shards are still missing)" if summary.missing else ""
     say(
         f"{summary.out}: {state}{still}; {summary.images} pictures in {summary.shards} shards, "
         f"{summary.encoded} encoded now in {summary.seconds:.1f} s{rate}"
@@ -199,7 +208,7 @@ def _tell(summary: Summary, as_json: bool, rank: int) -> None:
 
 
 def _tell_classes(out: Place) -> None:
-    """How many classes there are; and those in which there is no picture, which may be none."""
+    """Print how many classes there are, and name those without an image, which may be a mistake."""
     from .. import cache
     from ..cache.format.index import INDEX, used_labels
 
@@ -216,7 +225,7 @@ def _tell_classes(out: Place) -> None:
 
 @contextlib.contextmanager
 def _notes() -> Iterator[None]:
-    """Say what an input's listing passed over, in a line on stderr."""
+    """Print what an input's listing passed over, in a line on stderr."""
     from ..cache.sources.base import LeftOutWarning
 
     with warnings.catch_warnings():
@@ -234,7 +243,7 @@ def _notes() -> Iterator[None]:
 
 
 def _json_lines() -> Callable[[Progress], None]:
-    """A progress function that prints a line of JSON a second."""
+    """Return a progress function that prints at most one line of JSON per second."""
     last = 0.0
 
     def report(state: Progress) -> None:

@@ -1,5 +1,5 @@
-"""What options may be. Written down, for the modules that define it import torch, which takes
-seconds; a test compares.
+"""The values that options may take. They are repeated here because the modules that define them
+import torch, which takes seconds; a test compares the two.
 """
 
 OFFICIAL_REPO = "yexiguafu/VFMTok"

@@ -9,7 +9,7 @@ from pathlib import Path
 from .choices import OFFICIAL_FILES, OFFICIAL_REPO
 from .output import local_path, say
 
-SUMMARY = "turn one of the authors' files into a folder that everything reads"
+SUMMARY = "convert one of the authors' files into a folder that all commands read"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,15 +18,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("out", metavar="OUT", help="a new or empty folder")
     parser.add_argument(
-        "--file", help=f"the authors' file; left out, it is downloaded from {OFFICIAL_REPO}"
+        "--file", help=f"the authors' file; by default it is downloaded from {OFFICIAL_REPO}"
     )
     parser.add_argument(
         "--backbone",
-        help="tokenizer: dinov2_vitl14_reg4_pretrain.pth; left out, it is taken from the file or "
-        "downloaded",
+        help="for tokenizer: dinov2_vitl14_reg4_pretrain.pth; by default it is taken from the file "
+        "or downloaded",
     )
     parser.add_argument(
-        "--config", help="JSON file with config fields, where they are not the release's"
+        "--config", help="JSON file with config fields, if they differ from the release's"
     )
 
 
@@ -35,12 +35,12 @@ def run(options: argparse.Namespace) -> int:
     from ..generator import GPT
     from ..tokenizer import VFMTok
 
-    # A link is where it leads to; what is there may be a mount or the folder that we are in.
+    # Follow a link to its target, which may be a mount or the current folder.
     out = local_path(options.out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is not an empty folder; choose a new one")
     if options.backbone is not None and options.what != "tokenizer":
-        raise ValueError("--backbone goes with the tokenizer only")
+        raise ValueError("--backbone is only for the tokenizer")
     config = None
     if options.config is not None:
         config = read_config(local_path(options.config))

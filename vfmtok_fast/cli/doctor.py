@@ -9,9 +9,9 @@ import platform
 
 from .output import say
 
-SUMMARY = "what is installed, what will run fast here, and why not"
+SUMMARY = "show what is installed, what will run fast here, and why the rest will not"
 
-# Packages that nothing needs by default: the extra that installs each, and what it is for.
+# Optional packages: the extra that installs each, and what it is for.
 OPTIONAL = {
     "ray": ("ray", "`cache --engine ray`"),
     "lmdb": ("lmdb", "pictures in the authors' LMDB"),
@@ -28,7 +28,7 @@ OPTIONAL = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It has none."""
+    """This command has no arguments."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
             f"compute capability {found.major}.{found.minor}"
         )
     say("")
-    say("With vfmtok_fast.enable(), and in every command but with --no-fast:")
+    say("With vfmtok_fast.enable(), and in every command without --no-fast:")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in switch.status().ops:
         say(f"  {name}: {switch.forecast(name, device)}")

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from ..evaluation import Generation, Inception
     from ..training import LPIPS
 
-SUMMARY = "figures by named protocols: of reconstructions, generated pictures, features"
+SUMMARY = "metrics by named protocols: of reconstructions, generated pictures, features"
 RANDOM_NOTE = (
-    "note: an Inception of random weights: FID and its like test the arithmetic and mean nothing; "
-    "--inception FILE names real ones"
+    "note: an Inception with random weights: FID and similar metrics test the arithmetic and mean "
+    "nothing; --inception FILE names real ones"
 )
 
 
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     out = local_path(options.out)
     if options.what != "sweep":
         if out.exists():
-            raise FileExistsError(f"{out} is there already; choose another name with --out")
+            raise FileExistsError(f"{out} already exists; choose another name with --out")
         check_writable(out)
     return WHAT[options.what][2](options, out)
 
@@ -83,7 +83,7 @@ def _generation(options: argparse.Namespace, out: Path) -> int:
 
 
 def _sweep(options: argparse.Namespace, out: Path) -> int:
-    """Sample at each scale, or go on with what lies there; evaluate; plot."""
+    """Sample at each scale, or resume the samples that exist; evaluate; plot."""
     from .. import evaluation, sample_folder
     from ..generator import Sampling
 
@@ -94,7 +94,7 @@ def _sweep(options: argparse.Namespace, out: Path) -> int:
     inception = _inception(options, tokenizer.device)
     names = ("cfg_interval", "temperature", "top_k", "top_p", "seed")
     same = {name: getattr(options, name) for name in names} | {"greedy": False}
-    # All that can be wrong is found before hours of sampling.
+    # Everything is checked before hours of sampling.
     evaluation.open_reference(options.reference, protocol, inception)
     for scale in options.cfg_scale:
         Sampling(cfg_scale=scale, **same).check()
@@ -128,7 +128,7 @@ def _sweep(options: argparse.Namespace, out: Path) -> int:
 
 
 def _check_scales(scales: list[float], path: Path) -> None:
-    """Refuse to write over the figures of scales that are not asked for."""
+    """Refuse to overwrite the results of scales that are not asked for."""
     if not path.exists():
         return
     try:
@@ -137,7 +137,7 @@ def _check_scales(scales: list[float], path: Path) -> None:
         raise ValueError(f"{path} is damaged; remove it and run again") from error
     if left := [scale for scale in there if scale not in scales]:
         raise FileExistsError(
-            f"{path} has scale {left[0]:g} too; name it as well, or choose another folder"
+            f"{path} also has scale {left[0]:g}; name it as well, or choose another folder"
         )
 
 
@@ -149,13 +149,13 @@ def _probe(options: argparse.Namespace, out: Path) -> int:
     train = open_input(options, options.images)
     test = None
     if options.test is not None:
-        # What is chosen of the training pictures, a split for one, is not for these.
+        # The choice of training images, for example a split, does not apply to the test images.
         test = open_source(
             options.test, options.input, image_column=options.image_column,
             label_column=options.label_column,
         )  # fmt: skip
         if _pictures_of(test) == _pictures_of(train):
-            raise ValueError(f"--test {options.test}: those are the training pictures; name others")
+            raise ValueError(f"--test {options.test}: these are the training pictures; name others")
     tokenizer = load_tokenizer(options, options.device)
     with policy(options), bar(options.num, "img", "features") as shown:
         result = evaluation.evaluate_probe(
@@ -166,7 +166,7 @@ def _probe(options: argparse.Namespace, out: Path) -> int:
 
 
 def _pictures_of(source: Source) -> tuple:
-    """What two inputs that hold the same pictures have in common, however they are spelled."""
+    """Return a key that is equal for inputs that hold the same images, however they are spelled."""
     return source.root.resolve(), source.files(), source.chosen
 
 
@@ -212,17 +212,17 @@ def _lpips(options: argparse.Namespace) -> LPIPS | None:
     if options.vgg16 is not None:
         return LPIPS.from_files(options.vgg16, options.lpips_linear)
     if options.lpips_linear is not None:
-        raise ValueError("--lpips-linear goes with --vgg16")
+        raise ValueError("--lpips-linear needs --vgg16")
     return None
 
 
 def _report(result: dict[str, Any], out: Path) -> int:
-    """A table on stdout, all there is in a file; the exit code."""
+    """Print a table, write everything to a file, and return the exit code."""
     _warn(result["warnings"])
     width = max(map(len, result["metrics"]))
     for name, value in result["metrics"].items():
         say(f"{name:<{width}}  {_shown(value)}")
-    # Last, so that a full disk does not take the figures too.
+    # Last, so that the results are on stdout even if the disk is full.
     _write(out, result)
     say(f"wrote {out}: {_named(result)}")
     return 3 if result["compared"].get("unreadable") else 0
@@ -256,5 +256,5 @@ def _say_row(*values: object) -> None:
 def _shown(value: object) -> str:
     if value is None:
         return "-"
-    # Of -0.0 too: an sFID of the same pictures.
+    # Adding 0.0 turns -0.0 into 0.0; an sFID of equal images gives -0.0.
     return f"{round(value, 4) + 0.0:.4f}" if isinstance(value, float) else str(value)

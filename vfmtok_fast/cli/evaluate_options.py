@@ -11,8 +11,8 @@ from .sample import GPT_HELP, add_sampling
 
 
 def _add_common(parser: argparse.ArgumentParser, num: str) -> None:
-    parser.add_argument("--num", type=int, help=f"how many pictures; {num}")
-    parser.add_argument("--size", type=int, help="pixels a side at which they are compared (256)")
+    parser.add_argument("--num", type=int, help=f"number of pictures; {num}")
+    parser.add_argument("--size", type=int, help="pixels per side at which to compare them (256)")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures (%(default)s)")
 
 
@@ -20,8 +20,8 @@ def _add_inception(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--inception",
         metavar="FILE",
-        help="weights-inception-2015-12-05-6726825d.pth, as torch-fidelity publishes it; without, "
-        "random weights",
+        help="weights-inception-2015-12-05-6726825d.pth, as torch-fidelity publishes it; without "
+        "it, random weights",
     )
 
 
@@ -48,7 +48,7 @@ def add_reconstruction(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--vgg16", metavar="FILE", help="torchvision's: adds LPIPS")
     parser.add_argument(
-        "--lpips-linear", metavar="FILE", help="lpips' vgg.pth; else the installed package's"
+        "--lpips-linear", metavar="FILE", help="lpips' vgg.pth; default: the installed package's"
     )
     inception = parser.add_mutually_exclusive_group()
     _add_inception(inception)
@@ -74,7 +74,7 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     _add_against(parser)
     _add_common(parser, "50000 in the protocols")
     _add_out(parser)
-    parser.add_argument("--no-labels", action="store_true", help="the file holds none (arr_1)")
+    parser.add_argument("--no-labels", action="store_true", help="the file has no labels (arr_1)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
 
 
@@ -86,11 +86,11 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs="+",
         default=[1.0, 1.25, 1.5],
-        help="behind OUT, or before another option (1.0 1.25 1.5)",
+        help="guidance scales; place it after OUT, or before another option (1.0 1.25 1.5)",
     )
     add_sampling(parser)
     parser.add_argument(
-        "--labels", choices=LABELS, default="balanced", help="random as the authors (%(default)s)"
+        "--labels", choices=LABELS, default="balanced", help="random: as the authors (%(default)s)"
     )
     _add_against(parser)
     _add_common(parser, "50000 in the protocols")

@@ -11,7 +11,7 @@ SUMMARY = "write a cache in the format of another program"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", metavar="CACHE", help="its folder or URL")
+    parser.add_argument("out", metavar="CACHE", help="the cache's folder or URL")
     parser.add_argument("target", metavar="TARGET", help="what to write; must not exist")
     parser.add_argument(
         "--format",
@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=FORMATS,
         help="LlamaGen's folders of .npy, RAR's lines of JSON, or Parquet",
     )
-    parser.add_argument("--views", nargs="+", metavar="VIEW", help="of the cache; all by default")
+    parser.add_argument(
+        "--views", nargs="+", metavar="VIEW", help="views of the cache to write; all by default"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The options that name models, and loading what they name."""
+"""The options that name models, and the loading of those models."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def add_input_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input",
         choices=INPUTS,
-        help="what IMAGES is, where that is not plain: class folders, one tar (also of tars, as "
-        "ILSVRC2012 comes), WebDataset shards, Parquet with image bytes, the authors' LMDB",
+        help="what IMAGES is, if that is not clear: class folders, one tar (also a tar of tars, "
+        "like ILSVRC2012), WebDataset shards, Parquet with image bytes, the authors' LMDB",
     )
 
 
@@ -44,30 +44,30 @@ def add_tokenizer_options(
     )
     source = group.add_mutually_exclusive_group()
     source.add_argument(
-        "--model", help="a folder made by convert or training, a hub repo like it, or emoji"
+        "--model", help="a folder made by convert or training, a hub repo with its files, or emoji"
     )
     source.add_argument("--tokenizer", metavar="FILE", help="the authors' vfmtok-tokenizer.pt")
     source.add_argument(
-        "--untrained", choices=untrained, help="random weights: shows the work, means nothing"
+        "--untrained", choices=untrained, help="random weights: runs, but the results mean nothing"
     )
     group.add_argument("--backbone", metavar="FILE", help="with --tokenizer: DINOv2's own file")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
-    mixed = "of those in half precision mixed the fewest; " if "mixed" in precisions else ""
+    mixed = "in half precision, mixed changes the fewest; " if "mixed" in precisions else ""
     group.add_argument(
         "--precision",
         choices=precisions,
         default=precision,
-        help=f"what to compute in; all but float32 change some tokens; {mixed}"
+        help=f"precision to compute in; all but float32 change some tokens; {mixed}"
         f"({precision or 'as the cache was made'})",
     )
     group.add_argument("--dtype", type=_renamed, help=argparse.SUPPRESS)
     group.add_argument(
-        "--no-fast", dest="fast", action="store_false", help="take the reference everywhere"
+        "--no-fast", dest="fast", action="store_false", help="use the reference everywhere"
     )
 
 
 def _renamed(value: str) -> str:
-    raise argparse.ArgumentTypeError(f"is called --precision now: --precision {value}")
+    raise argparse.ArgumentTypeError(f"renamed to --precision: use --precision {value}")
 
 
 def take_precision(options: argparse.Namespace, manifest: Manifest) -> None:
@@ -82,9 +82,9 @@ def take_precision(options: argparse.Namespace, manifest: Manifest) -> None:
 
 
 def check_input(options: argparse.Namespace, manifest: Manifest) -> None:
-    """Before the model, which may have to be downloaded: is the cache's input there?
+    """Check that the cache's input exists, before the model, which may have to be downloaded.
 
-    And may it be the authors' tokenizer, which is meant where none is named?
+    Also check that the authors' tokenizer, the default, can have made the cache.
     """
     from ..cache.format.index import INDEX
     from ..cache.sources import open_again
@@ -97,24 +97,24 @@ def check_input(options: argparse.Namespace, manifest: Manifest) -> None:
         options.model or options.tokenizer or options.untrained
     ):
         raise ValueError(
-            f"{options.out}: {made[1]} tokens of {made[2]} from {made[0]} pixels are not of the "
+            f"{options.out}: {made[1]} tokens of {made[2]} from {made[0]} pixels are not from the "
             "authors' tokenizer; name the one that made them with --model"
         )
     open_again(options.images, place(options.out) / INDEX, options.input)
 
 
 def policy(options: argparse.Namespace) -> AbstractContextManager:
-    """The fast implementations for the time of a block, unless --no-fast."""
+    """Return a context that enables the fast implementations, unless --no-fast was given."""
     from .. import switch
 
-    # As they come they would drown the progress.
+    # Shown as they occur, they would break up the progress bar.
     warnings.simplefilter("ignore", switch.FallbackWarning)
     return _telling(options) if options.fast else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def _telling(options: argparse.Namespace) -> Iterator[None]:
-    """Enabled for a block; what fell back in it is told at the end, once in a command."""
+    """Enable them for a block; at its end, print what fell back, each once per command."""
     from .. import switch
 
     with switch.enable():
@@ -133,7 +133,7 @@ def load_tokenizer(options: argparse.Namespace, device: str | None) -> VFMTok:
     from ..tokenizer import VFMTok
 
     if options.backbone is not None and options.tokenizer is None:
-        raise ValueError("--backbone goes with --tokenizer")
+        raise ValueError("--backbone needs --tokenizer")
     if options.untrained is not None:
         note(UNTRAINED_NOTE)
         model = untrained.untrained_tokenizer(options.untrained)
@@ -144,7 +144,7 @@ def load_tokenizer(options: argparse.Namespace, device: str | None) -> VFMTok:
         model = VFMTok.from_official(file, options.backbone)
     model = _moved(model.set_precision(options.precision), device)
     if options.precision == "tf32" and model.device.type == "cpu":
-        note("note: a CPU has no TF32; it computes in float32, and a cache is named tf32")
+        note("note: a CPU has no TF32; it computes in float32, and a cache records tf32")
     return model
 
 
@@ -160,29 +160,29 @@ def load_gpt(options: argparse.Namespace, device: str | None) -> GPT:
         gpt = untrained.untrained_gpt(options.untrained)
     elif options.gpt is None:
         raise ValueError(
-            "--gpt names the generator: a folder made by `vfmtok-fast convert GPT-L FOLDER`, the "
-            "model folder of a train-gpt run, or emoji, which comes with the package"
+            "--gpt must name the generator: a folder made by `vfmtok-fast convert GPT-L FOLDER`, "
+            "the model folder of a train-gpt run, or emoji, which comes with the package"
         )
     else:
         gpt = GPT.from_pretrained(options.gpt)
-    # Its products have no TF32 of their own.
+    # The generator has no TF32 mode of its own.
     dtype = "float32" if options.precision == "tf32" else options.precision
     return _moved(gpt.to(getattr(torch, dtype)), device)
 
 
 def _moved(model: torch.nn.Module, name: str | None) -> torch.nn.Module:
-    """The model on a device, in eval mode."""
+    """Move the model to a device, in eval mode."""
     return model.eval().to(checked_device(name))
 
 
 def check_seed(seed: int | None) -> None:
-    """Require one that torch's generators take."""
+    """Require a seed that torch's generators accept."""
     if seed is not None and not -(2**63) <= seed < 2**64:
         raise ValueError(f"--seed must be in [-2^63, 2^64), got {seed}")
 
 
 def checked_device(name: str | None) -> torch.device:
-    """The device of a name, None is a GPU if there is one; ValueError for one that is not here."""
+    """Return the named device, for None a GPU if there is one; ValueError if it does not exist."""
     import torch
 
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")

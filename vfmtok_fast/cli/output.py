@@ -1,4 +1,4 @@
-"""What the commands say and write."""
+"""Print and write what the commands produce."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-# File names may hold anything; a terminal must not be told to do things by them.
+# File names may hold anything; they must not send control sequences to a terminal.
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
 
 
 def say(text: object, *, flush: bool = False) -> None:
-    """One line of result, on stdout."""
+    """Print one line of result on stdout."""
     print(harmless(text), flush=flush)
 
 
 def note(text: object) -> None:
-    """One line about the run, on stderr."""
+    """Print one line about the run on stderr."""
     print(harmless(text), file=sys.stderr)
 
 
 def harmless(text: object) -> str:
-    """The text with control characters as \\xNN."""
+    """Return the text with control characters as \\xNN."""
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", str(text))
 
 
 def make_streams_safe() -> None:
-    """Let no name that a terminal cannot show, and no closed stream, end a run."""
+    """Keep names that a terminal cannot show, and closed streams, from ending a run."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed, as by 2>&-
@@ -41,10 +41,10 @@ def make_streams_safe() -> None:
 
 
 def local_path(text: str) -> Path:
-    """The file or folder of an option.
+    """Return the file or folder that an option names.
 
     Raises:
-        ValueError: it is a URL, of which a folder "s3:" would be made.
+        ValueError: it is a URL, which would create a folder "s3:".
     """
     if "://" in text:
         raise ValueError(f"{text}: give a local path; only a cache may lie at a URL")
@@ -52,7 +52,7 @@ def local_path(text: str) -> Path:
 
 
 def check_writable(path: Path) -> None:
-    """Require that a file can be made, before the work whose result it takes."""
+    """Require that a file can be created, before the work that produces its contents."""
     import tempfile
 
     from ..cache.store import CacheWriteError, LocalPlace
@@ -67,7 +67,7 @@ def check_writable(path: Path) -> None:
 
 
 def write_png(path: str | os.PathLike, picture: np.ndarray) -> None:
-    """Write a picture, whole or not at all."""
+    """Write an image, whole or not at all."""
     from PIL import Image
 
     from ..cache.store import LocalPlace
@@ -79,7 +79,7 @@ def write_png(path: str | os.PathLike, picture: np.ndarray) -> None:
 
 
 def note_unlabelled(out: object) -> None:
-    """Say how many pictures of a cache have no class."""
+    """Print how many images of a cache have no class."""
     from ..cache.format.index import INDEX, count_unlabelled
 
     if count := count_unlabelled(out / INDEX):

@@ -1,4 +1,4 @@
-"""Which of how many processes this is: under torchrun, under Slurm's srun, or alone."""
+"""Which process of how many this is: under torchrun, under Slurm's srun, or alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Processes(NamedTuple):
-    """This process among those of a job; ``device`` is what it computes on."""
+    """This process among those of a job; ``device`` is the one it computes on."""
 
     rank: int
     world_size: int
@@ -15,10 +15,10 @@ class Processes(NamedTuple):
 
 
 def among_processes(device: str | None) -> Processes:
-    """Rank and world size from the environment; picks this process's GPU, if none was named.
+    """Return rank and world size from the environment; choose this process's GPU if none is named.
 
     Raises:
-        ValueError: a variable that is no number.
+        ValueError: a variable is not a number.
     """
     import torch
 
@@ -44,12 +44,12 @@ def _names() -> tuple[str, str, str]:
 
 
 def exit_code(code: int) -> int:
-    """torchrun takes any code but 0 for a crash of the whole job; 3 is none."""
+    """Turn exit code 3 into 0 under torchrun, to which any code but 0 is a crash of the job."""
     return 0 if code == 3 and "TORCHELASTIC_RUN_ID" in os.environ else code
 
 
 def _number(name: str, default: str) -> int:
     value = os.environ.get(name, default)
     if not value.isascii() or not value.isdigit():
-        raise ValueError(f"the environment variable {name} must be a number, is {value!r}")
+        raise ValueError(f"the environment variable {name} must be a number, got {value!r}")
     return int(value)

@@ -14,7 +14,7 @@ SUMMARY = "draw photo | reconstruction | where the regions look"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGES", help="a picture, or a folder of them")
     parser.add_argument("out", metavar="OUT.png", help="the picture to write")
-    parser.add_argument("--limit", type=int, default=8, help="pictures at most (%(default)s)")
+    parser.add_argument("--limit", type=int, default=8, help="most pictures to draw (%(default)s)")
     parser.add_argument("--regions", type=int, default=5, help="regions to draw (%(default)s)")
     add_tokenizer_options(parser)
 
@@ -28,9 +28,9 @@ def run(options: argparse.Namespace) -> int:
 
     out = local_path(options.out)
     if out.suffix.lower() != ".png":
-        raise ValueError(f"the picture to write must be named .png, got {out}")
-    if out.exists():  # Perhaps a photo, as of `reconstruct *.png`.
-        raise FileExistsError(f"{out} is there already; choose another name")
+        raise ValueError(f"the name of the picture must end in .png, got {out}")
+    if out.exists():  # It may be a photo, as in `reconstruct *.png`.
+        raise FileExistsError(f"{out} already exists; choose another name")
     if options.limit < 1 or options.regions < 1:
         raise ValueError("--limit and --regions must be at least 1")
     photos = _photos(local_path(options.images), options.limit)
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _photos(path: Path, limit: int) -> list[tuple[Path, int]]:
-    """Some pictures, each with its size in bytes or why there is none."""
+    """Return some images, each with its size in bytes or why there is none."""
     from ..cache.sources.folder import walk
 
     if path.is_file():
@@ -68,6 +68,6 @@ def _photos(path: Path, limit: int) -> list[tuple[Path, int]]:
     found = [(path / name, size) for name, size in walk(path)]
     if not found:
         raise ValueError(f"{path}: no pictures in this folder")
-    # Spread over the folder, so that not all are of its first class.
+    # Spread over the folder, so that not all come from its first class.
     limit = min(limit, len(found))
     return [found[number * len(found) // limit] for number in range(limit)]

@@ -20,7 +20,7 @@ SUMMARY = "tokenise again the shards of a cache that verify finds damaged"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGES", help="what the cache was made from")
     add_input_option(parser)
-    parser.add_argument("out", metavar="CACHE", help="its folder or URL")
+    parser.add_argument("out", metavar="CACHE", help="the cache's folder or URL")
     parser.add_argument("--workers", type=int, help="threads that read pictures")
     add_tokenizer_options(parser, precision=None)
 

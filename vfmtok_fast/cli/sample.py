@@ -19,36 +19,36 @@ if TYPE_CHECKING:
 GPT_HELP = (
     "generator: a folder made by convert, the model folder of a train-gpt run, a hub repo, or emoji"
 )
-SUMMARY = "generate new images: OUT/samples.npz and a grid; resumes, by 64"
+SUMMARY = "generate new images: OUT/samples.npz and a grid; resumes in shards of 64"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="folder to write to")
     parser.add_argument("--gpt", help=GPT_HELP)
-    parser.add_argument("--num", type=int, default=16, help="images (%(default)s)")
+    parser.add_argument("--num", type=int, default=16, help="number of images (%(default)s)")
     parser.add_argument(
         "--classes",
         type=int,
         nargs="+",
         metavar="ID",
-        help="class ids, in turn; behind OUT, or before another option (all)",
+        help="class ids, used in turn; place it after OUT, or before another option (all)",
     )
     parser.add_argument(
-        "--batch-size", type=int, help="images generated at a time; by default what is fastest"
+        "--batch-size", type=int, help="images generated at a time; by default the fastest"
     )
     parser.add_argument(
         "--kv-int8", action="store_true", help="keep keys and values in 8 bits: half the memory"
     )
-    parser.add_argument("--size", type=int, default=256, help="pixels a side (%(default)s)")
-    parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance; 1 is none")
+    parser.add_argument("--size", type=int, default=256, help="pixels per side (%(default)s)")
+    parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance scale; 1: none")
     parser.add_argument("--greedy", action="store_true", help="take the likeliest code each time")
     add_sampling(parser)
-    # Mixed is for encoding.
+    # Mixed precision is for encoding only.
     add_tokenizer_options(parser, precisions=[name for name in PRECISIONS if name != "mixed"])
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """What holds whatever the guidance scale."""
+    """Add the sampling options that do not depend on the guidance scale."""
     parser.add_argument(
         "--cfg-interval", type=int, default=-1, help="guide decode steps 0..N only; -1: all"
     )
@@ -59,7 +59,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-p", type=float, default=1.0, help="keep this much probability; 1: all codes"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (%(default)s)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--num, --batch-size and --size must be at least 1")
     out = local_path(options.out)
     if out.suffix.lower() in (".png", ".jpg", ".jpeg", ".npz"):
-        raise ValueError(f"OUT is a folder, which gets samples.png and samples.npz: {out}")
+        raise ValueError(f"OUT must be a folder, for samples.png and samples.npz, got {out}")
     rank, world_size, device = among_processes(options.device)
     gpt, tokenizer = load_gpt(options, device), load_tokenizer(options, device)
     check_together(gpt, tokenizer)
@@ -83,18 +83,18 @@ def run(options: argparse.Namespace) -> int:
     classes = torch.tensor(options.classes or range(count))
     names = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "greedy", "seed")
     settings = {name: getattr(options, name) for name in names}
-    # All that can be wrong is found before the long work, and before anything is written.
+    # Everything is checked before the long work, and before anything is written.
     Sampling(**settings).check()
     kv_dtype = torch.int8 if options.kv_int8 else None
     class_ids = classes[torch.arange(options.num) % len(classes)]
     job = sample_folder.Job(gpt, tokenizer, out, class_ids, options.size, settings, kv_dtype)
     sample_folder.prepare(job)
-    # By number: a process that comes late finds fewer left, and would take others.
+    # By shard number: a process that starts late sees fewer left, and would split them differently.
     mine = [number for number in sample_folder.pending(job) if number % world_size == rank]
     count = fill(options, job, mine, options.batch_size, hidden=rank > 0)
     if not sample_folder.finish(job):
         left = len(sample_folder.pending(job))
-        say(f"{job.out}: {count} images made now; {left} shards are still to come")
+        say(f"{job.out}: {count} images made now; {left} shards are still missing")
         return 0
     shown = next(sample_folder.shards_of(job))
     write_png(job.out / "samples.png", images.image_grid(shown, int(len(shown) ** 0.5)))
@@ -104,12 +104,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check_together(gpt: GPT, tokenizer: VFMTok) -> None:
-    """Require that the tokenizer decodes what the generator makes."""
+    """Require that the tokenizer can decode what the generator makes."""
     if gpt.config.block_size != tokenizer.config.num_regions or (
         gpt.config.vocab_size > tokenizer.config.codebook_size
     ):
         raise ValueError(
-            f"the generator makes {gpt.config.block_size} codes of {gpt.config.vocab_size}, the "
+            f"the generator makes {gpt.config.block_size} codes of {gpt.config.vocab_size}; the "
             f"tokenizer decodes {tokenizer.config.num_regions} of {tokenizer.config.codebook_size}"
         )
 
@@ -121,7 +121,7 @@ def fill(
     batch_size: int | None,
     hidden: bool = False,
 ) -> int:
-    """Make some shards of a prepared folder behind a progress bar; how many images they hold."""
+    """Make some shards of a prepared folder with a progress bar; return their image count."""
     from .. import sample_folder
 
     count = sum(len(job.rows(number)) for number in numbers)
@@ -129,7 +129,7 @@ def fill(
 
         def generating(done: int, codes: int) -> None:
             shown.set_postfix_str(f"codes {done / codes:.0%}", refresh=False)
-            shown.update(0)  # Drawn as often as bars are.
+            shown.update(0)  # Redraws the bar, at its usual interval.
 
         sample_folder.make_shards(job, numbers, batch_size, shown.update, generating)
     return count

@@ -7,11 +7,11 @@ import itertools
 
 from .output import say
 
-SUMMARY = "how far a cache is"
+SUMMARY = "show how far a cache is"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", metavar="CACHE", help="its folder or URL")
+    parser.add_argument("out", metavar="CACHE", help="the cache's folder or URL")
     parser.add_argument(
         "--failures", type=int, default=10, help="unreadable pictures to list (%(default)s)"
     )

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from ..tokenizer import VFMTok
     from ..training import Codes, GPTTraining, OnlineCodes, Run
 
-SUMMARY = "train a generator on a token cache, or on pictures; or go on with a run"
-# The result in the authors' naming.
+SUMMARY = "train a generator on a token cache or on pictures, or resume a run"
+# File for the result under the authors' names.
 OFFICIAL = "gpt.pt"
-# Below this loss a generator knows what it was shown.
+# Below this loss, a generator has memorised its training data.
 LEARNED = 0.1
 
 
@@ -36,11 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what `cache` made; or pictures as `cache` reads them, with --model, which then "
         "makes their codes at each step",
     )
-    parser.add_argument("out", metavar="OUT", help="the run: a new folder, or one to go on with")
+    parser.add_argument("out", metavar="OUT", help="the run: a new folder, or one to resume")
     add_input_option(parser)
     add_choices(parser)
     parser.add_argument(
-        "--views", nargs="+", metavar="VIEW", help="of the cache, of which each epoch draws; all"
+        "--views", nargs="+", metavar="VIEW", help="views of the cache to draw from (all)"
     )
     parser.add_argument(
         "--model",
@@ -53,12 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="check instead: learn the first N pictures, each as a class of its own, until greedy "
-        "generation gives their codes back; exit code 1 if it does not",
+        "generation reproduces their codes; exit code 1 if it does not",
     )
     _add_model(parser)
     group = training.add_schedule_options(parser, epochs=300, batch_size=256, warmup_epochs=0)
     group.add_argument("--schedule", choices=("constant", "cosine"), help="(constant)")
-    group.add_argument("--ema", type=float, help="decay of the average (0.9999)")
+    group.add_argument("--ema", type=float, help="decay of the EMA (0.9999)")
     group.add_argument("--weight-decay", type=float, default=0.05, help="(%(default)s)")
     training.add_machine_options(parser)
     training.add_run_options(parser)
@@ -67,13 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     source = group.add_mutually_exclusive_group()
-    source.add_argument("--preset", choices=PRESETS, default="GPT-B", help="its size (%(default)s)")
+    source.add_argument("--preset", choices=PRESETS, default="GPT-B", help="size (%(default)s)")
     source.add_argument("--config", metavar="FILE", help="JSON with fields of GPTConfig")
-    source.add_argument("--start-from", metavar="FOLDER", help="a generator to train on")
-    group.add_argument("--dropout", type=float, help="of embeddings and branches (0.1)")
-    group.add_argument("--class-dropout", type=float, help="for guidance (0.1)")
+    source.add_argument("--start-from", metavar="FOLDER", help="a generator to train further")
+    group.add_argument("--dropout", type=float, help="dropout in embeddings and branches (0.1)")
+    group.add_argument("--class-dropout", type=float, help="of classes, for guidance (0.1)")
     group.add_argument(
-        "--drop-path", type=float, help="instead of the branches' dropout, as the authors' (none)"
+        "--drop-path", type=float, help="instead of the branches' dropout, like the authors' (none)"
     )
 
 
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _prepare(options: argparse.Namespace, out: Path, rank: int, world_size: int) -> Run:
-    """What is quick to check comes first."""
+    """Make the run; what is quick to check comes first."""
     import torch
 
     from ..cache.format.fingerprint import weights_checksum
@@ -103,7 +103,7 @@ def _prepare(options: argparse.Namespace, out: Path, rank: int, world_size: int)
         model = GPT(config)
     trainer = GPTTrainer(model.to(device), settings, sharded=options.sharded)
     arguments = {name: getattr(options, name) for name in ("batch_size", "seed", "overfit")}
-    # Another tokenizer's codes are another language.
+    # A run cannot go on with another tokenizer's codes.
     if manifest:
         arguments |= {"tokens": manifest.fingerprint, "pictures_sha256": manifest.index_sha256}
         arguments["views"] = list(data.data.views)
@@ -138,7 +138,7 @@ def _finish(options: argparse.Namespace, work: Run, model: GPT, rank: int) -> in
 def _data(
     options: argparse.Namespace, device: torch.device, rank: int, world_size: int
 ) -> tuple[Codes | OnlineCodes, Manifest | None, VFMTok | None]:
-    """What is trained on; the cache's manifest, where there is one; the tokenizer, if named."""
+    """Return the training data; the manifest, if it is a cache; and the tokenizer, if named."""
     from ..cache import TokenCacheDataset
     from ..cache.format.manifest import NAME
     from ..cache.store import place
@@ -152,7 +152,7 @@ def _data(
         choices = ("input", "split", "include", "exclude", "image_column", "label_column")
         if given := [name for name in choices if getattr(options, name)]:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise ValueError(f"{names}: of pictures; {options.input_path} is a token cache")
+            raise ValueError(f"{names}: only for pictures; {options.input_path} is a token cache")
         data = TokenCacheDataset(options.input_path, options.views, seed=options.seed)
         manifest = data.cache.manifest
         if tokenizer is not None:
@@ -165,34 +165,34 @@ def _data(
         return codes, manifest, tokenizer
     if tokenizer is None:
         raise ValueError(
-            f"{options.input_path}: no token cache; make one with vfmtok-fast cache, or name the "
-            "--model that makes the codes of these pictures"
+            f"{options.input_path}: not a token cache; make one with vfmtok-fast cache, or give "
+            "the --model that makes the codes of these pictures"
         )
     if options.overfit is not None or options.views is not None:
         name = "--views" if options.overfit is None else "--overfit"
-        raise ValueError(f"{name} is of a token cache; {options.input_path} holds pictures")
+        raise ValueError(f"{name} needs a token cache; {options.input_path} holds pictures")
     size = tokenizer.config.image_size
     pictures = training.open_pictures(options, options.input_path, size, rank, world_size)
     return OnlineCodes(pictures, tokenizer.to(device)), None, tokenizer
 
 
 def _check_tokenizer(tokenizer: VFMTok, manifest: Manifest, options: argparse.Namespace) -> None:
-    """Refuse one whose codes are not those of the cache."""
+    """Refuse a tokenizer whose codes are not those of the cache."""
     import copy
 
     from ..cache.format.fingerprint import weights_checksum
 
-    # The cache knows the weights as they were rounded for it.
+    # The cache records the checksum of the weights in its own precision.
     rounded = copy.deepcopy(tokenizer).set_precision(manifest.covers["dtype"])
     if weights_checksum(rounded.state_dict()) != manifest.covers["weights_sha256"]:
         raise ValueError(
-            f"{options.input_path}: its tokens are of another tokenizer than {options.model}; "
-            "name that one, or make the cache anew"
+            f"{options.input_path}: its tokens are from a tokenizer other than {options.model}; "
+            "name that one, or make the cache again"
         )
 
 
 def _sizes(manifest: Manifest | None, tokenizer: VFMTok | None) -> tuple[int, int]:
-    """Codes there are, and codes of an image."""
+    """Return the codebook size and the number of codes per image."""
     if manifest is not None:
         return manifest.codebook_size, manifest.num_tokens
     return tokenizer.config.codebook_size, tokenizer.config.num_regions
@@ -201,7 +201,7 @@ def _sizes(manifest: Manifest | None, tokenizer: VFMTok | None) -> tuple[int, in
 def _config(
     options: argparse.Namespace, vocab_size: int, block_size: int, num_classes: int
 ) -> GPTConfig:
-    """Of the model; what the data decides is checked where a file says it too."""
+    """Return the model's config; what the data determines is checked if a file states it too."""
     import dataclasses
 
     from ..configs import config_from_mapping
@@ -252,7 +252,7 @@ def _settings(
 
 
 def _check_learned(options: argparse.Namespace, work: Run, model: GPT) -> int:
-    """Does the generator give the codes back that it was shown?"""
+    """Check whether the generator reproduces the codes that it was trained on."""
     import torch
 
     batch = work.data.batch(range(options.overfit))
@@ -266,13 +266,13 @@ def _check_learned(options: argparse.Namespace, work: Run, model: GPT) -> int:
         same = float((model.generate(classes, greedy=True) == codes).float().mean())
     conclude(
         options,
-        f"loss {loss:.3g} (asked: {LEARNED}); greedy generation gives {same:.2%} of the codes back",
+        f"loss {loss:.3g} (limit: {LEARNED}); greedy generation reproduces {same:.2%} of the codes",
     )
     return 0 if loss < LEARNED and same == 1 else 1
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    """The real architecture without memory, and two steps of a small one on the real codes."""
+    """Estimate the real model without allocating it; run two steps of a small one on the codes."""
     import dataclasses
 
     from ..generator import GPT

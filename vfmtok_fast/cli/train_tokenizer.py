@@ -27,27 +27,27 @@ if TYPE_CHECKING:
         TokenizerTraining,
     )
 
-SUMMARY = "train a tokenizer on pictures, or go on with a run"
+SUMMARY = "train a tokenizer on pictures, or resume a run"
 RECIPES = ("vfmtok", "rae")
-# The result in the authors' naming, without the backbone, as theirs.
+# File for the result under the authors' names, without the backbone, like theirs.
 OFFICIAL = "vfmtok-tokenizer.pt"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGES", help="class folders of pictures, or archives")
-    parser.add_argument("out", metavar="OUT", help="the run: a new folder, or one to go on with")
+    parser.add_argument("out", metavar="OUT", help="the run: a new folder, or one to resume")
     add_input_option(parser)
     add_choices(parser)
     _add_model(parser)
     _add_losses(parser)
     group = training.add_schedule_options(parser, epochs=50, batch_size=128, warmup_epochs=4)
     group.add_argument("--schedule", choices=("constant", "cosine"), help="(constant; RAE: cosine)")
-    group.add_argument("--ema", type=float, help="decay of the average (0.9999; RAE: 0.9978)")
+    group.add_argument("--ema", type=float, help="decay of the EMA (0.9999; RAE: 0.9978)")
     group.add_argument(
         "--revive-after",
         type=int,
         metavar="PICTURES",
-        help="without use, after which a code starts anew (never, as the authors)",
+        help="reset a code that this many pictures have not used (never, like the authors)",
     )
     training.add_machine_options(parser)
     training.add_run_options(parser)
@@ -58,13 +58,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--config", metavar="FILE", help="JSON with fields of VFMTokConfig")
     group.add_argument("--size", choices=UNTRAINED, default="full", help="(%(default)s)")
     source = group.add_mutually_exclusive_group()
-    source.add_argument("--backbone", metavar="FILE", help="DINOv2's file; else it is downloaded")
     source.add_argument(
-        "--random-backbone", action="store_true", help="a backbone that has learned nothing"
+        "--backbone", metavar="FILE", help="DINOv2's file; by default it is downloaded"
     )
-    source.add_argument("--start-from", metavar="FOLDER", help="a tokenizer to train on")
+    source.add_argument(
+        "--random-backbone", action="store_true", help="a backbone with random weights"
+    )
+    source.add_argument("--start-from", metavar="FOLDER", help="a tokenizer to train further")
     group.add_argument(
-        "--dropout", type=float, help="of the token decoder's attention (authors: 0.1; here 0)"
+        "--dropout", type=float, help="dropout in the token decoder's attention (0; authors: 0.1)"
     )
 
 
@@ -74,14 +76,15 @@ def _add_losses(parser: argparse.ArgumentParser) -> None:
         "--recipe",
         choices=RECIPES,
         default="vfmtok",
-        help="the authors', or RAE's discriminator: later, adaptive, cosine (%(default)s)",
+        help="the authors', or RAE's discriminator: late start, adaptive weight, cosine schedule "
+        "(%(default)s)",
     )
     group.add_argument("--pixel-loss", choices=("l2", "l1"), default="l2", help="(%(default)s)")
-    group.add_argument("--vgg16", metavar="FILE", help="torchvision's; else it is downloaded")
+    group.add_argument("--vgg16", metavar="FILE", help="torchvision's; by default it is downloaded")
     group.add_argument(
-        "--lpips-linear", metavar="FILE", help="lpips' vgg.pth; else the installed package's"
+        "--lpips-linear", metavar="FILE", help="lpips' vgg.pth; default: the installed package's"
     )
-    group.add_argument("--lpips-dropout", type=float, default=0.0, help="authors: 0.5 (none)")
+    group.add_argument("--lpips-dropout", type=float, default=0.0, help="(none; authors: 0.5)")
     group.add_argument("--no-lpips", action="store_true", help="no perceptual loss")
     group.add_argument(
         "--discriminator",
@@ -92,12 +95,14 @@ def _add_losses(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dino-vits16", metavar="FILE", help="dino_deitsmall16_pretrain.pth, as DINO publishes it"
     )
-    group.add_argument("--discriminator-start", type=int, help="step (20000; RAE: epoch 8)")
+    group.add_argument(
+        "--discriminator-start", type=int, help="step from which it counts (20000; RAE: epoch 8)"
+    )
     group.add_argument("--discriminator-weight", type=float, help="(0.5; RAE: 0.75)")
     group.add_argument(
         "--skip-idle-discriminator",
         action="store_true",
-        help="do not run it before its start, as the authors do",
+        help="do not run it before it starts to learn; the authors do run it",
     )
 
 
@@ -127,7 +132,7 @@ def _finish(options: argparse.Namespace, work: Run, model: VFMTok, rank: int) ->
 
 
 def _prepare(options: argparse.Namespace, out: Path, rank: int, world_size: int) -> Run:
-    """What is quick to check comes first."""
+    """Make the run; what is quick to check comes first."""
     from ..cache.format.fingerprint import weights_checksum
     from ..training import Run, TokenizerTrainer, reconstructions
     from ..training.estimate import estimate_tokenizer
@@ -144,7 +149,7 @@ def _prepare(options: argparse.Namespace, out: Path, rank: int, world_size: int)
     )
     names = ("batch_size", "seed", "discriminator", "lpips_dropout")
     arguments = {name: getattr(options, name) for name in names}
-    # No checkpoint holds what does not learn.
+    # Checkpoints do not hold frozen weights.
     frozen = {"backbone": model.backbone, "lpips": lpips, "dino": discriminator}
     for name, part in frozen.items():
         arguments[name] = None if part is None else weights_checksum(_frozen(part))
@@ -163,7 +168,7 @@ def _frozen(part: nn.Module) -> dict[str, Tensor]:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    """The real architecture without memory, and two steps of a small one on the real pictures."""
+    """Estimate the real model without allocating it; run two steps of a small one on the images."""
     import dataclasses
 
     from ..tokenizer import VFMTok
@@ -239,7 +244,7 @@ def _tokenizer(options: argparse.Namespace, config: VFMTokConfig) -> VFMTok:
     torch.manual_seed(options.seed)
     model = VFMTok(config)
     if options.random_backbone:
-        note("note: a backbone that has learned nothing; for tests only")
+        note("note: a backbone with random weights; for tests only")
         return model
     return load_backbone(model, options.backbone)
 

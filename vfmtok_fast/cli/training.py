@@ -1,4 +1,4 @@
-"""What the commands share that train: options, processes, and a run from its start to its end."""
+"""What the training commands share: options, processes, and a run from its start to its end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..training.estimate import Estimate
     from ..training.loop import Data
 
-# Of the settings, those that options of the same name give, where they are given.
+# Settings that are taken from the option of the same name, if it is given.
 FIELDS = (
     *("lr", "min_lr", "clip", "micro_batch", "seed", "ema", "schedule", "weight_decay"),
     *("grad_checkpointing", "compile"),
@@ -43,15 +43,17 @@ def add_schedule_options(
     length.add_argument("--epochs", type=float, default=epochs, help="(%(default)s)")
     length.add_argument("--steps", type=int, help="instead of epochs")
     group.add_argument(
-        "--batch-size", type=int, default=batch_size, help="of all processes (%(default)s)"
+        "--batch-size", type=int, default=batch_size, help="over all processes (%(default)s)"
     )
     group.add_argument("--micro-batch", type=int, help="items at a time, for less memory")
     group.add_argument("--lr", type=float, default=1e-4, help="(%(default)s)")
     group.add_argument("--warmup-epochs", type=float, default=warmup_epochs, help="(%(default)s)")
     group.add_argument("--warmup-steps", type=int, help="instead of epochs")
-    group.add_argument("--min-lr", type=float, default=0.0, help="a cosine's end (%(default)s)")
-    group.add_argument("--clip", type=float, default=1.0, help="gradient norm (%(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="of all that is random (%(default)s)")
+    group.add_argument(
+        "--min-lr", type=float, default=0.0, help="where a cosine schedule ends (%(default)s)"
+    )
+    group.add_argument("--clip", type=float, default=1.0, help="gradient norm limit (%(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="seed of all randomness (%(default)s)")
     return group
 
 
@@ -61,43 +63,49 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--precision",
         choices=("float32", "tf32", "bfloat16", "float16"),
-        help="by default bfloat16 on a GPU, float32 elsewhere",
+        help="default: bfloat16 on a GPU, float32 elsewhere",
     )
     group.add_argument(
         "--grad-checkpointing", action="store_true", help="less memory, a third more work"
     )
-    group.add_argument("--compile", action="store_true", help="layers through torch.compile")
+    group.add_argument("--compile", action="store_true", help="compile layers with torch.compile")
     group.add_argument(
         "--sharded",
         action="store_true",
-        help="each process holds a part of each weight (FSDP2), not all of all",
+        help="each process holds a part of each weight (FSDP2), not all weights",
     )
     group.add_argument(
-        "--no-fast", dest="fast", action="store_false", help="take the reference everywhere"
+        "--no-fast", dest="fast", action="store_false", help="use the reference everywhere"
     )
     group.add_argument(
-        "--deterministic", action="store_true", help="the same bits at each run, on a GPU too"
+        "--deterministic", action="store_true", help="the same bits in each run, on a GPU too"
     )
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the run")
     group.add_argument("--workers", type=int, default=4, help="threads that read (%(default)s)")
-    group.add_argument("--save-every", type=int, default=5000, help="steps (%(default)s)")
-    group.add_argument("--keep", type=int, default=3, help="checkpoints that stay (%(default)s)")
-    group.add_argument("--log-every", type=int, default=50, help="steps (%(default)s)")
+    group.add_argument(
+        "--save-every", type=int, default=5000, help="steps between checkpoints (%(default)s)"
+    )
+    group.add_argument("--keep", type=int, default=3, help="newest checkpoints kept (%(default)s)")
+    group.add_argument(
+        "--log-every", type=int, default=50, help="steps between log lines (%(default)s)"
+    )
     group.add_argument(
         "--show-every", type=int, default=1000, help="steps between grids; 0: none (%(default)s)"
     )
-    group.add_argument("--tensorboard", action="store_true", help="write events into OUT too")
-    group.add_argument("--json", action="store_true", help="the log's lines on stdout too")
     group.add_argument(
-        "--accept-changes", action="store_true", help="go on with other settings than before"
+        "--tensorboard", action="store_true", help="also write TensorBoard events into OUT"
+    )
+    group.add_argument("--json", action="store_true", help="also print the log's lines on stdout")
+    group.add_argument(
+        "--accept-changes", action="store_true", help="resume with settings other than before"
     )
     group.add_argument(
         "--dry-run",
         action="store_true",
-        help="train nothing: two steps of a small model, and what the real one would take",
+        help="train nothing: run two steps of a small model, and say what the real one would take",
     )
 
 
@@ -130,7 +138,7 @@ def open_pictures(
 def fields_of(
     options: argparse.Namespace, steps_per_epoch: int, device: torch.device
 ) -> dict[str, object]:
-    """Fields that the settings of both trainers have; ``total_steps`` is the run's length."""
+    """Return the fields that both trainers' settings have; ``total_steps`` is the run's length."""
     steps, warmup = options.steps, options.warmup_steps
     if steps is None:
         steps = max(1, round(options.epochs * steps_per_epoch))
@@ -150,16 +158,17 @@ def run_to_end(
     dry_run: Callable[[argparse.Namespace], int],
     finish: Callable[[argparse.Namespace, Run, nn.Module, int], int],
 ) -> int:
-    """Begin a run or go on with it, among all processes, train, and save the averaged model.
+    """Start or resume a run among all processes, train, and save the averaged model.
 
     Args:
-        prepare: given the options, the folder, this process's rank and how many there are.
+        prepare: called with the options, the folder, this process's rank and the number of
+            processes.
         dry_run: what --dry-run does instead.
-        finish: what is left to do when it has trained, on all processes; given the options, the
-            run, the averaged model and the rank, returns an exit code.
+        finish: called on all processes after training, with the options, the run, the averaged
+            model and the rank; returns an exit code.
 
     Returns:
-        The exit code; where a signal came, its own.
+        The exit code; 128 plus the signal's number if a signal stopped the run.
     """
     from ..training import Stopped
 
@@ -170,7 +179,7 @@ def run_to_end(
     _check_out(out)
     rank, world_size, options.device = among_processes(options.device)
     if options.sharded and world_size == 1:
-        raise ValueError("--sharded needs several processes, as torchrun starts them")
+        raise ValueError("--sharded needs several processes, such as torchrun starts")
     with (
         _deterministic(options), _together(rank, world_size, options.device), _alone(out, rank),
         policy(options),
@@ -179,9 +188,9 @@ def run_to_end(
         work.save_every, work.log_every = options.save_every, options.log_every
         work.show_every, work.keep = options.show_every, options.keep
         if (path := work.resume(changed=options.accept_changes)) and rank == 0:
-            note(f"going on from {path}")
+            note(f"resuming from {path}")
         if rank == 0 and (warmup := work.trainer.settings.warmup_steps) > work.steps:
-            note(f"note: the rate rises over {warmup} steps, and the run has {work.steps}")
+            note(f"note: the warm-up takes {warmup} steps, but the run has only {work.steps}")
         # --overfit checks the weights themselves.
         if rank == 0 and getattr(options, "overfit", None) is None:
             _note_average(work.trainer.settings.ema, work.steps)
@@ -193,7 +202,7 @@ def run_to_end(
                 work.train()
         except Stopped as stopped:
             if rank == 0:
-                note(f"vfmtok-fast {options.command}: {stopped}; run it again to go on")
+                note(f"vfmtok-fast {options.command}: {stopped}; run it again to resume")
             return 128 + stopped.number
         model = work.trainer.averaged()
         if rank == 0:
@@ -212,7 +221,7 @@ def _note_average(ema: float, steps: int) -> None:
 
 
 def _check_out(out: Path) -> None:
-    """Refuse a folder that is no run's. One that ended before its first checkpoint begins anew."""
+    """Refuse a folder that is not a run's. A run without a checkpoint starts from the beginning."""
     from ..cache.store import atomic
     from ..training import checkpoints
     from ..training.loop import CHECKPOINTS, LOG, PICTURES
@@ -223,12 +232,12 @@ def _check_out(out: Path) -> None:
     names = {name for name in names if not atomic.is_temporary(name)}
     begun = LOG in names and names <= {CHECKPOINTS, LOG, PICTURES, EVENTS}
     if names and not begun and checkpoints.latest(out / CHECKPOINTS) is None:
-        raise FileExistsError(f"{out} is neither empty nor a run to go on with; choose a new one")
+        raise FileExistsError(f"{out} is neither empty nor a run to resume; choose a new folder")
 
 
 @contextlib.contextmanager
 def _alone(out: Path, rank: int) -> Iterator[None]:
-    """Lock a run's folder, for its first process; the system unlocks it when that ends."""
+    """Lock a run's folder on rank 0; the system unlocks it when that process ends."""
     from ..cache.store import LocalPlace
 
     if rank:
@@ -241,15 +250,15 @@ def _alone(out: Path, rank: int) -> Iterator[None]:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            new = False  # It is the other's.
+            new = False  # It belongs to the other process.
             raise FileExistsError(
-                f"{out}: another process trains there; wait for it, or choose another folder"
+                f"{out}: another process is training there; wait for it, or choose another folder"
             ) from error
         except OSError:
-            pass  # Some network disks lock no folders.
+            pass  # Some network disks cannot lock folders.
         yield
     finally:
-        if new:  # If the run was refused, it is empty. Locked still, so that nobody begins there.
+        if new:  # Empty if the run was refused. Still locked, so that no other run starts there.
             LocalPlace(out).remove_folder()
         os.close(folder)
 
@@ -260,7 +269,7 @@ def _deterministic(options: argparse.Namespace) -> Iterator[None]:
 
     before = torch.are_deterministic_algorithms_enabled()
     if options.deterministic:
-        # Without, cuBLAS has no order of sums; it must stand before the first product.
+        # cuBLAS sums in a fixed order only with this; it must be set before the first product.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     try:
@@ -270,7 +279,7 @@ def _deterministic(options: argparse.Namespace) -> Iterator[None]:
 
 
 def save_official(path: Path, weights: dict[str, Tensor]) -> None:
-    """A checkpoint as the authors' code reads it."""
+    """Write a checkpoint that the authors' code reads."""
     import torch
 
     from ..cache.store import LocalPlace
@@ -280,7 +289,7 @@ def save_official(path: Path, weights: dict[str, Tensor]) -> None:
 
 
 def speed(device: torch.device, precision: str, world_size: int) -> float | None:
-    """FLOP/s of all devices, for the log; of CPUs nobody asks."""
+    """Return the FLOP/s of all GPUs, for the log; None on a CPU."""
     from ..training.estimate import product_rate
 
     return world_size * product_rate(device, precision) if device.type == "cuda" else None
@@ -302,13 +311,15 @@ def _together(rank: int, world_size: int, device: str | None) -> Iterator[None]:
     except RuntimeError as error:
         if "closed by peer" not in str(error):
             raise
-        raise ConnectionError("another process of this run has ended; it says why") from error
+        raise ConnectionError(
+            "another process of this run has ended; its own message says why"
+        ) from error
     finally:
         dist.destroy_process_group()
 
 
 def try_steps(options: argparse.Namespace, trainer: Trainer, data: Data) -> None:
-    """Two steps of a small model, for --dry-run."""
+    """Run two steps of a small model, for --dry-run."""
     with policy(options), contextlib.closing(data.batches(0)) as batches:
         for _ in range(2):
             terms = trainer.step(*data.arguments(next(batches), trainer.device))
@@ -316,7 +327,7 @@ def try_steps(options: argparse.Namespace, trainer: Trainer, data: Data) -> None
 
 
 def tell_estimate(found: Estimate, images: int, precision: str, device: torch.device) -> None:
-    """Weights, memory, and how long an epoch of so many pictures takes at least."""
+    """Print weights, memory, and the least time that an epoch of so many images takes."""
     from ..training.estimate import product_rate
 
     rate = product_rate(device, precision)
@@ -326,6 +337,6 @@ def tell_estimate(found: Estimate, images: int, precision: str, device: torch.de
         f"frozen: {found.resting_bytes / 2**30:.2f} GiB before the first picture"
     )
     say(
-        f"{found.flops / 1e12:.3g} TFLOP a picture; a matrix product reaches {rate / 1e12:.3g} "
+        f"{found.flops / 1e12:.3g} TFLOP per picture; a matrix product reaches {rate / 1e12:.3g} "
         f"TFLOP/s here ({precision}), so an epoch takes at least {hours:.3g} hours (predicted)"
     )

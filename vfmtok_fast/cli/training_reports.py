@@ -1,4 +1,4 @@
-"""Who is told how a run goes: a progress bar, stdout, TensorBoard."""
+"""Report how a run goes: on a progress bar, on stdout, and to TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from ..bars import bar
 from .output import note, say
 
-# Of TensorBoard, in the run's folder.
+# TensorBoard's folder, inside the run's.
 EVENTS = "tensorboard"
 
 
@@ -21,7 +21,7 @@ EVENTS = "tensorboard"
 def reports(
     options: argparse.Namespace, out: Path, done: int, steps: int
 ) -> Iterator[list[Callable[[dict], None]]]:
-    """Who is told of each line of the log, for the time of a run."""
+    """Yield the functions to call with each line of the log, for the duration of a run."""
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(bar(steps, "step", done=done))
 
@@ -41,12 +41,12 @@ def _json(line: dict) -> None:
     try:
         say(json.dumps(line), flush=True)
     except BrokenPipeError:
-        # Who reads our output has seen enough, as in `| head`; the run goes on.
+        # The reader of our output has closed it, as in `| head`; the run goes on.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def conclude(options: argparse.Namespace, text: str) -> None:
-    """A line about a run that has ended; with --json stdout holds the log's lines alone."""
+    """Print a line about a run that has ended; with --json, stdout holds only the log's lines."""
     (note if options.json else say)(text)
 
 
@@ -56,7 +56,7 @@ def _tensorboard(out: Path, done: int) -> Iterator[Callable[[dict], None]]:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError("--tensorboard needs pip install 'vfmtok-fast[train]'") from error
-    # Of a run that was killed the steps come again.
+    # The steps after the last checkpoint of a killed run are made again.
     with SummaryWriter(str(out / EVENTS), purge_step=done + 1) as writer:
 
         def write(line: dict) -> None:
@@ -69,7 +69,7 @@ def _tensorboard(out: Path, done: int) -> Iterator[Callable[[dict], None]]:
 
 
 def told(line: dict) -> str:
-    """The terms that a person looks at, in a row."""
+    """Format the terms that a person looks at, in one line."""
     names = (
         *("loss", "total", "rec", "perceptual", "semantic", "generator", "grad_norm", "usage"),
         "perplexity",

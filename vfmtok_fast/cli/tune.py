@@ -16,14 +16,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--models",
         nargs="+",
         metavar="MODEL",
-        help=f"whose calls: of VFMTok, {', '.join(PRESETS)}; or all (VFMTok GPT-L)",
+        help=f"models whose calls to measure: any of VFMTok, {', '.join(PRESETS)}; or all "
+        "(VFMTok GPT-L)",
     )
-    parser.add_argument("--ops", nargs="+", metavar="OP", help="only these; all by default")
+    parser.add_argument("--ops", nargs="+", metavar="OP", help="only these ops; all by default")
     parser.add_argument(
-        "--seconds", type=float, default=120, help="about how long to go on (%(default)s)"
+        "--seconds", type=float, default=120, help="about how long to measure (%(default)s)"
     )
     parser.add_argument("--device", help="which GPU, such as cuda:1; the first by default")
-    parser.add_argument("--out", metavar="FILE", help="another file than the user's table")
+    parser.add_argument("--out", metavar="FILE", help="file to write instead of the user's table")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -14,18 +14,18 @@ from .models import (
 )
 from .output import note, say
 
-SUMMARY = "check every byte of a cache; with --images tokenise a sample of it again"
+SUMMARY = "check every byte of a cache; with --images, tokenise a sample of it again"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", metavar="CACHE", help="its folder or URL")
+    parser.add_argument("out", metavar="CACHE", help="the cache's folder or URL")
     parser.add_argument("--images", help="the pictures' folder or archive: tokenise a sample again")
     add_input_option(parser)
     parser.add_argument("--sample", type=int, help="with --images: how many pictures (64)")
     parser.add_argument(
         "--sheet",
         metavar="OUT.png",
-        help="with --images: draw some pictures, each beside what its tokens decode to",
+        help="with --images: draw some pictures, each next to what its tokens decode to",
     )
     add_tokenizer_options(parser, precision=None)
 
@@ -37,13 +37,13 @@ def run(options: argparse.Namespace) -> int:
     if options.sheet is not None:
         sheet = place(options.sheet)
         if not sheet.name.lower().endswith(".png"):
-            raise ValueError(f"--sheet: the picture to write must be named .png, got {sheet}")
+            raise ValueError(f"--sheet: the name of the picture must end in .png, got {sheet}")
         if not options.images:
-            raise ValueError("--sheet goes with --images, the pictures to draw")
+            raise ValueError("--sheet needs --images, the pictures to draw")
         if sheet.exists():
-            raise FileExistsError(f"--sheet: {sheet} is there already; choose another name")
+            raise FileExistsError(f"--sheet: {sheet} already exists; choose another name")
     if options.sample is not None and not options.images:
-        raise ValueError("--sample goes with --images, the pictures to tokenise again")
+        raise ValueError("--sample needs --images, the pictures to tokenise again")
     manifest = cache.read_manifest(options.out)
     take_precision(options, manifest)
     if options.images:

@@ -83,21 +83,21 @@ def open_reference(path: str | os.PathLike, protocol: Generation, inception: Inc
     for which, found in statistics.items():
         if found is not None and len(found.mean) != inception.sizes[which]:
             raise ValueError(
-                f"{real.path}: {STATISTICS[which][0]} must be of {inception.sizes[which]} features "
-                f"as this Inception has, is of {len(found.mean)}"
+                f"{real.path}: {STATISTICS[which][0]} must have {inception.sizes[which]} features "
+                f"as this Inception does, got {len(found.mean)}"
             )
     if real.count:
         real.check_pictures(real.count, protocol.size)
     elif statistics["pool"] is None:
         raise ValueError(
-            f"{real.path}: is no reference: it holds neither pictures (arr_0) nor statistics (mu "
-            "and sigma)"
+            f"{real.path}: is not a reference: it holds neither pictures (arr_0) nor statistics "
+            "(mu and sigma)"
         )
     # Checked before the work. A covariance needs two images, a k-th neighbour more than k.
     least = protocol.neighbours + 1 if real.count else 2
     for name, count in (("--num", protocol.num), (real.path, real.count)):
         if count < least and (name == "--num" or count):
-            raise ValueError(f"{name}: {count} pictures are too few, the figures need {least}")
+            raise ValueError(f"{name}: {count} pictures are too few, the metrics need {least}")
     return real
 
 
@@ -134,7 +134,7 @@ def _warnings(
     if target is not None and (same := len(seen.hashes & target.hashes)):
         found.append(f"{same} of the pictures are the reference's own, byte for byte")
     if twins := protocol.num - len(seen.hashes):
-        found.append(f"{twins} of the pictures are there more than once")
+        found.append(f"{twins} of the pictures appear more than once")
     return found
 
 

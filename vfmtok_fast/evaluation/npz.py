@@ -55,7 +55,7 @@ class Archive:
             with self._member(PICTURES) as (_, shape, dtype):
                 if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
                     raise ValueError(
-                        f"{self.path}: {PICTURES} must be uint8 pictures [N, H, W, 3], is {dtype} "
+                        f"{self.path}: {PICTURES} must be uint8 pictures [N, H, W, 3], got {dtype} "
                         f"{list(shape)}"
                     )
             self.count, self.height, self.width = shape[:3]
@@ -71,8 +71,8 @@ class Archive:
             raise ValueError(f"{self.path}: holds no pictures ({PICTURES})")
         if (self.height, self.width) != (size, size):
             raise ValueError(
-                f"{self.path}: pictures must have {size}x{size} pixels, have "
-                f"{self.width}x{self.height}; --size evaluates others"
+                f"{self.path}: pictures must have {size}x{size} pixels, got "
+                f"{self.width}x{self.height}; --size evaluates other sizes"
             )
         if self.count < count:
             evaluates = f"; --num {self.count} evaluates those, and says so" if self.count else ""
@@ -105,7 +105,7 @@ class Archive:
         whole = labels.ndim == 1 and labels.dtype.kind in "iu" and (labels >= 0).all()
         if not whole or len(labels) < count:
             raise ValueError(
-                f"{self.path}: {LABELS} must be whole numbers of at least 0, one a picture, is "
+                f"{self.path}: {LABELS} must be integers of at least 0, one per picture, got "
                 f"{labels.dtype} {list(labels.shape)} for {self.count} pictures"
             )
         return labels[:count].astype(np.int64)
@@ -126,20 +126,20 @@ class Archive:
         arrays = [self._array(name) for name in names]
         if any(array.dtype.kind not in "fiu" for array in arrays):
             raise ValueError(
-                f"{self.path}: {' and '.join(names)} must be real numbers, are "
+                f"{self.path}: {' and '.join(names)} must be real numbers, got "
                 f"{arrays[0].dtype} and {arrays[1].dtype}"
             )
         mean, covariance = (torch.from_numpy(array.astype(np.float64)) for array in arrays)
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(
-                f"{self.path}: {' and '.join(names)} must be [D] and [D, D], are "
+                f"{self.path}: {' and '.join(names)} must be [D] and [D, D], got "
                 f"{list(mean.shape)} and {list(covariance.shape)}"
             )
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise ValueError(f"{self.path}: {' and '.join(names)} hold NaN or infinite values")
         # Published covariances are symmetric up to rounding.
         if not torch.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-6):
-            raise ValueError(f"{self.path}: {names[1]} is no covariance: it is not symmetric")
+            raise ValueError(f"{self.path}: {names[1]} is not a covariance: it is not symmetric")
         return Statistics(mean, covariance)
 
     def _array(self, name: str) -> np.ndarray:
@@ -170,4 +170,4 @@ class Archive:
         try:
             yield
         except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
-            raise ValueError(f"{self.path}: is no .npz, or damaged ({error})") from error
+            raise ValueError(f"{self.path}: is not an .npz, or is damaged ({error})") from error

@@ -104,7 +104,7 @@ class Pictures:
         if image.size != (self.size, self.size):
             raise ValueError(
                 f"{entry.path}: has {image.width}x{image.height} pixels, this protocol takes crops "
-                f"of {self.size}x{self.size}; raw pictures go with --protocol reconstruction-vfmtok"
+                f"of {self.size}x{self.size}; raw pictures need --protocol reconstruction-vfmtok"
             )
         square = image.resize((self.side, self.side), Image.Resampling.BICUBIC)
         return np.asarray(square), np.asarray(image), entry.label

@@ -218,7 +218,9 @@ def evaluate_probe(
         out = _every_fifth(labels)
         (held, truth), (known, labels) = (known[out], labels[out]), (known[~out], labels[~out])
         if not len(held):
-            raise ValueError(f"{train.shown}: no class has five pictures; name others with --test")
+            raise ValueError(
+                f"{train.shown}: no class has five pictures; name test pictures with --test"
+            )
     classes = max(len(names), int(truth.max()) + 1)
     if bad := sum(len(some.bad) for some in sets):
         warnings.append(f"{bad} pictures could not be read and were left out")
@@ -251,11 +253,11 @@ def _check_classes(names: list[str], other: list[str], test: str, train: str) ->
     numbered = [all(name == str(i) for i, name in enumerate(some)) for some in (names, other)]
     if numbered[0] != numbered[1]:
         which = (test, train)[numbered[0]]
-        return [f"classes are matched by their numbers, as {which} has no names for them"]
+        return [f"classes are matched by their numbers, because {which} has no names for them"]
     for ours, theirs in zip(names, other, strict=False):
         if ours != theirs:
             raise ValueError(
-                f"{test}: its classes are not those of {train}: {theirs!r} stands where {ours!r} is"
+                f"{test}: its classes are not those of {train}: {theirs!r} instead of {ours!r}"
             )
     return []
 

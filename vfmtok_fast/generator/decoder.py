@@ -115,7 +115,7 @@ class Decoder:
         """
         model, settings = self._model(), Sampling.of("decoder", sampling)
         if model is None:
-            raise RuntimeError("decoder: its model is gone; keep the model as long as the decoder")
+            raise RuntimeError("decoder: its model was freed; keep it as long as the decoder")
         class_ids, image_ids = checked_ids(model, class_ids, image_ids, settings)
         B = len(class_ids)
         if B > self.batch:
@@ -123,7 +123,9 @@ class Decoder:
         if settings.guided(0) and not self.guided:
             raise ValueError("decoder: guidance needs a decoder made with guided=True")
         if _made_for(model) != self._made_for:
-            raise ValueError("decoder: the model or the current stream is another; make a new one")
+            raise ValueError(
+                "decoder: the model or the current stream has changed; make a new decoder"
+            )
         return self.run(class_ids, image_ids, settings, progress)
 
     @torch.no_grad()
@@ -132,7 +134,7 @@ class Decoder:
     ) -> Tensor:
         """`generate` for arguments that have been checked."""
         if not self._busy.acquire(blocking=False):
-            raise RuntimeError("decoder: another call of it has not ended; make one for each")
+            raise RuntimeError("decoder: another call is still running; make a decoder for each")
         try:
             # Streams and captures belong to the current device, which may be another one.
             with torch.cuda.device_of(self.code), told_if_out_of_memory(self.batch):

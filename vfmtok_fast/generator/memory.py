@@ -64,10 +64,10 @@ def fastest_batch(
     most = memory // each
     wanted = min(batch_size or 1, max(count, 1))
     if most < wanted:
-        advice = f"at most {most} fit" if most else "free some memory or take a smaller model"
+        advice = f"at most {most} fit" if most else "free some memory or use a smaller model"
         raise MemoryError(
             f"generate: {wanted} images at a time need {wanted * each / 2**20:.0f} MiB, "
-            f"{memory / 2**20:.0f} MiB can be had; {advice}"
+            f"{memory / 2**20:.0f} MiB are available; {advice}"
         )
     if batch_size is not None:
         return batch_size

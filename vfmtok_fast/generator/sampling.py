@@ -30,7 +30,9 @@ class Sampling:
         """Build the settings from a user's keyword arguments."""
         known = cls.__dataclass_fields__
         if unknown := [name for name in settings if name not in known]:
-            raise TypeError(f"{who}: no setting {', '.join(unknown)}; there are {', '.join(known)}")
+            raise TypeError(
+                f"{who}: unknown setting {', '.join(unknown)}; there are {', '.join(known)}"
+            )
         return cls(**settings)
 
     def check(self) -> None:

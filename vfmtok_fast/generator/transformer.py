@@ -134,8 +134,8 @@ def _is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 def _check_plain(module: nn.Module, *kinds: type[nn.Module]) -> None:
     if not _is_plain(module, *kinds):
         raise TypeError(
-            "generate: reads the weights of plain layers without bias or hooks, and got "
-            f"{type(module).__name__}; merge adapters, and remove hooks and pruning, first"
+            "generate: needs plain layers without bias or hooks, because it reads their weights, "
+            f"got {type(module).__name__}; first merge adapters, and remove hooks and pruning"
         )
 
 

@@ -89,8 +89,8 @@ def _check(
         check_range(name, "code", code, 0, embedding.shape[0])
     if torch.is_autocast_enabled(embedding.device.type):
         raise TypeError(
-            f"{name}: it must not be under autocast, which would change dtypes op by op; convert "
-            "the model instead, as with gpt.bfloat16()"
+            f"{name}: must not run under autocast, which would change dtypes op by op; convert "
+            "the model instead, for example with gpt.bfloat16()"
         )
     for i, (block, layer) in enumerate(zip(weights.blocks, cache, strict=True)):
         if (layer.key_scale is None) != (layer.value_scale is None):

@@ -51,7 +51,7 @@ def residual_block(
     if shortcut is not None:
         shapes["shortcut"] = (shortcut, (out, C, 1, 1))
     elif out != C:
-        raise ValueError(f"{name}: from {C} to {out} channels it needs a shortcut, got None")
+        raise ValueError(f"{name}: needs a shortcut from {C} to {out} channels, got None")
     tensors = {"x": x}
     for part, ((weight, bias), shape) in shapes.items():
         check_shape(name, f"{part}'s weight", weight, shape)

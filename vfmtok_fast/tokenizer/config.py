@@ -152,8 +152,9 @@ class VFMTokConfig:
             check_positive(self, ("grid",))
         elif self.image_size % 14:
             raise ValueError(
-                f"VFMTokConfig: an image_size of {self.image_size}, no multiple of 14, needs grid, "
-                "the side of the backbone's map (16 is 256 pixels in patches of 16, or 224 of 14)"
+                f"VFMTokConfig: image_size {self.image_size} is not a multiple of 14 and needs "
+                "grid, the side of the backbone's map (16 is 256 pixels in patches of 16, or 224 "
+                "of 14)"
             )
         if self.pixel_channels % 32:
             raise ValueError(

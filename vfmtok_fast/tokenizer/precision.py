@@ -45,8 +45,8 @@ def set_precision(model: nn.Module, precision: str) -> None:
         )
     if precision == "mixed" and not model.backbone.is_plain:
         raise ValueError(
-            f"set_precision: mixed needs a plain ViT, {model.config.backbone.timm_name} is none; "
-            "choose float32, tf32, float16 or bfloat16"
+            f"set_precision: mixed needs a plain ViT, which {model.config.backbone.timm_name} is "
+            "not; choose float32, tf32, float16 or bfloat16"
         )
     half = precision in ("float16", "bfloat16")
     model.to(getattr(torch, precision) if half else torch.float32)

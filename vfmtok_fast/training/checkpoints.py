@@ -71,8 +71,8 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
         if getattr(error, "errno", None) is not None or is_out_of_memory(error):
             raise
         raise ValueError(
-            f"{path}: a damaged checkpoint ({first_line(error)}); remove it to go on from the one "
-            "before"
+            f"{path}: a damaged checkpoint ({first_line(error)}); remove it to resume from the "
+            "previous one"
         ) from error
 
 

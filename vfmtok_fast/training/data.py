@@ -76,7 +76,7 @@ class Order:
         if count < batch_size:
             raise ValueError(
                 f"training: {count} pictures are fewer than a batch of {batch_size}; choose a "
-                "batch size of no more than that"
+                "batch size of at most that"
             )
         self.count, self.batch_size, self.seed, self.blocks = count, batch_size, seed, blocks
         self.rank, self.world_size = rank, world_size
@@ -314,7 +314,7 @@ def check_labels(labels: np.ndarray, where: object) -> None:
     if without := int((labels < 0).sum()):
         raise ValueError(
             f"{where}: {without} of {len(labels)} pictures have no class; a generator needs "
-            "one for each, as class folders give it"
+            "one for each, as class folders provide"
         )
 
 

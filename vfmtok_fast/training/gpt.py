@@ -34,7 +34,7 @@ class GPTTrainer(Trainer):
         if model.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"GPTTrainer: weights must be float32 to learn, got {model.dtype}; load the model "
-                "again, precision='bfloat16' of the settings computes in half precision"
+                "again, and set precision='bfloat16' in the settings to compute in half precision"
             )
         settings = settings or GPTTraining()
         model.grad_checkpointing = settings.grad_checkpointing

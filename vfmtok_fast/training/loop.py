@@ -102,7 +102,7 @@ class Run:
         newest = processes.gather([path and path.name])
         if len(set(newest)) > 1:
             raise ValueError(
-                f"{self.out}: must lie on a disk that all processes share; their newest "
+                f"{self.out}: must be on a disk that all processes share; their newest "
                 f"checkpoints there are {', '.join(map(str, newest))}"
             )
         if path is None:
@@ -110,7 +110,7 @@ class Run:
         state = checkpoints.load(path)
         if not isinstance(state, dict) or not {"trainer", "arguments"} <= state.keys():
             raise ValueError(
-                f"{path}: no checkpoint of a run; remove it to go on from the one before"
+                f"{path}: not a checkpoint of a run; remove it to resume from the previous one"
             )
         # Arguments that the checkpoint does not have are not changes.
         before = {name: state["arguments"].get(name, own) for name, own in self.arguments.items()}
@@ -188,7 +188,7 @@ class Run:
             path, paths = self.save(), processes.gather(batch.paths)
             self._write({"step": self.trainer.steps + 1, "not_finite": paths})
             raise NotFinite(
-                f"{error}; the batch's {len(paths)} pictures stand in {self.out / LOG}; "
+                f"{error}; the batch's {len(paths)} pictures are listed in {self.out / LOG}; "
                 f"the state before it is {path}"
             ) from error
 

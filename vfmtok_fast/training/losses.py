@@ -217,8 +217,8 @@ def _vgg16_of_torchvision() -> Mapping:
         return weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
-            f"LPIPS: cannot download {weights.url} ({first_line(error)}); fetch it where there is "
-            "a network and pass its path as vgg16 (--vgg16)"
+            f"LPIPS: cannot download {weights.url} ({first_line(error)}); download it on a machine "
+            "with a network and pass its path as vgg16 (--vgg16)"
         ) from error
 
 

@@ -80,7 +80,7 @@ class Training:
         check_positive(self, [field for field in self.counts if getattr(self, field) is not None])
         if self.schedule == "cosine" and (self.total_steps or 0) <= self.warmup_steps:
             raise ValueError(
-                f"{name}: a cosine needs total_steps beyond warmup_steps, got "
+                f"{name}: a cosine schedule needs total_steps above warmup_steps, got "
                 f"{self.total_steps} and {self.warmup_steps}"
             )
 

@@ -55,17 +55,18 @@ class TokenizerTrainer(Trainer):
         if precision not in ("float32", "tf32", "float64", "mixed"):
             raise TypeError(
                 f"TokenizerTrainer: weights must be float32 to learn, got {precision}; load the "
-                "model again, precision='bfloat16' of the settings computes in half precision"
+                "model again, and set precision='bfloat16' in the settings to compute in half "
+                "precision"
             )
         if lpips is None and settings.perceptual_weight > 0:
             raise ValueError(
-                "TokenizerTrainer: a perceptual_weight needs lpips, as LPIPS.from_files gives it; "
-                "perceptual_weight=0 trains without"
+                "TokenizerTrainer: a perceptual_weight needs lpips, such as LPIPS.from_files "
+                "returns; perceptual_weight=0 trains without it"
             )
         if sharded and settings.adaptive_weight:
             raise ValueError(
-                "TokenizerTrainer: an adaptive_weight asks for a gradient of its own, which "
-                "sharded weights do not give; choose one of the two"
+                "TokenizerTrainer: adaptive_weight needs a separate gradient, which sharded "
+                "weights do not provide; choose one of the two"
             )
         for part in (model.region_encoder, model.token_decoder, model.pixel_decoder):
             part.grad_checkpointing = settings.grad_checkpointing

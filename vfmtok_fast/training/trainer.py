@@ -23,7 +23,7 @@ Sums = dict[str, Tensor]
 # For float16. If gradients are infinite even at this scale, the scale is not the cause.
 SMALLEST_SCALE = 2.0**-14
 # How to continue a run whose settings have changed.
-ACCEPT = "to go on all the same: --accept-changes, or changed=True"
+ACCEPT = "to resume anyway: --accept-changes, or changed=True"
 
 
 class NotFinite(ValueError):
@@ -179,7 +179,7 @@ class Trainer:
             for name in [name for name in config if _is_rate(name)]:
                 settings[name] = config.pop(name)
         if problems := differences(*configs):
-            raise ValueError(f"resuming: the model is another one: {problems}")
+            raise ValueError(f"resuming: the model differs: {problems}")
         if (problems := differences(there, here)) and not changed:
             raise ValueError(f"resuming: settings have changed: {problems}; {ACCEPT}")
         self._load_learned(self.model, state["model"])
@@ -207,8 +207,8 @@ class Trainer:
         own = self._named(model)
         if other := sorted(own.keys() ^ tensors.keys()):
             raise ValueError(
-                f"resuming: the run is of another version, whose weights have other names: "
-                f"{', '.join(other[:4])}{' ...' if len(other) > 4 else ''}; begin a new one"
+                f"resuming: the run is from another version, whose weights have other names: "
+                f"{', '.join(other[:4])}{' ...' if len(other) > 4 else ''}; start a new run"
             )
         with torch.no_grad():
             for key, value in own.items():

@@ -1,1 +1,1 @@
-"""Looking after a cache: how far it is, whether it is sound, and mending it."""
+"""Maintain a cache: see how far it is, whether it is sound, and repair it."""

@@ -1,4 +1,4 @@
-"""Mending a cache: find what fails verification, and make only that again."""
+"""Repair a cache: find what fails verification, and make only that again."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def repair(
     input_kind: str | None = None, workers: int | None = None,
     tell: Callable[[str], None] = lambda problem: None,
 ) -> int:  # fmt: skip
-    """Encode again every shard that is missing, fails its checks, or lacks what can be read now.
+    """Encode again every shard that is missing, fails its checks, or lacks images now readable.
 
-    The latter is a picture that was quarantined when its shard was made, because it was gone for a
-    while, or its disk failed, or it was damaged and has been mended.
+    The last case is an image that was quarantined when its shard was made, because it was gone for
+    a while, or its disk failed, or it was damaged and has been repaired.
 
     Args:
         images: the input that the cache was made from.
@@ -38,13 +38,13 @@ def repair(
         tokenizer: the one that made it.
         input_kind: what `images` is; None: what the cache was made from.
         workers: threads that read and decode; None: as `vfmtok_fast.cache.build`.
-        tell: is given each problem, in one line, before it is mended.
+        tell: called with each problem, in one line, before it is repaired.
 
     Returns:
-        How many shards were made again.
+        The number of shards made again.
 
-    Raises: as `vfmtok_fast.cache.build`; another tokenizer or input than that of the cache is
-        refused. A damaged manifest or index cannot be mended: they say what the cache is.
+    Raises: as `vfmtok_fast.cache.build`; a tokenizer or input other than the cache's is refused. A
+        damaged manifest or index cannot be repaired, because they say what the cache is.
     """
     found = read_manifest(out)
     kind, choices = choices_of(place(out) / INDEX)
@@ -54,7 +54,7 @@ def repair(
             batch_size=found.batch_size, shard_size=found.shard_size, workers=workers, **choices,
         )  # fmt: skip
         job = prepare(images, out, tokenizer, spec)
-        # Pictures that somebody mended have another size than when they were indexed.
+        # Images that somebody repaired have another size than when they were indexed.
         job = replace(job, manifest=extend(job.source, job.out, job.manifest, job.workers))
         damaged = _damaged(job, tell)
         encode_shards(job, damaged)
@@ -63,7 +63,7 @@ def repair(
 
 
 def _readable_again(job: Job, number: int) -> int:
-    """How many of a sound shard's quarantined pictures can be read now."""
+    """Count a sound shard's quarantined images that can be read now."""
     found = job.manifest
     plan = plan_views(parse_views(found.views), found.image_size)
     rows = read_rows(job.out / INDEX, number)
@@ -82,7 +82,7 @@ def _damaged(job: Job, tell: Callable[[str], None]) -> list[int]:
         for problem in problems:
             tell(f"{path}: {problem}")
         if problems:
-            # All at once and first: if this run dies, the next one still knows what to make.
+            # Remove all of them before encoding: if this run dies, the next one sees what is left.
             (job.out / COMPLETE).remove()
             path.remove()
             numbers.append(number)

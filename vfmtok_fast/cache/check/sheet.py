@@ -1,4 +1,4 @@
-"""A contact sheet: what the tokens of a cache decode to, beside the pictures they stand for."""
+"""A contact sheet: what the tokens of a cache decode to, next to the images they stand for."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ..sources import BadImage, Source
 from ..store import Place
 
 PICTURES = 16
-# Pairs side by side.
+# Pairs in a row of the sheet.
 PAIRS = 4
 
 
 def contact_sheet(
     out: Place, found: Manifest, numbers: list[int], tokenizer: Tokenizer, source: Source
 ) -> np.ndarray | None:
-    """Pairs of a picture's first view and its decoded tokens, evenly from the shards `numbers`.
+    """Draw pairs of an image's first view and its decoded tokens, evenly from shards `numbers`.
 
     Returns:
-        uint8 [rows * side, 8 * side, 3]; None where no picture can be read any more.
+        uint8 [rows * side, 8 * side, 3]; None if no image can be read any more.
     """
     crops, codes = [], []
     for number, row in _spread(found, numbers):
@@ -39,7 +39,7 @@ def contact_sheet(
         try:
             image = decode_image(source.read(entry))
         except (BadImage, OSError, ValueError):
-            continue  # it changed or has gone; the sample that is encoded again tells
+            continue  # it changed or is gone, which encoding the sample again reports
         views = parse_views(found.views[:1])
         crops.append(make_views(image, views, found.image_size, path=entry.path, seed=found.seed))
         codes.append(torch.from_numpy(shard.tokens[row, :1].astype(np.int64)))
@@ -55,7 +55,7 @@ def contact_sheet(
 
 
 def _spread(found: Manifest, numbers: list[int]) -> list[tuple[int, int]]:
-    """Shard and row of some pictures, the same ones at each call."""
+    """Return shard and row of some images, the same ones at each call."""
     total = sum(len(found.rows_of(number)) for number in numbers)
     count = min(PICTURES, total)
     # All shards but the last are full.

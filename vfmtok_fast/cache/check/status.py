@@ -1,4 +1,4 @@
-"""How far a cache is, also while it is being built: reads headers only, writes nothing."""
+"""How far a cache is, also while it is being built; reads headers only, and writes nothing."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Status:
 
     Args:
         state: "indexing" (no manifest yet), "incomplete", or "complete".
-        images: pictures in the index; 0 while indexing.
-        done: pictures in finished shards, bad ones included.
-        bad: quarantined pictures among them.
+        images: images in the index; 0 while indexing.
+        done: images in finished shards, bad ones included.
+        bad: quarantined images among them.
         shards: shards in all.
         shards_done: finished shards.
         damaged: numbers of the shards whose header cannot be read or does not belong here; the next
@@ -42,7 +42,7 @@ class Status:
 
 
 def status(out: str | os.PathLike) -> Status:
-    """Look at a cache, without its pictures or its tokenizer.
+    """Return the state of a cache, without its images or its tokenizer.
 
     Args:
         out: the cache's folder.
@@ -80,7 +80,7 @@ def status(out: str | os.PathLike) -> Status:
 
 
 def failures(out: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """The quarantined pictures of the finished shards, one by one, in index order.
+    """Yield the quarantined images of the finished shards, in index order.
 
     Args:
         out: the cache's folder.

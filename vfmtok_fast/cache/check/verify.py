@@ -1,4 +1,4 @@
-"""Checking a cache: every byte of it against itself, and a sample of it against the pictures."""
+"""Check a cache: every byte of it against itself, and a sample of it against the images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..sources import Source, open_again
 from ..store import Place, place
 from .sheet import contact_sheet
 
-MEND = "mend it with vfmtok-fast repair"
+MEND = "run vfmtok-fast repair"
 
 
 @dataclass
@@ -31,10 +31,10 @@ class Report:
 
     Args:
         problems: one line each; empty for a sound and complete cache.
-        images: pictures in the index.
-        bad: quarantined pictures.
+        images: images in the index.
+        bad: quarantined images.
         shards: shards in all.
-        sampled: pictures that were encoded again.
+        sampled: images that were encoded again.
         agreement: share of their tokens that came out the same, 0 to 1; None if none was sampled.
     """
 
@@ -56,27 +56,27 @@ def verify(
     images: str | os.PathLike | None = None, *, input_kind: str | None = None, sample: int = 64,
     min_agreement: float = 0.999, workers: int = 1, sheet: str | os.PathLike | None = None,
 ) -> Report:  # fmt: skip
-    """Check a cache's files, and encode a sample of its pictures again.
+    """Check a cache's files, and encode a sample of its images again.
 
     Args:
         out: the cache's folder.
-        tokenizer: the one that made it; needed to encode again, given alone only its fingerprint is
-            compared.
-        images: the pictures' folder or archive; needed to encode again.
+        tokenizer: the one that made the cache; needed to encode images again. Without `images`,
+            only its fingerprint is compared.
+        images: the images' folder or archive; needed to encode them again.
         input_kind: what `images` is; None: what the cache was made from.
-        sample: pictures to encode again, spread evenly, rounded up to whole batches.
+        sample: images to encode again, spread evenly, rounded up to whole batches.
         min_agreement: a smaller share of equal tokens is a problem. On the device that made the
             cache all are equal; another kind of device rounds differently and flips codes that are
             nearly tied.
         workers: threads that read and decode.
-        sheet: a PNG to write: some pictures, each beside what its cached tokens decode to.
+        sheet: a PNG to write: some images, each next to what its cached tokens decode to.
 
     Returns:
         All problems at once, and the agreement.
 
     Raises:
         FileNotFoundError: there is no cache in `out`, or no input `images`.
-        ValueError: the manifest is damaged, or `images` without `tokenizer`.
+        ValueError: the manifest is damaged, or `images` is given without `tokenizer`.
         FingerprintMismatch: `tokenizer` is not the one that made the cache.
     """
     out = place(out)
@@ -92,8 +92,8 @@ def verify(
         covers = describe(tokenizer, found.views, found.batch_size, found.seed, found.heif)
         if differing := differences(found.covers, covers):
             raise FingerprintMismatch(
-                f"{out}: was not made by this tokenizer and program: {differing}; name the model "
-                "and precision that made it, with the fast ops on or off as then"
+                f"{out}: was not made by this tokenizer and program: {differing}; use the model "
+                "and precision that made it, with the fast ops on or off as they were then"
             )
     report = Report(images=found.images, shards=found.shards)
     sound = _check_files(out, found, report)
@@ -111,10 +111,10 @@ def verify(
 
 
 def _check_files(out: Place, found: Manifest, report: Report) -> list[int]:
-    """Fill in `report.problems` and `report.bad`; the numbers of the sound shards."""
+    """Fill in `report.problems` and `report.bad`; return the numbers of the sound shards."""
     try:
         if index.index_checksum(out / INDEX) != (found.images, found.index_sha256):
-            report.problems.append(f"{out / INDEX}: does not fit its checksum in the manifest")
+            report.problems.append(f"{out / INDEX}: does not match its checksum in the manifest")
             return []
     except ValueError as error:
         report.problems.append(str(error))
@@ -146,7 +146,7 @@ def shard_problems(out: Place, found: Manifest, number: int) -> tuple[list[str],
     """Check one shard to the last byte, against itself, the index and its quarantine list.
 
     Returns:
-        What is wrong, one line each (nothing for a sound shard), and the number of bad pictures.
+        What is wrong, one line each (nothing for a sound shard), and the number of bad images.
     """
     path = shards.shard_path(out, number)
     try:
@@ -187,7 +187,7 @@ def _check_sample(
     out: Place, found: Manifest, report: Report, sound: list[int], tokenizer: Tokenizer,
     source: Source, sample: int, workers: int,
 ) -> None:  # fmt: skip
-    # Pieces that start and end where batches do, so that the very same batches are formed again.
+    # Pieces start and end where batches do, so that the same batches are formed again.
     views = len(found.views)
     piece = found.batch_size // math.gcd(found.batch_size, views)
     pieces = [
@@ -201,7 +201,7 @@ def _check_sample(
         rows = index.read_rows(out / INDEX, number)[start : start + piece]
         try:
             again = encode_rows(source, rows, found, tokenizer, workers)
-        except OSError as error:  # no picture can be read, as of a folder that has gone
+        except OSError as error:  # no image can be read, for example because a folder is gone
             report.problems.append(one_line(error))
             break
         part = slice(start, start + len(rows))

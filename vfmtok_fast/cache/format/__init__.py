@@ -1,1 +1,1 @@
-"""The files of a cache (docs/cache.md lists them): how they are written and read."""
+"""The files of a cache (listed in docs/cache.md): how they are written and read."""

@@ -1,4 +1,4 @@
-"""Cutting views out of a picture; `views` says which there are."""
+"""Cut views out of an image; `views` defines which views there are."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from .views import LEAST_RANDOM_CROP, Plan, View, plan_views
 def make_bases(
     image: Image.Image, plan: Plan, *, path: str = "", seed: int = 0
 ) -> list[np.ndarray]:
-    """Make the squares that a picture's views are cut from, one resize each.
+    """Make the squares that an image's views are cut from, with one resize each.
 
     Args:
         image: Pillow image of mode RGB.
         plan: from `plan_views`.
-        path: the picture's relative path; random crops depend on it.
-        seed: of the random crops.
+        path: the image's relative path; random crops depend on it.
+        seed: seed of the random crops.
 
     Returns:
         uint8 arrays [side, side, 3], one for each of `plan.bases`.
 
     Raises:
-        ValueError: the picture cannot be cropped (see `vfmtok_fast.images.center_crop`).
+        ValueError: the image cannot be cropped (see `vfmtok_fast.images.center_crop`).
     """
     found = []
     for view, side in zip(plan.bases, plan.sides, strict=True):
@@ -44,7 +44,7 @@ def make_bases(
 def make_views(
     image: Image.Image, views: tuple[View, ...], size: int, *, path: str = "", seed: int = 0
 ) -> np.ndarray:
-    """Cut V views out of a picture: uint8 [V, size, size, 3]; arguments, errors as `make_bases`."""
+    """Cut V views out of an image: uint8 [V, size, size, 3]; arguments, errors as `make_bases`."""
     plan = plan_views(views, size)
     bases = make_bases(image, plan, path=path, seed=seed)
     out = np.empty((len(views), size, size, 3), np.uint8)
@@ -62,10 +62,10 @@ def _random_crop(image: Image.Image, size: int, draw: Any) -> np.ndarray:
 
 
 def _draw(seed: int, number: int, path: str, step: int, count: int) -> int:
-    """A uniform whole number below `count`, of its own for every argument.
+    """Return a uniform integer below `count`, drawn separately for each set of arguments.
 
-    A hash instead of a generator with a state; that 2**64 is no multiple of `count` shifts a
-    frequency by 1e-16.
+    This is a hash instead of a generator with a state. Because 2**64 is not a multiple of `count`,
+    frequencies are off by 1e-16.
     """
     text = f"vfmtok_fast random crop 1\0{seed}\0{number}\0{step}\0{path}"
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()

@@ -1,4 +1,4 @@
-"""What two settings differ in, for a line that refuses to mix them."""
+"""Describe how two sets of settings differ, for the error that refuses to mix them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Name what differs between two settings: "key (there 1, here 2), ..."; empty if nothing."""
+    """Name the differences of two settings: "key (there 1, here 2), ..."; empty if none."""
     there, here = _flat(there), _flat(here)
     parts = [
         f"{key} (there {_short(there.get(key))}, here {_short(here.get(key))})"

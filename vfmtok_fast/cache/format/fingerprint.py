@@ -17,12 +17,12 @@ from ...tokenizer.model import ENCODE_OPS
 from .manifest import BAD_TOKEN, canonical
 from .views import parse_views, rules
 
-# What torch.compile and DistributedDataParallel put before or into the names of weights.
+# What torch.compile and DistributedDataParallel add to weight names, in front or inside.
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<![^.])_orig_mod\.")
 
 
 class Tokenizer(Protocol):
-    """What a cache needs of a tokenizer; `vfmtok_fast.VFMTok` has it.
+    """The interface that a cache needs from a tokenizer; `vfmtok_fast.VFMTok` provides it.
 
     `config` is a dataclass with image_size (pixels), num_regions (T, tokens per view) and
     codebook_size; `encode` takes floating-point [B, 3, image_size, image_size] in [-1, 1] and
@@ -43,18 +43,18 @@ def describe(
 ) -> dict[str, Any]:
     """List everything that changes tokens.
 
-    The batch size is among it: matrix products round differently in another batch shape, which
+    This includes the batch size: matrix products round differently for another batch shape, which
     flips codes that are nearly tied.
 
     Args:
         tokenizer: see `Tokenizer`.
         views: names of the views.
         batch_size: views per call of `encode`.
-        seed: of the random crops; counts only where there are any.
-        heif: whether there are pictures that another package than Pillow decodes.
+        seed: seed of the random crops; listed only if there are any.
+        heif: whether any image is decoded by a package other than Pillow.
 
     Returns:
-        Plain JSON values; every entry is explained by its name.
+        Plain JSON values; the name of each entry explains it.
 
     Raises:
         ValueError: the codebook does not fit 16-bit tokens. TypeError: not a tokenizer.
@@ -69,11 +69,11 @@ def describe(
     parsed = parse_views(views)
     covers = {
         "weights_sha256": weights_checksum(tokenizer.state_dict()),
-        # Without options that are not taken: caches of before there were such go on.
+        # Unset options are omitted, so that caches made before an option existed can be resumed.
         "config": {k: v for k, v in dataclasses.asdict(config).items() if v is not None},
         "codebook_size": config.codebook_size,
         "num_tokens": config.num_regions,
-        # A VFMTok's precision; what it is called here is older than that.
+        # The precision of a VFMTok; the key is older than that name.
         "dtype": (precision := _precision(tokenizer)),
         **_fast_ops(precision),
         "views": [str(view) for view in parsed],
@@ -85,12 +85,12 @@ def describe(
         "batch_size": batch_size,
         **({"heif_decoder_version": pictures.heif_version()} if heif else {}),
     }
-    # Through JSON once, so that tuples are lists as they are when read back.
+    # A round trip through JSON turns tuples into lists, as they are when read back.
     return json.loads(canonical(covers))
 
 
 def check_tokenizer(tokenizer: object) -> None:
-    """Require what `Tokenizer` names."""
+    """Require `encode` and `config.codebook_size` of a `Tokenizer`."""
     config = getattr(tokenizer, "config", None)
     if not hasattr(config, "codebook_size") or not hasattr(tokenizer, "encode"):
         raise TypeError(
@@ -108,19 +108,19 @@ def _precision(tokenizer: Tokenizer) -> str:
 
 
 def _fast_ops(precision: str) -> dict[str, list[str]]:
-    """In half precision, the enabled ops: they round differently, and tokens differ by that."""
+    """Return the enabled ops in half precision, where they round differently and change tokens."""
     ops = sorted(switch.policy().ops & ENCODE_OPS)
     return {"fast_ops": ops} if precision in ("float16", "bfloat16", "mixed") and ops else {}
 
 
 def weights_checksum(state: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of a state dict, in sorted order of the names.
+    """Compute the SHA-256 of a state dict's names, dtypes, shapes and bytes, sorted by name.
 
     Args:
         state: tensors of any dtype, shape and device.
 
     Returns:
-        Hexadecimal digest; equal for equal weights wherever they lie.
+        Hexadecimal digest; equal for equal weights on any device.
     """
     digest = hashlib.sha256()
     state = {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}

@@ -1,11 +1,12 @@
-"""The index: which pictures a cache holds, in which order, with which labels.
+"""The index: which images a cache holds, in which order, with which labels.
 
-One format for every kind of input (`vfmtok_fast.cache.sources`). Pictures that lie inside larger
-files have two more columns, `file` and `offset`, that say where; and the index then names those
-files with their sizes, by which a change is noticed. On request there is one more column, `sha256`,
-with the hash of each picture's bytes; reading a picture then compares it.
+Every kind of input (`vfmtok_fast.cache.sources`) uses the same format. If images are stored inside
+larger files, two more columns, `file` and `offset`, say where, and the index also lists those files
+with their sizes, so that a change is noticed. On request, a further column `sha256` holds the hash
+of each image's bytes, which is compared when the image is read.
 
-Nothing here holds more than one shard's rows, so that a million pictures index in little memory.
+This module never holds more than one shard's rows, so indexing a million images takes little
+memory.
 """
 
 from __future__ import annotations
@@ -43,13 +44,14 @@ _HASH = [pa.field("sha256", pa.binary(), nullable=False)]
 
 
 class Entry(NamedTuple):
-    """One picture of an input.
+    """One image of an input.
 
-    `path` is unique and relative ("n01440764/n01440764_10026.JPEG", "train-0001.tar/000017.jpg");
-    `size` is in bytes, or one of the negative numbers of `sources.base`; `label` is the class's
-    number, or -1. Where pictures lie inside larger files, `file` is that file's name relative to
-    the input and `offset` the place in it: of a tar the data's first byte, of Parquet the row, of
-    LMDB the key. `sha256` is the hash of the picture's bytes, or empty.
+    `path` is relative ("n01440764/n01440764_10026.JPEG", "train-0001.tar/000017.jpg") and unique,
+    unless an archive holds a name twice. `size` is in bytes, or one of the negative numbers of
+    `sources.base`. `label` is the class number, or -1. If images are stored inside larger files,
+    `file` is that file's name relative to the input, and `offset` is the position in it: the first
+    byte of the data in a tar, the row in Parquet, the key in LMDB. `sha256` is the hash of the
+    image's bytes, or empty.
     """
 
     path: str
@@ -62,7 +64,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """The pictures of one shard, and the global index of the first."""
+    """The images of one shard, and the global index of the first one."""
 
     first: int
     entries: list[Entry]
@@ -75,12 +77,12 @@ class Rows:
 
     @property
     def paths(self) -> list[str]:
-        """Relative path of each."""
+        """Relative path of each image."""
         return [entry.path for entry in self.entries]
 
     @property
     def labels(self) -> list[int]:
-        """Class number of each, or -1."""
+        """Class number of each image, or -1."""
         return [entry.label for entry in self.entries]
 
 
@@ -89,12 +91,13 @@ class Origin:
     """What was indexed.
 
     Args:
-        kind: of the input.
-        files: size of each file that holds pictures; None for a folder, where each picture is one.
-        runs: first rows of what was added later; the rows before each are in the input's order.
-        root: the input's place; only of a part of an index, which another input must not go on
-            with.
-        chosen: what of the input was taken, see `Source.chosen`.
+        kind: kind of the input.
+        files: size of each file that holds images; None for a folder, where each image is a file.
+        runs: first row of each later addition; rows up to the next such row are in the input's
+            order.
+        root: the input's path; set only in parts of an index, which another input must not
+            continue.
+        chosen: what was taken from the input, see `Source.chosen`.
     """
 
     kind: str = "folder"
@@ -104,7 +107,7 @@ class Origin:
     chosen: dict[str, Any] = field(default_factory=dict)
 
     def metadata(self) -> dict[bytes, bytes]:
-        """As the schema of index.parquet holds it; nothing for a folder."""
+        """Return the schema metadata of index.parquet; empty for a folder with nothing to add."""
         later = {"runs": self.runs, "root": self.root, "chosen": self.chosen}
         later = {name: value for name, value in later.items() if value}
         if self.files is None and not later:
@@ -117,17 +120,17 @@ def write_index(
     path: Place, entries: Iterable[Entry], shard_size: int, origin: Origin | None = None,
     hashed: bool = False,
 ) -> tuple[int, str, int]:  # fmt: skip
-    """Write index.parquet, one row group per shard, without holding more than one of them.
+    """Write index.parquet with one row group per shard, holding only one of them in memory.
 
     Args:
         path: the file to write.
-        entries: the pictures in index order.
-        shard_size: pictures per shard.
-        origin: where they come from; None: class folders.
-        hashed: whether there is a column for the entries' hashes.
+        entries: the images in index order.
+        shard_size: images per shard.
+        origin: where the images come from; None: class folders.
+        hashed: whether to write a column for the entries' hashes.
 
     Returns:
-        (number of pictures, checksum of the index's content, highest label).
+        (number of images, checksum of the index's content, highest label).
 
     Raises:
         CacheWriteError: the file cannot be written.
@@ -150,7 +153,7 @@ def write_index(
 
 
 def is_index(path: Place) -> bool:
-    """Whether a file is an index that this module wrote."""
+    """Return whether a file is an index that this module wrote."""
     try:
         with _opened(path):
             return True
@@ -178,31 +181,31 @@ def read_all(path: Place) -> Iterator[Rows]:
 
 
 def count_unlabelled(path: Place) -> int:
-    """How many pictures have no class, label -1; raises like `read_rows`."""
+    """Count the images without a class (label -1); raises like `read_rows`."""
     labels = _column(path, "label")
     return sum(pc.sum(pc.equal(column, NO_CLASS)).as_py() or 0 for column in labels)
 
 
 def used_labels(path: Place) -> set[int]:
-    """The labels that pictures have; raises like `read_rows`."""
+    """Return the labels that images have; raises like `read_rows`."""
     return {label for column in _column(path, "label") for label in pc.unique(column).to_pylist()}
 
 
 def holds_suffix(path: Place, suffixes: Set[str]) -> bool:
-    """Whether a picture's name ends so, in small letters or large; raises like `read_rows`."""
+    """Return whether any image's name has such a suffix, in any case; raises like `read_rows`."""
     names = (name for column in _column(path, "path") for name in column.to_pylist())
     return any(name.lower().endswith(tuple(suffixes)) for name in names)
 
 
 def _column(path: Place, name: str) -> Iterator[pa.ChunkedArray]:
-    """One column of each shard's rows."""
+    """Yield one column of each shard's rows."""
     with _opened(path) as file:
         for shard in range(file.num_row_groups):
             yield file.read_row_group(shard, [name])[0]
 
 
 def read_from(path: Place, start: int, end: int | None) -> Iterator[Entry]:
-    """The pictures of rows `start` to `end` - 1; raises like `read_rows`."""
+    """Yield the images of rows `start` to `end` - 1; raises like `read_rows`."""
     for rows in read_all(path):
         first = max(start - rows.first, 0)
         last = len(rows) if end is None else max(end - rows.first, 0)
@@ -210,7 +213,7 @@ def read_from(path: Place, start: int, end: int | None) -> Iterator[Entry]:
 
 
 def index_checksum(path: Place) -> tuple[int, str]:
-    """(number of pictures, checksum of the content), as `write_index` returned them."""
+    """Return (number of images, checksum of the content), as `write_index` did."""
     count = 0
     with _opened(path) as file:
         digest = _new_digest(file.schema_arrow.metadata)
@@ -222,7 +225,7 @@ def index_checksum(path: Place) -> tuple[int, str]:
 
 
 def read_origin(path: Place) -> Origin:
-    """What was indexed; raises like `read_rows`."""
+    """Return what was indexed; raises like `read_rows`."""
     with _opened(path) as file:
         data = file.schema_arrow.metadata.get(_ORIGIN)
     if data is None:
@@ -232,16 +235,16 @@ def read_origin(path: Place) -> Origin:
 
 
 def read_hashed(path: Place) -> bool:
-    """Whether an index holds hashes; raises like `read_rows`."""
+    """Return whether an index holds hashes; raises like `read_rows`."""
     with _opened(path) as file:
         return "sha256" in file.schema_arrow.names
 
 
 def _source(path: Place) -> Any:
-    """A file for Arrow to read: of a disk one of its own.
+    """Open a file for Arrow to read; Arrow opens a local file by itself.
 
-    Its threads let go of a Python file's buffers after they have been handed over; if the
-    interpreter ends at that moment, the process aborts.
+    Arrow's threads release the buffers of a Python file after handing them over; if the interpreter
+    exits at that moment, the process aborts.
     """
     return path.open_bytes() if path.remote else pa.OSFile(str(path))
 
@@ -255,7 +258,7 @@ def _opened(path: Place) -> Iterator[pq.ParquetFile]:
             yield file
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(
-            f"{path}: cannot read the index: {one_line(error)}; restore it, or cache anew"
+            f"{path}: cannot read the index: {one_line(error)}; restore it, or make a new cache"
         ) from error
 
 
@@ -272,7 +275,7 @@ def _new_digest(metadata: dict[bytes, bytes]) -> Any:
 
 
 def _digest(digest: Any, entries: list[Entry], schema: pa.Schema) -> None:
-    # A picture that is a file of its own has no place inside one.
+    # An image that is a file of its own has no file and offset.
     values, hashed = 5 if "file" in schema.names else 3, "sha256" in schema.names
     for entry in entries:
         text = "\0".join(map(str, entry[:values]))

@@ -1,8 +1,9 @@
 """The manifest: what a cache is, and everything that its tokens depend on.
 
-`manifest.json` is written once, before the first shard. Its fingerprint is the hash of `covers`,
-the list of all that changes tokens; a run whose list differs is refused with the names of what
-differs, so tokens of two tokenizers never meet in one folder.
+`manifest.json` is written before the first shard. Only extending the cache, or changing the batch
+size before the first shard, replaces it. Its fingerprint is the hash of `covers`, the list of
+everything that changes tokens. A run whose list differs is refused with the names of what differs,
+so a folder never holds tokens of two tokenizers.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ BAD_TOKEN = 0xFFFF
 
 
 class FingerprintMismatch(FileExistsError):
-    """The folder holds a cache that was made by another tokenizer or with other settings."""
+    """The folder holds a cache made by another tokenizer or with other settings."""
 
 
 def _covered(name: str, meaning: str, *default: Any) -> Any:
-    """A property: an entry of `covers`, KeyError where it is missing and has no default."""
+    """Make a property for an entry of `covers`; a missing one without a default is a KeyError."""
 
     def value(self: Manifest) -> Any:
         return self.covers.get(name, *default) if default else self.covers[name]
@@ -43,8 +44,8 @@ class Manifest:
 
     Args:
         covers: everything that changes tokens, as plain JSON values.
-        shard_size: pictures per shard.
-        images: number of pictures in the index.
+        shard_size: images per shard.
+        images: number of images in the index.
         classes: the class folders; label i is classes[i].
         index_sha256: checksum of the index's content.
     """
@@ -71,11 +72,11 @@ class Manifest:
 
     @property
     def heif(self) -> bool:
-        """Whether there are pictures that another package than Pillow decodes."""
+        """Whether any image is decoded by a package other than Pillow."""
         return "heif_decoder_version" in self.covers
 
     def places_of(self, views: Iterable[str] | None, out: object) -> list[int]:
-        """Where a shard has some views, or all for None; ValueError for one it does not have."""
+        """Return positions of views in a shard (None: of all); ValueError if one is missing."""
         names = self.views if views is None else [str(view) for view in parse_views(views)]
         if lacking := [name for name in names if name not in self.views]:
             raise ValueError(f"{out}: has the views {', '.join(self.views)}, not {lacking[0]!r}")
@@ -87,7 +88,7 @@ class Manifest:
         return -(-self.images // self.shard_size)
 
     def rows_of(self, shard: int) -> range:
-        """Global indices of the pictures in a shard."""
+        """Return the global indices of the images in a shard."""
         first = shard * self.shard_size
         return range(first, min(first + self.shard_size, self.images))
 
@@ -109,7 +110,7 @@ class Manifest:
 
 
 def read_manifest(out: str | os.PathLike | Place, name: str = NAME) -> Manifest:
-    """Read and check a cache's manifest; `name` is for one that is on its way.
+    """Read and check a cache's manifest; `name` can name one that is not in place yet.
 
     Raises:
         FileNotFoundError: `out` is no token cache.
@@ -123,12 +124,12 @@ def read_manifest(out: str | os.PathLike | Place, name: str = NAME) -> Manifest:
             f"{out}: no token cache here ({NAME} is missing); make one with vfmtok-fast cache"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); restore it, or cache anew") from error
+        raise ValueError(f"{path}: damaged ({error}); restore it, or make a new cache") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: not the manifest of a token cache")
     if content.get("version") != VERSION:
         raise ValueError(
-            f"{path}: format version {content.get('version')}, this program reads {VERSION}"
+            f"{path}: format version {content.get('version')}, but this program reads {VERSION}"
         )
     try:
         manifest = Manifest(
@@ -141,17 +142,19 @@ def read_manifest(out: str | os.PathLike | Place, name: str = NAME) -> Manifest:
         said = content["fingerprint"], content["counts"]["shards"], content["views"]
         sound = (manifest.fingerprint, manifest.shards, manifest.views) == said
     except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{path}: damaged (entry {error}); restore it, or cache anew") from error
+        raise ValueError(
+            f"{path}: damaged (entry {error}); restore it, or make a new cache"
+        ) from error
     if not sound:
         raise ValueError(
-            f"{path}: damaged (the fingerprint does not fit what it covers); "
-            "restore it, or cache anew"
+            f"{path}: damaged (the fingerprint does not match what it covers); "
+            "restore it, or make a new cache"
         )
     return manifest
 
 
 def check_same(found: Manifest, covers: dict[str, Any], shard_size: int, out: Place) -> None:
-    """Refuse to add tokens to a cache that was made otherwise.
+    """Refuse to add tokens to a cache that was made with other settings.
 
     Raises:
         FingerprintMismatch: one line that names every differing key with both values.
@@ -161,11 +164,11 @@ def check_same(found: Manifest, covers: dict[str, Any], shard_size: int, out: Pl
     )
     if differing:
         raise FingerprintMismatch(
-            f"{out}: holds a cache made otherwise: {differing}; "
+            f"{out}: holds a cache made with other settings: {differing}; "
             "use the same settings, or another folder"
         )
 
 
 def canonical(values: Any) -> bytes:
-    """As JSON: of equal values the same bytes."""
+    """Serialise as JSON; equal values give the same bytes."""
     return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

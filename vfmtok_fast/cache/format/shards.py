@@ -1,12 +1,12 @@
-"""Shards: the tokens of a run of pictures in one safetensors file, and its quarantine list.
+"""Shards: the tokens of a run of images in one safetensors file, and its quarantine list.
 
     shards/tokens-00000.safetensors  tokens u16 [n,V,T], index i64 [n], label i32 [n], status u8 [n]
-    quarantine/00000.jsonl           one line per bad picture; no file where there is none
+    quarantine/00000.jsonl           one line per bad image; no file if there is none
 
-The shard is what commits: its quarantine list is written first, and its checksum stands in the
-shard, so the two always belong together. The bytes depend on nothing but the contents: safetensors
-keeps its metadata in a hash map, whose order varies once there are two keys, so there is one key,
-holding sorted JSON.
+Writing the shard is the commit: its quarantine list is written first, and the list's checksum is
+stored in the shard, so the two always belong together. The bytes depend only on the contents.
+safetensors keeps its metadata in a hash map, whose order varies with two or more keys, so there is
+a single key that holds sorted JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..store import Place, Tensors
 from .manifest import BAD_TOKEN, FingerprintMismatch, Manifest, canonical
 
 META_KEY = "vfmtok_fast"
-# Written last: it says that every shard is there.
+# Written last, once every shard is there.
 COMPLETE = "COMPLETE.json"
 
 _NAME = re.compile(r"tokens-(\d{5,})\.safetensors")
@@ -40,15 +40,15 @@ _DTYPES = {"tokens": np.uint16, "index": np.int64, "label": np.int32, "status": 
 
 @dataclass
 class Shard:
-    """The contents of one shard of n pictures, V views, T tokens.
+    """The contents of one shard of n images, V views, T tokens.
 
     Args:
         number: which shard.
-        tokens: uint16 [n, V, T]; 0xFFFF throughout a bad picture's slot.
+        tokens: uint16 [n, V, T]; 0xFFFF throughout a bad image's slot.
         index: int64 [n], global index.
         label: int32 [n].
         status: uint8 [n]: 0 read, 1 not readable, 2 gone or changed since it was indexed.
-        quarantine: a dict with index, path, reason, status for each bad picture, in index order.
+        quarantine: a dict with index, path, reason and status for each bad image, in index order.
     """
 
     number: int
@@ -61,7 +61,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Header:
-    """What a shard says about itself, readable without its tokens."""
+    """What a shard's metadata holds; it can be read without the tokens."""
 
     fingerprint: str
     number: int
@@ -70,30 +70,30 @@ class Header:
     checksums: dict[str, str]
 
     def digest(self) -> str:
-        """Hash of the whole header, which through the checksums stands for the contents."""
+        """Hash the whole header; the checksums in it stand for the contents."""
         return hashlib.sha256(canonical(vars(self))).hexdigest()
 
 
 def shard_path(out: Place, number: int) -> Place:
-    """Where shard `number` of the cache `out` lies."""
+    """Return the path of shard `number` of the cache `out`."""
     return out / "shards" / f"tokens-{number:05d}.safetensors"
 
 
 def shard_number(name: str) -> int | None:
-    """The number of the shard that a file of this name is; None if it is none."""
+    """Return the shard number that a file name holds; None if it is not a shard's name."""
     match = _NAME.fullmatch(name)
     return None if match is None else int(match[1])
 
 
 def strays(out: Place, manifest: Manifest) -> list[Place]:
-    """Shards in the folder that the cache does not have."""
+    """Return the shard files in the folder that do not belong to the cache."""
     known = {shard_path(out, number).name for number in range(manifest.shards)}
     names = sorted(set((out / "shards").names()) - known)
     return [out / "shards" / name for name in names if name.endswith(".safetensors")]
 
 
 def quarantine_path(out: Place, number: int) -> Place:
-    """Where the quarantine list of shard `number` lies, if it has one."""
+    """Return the path of shard `number`'s quarantine list, which may not exist."""
     return out / "quarantine" / f"{number:05d}.jsonl"
 
 
@@ -101,7 +101,7 @@ def write_shard(out: Place, fingerprint: str, shard: Shard) -> None:
     """Commit a shard and its quarantine list; their folders must exist.
 
     Raises:
-        CacheWriteError: a file cannot be written; the shard is then not there, or as it was.
+        CacheWriteError: a file cannot be written; the shard is then missing, or as it was.
     """
     arrays = {
         name: np.ascontiguousarray(getattr(shard, name), dtype) for name, dtype in _DTYPES.items()
@@ -115,7 +115,7 @@ def write_shard(out: Place, fingerprint: str, shard: Shard) -> None:
     if lines:
         quarantine_path(out, shard.number).put(lines)
     else:
-        quarantine_path(out, shard.number).remove()  # of a run that died before its commit
+        quarantine_path(out, shard.number).remove()  # left by a run that died before its commit
     data = save(arrays, metadata={META_KEY: canonical(vars(header)).decode()})
     shard_path(out, shard.number).put(data)
 
@@ -134,10 +134,10 @@ def _opened(path: Place, data: bytes | None = None) -> Iterator[tuple[Header, Te
 
 
 def read_header(path: Place) -> Header:
-    """Read what a shard says about itself; a truncated file is noticed, a flipped bit is not.
+    """Read a shard's header; this detects a truncated file but not a flipped bit.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: the shard is missing.
         ValueError: it is damaged or not a shard.
     """
     with _opened(path) as (header, _):
@@ -145,11 +145,11 @@ def read_header(path: Place) -> Header:
 
 
 def read_shard(path: Place, data: bytes | None = None) -> tuple[Header, Shard]:
-    """Read a shard whole, without its quarantine list and without checking (see `problems`).
+    """Read a whole shard, without its quarantine list and without checking it (see `problems`).
 
     Args:
         path: the shard.
-        data: its bytes, where they have been read already.
+        data: its bytes, if they have been read already.
 
     Raises:
         FileNotFoundError, ValueError: as `read_header`.
@@ -159,7 +159,7 @@ def read_shard(path: Place, data: bytes | None = None) -> tuple[Header, Shard]:
 
 
 def read_quarantine(out: Place, number: int) -> tuple[list[dict[str, Any]], str]:
-    """The quarantine list of a shard (empty where there is no file) and its checksum.
+    """Return a shard's quarantine list (empty if there is no file) and the list's checksum.
 
     Raises:
         ValueError: the file is damaged.
@@ -177,7 +177,7 @@ def read_quarantine(out: Place, number: int) -> tuple[list[dict[str, Any]], str]
 
 
 def header_problem(header: Header, number: int, manifest: Manifest) -> str | None:
-    """Why a shard cannot be shard `number` of this cache, judged by its header; None if it can."""
+    """Say why a shard cannot be shard `number` of this cache, by its header; None if it can."""
     if header.number != number:
         return f"is shard {header.number}, not {number}"
     if header.count != len(manifest.rows_of(number)):
@@ -191,10 +191,10 @@ def header_problem(header: Header, number: int, manifest: Manifest) -> str | Non
 
 
 def finished(out: Place, number: int, manifest: Manifest, *, refuse: bool = False) -> Header | None:
-    """The header of a shard that is there; None where it is missing or damaged, by its header.
+    """Return the header of a finished shard; None if it is missing or its header does not fit.
 
     Raises:
-        FingerprintMismatch: to `refuse`: it is a shard of another tokenizer.
+        FingerprintMismatch: `refuse` is set and the shard has another fingerprint.
     """
     path = shard_path(out, number)
     try:
@@ -208,11 +208,11 @@ def finished(out: Place, number: int, manifest: Manifest, *, refuse: bool = Fals
 
 
 def problems(header: Header, shard: Shard, number: int, manifest: Manifest) -> list[str]:
-    """All that is wrong with shard `number`: dtypes, shapes, checksums, order, ranges, bad slots.
+    """List all problems of shard `number`: dtypes, shapes, checksums, order, ranges, bad slots.
 
     Returns:
-        One line each; empty if the shard is sound. Agreement with the index and the quarantine list
-        is for the caller, who has them.
+        One line each; empty if the shard is sound. Comparing with the index and the quarantine list
+        is left to the caller, who has them.
     """
     if problem := header_problem(header, number, manifest):
         return [problem]
@@ -226,16 +226,16 @@ def problems(header: Header, shard: Shard, number: int, manifest: Manifest) -> l
                 f"{name} is {array.dtype} {array.shape} instead of {np.dtype(dtype)} {shapes[name]}"
             )
         elif _sha256(array) != header.checksums.get(name):
-            found.append(f"{name} does not fit its checksum")
+            found.append(f"{name} does not match its checksum")
     if found:
         return found
     if not np.array_equal(shard.index, np.asarray(manifest.rows_of(number))):
         found.append("index is not the run of numbers that belongs to this shard")
     if not np.isin(shard.status, list(STATUS_NAMES)).all():
-        found.append(f"status holds other values than {list(STATUS_NAMES)}")
+        found.append(f"status holds values other than {list(STATUS_NAMES)}")
     good = shard.status == OK
     if header.bad != int((~good).sum()):
-        found.append(f"says {header.bad} bad pictures, holds {int((~good).sum())}")
+        found.append(f"says {header.bad} bad pictures, but holds {int((~good).sum())}")
     if (shard.tokens[good] >= manifest.codebook_size).any():
         found.append(f"holds tokens of {manifest.codebook_size} or more")
     if (shard.tokens[~good] != BAD_TOKEN).any():
@@ -244,7 +244,7 @@ def problems(header: Header, shard: Shard, number: int, manifest: Manifest) -> l
 
 
 def completion(out: Place, found: Manifest) -> dict[str, str | int]:
-    """What COMPLETE.json must say, from the headers of all shards; raises like `read_header`."""
+    """Return what COMPLETE.json must say, given all shards' headers; raises like `read_header`."""
     digest, bad = hashlib.sha256(), 0
     for header in out.spread(read_header, (shard_path(out, n) for n in range(found.shards))):
         digest.update(header.digest().encode())

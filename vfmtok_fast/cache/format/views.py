@@ -1,19 +1,20 @@
-"""Views: which squares of a picture are tokenised.
+"""Views: which squares of an image are tokenised.
 
-Views are declared, not drawn: a cache holds the same named views of every picture, so which half of
-a data set is mirrored is never a matter of luck.
+Views are declared, not drawn: a cache holds the same named views of every image, so which half of a
+data set is mirrored is never a matter of luck.
 
-    center              the centre of the picture scaled to the short side
-    ten-crop-0 ... -9   of the centre square of side int(1.1 size): top left, top right, bottom
-                        left, bottom right, centre; 5 to 9: the same of the square mirrored (as
-                        LlamaGen caches)
-    random-K            the K-th random crop: short side scaled to a whole number between size and
-                        ceil(size / 0.8), then a random square of side size (as the authors train)
+    center              the centre square of the image, after scaling its short side to size
+    ten-crop-0 ... -9   crops of the centre square of side int(1.1 size): top left, top right,
+                        bottom left, bottom right, centre; 5 to 9: the same crops of the mirrored
+                        square (as LlamaGen caches)
+    random-K            the K-th random crop: the short side is scaled to a random integer between
+                        size and ceil(size / 0.8), then a random square of side size is cut (as the
+                        authors train)
     center-flip, random-K-flip      the same square, mirrored left to right
 
 `ten-crop` declares all ten, `random-0..7` and `random-0..7-flip` eight at once. A random crop is a
-function of the seed, the picture's relative path, K, and the picture's size: it does not depend on
-other pictures, views, processes or versions of a generator.
+function of the seed, the image's relative path, K, and the image's size. It does not depend on
+other images, views, processes or versions of a random number generator.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FLIP = "-flip"
 TEN_CROP_RANGE = Fraction("1.1")
 LEAST_RANDOM_CROP = Fraction("0.8")
 
-# What the rules depend on besides the name; recorded in caches that hold such a view.
+# What these views depend on besides their names; recorded in caches that hold such a view.
 RULES = {
     "ten-crop": "corners and centre of the centre square of side int(1.1 size), and of it mirrored",
     "random": (
@@ -47,7 +48,7 @@ class View:
 
     Args:
         kind: "center", "ten-crop" or "random".
-        number: which of its kind: of the ten crops 0 to 4, of the random ones any.
+        number: which one of its kind: 0 to 4 for the ten crops, any for the random ones.
         flip: whether it is mirrored left to right.
     """
 
@@ -62,23 +63,23 @@ class View:
 
 
 def known_views() -> list[str]:
-    """What can be declared, in words."""
+    """List what can be declared, as forms of names."""
     return ["center", "center-flip", "ten-crop", "ten-crop-N", "random-K", "random-K-flip"]
 
 
 def parse_views(names: Iterable[str]) -> tuple[View, ...]:
-    """Check the names of views and take them apart.
+    """Check and parse the names of views.
 
     Args:
-        names: the views in the order in which the cache shall hold them, e.g.
+        names: the views in the order in which the cache is to hold them, e.g.
             ("center", "center-flip"); `ten-crop` and `random-A..B` stand for several.
 
     Returns:
         The views, in the same order.
 
     Raises:
-        TypeError: one bare string instead of a list of names.
-        ValueError: no view, an unknown one, or one twice.
+        TypeError: a bare string instead of a list of names.
+        ValueError: no view, an unknown one, or one given twice.
     """
     if isinstance(names, str):
         raise TypeError(
@@ -89,10 +90,10 @@ def parse_views(names: Iterable[str]) -> tuple[View, ...]:
     if not views:
         raise ValueError(f"views: must name at least one of {known}, got none")
     if len(views) > _MAX_VIEWS:
-        raise ValueError(f"views: {_MAX_VIEWS} at most, got {len(views)}")
+        raise ValueError(f"views: must be at most {_MAX_VIEWS}, got {len(views)}")
     if len(set(views)) < len(views):
         twice = next(view for view in views if views.count(view) > 1)
-        raise ValueError(f"views: each name once, got {twice} twice")
+        raise ValueError(f"views: must name each view once, got {twice} twice")
     return tuple(views)
 
 
@@ -102,7 +103,7 @@ def _parse(name: str) -> list[View]:
     if match := _RANGE.fullmatch(name):
         first, last = int(match[1]), int(match[2])
         if first > last or last - first >= _MAX_VIEWS:
-            raise ValueError(f"views: {name!r} must count up, by {_MAX_VIEWS} at most")
+            raise ValueError(f"views: {name!r} must count up, over at most {_MAX_VIEWS} views")
         return [View("random", number, bool(match[3])) for number in range(first, last + 1)]
     if name in ("center", "center" + FLIP):
         return [View("center", 0, name != "center")]
@@ -114,7 +115,7 @@ def _parse(name: str) -> list[View]:
 
 
 def rules(views: Iterable[View], seed: int) -> dict[str, Any]:
-    """What views depend on besides their names, as plain JSON values; nothing for `center`."""
+    """Return what views depend on besides their names, as JSON values; empty for `center`."""
     kinds = {view.kind for view in views}
     found = {kind: RULES[kind] for kind in sorted(kinds & set(RULES))}
     return ({"view_rules": found} if found else {}) | ({"seed": seed} if "random" in kinds else {})
@@ -122,7 +123,7 @@ def rules(views: Iterable[View], seed: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a view lies: the square of side `size` at (top, left) of a base, mirrored or not."""
+    """Where a view is: the square of side `size` at (top, left) of a base, mirrored or not."""
 
     base: int
     top: int = 0
@@ -132,15 +133,15 @@ class Cut:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the views of a picture are made: a few resized squares, and cuts out of them.
+    """How the views of an image are made: a few resized squares, and cuts out of them.
 
-    Cuts of 8-bit squares are exact wherever they are made, so a device gets the squares alone.
+    Cuts of 8-bit squares are exact on every device, so only the squares are sent to it.
 
     Args:
         size: side of a view, in pixels.
-        bases: of each square, a view that is cut out of it.
-        sides: of each square, its side in pixels.
-        cuts: of each view.
+        bases: for each square, a view that is cut out of it.
+        sides: for each square, its side in pixels.
+        cuts: one per view.
     """
 
     size: int
@@ -150,7 +151,7 @@ class Plan:
 
 
 def plan_views(views: tuple[View, ...], size: int) -> Plan:
-    """Which squares a picture's views of side `size` are cut from; views that can share one do."""
+    """Plan the squares that an image's views of side `size` are cut from, shared where possible."""
     keys: dict[Any, View] = {}
     large = int(size * TEN_CROP_RANGE)
     cuts = []
@@ -159,7 +160,7 @@ def plan_views(views: tuple[View, ...], size: int) -> Plan:
         keys.setdefault(key, view)
         base = list(keys).index(key)
         top, left = _corner(view.number, large - size) if view.kind == "ten-crop" else (0, 0)
-        # Mirrored crops are the crops of the mirrored square: the place is counted from its right.
+        # Mirrored crops are crops of the mirrored square, so they are placed from its right edge.
         left = large - size - left if view.kind == "ten-crop" and view.flip else left
         cuts.append(Cut(base, top, left, view.flip))
     sides = tuple(large if view.kind == "ten-crop" else size for view in keys.values())
@@ -167,7 +168,7 @@ def plan_views(views: tuple[View, ...], size: int) -> Plan:
 
 
 def _corner(number: int, far: int) -> tuple[int, int]:
-    """Top and left of one of the five crops of a square that is `far` larger than they are."""
-    # round: where the margin is odd, torchvision's crops take the even one of both halves.
+    """Return top and left of one of the five crops of a square that exceeds their side by `far`."""
+    # round() halves an odd margin to the even neighbour, as torchvision's crops do.
     middle = round(far / 2)
     return ((0, 0), (0, far), (far, 0), (far, far), (middle, middle))[number]

@@ -1,1 +1,1 @@
-"""Making a cache: from pictures to shards, by one process, many, or a Ray cluster."""
+"""Make a cache: from images to shards, in one process, in many, or on a Ray cluster."""

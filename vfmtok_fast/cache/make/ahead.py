@@ -1,4 +1,4 @@
-"""Work that threads do ahead of whoever takes it: in order, a bounded number of items."""
+"""Run work in threads ahead of its consumer: in order, for a bounded number of items."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..sources import BadImage, Entry, Source
 def ahead(
     function: Callable[[Any], Any], items: Iterable[Any], workers: int, window: int, name: str
 ) -> Iterator[Any]:
-    """`map` by threads of a name, in order; `window` items at most are taken and not handed out."""
+    """`map` in threads called `name`, in order, with at most `window` items not yet handed out."""
     items, waiting = iter(items), deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix=name)
     try:
@@ -30,7 +30,7 @@ def ahead(
 
 
 def hashed_entries(source: Source, entries: Iterable[Entry], workers: int) -> Iterator[Entry]:
-    """Entries with the SHA-256 of each picture's bytes, in the same order; none for bad ones."""
+    """Yield entries in order with the SHA-256 of each image's bytes; bad images get none."""
 
     def hashed(entry: Entry) -> Entry:
         try:

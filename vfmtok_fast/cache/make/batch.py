@@ -1,7 +1,8 @@
-"""Batches on their way to a device: 8-bit squares cross over, views are cut out of them there.
+"""Batches on their way to a device: 8-bit squares are transferred, and views are cut there.
 
-Ten crops of a picture are cuts of one 369 x 369 square, so a tenth of the bytes cross over that
-views of their own would take, and no core spends time on cropping, mirroring or converting.
+The ten crops of an image are cuts of one 369 x 369 square. Transferring the square takes a tenth of
+the bytes that separate views would take, and no CPU core spends time on cropping, mirroring or
+converting.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from ..format.views import Cut, Plan
 
 
 class Batch:
-    """The squares of the pictures in one batch, and which cut of which square each row is.
+    """The squares of the images in one batch, and which cut of which square each row is.
 
-    Rows without a picture, bad ones and padding, are black.
+    Rows without an image, which are bad images and padding, are black.
 
     Args:
-        plan: of the views.
-        size: rows.
-        pinned: keep the squares in memory that a GPU can copy from by itself.
+        plan: plan of the views.
+        size: number of rows.
+        pinned: whether to keep the squares in pinned memory, from which a GPU copies directly.
     """
 
     def __init__(self, plan: Plan, size: int, pinned: bool) -> None:
         self.plan, self.size = plan, size
-        # The first and last picture may be here in part only.
+        # Only part of the first and of the last image may be in this batch.
         pictures = (size - 2) // len(plan.cuts) + 2
         self.squares = {
             side: torch.empty(
@@ -37,7 +38,7 @@ class Batch:
             )
             for side in set(plan.sides)
         }
-        # The same memory: asking a tensor for it at each picture would cost more than the copy.
+        # The same memory as arrays: converting a tensor per image would cost more than the copy.
         self.arrays = {side: squares.numpy() for side, squares in self.squares.items()}
         self.clear()
 
@@ -45,19 +46,19 @@ class Batch:
         return self.size
 
     def clear(self) -> None:
-        """Forget all rows."""
+        """Drop all rows."""
         self.filled = dict.fromkeys(self.squares, 0)
-        # By cut and side: the rows, and the square of each.
+        # By cut and side: the rows, and the square that each row is cut from.
         self.cuts: dict[tuple[Cut, int], tuple[list[int], list[int]]] = {}
         self.last: tuple[list[np.ndarray] | None, dict[int, int]] = (None, {})
 
     def add(self, row: int, bases: list[np.ndarray], view: int) -> None:
-        """Make a row a view of a picture.
+        """Make a row a view of an image.
 
         Args:
-            row: of the batch.
-            bases: from `make_bases`; a picture's own list, by which its rows know each other.
-            view: by position in the plan.
+            row: position in the batch.
+            bases: from `make_bases`; rows that get the same list object share its squares.
+            view: position in the plan.
         """
         if self.last[0] is not bases:
             self.last = (bases, {})
@@ -87,6 +88,6 @@ class Batch:
 
 
 def as_index(places: list[int]) -> slice | list[int]:
-    """Places to index with; a slice, which copies nothing, where they follow each other."""
+    """Turn positions into an index; if they are consecutive, a slice, which copies nothing."""
     first, count = places[0], len(places)
     return slice(first, first + count) if places == list(range(first, first + count)) else places

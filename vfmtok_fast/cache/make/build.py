@@ -1,8 +1,8 @@
-"""Building a cache: the run of one process around the functions of `vfmtok_fast.cache.make.job`.
+"""Build a cache: the run of one process around the functions of `vfmtok_fast.cache.make.job`.
 
-Processes share the work without talking to each other: each does its own shards, then whatever is
-missing still. Work may be done twice when one is slow or dies; nothing is done wrong, because a
-shard is the same bytes whoever writes it.
+Processes share the work without communicating: each makes its own shards, then whatever is still
+missing. Work may be done twice if a process is slow or dies, but the result is never wrong, because
+a shard has the same bytes whoever writes it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Summary:
 
     Args:
         out: the cache.
-        images: pictures in the cache, bad ones included.
-        bad: quarantined pictures; of the finished shards, where not all are.
+        images: images in the cache, bad ones included.
+        bad: quarantined images; those of the finished shards if not all are finished.
         shards: shards in the cache.
-        encoded: pictures encoded by this run; 0 if the cache was complete already.
+        encoded: images encoded by this run; 0 if the cache was already complete.
         seconds: how long this run took.
-        missing: shards that are still to come; 0 for a complete cache.
+        missing: shards still to be made; 0 for a complete cache.
     """
 
     out: Place
@@ -49,7 +49,7 @@ class Summary:
 
     @property
     def exit_code(self) -> int:
-        """0: done; 3: done, with quarantined pictures."""
+        """0: done; 3: done, with quarantined images."""
         return 3 if self.bad else 0
 
 
@@ -59,36 +59,37 @@ def build(
     world_size: int = 1, shard_range: tuple[int, int | None] | None = None,
     progress: bool | Callable[[Progress], None] = False, **settings: Any,
 ) -> Summary:  # fmt: skip
-    """Encode every picture of an input into a token cache, or go on with one that was interrupted.
+    """Encode every image of an input into a token cache, or resume one that was interrupted.
 
-    May be killed at any moment; the next call with the same arguments goes on where it stopped, and
-    the result is the same bytes. SIGTERM is turned into SystemExit(143) for the time of the call,
-    where the program has not set a handler of its own.
+    The run may be killed at any moment. The next call with the same arguments resumes where it
+    stopped, and the result has the same bytes. During the call, SIGTERM becomes SystemExit(143),
+    unless the program has set a handler of its own.
 
     Args:
-        images: folder of class folders of pictures, or an archive of another kind (see
+        images: folder of class folders of images, or an archive (see
             `vfmtok_fast.cache.sources.open_source`).
-        out: the cache; a new or empty folder, or a cache made with the same settings. May be a URL
+        out: the cache: a new or empty folder, or a cache made with the same settings. May be a URL
             that fsspec knows (s3://bucket/tokens).
         tokenizer: see `vfmtok_fast.cache.format.fingerprint.Tokenizer`.
         spec: the settings; or give its fields by name, as in ``views=("center", "center-flip")``.
-        max_bad: give up when more pictures than this have to be quarantined; None: never.
-        rank, world_size: which of how many processes this is; each takes its share of the shards,
-            then what the others have not done. They may differ from run to run.
+        max_bad: give up when more images than this have to be quarantined; None: never.
+        rank, world_size: rank of this process and number of processes; each makes its share of the
+            shards, then what the others have not done. Both may differ from run to run.
         shard_range: (A, B): only the shards A to B - 1, for batch systems; B None: to the end.
-        progress: True for a bar on stderr (none where that is no terminal), or a function that is
+        progress: True for a bar on stderr (shown only if that is a terminal), or a function that is
             called after each batch.
-        settings: fields of `CacheSpec`, which take the place of those in ``spec``.
+        settings: fields of `CacheSpec`, which override those in ``spec``.
 
     Returns:
-        Counts, and the exit code that fits them.
+        Counts, and the matching exit code.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: `images` is not there, or vanished under the run.
-        FileExistsError: `out` holds something else; FingerprintMismatch: a cache made otherwise.
-        ValueError, TypeError: wrong arguments; no picture, or none that can be read; pictures
-            changed since they were indexed (ImagesChanged); impossible tokens (TokenError).
-        TooManyBadImages: over `max_bad`; finished shards are kept.
+        FileNotFoundError, NotADirectoryError: `images` does not exist, or disappeared meanwhile.
+        FileExistsError: `out` holds something else; FingerprintMismatch: a cache made with other
+            settings.
+        ValueError, TypeError: wrong arguments; no image, or none that can be read; images changed
+            since they were indexed (ImagesChanged); invalid tokens (TokenError).
+        TooManyBadImages: more than `max_bad`; finished shards are kept.
         CacheWriteError: disk full, folder read-only and the like; finished shards are kept.
     """
     started = time.monotonic()
@@ -113,7 +114,7 @@ def _encode(
     job: Job, shares: tuple[Iterable[int], Iterable[int]], max_bad: int | None,
     progress: bool | Callable[[Progress], None],
 ) -> State:  # fmt: skip
-    """Encode a process's own shards that are missing, then those that no other one has made."""
+    """Encode the missing shards of this process, then those that no other process has made."""
     own, others = shares
     state = State(job, max_bad)
     with reporting(progress, job.manifest.images, state.progress().done) as report:
@@ -144,10 +145,10 @@ def _numbers(job: Job, shard_range: tuple[int, int | None] | None) -> range:
 
 
 def _shares(numbers: range, rank: int, world_size: int) -> tuple[range, list[int]]:
-    """A process's own shards, and those of the others in the order in which it would do them.
+    """Return a process's own shards, and the other shards in the order in which it would make them.
 
-    From the end, because a process that is still at work does its own from the start; and each
-    from another place, so that not all take the same one.
+    The order starts from the end, because a process that is still running makes its own shards from
+    the start. It is rotated by rank, so that not all processes take the same shard.
     """
     own = numbers[rank::world_size]
     others = [number for number in reversed(numbers) if number not in own]
@@ -157,7 +158,7 @@ def _shares(numbers: range, rank: int, world_size: int) -> tuple[range, list[int
 
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM, a scheduler's way to stop a job, unwind the stack, so temporary files go."""
+    """Let SIGTERM, sent by schedulers to stop a job, unwind the stack to remove temporary files."""
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield

@@ -1,9 +1,9 @@
-"""Whether an input is still the one that was indexed; and adding to a cache what has come since.
+"""Check that an input is still the one that was indexed, and extend a cache by what was added.
 
-Pictures are added behind those that are there, so that no row and no label ever moves: only the
-last shard, where it was not full, is made again. An index and its manifest cannot be renamed at one
-moment. So both are written beside the old ones first, the manifest last; from then on whoever finds
-them puts them in place, as often as it takes.
+New images go after the existing ones, so no row and no label ever moves. Only the last shard is
+made again, if it was not full. An index and its manifest cannot be renamed in one step, so both are
+first written next to the old ones, the manifest last. From then on, every process that finds them
+puts them in place, and may do so repeatedly.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from ..store import Place
 from .ahead import hashed_entries
 from .install import NEXT_INDEX, NEXT_MANIFEST, install, is_index_of, read_newer
 
-# Inputs that are files of an order of their own, of which some are taken whole.
+# Inputs made of several archive files, each of which is taken or left out as a whole.
 ARCHIVES = ("webdataset", "parquet")
 
 
 def _advice(only_added: bool) -> str:
-    """What to do about an input that changed; only to what is whole can be added."""
+    """Say what to do about a changed input; only pure additions can extend a cache."""
     extend = "extend the cache (--extend), " if only_added else ""
     return f"restore them, {extend}or cache into a new folder"
 
@@ -44,12 +44,12 @@ class ImagesChanged(ValueError):
 def check_unchanged(
     source: Source, path: Place, classes: list[str], quarantined: Set[str] = frozenset()
 ) -> None:
-    """Refuse to go on with an input that has other pictures than the index at `path`.
+    """Refuse to go on if the input has other images than the index at `path`.
 
-    A picture that has gone from a folder is no reason to refuse: its tokens may be cached already,
-    and where they are not, its slot is quarantined. A picture that came, or whose size changed, is,
-    because the cache could not say so; but for one of the paths `quarantined`, which has no tokens
-    yet. Of an archive, the size of every file must be the same.
+    A missing image in a folder is no reason to refuse: its tokens may be cached already, and if
+    they are not, its slot is quarantined. A new image, or one whose size changed, is a reason,
+    because the cache could not record it. Paths in `quarantined` are exempt, because they have no
+    tokens yet. In an archive, every file must have the same size as before.
 
     Raises:
         ImagesChanged: one line with what changed, how often, and the first case.
@@ -63,14 +63,14 @@ def check_unchanged(
 
 
 def _check_kind(source: Source, origin: index.Origin, has_files: bool) -> None:
-    """Require an input of the same kind, of which the same is taken.
+    """Require an input of the same kind, with the same choice of its files and columns.
 
-    Of archives patterns choose files, so that others do where the input has those that were
-    indexed (`has_files`): as after --split, when files of another split have come.
+    For archives, patterns choose whole files. Other patterns are accepted if the input has the
+    files that were indexed (`has_files`), for example --split after files of another split came.
     """
     if origin.kind != source.kind:
         raise ImagesChanged(
-            f"{source.root}: is a {source.kind} input, the cache was made from {origin.kind}; "
+            f"{source.root}: is a {source.kind} input, but the cache was made from {origin.kind}; "
             f"give the same input (--input {origin.kind}), or cache into a new folder"
         )
     patterns = {"include", "exclude"} if has_files and source.kind in ARCHIVES else ()
@@ -123,10 +123,10 @@ def _check_pictures(source: Source, path: Place, classes: list[str], quarantined
 def _count(
     source: Source, path: Place, quarantined: Set[str]
 ) -> tuple[int, int, int, str, list[tuple[Entry, Entry]]]:
-    """How many pictures were added, have another size, are gone; the first of the former two.
+    """Count the images added, resized and gone, and name the first that was added or resized.
 
-    Those that are quarantined and still there are not counted but listed, as they were and as they
-    are: they may have been mended.
+    Quarantined images that still exist are not counted but listed, as they were and as they are,
+    because they may have been repaired.
     """
     added = changed = gone = 0
     first, doubtful = "", []
@@ -142,7 +142,7 @@ def _count(
 
 
 def quarantined_in(out: Place) -> Set[str]:
-    """Paths of the pictures of a cache that could not be read, as far as their lists are whole."""
+    """Return the paths of a cache's quarantined images, as far as their lists are intact."""
     paths: set[str] = set()
     for number in (name.removesuffix(".jsonl") for name in (out / "quarantine").names()):
         if number.isdigit():
@@ -154,9 +154,10 @@ def quarantined_in(out: Place) -> Set[str]:
 def _compare(
     source: Source, path: Place, doubtful: Set[str] = frozenset()
 ) -> Iterator[tuple[Entry | None, Entry | None]]:
-    """The pictures of a folder that are not as they were indexed: as they were, and as they are.
+    """Yield the images of a folder that differ from the index: as indexed, and as they are now.
 
-    None where one was or is not there. Of the paths `doubtful` all come.
+    None stands for an image that was not indexed or is gone. Paths in `doubtful` are always
+    yielded.
     """
     then = ((entry.path, "then", entry) for entry in _sorted(path))
     now = ((entry.path, "now", entry) for entry in source.entries())
@@ -168,24 +169,24 @@ def _compare(
 
 
 def _sorted(path: Place) -> Iterator[Entry]:
-    """All indexed pictures by path; what was added later stands behind the rest."""
+    """Yield all indexed images by path, merging in the later additions."""
     starts = (0, *index.read_origin(path).runs)
     runs = [index.read_from(path, *ends) for ends in zip(starts, (*starts[1:], None), strict=True)]
     return heapq.merge(*runs, key=lambda entry: entry.path)
 
 
 def extend(source: Source, out: Place, found: Manifest, workers: int) -> Manifest:
-    """Add the pictures that came since a cache was indexed; `encode_shards` makes their tokens.
+    """Add the images that came since a cache was indexed; `encode_shards` makes their tokens.
 
-    Quarantined pictures of another size or hash, which somebody has mended, are indexed anew in
-    their place, and their shards go. Where the index holds hashes, `workers` threads read.
+    Quarantined images that now have another size or hash, because somebody repaired them, are
+    indexed again in their place, and their shards are removed. If the index holds hashes,
+    `workers` threads read the images.
 
     Returns:
-        The manifest that holds from now on; `found` where nothing was added.
+        The manifest that holds from now on; `found` if nothing was added.
 
     Raises:
-        ImagesChanged: pictures have changed, classes are gone, or it is an input that cannot
-            be added to.
+        ImagesChanged: images have changed, classes are gone, or the input cannot extend the cache.
     """
     while (extended := _extended(source, out, found, workers)) is None:
         found = read_newer(out, found)
@@ -193,7 +194,7 @@ def extend(source: Source, out: Place, found: Manifest, workers: int) -> Manifes
 
 
 def _extended(source: Source, out: Place, found: Manifest, workers: int) -> Manifest | None:
-    """As `extend`; None where another process was faster: what was read may be half of it."""
+    """Like `extend`; None if another process changed the cache while this one was reading it."""
     path = out / INDEX
     origin, hashed = index.read_origin(path), index.read_hashed(path)
     now = source.files()
@@ -221,19 +222,19 @@ def _extended(source: Source, out: Place, found: Manifest, workers: int) -> Mani
         classes = source.classes(max(highest, len(found.classes) - 1))
         if classes[: len(found.classes)] != found.classes:
             raise ImagesChanged(
-                f"{source.root}: with what was added the classes have other names or numbers; "
+                f"{source.root}: what was added changes the names or numbers of the classes; "
                 "cache into a new folder"
             )
     if not found.heif and index.holds_suffix(out / NEXT_INDEX, HEIF_SUFFIXES):
         raise ImagesChanged(
-            f"{source.root}: a cache without .heic and .heif pictures cannot get any, for its "
-            "fingerprint lacks the version of what reads them; cache into a new folder"
+            f"{source.root}: .heic and .heif pictures cannot be added to a cache without any, "
+            "because its fingerprint lacks their decoder's version; cache into a new folder"
         )
     if not _is_current(out, found):
         return None
     (out / COMPLETE).remove()
-    # Before the manifest, or whoever sees that would find them there. Where this is cut off,
-    # `repair` still finds that they can be read now.
+    # Before the manifest, because a process that sees the new manifest must not find these shards.
+    # If this is interrupted, `repair` still finds that their images can be read now.
     for number in {place // found.shard_size for place in places}:
         shard_path(out, number).remove()
     Manifest(found.covers, found.shard_size, count, classes, checksum).write(out, NEXT_MANIFEST)
@@ -242,18 +243,18 @@ def _extended(source: Source, out: Place, found: Manifest, workers: int) -> Mani
 
 
 def _is_current(out: Place, found: Manifest) -> bool:
-    """Whether a cache still is what it was when its manifest was read."""
+    """Return whether a cache is still what it was when its manifest was read."""
     there = is_index_of(found, out / INDEX)
     return there and read_manifest(out) == found
 
 
 def _was_mended(then: Entry, now: Entry) -> bool:
-    # What cannot be read has no hash.
+    # An image that cannot be read has no hash.
     return now.size != then.size or now.sha256 not in (b"", then.sha256)
 
 
 def _replaced(old: Iterator[Entry], mended: dict[str, Entry], places: list[int]) -> Iterator[Entry]:
-    """The entries with those that were mended in their places, which are added to a list."""
+    """Yield the entries with repaired ones replaced, and append their positions to `places`."""
     for place, entry in enumerate(old):
         if entry.path in mended:
             places.append(place)
@@ -265,14 +266,14 @@ def _replaced(old: Iterator[Entry], mended: dict[str, Entry], places: list[int])
 def _new_pictures(
     source: Source, out: Place, found: Manifest
 ) -> tuple[Iterator[Entry] | None, list[str], list[tuple[Entry, Entry]]]:
-    """What came, all classes, and the quarantined pictures as they were and as they are."""
+    """Return the new images, all classes, and quarantined images as they were and as they are."""
     path = out / INDEX
     added, changed, _, _, doubtful = _count(source, path, quarantined_in(out))
     classes = source.classes(-1)
     lost = sorted(set(found.classes) - set(classes))
     if changed or lost:
         raise ImagesChanged(
-            f"{source.root}: only what is new can be added, but {changed} pictures have another "
+            f"{source.root}: only new pictures can be added, but {changed} pictures have another "
             f"size, and {len(lost)} classes are gone; restore them, or cache into a new folder"
         )
     classes = [*found.classes, *sorted(set(classes) - set(found.classes))]

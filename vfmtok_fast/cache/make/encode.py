@@ -1,11 +1,13 @@
-"""Pictures to tokens: the one way in which every worker, and `verify`, encodes.
+"""Images to tokens: the one way in which every worker, and `verify`, encodes.
 
-Three things overlap: threads read, decode and resize ahead (Pillow lets go of the GIL), also across
-the end of a shard; a thread runs the tokenizer, on a GPU two in turns; the caller's fills the next
-batch. A bounded number of pictures is held. Batches are cut by position: row r of a shard is view
-r % V of picture r // V, batch b is rows [b*B, (b+1)*B), padded with black at the end of the shard.
-A bad picture stays in its place as black, so the tokens of one picture never depend on whether
-another one could be read, nor on the number of workers.
+Three things overlap. Threads read, decode and resize ahead (Pillow releases the GIL), also across
+the end of a shard. A thread runs the tokenizer; on a GPU, two threads take turns. The caller's
+thread fills the next batch. A bounded number of images is in memory.
+
+Batches are cut by position: row r of a shard is view r % V of image r // V, and batch b is rows
+[b*B, (b+1)*B), padded with black at the end of the shard. A bad image keeps its place as black, so
+the tokens of one image never depend on whether another one could be read, nor on the number of
+workers.
 """
 
 from __future__ import annotations
@@ -34,26 +36,26 @@ from ..sources import BadImage, Entry, Source
 from .ahead import ahead
 from .batch import Batch, as_index
 
-# Called after each batch with the shard's number, how many pictures of it are finished by that
-# batch, and how many of those are bad.
+# Called after each batch with the shard's number, how many of its images that batch finished, and
+# how many of those are bad.
 Advance = Callable[[int, int, int], None]
 
 
 @dataclass
 class Waits:
-    """Seconds that the run stood still: for pictures to be decoded, for the tokenizer."""
+    """Seconds that the run spent waiting: for images to be decoded, and for the tokenizer."""
 
     data: float = 0.0
     device: float = 0.0
 
 
 class TokenError(ValueError):
-    """The tokenizer returned something that is not [B, T] tokens below codebook_size."""
+    """The tokenizer returned something other than [B, T] tokens below codebook_size."""
 
 
 @dataclass
 class Encoded:
-    """Tokens uint16 [n, V, T] and status uint8 [n] of n pictures; why the bad ones are bad."""
+    """Tokens uint16 [n, V, T] and status uint8 [n] of n images; why the bad ones are bad."""
 
     tokens: np.ndarray
     status: np.ndarray
@@ -63,10 +65,10 @@ class Encoded:
 def encode_rows(
     source: Source, rows: Rows, manifest: Manifest, tokenizer: Tokenizer, workers: int
 ) -> Encoded:
-    """Encode a run of pictures that starts where a batch starts; as `encode_parts`, for one part.
+    """Encode a run of images that starts at a batch boundary; like `encode_parts`, for one part.
 
-    The first row must lie at a batch boundary of its shard, or tokens that are nearly tied may
-    differ from the shard's.
+    The first row must be at a batch boundary of its shard. Otherwise, tokens that are nearly tied
+    may differ from the shard's.
     """
     ((_, _, encoded),) = encode_parts(source, [(0, rows)], manifest, tokenizer, workers)
     return encoded
@@ -76,25 +78,25 @@ def encode_parts(
     source: Source, parts: Iterable[tuple[int, Rows]], manifest: Manifest, tokenizer: Tokenizer,
     workers: int, advance: Advance | None = None, waits: Waits | None = None,
 ) -> Iterator[tuple[int, Rows, Encoded]]:  # fmt: skip
-    """Encode shards, or runs of pictures that start where a batch starts.
+    """Encode shards, or runs of images that start at a batch boundary.
 
     Args:
         source: the input that the rows came from.
-        parts: number and rows of each; taken one by one, as decoding gets there.
+        parts: number and rows of each part; taken one by one, when decoding gets there.
         manifest: views, sizes and batch size.
-        tokenizer: see `Tokenizer`; put into eval mode for the time of the call.
+        tokenizer: see `Tokenizer`; put into eval mode during the call.
         workers: threads that read and decode.
-        advance: told after each batch.
-        waits: is added to.
+        advance: called after each batch.
+        waits: waiting times are added to it.
 
     Yields:
         Number and rows of each part, and its tokens, status and, by position in the rows, the
-        reason why a picture is bad.
+        reason why an image is bad.
 
     Raises:
-        TokenError: the tokenizer's answer has another shape or is out of range.
-        FileNotFoundError: a whole folder or archive of pictures has gone.
-        OSError: reading failed for a reason that lies with the machine.
+        TokenError: the tokenizer's output has another shape or is out of range.
+        FileNotFoundError: a whole folder or archive of images is gone.
+        OSError: reading failed because of the machine, not because of an image.
     """
     plan = plan_views(parse_views(manifest.views), manifest.image_size)
     advance = advance or (lambda number, new, bad: None)
@@ -130,16 +132,16 @@ def encode_parts(
             yield number, rows, encoded
 
 
-# Batches that are encoded at a time. On a GPU each has a stream, so that one's copy, its checks and
-# the launches of its kernels, which wait for the host or let it wait, run beside the other's work.
+# Batches encoded at a time. On a GPU each has a stream: one batch's copy, checks and kernel
+# launches, during which host and device wait for each other, overlap with the other batch's work.
 IN_FLIGHT = defaultdict(lambda: 1, cuda=2)
 _kept = threading.local()
-# Streams of runs that have ended, for the next ones: a model's CUDA graphs belong to a stream.
+# Streams of finished runs, reused by later ones: a model's CUDA graphs belong to a stream.
 _idle: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
 
 
 def _own_stream(streams: list[torch.cuda.Stream]) -> None:
-    """Give this thread a stream of its own; a thread starts on GPU 0, whatever its parent chose."""
+    """Give this thread its own stream; a new thread starts on GPU 0, whatever its parent uses."""
     _kept.stream = streams.pop() if streams else None
     if _kept.stream is not None:
         _kept.stream.wait_stream(torch.cuda.default_stream(_kept.stream.device))
@@ -152,7 +154,7 @@ class _Device:
         self.tokenizer, self.manifest, self.waits = tokenizer, manifest, waits
         first = next(iter(tokenizer.parameters()), torch.empty(0, device="cpu"))
         self.in_flight = IN_FLIGHT[first.device.type]
-        # Pinned, so that the copy to a GPU runs beside everything else.
+        # Pinned, so that the copy to a GPU overlaps with everything else.
         self.batches = deque(
             Batch(plan, manifest.batch_size, first.is_cuda) for _ in range(self.in_flight + 1)
         )
@@ -167,11 +169,11 @@ class _Device:
         self.warm = False
 
     def __enter__(self) -> None:
-        """For `__exit__`."""
+        """Do nothing; the work is in `__exit__`."""
 
     def __exit__(self, *error: object) -> None:
         self.threads.shutdown(wait=True, cancel_futures=True)
-        # The next run's first thread gets that of this one's.
+        # Reversed, so that the next run's threads get the streams in the same order.
         self.idle += reversed(self.streams)
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream:
@@ -187,8 +189,8 @@ class _Device:
         return found
 
     def send(self, rows: list[int], flat: np.ndarray, done: Callable[[], None]) -> None:
-        """Have the first batch encoded, which holds `rows` of `flat`; then `done` is called."""
-        # The first by itself: two threads would compile the same kernels.
+        """Start encoding the first batch, which holds `rows` of `flat`; then `done` is called."""
+        # The first batch runs alone: two threads would compile the same kernels.
         while len(self.running) >= (self.in_flight if self.warm else 1):
             self.receive()
         future = None
@@ -212,11 +214,11 @@ class _Device:
 
 
 def _encode_batch(tokenizer: Tokenizer, batch: Batch, manifest: Manifest) -> np.ndarray:
-    """uint16 [B, T], checked."""
+    """Encode a batch and check the tokens; uint16 [B, T]."""
     first = next(iter(tokenizer.parameters()), torch.empty(0, device="cpu"))
-    # Of a CPU there is none; a stream makes its device the current one.
+    # On a CPU the stream is None. On a GPU, it also makes its device the current one.
     with torch.cuda.stream(_kept.stream), torch.inference_mode():
-        # A tokenizer in mixed precision says what it takes.
+        # A tokenizer in mixed precision states its input dtype.
         dtype = getattr(tokenizer, "dtype", first.dtype)
         tokens = tokenizer.encode(batch.to(first.device).to(dtype))
     expected = (manifest.batch_size, manifest.num_tokens)
@@ -225,12 +227,12 @@ def _encode_batch(tokenizer: Tokenizer, batch: Batch, manifest: Manifest) -> np.
             f"tokenizer.encode must return integers of shape {list(expected)}, "
             f"got {tokens.dtype} {list(tokens.shape)}"
         )
-    # One wait for the device, not one a question.
+    # Wait for the device once, not once per check.
     tokens = tokens.cpu().numpy()
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= manifest.codebook_size:
         raise TokenError(
-            f"tokenizer.encode must return tokens of 0 to {manifest.codebook_size - 1}, "
+            f"tokenizer.encode must return tokens from 0 to {manifest.codebook_size - 1}, "
             f"got {low if low < 0 else high}; nothing was written for this shard"
         )
     return tokens.astype(np.uint16)
@@ -238,7 +240,7 @@ def _encode_batch(tokenizer: Tokenizer, batch: Batch, manifest: Manifest) -> np.
 
 @contextlib.contextmanager
 def evaluating(tokenizer: Tokenizer) -> Iterator[None]:
-    """Put a tokenizer into eval mode for the time of the block."""
+    """Put a tokenizer into eval mode for the duration of the block."""
     training = getattr(tokenizer, "training", False)
     if training:
         tokenizer.eval()
@@ -252,7 +254,7 @@ def evaluating(tokenizer: Tokenizer) -> Iterator[None]:
 def _decode_ahead(
     source: Source, parts: Iterable[tuple[int, Rows]], manifest: Manifest, plan: Plan, workers: int
 ) -> Iterator[tuple[int, Rows] | list[np.ndarray] | BadImage]:
-    """Each part, then its pictures in order, decoded by threads up to a batch ahead."""
+    """Yield each part, then its images in order, decoded by threads up to a batch ahead."""
 
     def decoded(item: tuple[int, Rows] | Entry) -> Any:
         return decode(source, item, plan, manifest) if isinstance(item, Entry) else item
@@ -265,12 +267,12 @@ def _decode_ahead(
 def decode(
     source: Source, entry: Entry, plan: Plan, manifest: Manifest
 ) -> list[np.ndarray] | BadImage:
-    """What `make_bases` makes of a picture, or why there is none."""
+    """Return what `make_bases` makes of an image, or why it cannot be read."""
     try:
         data = source.read(entry)
     except BadImage as bad:
         return bad
-    # Apart from reading: a ValueError there lies with the input as a whole, and ends the run.
+    # Separate from reading: a ValueError there concerns the input as a whole and ends the run.
     try:
         return make_bases(decode_image(data), plan, path=entry.path, seed=manifest.seed)
     except ValueError as error:

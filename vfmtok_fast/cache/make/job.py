@@ -1,12 +1,12 @@
-"""One cache folder as a job: prepare it, encode its shards in any order, declare it complete.
+"""One cache folder as a job: prepare it, encode its shards in any order, mark it complete.
 
     job = prepare(images, out, tokenizer)      index and manifest, or the check that they still fit
-    for number in pending(job):                any worker, any order, as often as it likes
+    for number in pending(job):                any worker, any order, any number of times
         encode_shard(job, number)
     finish(job)                                COMPLETE.json
 
-Nothing here needs a lock: a shard is the same bytes whoever writes it, and takes its name only when
-it is whole.
+Nothing here needs a lock: a shard has the same bytes whoever writes it, and takes its name only
+when it is complete.
 """
 
 from __future__ import annotations
@@ -40,42 +40,42 @@ class Job:
 
 
 def pending(job: Job) -> list[int]:
-    """Numbers of the shards that are missing or damaged, judged by their headers.
+    """Return the numbers of the shards that are missing or damaged, judging by their headers.
 
     Raises:
-        FingerprintMismatch: a shard of another tokenizer lies in the folder.
+        FingerprintMismatch: the folder holds a shard of another tokenizer.
     """
     headers = job.out.spread(lambda number: finished(job, number), range(job.manifest.shards))
     return [number for number, header in enumerate(headers) if header is None]
 
 
 def finished(job: Job, number: int) -> shards.Header | None:
-    """The header of one shard; None where it is missing or damaged; raises like `pending`."""
+    """Return the header of one shard; None if it is missing or damaged; raises like `pending`."""
     try:
         return shards.finished(job.out, number, job.manifest, refuse=True)
     except manifest.FingerprintMismatch:
-        _check_current(job)  # Another run may have begun it anew, and the shard be right.
+        _check_current(job)  # Another run may have restarted the cache, with this shard in it.
         raise
 
 
 def encode_shard(job: Job, number: int, advance: Advance | None = None) -> None:
-    """Encode one shard and commit it; as `encode_shards`."""
+    """Encode one shard and commit it; like `encode_shards`."""
     encode_shards(job, [number], advance)
 
 
 def encode_shards(
     job: Job, numbers: Iterable[int], advance: Advance | None = None, waits: Waits | None = None
 ) -> None:
-    """Encode shards and commit them: the same bytes whoever does it, whenever, however often.
+    """Encode shards and commit them; the bytes are always the same, and repeating it is harmless.
 
     A shard is written while the next one is encoded.
 
     Args:
         job: from `prepare`.
-        numbers: which shards; each is asked for as late as possible.
-        advance: told after each batch; may raise to stop, then the shard of that batch is not
+        numbers: which shards; each number is requested as late as possible.
+        advance: called after each batch; may raise to stop, and then the shard of that batch is not
             written.
-        waits: is added to.
+        waits: waiting times are added to it.
 
     Raises: as `vfmtok_fast.cache.build`, for what can go wrong while encoding.
     """
@@ -84,8 +84,8 @@ def encode_shards(
         job.source, parts, job.manifest, job.tokenizer, job.workers, advance, waits
     )
     writer = ThreadPoolExecutor(1, "vfmtok-write")
-    # Started before it has anything to do: an interrupt while a thread starts would lose sight of
-    # it, and leave before its file is whole.
+    # Start the thread before it has anything to do. If an interrupt came while it started, nothing
+    # would wait for it, and the process could exit before its file is complete.
     writing = writer.submit(int)
     writing.result()
     try:
@@ -95,13 +95,13 @@ def encode_shards(
                 writing = writer.submit(_commit, job, number, rows, encoded)
             writing.result()
     finally:
-        wait([writing])  # again, for an interrupt in the midst of the first waiting
+        wait([writing])  # again, in case an interrupt ended the first wait
 
 
 def _parts(job: Job, numbers: Iterable[int]) -> Iterator[tuple[int, index.Rows]]:
     for number in numbers:
         rows = index.read_rows(job.out / INDEX, number)
-        # A cache with a shard to come is not complete, whatever an earlier run said.
+        # A cache with a shard still to be made is not complete, whatever an earlier run wrote.
         (job.out / shards.COMPLETE).remove()
         yield number, rows
 
@@ -120,24 +120,24 @@ def _commit(job: Job, number: int, rows: index.Rows, encoded: Encoded) -> None:
     try:
         _check_current(job)
     except ImagesChanged:
-        # It may have come over the one of more pictures that another process has made meanwhile.
+        # It may have overwritten a shard with more images that another process made meanwhile.
         shards.shard_path(job.out, number).remove()
         (job.out / shards.COMPLETE).remove()
         raise
 
 
 def _check_current(job: Job) -> None:
-    """Refuse to write into a cache that another process has changed since this one began."""
+    """Refuse to write into a cache that another process has changed since this one started."""
     now = manifest.read_manifest(job.out)
     if now.batch_size != job.manifest.batch_size:
         raise ImagesChanged(
-            f"{job.out}: another run has begun it with a batch size of {now.batch_size} instead of "
-            f"{job.manifest.batch_size}; run again, all with the same one"
+            f"{job.out}: another run has started it with a batch size of {now.batch_size} instead "
+            f"of {job.manifest.batch_size}; run again, with the same batch size everywhere"
         )
     if now != job.manifest:
         raise ImagesChanged(
             f"{job.out}: another run has extended it from {job.manifest.images} to {now.images} "
-            "pictures; run again, to go on with those"
+            "pictures; run again to include those"
         )
 
 
@@ -145,10 +145,10 @@ def finish(job: Job) -> int:
     """Write COMPLETE.json, if every shard is there.
 
     Returns:
-        The number of quarantined pictures.
+        The number of quarantined images.
 
     Raises:
-        ValueError: shards are missing, or not one picture could be read.
+        ValueError: shards are missing, or no image could be read.
     """
     missing = pending(job)
     if missing:
@@ -164,7 +164,7 @@ def finish(job: Job) -> int:
     data = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
     _check_current(job)
     path, there = job.out / shards.COMPLETE, None
-    with contextlib.suppress(FileNotFoundError):  # whoever has a shard to come removes it
+    with contextlib.suppress(FileNotFoundError):  # a process that makes a shard removes it
         there = path.read_bytes()
     if there != data:
         path.put(data)

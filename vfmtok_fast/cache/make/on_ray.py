@@ -1,9 +1,9 @@
-"""Building a cache on a Ray cluster: Ray starts actors and hands them shard numbers, nothing else.
+"""Build a cache on a Ray cluster: Ray starts actors and hands them shard numbers, nothing else.
 
-Each actor reads, encodes and commits its own shard with the function that every other worker uses,
-so the files are the bytes of a run without Ray, and no picture or token passes through the object
-store. Actors and nodes may be lost at any moment: the shard goes to another actor, and a new one
-takes the lost one's place as soon as the cluster has room for it.
+Each actor reads, encodes and commits its shard with the function that every other worker uses, so
+the files have the same bytes as without Ray, and no image or token passes through Ray's object
+store. Actors and nodes may be lost at any moment: the shard goes to another actor, and a new actor
+replaces the lost one as soon as the cluster has room for it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from .prepare import MAX_DEFAULT_WORKERS, prepare
 from .progress import Progress, State, reporting
 from .spec import CacheSpec, check_count
 
-# A shard that has taken this many actors with it is the cause, not the victim.
+# If this many actors died in one shard, the shard is taken to be the cause.
 MOST_LOST_ON_A_SHARD = 5
-# Seconds to wait for a first actor. Clusters that grow on demand take minutes for a machine.
+# Seconds to wait for a first actor. Clusters that grow on demand take minutes to add a machine.
 START_PATIENCE = 900.0
 
 
 class ActorsLost(ConnectionError):
-    """Actors cannot be started, or die again and again."""
+    """Actors cannot be started, or keep dying."""
 
 
 def build_on_ray(
@@ -45,21 +45,21 @@ def build_on_ray(
 ) -> Summary:  # fmt: skip
     """Build a token cache with actors on a Ray cluster; the same bytes as `build` makes.
 
-    Takes the Ray that the program is connected to, else the cluster of RAY_ADDRESS or of this
-    machine, else starts one here for the time of the call. What is enabled here
-    (`vfmtok_fast.enable`) is enabled in the actors.
+    Uses the Ray that the program is connected to, otherwise the cluster of RAY_ADDRESS or of this
+    machine, otherwise starts one here for the duration of the call. What is enabled here
+    (`vfmtok_fast.enable`) is enabled in the actors too.
 
     Args:
-        images, out: as `build`; both must be there under this name on every node.
+        images, out: as in `build`; both must be reachable under the same path on every node.
         tokenizer: in CPU memory; it is sent to the actors, so nodes need no file of it.
-        spec, max_bad, progress, settings: as `build`; progress and bad pictures are counted by
+        spec, max_bad, progress, settings: as in `build`; progress and bad images are counted by
             whole shards, and ``workers`` are threads of each actor, by default one per core.
-        actors: how many; None: one per GPU, or where there are none, one per 8 cores or node.
+        actors: how many; None: one per GPU or, without GPUs, one per 8 cores or node.
         device: "cuda" or "cpu"; None: "cuda" if the cluster has GPUs.
 
     Returns, Raises: as `build`, and
-        ValueError: Ray is not installed, or the cluster has not what an actor needs.
-        ActorsLost: actors cannot be started, or die again and again; finished shards are kept.
+        ValueError: Ray is not installed, or the cluster lacks what an actor needs.
+        ActorsLost: actors cannot be started, or keep dying; finished shards are kept.
     """
     started = time.monotonic()
     spec = CacheSpec.of(spec, settings)
@@ -103,11 +103,11 @@ def _import_ray() -> Any:
 
 @contextlib.contextmanager
 def _connected(ray: Any) -> Iterator[None]:
-    """A connection to Ray for the time of the block, unless the program has one already."""
+    """Connect to Ray for the duration of the block, unless the program is connected already."""
     if ray.is_initialized():
         yield
         return
-    # Of a cluster that is started here: no reports to Ray's makers that the user did not ask for.
+    # A cluster started here sends no usage reports to Ray's makers unless the user asks for them.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
@@ -156,18 +156,18 @@ def _room(ray: Any, actors: int | None, device: str | None, shards: int) -> _Roo
 class _Encoder:
     """An actor: encodes and commits the shards that it is given, one after the other.
 
-    It is told the job without its tokenizer, the device, and what is enabled.
+    It receives the job without its tokenizer, the device, what is enabled, and the tokenizer.
     """
 
     def __init__(self, job: Job, device: str, policy: switch.Policy, tokenizer: Tokenizer) -> None:
-        # Nothing that can fail: an error here would reach the caller without its type.
+        # Nothing here can fail: an error in __init__ would reach the caller without its type.
         self.job, self.device, self.policy = job, device, policy
         self.tokenizer = tokenizer
 
     def open(self) -> None:
-        """Load the model onto the device, and check that tokens made here are those of the cache.
+        """Load the model onto the device, and check that its tokens would be those of the cache.
 
-        Another version of the decoder on this node, for one, would change them.
+        Another decoder version on this node, for example, would change them.
         """
         if hasattr(self.tokenizer, "to"):
             self.tokenizer.to(self.device)
@@ -178,7 +178,7 @@ class _Encoder:
         self.job = replace(self.job, tokenizer=self.tokenizer)
 
     def encode(self, number: int) -> Waits:
-        """Encode a shard; what was waited for."""
+        """Encode a shard and return the waiting times."""
         waits = Waits()
         with quiet_pillow():
             encode_shards(self.job, [number], waits=waits)
@@ -186,7 +186,7 @@ class _Encoder:
 
 
 class _Crew:
-    """The actors, and which shard each is at."""
+    """The actors, and which shard each one is making."""
 
     def __init__(self, ray: Any, job: Job, room: _Room, tokenizer: Tokenizer) -> None:
         self.ray, self.room, self.out = ray, room, job.out
@@ -195,12 +195,12 @@ class _Crew:
             num_cpus=room.cores, num_gpus=room.gpus, scheduling_strategy="SPREAD"
         )
         self.idle: list[Any] = []
-        # By the answer that is waited for: the actor, and its shard; None while it starts.
+        # By pending result: the actor and its shard, which is None while the actor starts.
         self.busy: dict[Any, tuple[Any, int | None]] = {}
         self.lost: Counter[int | None] = Counter()
 
     def encode(self, numbers: Iterator[int]) -> Iterator[tuple[int, Waits]]:
-        """Have shards encoded; number and waits of each as it is done."""
+        """Have shards encoded; yield number and waiting times of each when it is done."""
         for _ in range(self.room.actors):
             self._start()
         again: deque[int] = deque()
@@ -214,7 +214,7 @@ class _Crew:
                 self.busy[actor.encode.remote(number)] = actor, number
             if all(number is None for _, number in self.busy.values()):
                 if self.idle:
-                    return  # nothing is left to hand out, and nothing is on its way
+                    return  # nothing is left to hand out, and nothing is being made
                 self._check_patience(heard)
             ready, _ = self.ray.wait(list(self.busy), timeout=1.0)
             for answer in ready:
@@ -225,7 +225,7 @@ class _Crew:
                     yield number, found
 
     def close(self) -> None:
-        """Let the actors go, in the midst of a shard too: what is not whole has no name yet."""
+        """Kill the actors, even in the middle of a shard: an incomplete shard has no name yet."""
         for actor in [*self.idle, *(actor for actor, _ in self.busy.values())]:
             self.ray.kill(actor)
 
@@ -240,12 +240,12 @@ class _Crew:
         try:
             found = self.ray.get(answer)
         except errors.RayTaskError as error:
-            # What the actor's own code raised: as it would be raised here.
+            # Raised by the actor's own code: raise it as if it had been raised here.
             raise error.cause from error
         except errors.RayError as error:
             self.lost[number] += 1
             with contextlib.suppress(errors.RayError):
-                self.ray.kill(actor)  # where it is only out of reach
+                self.ray.kill(actor)  # in case it is only unreachable
             self._check_lost(number, error)
             if number is not None:
                 again.append(number)
@@ -263,14 +263,14 @@ class _Crew:
             ) from error
         if self.lost[None] > 2 * self.room.actors + 2:
             raise ActorsLost(
-                f"{self.out}: {self.lost[None]} Ray actors in turn died as they started; "
+                f"{self.out}: {self.lost[None]} Ray actors in a row died while starting; "
                 f"see Ray's logs, then run again (finished shards are kept): {first_line(error)}"
             ) from error
 
     def _check_patience(self, heard: float) -> None:
         if time.monotonic() - heard > START_PATIENCE:
             raise ActorsLost(
-                f"{self.out}: in {START_PATIENCE:.0f} s Ray has started no actor of "
-                f"{self.room.cores} CPU cores and {self.room.gpus} GPUs; see `ray status`, then "
-                "run again (finished shards are kept)"
+                f"{self.out}: Ray has not started an actor with {self.room.cores} CPU cores and "
+                f"{self.room.gpus} GPUs in {START_PATIENCE:.0f} s; see `ray status`, then run "
+                "again (finished shards are kept)"
             )

@@ -1,8 +1,8 @@
-"""Indexing that may be interrupted: what is listed is kept in parts, and not listed again.
+"""Indexing that may be interrupted: listed images are kept in parts and not listed again.
 
-A part is an index of its own, of `PART` pictures, in the folder index.parts/ beside the index to
-come. A run that finds parts of the same input goes on behind the last of them; when the index is
-whole, they go. Inputs of fewer pictures than that have none.
+A part is an index of its own, of `PART` images, in the folder index.parts/ next to the index that
+is being made. A run that finds parts of the same input continues after the last of them. When the
+index is complete, they are removed. Inputs of fewer images than that have no parts.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ..sources import Entry
 from ..store import CacheWriteError, Place, atomic
 
 FOLDER = "index.parts"
-# Listing takes a second or so for as many on a local disk, a minute on a slow network; the memory
-# for them is some 20 MB.
+# Listing this many takes a second or so on a local disk, and a minute on a slow network; they take
+# some 20 MB of memory.
 PART = 1 << 16
-# By which inputs are listed. Another number where a listing changes, so that what an older version
-# left is listed anew: two halves by different rules would have different labels.
+# Version of the rules by which inputs are listed. It changes with them, so that the parts of an
+# older version are listed again: two halves by different rules would have different labels.
 RULES = 2
 
 
@@ -29,12 +29,12 @@ def write_in_parts(
     path: Place, entries: Callable[[Entry | None], Iterable[Entry]], shard_size: int,
     origin: index.Origin, hashed: bool, root: str | os.PathLike,
 ) -> tuple[int, str, int]:  # fmt: skip
-    """As `index.write_index`, going on where an earlier call was interrupted.
+    """Write an index like `index.write_index`, and resume where an earlier call was interrupted.
 
     Args:
-        path, shard_size, origin, hashed: as `index.write_index`.
-        entries: the pictures in index order that come after one; all for None.
-        root: the input's place, by which parts of another input are told apart.
+        path, shard_size, origin, hashed: as in `index.write_index`.
+        entries: returns the images in index order that follow a given one; all for None.
+        root: the input's path, which tells parts of another input apart.
 
     Returns, Raises: as `index.write_index`.
     """
@@ -48,12 +48,12 @@ def write_in_parts(
 
 
 def remove_parts(out: Place) -> None:
-    """Remove what is left of an interrupted indexing; the last first, so the rest stays whole."""
+    """Remove the parts of an interrupted indexing, last first, so that the rest stays usable."""
     folder = out / FOLDER
     if not out.remote:
         folder.sweep()
     for name in sorted(folder.names(), reverse=True):
-        if not atomic.is_temporary(name):  # of another process, that is listing still
+        if not atomic.is_temporary(name):  # of another process that is still listing
             (folder / name).remove()
     if not out.remote:
         folder.remove_folder()
@@ -79,11 +79,11 @@ def _every(
 
 
 def _is_part(path: Place, mark: index.Origin, hashed: bool) -> bool:
-    """Whether this is a whole part of an index of this input."""
+    """Return whether a file is a complete part of an index of this input."""
     try:
         known = index.is_index(path) and index.read_origin(path) == mark
         return known and index.read_hashed(path) == hashed
-    except ValueError:  # another process has done with it, meanwhile
+    except ValueError:  # another process has removed it meanwhile
         return False
 
 
@@ -94,6 +94,6 @@ def _keep(
         path.parent.make_folder()
         index.write_index(path, part, shard_size, mark, hashed)
     except CacheWriteError as error:
-        # Another process that has listed everything has removed the folder: no part is needed.
+        # Another process has listed everything and removed the folder, so no part is needed.
         if error.errno != errno.ENOENT:
             raise

@@ -1,7 +1,7 @@
-"""From an input and an empty folder to a job: index, manifest, or the check that they still fit.
+"""From an input and an empty folder to a job: make index and manifest, or check that they fit.
 
 Any number of processes may do this at once. All write the same bytes, and the manifest, written
-last, says that the folder is a cache from then on.
+last, makes the folder a cache.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from .install import install, is_index_of, read_newer
 from .job import Job
 from .spec import CacheSpec
 
-# Seconds without a sign of life after which a process indexes although another one should.
+# Seconds without a sign of life from rank 0 after which another process indexes by itself.
 INDEX_PATIENCE = 60.0
 
-# Views per call of `encode`: a GPU is busy with 64 (measured on an H200). On a CPU more than a few
-# gain nothing, and six pictures would pay for the padding.
+# Views per call of `encode`: 64 keep a GPU busy (measured on an H200). On a CPU, more than a few
+# gain nothing, and a cache of six images would pay for the padding.
 BATCH_SIZES = {"cuda": 64}
 CPU_BATCH_SIZE = 4
-# Decoding saturates one encoder with a few threads; more only hold memory.
+# A few decoding threads saturate one encoder; more only take memory.
 MAX_DEFAULT_WORKERS = 8
 
 
@@ -46,11 +46,11 @@ def prepare(
     images: str | os.PathLike, out: str | os.PathLike, tokenizer: Tokenizer,
     spec: CacheSpec | None = None, *, rank: int = 0, device: str | None = None, **settings: Any,
 ) -> Job:  # fmt: skip
-    """Index the pictures and write the manifest, or check that those of an earlier run still fit.
+    """Index the images and write the manifest, or check that those of an earlier run still fit.
 
     Args, Raises: as `vfmtok_fast.cache.build`; a rank above 0 leaves the indexing to rank 0 as
-    long as that shows signs of life; ``device`` is the type of what will encode, where that is not
-    the tokenizer's now.
+    long as that shows signs of life; ``device`` is the type of device that will encode, if it is
+    not the tokenizer's current one.
 
     Returns:
         What `encode_shard` needs.
@@ -73,7 +73,7 @@ def prepare(
         found = _index(source, out, covers, spec, workers)
     else:
         found = None
-        # Until it is the same before and after: hashing the weights takes seconds.
+        # Repeat until the manifest stays the same: hashing the weights takes seconds.
         while (now := manifest.read_manifest(out)) != found:
             found = now
             batch_size = spec.batch_size or found.batch_size
@@ -84,25 +84,25 @@ def prepare(
 
 
 def _check_outside(root: Path, out: Place) -> None:
-    """Refuse a cache inside of its own pictures, or in the place of a file; and odd names."""
+    """Refuse a cache inside its own images or in place of a file, and names that are not UTF-8."""
     if out.remote:
         return
     check_utf8(out)
     if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out}: must be a folder, is a file; choose another name")
+        raise FileExistsError(f"{out}: must be a folder, but is a file; choose another name")
     if out.resolve().is_relative_to(root.resolve()):
         raise ValueError(
-            f"{out}: lies inside the pictures' folder {root}, where it would become a class; "
+            f"{out}: is inside the pictures' folder {root}, where it would become a class; "
             "choose a folder outside"
         )
 
 
 def _is_free(out: Place) -> bool:
-    """Whether a new cache may go here; False if another process has begun one just now.
+    """Return whether a new cache may go here; False if another process has just started one.
 
     Raises:
-        FileExistsError: it holds something else than what a run leaves that died before its
-            manifest.
+        FileExistsError: the folder holds something other than what a run leaves that died before
+            its manifest.
     """
     for name in sorted(out.names()):
         if _is_ours(out / name):
@@ -110,8 +110,7 @@ def _is_free(out: Place) -> bool:
         if (out / manifest.NAME).exists():
             return False
         raise FileExistsError(
-            f"{out}: holds something else ({name!r}) and is left alone; "
-            "choose a new or empty folder"
+            f"{out}: holds something other than a cache ({name!r}); choose a new or empty folder"
         )
     return True
 
@@ -127,7 +126,7 @@ def _is_ours(path: Place) -> bool:
 
 
 def _remove_torn_manifest(out: Place) -> None:
-    """What a store may keep of a manifest whose writer died; nothing was made of it yet."""
+    """Remove a torn manifest that a store kept when its writer died; nothing depends on it yet."""
     path = out / manifest.NAME
     if out.remote and path.exists() and not (out / "shards").names():
         try:
@@ -137,7 +136,7 @@ def _remove_torn_manifest(out: Place) -> None:
 
 
 def _is_torn(path: Place) -> bool:
-    """Whether a store kept the first part of an index whose writer died."""
+    """Return whether a store kept only the first part of an index because its writer died."""
     if not path.remote:
         return False
     data = path.read_bytes()
@@ -147,7 +146,7 @@ def _is_torn(path: Place) -> bool:
 def _index(
     source: Source, out: Place, covers: dict[str, Any], spec: CacheSpec, workers: int
 ) -> manifest.Manifest:
-    """List the pictures, and say that the folder is a cache."""
+    """List the images, and write the manifest, which makes the folder a cache."""
     origin = index.Origin(source.kind, source.files(), chosen=source.chosen)
 
     def entries(after: Entry | None) -> Iterable[Entry]:
@@ -171,10 +170,10 @@ def _resume(
     source: Source, out: Place, found: manifest.Manifest, covers: dict[str, Any], spec: CacheSpec,
     workers: int, rank: int,
 ) -> manifest.Manifest:  # fmt: skip
-    """Check that a cache is still the one that is asked for; with what came since, if so told."""
+    """Check that a cache is still the one asked for; with `extend` set, add what came since."""
     asked = found
     if covers["batch_size"] != found.batch_size and not (out / "shards").names():
-        # Nothing depends on it yet, as where the first run was out of memory.
+        # No shard depends on it yet, for example because the first run ran out of memory.
         asked = replace(found, covers={**found.covers, "batch_size": covers["batch_size"]})
     manifest.check_same(asked, covers, spec.shard_size, out)
     if asked != found:
@@ -185,7 +184,7 @@ def _resume(
         return _resume(source, out, now, covers, spec, workers, rank)
     if spec.hashed and not index.read_hashed(out / INDEX):
         raise ValueError(
-            f"{out}: was indexed without hashes; leave them out, or cache into a new folder"
+            f"{out}: was indexed without hashes; run without --hash, or cache into a new folder"
         )
     if spec.extend:
         return _extend(source, out, found, workers, rank)
@@ -207,7 +206,7 @@ def _usual_batch_size(tokenizer: Tokenizer, device: str | None) -> int:
 
 
 def _cpus() -> int:
-    # macOS has no affinity; elsewhere it is what a container or a scheduler allows.
+    # The affinity is what a container or a scheduler allows; macOS has none.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -219,20 +218,20 @@ def _publish(found: manifest.Manifest, out: Place) -> None:
         found.write(out)
     elif manifest.read_manifest(out) != found:
         raise changes.ImagesChanged(
-            f"{out}: another process began a cache of other pictures or with other settings here "
-            "at the same time; remove the folder, and start all processes alike"
+            f"{out}: another process started a cache of other pictures or with other settings here "
+            "at the same time; remove the folder, and start all processes with the same arguments"
         )
 
 
 def _extend(
     source: Source, out: Place, found: manifest.Manifest, workers: int, rank: int
 ) -> manifest.Manifest:
-    if rank:  # Strictly: for mended pictures too the first one makes another index.
+    if rank:  # Quarantined images count here: if they were repaired, rank 0 makes a new index.
         try:
             changes.check_unchanged(source, out / INDEX, found.classes)
-            install(out)  # or the index is the new one, and the manifest not yet
+            install(out)  # in case the index is the new one already, but not the manifest
             found = manifest.read_manifest(out)
-            if not index.read_hashed(out / INDEX):  # by which more may have changed than sizes
+            if not index.read_hashed(out / INDEX):  # hashes may differ although no size does
                 return found
         except changes.ImagesChanged:
             _await(out, lambda: manifest.read_manifest(out) != found)
@@ -241,10 +240,10 @@ def _extend(
 
 
 def _await(out: Place, done: Callable[[], bool]) -> None:
-    """Wait for another process's index; not for ever, as each could do it by itself."""
+    """Wait for another process's index; not forever, because each process could make it itself."""
     last, seen = time.monotonic(), None
     while not done() and time.monotonic() - last < INDEX_PATIENCE:
-        # Of a store, nothing is seen of what is on its way.
+        # In a store, a write in progress is not visible.
         local = not out.remote and out.is_dir()
         now = []
         for entry in os.scandir(out) if local else ():
@@ -256,13 +255,13 @@ def _await(out: Place, done: Callable[[], bool]) -> None:
 
 
 def _left_out(source: Source, before: str = "") -> str:
-    """What the listing passed over, in words; empty if nothing."""
+    """Describe what the listing passed over; empty if nothing."""
     counts = [f"{count} {what}" for what, count in sorted(source.left_out.items())]
     return f"{before}left out: {', '.join(counts)}" if counts else ""
 
 
 def _check_any_readable(source: Source) -> None:
-    """Before anything is written: is there one picture at all?"""
+    """Check that at least one image can be read, before anything is written."""
     count, first = 0, ""
     for entry in source.entries():
         count += 1

@@ -1,4 +1,4 @@
-"""How far a run is: counting what is done, here and by others, and saying so."""
+"""Track a run's progress: count what is done, here and by other processes, and report it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..format import shards
 from .encode import Waits
 from .job import Job, finished
 
-# Seconds in which another process may finish a shard, where this one has not made any to compare;
-# and the least.
+# Seconds that another process may take for a shard, if this one has made none to compare with; and
+# the shortest time it is given.
 SLOW_SHARD = 40.0
 LEAST_PATIENCE = 1.0
 
 
 class TooManyBadImages(RuntimeError):
-    """More pictures than `max_bad` had to be quarantined."""
+    """More than `max_bad` images had to be quarantined."""
 
     exit_code = 4
 
@@ -29,11 +29,11 @@ class Progress:
     """How far a run is.
 
     Args:
-        done: pictures in the cache, those of other processes as of the last shard.
-        bad: bad ones among them.
-        total: pictures in all.
-        rate: pictures per second that this process encodes, since it started to.
-        data_wait: share of that time, 0 to 1, that it waited for pictures to be decoded.
+        done: images in the cache; those of other processes as of the last shard.
+        bad: bad images among them.
+        total: images in all.
+        rate: images per second that this process has encoded since it started.
+        data_wait: share of that time, 0 to 1, that it waited for images to be decoded.
         device_wait: share that it waited for the tokenizer.
     """
 
@@ -46,7 +46,7 @@ class Progress:
 
     @property
     def eta(self) -> float | None:
-        """Seconds to go at this process's rate; None before there is one."""
+        """Seconds left at this process's rate; None before there is a rate."""
         return (self.total - self.done) / self.rate if self.rate else None
 
 
@@ -59,19 +59,19 @@ class State:
         self.encoded = 0
         self.started = time.monotonic()
         self._done = self._bad = 0
-        self._seen: set[int] = set()  # shards that are there and counted whole
-        self._here: dict[int, tuple[int, int]] = {}  # others, begun here: pictures, bad ones
+        self._seen: set[int] = set()  # finished shards, counted as a whole
+        self._here: dict[int, tuple[int, int]] = {}  # other shards, begun here: images, bad ones
         self.refresh()
 
     def missing(self, numbers: Iterable[int]) -> Iterator[int]:
-        """Those of some shards that are missing when their turn comes."""
+        """Yield those of some shards that are still missing when their turn comes."""
         for number in numbers:
             if finished(self.job, number) is None:
                 yield number
                 self.refresh()
 
     def wait_for(self, numbers: Iterable[int]) -> None:
-        """Let others finish shards that they may be at work on; give up on whoever is too slow."""
+        """Wait for shards that other processes may be making; give up if they are too slow."""
         shards_here = self.encoded / self.job.manifest.shard_size
         pace = (time.monotonic() - self.started) / shards_here if shards_here else SLOW_SHARD
         patience = max(1.5 * pace, LEAST_PATIENCE)
@@ -85,7 +85,7 @@ class State:
                 last, seen = time.monotonic(), len(self._seen)
 
     def advance(self, number: int, new: int, bad: int) -> None:
-        """Count pictures that were encoded here, unless their shard has come meanwhile."""
+        """Count images encoded here, unless another process has made their shard meanwhile."""
         self.encoded += new
         if number in self._seen:
             return
@@ -95,13 +95,13 @@ class State:
         self._check_bad()
 
     def refresh(self) -> None:
-        """Look which shards have come; the header of each is read once."""
+        """Look for new shards; the header of each is read once."""
         there = map(shards.shard_number, (self.job.out / "shards").names())
         for number in set(there) - self._seen:
             if number is None or number >= self.job.manifest.shards:
                 continue
             header = finished(self.job, number)
-            if header is None:  # damaged; it comes again under the same name
+            if header is None:  # damaged; it will be made again under the same name
                 continue
             self._seen.add(number)
             here, here_bad = self._here.pop(number, (0, 0))
@@ -134,7 +134,7 @@ def reporting(
     progress: bool | Callable[[Progress], None], total: int, done: int
 ) -> Iterator[Callable[[Progress], None]]:
     if callable(progress) or not progress:
-        # No tqdm without need: forked processes share its lock, and one that is killed keeps it.
+        # No tqdm unless needed: forked processes share its lock, and a killed one never frees it.
         yield progress or (lambda state: None)
         return
     with bar(total, "img", "cache", done) as shown:

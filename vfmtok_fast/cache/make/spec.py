@@ -1,4 +1,4 @@
-"""The settings of a cache that is to be made."""
+"""The settings of a cache to be made."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from ..sources import Source, open_source
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What `build`, `build_on_ray` and `prepare` are told about a cache; each takes the fields too.
+    """Settings of a cache for `build`, `build_on_ray` and `prepare`, which also take the fields.
 
     Args:
-        input_kind: what the input is, where that is not plain from its name.
+        input_kind: what the input is, if that is not clear from its name and contents.
         views: names of views, see `vfmtok_fast.cache.known_views`.
-        seed: of the random crops.
-        batch_size: views per call of `encode`, always padded to this; None: that of the cache that
-            is gone on with, for a new one what suits the tokenizer's device.
-        shard_size: pictures per shard.
+        seed: seed of the random crops.
+        batch_size: views per call of `encode`, always padded to this; None: that of the cache being
+            resumed; for a new one, what suits the tokenizer's device.
+        shard_size: images per shard.
         workers: threads that read and decode; None: one per CPU that this process may use, at
             most 8.
-        extend: add pictures that came since the cache was made; they are refused otherwise. Rows
-            and labels stay: new pictures and new classes come behind the old ones.
-        hashed: note each picture's SHA-256 in the index, so that a change that keeps its size is
-            noticed when it is read; indexing then reads every picture.
+        extend: add images that came since the cache was made; otherwise they are refused. Rows and
+            labels stay: new images and new classes come after the old ones.
+        hashed: store each image's SHA-256 in the index, so that a change that keeps its size is
+            noticed when it is read; indexing then reads every image.
         include, exclude: patterns of the files to take or to leave out, see
             `vfmtok_fast.cache.sources.choice`.
-        image_column, label_column: of Parquet files, where they are not plain.
+        image_column, label_column: columns of Parquet files, if they are not clear.
 
     Raises:
-        TypeError, ValueError: a value of another kind, or out of range.
+        TypeError, ValueError: a value of the wrong type, or out of range.
     """
 
     input_kind: str | None = None
@@ -58,7 +58,7 @@ class CacheSpec:
                 check_count(name, getattr(self, name), 1)
 
     def open(self, images: str | os.PathLike) -> Source:
-        """The input, as the spec says to take it; raises like `open_source`."""
+        """Open the input as the spec describes it; raises like `open_source`."""
         return open_source(
             images, self.input_kind, include=self.include, exclude=self.exclude,
             image_column=self.image_column, label_column=self.label_column,
@@ -66,7 +66,7 @@ class CacheSpec:
 
     @classmethod
     def of(cls, spec: CacheSpec | None, settings: dict[str, Any]) -> CacheSpec:
-        """A spec with some fields set otherwise."""
+        """Return a spec with some fields replaced."""
         if unknown := sorted(settings.keys() - cls.__dataclass_fields__.keys()):
             known = ", ".join(cls.__dataclass_fields__)
             raise TypeError(f"cache: settings must be among {known}, got {unknown[0]!r}")
@@ -74,7 +74,7 @@ class CacheSpec:
 
 
 def check_count(name: str, value: int, least: int) -> None:
-    """Refuse what is not an integer of at least `least`."""
+    """Require an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"cache: {name} must be an integer, got {value!r}")
     if value < least:

@@ -1,1 +1,1 @@
-"""Reading a cache: single pictures, a data set for training, other programs' formats."""
+"""Read a cache: single images, a data set for training, and other programs' formats."""

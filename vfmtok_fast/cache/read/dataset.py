@@ -1,6 +1,6 @@
-"""A cache as a data set for training: one view of each picture an epoch, or all of them.
+"""A cache as a data set for training: one view of each image per epoch, or all of them.
 
-Which view a picture shows in an epoch depends on the seed, the epoch and the picture alone: not on
+Which view an image shows in an epoch depends only on the seed, the epoch and the image, and not on
 the number of processes, the batch or the order.
 """
 
@@ -19,21 +19,21 @@ CHOICES = ("one", "each", "all")
 
 
 class TokenCacheDataset(torch.utils.data.Dataset):
-    """The readable pictures of a cache as (tokens, label), for `torch.utils.data.DataLoader`.
+    """The readable images of a cache as (tokens, label), for `torch.utils.data.DataLoader`.
 
-    Tokens are read on demand: memory is a few bytes per picture. Can be sent to worker processes.
-    `set_epoch` reaches them too, also those that live on (`persistent_workers=True`); a copy has an
-    epoch of its own, which begins as this one's.
+    Tokens are read on demand, so memory use is a few bytes per image. The data set can be sent to
+    worker processes. `set_epoch` reaches them too, also persistent ones
+    (`persistent_workers=True`). A copy has an epoch of its own, which starts as this one's.
 
     Args:
         out: the cache's folder.
         views: names of views to take, in this order (`ten-crop` and `random-A..B` stand for
             several); None: all of the cache.
-        per_picture: "one": one view of each picture, drawn anew each epoch, tokens [T]; "each":
-            every view of each picture is an item, tokens [T]; "all": all views at once, [V, T].
-        seed: of the draws.
-        partial: take the finished shards of a cache that is not complete.
-        mirror: of a cache in a store: see `TokenCache`.
+        per_picture: "one": one view of each image, drawn anew each epoch, tokens [T]; "each":
+            every view of each image is an item, tokens [T]; "all": all views at once, [V, T].
+        seed: seed of the draws.
+        partial: accept a cache that is not complete, and take its finished shards.
+        mirror: for a cache in a store: see `TokenCache`.
 
     Raises:
         FileNotFoundError: there is no cache.
@@ -51,7 +51,7 @@ class TokenCacheDataset(torch.utils.data.Dataset):
         self.per_picture, self.seed = per_picture, operator.index(seed)
         self._places = self.cache.manifest.places_of(views, out)
         self.views = [self.cache.manifest.views[place] for place in self._places]
-        # Shared memory, so that workers that live on see a new epoch.
+        # In shared memory, so that persistent workers see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -63,23 +63,23 @@ class TokenCacheDataset(torch.utils.data.Dataset):
 
     @property
     def epoch(self) -> int:
-        """Of `set_epoch`; 0 at first."""
+        """The epoch that `set_epoch` set; 0 at first."""
         return int(self._epoch)
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes; a label is a place in this list, -1 is none."""
+        """Names of the classes; a label is a position in this list, -1 is none."""
         return self.cache.classes
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw other views from now on; call it before each epoch, as of a DistributedSampler."""
+        """Draw new views from now on; call it before each epoch, as for a DistributedSampler."""
         self._epoch.fill_(operator.index(epoch))
 
     def __len__(self) -> int:
         return len(self.cache) * (len(self.views) if self.per_picture == "each" else 1)
 
     def __getitem__(self, item: int) -> tuple[torch.Tensor, int]:
-        """Tokens int64 [T], or [V, T] for "all", and the label."""
+        """Return tokens int64 [T], or [V, T] for "all", and the label."""
         item = operator.index(item)
         if not -len(self) <= item < len(self):
             raise IndexError(f"{self.cache.out}: has {len(self)} items, no item {item}")
@@ -93,13 +93,13 @@ class TokenCacheDataset(torch.utils.data.Dataset):
         return tokens[self._places if view is None else self._places[view]], label
 
     def view_of(self, picture: int) -> int:
-        """Which of `views` a picture (by position) shows in this epoch."""
+        """Return which of `views` an image (by position) shows in this epoch."""
         row = int(self.cache.rows[picture])
         return _mix(self.seed, self.epoch, row) % len(self.views)
 
 
 def _mix(*numbers: int) -> int:
-    """A hash of whole numbers, 64 bits: SplitMix64's finaliser after each."""
+    """Hash integers to 64 bits: SplitMix64's finaliser after each."""
     state, mask = 0, 0xFFFFFFFFFFFFFFFF
     for number in numbers:
         state = (state + number + 0x9E3779B97F4A7C15) & mask

@@ -1,8 +1,8 @@
-"""A cache in the formats of other programs; bad pictures are left out.
+"""Write a cache in the formats of other programs; bad images are left out.
 
 llamagen    OUT/imagenet256_codes/{i}.npy int64 [1, V, T], OUT/imagenet256_labels/{i}.npy [1]
 rar         OUT, one line {"class_id": ..., "tokens": [...]} per view (1d-tokenizer's RAR)
-parquet     OUT, one row per picture and view: index, path, label, view, tokens uint16 [T]
+parquet     OUT, one row per image and view: index, path, label, view, tokens uint16 [T]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..store.atomic import sync_folder, temporary_name
 # Names that LlamaGen's loader looks for with its defaults (dataset imagenet, image size 256).
 LLAMAGEN_CODES, LLAMAGEN_LABELS = "imagenet256_codes", "imagenet256_labels"
 
-# Of one shard: tokens uint16 [n, V, T], labels int32 [n], indices int64 [n], paths [n].
+# One shard's tokens uint16 [n, V, T], labels int32 [n], indices int64 [n], paths [n].
 _Part = tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]
 
 
@@ -35,7 +35,7 @@ def export(
     out: str | os.PathLike, target: str | os.PathLike, format: str, *,
     views: Iterable[str] | None = None,
 ) -> int:  # fmt: skip
-    """Write a complete cache in another program's format; it is there whole or not at all.
+    """Write a complete cache in another program's format; the output is whole or does not exist.
 
     Args:
         out: the cache.
@@ -44,11 +44,11 @@ def export(
         views: names of the views to take, in this order; None: all.
 
     Returns:
-        The number of pictures written.
+        The number of images written.
 
     Raises:
         FileNotFoundError: there is no cache.
-        FileExistsError: `target` is there already.
+        FileExistsError: `target` exists already.
         ValueError: the cache is damaged or incomplete, has no such view, or the format is unknown.
         CacheWriteError: `target` cannot be written.
     """
@@ -61,25 +61,25 @@ def export(
         raise ValueError(f"{out}: not complete; finish it with vfmtok-fast cache")
     if target.remote and format == "llamagen":
         raise ValueError(
-            f"{target}: llamagen is two files to a picture; write it to a local folder, and pack it"
+            f"{target}: llamagen has two files per picture; write to a local folder, and pack it"
         )
-    if target.exists() or (not target.remote and target.is_symlink()):  # be it to nowhere
-        raise FileExistsError(f"{target}: is there already; choose another name")
+    if target.exists() or (not target.remote and target.is_symlink()):  # even a dangling one
+        raise FileExistsError(f"{target}: already exists; choose another name")
     target.parent.make_folder()
     names = [found.views[place] for place in places]
     return FORMATS[format](target, _parts(out, found, places), names)
 
 
 def _parts(out: Place, found: Manifest, places: list[int]) -> Iterator[_Part]:
-    """The readable pictures of each shard, checked to the last byte."""
+    """Yield the readable images of each shard, checked to the last byte."""
     for number in range(found.shards):
         path = shards.shard_path(out, number)
         try:
             header, shard = shards.read_shard(path)
         except FileNotFoundError as error:
-            raise ValueError(f"{error}; mend it with vfmtok-fast repair") from error
+            raise ValueError(f"{error}; run vfmtok-fast repair") from error
         if wrong := shards.problems(header, shard, number, found):
-            raise ValueError(f"{path}: {wrong[0]}; mend it with vfmtok-fast repair")
+            raise ValueError(f"{path}: {wrong[0]}; run vfmtok-fast repair")
         good = np.flatnonzero(shard.status == shards.OK)
         paths = index.read_rows(out / INDEX, number).paths
         tokens = shard.tokens[good][:, places]

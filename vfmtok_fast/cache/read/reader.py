@@ -1,8 +1,8 @@
-"""Reading a cache: random access to the tokens of single pictures, straight from the files.
+"""Read a cache: random access to the tokens of single images, straight from the files.
 
-Tokens are stored in 16 bits without sign, a type that torch can hardly compute with; the reader
-hands out int64. Of a cache in a store each shard is copied to this machine when it is first asked
-for.
+Tokens are stored as unsigned 16-bit integers, a type that few torch operations support, so the
+reader returns int64. From a cache in a store, each shard is copied to this machine when it is first
+needed.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from ..format import shards
 from ..format.manifest import Manifest, read_manifest
 from ..store import Place, Tensors, place
 
-# Shards that are held open at a time; systems allow a thousand files or so.
+# Shards held open at a time; systems allow a thousand files or so.
 MOST_OPEN = 256
 
 
 class TokenCache:
-    """The readable pictures of a cache, as (tokens, label); a map-style data set.
+    """The readable images of a cache, as (tokens, label); a map-style data set.
 
-    Bad pictures are left out, so positions run from 0 to len - 1 without gaps; `rows[i]` is the
-    global index of the picture at position i. Costs a few bytes per picture; tokens are read on
-    demand. Can be sent to worker processes, which open the files for themselves.
+    Bad images are left out, so positions run from 0 to len - 1 without gaps; `rows[i]` is the
+    global index of the image at position i. Memory use is a few bytes per image; tokens are read on
+    demand. The object can be sent to worker processes, which open the files for themselves.
 
     Args:
         out: the cache's folder or URL.
-        view: name of the view to hand out; None: all of them.
-        partial: take the finished shards of a cache that is not complete.
-        mirror: of a cache in a store: the local folder that shards are copied to, which processes
-            may share and a later run finds again; None: one of its own below ~/.cache/vfmtok_fast
+        view: name of the view to return; None: all of them.
+        partial: accept a cache that is not complete, and take its finished shards.
+        mirror: for a cache in a store: the local folder that shards are copied to. Processes may
+            share it, and later runs reuse it; None: one of its own below ~/.cache/vfmtok_fast
             (or $XDG_CACHE_HOME).
 
     Raises:
@@ -57,8 +57,8 @@ class TokenCache:
         self._view = slice(None) if view is None else names.index(view)
         if not partial and not (self.out / shards.COMPLETE).exists():
             raise ValueError(
-                f"{out}: not complete; finish it with `vfmtok-fast cache`; in Python partial=True "
-                "takes what is there"
+                f"{out}: not complete; finish it with `vfmtok-fast cache`; in Python, partial=True "
+                "reads the finished shards"
             )
         rows, labels = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
         self._files: dict[int, _Rows] = {}
@@ -67,7 +67,7 @@ class TokenCache:
         if self.out.remote:
             self._mirror = place(_default_mirror(self.out) if mirror is None else os.fspath(mirror))
             if self._mirror.remote:
-                raise ValueError(f"{mirror}: a mirror is a local folder")
+                raise ValueError(f"{mirror}: a mirror must be a local folder")
         found_in = self.out.spread(self._look, range(self.manifest.shards))
         for number, found in enumerate(found_in):
             if found is not None:
@@ -79,7 +79,7 @@ class TokenCache:
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes; a label is a place in this list, -1 is none."""
+        """Names of the classes; a label is a position in this list, -1 is none."""
         return self.manifest.classes
 
     def __repr__(self) -> str:
@@ -94,7 +94,7 @@ class TokenCache:
         return len(self.rows)
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, int]:
-        """Tokens int64 [T], or [V, T] for all views, and the label of one picture."""
+        """Return tokens int64 [T], or [V, T] for all views, and the label of one image."""
         position = operator.index(position)
         if not -len(self) <= position < len(self):
             raise IndexError(f"{self.out}: has {len(self)} pictures, no position {position}")
@@ -106,11 +106,11 @@ class TokenCache:
         return (self[position] for position in range(len(self)))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Open files do not travel; the other process opens them again on first use.
+        # Open files cannot be pickled; the other process opens them again on first use.
         return {**self.__dict__, "_files": {}}
 
     def _look(self, number: int) -> tuple[str, np.ndarray, np.ndarray] | None:
-        """Digest of a shard's header, and index and label of its readable pictures."""
+        """Return the digest of a shard's header, and index and label of its readable images."""
         path = shards.shard_path(self.out, number)
         try:
             header = shards.read_header(path)
@@ -125,14 +125,14 @@ class TokenCache:
         return header.digest(), file.get("index")[good], file.get("label")[good]
 
     def _copy(self, number: int) -> Place:
-        """The local copy of a shard; fetched and checked to the last byte, if it is not there."""
+        """Return the local copy of a shard; if missing, fetch it and check it to the last byte."""
         path = shards.shard_path(self.out, number)
         name = f"{number:05d}-{self._digests[number][:16]}.safetensors"
         copy = self._mirror / name
         if not copy.exists():
             data = path.read_bytes()
             if wrong := shards.problems(*shards.read_shard(path, data), number, self.manifest):
-                raise ValueError(f"{path}: {wrong[0]}; mend it with vfmtok-fast repair")
+                raise ValueError(f"{path}: {wrong[0]}; run vfmtok-fast repair")
             self._mirror.make_folder()
             copy.put(data)
         return copy
@@ -149,9 +149,9 @@ class TokenCache:
 
 
 class _Rows:
-    """The tokens of a shard's pictures, read one by one from a file that is held open.
+    """The tokens of a shard's images, read one by one from a file that is held open.
 
-    Not mapped: a file that shrinks under its reader would end the process with SIGBUS.
+    Not memory-mapped: if a mapped file shrinks while it is read, SIGBUS ends the process.
     """
 
     def __init__(self, path: Place) -> None:
@@ -162,10 +162,10 @@ class _Rows:
         self.size = math.prod(self.shape) * np.dtype(np.uint16).itemsize
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """uint16 [V, T]. At a place of its own: processes that were forked share the file."""
+        """Return uint16 [V, T], by pread: forked processes share the file and its position."""
         data = os.pread(self.file.fileno(), self.size, self.start + row * self.size)
         if len(data) < self.size:
-            raise ValueError(f"{self.path}: was cut short; mend it with vfmtok-fast repair")
+            raise ValueError(f"{self.path}: was cut short; run vfmtok-fast repair")
         return np.frombuffer(data, np.uint16).reshape(self.shape)
 
 
@@ -175,7 +175,7 @@ def _default_mirror(out: Place) -> str:
 
 
 def read_tokens(out: str | os.PathLike, view: str = "center") -> tuple[np.ndarray, np.ndarray]:
-    """Read one view of all readable pictures at once; for caches that fit into memory.
+    """Read one view of all readable images at once, for caches that fit into memory.
 
     Args:
         out: the cache's folder; must be complete.

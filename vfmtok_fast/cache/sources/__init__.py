@@ -1,6 +1,6 @@
-"""Inputs: where the pictures of a token cache come from, one kind to a module.
+"""Inputs: where the images of a token cache come from, one module per kind.
 
-Nothing is ever extracted: pictures are read in place, by path, offset, row or key, so a name in an
+Nothing is ever extracted: images are read in place, by path, offset, row or key, so a name in an
 archive never becomes a name on disk.
 """
 
@@ -33,35 +33,35 @@ def open_source(
     images: str | os.PathLike, kind: str | None = None, *, include: Iterable[str] = (),
     exclude: Iterable[str] = (), image_column: str | None = None, label_column: str | None = None,
 ) -> Source:  # fmt: skip
-    """Find out what an input is, by its name and what lies in it.
+    """Open an input, whose kind follows from its name and contents.
 
     A file: `.tar` is a tar of class tars or of class folders, or a WebDataset shard if it holds
     `.cls` members; `.parquet`; `.mdb`. A folder: an LMDB if it holds `data.mdb`; Parquet files or
-    WebDataset shards, at any depth, if it holds only those; class folders of pictures if it holds
-    pictures. Where more than one could be meant, the user is asked.
+    WebDataset shards, at any depth, if it holds only those; class folders of images if it holds
+    images. If more than one could be meant, the error asks the user to choose.
 
     Args:
         images: the input.
-        kind: one of KINDS, where the rule above would guess wrong; None: by the rule.
+        kind: one of KINDS, if the rule above would guess wrong; None: by the rule.
         include: patterns of the files to take (see `choice`); none, or "*": all of them.
         exclude: patterns of the files to leave out.
-        image_column, label_column: of Parquet files, where they are not plain; "none" for no
+        image_column, label_column: columns of Parquet files, if they are not clear; "none" for no
             labels.
 
     Returns:
-        The input, its pictures not listed yet.
+        The input; its images are not listed yet.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: it is not there, or is a file of another kind.
-        ValueError: no such kind, or it is not of the kind that was said; or more than one thing
-            could be meant.
+        FileNotFoundError, NotADirectoryError: it does not exist, or is a file of another kind.
+        ValueError: there is no such kind, or the input is not of the kind given; or more than one
+            thing could be meant.
     """
     if not str(images):
         raise ValueError("an empty path: name the pictures, or . for the current folder")
     if "://" in str(images):
         raise ValueError(
-            f"{images}: pictures are read from local files; mount this, or copy it (a cache itself "
-            "may lie at a URL)"
+            f"{images}: pictures are read from local files; mount this, or copy it (only the cache "
+            "itself may be at a URL)"
         )
     root = Path(os.path.expanduser(images)).absolute()
     if not root.exists():
@@ -76,7 +76,7 @@ def open_source(
         raise ValueError(f"{root}: is {kind}; only Parquet has columns to choose")
     if kind == "folder":
         if not root.is_dir():
-            raise NotADirectoryError(f"{root}: must be a folder of pictures, is a file")
+            raise NotADirectoryError(f"{root}: must be a folder of pictures, but is a file")
         return _folder(root, choice)
     check_utf8(root)
     if kind == "lmdb":
@@ -85,7 +85,7 @@ def open_source(
         return LmdbSource(root)
     if kind == "tar":
         if root.is_dir():
-            raise ValueError(f"{root}: must be one tar file, is a folder; name the file in it")
+            raise ValueError(f"{root}: must be one tar file, but is a folder; name the file in it")
         return TarSource(root, choice)
     return _of_archives(root, kind, choice, said, (image_column, label_column))
 
@@ -93,7 +93,7 @@ def open_source(
 def _of_archives(
     root: Path, kind: str, choice: Choice, said: bool, columns: tuple[str | None, str | None]
 ) -> Source:
-    """WebDataset shards or Parquet files; ``said``: the user has named the kind."""
+    """Open WebDataset shards or Parquet files; ``said``: whether the user has named the kind."""
     names = _archives(root, ".parquet" if kind == "parquet" else ".tar", choice)
     folder = root if root.is_dir() else root.parent
     if kind == "webdataset" and root.is_dir() and not said:
@@ -107,23 +107,23 @@ def _of_archives(
 
 
 def open_again(images: str | os.PathLike, index: Place, kind: str | None = None) -> Source:
-    """Open the input that a cache was made from; ``kind`` where it is to be taken as another."""
+    """Open the input that a cache was made from; ``kind`` overrides the kind that was recorded."""
     found, choices = choices_of(index)
     return open_source(images, kind or found, **choices)
 
 
 def choices_of(path: Place) -> tuple[str | None, dict[str, Any]]:
-    """Kind and further arguments with which `open_source` opens the input of an index again."""
+    """Return kind and other arguments with which `open_source` opens an index's input again."""
     try:
         origin = read_origin(path)
-    except ValueError:  # damaged, as whoever checks the index will say
+    except ValueError:  # damaged, which the check of the index reports
         return None, {}
     again = {"include": ("*",), "image_column": FIRST, "label_column": FIRST, **origin.chosen}
     return origin.kind, again
 
 
 def _folder(root: Path, choice: Choice) -> FolderSource:
-    """Class folders, also those in the one split that was chosen."""
+    """Open class folders, possibly inside the one split that was chosen."""
     split = choice.split_among(class_folders(root)) if choice.split else None
     folders = [split] if split else class_folders(root, choice)
     check_splits(root, folders, choice, whole=True)
@@ -134,8 +134,8 @@ def _folder(root: Path, choice: Choice) -> FolderSource:
             source = FolderSource(root / split, choice.below(split))
         elif not choice.include and class_folders(root / split):
             raise ValueError(
-                f"{root}: holds nothing but the folder {split}, and that holds class folders; give "
-                f"{root / split}, or take it for one class with --include '*'"
+                f"{root}: holds nothing but the folder {split}, which holds class folders; give "
+                f"{root / split}, or take it as one class with --include '*'"
             )
     if choice.record() and next(walk(source.root, "", source.choice), None) is None:
         raise ValueError(f"{root}: {_nothing(choice)}")
@@ -149,7 +149,7 @@ def _archives(root: Path, suffix: str, choice: Choice) -> tuple[str, ...]:
             raise ValueError(f"{root}: no *{suffix} files in this folder")
     else:
         names = (root.name,) if choice.takes(root.name) else ()
-    if choice.split:  # test-set/train-0.parquet is of train
+    if choice.split:  # test-set/train-0.parquet belongs to train
         names = tuple(name for name in names if named_split(name) == choice.split)
     if not names:
         raise ValueError(f"{root}: {_nothing(choice)}")
@@ -175,5 +175,5 @@ def _kind_of_file(path: Path) -> str:
             f"{path}: a compressed tar cannot be read in place; decompress it to a plain .tar"
         )
     raise NotADirectoryError(
-        f"{path}: must be a folder of pictures, or a .tar, .parquet or .mdb file, is another file"
+        f"{path}: must be a folder of pictures, or a .tar, .parquet or .mdb file; is another file"
     )

@@ -1,6 +1,6 @@
-"""Plain tars in place: their members, where the data of each lies, and reading it there.
+"""Plain tars in place: list their members, locate the data of each, and read it there.
 
-Only headers are read to list, and no member is ever written anywhere.
+Listing reads only headers, and no member is ever written anywhere.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .folder import is_junk, shown
 
 BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 1 << 20
-# A chain of more links than this is a circle; and no PAX header of a file is longer.
+# Limits: a longer chain of links is taken to be a cycle, and no file's PAX header is longer.
 _MOST_LINKS = 40
 _PAX_BLOCKS = 64
 
@@ -27,14 +27,14 @@ _PAX_BLOCKS = 64
 def members(
     file: BinaryIO, path: Path, start: int = 0, end: int | None = None
 ) -> Iterator[tarfile.TarInfo]:
-    """List a tar, or one that lies inside another, holding one header at a time.
+    """List a tar, or one inside another tar, holding one header at a time.
 
-    Tars that were put behind one another (`cat a.tar b.tar`) are listed as one.
+    Concatenated tars (`cat a.tar b.tar`) are listed as one.
 
     Args:
         file: the outermost tar, opened for reading.
         path: its name, for messages.
-        start, end: where the tar to list lies in it, in bytes; None: to the end.
+        start, end: where the tar to list is in it, in bytes; None: to the end.
 
     Yields:
         Every member; `offset_data` counts from the start of `file`.
@@ -51,12 +51,12 @@ def members(
 def _members(
     file: BinaryIO, path: Path, start: int, end: int
 ) -> Generator[tarfile.TarInfo, None, int | None]:
-    """The members up to one end of archive; where another archive starts behind it, if one does."""
+    """Yield the members of one archive; return where another one starts after it, or None."""
     file.seek(start)
     try:
         archive = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")
         while archive.offset < end and (member := archive.next()) is not None:
-            # Of a sparse file the size is what it unpacks to; it is no picture of ours.
+            # The size of a sparse file is what it unpacks to. Such a file is not read as an image.
             size = archive.offset - member.offset_data if member.issparse() else member.size
             if member.offset_data + size > end:
                 raise tarfile.ReadError(f"member {shown(member.name)!r} is cut short")
@@ -66,18 +66,18 @@ def _members(
         raise ValueError(
             f"{path}: damaged, truncated or not a plain tar ({one_line(error)})"
         ) from error
-    # tarfile takes a damaged header for the end; a true end is a block of zeros.
+    # tarfile treats a damaged header as the end; a real end is a block of zeros.
     file.seek(archive.offset)
     if file.read(BLOCK) != bytes(BLOCK):
         raise ValueError(
             f"{path}: damaged or truncated at byte {archive.offset} (no end of archive there); "
-            "fetch it again"
+            "download or copy it again"
         )
     return _next_archive(file, archive.offset, end)
 
 
 def _next_archive(file: BinaryIO, at: int, end: int) -> int | None:
-    """The first block that is not of zeros; None if there is none."""
+    """Return the offset of the first block that is not all zeros; None if there is none."""
     file.seek(at)
     while chunk := file.read(max(0, min(_CHUNK, end - at))):
         if rest := chunk.lstrip(b"\0"):
@@ -89,9 +89,10 @@ def _next_archive(file: BinaryIO, at: int, end: int) -> int | None:
 def places(
     file: BinaryIO, path: Path, start: int = 0, end: int | None = None
 ) -> Iterator[tuple[tarfile.TarInfo, int, int]]:
-    """(member, size or why there is none, offset of the data) of all but folders; as `members`.
+    """Yield (member, size or why there is none, offset of the data) of all but folders.
 
-    A link stands for what it leads to inside the same tar; nothing else is ever looked at.
+    A link stands for its target inside the same tar; no other target is ever read. Raises like
+    `members`.
     """
     targets = None
     for member in members(file, path, start, end):
@@ -104,7 +105,7 @@ def places(
 
 
 def _targets(file: BinaryIO, path: Path, start: int, end: int | None) -> dict[str, tuple[int, int]]:
-    """Size and offset of what the links of a tar lead to; only names of links are held."""
+    """Return size and offset of what the links of a tar lead to; holds only the links' names."""
     links = {}
     for member in members(file, path, start, end):
         name = clean_name(member.name)
@@ -126,14 +127,14 @@ def _targets(file: BinaryIO, path: Path, start: int, end: int | None) -> dict[st
 
 
 def size_of(member: tarfile.TarInfo) -> int:
-    """A member's size in bytes, or the negative number that says why it is not read."""
+    """Return a member's size in bytes, or the negative number that says why it is not read."""
     if clean_name(member.name) is None:
         return UNSAFE
     return member.size if member.isreg() and not member.issparse() else NOT_A_FILE
 
 
 def read_member(root: Path, entry: Entry) -> bytes:
-    """Read a picture at its offset, after a look at the header before it; raises like `read`."""
+    """Read an image at its offset, after checking the header before it; raises like `read`."""
     path = root / entry.file
     try:
         with open(path, "rb") as file:
@@ -142,8 +143,8 @@ def read_member(root: Path, entry: Entry) -> bytes:
             size = _size_at(file, entry, header)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(
-            f"{path}: this archive has gone since it was indexed; "
-            "bring it back and run again (finished shards are kept)"
+            f"{path}: this archive has disappeared since it was indexed; "
+            "restore it and run again (finished shards are kept)"
         ) from error
     if size is None:
         raise BadImage(GONE, "changed since it was indexed: no member of the tar here")
@@ -155,9 +156,9 @@ def read_member(root: Path, entry: Entry) -> bytes:
 
 
 def _size_at(file: BinaryIO, entry: Entry, header: bytes) -> int | None:
-    """Size of the member whose header this is; None if it is none.
+    """Return the size of the member whose header this is; None if it is not a header.
 
-    Of large members, or of all, the size may stand in a PAX header before it instead.
+    For large members, or for all of them, the size may be in a PAX header before it instead.
     """
     try:
         size = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
@@ -175,12 +176,12 @@ def _size_at(file: BinaryIO, entry: Entry, header: bytes) -> int | None:
                     member = archive.next()
                 return size if member is None else member.size
         except (tarfile.TarError, ValueError):
-            continue  # text of the PAX header, or of the picture before
+            continue  # content of the PAX header, or of the image before
     return size
 
 
 def clean_name(name: str) -> str | None:
-    """A member's relative path without "./"; None if it would lead out of the archive."""
+    """Return a member's relative path without "./"; None if it would lead out of the archive."""
     parts = shown(name).split("/")
     if not parts[0] or ".." in parts:
         return None
@@ -188,5 +189,5 @@ def clean_name(name: str) -> str | None:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a name on the path is junk, as .DS_Store and the ._copies in __MACOSX."""
+    """Return whether a name on the path is junk, like .DS_Store and the ._copies in __MACOSX."""
     return any(is_junk(part) and part not in (".", "..") for part in path.split("/"))

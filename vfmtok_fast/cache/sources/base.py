@@ -1,4 +1,4 @@
-"""What every kind of input has in common: entries, and why an entry cannot be read."""
+"""What all kinds of input have in common: entries, and why an entry cannot be read."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ..format.index import NO_CLASS, Entry
 from ..format.shards import BAD, GONE
 from .choice import Choice
 
-# Sizes that are no sizes. Such an entry keeps its place in the index.
-NO_SIZE = -1  # could not be examined: a link to nowhere, a link to itself
+# Stored instead of a size. Such an entry keeps its place in the index.
+NO_SIZE = -1  # could not be examined: a dangling link, a link to itself
 NOT_UTF8 = -2  # its path cannot be written in the index; invalid bytes are shown as \xNN
 UNSAFE = -3  # an archive member whose name would lead out of the archive
-BAD_LABEL = -4  # its label is no class number
+BAD_LABEL = -4  # its label is not a class number
 DAMAGED = -5  # its record in a database cannot be read
-UNKNOWN = -6  # fine, but its size is known only when it is read
+UNKNOWN = -6  # sound, but its size is known only when it is read
 NOT_A_FILE = -7  # a link or a device in an archive
 
-# Why entries of these sizes are quarantined without looking at them again.
+# Why entries with these sizes are quarantined without being read.
 REASONS = {
     NOT_UTF8: "its name is not UTF-8; rename it",
     UNSAFE: "its name is absolute or holds '..', which no archive of pictures needs",
@@ -28,12 +28,12 @@ REASONS = {
     DAMAGED: "its record is missing or damaged",
     NOT_A_FILE: "not a regular file in the archive",
 }
-# The classes are written down one by one, so a label cannot be any number.
+# The manifest lists the classes one by one, so labels must have a limit.
 MAX_LABEL = 999_999
 
 
 class BadImage(Exception):
-    """One picture cannot be read; the run goes on. `status` is that of the shard's row."""
+    """An image cannot be read, and the run goes on. `status` is that of the shard's row."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -41,11 +41,11 @@ class BadImage(Exception):
 
 
 class LeftOutWarning(UserWarning):
-    """Something in an input was passed over that somebody may have meant to be a picture."""
+    """Something that may have been meant as an image was passed over in an input."""
 
 
 class Source(Protocol):
-    """An input: lists its pictures in an order that never changes, and reads them one by one."""
+    """An input: lists its images in an order that never changes, and reads them one by one."""
 
     kind: str
     root: Path
@@ -55,35 +55,36 @@ class Source(Protocol):
 
     @property
     def chosen(self) -> dict[str, Any]:
-        """What of it is taken, as far as the user or the files had to say: plain JSON values.
+        """What was taken from the input, as far as the user or the files say: plain JSON values.
 
-        An index keeps them; empty where everything is taken as it always was.
+        An index stores it. It is empty if everything is taken as it always was.
         """
         return self.choice.record()
 
     @property
     def shown(self) -> Path:
-        """What to call it: its only archive, where that is one of a folder's, or its root."""
+        """The name to show: that of the only archive in a folder, or the root."""
         files = self.files() or {}
         return (
             self.root / next(iter(files)) if len(files) == 1 and self.root.is_dir() else self.root
         )
 
     def files(self) -> dict[str, int] | None:
-        """Size in bytes of every file that holds pictures; None where each picture is a file."""
+        """Return the size in bytes of each file that holds images; None if each image is a file."""
 
     def entries(self, after: Entry | None = None) -> Iterator[Entry]:
-        """The pictures in index order, streamed, from behind one on.
+        """Yield the images in index order; with `after`, only those that follow it.
 
-        ValueError where the input itself is damaged.
+        Raises:
+            ValueError: the input itself is damaged.
         """
 
     def classes(self, highest: int) -> list[str]:
-        """Names of the classes, given the highest label in use (-1: none); they may be numbers."""
+        """Return the names of the classes, given the highest label (-1: none), or numbers."""
         return [str(number) for number in range(highest + 1)]
 
     def read(self, entry: Entry) -> bytes:
-        """A picture's bytes; BadImage where that picture cannot be read, OSError if nothing can."""
+        """Return an image's bytes; BadImage if that one cannot be read, OSError if nothing can."""
         if entry.size in REASONS:
             raise BadImage(BAD, REASONS[entry.size])
         data = self.find(entry)
@@ -98,44 +99,44 @@ class Source(Protocol):
         return data
 
     def find(self, entry: Entry) -> bytes:
-        """For `read`: the bytes that are there now, be they those that were indexed or not."""
+        """Return the bytes that are there now, which `read` compares with what was indexed."""
 
 
 def behind(entries: Iterator[Entry], after: Entry | None) -> Iterator[Entry]:
-    """Those of some entries that follow one of them; all for None.
+    """Yield the entries that follow a given one; all for None.
 
-    An archive may hold a name twice, so that the place counts too.
+    An archive may hold a name twice, so file and offset are compared too.
 
     Raises:
-        ValueError: that one is not among them.
+        ValueError: that entry is not among them.
     """
     if after is not None:
         place = after.path, after.file, after.offset
         if all((entry.path, entry.file, entry.offset) != place for entry in entries):
             raise ValueError(
-                f"{after.path!r} was listed when indexing was interrupted, and is not any more; "
+                f"{after.path!r} was listed before indexing was interrupted, but is missing now; "
                 "cache into a new folder"
             )
     yield from entries
 
 
 def files_from(names: Sequence[str], after: Entry | None) -> Sequence[str]:
-    """Those of an input's files that an entry or what follows it can lie in; all for None."""
+    """Return an input's files from the one that holds an entry on; all for None."""
     return names if after is None else names[names.index(after.file) :]
 
 
 def check_label(label: object) -> int | None:
-    """A class number as it is, any negative one as NO_CLASS, None for what is no class number."""
+    """Return a class number, NO_CLASS for any negative one, and None for anything else."""
     if isinstance(label, bool) or not isinstance(label, int) or label > MAX_LABEL:
         return None
     return max(label, NO_CLASS)
 
 
 def sizes_of(root: Path, names: list[str]) -> dict[str, int]:
-    """Size of each file of an input.
+    """Return the size of each file of an input.
 
     Raises:
-        FileNotFoundError: one of them has gone.
+        FileNotFoundError: one of them cannot be read.
     """
     sizes = {}
     for name in names:

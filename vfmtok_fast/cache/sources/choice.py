@@ -1,7 +1,8 @@
-"""Which files of an input are taken: what the user includes and excludes, and splits in one folder.
+"""Which files of an input are taken: what the user includes and excludes, and splits in a folder.
 
-A pattern without a slash fits a path if it fits the name of the file or of any folder around it;
-one with slashes, if it fits the path or that of a folder around it. Upper and lower case differ.
+A pattern without a slash matches a path if it matches the name of the file or of any folder above
+it. A pattern with slashes matches if it matches the path or that of a folder above it. Matching
+is case-sensitive.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-# The words for the parts of a data set, as Hugging Face's `datasets` takes them.
+# Words that name the splits of a data set, as in Hugging Face's `datasets`.
 _SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _WORDS = {word: split for split, words in _SPLITS.items() for word in words}
-# What may stand beside such a word in a name: train-00000-of-00002.parquet, imagenet_val.tar.
+# Such a word, set off in a name: train-00000-of-00002.parquet, imagenet_val.tar.
 _SPLIT = re.compile(rf"(?:^|[-._ ])({'|'.join(_WORDS)})(?=[-._ 0-9]|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The patterns of what is taken (none: everything) and of what of that is left out.
+    """The patterns of what is taken (none: everything), and of what is left out of that.
 
-    They are of paths in the input; those that are asked about begin behind `prefix`.
+    Patterns refer to paths in the input. The paths passed to the methods start after `prefix`.
     """
 
     include: tuple[str, ...] = ()
@@ -39,43 +40,43 @@ class Choice:
         for name in ("include", "exclude"):
             value = getattr(self, name)
             if isinstance(value, str):
-                raise TypeError(f"input: {name} must be patterns, not one string; got {value!r}")
+                raise TypeError(f"input: {name} must be a list of patterns, got {value!r}")
             object.__setattr__(self, name, tuple(value))
 
     @cached_property
     def split(self) -> str | None:
-        """train, validation or test, where `include` is what `split_patterns` makes of a word."""
+        """train, validation or test, if `include` is what `split_patterns` makes of a word."""
         said = {one.lower() for one in self.include}
         words = (word for word in _WORDS if said == set(split_patterns(word)))
         return _WORDS.get(next(words, ""))
 
     def split_among(self, folders: Iterable[str]) -> str | None:
-        """For a choice by --split: the folder that is the split.
+        """For a choice by --split, return the folder that is the split.
 
-        What is named so in the others is a class or a file of another split.
+        Whatever has such a name inside the other folders is a class or a file of another split.
         """
         found = [name for name in folders if is_split(name) and self.takes(name)]
         return found[0] if self.split and len(found) == 1 else None
 
     def takes(self, *paths: str) -> bool:
-        """Whether a file is taken that has this path, or each of these."""
+        """Return whether a file is taken; several paths are names of the same file."""
         return not self.leaves_out(*paths) and (
             not self.include or any(self._fits(path, self.include) for path in paths)
         )
 
     def leaves_out(self, *paths: str) -> bool:
-        """Whether a file or a whole folder is left out by `exclude`."""
+        """Return whether `exclude` leaves out a file or a whole folder."""
         return any(self._fits(path, self.exclude) for path in paths)
 
     def below(self, folder: str) -> Choice:
-        """The same for paths that begin inside of a folder."""
+        """Return the same choice for paths that start inside a folder."""
         return replace(self, prefix=f"{self.prefix}{folder}/")
 
     def _fits(self, path: str, patterns: Iterable[str]) -> bool:
         return any(_fits(self.prefix + path, one) for one in patterns)
 
     def record(self) -> dict[str, list[str]]:
-        """What an index must say of it; nothing where everything is taken."""
+        """Return what an index must say about the choice; empty if everything is taken."""
         record = {}
         if set(self.include) - {"*"}:
             record["include"] = sorted(self.include)
@@ -96,10 +97,10 @@ def _fits(path: str, pattern: str) -> bool:
 
 
 def split_patterns(name: str) -> tuple[str, ...]:
-    """Patterns of the files of one split: NAME itself, or set off in a longer name.
+    """Return patterns of the files of one split: NAME itself, or set off in a longer name.
 
     Raises:
-        ValueError: no name.
+        ValueError: not a name.
     """
     if not name or "/" in name:
         raise ValueError(f"--split must be a name such as train or validation, got {name!r}")
@@ -113,8 +114,8 @@ def check_splits(where: object, paths: Iterable[str], choice: Choice, whole: boo
     Args:
         where: the input, for the message.
         paths: relative paths of its files or folders.
-        choice: what the user has said.
-        whole: only names that are nothing but such a word count.
+        choice: what the user has chosen.
+        whole: only names that consist of such a word count.
 
     Raises:
         ValueError: there is more than one split among them.
@@ -127,24 +128,24 @@ def check_splits(where: object, paths: Iterable[str], choice: Choice, whole: boo
     if len(found) > 1 and not named:
         words, examples = zip(*found.values(), strict=True)
         raise ValueError(
-            f"{where}: holds several splits of a data set ({', '.join(examples)}); choose one, as "
-            f"with --split {words[0]}, or take all with --include '*'"
+            f"{where}: holds several splits of a data set ({', '.join(examples)}); choose one, for "
+            f"example with --split {words[0]}, or take all with --include '*'"
         )
 
 
 def is_split(name: str) -> bool:
-    """Whether a folder's name is nothing but the word for a split."""
+    """Return whether a folder's name is just a word for a split."""
     return name.lower() in _WORDS
 
 
 def named_split(path: str) -> str | None:
-    """train, validation or test, where a path is named so; the name nearest to the file counts."""
+    """Return the split that a path is named after; the name nearest to the file counts."""
     word = _split_of(path, whole=False)
     return None if word is None else _WORDS[word.lower()]
 
 
 def _split_of(path: str, whole: bool) -> str | None:
-    """The word for a split in a path: of the name nearest to the file, there the last one."""
+    """Return the word for a split in a path: the last one in the name nearest to the file."""
     for part in reversed(path.split("/")):
         if whole and not is_split(part):
             continue

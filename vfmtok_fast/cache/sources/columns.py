@@ -1,7 +1,7 @@
-"""Which columns of Parquet files hold the pictures and the labels.
+"""Which columns of Parquet files hold the images and the labels.
 
-What the files say themselves comes first: Hugging Face's `datasets` writes every column's feature
-beside the schema. After that known names. Where two columns could be meant, the user is asked.
+What the files say themselves comes first: Hugging Face's `datasets` stores every column's feature
+with the schema. Known names come next. If two columns could be meant, the error asks the user.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from .base import MAX_LABEL
 
 IMAGE_COLUMNS = tuple("image img picture photo jpg jpeg png webp bytes image_bytes".split())
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
-# Taken where there is none of those.
+# Taken if there is none of those.
 MORE_LABEL_COLUMNS = ("label_id", "class_id", "class_label", "class_index", "target")
-# What an index without a record of a column was made from: the rule before there was a choice.
+# Means the rule used before columns could be chosen, for an index that does not record a column.
 FIRST = ""
 NO_LABELS = "none"
-# Structs of bytes that hold no picture, in files that say nothing about them.
+# Words in the names of byte structs that hold no image, for files that do not describe them.
 _NO_PICTURES = frozenset("audio sound speech voice video wav mp3 flac mp4 pdf".split())
 _FIRST_IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What was found.
+    """The columns that were found.
 
     Args:
-        image: the column of pictures.
+        image: the column of images.
         label: the column of labels, or the key of folders such as label=3; None: no labels.
-        values: the sorted values of such folders; None where the labels are a column.
-        names: of the classes, as a ClassLabel has them; empty if there are none.
-        first: (image, label) by the rule before there was a choice.
+        values: the sorted values of such folders; None if the labels are a column.
+        names: names of the classes, from a ClassLabel; empty if there are none.
+        first: (image, label) by the rule used before columns could be chosen.
     """
 
     image: str
@@ -48,7 +48,7 @@ class Columns:
     first: tuple[str | None, str | None]
 
     def record(self) -> dict[str, str]:
-        """What an index must say of them; nothing where it is what has always been taken."""
+        """Return what an index must say about the columns; empty if the first rule finds them."""
         record = {}
         if self.image != self.first[0]:
             record["image_column"] = self.image
@@ -57,18 +57,18 @@ class Columns:
         return record
 
     def check(self, schema: pa.Schema, path: Path) -> None:
-        """Refuse one of the files that does not fit what was found in the others.
+        """Refuse a file that does not fit what was found in the others.
 
         Raises:
-            ValueError: its columns or the names of its classes are others.
+            ValueError: its columns or the names of its classes differ.
         """
         if not _has(schema, self.image, lambda kind: leaf_of(schema, self.image) is not None):
-            wrong = f"has no pictures in the column {self.image!r}, unlike files before it"
+            wrong = f"has no pictures in the column {self.image!r}, unlike the files before it"
             raise ValueError(f"{path}: {wrong}; leave it out with --exclude; {_listed(schema)}")
         if self.label is None or self.values is not None:
             return
         if not _has(schema, self.label, _is_label):
-            wrong = f"has no class numbers in the column {self.label!r}, unlike files before it"
+            wrong = f"has no class numbers in the column {self.label!r}, unlike the files before it"
             raise ValueError(f"{path}: {wrong}; leave it out with --exclude; {_listed(schema)}")
         names = _class_names(_features(schema), self.label)
         if names and self.names and names != self.names:
@@ -78,14 +78,14 @@ class Columns:
             )
 
     def label_of(self, name: str) -> int | None:
-        """Label of all rows of a file by a folder such as label=3; None if it lies in none."""
+        """Return the label of a file's rows by a folder such as label=3; None if it is in none."""
         value = partitions(name).get(self.label)
         if value is None:
             return None
         return int(value) if self._are_numbers() else self.values.index(value)
 
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes, empty where they are only numbered."""
+        """Return the names of the classes; empty if they are only numbered."""
         return self.names if self.values is None or self._are_numbers() else self.values
 
     def _are_numbers(self) -> bool:
@@ -93,13 +93,13 @@ class Columns:
 
 
 def _has(schema: pa.Schema, name: str, fits: Callable[[pa.DataType], bool]) -> bool:
-    """Whether a column is there and fits; one in which a file holds nothing has no type."""
+    """Return whether a column exists and fits; a column without any value has no type and fits."""
     kind = schema.field(name).type if name in schema.names else None
     return kind is not None and (pa.types.is_null(kind) or fits(kind))
 
 
 def partitions(name: str) -> dict[str, str]:
-    """Keys and values of the folders of a path such as label=3/part-0.parquet."""
+    """Return keys and values of the folders in a path such as label=3/part-0.parquet."""
     pairs = (folder.partition("=") for folder in name.split("/")[:-1])
     return {
         key: value
@@ -115,14 +115,14 @@ def find_columns(
     """Find the columns of an input.
 
     Args:
-        where: the input; what messages start with.
-        schemas: of the files one by one, and whether each has rows; no more than needed are taken.
-        names: of the files, relative to the input.
-        image, label: columns that the user names, NO_LABELS; None: find them; FIRST: as they were
-            taken before there was a choice.
+        where: the input, with which messages start.
+        schemas: schema of each file, and whether it has rows; only as many as needed are taken.
+        names: names of the files, relative to the input.
+        image, label: columns that the user names, or NO_LABELS; None: find them; FIRST: those taken
+            before columns could be chosen.
 
     Raises:
-        ValueError: there are no pictures, two columns could be meant, or a named one will not do.
+        ValueError: there are no images, two columns could be meant, or a named one is unsuitable.
     """
     first, schema = _merged(schemas, {image, label})
     old = first_image(first), first_label(first)
@@ -146,9 +146,9 @@ def find_columns(
 def _merged(
     schemas: Iterable[tuple[pa.Schema, bool]], asked: set[str | None]
 ) -> tuple[pa.Schema, pa.Schema]:  # fmt: skip
-    """The schema of the first file, and that of the first with rows.
+    """Return the schema of the first file, and that of the first file with rows.
 
-    A column in which one file holds nothing has no type there: that is taken from a later file.
+    A column without any value in a file has no type there, so its type comes from a later file.
     """
     first = merged = None
     for schema, has_rows in schemas:
@@ -171,17 +171,17 @@ def _filled(schema: pa.Schema, later: pa.Schema) -> pa.Schema:
 
 
 def _image(where: Path, schema: pa.Schema, asked: str | None) -> str:
-    """The column of pictures."""
+    """Return the column of images."""
     if asked is not None:
         if leaf_of(schema, asked) is None:
             raise ValueError(
-                f"{where}: the column {asked!r} (--image-column) must be there, and hold bytes or "
-                f"a struct with them; {_listed(schema)}"
+                f"{where}: the column {asked!r} (--image-column) must exist, and hold bytes or a "
+                f"struct with them; {_listed(schema)}"
             )
         return asked
     leaves = {name: leaf for name in schema.names if (leaf := leaf_of(schema, name))}
     said = [name for name in leaves if _type(schema, name) == "Image"]
-    # What the files call something else, such as Audio, is none.
+    # A column that the files call something else, such as Audio, is not one of images.
     others = [name for name in leaves if _type(schema, name) in (None, "Value")]
     known = [name for name in others if name.lower() in IMAGE_COLUMNS]
     structs = [name for name in others if "." in leaves[name] and not _is_no_picture(name)]
@@ -195,7 +195,7 @@ def _image(where: Path, schema: pa.Schema, asked: str | None) -> str:
 
 
 def _label(where: Path, schema: pa.Schema, asked: str | None) -> str | None:
-    """The column of labels; None if there is none."""
+    """Return the column of labels; None if there is none."""
     if asked is not None and asked not in schema.names:
         return None
     if asked is not None and _is_label(schema.field(asked).type):
@@ -211,7 +211,7 @@ def _label(where: Path, schema: pa.Schema, asked: str | None) -> str | None:
         empty = pa.types.is_null(column.type)
         if column.name == asked or (column.name.lower() in LABEL_COLUMNS and not empty):
             raise ValueError(
-                f"{where}: column {column.name!r} must hold class numbers, is {column.type}; name "
+                f"{where}: column {column.name!r} must hold class numbers, got {column.type}; name "
                 f"another with --label-column, or take no labels (--label-column {NO_LABELS})"
             )
     return None
@@ -235,7 +235,7 @@ def _listed(schema: pa.Schema) -> str:
 
 
 def leaf_of(schema: pa.Schema, name: str) -> str | None:
-    """The leaf column of a column that can hold pictures."""
+    """Return the leaf column that holds a column's bytes; None if it cannot hold images."""
     if name not in schema.names:
         return None
     kind = schema.field(name).type
@@ -248,7 +248,7 @@ def leaf_of(schema: pa.Schema, name: str) -> str | None:
 def _is_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    # Older versions of pyarrow have no views.
+    # Older versions of pyarrow have no binary views.
     is_view = getattr(pa.types, "is_binary_view", lambda kind: False)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or is_view(kind)
 
@@ -264,7 +264,7 @@ def _is_no_picture(name: str) -> bool:
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:
-    """The features that `datasets` writes beside a schema; empty for other programs' files."""
+    """Return the features that `datasets` stores with a schema; empty for other programs' files."""
     try:
         found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
     except (ValueError, KeyError, TypeError):  # other programs' metadata, or none
@@ -273,13 +273,13 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
 
 
 def _type(schema: pa.Schema, name: str) -> str | None:
-    """What the files say that a column is: "Image", "ClassLabel", "Audio", ...; None: nothing."""
+    """Return what the files say a column is: "Image", "ClassLabel", "Audio", ...; or None."""
     feature = _features(schema).get(name)
     return feature.get("_type") if isinstance(feature, dict) else None
 
 
 def _class_names(features: dict[str, Any], label: str) -> tuple[str, ...]:
-    """Names of a ClassLabel; empty if there are none."""
+    """Return the names of a ClassLabel; empty if there are none."""
     feature = features.get(label)
     names = feature.get("names") if isinstance(feature, dict) else None
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
@@ -288,12 +288,12 @@ def _class_names(features: dict[str, Any], label: str) -> tuple[str, ...]:
 
 
 def first_image(schema: pa.Schema) -> str | None:
-    """The column that was taken before there was a choice; None if there was none."""
+    """Return the image column by the rule used before columns could be chosen, or None."""
     leaves = {name: leaf for name in schema.names if (leaf := leaf_of(schema, name))}
     structs = [name for name, leaf in leaves.items() if "." in leaf]
     return next(iter(structs or [name for name in leaves if name in _FIRST_IMAGES]), None)
 
 
 def first_label(schema: pa.Schema) -> str | None:
-    """The column of labels that was taken before there was a choice; None if there was none."""
+    """Return the label column by the rule used before columns could be chosen, or None."""
     return next((name for name in LABEL_COLUMNS if name in schema.names), None)

@@ -1,4 +1,4 @@
-"""What a folder holds: archives, and of which kind, or pictures."""
+"""What a folder holds: archives, and of which kind, or images."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .folder import EXTENSIONS, identity, names_in, walk
 
 SUFFIXES = {".parquet": "parquet", ".tar": "webdataset"}
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-# A folder of this many names is known by them. Outer folders come first, so that archives anywhere
-# near the top are seen, and a million pictures need not be listed only to see that there are none.
+# This many names are enough to tell a folder's kind. Outer folders come first, so that archives
+# near the top are seen, and a million images need not be listed to see that there are no archives.
 _MOST_NAMES = 50_000
-# Shards, and members of each, that tell what a folder of tars is.
+# Number of shards, and of members in each, that are looked at to tell what a folder of tars holds.
 _SHARDS, _MEMBERS = 8, 64
 
 
 def kind_of_folder(root: Path, choice: Choice) -> str:
-    """What a folder is, by what lies in it.
+    """Return the kind of input that a folder is, by its contents.
 
     Raises:
         ValueError: more than one thing could be meant.
@@ -31,7 +31,7 @@ def kind_of_folder(root: Path, choice: Choice) -> str:
     if (root / "data.mdb").is_file():
         return "lmdb"
     archives, compressed, example = defaultdict(list), [], ""
-    pictures: Counter[str] = Counter()  # by the folder in the root, or "" for the root itself
+    pictures: Counter[str] = Counter()  # by folder in the root, or "" for the root itself
     for path in _look(root, choice):
         suffix = os.path.splitext(path)[1].lower()
         if path.lower().endswith(COMPRESSED):
@@ -53,7 +53,7 @@ def kind_of_folder(root: Path, choice: Choice) -> str:
         return kind
     paths = [path for paths in archives.values() for path in paths]
     if len(pictures.keys() - {""}) > 1 and len(paths) == 1 and "/" not in paths[0]:
-        return "folder"  # class folders, and what they were unpacked from
+        return "folder"  # class folders, and the archive they were unpacked from
     held = [f"{len(paths)} {kind} files ({paths[0]})" for kind, paths in archives.items()]
     kinds = list(archives)
     if pictures:
@@ -66,13 +66,13 @@ def kind_of_folder(root: Path, choice: Choice) -> str:
 
 
 def _look(root: Path, choice: Choice) -> Iterator[str]:
-    """Relative paths of a folder's files, outer folders first, until it is known by them."""
+    """Yield relative paths of a folder's files, outer folders first, up to about `_MOST_NAMES`."""
     seen, known = 0, set()
     folders = deque([("", os.fspath(root))])
     while folders and seen < _MOST_NAMES:
         shown, folder = folders.popleft()
         place = identity(folder)
-        if place is None or place in known:  # gone, or a link back to where we have been
+        if place is None or place in known:  # gone, or a link to a folder seen before
             continue
         known.add(place)
         names, odd = names_in(folder)
@@ -87,7 +87,7 @@ def _look(root: Path, choice: Choice) -> Iterator[str]:
 
 
 def archives_in(root: Path, suffix: str, choice: Choice) -> tuple[str, ...]:
-    """Relative paths of a folder's archives, at any depth, in index order.
+    """Return relative paths of a folder's archives, at any depth, in index order.
 
     Raises:
         ValueError: one of them has a name that is not UTF-8.
@@ -100,18 +100,18 @@ def archives_in(root: Path, suffix: str, choice: Choice) -> tuple[str, ...]:
 
 
 def check_shards(root: Path, names: tuple[str, ...]) -> None:
-    """Refuse a folder of tars that is something else than WebDataset shards.
+    """Refuse a folder of tars that are not WebDataset shards.
 
     Raises:
-        ValueError: the tars hold tars, or pictures and nothing that goes with them.
+        ValueError: the tars hold tars, or images and nothing that goes with them.
     """
     alone = ""
     for name in names[:_SHARDS]:
         suffixes = suffixes_in(root / name)
         if ".tar" in suffixes:
             raise ValueError(
-                f"{root}: holds tar files that are no WebDataset shards ({name} holds tars, as "
-                f"ILSVRC2012 comes); give one of the files itself, as {root / name}"
+                f"{root}: holds tar files that are not WebDataset shards ({name} holds tars, like "
+                f"ILSVRC2012); give one of the files itself, such as {root / name}"
             )
         if suffixes - EXTENSIONS:
             return
@@ -126,7 +126,7 @@ def check_shards(root: Path, names: tuple[str, ...]) -> None:
 
 
 def suffixes_in(path: Path) -> set[str]:
-    """Of a tar's first members; none for a damaged one, which is refused where it is listed."""
+    """Return the suffixes of a tar's first members; none if it is damaged: listing reports that."""
     found = set()
     try:
         with open(path, "rb") as file:

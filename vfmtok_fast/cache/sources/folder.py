@@ -1,12 +1,13 @@
 """A folder of class folders: the layout of torchvision's ImageFolder.
 
 The folders directly under the root are the classes, numbered in sorted order (an empty one keeps
-its number), and a class folder is searched to any depth. Pictures that lie directly in the root
-have no class: label -1. Names that start with a dot are skipped (.DS_Store, ._copies, .git). Links
-are followed, except into a folder that they are already inside of. Order: by relative POSIX path,
-as sorted() orders the strings.
+its number), and a class folder is searched to any depth. Images directly in the root have no class:
+label -1. Names that start with a dot are skipped (.DS_Store, ._copies, .git). Links are followed,
+except into a folder that contains them. Order: by relative POSIX path, as sorted() orders the
+strings.
 
-Nothing here holds more than one folder's names, so that a million pictures index in little memory.
+Only the names in the folders that are open at a time are in memory, so indexing a million images
+takes little of it.
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ _PLAIN = frozenset(
     " .mpo".split()
 )
 EXTENSIONS = _PLAIN | HEIF_SUFFIXES if reads_heif() else _PLAIN
-# Pictures that are not read: passed over, and counted.
+# Images that are not read: they are passed over, and counted.
 UNREADABLE = {
     suffix: f"{suffix} files"
     for suffix in ".jxl .psd .tga .exr .hdr .svg .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf".split()
 }
 UNREADABLE |= {s: f"{s} files ({HOW_TO_READ_HEIF})" for s in HEIF_SUFFIXES - EXTENSIONS}
 
-# What systems and their tools leave in folders and archives: never a class, never a picture.
+# What systems and their tools leave in folders and archives: never a class, never an image.
 _JUNK = frozenset(
     "__macosx|lost+found|@eadir|#recycle|@recycle|$recycle.bin|system volume information|"
     "thumbs.db|desktop.ini|ehthumbs.db|__pycache__".split("|")
 )
 
-# Errors of one file; any other OSError (too many open files, stale network mount) is the machine's
-# and ends the run, because quarantining on it would write it down for ever.
+# Errors of a single file. Any other OSError (too many open files, stale network mount) concerns the
+# machine and ends the run, because quarantining an image for it would make it permanent.
 _ERRORS_OF_A_FILE = frozenset(
     {errno.EACCES, errno.EPERM, errno.ELOOP, errno.EIO, errno.EISDIR, errno.ENAMETOOLONG}
 )
@@ -51,7 +52,7 @@ _ERRORS_OF_A_FILE = frozenset(
 
 @dataclass(frozen=True)
 class FolderSource(Source):
-    """Pictures as files below `root`."""
+    """Images as files below `root`."""
 
     root: Path
     choice: Choice = EVERYTHING
@@ -59,7 +60,7 @@ class FolderSource(Source):
     kind = "folder"
 
     def files(self) -> None:
-        """Each picture is a file; what changed is found picture by picture."""
+        """Return None: each image is a file, and changes are found image by image."""
 
     def entries(self, after: Entry | None = None) -> Iterator[Entry]:
         self.left_out.clear()
@@ -81,8 +82,8 @@ class FolderSource(Source):
         except (FileNotFoundError, NotADirectoryError) as error:
             if not path.parent.is_dir():
                 raise FileNotFoundError(
-                    f"{path.parent}: this folder has gone since it was indexed; "
-                    "bring it back and run again (finished shards are kept)"
+                    f"{path.parent}: this folder has disappeared since it was indexed; "
+                    "restore it and run again (finished shards are kept)"
                 ) from error
             if entry.size == NO_SIZE:
                 raise BadImage(BAD, "a link to a file that does not exist") from error
@@ -94,11 +95,11 @@ class FolderSource(Source):
 
 
 def class_folders(root: Path, choice: Choice = EVERYTHING) -> list[str]:
-    """Names of the class folders under `root`, sorted; a class's label is its place in the list."""
+    """Return the sorted names of the class folders under `root`; a label is a position in it."""
     names, odd = names_in(os.fspath(root))
     folders = sorted(name[:-1] for name in names if name.endswith("/"))
     if choice.record():
-        # One folder at a time: a walk that finds nothing in one would go on through all the others.
+        # One walk per folder: a single walk would go on through all others if one holds nothing.
         inside = ((name, walk(root, choice=choice, listed=([f"{name}/"], odd))) for name in folders)
         return [name for name, found in inside if next(found, None) is not None]
     return folders
@@ -109,26 +110,26 @@ def walk(
     extensions: frozenset[str] = EXTENSIONS, left_out: Counter[str] | None = None,
     listed: tuple[list[str], dict[str, str]] | None = None,
 ) -> Iterator[tuple[str, int]]:  # fmt: skip
-    """List the pictures under `root` in index order.
+    """List the images under `root` in index order.
 
     Args:
         root: an existing folder.
-        after: a relative path; what comes before it is passed over without looking at it.
-        choice: which of them.
-        extensions: of what is listed.
-        left_out: is added what is a picture, but of no such extension.
-        listed: what to walk through of the root, as `names_in` gives it; None: all that it holds.
+        after: a relative path; what comes before it is skipped without being examined.
+        choice: which of the images to list.
+        extensions: extensions of the files to list.
+        left_out: counts images of formats that are not read.
+        listed: which names of the root to walk through, as `names_in` returns them; None: all.
 
     Yields:
-        (relative POSIX path, size in bytes); instead of the size NO_SIZE or NOT_UTF8 where a file
-        cannot be examined or named.
+        (relative POSIX path, size in bytes); instead of the size NO_SIZE or NOT_UTF8 if a file
+        cannot be examined or its name cannot be written.
 
     Raises:
         ValueError: a folder cannot be listed.
     """
     top = os.fspath(root)
     # Per open folder: its names (last first), its path, its shown relative path, and its identity,
-    # which is how a link back into a folder above is noticed.
+    # by which a link back to a folder above is noticed.
     stack = [(listed or names_in(top), top, "", identity(top))]
     while stack:
         (names, odd), folder, shown_folder, _ = stack[-1]
@@ -163,22 +164,22 @@ def walk(
 
 
 def label_of(path: str, numbers: dict[str, int]) -> int:
-    """Number of the class that a relative path lies in; NO_CLASS where it lies in none."""
+    """Return the number of the class that a relative path is in; NO_CLASS if it is in none."""
     folder, slash, _ = path.partition("/")
     return numbers.get(folder, NO_CLASS) if slash else NO_CLASS
 
 
 def is_junk(name: str) -> bool:
-    """Whether a name is hidden, or one that a system made up and no user."""
+    """Return whether a name is hidden, or one that systems create and users do not."""
     return name.startswith(".") or name.lower() in _JUNK
 
 
 def names_in(folder: str) -> tuple[list[str], dict[str, str]]:
-    """The shown names in a folder in reverse order, and the names on disk of those that differ.
+    """Return the shown names in a folder in reverse order, and the names on disk that differ.
 
     A folder's shown name ends with a slash; with it, sorting each folder by itself gives the order
-    of the whole paths ("a-b/x" comes before "a/x"). One string per name: a folder may hold a
-    million.
+    of the whole paths ("a-b/x" comes before "a/x"). There is one string per name, because a folder
+    may hold a million.
     """
     names, odd = [], {}
     try:
@@ -193,7 +194,7 @@ def names_in(folder: str) -> tuple[list[str], dict[str, str]]:
                     odd[name] = entry.name
                 names.append(name)
     except FileNotFoundError:
-        pass  # it vanished while its parent was walked
+        pass  # it disappeared while its parent was walked
     except OSError as error:
         raise ValueError(
             f"{shown(folder).rstrip('/')}: cannot list this folder: {error.strerror}"
@@ -210,15 +211,15 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def shown(name: str) -> str:
-    """The name as text: bytes that are not UTF-8 become \\xNN."""
+    """Return a name as text: bytes that are not UTF-8 become \\xNN."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def check_utf8(path: str | os.PathLike) -> None:
-    """Require a name that can be written down, and handed to the libraries that read archives.
+    """Require a name that can be stored as text, and passed to the libraries that read archives.
 
     Raises:
-        ValueError: it holds bytes that are no text.
+        ValueError: it holds bytes that are not UTF-8.
     """
     text = os.fspath(path)
     if shown(text) != text:
@@ -226,7 +227,7 @@ def check_utf8(path: str | os.PathLike) -> None:
 
 
 def identity(folder: str) -> tuple[int, int] | None:
-    """What tells a folder from every other, however it is reached; None if it has gone."""
+    """Return what identifies a folder however it is reached; None if it is gone."""
     try:
         status = os.stat(folder)
     except OSError:

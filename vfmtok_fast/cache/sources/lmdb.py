@@ -2,9 +2,10 @@
 
     num_samples -> n        "0" ... "n-1" -> pickled {"image": bytes, "label": int}
 
-A pickle is a program; running one from elsewhere means running its author's code. So these are not
-unpickled: `plain_pickle` follows the few instructions that build dicts, strings, bytes and integers
-and refuses any other, and a picture of the database is never copied to look at its label.
+A pickle is a program, so loading one from elsewhere means running its author's code. These pickles
+are therefore not loaded: `plain_pickle` follows the few instructions that build dicts, strings,
+bytes and integers and refuses any other. An image in the database is never copied to look at its
+label.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ _VALUES = frozenset(
     "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BININT BININT1"
     " BININT2 LONG1".split()
 )
-# Copied only above this many bytes would be wasteful; below, pickletools wants real bytes.
+# Values up to this many bytes are copied: pickletools needs real bytes there. Longer ones are not.
 _SMALL = 4096
-# A record holds one picture: a dict, two keys, two values. More instructions are something else.
+# A record holds one image: a dict, two keys, two values. More instructions are something else.
 _MAX_STEPS = 1000
 
 
 class NotPlain(ValueError):
-    """A pickle that holds anything but dicts, strings, bytes and integers, or is damaged."""
+    """A pickle that is damaged, or holds anything but dicts, strings, bytes and integers."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ _OPENING = threading.Lock()
 
 @functools.lru_cache(maxsize=16)
 def _environment(root: Path, inode: int) -> Any:
-    """Open a database; the library allows each only once in a process, so it stays open."""
+    """Open a database; the library allows each only once per process, so it stays open."""
     try:
         import lmdb
     except ImportError as error:
@@ -103,7 +104,7 @@ def _environment(root: Path, inode: int) -> Any:
         found = lmdb.open(str(root), subdir=root.is_dir(), readonly=True, lock=False, create=False)
     except lmdb.Error as error:
         raise ValueError(f"{root}: cannot be read as LMDB: {error}") from error
-    # It is mapped: what lies behind the end of a file that was cut short would end the process.
+    # It is memory-mapped: reading beyond the end of a file that was cut short ends the process.
     size = (root / "data.mdb" if root.is_dir() else root).stat().st_size
     needed = (found.info()["last_pgno"] + 1) * found.stat()["psize"]
     if size < needed:
@@ -113,7 +114,7 @@ def _environment(root: Path, inode: int) -> Any:
 
 
 def _look(record: memoryview | None) -> tuple[int, int]:
-    """(size in bytes or why there is none, label) of a record."""
+    """Return (size in bytes or why there is none, label) of a record."""
     try:
         content = plain_pickle(record)
         image, label = content["image"], content["label"]
@@ -127,7 +128,7 @@ def _look(record: memoryview | None) -> tuple[int, int]:
 
 
 def plain_pickle(data: bytes | memoryview) -> Any:
-    """What a pickle of dicts, strings, bytes and integers holds; nothing is imported or called.
+    """Return what a pickle of dicts, strings, bytes and integers holds; imports and calls nothing.
 
     Args:
         data: a pickle of protocol 3 or newer (older ones have no bytes).
@@ -174,7 +175,7 @@ def plain_pickle(data: bytes | memoryview) -> Any:
 
 
 class _Reader:
-    """A buffer as the file that pickletools reads, without copying what is long."""
+    """A buffer as the file that pickletools reads; long parts are not copied."""
 
     def __init__(self, data: bytes | memoryview) -> None:
         self._data, self._at = memoryview(data), 0

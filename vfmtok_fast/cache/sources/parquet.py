@@ -1,10 +1,10 @@
-"""Parquet files with the pictures' bytes in them, as the Hugging Face hub keeps image data sets.
+"""Parquet files that contain the images' bytes, as on the Hugging Face hub.
 
     image: struct<bytes: binary, path: string>  (or plain binary)      label: integer
 
-Files are taken in the order of their names; which columns, `columns` finds out. To index, only the
-labels are read, so the size of a picture is not known before it is read; what changed is seen by
-the sizes of the files.
+Files are taken in the order of their names; `columns` finds the columns. Indexing reads only the
+labels, so the size of an image is not known before it is read; changes are noticed by the sizes of
+the files.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from .base import (
 from .choice import EVERYTHING, Choice
 from .columns import Columns, leaf_of
 
-# Rows that are read together, and how many are kept: decoding threads ask for rows in nearly
+# Rows that are read together, and rows that are kept: decoding threads ask for rows in nearly
 # ascending order. 128 photos are some 15 MB.
 _BATCH = 16
 _KEPT = 128
-# Rows of a block at most, where row groups are larger.
+# Most rows in a block, if row groups are larger.
 _MOST = 1000
 
-# Read in pieces, not mapped: a file that shrinks under its reader would end the process.
+# Read in pieces, not memory-mapped: a mapped file that shrinks while read ends the process.
 _READ = {"memory_map": False, "buffer_size": 1 << 20, "pre_buffer": False}
 
 
@@ -65,18 +65,18 @@ class ParquetSource(Source):
     _rows: OrderedDict[tuple[str, int], bytes | None] = field(
         default_factory=OrderedDict, repr=False
     )
-    # The walk through one file: its name, the row that comes next, the batches to come.
+    # The position in the file being read: its name, the next row, the remaining batches.
     _walk: tuple[str, int, Iterator[pa.RecordBatch]] | None = field(default=None, repr=False)
     _block: int = field(default=1, repr=False)
     _kept: int = field(default=_KEPT, repr=False)
 
     def __reduce__(self) -> tuple:
-        # Locks and open files do not travel.
+        # Locks and open files cannot be pickled.
         return type(self), (self.root, self.names, self.columns, self.choice)
 
     @property
     def chosen(self) -> dict[str, Any]:
-        """What of the files is taken, where that is not plain."""
+        """What was taken from the files, as far as it is not the default."""
         return {**self.choice.record(), **self.columns.record()}
 
     def files(self) -> dict[str, int]:
@@ -108,7 +108,7 @@ class ParquetSource(Source):
             yield from table.column(0).to_pylist()
 
     def classes(self, highest: int) -> list[str]:
-        """The names that Hugging Face's `datasets` writes beside a ClassLabel, or numbers."""
+        """Return the names of a ClassLabel or of folders such as label=cat, or numbers."""
         names = self.columns.class_names()
         return list(names) if len(names) > highest else super().classes(highest)
 
@@ -125,7 +125,7 @@ class ParquetSource(Source):
         return data
 
     def read_blocks(self, kept: int) -> int:
-        """Read rows with all of their block from now on: for who jumps among a few blocks.
+        """From now on, read whole blocks of rows, for access that jumps among a few blocks.
 
         Args:
             kept: rows that stay in memory.
@@ -139,7 +139,7 @@ class ParquetSource(Source):
         return self._block
 
     def _load(self, name: str, row: int) -> None:
-        """Walk on to a row, or start anew where the walk is past it or far before it."""
+        """Read on to a row, or start again if the position is past it or far before it."""
         path, last = self.root / name, (row // self._block + 1) * self._block - 1
         try:
             file, next_row, _ = self._walk or ("", 0, None)
@@ -162,7 +162,7 @@ class ParquetSource(Source):
 
 
 def _walk_from(path: Path, row: int, column: str) -> tuple[int, Iterator[pa.RecordBatch]]:
-    """The row group that a row lies in: its first row, and batches from there to the file's end."""
+    """Return the first row of the row group that holds a row, and batches from there to the end."""
     file = pq.ParquetFile(path, **_READ)
     first = 0
     for group in range(file.num_row_groups):
@@ -178,7 +178,7 @@ def _walk_from(path: Path, row: int, column: str) -> tuple[int, Iterator[pa.Reco
 def _batches(file: pq.ParquetFile, first: int, column: str) -> Iterator[pa.RecordBatch]:
     groups = range(first, file.num_row_groups)
     with file:
-        # One thread: the decoding of pictures is what the cores are for.
+        # One thread: the cores are needed to decode images.
         yield from file.iter_batches(_BATCH, groups, columns=[column], use_threads=False)
 
 
@@ -189,7 +189,7 @@ def _bytes_of(column: pa.Array) -> list[bytes | None]:
 
 
 def schemas(root: Path, names: Sequence[str]) -> Iterator[tuple[pa.Schema, bool]]:
-    """The schema of each file in turn, and whether it has rows."""
+    """Yield the schema of each file, and whether it has rows."""
     for name in names:
         with _opened(root / name) as file:
             yield file.schema_arrow, file.metadata.num_rows > 0

@@ -1,9 +1,9 @@
-"""A tar of pictures, read in place: ILSVRC2012_img_train.tar as downloaded, or class folders.
+"""A tar of images, read in place: ILSVRC2012_img_train.tar as downloaded, or class folders.
 
-Inner tars are classes, named after the tar ("n01440764.tar" holds class n01440764), and their
-pictures are indexed as if they had been unpacked: in the order of sorted paths, so that this input
-and the unpacked folder give the same shards. Pictures outside of inner tars belong to the folder
-that they lie in, and follow in the order of the archive; folders around all classes ("train/" in
+Inner tars are classes, named after the tar ("n01440764.tar" holds class n01440764). Their images
+are indexed as if they had been unpacked, in the order of sorted paths, so that this input and the
+unpacked folder give the same shards. Images outside inner tars belong to the folder that they are
+in, and follow in the order of the archive. Folders around all classes ("train/" in
 "train/n01440764/x.JPEG") are left out of the paths.
 """
 
@@ -28,7 +28,7 @@ _Inner = tuple[str, int, int, str]
 
 @dataclass(frozen=True)
 class TarSource(Source):
-    """Pictures inside the tar file `path`."""
+    """Images inside the tar file `path`."""
 
     path: Path
     choice: Choice = EVERYTHING
@@ -37,7 +37,7 @@ class TarSource(Source):
 
     @property
     def root(self) -> Path:
-        """The tar file; what messages name."""
+        """The tar file, which messages name."""
         return self.path
 
     def files(self) -> dict[str, int]:
@@ -47,7 +47,7 @@ class TarSource(Source):
         return behind(self._entries(after), after)
 
     def _entries(self, after: Entry | None) -> Iterator[Entry]:
-        """All pictures, but none of the inner tars before the one that a picture lies in."""
+        """Yield all images, except those of inner tars before the one that `after` is in."""
         self.left_out.clear()
         inner, classes, around = self._contents()
         numbers = {name: number for number, name in enumerate(classes)}
@@ -63,7 +63,7 @@ class TarSource(Source):
                 yield from sorted(found)
             takes = self.choice.takes
             for path, size, offset in pictures(file, self.path, 0, None, self.left_out, takes):
-                # A name that leads out of the archive is in no folder of it.
+                # A name that leads out of the archive is in none of its folders.
                 if size == UNSAFE or path.startswith(around):
                     path = path.removeprefix(around)
                     yield Entry(path, size, label_of(path, numbers), name, offset)
@@ -71,7 +71,7 @@ class TarSource(Source):
     def _inside(
         self, file: BinaryIO, inner: _Inner, left_out: Counter[str]
     ) -> Iterator[tuple[str, int, int]]:
-        """The chosen pictures of an inner tar; a class may be named as its tar or folder is."""
+        """Yield the chosen images of an inner tar; patterns name it with or without .tar."""
         _, start, end, tar = inner
         names = tar, os.path.splitext(tar)[0]
         return pictures(
@@ -86,10 +86,11 @@ class TarSource(Source):
         return read_member(self.path.parent, entry)
 
     def _contents(self) -> tuple[list[_Inner], list[str], str]:
-        """The inner tars; the classes; the path around them.
+        """Return the inner tars, the classes, and the path around the classes.
 
-        Both are sorted. A folder counts if there is a picture below it, and where the user chose,
-        an inner tar if one in it is chosen. The path around ends with a slash, or is nothing.
+        Tars and classes are sorted. A folder counts if there is an image below it. If the user made
+        a choice, an inner tar counts only if an image in it is chosen. The path around them ends
+        with a slash, or is empty.
         """
         inner, folders = [], set()
         with open(self.path, "rb") as file:
@@ -126,14 +127,14 @@ def _folder_of(path: str) -> str:
 
 
 def _tops(folders: set[str], around: str) -> set[str]:
-    """The folders right inside of the path around all; "" where it is one of them itself."""
+    """Return the folders directly inside the path around all; "" if it is one of them itself."""
     return {f"{folder}/".removeprefix(around).partition("/")[0] for folder in folders}
 
 
 def _split_in(folders: set[str], choice: Choice) -> str:
-    """The path of the folder that --split means among those that hold anything named so.
+    """Return the path of the folder that --split means, among folders of chosen images.
 
-    It ends with a slash, or is nothing.
+    It ends with a slash, or is empty.
     """
     around = _around(folders)
     tops = _tops(folders, around)
@@ -144,7 +145,7 @@ def _split_in(folders: set[str], choice: Choice) -> str:
 
 
 def _around(folders: set[str]) -> str:
-    """The path that all folders of pictures share, short of a folder that holds pictures itself."""
+    """Return the path that all folders of images share, above any that holds images itself."""
     if not folders:
         return ""
     common = os.path.commonpath(folders) if all(folders) else ""
@@ -157,10 +158,10 @@ def pictures(
     file: BinaryIO, path: Path, start: int, end: int | None, left_out: Counter[str],
     takes: Callable[[str], bool],
 ) -> Iterator[tuple[str, int, int]]:  # fmt: skip
-    """(path, size, offset of the data) of the pictures in a tar, in its order; as `members`.
+    """Yield (path, size, offset of the data) of a tar's images, in its order; as `members`.
 
     Args:
-        left_out: is added what is a picture that is not read.
+        left_out: counts images that are not read.
         takes: whether a path is chosen.
     """
     for member, size, offset in places(file, path, start, end):

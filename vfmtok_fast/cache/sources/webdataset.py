@@ -1,12 +1,12 @@
-"""WebDataset shards: .tar files in which neighbouring members of one key make a sample.
+"""WebDataset shards: .tar files in which consecutive members with the same key form a sample.
 
-    000017.jpg  000017.cls      picture and class number of the sample 000017
+    000017.jpg  000017.cls      image and class number of the sample 000017
 
-Shards are taken in the order of their names, samples in the order of the shard. Only headers and
-`.cls` members are read to index. A sample without a picture is left out, one without `.cls` has no
-class. The key ends at the first dot of a name and the rest is the extension, so that `a.v2.jpg` is
-the picture `v2.jpg` of the sample `a`; such a one counts where the sample has no plain picture. Of
-several the first counts. What is passed over is counted.
+Shards are taken in the order of their names, samples in the order of the shard. Indexing reads only
+headers and `.cls` members. A sample without an image is left out, and one without `.cls` has no
+class. The key ends at the first dot of a name and the rest is the extension, so `a.v2.jpg` is the
+image `v2.jpg` of the sample `a`; such an image counts only if the sample has no plain one. If there
+are several, the first one counts. What is passed over is counted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .base import BAD_LABEL, NO_CLASS, Entry, Source, behind, check_label, files
 from .choice import EVERYTHING, Choice
 from .folder import EXTENSIONS, UNREADABLE, shown
 
-# A class number takes a few digits; more than this is something else.
+# A class number takes a few digits; a longer member is something else.
 _MAX_CLS = 64
 
 
@@ -68,7 +68,7 @@ class WebDatasetSource(Source):
         labels = [part[3] for part in parts if part[0] == ".cls"]
         label = labels[0] if labels else NO_CLASS
         if label is None:
-            # Only a picture that could be read is given up for its label.
+            # Only an image that could be read is rejected for its label.
             size, label = (BAD_LABEL if size >= 0 else size), NO_CLASS
         return Entry(f"{name}/{key}{extension}", size, label, name, offset)
 
@@ -81,7 +81,7 @@ _Part = tuple[str, int, int, int | None]
 
 
 def _parts(file: BinaryIO, path: Path) -> Iterator[tuple[str, str, int, int, int | None]]:
-    """(key, then a _Part) of every member; the key ends at the first dot of the file's name."""
+    """Yield (key, then a _Part) of every member; the key ends at the file name's first dot."""
     for member, size, offset in places(file, path):
         name = shown(member.name)
         if is_hidden(name.removeprefix("./")):
@@ -96,7 +96,7 @@ def _parts(file: BinaryIO, path: Path) -> Iterator[tuple[str, str, int, int, int
 
 
 def _label(file: BinaryIO, offset: int, size: int) -> int | None:
-    # The archive is being walked: it seeks before each header, so this may move the file.
+    # The archive is being listed, which seeks before each header, so this may move the position.
     file.seek(offset)
     try:
         return check_label(int(file.read(min(size, _MAX_CLS))))

@@ -1,6 +1,6 @@
-"""Where a cache lies: a local folder, or a URL of an object store that fsspec reaches.
+"""Where a cache is stored: a local folder, or a URL of an object store that fsspec reaches.
 
-A cache has the same files in both, and may be copied from one to the other with any tool.
+A cache has the same files in both, and any tool may copy it from one to the other.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ __all__ = ["CacheWriteError", "LocalPlace", "Place", "StoreError", "Tensors", "U
 
 
 class Place(Protocol):
-    """A file or folder of a cache. What writes raises CacheWriteError, and leaves no half file.
+    """A file or folder of a cache. Methods that write raise CacheWriteError and leave no half file.
 
-    What only a disk has (is_dir, sweep, remove_folder), a `LocalPlace` has besides.
+    `LocalPlace` also has what only a disk can do (is_dir, sweep, remove_folder).
     """
 
-    # Whether it is in a store: nothing is there to be mapped or renamed, and what a writer leaves
-    # that dies may be a torn file under its own name.
+    # Whether it is in a store: nothing there can be mapped or renamed, and a writer that dies may
+    # leave a torn file under its final name.
     remote: ClassVar[bool]
     name: str
 
@@ -38,46 +38,46 @@ class Place(Protocol):
     def exists(self) -> bool: ...
 
     def read_bytes(self) -> bytes:
-        """A file's bytes; FileNotFoundError where there is none."""
+        """Return a file's bytes; FileNotFoundError if there is none."""
 
     def size(self) -> int:
-        """Bytes of a file; FileNotFoundError where there is none."""
+        """Return a file's size in bytes; FileNotFoundError if there is none."""
 
     def read_range(self, start: int, end: int) -> bytes:
-        """Some of a file's bytes, fewer where it ends before."""
+        """Return a range of a file's bytes; fewer if the file ends earlier."""
 
     def open_bytes(self) -> BinaryIO:
-        """Open for reading; FileNotFoundError where there is none."""
+        """Open a file for reading; FileNotFoundError if there is none."""
 
     def names(self) -> list[str]:
-        """Names of what lies in a folder; none where it is missing."""
+        """Return the names in a folder; an empty list if the folder is missing."""
 
     def writing(self) -> AbstractContextManager[BinaryIO]:
-        """A file to write that takes its name only when the block ends well."""
+        """Open a file for writing that takes its name only if the block ends without an error."""
 
     def put(self, data: bytes) -> None:
-        """Write a file whole or not at all."""
+        """Write a file, whole or not at all."""
 
     def take_over(self, source: Self) -> None:
-        """Become what ``source`` is, which goes; nothing if it has gone. May be done again."""
+        """Move ``source`` here; do nothing if it is gone. May be repeated."""
 
     def remove(self) -> None:
-        """Remove a file if it is there, for good (also after a power cut)."""
+        """Remove a file if it exists, durably (also after a power cut)."""
 
     def make_folder(self) -> None:
         """Create a folder and its parents if they are missing; a store has no folders."""
 
     def spread(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-        """`map`, in order; of a store with many requests under way."""
+        """`map`, in order; for a store, with many requests at once."""
 
 
 def place(out: str | os.PathLike | Place) -> Place:
-    """A local path, or for a URL with a protocol (s3://, gs://, memory://, ...) one in a store.
+    """Return a local path or, for a URL (s3://, gs://, memory://, ...), a path in a store.
 
-    A local path is made absolute: a program may change its folder, as Hydra does.
+    A local path is made absolute: a program may change its working directory, as Hydra does.
 
     Raises:
-        ValueError: the protocol is unknown, or what reads it is not installed.
+        ValueError: the protocol is unknown, or the package that reads it is not installed.
     """
     if isinstance(out, UrlPlace | LocalPlace):
         return out
@@ -85,7 +85,7 @@ def place(out: str | os.PathLike | Place) -> Place:
     if not mark:
         if re.match(r"[a-z][a-z0-9+.-]+:/(?!/)", os.fspath(out)):  # what Path makes of s3://
             raise ValueError(
-                f"{out}: give a URL as a string; pathlib.Path takes one of its slashes"
+                f"{out}: give a URL as a string; pathlib.Path removes one of its slashes"
             )
         if not os.fspath(out):
             raise ValueError("an empty path: name a folder, or . for the current one")

@@ -1,9 +1,9 @@
-"""Files on a disk that are there whole or not at all.
+"""Files on a disk that exist whole or not at all.
 
-A file is written under a temporary name beside its place, flushed to the disk, and renamed. A
-reader never sees half a file, and a process may die at any moment: what it leaves behind is a
-`*.tmp-<machine>-<pid>-<random>` that a later run sweeps away. Process ids count within a PID
-namespace, so a machine's name here is that of the host and of the namespace.
+A file is written under a temporary name next to its final one, flushed to the disk, and renamed. A
+reader never sees half a file, and a process may die at any moment: it leaves behind a
+`*.tmp-<machine>-<pid>-<random>` that a later run removes. Process ids are unique only within a PID
+namespace, so <machine> names both the host and the namespace.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from typing import BinaryIO
 
 from .errors import writes
 
-# A temporary file of another machine is taken for abandoned after this many seconds. Writing one
-# takes seconds; a day leaves room for clocks that disagree and for stalled network disks.
+# A temporary file counts as abandoned after this many seconds, also if another machine wrote it.
+# Writing one takes seconds; a day allows for clocks that disagree and for stalled network disks.
 FOREIGN_TMP_SECONDS = 24 * 3600
 
-# Bytes of a file's name.
+# Longest file name, in bytes.
 LONGEST_NAME = 255
 
-# The random part is younger than the rest: files of older versions have none.
+# The random part is optional because older versions did not write it.
 _TMP_NAME = re.compile(r"\.tmp-(?P<machine>[^/]+?)-(?P<pid>\d+)(-[0-9a-f]{8})?$")
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside ``path`` that nobody else writes under, be it a thread of this process."""
+    """Return a name next to ``path`` that no other process or thread writes under."""
     unique = f".tmp-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
     stem = os.fsencode(path.name)[: max(0, LONGEST_NAME - len(unique))].decode(errors="ignore")
     return path.with_name(stem + unique)
@@ -41,14 +41,14 @@ def temporary_name(path: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes its name only when the block ends well.
+    """Open a file for writing that takes its name only if the block ends without an error.
 
     Args:
-        path: where the file shall be; its folder must exist.
+        path: the file's final path; its folder must exist.
 
     Raises:
-        CacheWriteError: the file could not be written. Nothing is left behind, and whatever had
-            the name before is still there.
+        CacheWriteError: the file could not be written. Nothing is left behind, and an earlier file
+            of that name is still there.
     """
     temporary = temporary_name(path)
     try:
@@ -60,13 +60,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             os.replace(temporary, path)
             sync_folder(path.parent)
     finally:
-        # Also after Ctrl-C. Where even this fails, the next run's sweep does it.
+        # Also after Ctrl-C. If this fails too, the next run's sweep removes the file.
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names to the disk, so that a rename survives a power cut."""
+    """Flush a folder's entries to the disk, so that a rename survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -79,21 +79,21 @@ def sync_folder(folder: Path) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file name is one that `atomic_file` writes under."""
+    """Return whether a file name is one that `atomic_file` writes under."""
     return _TMP_NAME.search(name) is not None
 
 
 def sweep(folder: Path) -> int:
-    """Remove the temporary files of processes that are gone; leave those of living ones alone.
+    """Remove temporary files whose writers are gone; leave those of running ones alone.
 
-    On this machine a writer is gone when its process id is; on another one, when its file has not
-    been touched for a day.
+    A writer on this machine is gone if its process id is. A file that has not been modified for a
+    day counts as abandoned on any machine.
 
     Args:
         folder: the folder to look in (not below it); it may be missing.
 
     Returns:
-        How many files were removed.
+        The number of files removed.
     """
     if not folder.is_dir():
         return 0
@@ -102,7 +102,7 @@ def sweep(folder: Path) -> int:
         match = _TMP_NAME.search(entry.name)
         if match is None or not entry.is_file(follow_symlinks=False):
             continue
-        with contextlib.suppress(OSError):  # its own writer or another sweep was faster
+        with contextlib.suppress(OSError):  # its writer or another sweep was faster
             age = time.time() - entry.stat(follow_symlinks=False).st_mtime
             here = match["machine"] == _machine()
             if (here and not _alive(int(match["pid"]))) or age > FOREIGN_TMP_SECONDS:
@@ -114,7 +114,7 @@ def sweep(folder: Path) -> int:
 def _machine() -> str:
     try:
         namespace = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:  # no Linux: a host is one namespace
+    except OSError:  # not Linux: the host is one namespace
         return socket.gethostname()
     return f"{socket.gethostname()}.{namespace}"
 

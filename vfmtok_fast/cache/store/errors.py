@@ -1,4 +1,4 @@
-"""What goes wrong where a cache is written or read."""
+"""Errors of reading and writing a cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ADVICE = {
 
 
 class StoreError(OSError):
-    """A store did not do what was asked: not reachable, no permission, no such bucket, ..."""
+    """A store failed: not reachable, no permission, no such bucket, ..."""
 
     def __init__(self, url: str, error: Exception) -> None:
         super().__init__(f"{url}: {one_line(error)}")
@@ -45,13 +45,13 @@ class CacheWriteError(OSError):
         self._made_of = str(path), error
 
     def __reduce__(self) -> tuple:
-        # As it would be by itself, it could not be sent from one process to another.
+        # By default it would be rebuilt from its message alone, which fails in another process.
         return type(self), self._made_of
 
 
 @contextlib.contextmanager
 def writes(path: str | os.PathLike) -> Iterator[None]:
-    """An OSError in the block is a CacheWriteError of the path."""
+    """Turn an OSError in the block into a CacheWriteError of the path."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A cache on a disk."""
+"""A cache on a local disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .errors import writes
 
 
 class LocalPlace(type(Path())):
-    """A path that does what a cache needs; see `Place`."""
+    """A path with the operations that a cache needs; see `Place`."""
 
     remote: ClassVar[bool] = False
 

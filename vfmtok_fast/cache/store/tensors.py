@@ -1,4 +1,4 @@
-"""Reading a safetensors file in parts."""
+"""Read a safetensors file in parts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-# First bytes of a shard to fetch: its header takes 700 or so, and a round trip costs more.
+# Bytes of a shard to fetch first: its header takes 700 or so, and a second round trip costs more.
 HEAD = 4096
-# A header longer than this is no header of ours.
+# A longer header is not one of ours.
 MAX_HEADER = 1 << 20
 
 _DTYPES = {"U8": np.uint8, "U16": np.uint16, "I32": np.int32, "I64": np.int64}
@@ -25,16 +25,16 @@ class _Bytes(bytes):
 
 
 class Tensors:
-    """A safetensors file of which only what is asked for is read; nothing is mapped.
+    """A safetensors file that is read only as far as needed, and never memory-mapped.
 
-    A mapped file that shrinks under its reader ends the process with SIGBUS. Read, it is an error
-    of one line.
+    If a mapped file shrinks while it is read, SIGBUS ends the process. With plain reads this is an
+    error of one line.
 
     Args:
         file: a `Place`, or the bytes of one.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: the file is missing.
         ValueError: it is cut short, or not such a file.
     """
 
@@ -55,7 +55,7 @@ class Tensors:
         except (AttributeError, LookupError, TypeError) as error:
             raise ValueError("no safetensors header") from error
         if not known or any(entry["dtype"] not in _DTYPES for entry in self.header.values()):
-            raise ValueError("holds other types than a shard does")
+            raise ValueError("holds dtypes that a shard does not have")
         if max(ends, default=self.start) != size:
             raise ValueError(f"holds {size} bytes instead of {max(ends, default=self.start)}")
 

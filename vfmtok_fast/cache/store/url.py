@@ -1,11 +1,11 @@
 """A cache in an object store.
 
-A store has no rename, so nothing is written under another name first: an object is put under its
-own name, in one piece, and that put is the commit. On S3, GCS and their like a put shows whole or
-not at all. Where it does not, a torn object is noticed and put again: a shard's header, which comes
-first, says how long the shard is; `manifest.json` is put after the index, whose checksum it holds,
-and a shard after its quarantine list, whose checksum it holds; `COMPLETE.json` comes last and holds
-a checksum of all headers.
+A store has no rename, so nothing is written under a temporary name first: an object is put under
+its final name in one piece, and that put is the commit. On S3, GCS and similar stores a put becomes
+visible whole or not at all. On other stores, a torn object is noticed and put again: a shard's
+header, which comes first, says how long the shard is; `manifest.json` is put after the index and
+holds its checksum; a shard is put after its quarantine list and holds its checksum; `COMPLETE.json`
+comes last and holds a checksum of all headers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, ClassVar
 from ...errors import one_line
 from .errors import StoreError, writes
 
-# Requests under way at a time where one answer does not wait for another.
+# Requests sent at once, where none depends on the answer to another.
 REQUESTS = 16
 
 
@@ -29,8 +29,8 @@ class UrlPlace:
     """An object or folder in a store; see `Place`.
 
     Args:
-        url: with protocol, without a slash at the end. Keys, regions and endpoints are those of
-            fsspec's configuration and of the store's own environment variables.
+        url: with its protocol, without a trailing slash. Keys, regions and endpoints come from
+            fsspec's configuration and the store's own environment variables.
     """
 
     url: str
@@ -74,7 +74,7 @@ class UrlPlace:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[BinaryIO]:
-        """A local file that is put into the store only when the block ends well."""
+        """Yield a local file that is put into the store only if the block ends without an error."""
         with writes(self), tempfile.NamedTemporaryFile(prefix="vfmtok-") as file:
             yield file
             file.flush()
@@ -97,7 +97,7 @@ class UrlPlace:
             self._ask(lambda files, key: files.rm_file(key))
 
     def make_folder(self) -> None:
-        """A store has no folders."""
+        """Do nothing: a store has no folders."""
 
     def spread(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         with ThreadPoolExecutor(REQUESTS, thread_name_prefix="vfmtok-store") as pool:
@@ -110,23 +110,23 @@ class UrlPlace:
         except FileNotFoundError as error:
             if puts:  # no such bucket
                 raise StoreError(self.url, error) from error
-            raise FileNotFoundError(f"{self.url}: not there") from error
+            raise FileNotFoundError(f"{self.url}: does not exist") from error
         except Exception as error:
-            # Each store has errors of its own; not all of them are OSErrors.
+            # Each store raises its own errors; not all of them are OSErrors.
             raise StoreError(self.url, error) from error
 
 
 def files_of(url: str) -> tuple[Any, str]:
-    """The file system that fsspec has for a URL (or ValueError), and the URL as that wants it."""
+    """Return fsspec's file system for a URL, or raise ValueError; and the URL as it expects it."""
     import fsspec
 
     protocol = url.partition("://")[0]
     try:
-        # Others write too: what was listed a moment ago says nothing.
+        # Other processes write too, so a listing from a moment ago may be out of date.
         files = fsspec.filesystem(protocol, use_listings_cache=False)
     except ImportError as error:
         raise ValueError(
-            f"{url}: {one_line(error)}; pip install 'vfmtok-fast[cloud]' brings S3 and GCS"
+            f"{url}: {one_line(error)}; pip install 'vfmtok-fast[cloud]' adds S3 and GCS"
         ) from error
     except ValueError as error:
         raise ValueError(f"{url}: {one_line(error)}") from error
