@@ -54,7 +54,8 @@ class ReleaseTokenizer:
 
 def block(part: nn.Module, x: Tensor) -> Tensor:
     h = part.conv1(F.silu(part.norm1(x)))
-    return part.shortcut(x) + part.conv2(F.silu(part.norm2(h)))
+    shortcut = x if part.shortcut is None else part.shortcut(x)
+    return shortcut + part.conv2(F.silu(part.norm2(h)))
 
 
 def attend(part: nn.Module, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .. import ops
-from ..functional import is_unhooked, through
+from ..functional import through
 from .attention import attend
 from .config import VFMTokConfig
 from .layers import Conv, GroupNorm, are_plain, norm_silu, upsampled, weights
@@ -20,20 +20,20 @@ class ResidualBlock(nn.Module):
         self.conv1 = Conv(channels_in, channels_out, 3)
         self.norm2 = GroupNorm(channels_out)
         self.conv2 = Conv(channels_out, channels_out, 3)
-        self.shortcut = nn.Identity()
+        self.shortcut = None
         if channels_in != channels_out:
             self.shortcut = Conv(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = (self.norm1, self.conv1, self.norm2, self.conv2)
-        narrow = type(self.shortcut) is nn.Identity and is_unhooked(self.shortcut)
-        if not are_plain(*layers, *(() if narrow else (self.shortcut,))):
-            h = self.conv2(norm_silu(self.conv1(norm_silu(x, self.norm1)), self.norm2))
-            return self.shortcut(x) + h
-        return ops.residual_block(
-            x, *map(weights, layers), None if narrow else weights(self.shortcut),
-            num_groups=self.norm1.num_groups, eps=self.norm1.eps,
-        )  # fmt: skip
+        layers = [self.norm1, self.conv1, self.norm2, self.conv2]
+        layers += [] if self.shortcut is None else [self.shortcut]
+        if are_plain(*layers):
+            norm = self.norm1
+            return ops.residual_block(
+                x, *map(weights, layers), num_groups=norm.num_groups, eps=norm.eps
+            )
+        h = self.conv2(norm_silu(self.conv1(norm_silu(x, self.norm1)), self.norm2))
+        return h + (x if self.shortcut is None else self.shortcut(x))
 
 
 class SpatialAttention(nn.Module):
