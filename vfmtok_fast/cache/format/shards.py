@@ -171,6 +171,9 @@ def read_quarantine(out: Place, number: int) -> tuple[list[dict[str, Any]], str]
         data = b""
     try:
         entries = [json.loads(line) for line in data.splitlines()]
+        for entry in entries:
+            if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+                raise ValueError("each line must be an object with a path")
     except ValueError as error:
         raise ValueError(f"{path}: damaged ({one_line(error)})") from error
     return entries, hashlib.sha256(data).hexdigest()
