@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -22,8 +22,9 @@ class TokenCacheDataset(torch.utils.data.Dataset):
     """The readable pictures of a cache as (tokens, label), for `torch.utils.data.DataLoader`.
 
     Tokens are read on demand: memory is a few bytes per picture. Can be sent to worker processes.
-    `set_epoch` reaches them too, also those that live on (`persistent_workers=True`); a copy has an
-    epoch of its own, which begins as this one's.
+    `set_epoch` reaches them too, also those that live on (`persistent_workers=True`), and any other
+    process that torch.multiprocessing sends this to. A copy, by `copy` or pickle, has an epoch of
+    its own, which begins as this one's.
 
     Args:
         out: the cache's folder.
@@ -56,10 +57,16 @@ class TokenCacheDataset(torch.utils.data.Dataset):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        # torch shares memory with the workers that it starts itself. Any other copy, by pickle or
+        # torch shares memory with the processes that it starts itself. Any other copy, by pickle or
         # deepcopy, has an epoch of its own, which its workers must see.
         if not self._epoch.is_shared():
             self._epoch = self._epoch.clone().share_memory_()
+
+    def __copy__(self) -> Self:
+        # copy.copy would hand over the tensor itself.
+        other = type(self).__new__(type(self))
+        other.__dict__ |= {**self.__dict__, "_epoch": self._epoch.clone().share_memory_()}
+        return other
 
     @property
     def epoch(self) -> int:
