@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .errors import first_line
+from .temporary import sweep, temporary_name
 
 # Fields that transformers writes into config.json beside a model's own.
 TRANSFORMERS_FIELDS = frozenset(
@@ -83,21 +84,23 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         folder = Path(os.path.expanduser(save_directory))
         folder.parent.mkdir(parents=True, exist_ok=True)
         there = folder.exists()
-        near = folder if there else folder.parent
-        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=near) as temporary:
-            finished = Path(temporary) / "model"
-            # For push_to_hub=True, which would otherwise use the name of the temporary folder.
-            options["repo_id"] = options.get("repo_id") or folder.name
-            try:
-                pushed = super().save_pretrained(finished, config=config or self.config, **options)
-            except SafetensorError as error:
-                raise OSError(f"{folder}: cannot be written ({first_line(error)})") from error
+        target = folder / "model" if there else folder
+        sweep(target.parent, of=target.name)
+        finished = temporary_name(target)
+        # For push_to_hub=True, which would otherwise use the name of the temporary folder.
+        options["repo_id"] = options.get("repo_id") or folder.name
+        try:
+            pushed = super().save_pretrained(finished, config=config or self.config, **options)
             if there:
                 # Do not replace the folder: it may be a mount or someone's working directory.
                 for path in sorted(finished.iterdir(), key=lambda path: path.name == "config.json"):
                     path.replace(folder / path.name)
             else:
                 finished.rename(folder)
+        except SafetensorError as error:
+            raise OSError(f"{folder}: cannot be written ({first_line(error)})") from error
+        finally:
+            shutil.rmtree(finished, ignore_errors=True)
         return pushed
 
     @classmethod

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from huggingface_hub import constants, save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vfmtok_fast import GPT, BackboneConfig, GPTConfig, VFMTok, VFMTokConfig
+from vfmtok_fast import GPT, BackboneConfig, GPTConfig, VFMTok, VFMTokConfig, temporary
 
 GENERATOR = GPTConfig(
     num_layers=1, num_heads=2, dim=32, vocab_size=64, block_size=16, num_classes=4
@@ -81,6 +83,22 @@ def test_a_folder_stays_where_a_new_one_cannot_be_written(tmp_path: Path, monkey
     assert sorted(path.name for path in (tmp_path / "old").iterdir()) == names
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     GPT.from_pretrained(tmp_path / "old")
+
+
+def test_what_a_killed_save_left_is_swept_away(tmp_path: Path):
+    """Beside a new folder, and inside one that was there."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    (tmp_path / "there").mkdir()
+    ending = f".tmp-{temporary._machine()}-{process.pid}-0123abcd"
+    other, *left = (tmp_path / f"{name}{ending}" for name in ("other", "new", "there/model"))
+    for folder in (other, *left):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    for name in ("new", "there"):
+        GPT(GENERATOR).save_pretrained(tmp_path / name)
+        GPT.from_pretrained(tmp_path / name)
+    assert other.exists() and not any(folder.exists() for folder in left)
 
 
 def test_round_trip_of_the_generator(tmp_path: Path):

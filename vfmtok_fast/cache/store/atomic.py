@@ -1,9 +1,8 @@
 """Files on a disk that are there whole or not at all.
 
 A file is written under a temporary name beside its place, flushed to the disk, and renamed. A
-reader never sees half a file, and a process may die at any moment: what it leaves behind is a
-`*.tmp-<machine>-<pid>-<random>` that a later run sweeps away. Process ids count within a PID
-namespace, so a machine's name here is that of the host and of the namespace.
+reader never sees half a file, and a process may die at any moment: what it leaves behind has a name
+by which a later run sweeps it away (`vfmtok_fast.temporary`).
 """
 
 from __future__ import annotations
@@ -11,32 +10,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
-import secrets
-import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from ...temporary import is_temporary, sweep, temporary_name
 from .errors import writes
 
-# A temporary file of another machine is taken for abandoned after this many seconds. Writing one
-# takes seconds; a day leaves room for clocks that disagree and for stalled network disks.
-FOREIGN_TMP_SECONDS = 24 * 3600
-
-# Bytes of a file's name.
-LONGEST_NAME = 255
-
-# The random part is younger than the rest: files of older versions have none.
-_TMP_NAME = re.compile(r"\.tmp-(?P<machine>[^/]+?)-(?P<pid>\d+)(-[0-9a-f]{8})?$")
-
-
-def temporary_name(path: Path) -> Path:
-    """A name beside ``path`` that nobody else writes under, be it a thread of this process."""
-    unique = f".tmp-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
-    stem = os.fsencode(path.name)[: max(0, LONGEST_NAME - len(unique))].decode(errors="ignore")
-    return path.with_name(stem + unique)
+__all__ = ["atomic_file", "is_temporary", "sweep", "sync_folder", "temporary_name"]
 
 
 @contextlib.contextmanager
@@ -76,54 +57,3 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def is_temporary(name: str) -> bool:
-    """Whether a file name is one that `atomic_file` writes under."""
-    return _TMP_NAME.search(name) is not None
-
-
-def sweep(folder: Path) -> int:
-    """Remove the temporary files of processes that are gone; leave those of living ones alone.
-
-    On this machine a writer is gone when its process id is; on another one, when its file has not
-    been touched for a day.
-
-    Args:
-        folder: the folder to look in (not below it); it may be missing.
-
-    Returns:
-        How many files were removed.
-    """
-    if not folder.is_dir():
-        return 0
-    removed = 0
-    for entry in list(os.scandir(folder)):
-        match = _TMP_NAME.search(entry.name)
-        if match is None or not entry.is_file(follow_symlinks=False):
-            continue
-        with contextlib.suppress(OSError):  # its own writer or another sweep was faster
-            age = time.time() - entry.stat(follow_symlinks=False).st_mtime
-            here = match["machine"] == _machine()
-            if (here and not _alive(int(match["pid"]))) or age > FOREIGN_TMP_SECONDS:
-                os.unlink(entry.path)
-                removed += 1
-    return removed
-
-
-def _machine() -> str:
-    try:
-        namespace = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:  # no Linux: a host is one namespace
-        return socket.gethostname()
-    return f"{socket.gethostname()}.{namespace}"
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
