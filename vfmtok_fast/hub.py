@@ -76,7 +76,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         """Write config.json and model.safetensors; see `PyTorchModelHubMixin.save_pretrained`.
 
         A new folder appears complete or not at all. In an existing folder, config.json is written
-        last, and the old content stays if something goes wrong before that.
+        last, the old content stays if something goes wrong before that, and a README.md is kept.
 
         Raises:
             OSError: the folder cannot be written.
@@ -91,6 +91,8 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         options["repo_id"] = options.get("repo_id") or folder.name
         try:
             pushed = super().save_pretrained(finished, config=config or self.config, **options)
+            if (folder / "README.md").exists():  # Someone's model card, which the mixin keeps too.
+                (finished / "README.md").unlink()
             if there:
                 # Do not replace the folder: it may be a mount or someone's working directory.
                 for path in sorted(finished.iterdir(), key=lambda path: path.name == "config.json"):

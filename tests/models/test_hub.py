@@ -85,6 +85,14 @@ def test_a_folder_stays_where_a_new_one_cannot_be_written(tmp_path: Path, monkey
     GPT.from_pretrained(tmp_path / "old")
 
 
+def test_a_model_card_is_kept(tmp_path: Path):
+    GPT(GENERATOR).save_pretrained(tmp_path)
+    assert "vfmtok" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("mine")
+    GPT(GENERATOR).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
 def test_what_a_killed_save_left_is_swept_away(tmp_path: Path):
     """Beside a new folder, and inside one that was there."""
     process = subprocess.Popen([sys.executable, "-c", ""])
