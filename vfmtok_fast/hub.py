@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
@@ -91,6 +92,10 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         options["repo_id"] = options.get("repo_id") or folder.name
         try:
             pushed = super().save_pretrained(finished, config=config or self.config, **options)
+            # safetensors writes files that only their owner can read.
+            mode = stat.S_IMODE((finished / constants.CONFIG_NAME).stat().st_mode)
+            for path in finished.iterdir():
+                path.chmod(mode)
             if (folder / "README.md").exists():  # Someone's model card, which the mixin keeps too.
                 (finished / "README.md").unlink()
             if there:

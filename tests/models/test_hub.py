@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,18 @@ def test_a_model_card_is_kept(tmp_path: Path):
     (tmp_path / "README.md").write_text("mine")
     GPT(GENERATOR).save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_the_umask_gives_the_mode_of_all_files(tmp_path: Path):
+    before = os.umask(0o027)
+    try:
+        for name in ("new", "there"):
+            (tmp_path / "there").mkdir(exist_ok=True)
+            GPT(GENERATOR).save_pretrained(tmp_path / name)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("*/*")}
+    assert modes == dict.fromkeys(["README.md", "config.json", "model.safetensors"], 0o640)
 
 
 def test_what_a_killed_save_left_is_swept_away(tmp_path: Path):
