@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -57,11 +59,18 @@ print(total)
 )
 
 
+@dataclasses.dataclass
+class FakeConfig:
+    side: int = 2
+    levels: tuple[int, ...] = (1, 2)
+
+
 class FakeTokenizer(torch.nn.Module):
     """Pictures are a hash of the codes."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.config = FakeConfig()
         self.scale = torch.nn.Parameter(torch.tensor(3.0))
         self.groups: list[int] = []
 
@@ -293,6 +302,49 @@ def test_other_settings_are_refused(tmp_path, changes, message):
     assert tree(tmp_path / "a") == before
 
 
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        ("gpt", {"num_heads": 1}, r"gpt.num_heads \(there 2, here 1\)"),
+        ("tokenizer", {"side": 3}, r"tokenizer.side \(there 2, here 3\)"),
+    ],
+)
+def test_another_config_with_the_same_weights_is_refused(tmp_path, model, changes, message):
+    run(tmp_path)
+    other = job(tmp_path)
+    part = getattr(other, model)
+    part.config = dataclasses.replace(part.config, **changes)
+    with pytest.raises(FileExistsError, match=message):
+        sample_folder.prepare(other)
+
+
+def test_in_half_precision_fast_ops_are_not_mixed_with_references(tmp_path):
+    exact, half = job(tmp_path / "exact"), job(tmp_path / "half")
+    half.gpt.bfloat16()
+    with vfmtok_fast.enable():
+        for one in (exact, half):
+            sample_folder.prepare(one)
+    sample_folder.prepare(exact)
+    fast = r"fast_ops \(there decode_attention\+decode_step\+sample_token, here none\)"
+    with pytest.raises(FileExistsError, match=fast):
+        sample_folder.prepare(half)
+    tokenizer = job(tmp_path / "tokenizer")
+    tokenizer.tokenizer.half()
+    with vfmtok_fast.enable("linear"):
+        sample_folder.prepare(tokenizer)
+    with pytest.raises(FileExistsError, match=r"fast_ops \(there linear, here none\)"):
+        sample_folder.prepare(tokenizer)
+
+
+def test_a_folder_of_an_older_version_is_refused_by_name(tmp_path):
+    run(tmp_path)
+    path = tmp_path / "samples.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in settings.items() if k != "tokenizer"}))
+    with pytest.raises(FileExistsError, match=r"tokenizer.levels \(there none, here 1\+2\)"):
+        run(tmp_path)
+
+
 def test_other_weights_and_damage_are_refused(tmp_path):
     run(tmp_path / "a")
     other = job(tmp_path / "a")
@@ -305,9 +357,10 @@ def test_other_weights_and_damage_are_refused(tmp_path):
     with pytest.raises(ValueError, match="pictures-00001.npy is not a shard of this job"):
         run(tmp_path / "a")
     assert not (tmp_path / "a/samples.npz").exists()
-    (tmp_path / "a/samples.json").write_text("{")
-    with pytest.raises(ValueError, match="samples.json is damaged"):
-        run(tmp_path / "a")
+    for text in ("{", "[1]", "null"):
+        (tmp_path / "a/samples.json").write_text(text)
+        with pytest.raises(ValueError, match="samples.json is damaged"):
+            run(tmp_path / "a")
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="not a folder of samples"):
         run(tmp_path / "file")

@@ -103,7 +103,8 @@ def _sweep(options: argparse.Namespace, out: Path) -> int:
     for scale in options.cfg_scale:
         settings, folder = {"cfg_scale": scale, **same}, out / f"cfg-{scale:.12g}"
         job = sample_folder.Job(gpt, tokenizer, folder, ids, protocol.size, settings)
-        sample_folder.prepare(job)
+        with policy(options):
+            sample_folder.prepare(job)
         sample_folder.pending(job)
         jobs.append(job)
     results = []
