@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -192,6 +193,27 @@ def test_two_jobs_that_begin_at_once_share_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic, "sweep", meanwhile)
     with pytest.raises(FileExistsError, match=r"seed \(there 5, here 4\)"):
         sample_folder.prepare(job(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_settings_written_at_the_last_moment_stay(tmp_path, monkeypatch, links):
+    link = os.link
+
+    def meanwhile(source, target):
+        monkeypatch.undo()
+        if not links:
+            raise PermissionError(errno.EPERM, "a file system without hard links")
+        sample_folder.prepare(job(tmp_path, sampling={**SAMPLING, "seed": 5}))
+        return link(source, target)
+
+    monkeypatch.setattr(os, "link", meanwhile)
+    if links:
+        with pytest.raises(FileExistsError, match=r"seed \(there 5, here 4\)"):
+            sample_folder.prepare(job(tmp_path))
+    else:
+        sample_folder.prepare(job(tmp_path))
+    seed = json.loads((tmp_path / "samples.json").read_text())["seed"]
+    assert seed == (5 if links else 4) and set(tree(tmp_path)) == {"samples.json"}
 
 
 def test_many_processes_make_the_bytes_of_one(tmp_path):

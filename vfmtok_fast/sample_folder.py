@@ -117,7 +117,7 @@ def prepare(job: Job) -> None:
         folder.make_folder()
         folder.sweep()
     if not path.exists():
-        LocalPlace(path).put((json.dumps(described, indent=1) + "\n").encode())
+        LocalPlace(path).put_first((json.dumps(described, indent=1) + "\n").encode())
     # Another process may have started meanwhile.
     _check_settings(path, described)
 

@@ -22,7 +22,7 @@ __all__ = ["CacheWriteError", "LocalPlace", "Place", "StoreError", "Tensors", "U
 class Place(Protocol):
     """A file or folder of a cache. What writes raises CacheWriteError, and leaves no half file.
 
-    What only a disk has (is_dir, sweep, remove_folder), a `LocalPlace` has besides.
+    What only a disk has (is_dir, put_first, sweep, remove_folder), a `LocalPlace` has besides.
     """
 
     # Whether it is in a store: nothing is there to be mapped or renamed, and what a writer leaves

@@ -21,11 +21,12 @@ __all__ = ["atomic_file", "is_temporary", "sweep", "sync_folder", "temporary_nam
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, *, first: bool = False) -> Iterator[BinaryIO]:
     """Open a file for writing that takes its name only when the block ends well.
 
     Args:
         path: where the file shall be; its folder must exist.
+        first: a file that another process puts there meanwhile stays, and this one goes.
 
     Raises:
         CacheWriteError: the file could not be written. Nothing is left behind, and whatever had
@@ -38,12 +39,24 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            if not (first and _linked(temporary, path)):
+                os.replace(temporary, path)
             sync_folder(path.parent)
     finally:
         # Also after Ctrl-C. Where even this fails, the next run's sweep does it.
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _linked(temporary: Path, path: Path) -> bool:
+    """Name a file unless the name is taken; False on a file system without hard links."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass  # It is the other's now, whatever it holds.
+    except OSError:
+        return False
+    return True
 
 
 def sync_folder(folder: Path) -> None:
