@@ -240,6 +240,19 @@ def test_mirrors_by_short_names(tree, url, tokenizer, tmp_path, monkeypatch, mir
         cache.TokenCache(url, mirror=url)
 
 
+def test_a_store_that_changes_under_its_reader(tree, url, tokenizer, tmp_path, fake):
+    cache.build(tree, url, tokenizer, **SMALL)
+    reader, mirror = cache.TokenCache(url, mirror=tmp_path / "mirror"), tmp_path / "mirror"
+    other = fake.FakeTokenizer(scale=2)
+    cache.build(tree, url + "-other", other, **SMALL)
+    found = place(url + "-other")
+    for number in range(reader.manifest.shards):
+        shards.shard_path(place(url), number).put(shards.shard_path(found, number).read_bytes())
+    with pytest.raises(ValueError, match="tokens-00000.*: changed since this cache was opened"):
+        reader[0]
+    assert not mirror.exists()
+
+
 def test_export_and_repair(tmp_path, out, url, tree, tokenizer, fake):
     for target in (out, url):
         cache.build(tree, target, tokenizer, **SMALL)
