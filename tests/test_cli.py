@@ -25,6 +25,7 @@ import vfmtok_fast as vf
 from vfmtok_fast import cli
 from vfmtok_fast.checkpoint import OFFICIAL_FILES, OFFICIAL_REPO, official_gpt
 from vfmtok_fast.cli.doctor import OPTIONAL
+from vfmtok_fast.temporary import temporary_name
 from vfmtok_fast.untrained import untrained_gpt, untrained_tokenizer
 
 SMALL = ["--untrained", "small", "--device", "cpu"]
@@ -426,6 +427,10 @@ def test_convert_then_sample(run, tmp_path: Path) -> None:
     again = vf.GPT.from_pretrained(out)
     assert again.config == gpt.config
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in gpt.state_dict().items())
+    # A folder in which a convert was killed.
+    (tmp_path / "killed").mkdir()
+    temporary_name(tmp_path / "killed" / "model").mkdir()
+    assert run("convert", "GPT-B", tmp_path / "killed", *arguments)[0] == 0
     # The folder is not overwritten, and the preset does not have the file's shape.
     refusal(run("convert", "GPT-B", out, *arguments))
     line = refusal(run("convert", "GPT-B", tmp_path / "b", "--file", tmp_path / "gpt.pt"))

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 from vfmtok_fast.images import (
     center_crop,
@@ -420,6 +420,14 @@ def test_broken_files_give_one_line(data, reason, tmp_path):
     with pytest.raises(ValueError) as from_path:
         decode_image(path)
     assert str(from_path.value) == f"{path}: {caught.value}"
+
+
+def test_truncated_files_are_refused_also_where_pillow_would_fill_them_up(monkeypatch):
+    """Whole ones too, so that the file is not blamed."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    for data in (JPEG[: len(JPEG) // 2], JPEG):
+        with pytest.raises(RuntimeError, match="LOAD_TRUNCATED_IMAGES must be False, .*got True"):
+            decode_image(data)
 
 
 def test_junk_after_the_end_is_ignored():

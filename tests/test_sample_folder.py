@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import json
 import os
 import subprocess
 import sys
@@ -57,11 +60,18 @@ print(total)
 )
 
 
+@dataclasses.dataclass
+class FakeConfig:
+    side: int = 2
+    levels: tuple[int, ...] = (1, 2)
+
+
 class FakeTokenizer(torch.nn.Module):
     """Images are a hash of the codes."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.config = FakeConfig()
         self.scale = torch.nn.Parameter(torch.tensor(3.0))
         self.groups: list[int] = []
 
@@ -185,6 +195,27 @@ def test_two_jobs_that_begin_at_once_share_no_folder(tmp_path, monkeypatch):
         sample_folder.prepare(job(tmp_path / "a"))
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_settings_written_at_the_last_moment_stay(tmp_path, monkeypatch, links):
+    link = os.link
+
+    def meanwhile(source, target):
+        monkeypatch.undo()
+        if not links:
+            raise PermissionError(errno.EPERM, "a file system without hard links")
+        sample_folder.prepare(job(tmp_path, sampling={**SAMPLING, "seed": 5}))
+        return link(source, target)
+
+    monkeypatch.setattr(os, "link", meanwhile)
+    if links:
+        with pytest.raises(FileExistsError, match=r"seed \(there 5, here 4\)"):
+            sample_folder.prepare(job(tmp_path))
+    else:
+        sample_folder.prepare(job(tmp_path))
+    seed = json.loads((tmp_path / "samples.json").read_text())["seed"]
+    assert seed == (5 if links else 4) and set(tree(tmp_path)) == {"samples.json"}
+
+
 def test_many_processes_make_the_bytes_of_one(tmp_path):
     assert run(tmp_path / "a")
     # Each rank looks for missing shards at its start; the second world finds one shard left.
@@ -294,6 +325,49 @@ def test_other_settings_are_refused(tmp_path, changes, message):
     assert tree(tmp_path / "a") == before
 
 
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        ("gpt", {"num_heads": 1}, r"gpt.num_heads \(there 2, here 1\)"),
+        ("tokenizer", {"side": 3}, r"tokenizer.side \(there 2, here 3\)"),
+    ],
+)
+def test_another_config_with_the_same_weights_is_refused(tmp_path, model, changes, message):
+    run(tmp_path)
+    other = job(tmp_path)
+    part = getattr(other, model)
+    part.config = dataclasses.replace(part.config, **changes)
+    with pytest.raises(FileExistsError, match=message):
+        sample_folder.prepare(other)
+
+
+def test_in_half_precision_fast_ops_are_not_mixed_with_references(tmp_path):
+    exact, half = job(tmp_path / "exact"), job(tmp_path / "half")
+    half.gpt.bfloat16()
+    with vfmtok_fast.enable():
+        for one in (exact, half):
+            sample_folder.prepare(one)
+    sample_folder.prepare(exact)
+    fast = r"fast_ops \(there decode_attention\+decode_step\+sample_token, here none\)"
+    with pytest.raises(FileExistsError, match=fast):
+        sample_folder.prepare(half)
+    tokenizer = job(tmp_path / "tokenizer")
+    tokenizer.tokenizer.half()
+    with vfmtok_fast.enable("linear"):
+        sample_folder.prepare(tokenizer)
+    with pytest.raises(FileExistsError, match=r"fast_ops \(there linear, here none\)"):
+        sample_folder.prepare(tokenizer)
+
+
+def test_a_folder_of_an_older_version_is_refused_by_name(tmp_path):
+    run(tmp_path)
+    path = tmp_path / "samples.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in settings.items() if k != "tokenizer"}))
+    with pytest.raises(FileExistsError, match=r"tokenizer.levels \(there none, here 1\+2\)"):
+        run(tmp_path)
+
+
 def test_other_weights_and_damage_are_refused(tmp_path):
     run(tmp_path / "a")
     other = job(tmp_path / "a")
@@ -306,9 +380,10 @@ def test_other_weights_and_damage_are_refused(tmp_path):
     with pytest.raises(ValueError, match="pictures-00001.npy is not a shard of this job"):
         run(tmp_path / "a")
     assert not (tmp_path / "a/samples.npz").exists()
-    (tmp_path / "a/samples.json").write_text("{")
-    with pytest.raises(ValueError, match="samples.json is damaged"):
-        run(tmp_path / "a")
+    for text in ("{", "[1]", "null"):
+        (tmp_path / "a/samples.json").write_text(text)
+        with pytest.raises(ValueError, match="samples.json is damaged"):
+            run(tmp_path / "a")
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="not a folder of samples"):
         run(tmp_path / "file")

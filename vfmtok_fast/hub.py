@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
+import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .errors import first_line
+from .temporary import sweep, temporary_name
 
 # Fields that transformers writes into config.json beside a model's own.
 TRANSFORMERS_FIELDS = frozenset(
@@ -75,7 +77,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         """Write config.json and model.safetensors; see `PyTorchModelHubMixin.save_pretrained`.
 
         A new folder appears complete or not at all. In an existing folder, config.json is written
-        last, and the old content stays if something goes wrong before that.
+        last, the old content stays if something goes wrong before that, and a README.md is kept.
 
         Raises:
             OSError: the folder cannot be written.
@@ -83,21 +85,29 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         folder = Path(os.path.expanduser(save_directory))
         folder.parent.mkdir(parents=True, exist_ok=True)
         there = folder.exists()
-        near = folder if there else folder.parent
-        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=near) as temporary:
-            finished = Path(temporary) / "model"
-            # For push_to_hub=True, which would otherwise use the name of the temporary folder.
-            options["repo_id"] = options.get("repo_id") or folder.name
-            try:
-                pushed = super().save_pretrained(finished, config=config or self.config, **options)
-            except SafetensorError as error:
-                raise OSError(f"{folder}: cannot be written ({first_line(error)})") from error
+        target = folder / "model" if there else folder
+        sweep(target.parent, of=target.name)
+        finished = temporary_name(target)
+        # For push_to_hub=True, which would otherwise use the name of the temporary folder.
+        options["repo_id"] = options.get("repo_id") or folder.name
+        try:
+            pushed = super().save_pretrained(finished, config=config or self.config, **options)
+            # safetensors writes files that only their owner can read.
+            mode = stat.S_IMODE((finished / constants.CONFIG_NAME).stat().st_mode)
+            for path in finished.iterdir():
+                path.chmod(mode)
+            if (folder / "README.md").exists():  # Someone's model card, which the mixin keeps too.
+                (finished / "README.md").unlink()
             if there:
                 # Do not replace the folder: it may be a mount or someone's working directory.
                 for path in sorted(finished.iterdir(), key=lambda path: path.name == "config.json"):
                     path.replace(folder / path.name)
             else:
                 finished.rename(folder)
+        except SafetensorError as error:
+            raise OSError(f"{folder}: cannot be written ({first_line(error)})") from error
+        finally:
+            shutil.rmtree(finished, ignore_errors=True)
         return pushed
 
     @classmethod

@@ -23,7 +23,7 @@ from typing import BinaryIO
 import numpy as np
 import PIL
 import torch
-from PIL import Image, TiffImagePlugin
+from PIL import Image, ImageFile, TiffImagePlugin
 
 ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO
 
@@ -90,6 +90,7 @@ def decode_image(source: ImageSource) -> Image.Image:
             fixed range; one line with the reason (preceded by the path, where one was given).
         OSError: the file cannot be opened (FileNotFoundError and its kin).
         TypeError: `source` is none of the three.
+        RuntimeError: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode(io.BytesIO(source))
@@ -290,8 +291,14 @@ def _check_uint8(caller: str, images: np.ndarray | torch.Tensor) -> None:
 
 
 def _decode(file: BinaryIO) -> Image.Image:
+    # Outside: what quiet_pillow raises is no fault of the file.
+    with quiet_pillow():
+        return _decode_quietly(file)
+
+
+def _decode_quietly(file: BinaryIO) -> Image.Image:
     try:
-        with quiet_pillow(), Image.open(file, formats=_available_formats()) as image:
+        with Image.open(file, formats=_available_formats()) as image:
             return _to_rgb(image)
     except PIL.UnidentifiedImageError as error:
         # Pillow's own text contains the address of the file object, which differs every time.
@@ -391,8 +398,17 @@ def quiet_pillow() -> Iterator[None]:
     `warnings.catch_warnings` belongs to the process, not to a thread. Two decoding threads that
     leave it in another order than they entered it would restore the wrong filters. So only the
     first thread in enters it, and only the last one out leaves it.
+
+    Raises:
+        RuntimeError: the process lets Pillow fill truncated images up.
     """
     global _quiet_depth
+    # Not switched off for a while: other threads may need it, and would switch it on meanwhile.
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise RuntimeError(
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES must be False, or truncated images count as whole "
+            "ones, got True; set it to False where this process sets it"
+        )
     with _quiet_lock:
         if _quiet_depth == 0:
             _quiet_stack.enter_context(warnings.catch_warnings())

@@ -12,6 +12,7 @@ keys the noise, and are decoded in groups that do not depend on how many are gen
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import zipfile
 from collections.abc import Callable, Iterator
@@ -24,12 +25,13 @@ import numpy as np
 import torch
 
 from .cache.format.differences import differences
-from .cache.format.fingerprint import weights_checksum
+from .cache.format.fingerprint import fast_ops, weights_checksum
 from .cache.store import LocalPlace, atomic
 from .generator import GPT, Sampling
-from .generator.decoder import Progress
+from .generator.decoder import STEP_OPS, Progress
 from .generator.memory import fastest_batch
 from .tokenizer import VFMTok
+from .tokenizer.model import DECODE_OPS
 
 SHARD = 64
 # Number of images decoded together, always the same: the rounding of matrix products depends on it.
@@ -70,25 +72,39 @@ class Job:
         return torch.arange(number * SHARD, end, device="cpu")
 
 
-def prepare(job: Job) -> None:
-    """Make the folder, or check that its content belongs to the same job.
-
-    Raises:
-        FileExistsError: the folder holds samples made with other weights or settings.
-        cache.CacheWriteError: the folder cannot be written.
-    """
+def describe(job: Job) -> dict[str, Any]:
+    """List everything that the images depend on, with the ops that are enabled now; plain JSON."""
+    ops = {*fast_ops(job.gpt, STEP_OPS), *fast_ops(job.tokenizer, DECODE_OPS)}
     described = {
         "num": len(job.class_ids),
         "classes_sha256": weights_checksum({"class_ids": job.class_ids}),
         "size": job.size,
         "dtype": str(job.gpt.dtype).removeprefix("torch."),
+        # The shapes of weights do not tell all of a config.
+        "gpt": dataclasses.asdict(job.gpt.config),
         "gpt_sha256": weights_checksum(job.gpt.state_dict()),
+        "tokenizer": dataclasses.asdict(job.tokenizer.config),
         "tokenizer_sha256": weights_checksum(job.tokenizer.state_dict()),
         # The tokenizer's checksum does not cover this.
         **({"tf32": True} if getattr(job.tokenizer, "tf32", False) else {}),
         **({} if job.kv_dtype is None else {"kv_dtype": str(job.kv_dtype)[6:]}),
+        **({"fast_ops": sorted(ops)} if ops else {}),
         **job.sampling,
     }
+    # Through JSON once, so that tuples are lists as they are when read back.
+    return json.loads(json.dumps(described))
+
+
+def prepare(job: Job) -> None:
+    """Make the folder, or check that its content belongs to the same job.
+
+    The ops that `make_shards` will use must be enabled already.
+
+    Raises:
+        FileExistsError: the folder holds samples made with other weights or settings.
+        cache.CacheWriteError: the folder cannot be written.
+    """
+    described = describe(job)
     path = job.out / SETTINGS
     # Check this before the settings: another process may write them meanwhile, and shards after
     # that.
@@ -101,7 +117,7 @@ def prepare(job: Job) -> None:
         folder.make_folder()
         folder.sweep()
     if not path.exists():
-        LocalPlace(path).put((json.dumps(described, indent=1) + "\n").encode())
+        LocalPlace(path).put_first((json.dumps(described, indent=1) + "\n").encode())
     # Another process may have started meanwhile.
     _check_settings(path, described)
 
@@ -109,12 +125,13 @@ def prepare(job: Job) -> None:
 def _check_settings(path: Path, described: dict[str, Any]) -> None:
     try:
         there = json.loads(path.read_text())
+        if not isinstance(there, dict):
+            raise ValueError("it must hold an object")
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); remove it and run again") from error
-    if there != described:
+    if differing := differences(there, described):
         raise FileExistsError(
-            f"{path.parent} holds other samples ({differences(there, described)}); "
-            "choose another folder"
+            f"{path.parent} holds other samples ({differing}); choose another folder"
         )
 
 

@@ -74,6 +74,18 @@ def test_worker_processes_see_the_epoch_also_when_they_live_on(built):
     assert again.epoch == 2 and torch.equal(again[4][0], data[4][0])
 
 
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda data: pickle.loads(pickle.dumps(data))]
+)
+def test_a_copy_has_an_epoch_of_its_own(built, copied):
+    original = cache.TokenCacheDataset(built)
+    original.set_epoch(3)
+    data = copied(original)
+    assert data.epoch == 3 and data._epoch.is_shared()
+    data.set_epoch(4)
+    assert (original.epoch, data.epoch) == (3, 4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda data: pickle.loads(pickle.dumps(data))])

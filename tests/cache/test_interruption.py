@@ -15,7 +15,7 @@ import pytest
 from scripts import DIE_AT_RENAME, START
 
 import vfmtok_fast
-from vfmtok_fast import cache
+from vfmtok_fast import cache, temporary
 from vfmtok_fast.cache.sources.folder import walk
 from vfmtok_fast.cache.store import atomic
 
@@ -172,7 +172,7 @@ def gone_pid():
 
 
 def test_sweep_takes_what_the_dead_left_and_nothing_else(tmp_path, gone_pid):
-    host, day = atomic._machine(), atomic.FOREIGN_TMP_SECONDS
+    host, day = temporary._machine(), temporary.FOREIGN_TMP_SECONDS
     swept = [
         f"a.tmp-{host}-{gone_pid}",
         f"a.tmp-{host}-{gone_pid}-0123abcd",
@@ -194,10 +194,21 @@ def test_sweep_takes_what_the_dead_left_and_nothing_else(tmp_path, gone_pid):
         (tmp_path / name).write_bytes(b"")
         if name.startswith("old"):
             os.utime(tmp_path / name, (time.time() - 2 * day,) * 2)
-    (tmp_path / f"folder.tmp-{host}-{gone_pid}").mkdir()
-    assert atomic.sweep(tmp_path) == len(swept)
+    # As of a model that was being saved; one without the random part is not ours.
+    for name in (ours := f"a.tmp-{host}-{gone_pid}-0123abce", f"folder.tmp-{host}-{gone_pid}"):
+        (tmp_path / name / "in").mkdir(parents=True)
+    assert atomic.sweep(tmp_path, of="c") == 0
+    assert atomic.sweep(tmp_path) == len(swept) + 1 and not (tmp_path / ours).exists()
     left = {path.name for path in tmp_path.iterdir() if path.is_file()}
-    assert left == set(kept)
+    assert left == set(kept) and len(list(tmp_path.iterdir())) == len(kept) + 1
+    (slow := tmp_path / "d.tmp-elsewhere-1-0123abcd" / "in").mkdir(parents=True)
+    for path in (slow, slow.parent):
+        os.utime(path, (time.time() - 2 * day,) * 2)
+    (slow / "new").write_bytes(b"")
+    os.utime(slow, (time.time() - 2 * day,) * 2)
+    assert atomic.sweep(tmp_path) == 0
+    os.utime(slow / "new", (time.time() - 2 * day,) * 2)
+    assert atomic.sweep(tmp_path) == 1
     assert atomic.sweep(tmp_path / "nowhere") == 0
 
 
@@ -205,7 +216,7 @@ def test_a_run_sweeps_the_cache(tree, out, tokenizer, fake, gone_pid):
     cache.build(tree, out, tokenizer, **SMALL)
     before = fake.read_tree(out)
     for folder in (out, out / "shards", out / "quarantine"):
-        (folder / f"x.tmp-{atomic._machine()}-{gone_pid}").write_bytes(b"half")
+        (folder / f"x.tmp-{temporary._machine()}-{gone_pid}").write_bytes(b"half")
     assert cache.status(out).writing == 3
     cache.build(tree, out, tokenizer, **SMALL)
     assert fake.read_tree(out) == before
@@ -304,11 +315,11 @@ def test_threads_write_under_names_of_their_own(tmp_path):
 
 def test_a_living_writer_of_another_pid_namespace_is_left_alone(tmp_path, monkeypatch):
     """Containers with the same host name each number their processes from 1."""
-    here = atomic._machine()
+    here = temporary._machine()
     with (tmp_path / "file").writing() as file:
         file.write(b"half")
-        monkeypatch.setattr(atomic, "_machine", lambda: here + "1")
-        monkeypatch.setattr(atomic, "_alive", lambda pid: False)
+        monkeypatch.setattr(temporary, "_machine", lambda: here + "1")
+        monkeypatch.setattr(temporary, "_alive", lambda pid: False)
         assert tmp_path.sweep() == 0
         monkeypatch.undo()
     assert (tmp_path / "file").read_bytes() == b"half"

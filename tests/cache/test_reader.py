@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -101,6 +102,31 @@ def test_a_shard_that_shrinks_under_its_reader(tree, out, tokenizer):
     with pytest.raises(ValueError, match="damaged or not a shard"):
         cache.TokenCache(out)
     assert len(first[0]) and len(cache.verify(out).problems) >= 1
+
+
+def test_a_cache_that_changes_under_its_reader(built, out, tokenizer, fake, monkeypatch):
+    reader, sent = cache.TokenCache(out), cache.TokenCache(out)
+    first, last = reader[0][0], reader[-1][0]
+    shutil.rmtree(out)
+    cache.build(built, out, fake.FakeTokenizer(scale=2), **SMALL)
+    assert not torch.equal(cache.TokenCache(out)[0][0], first)
+    # What is open stays as it was; row 5 is in a shard that is not.
+    assert torch.equal(reader[0][0], first) and torch.equal(reader[-1][0], last)
+    for changed, position in ((reader, 5), (pickle.loads(pickle.dumps(sent)), 0)):
+        with pytest.raises(ValueError, match="tokens-0000.*: changed since this cache was opened"):
+            changed[position]
+    monkeypatch.setattr("vfmtok_fast.cache.read.reader.TokenCache", lambda out, view: sent)
+    with pytest.raises(ValueError, match="tokens-00000.*: changed since this cache was opened"):
+        cache.read_tokens(out)
+
+
+def test_a_cache_that_grows_under_its_reader(built, out, tokenizer, fake):
+    reader = cache.TokenCache(out)
+    fake.make_tree(built, count=12, bad=(1, 10))
+    cache.build(built, out, tokenizer, extend=True, **SMALL)
+    with pytest.raises(ValueError, match="tokens-00002.*: changed since this cache was opened"):
+        reader[8]
+    assert torch.equal(reader[0][0], cache.TokenCache(out)[0][0])
 
 
 def test_more_shards_than_may_be_open(tree, out, tokenizer, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import ImageFile
 
 import vfmtok_fast
 from vfmtok_fast import cache
@@ -189,6 +190,15 @@ def test_a_cache_in_half_precision_is_not_gone_on_with_otherwise(tree, out, fake
         with pytest.raises(cache.FingerprintMismatch, match="fast_ops"):
             cache.verify(out, tokenizer)
     assert cache.verify(out, tokenizer).ok
+
+
+def test_a_process_that_accepts_truncated_images(tree, out, tokenizer, monkeypatch):
+    """They would be cached as whole ones."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    for begin in (cache.build, cache.prepare):
+        with pytest.raises(RuntimeError, match="LOAD_TRUNCATED_IMAGES must be False"):
+            begin(tree, out, tokenizer, **SMALL)
+        assert not out.exists()
 
 
 def test_a_url_that_pathlib_has_had(tree, tokenizer, tmp_path, monkeypatch):

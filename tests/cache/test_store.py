@@ -243,6 +243,18 @@ def test_mirrors_by_short_names(tree, url, tokenizer, tmp_path, monkeypatch, mir
         cache.TokenCache(url, mirror=url)
 
 
+def test_a_store_that_changes_under_its_reader(tree, url, tokenizer, tmp_path):
+    """A shard made again, as by repair: sound, and of the same tokenizer."""
+    cache.build(tree, url, tokenizer, **SMALL)
+    reader, mirror = cache.TokenCache(url, mirror=tmp_path / "mirror"), tmp_path / "mirror"
+    header, shard = shards.read_shard(shards.shard_path(place(url), 0))
+    shard.tokens = shard.tokens[::-1]
+    shards.write_shard(place(url), header.fingerprint, shard)
+    with pytest.raises(ValueError, match="tokens-00000.*: changed since this cache was opened"):
+        reader[0]
+    assert not mirror.exists()
+
+
 def test_export_and_repair(tmp_path, out, url, tree, tokenizer, fake):
     for target in (out, url):
         cache.build(tree, target, tokenizer, **SMALL)

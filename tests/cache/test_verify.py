@@ -171,6 +171,23 @@ def test_damage_is_named(built, out, tokenizer, damage, text):
 
 
 @pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        *((text, "damaged") for text in ("1\n", "null\n", "[]\n", '{"a": 1}\n', "\n", '{"ind')),
+        ('{"index": "x", "path": "y", "status": 1}\n', "does not agree"),
+        ('{"path": "y"}\n', "does not agree"),
+    ],
+)
+def test_a_damaged_quarantine_list_is_named_and_mended(built, out, tokenizer, fake, text, problem):
+    before = fake.read_tree(out)
+    (out / "quarantine/00001.jsonl").write_text(text)
+    (found,) = cache.verify(out).problems
+    assert problem in found and "mend it with vfmtok-fast repair" in found
+    assert cache.repair(built, out, tokenizer) == 1
+    assert fake.read_tree(out) == before
+
+
+@pytest.mark.parametrize(
     "change, text",
     [
         (lambda shard: shard.tokens.__setitem__((1, 0, 0), 1000), "tokens of 1000 or more"),

@@ -107,6 +107,22 @@ def test_a_sweep_and_one_of_its_folders_again(
     line = ("sweep", out, *models, *reference, "--num", 8, "--size", 32, "--cfg-scale", 2, 3)
     code, _, errors = run(*line)
     assert code == 2 and "sweep.json also has scale 1; name it as well" in errors
+    # Nor are figures of something else written over, even where the samples have gone.
+    line = (*line[:-2], 1, 3)
+    before = (out / "sweep.json").read_bytes()
+    assert run(*line)[0] == 0 and (out / "sweep.json").read_bytes() == before
+    np.savez(tmp_path / "other.npz", arr_0=pictures[1:])
+    shutil.rmtree(out / "cfg-1")
+    for change, message in (
+        (("--reference", tmp_path / "other.npz"), "reference (there "),
+        (("--protocol", "generation-float64"), "protocol.distances (there float16, here float64)"),
+        (("--num", 7), "protocol.num (there 8, here 7)"),
+        (("--seed", 1), "sampling.seed (there 0, here 1)"),
+    ):
+        code, _, errors = run(*line, *change)
+        assert code == 2 and "sweep.json holds other figures (" in errors and message in errors
+        assert (out / "sweep.json").read_bytes() == before and not (out / "cfg-1").exists()
+    line = (*line[:-2], 2, 3)
     # A folder of other samples is found before any image of an earlier scale is made.
     (out / "sweep.json").unlink()
     code, _, errors = run(*line, "--seed", 1)

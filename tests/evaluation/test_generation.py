@@ -19,6 +19,8 @@ from vfmtok_fast.evaluation import (
     protocol,
 )
 from vfmtok_fast.evaluation.features import Activations
+from vfmtok_fast.evaluation.generation import _is_imagenet_val
+from vfmtok_fast.evaluation.npz import Archive
 from vfmtok_fast.evaluation.protocols import Generation, Reconstruction, described_labels
 
 SMALL = PROTOCOLS["generation-float64"].changed(num=12, size=32)
@@ -91,6 +93,29 @@ def test_a_doubtful_reference_is_warned_of(files, inception, pictures: np.ndarra
     assert "looks like a validation set" in told[0] and len(told) == 3
     assert told[1].startswith("1 of the pictures are the reference's own")
     assert told[2].startswith("1 of the pictures appear more than once")
+
+
+@pytest.mark.parametrize(
+    ("labels", "validation"),
+    [
+        (np.arange(50_000) % 1000, True),
+        (np.arange(50_000) % 1000 * 1.0, False),
+        ((np.arange(50_000) % 1000)[:, None], False),
+        (np.arange(10), False),
+    ],
+    ids=["right", "float", "column", "few"],
+)
+def test_a_references_labels_only_tell_a_validation_set(tmp_path: Path, labels, validation: bool):
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((50_000, 1, 1, 3), np.uint8), arr_1=labels)
+    assert _is_imagenet_val(Archive(tmp_path / "a.npz")) == validation
+
+
+@pytest.mark.parametrize("text", ["[1]", "null", '{"seed": NaN}', '{"seed": 1e999}', "{"])
+def test_damaged_settings_are_told_before_the_work(files, inception, tmp_path: Path, text: str):
+    (tmp_path / "samples.json").write_text(text)
+    with pytest.raises(ValueError, match=r"samples.json is damaged \(") as error:
+        evaluate_generation(*files, SMALL, inception, advance=lambda count: pytest.fail("worked"))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

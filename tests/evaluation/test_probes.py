@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -112,6 +113,11 @@ def test_evaluate_probe(tokenizer: VFMTok, photos: Path, tmp_path: Path):
     Image.new("RGB", (70, 80)).save(tmp_path / "green" / "x.png")
     other = open_source(tmp_path)
     with pytest.raises(ValueError, match="its classes are not those of .*: 'green' instead of"):
+        evaluate_probe(tokenizer, source, other, QUICK, "codes")
+    shutil.copytree(photos, tmp_path / "more")
+    (tmp_path / "green").rename(tmp_path / "more" / "green")
+    other = open_source(tmp_path / "more")
+    with pytest.raises(ValueError, match="'green' has no training images; leave it out of the"):
         evaluate_probe(tokenizer, source, other, QUICK, "codes")
 
 

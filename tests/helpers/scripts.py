@@ -13,17 +13,19 @@ from vfmtok_fast import cache
 torch.set_num_threads(1)
 """
 
-# Renames are the only moments at which anything becomes visible.
+# Renames and links are the only moments at which anything becomes visible.
 DIE_AT_RENAME = """
 def die_at_rename(at, after):
-    rename, count = os.replace, 0
-    def replace(source, target):
-        nonlocal count
-        count += 1
-        if count == at and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(source, target)
-        if count == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-    os.replace = replace
+    count = 0
+    def dying(rename):
+        def replace(source, target):
+            nonlocal count
+            count += 1
+            if count == at and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(source, target)
+            if count == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return replace
+    os.replace, os.link = dying(os.replace), dying(os.link)
 """

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from huggingface_hub import constants, save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vfmtok_fast import GPT, BackboneConfig, GPTConfig, VFMTok, VFMTokConfig
+from vfmtok_fast import GPT, BackboneConfig, GPTConfig, VFMTok, VFMTokConfig, temporary
 
 GENERATOR = GPTConfig(
     num_layers=1, num_heads=2, dim=32, vocab_size=64, block_size=16, num_classes=4
@@ -81,6 +84,42 @@ def test_a_folder_stays_where_a_new_one_cannot_be_written(tmp_path: Path, monkey
     assert sorted(path.name for path in (tmp_path / "old").iterdir()) == names
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     GPT.from_pretrained(tmp_path / "old")
+
+
+def test_a_model_card_is_kept(tmp_path: Path):
+    GPT(GENERATOR).save_pretrained(tmp_path)
+    assert "vfmtok" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("mine")
+    GPT(GENERATOR).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_the_umask_gives_the_mode_of_all_files(tmp_path: Path):
+    before = os.umask(0o027)
+    try:
+        for name in ("new", "there"):
+            (tmp_path / "there").mkdir(exist_ok=True)
+            GPT(GENERATOR).save_pretrained(tmp_path / name)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("*/*")}
+    assert modes == dict.fromkeys(["README.md", "config.json", "model.safetensors"], 0o640)
+
+
+def test_what_a_killed_save_left_is_swept_away(tmp_path: Path):
+    """Beside a new folder, and inside one that was there."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    (tmp_path / "there").mkdir()
+    ending = f".tmp-{temporary._machine()}-{process.pid}-0123abcd"
+    other, *left = (tmp_path / f"{name}{ending}" for name in ("other", "new", "there/model"))
+    for folder in (other, *left):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    for name in ("new", "there"):
+        GPT(GENERATOR).save_pretrained(tmp_path / name)
+        GPT.from_pretrained(tmp_path / name)
+    assert other.exists() and not any(folder.exists() for folder in left)
 
 
 def test_round_trip_of_the_generator(tmp_path: Path):

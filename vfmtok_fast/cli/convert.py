@@ -33,11 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from .. import checkpoint
     from ..generator import GPT
+    from ..temporary import is_temporary
     from ..tokenizer import VFMTok
 
     # Follow a link to its target, which may be a mount or the current folder.
     out = local_path(options.out).resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    # What a convert leaves that was killed is no content; save_pretrained sweeps it away.
+    if out.exists() and not (
+        out.is_dir() and all(is_temporary(path.name) for path in out.iterdir())
+    ):
         raise FileExistsError(f"{out} is not an empty folder; choose a new one")
     if options.backbone is not None and options.what != "tokenizer":
         raise ValueError("--backbone is only for the tokenizer")

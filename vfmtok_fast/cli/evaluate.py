@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +88,7 @@ def _sweep(options: argparse.Namespace, out: Path) -> int:
     from .. import evaluation, sample_folder
     from ..generator import Sampling
 
-    _check_scales(options.cfg_scale, out / "sweep.json")
+    there = _figures_in(out / "sweep.json", options.cfg_scale)
     protocol = _against(options)
     gpt, tokenizer = load_gpt(options, options.device), load_tokenizer(options, options.device)
     check_together(gpt, tokenizer)
@@ -95,17 +96,24 @@ def _sweep(options: argparse.Namespace, out: Path) -> int:
     names = ("cfg_interval", "temperature", "top_k", "top_p", "seed")
     same = {name: getattr(options, name) for name in names} | {"greedy": False}
     # Everything is checked before hours of sampling.
-    evaluation.open_reference(options.reference, protocol, inception)
+    real = evaluation.open_reference(options.reference, protocol, inception)
     for scale in options.cfg_scale:
         Sampling(cfg_scale=scale, **same).check()
     ids = evaluation.class_ids(options.labels, protocol.num, gpt.config.num_classes, options.seed)
     jobs = []
     for scale in options.cfg_scale:
         settings, folder = {"cfg_scale": scale, **same}, out / f"cfg-{scale:.12g}"
-        job = sample_folder.Job(gpt, tokenizer, folder, ids, protocol.size, settings)
-        sample_folder.prepare(job)
-        sample_folder.pending(job)
-        jobs.append(job)
+        jobs.append(sample_folder.Job(gpt, tokenizer, folder, ids, protocol.size, settings))
+    with policy(options):
+        if there:
+            against = {
+                "protocol": dataclasses.asdict(protocol), "inception": inception.described,
+                "reference": real.sha256(), "sampling": sample_folder.describe(jobs[0]),
+            }  # fmt: skip
+            _check_figures(there, against, out / "sweep.json")
+        for job in jobs:
+            sample_folder.prepare(job)
+            sample_folder.pending(job)
     results = []
     for scale, job in zip(options.cfg_scale, jobs, strict=True):
         fill(options, job, sample_folder.pending(job), None)
@@ -127,18 +135,40 @@ def _sweep(options: argparse.Namespace, out: Path) -> int:
     return 0
 
 
-def _check_scales(scales: list[float], path: Path) -> None:
-    """Refuse to overwrite the results of scales that are not asked for."""
+def _figures_in(path: Path, scales: list[float]) -> list[dict[str, Any]]:
+    """What the figures of an earlier sweep depend on; scales that are not asked for are refused."""
     if not path.exists():
-        return
+        return []
     try:
-        there = [float(result["cfg_scale"]) for result in json.loads(path.read_text())["results"]]
-    except (ValueError, KeyError, TypeError) as error:
+        there = [
+            {
+                "protocol": dict(result["protocol"]),
+                "inception": dict(result["inception"]),
+                "reference": result["reference"]["sha256"],
+                "sampling": {k: v for k, v in result["sampling"].items() if k != "noise"},
+            }
+            for result in json.loads(path.read_text())["results"]
+        ]
+        known = [float(one["sampling"]["cfg_scale"]) for one in there]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged; remove it and run again") from error
-    if left := [scale for scale in there if scale not in scales]:
+    if left := [scale for scale in known if scale not in scales]:
         raise FileExistsError(
             f"{path} also has scale {left[0]:g}; name it as well, or choose another folder"
         )
+    return there
+
+
+def _check_figures(there: list[dict[str, Any]], here: dict[str, Any], path: Path) -> None:
+    """Refuse to write over figures of anything else; the scales may differ."""
+    from ..cache.format.differences import differences
+
+    for one in there:
+        sampling = here["sampling"] | {"cfg_scale": one["sampling"]["cfg_scale"]}
+        if differing := differences(one, here | {"sampling": sampling}):
+            raise FileExistsError(
+                f"{path} holds other figures ({differing}); choose another folder"
+            )
 
 
 def _probe(options: argparse.Namespace, out: Path) -> int:

@@ -88,7 +88,8 @@ def run(options: argparse.Namespace) -> int:
     kv_dtype = torch.int8 if options.kv_int8 else None
     class_ids = classes[torch.arange(options.num) % len(classes)]
     job = sample_folder.Job(gpt, tokenizer, out, class_ids, options.size, settings, kv_dtype)
-    sample_folder.prepare(job)
+    with policy(options):
+        sample_folder.prepare(job)
     # By shard number: a process that starts late sees fewer left, and would split them differently.
     mine = [number for number in sample_folder.pending(job) if number % world_size == rank]
     count = fill(options, job, mine, options.batch_size, hidden=rank > 0)

@@ -50,6 +50,7 @@ def evaluate_generation(
     made, real = Archive(samples), open_reference(reference, protocol, inception)
     made.check_pictures(protocol.num, protocol.size)
     labels = described_labels(made.labels(protocol.num)) if labelled else {"labels": "not given"}
+    sampling = _settings(made.path)
     seen, target = Activations(inception), Activations(inception) if real.count else None
     for archive, count, into in ((made, protocol.num, seen), (real, real.count, target)):
         for pictures in archive.pictures(count, batch_size) if count else ():
@@ -60,7 +61,7 @@ def evaluate_generation(
         "compared": {
             "samples": str(made.path), "pictures": protocol.num, "sha256": seen.sha256, **labels,
         },
-        "sampling": _settings(made.path),
+        "sampling": sampling,
         "reference": {
             "file": str(real.path), "sha256": real.sha256(), "pictures": real.count,
             "statistics": [n for pair in STATISTICS.values() for n in pair if n in real.members],
@@ -142,7 +143,10 @@ def _is_imagenet_val(archive: Archive) -> bool:
     """Whether there are 50 images of each of 1,000 classes, as in the validation set only."""
     if archive.count != 50_000 or LABELS not in archive.members:
         return False
-    found = described_labels(archive.labels(archive.count))
+    try:
+        found = described_labels(archive.labels(archive.count))
+    except ValueError:  # No labels of classes; nothing else needs those of a reference.
+        return False
     return found["classes"] == 1000 and found["per_class"] == [50, 50]
 
 
@@ -152,9 +156,13 @@ def _settings(samples: Path) -> dict[str, Any] | None:
     if samples.name != "samples.npz" or not path.is_file():
         return None
     try:
-        return json.loads(path.read_text()) | {"noise": "keyed by seed, image 0 to num - 1, step"}
+        settings = json.loads(path.read_text())
+        json.dumps(settings, allow_nan=False)  # As the result will be written.
+        if not isinstance(settings, dict):
+            raise ValueError("it must hold an object")
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error})") from error
+    return settings | {"noise": "keyed by seed, image 0 to num - 1, step"}
 
 
 def plot_sweep(path: str | os.PathLike, results: list[dict[str, Any]]) -> bool:

@@ -259,6 +259,11 @@ def _check_classes(names: list[str], other: list[str], test: str, train: str) ->
             raise ValueError(
                 f"{test}: its classes are not those of {train}: {theirs!r} instead of {ours!r}"
             )
+    if not numbered[0] and len(other) > len(names):
+        raise ValueError(
+            f"{test}: its classes are not those of {train}: {other[len(names)]!r} has no training "
+            "images; leave it out of the test images"
+        )
     return []
 
 

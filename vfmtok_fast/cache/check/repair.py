@@ -77,7 +77,7 @@ def _damaged(job: Job, tell: Callable[[str], None]) -> list[int]:
     for number in range(job.manifest.shards):
         path = shard_path(job.out, number)
         problems, bad = shard_problems(job.out, job.manifest, number)
-        if bad and (back := _readable_again(job, number)):
+        if bad and not problems and (back := _readable_again(job, number)):
             problems = [f"{back} of its {bad} quarantined pictures can be read now"]
         for problem in problems:
             tell(f"{path}: {problem}")

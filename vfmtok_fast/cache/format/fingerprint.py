@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any, Protocol
 
 import torch
@@ -74,8 +74,8 @@ def describe(
         "codebook_size": config.codebook_size,
         "num_tokens": config.num_regions,
         # The precision of a VFMTok; the key is older than that name.
-        "dtype": (precision := _precision(tokenizer)),
-        **_fast_ops(precision),
+        "dtype": _precision(tokenizer),
+        **({"fast_ops": ops} if (ops := fast_ops(tokenizer, ENCODE_OPS)) else {}),
         "views": [str(view) for view in parsed],
         **rules(parsed, seed),
         "image_size": config.image_size,
@@ -99,18 +99,25 @@ def check_tokenizer(tokenizer: object) -> None:
         )
 
 
-def _precision(tokenizer: Tokenizer) -> str:
-    named = getattr(tokenizer, "precision", None)
+def _precision(model: Any) -> str:
+    named = getattr(model, "precision", None)
     if isinstance(named, str):
         return named
-    first = next(iter(tokenizer.parameters()), None)
+    first = next(iter(model.parameters()), None)
     return str(torch.float32 if first is None else first.dtype).removeprefix("torch.")
 
 
-def _fast_ops(precision: str) -> dict[str, list[str]]:
-    """Return the enabled ops in half precision, where they round differently and change tokens."""
-    ops = sorted(switch.policy().ops & ENCODE_OPS)
-    return {"fast_ops": ops} if precision in ("float16", "bfloat16", "mixed") and ops else {}
+def fast_ops(model: Any, ops: Set[str]) -> list[str]:
+    """Return which of ``ops`` are enabled if the model is in half precision, else none.
+
+    In half precision, enabled ops round differently and change results.
+
+    Args:
+        model: a `Tokenizer`, or another module with parameters.
+        ops: the ops that its results depend on.
+    """
+    half = _precision(model) in ("float16", "bfloat16", "mixed")
+    return sorted(switch.policy().ops & ops) if half else []
 
 
 def weights_checksum(state: Mapping[str, torch.Tensor]) -> str:

@@ -121,7 +121,12 @@ def write_shard(out: Place, fingerprint: str, shard: Shard) -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: Place, data: bytes | None = None) -> Iterator[tuple[Header, Tensors]]:
+def opened(path: Any, data: bytes | None = None) -> Iterator[tuple[Header, Tensors]]:
+    """A shard to read from, as `read_header` and `read_shard` do; ``path`` is what `Tensors` takes.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_header`.
+    """
     try:
         file = Tensors(path if data is None else data)
         if set(file.header) != set(_DTYPES):
@@ -140,7 +145,7 @@ def read_header(path: Place) -> Header:
         FileNotFoundError: the shard is missing.
         ValueError: it is damaged or not a shard.
     """
-    with _opened(path) as (header, _):
+    with opened(path) as (header, _):
         return header
 
 
@@ -154,7 +159,7 @@ def read_shard(path: Place, data: bytes | None = None) -> tuple[Header, Shard]:
     Raises:
         FileNotFoundError, ValueError: as `read_header`.
     """
-    with _opened(path, data) as (header, file):
+    with opened(path, data) as (header, file):
         return header, Shard(header.number, **{name: file.get(name) for name in _DTYPES})
 
 
@@ -171,6 +176,9 @@ def read_quarantine(out: Place, number: int) -> tuple[list[dict[str, Any]], str]
         data = b""
     try:
         entries = [json.loads(line) for line in data.splitlines()]
+        for entry in entries:
+            if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+                raise ValueError("each line must be an object with a path")
     except ValueError as error:
         raise ValueError(f"{path}: damaged ({one_line(error)})") from error
     return entries, hashlib.sha256(data).hexdigest()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -23,7 +23,8 @@ class TokenCacheDataset(torch.utils.data.Dataset):
 
     Tokens are read on demand, so memory use is a few bytes per image. The data set can be sent to
     worker processes. `set_epoch` reaches them too, also persistent ones
-    (`persistent_workers=True`). A copy has an epoch of its own, which starts as this one's.
+    (`persistent_workers=True`), and any other process that torch.multiprocessing sends the data set
+    to. A copy, by `copy` or pickle, has an epoch of its own, which starts as this one's.
 
     Args:
         out: the cache's folder.
@@ -56,10 +57,16 @@ class TokenCacheDataset(torch.utils.data.Dataset):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        # torch shares memory with the workers that it starts itself. Any other copy, by pickle or
+        # torch shares memory with the processes that it starts itself. Any other copy, by pickle or
         # deepcopy, has an epoch of its own, which its workers must see.
         if not self._epoch.is_shared():
             self._epoch = self._epoch.clone().share_memory_()
+
+    def __copy__(self) -> Self:
+        # copy.copy would hand over the tensor itself.
+        other = type(self).__new__(type(self))
+        other.__dict__ |= {**self.__dict__, "_epoch": self._epoch.clone().share_memory_()}
+        return other
 
     @property
     def epoch(self) -> int:

@@ -32,6 +32,9 @@ class TokenCache:
     global index of the image at position i. Memory use is a few bytes per image; tokens are read on
     demand. The object can be sent to worker processes, which open the files for themselves.
 
+    Of a shard that is made anew meanwhile (the cache is extended, repaired, built again), a reader
+    that has it open keeps the old one; opening the new one is a ValueError.
+
     Args:
         out: the cache's folder or URL.
         view: name of the view to return; None: all of them.
@@ -131,7 +134,9 @@ class TokenCache:
         copy = self._mirror / name
         if not copy.exists():
             data = path.read_bytes()
-            if wrong := shards.problems(*shards.read_shard(path, data), number, self.manifest):
+            header, shard = shards.read_shard(path, data)
+            self._check_unchanged(path, number, header)
+            if wrong := shards.problems(header, shard, number, self.manifest):
                 raise ValueError(f"{path}: {wrong[0]}; run vfmtok-fast repair")
             self._mirror.make_folder()
             copy.put(data)
@@ -144,8 +149,15 @@ class TokenCache:
                 self._files.pop(old, None)  # other threads do so too
             remote = self._mirror is not None
             path = self._copy(number) if remote else shards.shard_path(self.out, number)
-            rows = self._files[number] = _Rows(path)
+            rows = _Rows(path)
+            self._check_unchanged(path, number, rows.header)
+            self._files[number] = rows
         return rows
+
+    def _check_unchanged(self, path: Place, number: int, header: shards.Header) -> None:
+        """Positions and labels are those of the shards that were there at first."""
+        if header.digest() != self._digests[number]:
+            raise ValueError(f"{path}: changed since this cache was opened; open it again")
 
 
 class _Rows:
@@ -156,15 +168,27 @@ class _Rows:
 
     def __init__(self, path: Place) -> None:
         self.path, self.file = path, path.open_bytes()
-        tensors = Tensors(path)
-        tokens = tensors.header["tokens"]
+        # Of the file that is open: another may take its name at any moment.
+        with shards.opened(self) as (self.header, tensors):
+            tokens = tensors.header["tokens"]
         self.start, self.shape = tensors.start + tokens["data_offsets"][0], tokens["shape"][1:]
-        self.size = math.prod(self.shape) * np.dtype(np.uint16).itemsize
+        self.row_bytes = math.prod(self.shape) * np.dtype(np.uint16).itemsize
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def size(self) -> int:
+        return os.fstat(self.file.fileno()).st_size
+
+    def read_range(self, start: int, end: int) -> bytes:
+        # At a place of its own: processes that were forked share the file.
+        return os.pread(self.file.fileno(), end - start, start)
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """Return uint16 [V, T], by pread: forked processes share the file and its position."""
-        data = os.pread(self.file.fileno(), self.size, self.start + row * self.size)
-        if len(data) < self.size:
+        """Return uint16 [V, T]."""
+        start = self.start + row * self.row_bytes
+        data = self.read_range(start, start + self.row_bytes)
+        if len(data) < self.row_bytes:
             raise ValueError(f"{self.path}: was cut short; run vfmtok-fast repair")
         return np.frombuffer(data, np.uint16).reshape(self.shape)
 
@@ -190,6 +214,8 @@ def read_tokens(out: str | os.PathLike, view: str = "center") -> tuple[np.ndarra
     cache = TokenCache(out, view)
     parts = [np.zeros((0, cache.manifest.num_tokens), np.uint16)]
     for number in range(cache.manifest.shards):
-        _, shard = shards.read_shard(shards.shard_path(cache.out, number))
+        path = shards.shard_path(cache.out, number)
+        header, shard = shards.read_shard(path)
+        cache._check_unchanged(path, number, header)
         parts.append(shard.tokens[shard.status == shards.OK, cache._view])
     return np.concatenate(parts), cache.labels

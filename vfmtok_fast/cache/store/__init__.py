@@ -22,7 +22,7 @@ __all__ = ["CacheWriteError", "LocalPlace", "Place", "StoreError", "Tensors", "U
 class Place(Protocol):
     """A file or folder of a cache. Methods that write raise CacheWriteError and leave no half file.
 
-    `LocalPlace` also has what only a disk can do (is_dir, sweep, remove_folder).
+    `LocalPlace` also has what only a disk can do (is_dir, put_first, sweep, remove_folder).
     """
 
     # Whether it is in a store: nothing there can be mapped or renamed, and a writer that dies may

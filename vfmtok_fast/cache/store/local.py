@@ -42,6 +42,11 @@ class LocalPlace(type(Path())):
         with atomic.atomic_file(self) as file:
             file.write(data)
 
+    def put_first(self, data: bytes) -> None:
+        """`put`, except that a file that another process puts there first stays."""
+        with atomic.atomic_file(self, first=True) as file:
+            file.write(data)
+
     def take_over(self, source: LocalPlace) -> None:
         with writes(self), contextlib.suppress(FileNotFoundError):  # another process has done it
             os.replace(source, self)
