@@ -182,7 +182,7 @@ def test_a_damaged_quarantine_list_is_named_and_mended(built, out, tokenizer, fa
     before = fake.read_tree(out)
     (out / "quarantine/00001.jsonl").write_text(text)
     (found,) = cache.verify(out).problems
-    assert problem in found and "mend it with vfmtok-fast repair" in found
+    assert problem in found and "run vfmtok-fast repair" in found
     assert cache.repair(built, out, tokenizer) == 1
     assert fake.read_tree(out) == before
 
