@@ -92,12 +92,13 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         options["repo_id"] = options.get("repo_id") or folder.name
         try:
             pushed = super().save_pretrained(finished, config=config or self.config, **options)
-            # safetensors writes files that only their owner can read.
+            # safetensors makes files that only their owner can read.
             mode = stat.S_IMODE((finished / constants.CONFIG_NAME).stat().st_mode)
             for path in finished.iterdir():
                 path.chmod(mode)
-            if (folder / "README.md").exists():  # Someone's model card, which the mixin keeps too.
-                (finished / "README.md").unlink()
+            # A model card that someone wrote; the mixin keeps it too.
+            if (folder / "README.md").exists():
+                (finished / "README.md").unlink(missing_ok=True)
             if there:
                 # Do not replace the folder: it may be a mount or someone's working directory.
                 for path in sorted(finished.iterdir(), key=lambda path: path.name == "config.json"):

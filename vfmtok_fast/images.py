@@ -291,7 +291,7 @@ def _check_uint8(caller: str, images: np.ndarray | torch.Tensor) -> None:
 
 
 def _decode(file: BinaryIO) -> Image.Image:
-    # Outside: what quiet_pillow raises is no fault of the file.
+    # Outside the try block: an error of quiet_pillow is not the fault of the file.
     with quiet_pillow():
         return _decode_quietly(file)
 
@@ -403,7 +403,7 @@ def quiet_pillow() -> Iterator[None]:
         RuntimeError: the process lets Pillow fill truncated images up.
     """
     global _quiet_depth
-    # Not switched off for a while: other threads may need it, and would switch it on meanwhile.
+    # Refused instead of switched off: the flag is global, and other threads may need it.
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise RuntimeError(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES must be False, or truncated images count as whole "

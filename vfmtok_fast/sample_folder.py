@@ -80,7 +80,7 @@ def describe(job: Job) -> dict[str, Any]:
         "classes_sha256": weights_checksum({"class_ids": job.class_ids}),
         "size": job.size,
         "dtype": str(job.gpt.dtype).removeprefix("torch."),
-        # The shapes of weights do not tell all of a config.
+        # Not every field of a config shows in the shapes of the weights.
         "gpt": dataclasses.asdict(job.gpt.config),
         "gpt_sha256": weights_checksum(job.gpt.state_dict()),
         "tokenizer": dataclasses.asdict(job.tokenizer.config),
@@ -91,7 +91,7 @@ def describe(job: Job) -> dict[str, Any]:
         **({"fast_ops": sorted(ops)} if ops else {}),
         **job.sampling,
     }
-    # Through JSON once, so that tuples are lists as they are when read back.
+    # A round trip through JSON turns tuples into lists, as when read back.
     return json.loads(json.dumps(described))
 
 

@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
 
     # Follow a link to its target, which may be a mount or the current folder.
     out = local_path(options.out).resolve()
-    # What a convert leaves that was killed is no content; save_pretrained sweeps it away.
+    # The remains of a killed convert do not count; save_pretrained removes them.
     if out.exists() and not (
         out.is_dir() and all(is_temporary(path.name) for path in out.iterdir())
     ):

@@ -136,7 +136,7 @@ def _sweep(options: argparse.Namespace, out: Path) -> int:
 
 
 def _figures_in(path: Path, scales: list[float]) -> list[dict[str, Any]]:
-    """What the figures of an earlier sweep depend on; scales that are not asked for are refused."""
+    """What the results of an earlier sweep depend on; scales that are not asked for are refused."""
     if not path.exists():
         return []
     try:
@@ -160,7 +160,7 @@ def _figures_in(path: Path, scales: list[float]) -> list[dict[str, Any]]:
 
 
 def _check_figures(there: list[dict[str, Any]], here: dict[str, Any], path: Path) -> None:
-    """Refuse to write over figures of anything else; the scales may differ."""
+    """Refuse to overwrite results of anything else; the scales may differ."""
     from ..cache.format.differences import differences
 
     for one in there:

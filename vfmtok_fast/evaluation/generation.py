@@ -145,7 +145,7 @@ def _is_imagenet_val(archive: Archive) -> bool:
         return False
     try:
         found = described_labels(archive.labels(archive.count))
-    except ValueError:  # No labels of classes; nothing else needs those of a reference.
+    except ValueError:  # Not class labels; the labels of a reference serve only a warning.
         return False
     return found["classes"] == 1000 and found["per_class"] == [50, 50]
 
@@ -157,7 +157,7 @@ def _settings(samples: Path) -> dict[str, Any] | None:
         return None
     try:
         settings = json.loads(path.read_text())
-        json.dumps(settings, allow_nan=False)  # As the result will be written.
+        json.dumps(settings, allow_nan=False)  # The result is written the same way.
         if not isinstance(settings, dict):
             raise ValueError("it must hold an object")
     except ValueError as error:

@@ -122,7 +122,7 @@ def write_shard(out: Place, fingerprint: str, shard: Shard) -> None:
 
 @contextlib.contextmanager
 def opened(path: Any, data: bytes | None = None) -> Iterator[tuple[Header, Tensors]]:
-    """A shard to read from, as `read_header` and `read_shard` do; ``path`` is what `Tensors` takes.
+    """Open a shard for reading; ``path`` is anything that `Tensors` takes.
 
     Raises:
         FileNotFoundError, ValueError: as `read_header`.

@@ -32,8 +32,8 @@ class TokenCache:
     global index of the image at position i. Memory use is a few bytes per image; tokens are read on
     demand. The object can be sent to worker processes, which open the files for themselves.
 
-    Of a shard that is made anew meanwhile (the cache is extended, repaired, built again), a reader
-    that has it open keeps the old one; opening the new one is a ValueError.
+    If a shard is rewritten later (the cache is extended, repaired or rebuilt), a reader that has it
+    open keeps reading the old one, and opening the new one raises ValueError.
 
     Args:
         out: the cache's folder or URL.
@@ -155,7 +155,7 @@ class TokenCache:
         return rows
 
     def _check_unchanged(self, path: Place, number: int, header: shards.Header) -> None:
-        """Positions and labels are those of the shards that were there at first."""
+        """Refuse a shard that is not the one that positions and labels were read from."""
         if header.digest() != self._digests[number]:
             raise ValueError(f"{path}: changed since this cache was opened; open it again")
 
@@ -168,7 +168,7 @@ class _Rows:
 
     def __init__(self, path: Place) -> None:
         self.path, self.file = path, path.open_bytes()
-        # Of the file that is open: another may take its name at any moment.
+        # Read from the open file: another file may take its name at any moment.
         with shards.opened(self) as (self.header, tensors):
             tokens = tensors.header["tokens"]
         self.start, self.shape = tensors.start + tokens["data_offsets"][0], tokens["shape"][1:]
@@ -181,7 +181,7 @@ class _Rows:
         return os.fstat(self.file.fileno()).st_size
 
     def read_range(self, start: int, end: int) -> bytes:
-        # At a place of its own: processes that were forked share the file.
+        # With pread, because forked processes share the file and its position.
         return os.pread(self.file.fileno(), end - start, start)
 
     def __getitem__(self, row: int) -> np.ndarray:

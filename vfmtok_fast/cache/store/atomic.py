@@ -49,11 +49,11 @@ def atomic_file(path: Path, *, first: bool = False) -> Iterator[BinaryIO]:
 
 
 def _linked(temporary: Path, path: Path) -> bool:
-    """Name a file unless the name is taken; False on a file system without hard links."""
+    """Link a file to its name unless the name is taken; False if hard links are not supported."""
     try:
         os.link(temporary, path)
     except FileExistsError:
-        pass  # It is the other's now, whatever it holds.
+        pass  # Another process was first; its file stays.
     except OSError:
         return False
     return True

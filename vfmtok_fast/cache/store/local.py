@@ -43,7 +43,7 @@ class LocalPlace(type(Path())):
             file.write(data)
 
     def put_first(self, data: bytes) -> None:
-        """`put`, except that a file that another process puts there first stays."""
+        """Like `put`, but keep a file that another process has put there first."""
         with atomic.atomic_file(self, first=True) as file:
             file.write(data)
 
