@@ -55,7 +55,7 @@ def differentiable(
     def once(ctx, *grads: Any) -> tuple[Any, ...]:
         with torch.no_grad():
             made = backward(ctx, *grads)
-        return first_derivatives_only(made, message)
+        return first_derivatives_only(made if isinstance(made, tuple) else (made,), message)
 
     torch.library.register_autograd(
         f"vfmtok_fast::{launcher}", once, setup_context=setup, lib=library
