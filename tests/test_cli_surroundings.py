@@ -164,6 +164,14 @@ def test_convert_into_any_folder(where, official, tmp_path, monkeypatch, capsys)
     assert "is not an empty folder" in capsys.readouterr().err
 
 
+def test_convert_into_a_loop_of_links(official, tmp_path, capsys):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert cli.main(["convert", "GPT-B", str(tmp_path / "loop"), *official]) == 2
+    line = capsys.readouterr().err.strip()
+    assert "\n" not in line and str(tmp_path / "loop") in line
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "gpt.pt", "loop"]
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [

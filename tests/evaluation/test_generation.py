@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -32,6 +33,16 @@ def files(tmp_path: Path, pictures: np.ndarray) -> tuple[Path, Path]:
     np.savez(tmp_path / "samples.npz", arr_0=pictures[:12], arr_1=np.arange(12) % 3)
     np.savez_compressed(tmp_path / "reference.npz", arr_0=pictures[12:])
     return tmp_path / "samples.npz", tmp_path / "reference.npz"
+
+
+def encrypted() -> bytes:
+    """An .npz whose one member claims to need a password."""
+    file = io.BytesIO()
+    np.savez(file, arr_0=np.zeros((12, 32, 32, 3), np.uint8))
+    data = bytearray(file.getvalue())
+    data[6] |= 1  # flags of the member's own header, and of the directory's
+    data[data.rindex(b"PK\1\2") + 8] |= 1
+    return bytes(data)
 
 
 def seen(inception, pictures: np.ndarray) -> Activations:
@@ -145,6 +156,7 @@ def test_wrong_samples(files, inception, values: dict, message: str):
         ({"mu": np.zeros(9), "sigma": np.eye(9)}, "mu must have 12 features as this Inception"),
         ({"mu": np.zeros(12), "sigma": np.eye(9)}, "must be [D] and [D, D], got [12] and [9, 9]"),
         (b"PK\3\4, and no more", "is not an .npz, or is damaged"),
+        (encrypted(), "is encrypted"),
         (None, "no such file; pictures are evaluated as ADM's .npz"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from .choices import OFFICIAL_FILES, OFFICIAL_REPO
@@ -37,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     from ..tokenizer import VFMTok
 
     # Follow a link to its target, which may be a mount or the current folder.
-    out = local_path(options.out).resolve()
+    out = Path(os.path.realpath(local_path(options.out)))  # Path.resolve raises on link loops.
     # The remains of a killed convert do not count; save_pretrained removes them.
     if out.exists() and not (
         out.is_dir() and all(is_temporary(path.name) for path in out.iterdir())

@@ -169,5 +169,6 @@ class Archive:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+        # RuntimeError: encrypted, or compressed in a way that Python does not know.
+        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError) as error:
             raise ValueError(f"{self.path}: is not an .npz, or is damaged ({error})") from error
