@@ -16,8 +16,7 @@ import torch
 from scripts import DIE_AT_RENAME, START
 
 import vfmtok_fast
-from vfmtok_fast import GPT, GPTConfig, sample_folder
-from vfmtok_fast.cache.store import atomic
+from vfmtok_fast import GPT, GPTConfig, sample_folder, temporary
 
 SAMPLING = {"cfg_scale": 1.5, "cfg_interval": 3, "top_k": 20, "top_p": 0.95, "seed": 4}
 
@@ -183,14 +182,14 @@ def test_a_process_that_comes_while_another_begins(tmp_path, monkeypatch):
 
 
 def test_two_jobs_that_begin_at_once_share_no_folder(tmp_path, monkeypatch):
-    sweep = atomic.sweep
+    sweep = temporary.sweep
 
     def meanwhile(folder):
         monkeypatch.undo()
         sample_folder.prepare(job(tmp_path / "a", sampling={**SAMPLING, "seed": 5}))
         return sweep(folder)
 
-    monkeypatch.setattr(atomic, "sweep", meanwhile)
+    monkeypatch.setattr(temporary, "sweep", meanwhile)
     with pytest.raises(FileExistsError, match=r"seed \(there 5, here 4\)"):
         sample_folder.prepare(job(tmp_path / "a"))
 

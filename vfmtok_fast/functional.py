@@ -29,11 +29,14 @@ def through(
 
 def is_unhooked(module: nn.Module) -> bool:
     """Whether calling ``module`` runs the forward pass of its class and nothing else."""
-    hooks = (
-        module._forward_pre_hooks, module._forward_hooks,
-        module._backward_pre_hooks, module._backward_hooks,
-    )  # fmt: skip
-    return "forward" not in module.__dict__ and not any(hooks)
+    # Asked of every layer at every call.
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -46,9 +46,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def state_of(model: nn.Module) -> tuple | None:
-    """Return the addresses and in-place version counters of a model's tensors; None with hooks.
+    """Return the addresses and in-place version counters of a model's tensors.
 
-    A replay would not call hooks.
+    None if a module has a hook or a forward pass of its own, which a replay would not call.
     """
     # For a full tokenizer, `modules()` takes more time than everything else here.
     state, left, seen = [], [model], set()
@@ -57,7 +57,8 @@ def state_of(model: nn.Module) -> tuple | None:
         if module in seen or module is None:
             continue
         seen.add(module)
-        if module._forward_hooks or module._forward_pre_hooks:
+        # A forward pass put on the module itself may change without any weight changing.
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             return None
         left += module._modules.values()
         for kind in (module._parameters, module._buffers):

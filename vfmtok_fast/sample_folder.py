@@ -30,6 +30,7 @@ from .cache.store import LocalPlace, atomic
 from .generator import GPT, Sampling
 from .generator.decoder import STEP_OPS, Progress
 from .generator.memory import fastest_batch
+from .temporary import is_temporary
 from .tokenizer import VFMTok
 from .tokenizer.model import DECODE_OPS
 
@@ -139,7 +140,7 @@ def _holds_something(out: Path) -> bool:
     """Whether a folder without settings holds more than the remains of a run that died early."""
     shards = out / "shards"
     inside = [*out.iterdir(), *(shards.iterdir() if shards.is_dir() else ())]
-    return any(path != shards and not atomic.is_temporary(path.name) for path in inside)
+    return any(path != shards and not is_temporary(path.name) for path in inside)
 
 
 def pending(job: Job) -> list[int]:

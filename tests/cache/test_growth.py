@@ -10,12 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from vfmtok_fast import cache, cli
+from vfmtok_fast import cache, cli, temporary
 from vfmtok_fast.cache.format import index, shards
 from vfmtok_fast.cache.make import changes, job, parts, prepare, progress
 from vfmtok_fast.cache.sources import open_source
 from vfmtok_fast.cache.sources.choice import split_patterns
-from vfmtok_fast.cache.store import atomic
 
 SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2}
 
@@ -283,7 +282,7 @@ def test_listing_goes_on_behind_the_last_part(tmp_path, tokenizer, fake, monkeyp
 def names_of_parts(out):
     folder = out / parts.FOLDER
     names = os.listdir(folder) if folder.is_dir() else []
-    return sorted(name for name in names if not atomic.is_temporary(name))
+    return sorted(name for name in names if not temporary.is_temporary(name))
 
 
 def test_parts_of_another_input_are_not_gone_on_with(tmp_path, out, tokenizer, fake, monkeypatch):

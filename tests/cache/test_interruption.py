@@ -17,7 +17,6 @@ from scripts import DIE_AT_RENAME, START
 import vfmtok_fast
 from vfmtok_fast import cache, temporary
 from vfmtok_fast.cache.sources.folder import walk
-from vfmtok_fast.cache.store import atomic
 
 SMALL = {"batch_size": 3, "shard_size": 2, "workers": 2}
 
@@ -197,8 +196,8 @@ def test_sweep_takes_what_the_dead_left_and_nothing_else(tmp_path, gone_pid):
     # As of a model that was being saved; one without the random part is not ours.
     for name in (ours := f"a.tmp-{host}-{gone_pid}-0123abce", f"folder.tmp-{host}-{gone_pid}"):
         (tmp_path / name / "in").mkdir(parents=True)
-    assert atomic.sweep(tmp_path, of="c") == 0
-    assert atomic.sweep(tmp_path) == len(swept) + 1 and not (tmp_path / ours).exists()
+    assert temporary.sweep(tmp_path, of="c") == 0
+    assert temporary.sweep(tmp_path) == len(swept) + 1 and not (tmp_path / ours).exists()
     left = {path.name for path in tmp_path.iterdir() if path.is_file()}
     assert left == set(kept) and len(list(tmp_path.iterdir())) == len(kept) + 1
     (slow := tmp_path / "d.tmp-elsewhere-1-0123abcd" / "in").mkdir(parents=True)
@@ -206,10 +205,10 @@ def test_sweep_takes_what_the_dead_left_and_nothing_else(tmp_path, gone_pid):
         os.utime(path, (time.time() - 2 * day,) * 2)
     (slow / "new").write_bytes(b"")
     os.utime(slow, (time.time() - 2 * day,) * 2)
-    assert atomic.sweep(tmp_path) == 0
+    assert temporary.sweep(tmp_path) == 0
     os.utime(slow / "new", (time.time() - 2 * day,) * 2)
-    assert atomic.sweep(tmp_path) == 1
-    assert atomic.sweep(tmp_path / "nowhere") == 0
+    assert temporary.sweep(tmp_path) == 1
+    assert temporary.sweep(tmp_path / "nowhere") == 0
 
 
 def test_a_run_sweeps_the_cache(tree, out, tokenizer, fake, gone_pid):

@@ -163,3 +163,7 @@ def test_the_state_tells_every_change():
     assert state_of(model) is None
     hook.remove()
     assert state_of(model) == states[-1]
+    model[0].forward = lambda x: x
+    assert state_of(model) is None
+    del model[0].forward
+    assert state_of(model) == states[-1]

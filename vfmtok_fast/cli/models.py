@@ -38,7 +38,7 @@ def add_tokenizer_options(
     precisions: Sequence[str] = PRECISIONS,
     precision: str | None = "float32",
 ) -> None:
-    """``precision``: the default; None is that of the cache, see `take_precision`."""
+    """``precision``: the default; None is that of the cache, see `load_tokenizer`."""
     group = parser.add_argument_group(
         "model", "by default the authors' tokenizer and DINOv2, downloaded once"
     )
@@ -68,17 +68,6 @@ def add_tokenizer_options(
 
 def _renamed(value: str) -> str:
     raise argparse.ArgumentTypeError(f"renamed to --precision: use --precision {value}")
-
-
-def take_precision(options: argparse.Namespace, manifest: Manifest) -> None:
-    """Without --precision, compute as the cache was made, with or without fast ops."""
-    if options.precision is None:
-        made = manifest.covers["dtype"]
-        # Another tokenizer's dtype may have no name here; the mismatch is then an error.
-        options.precision = made if made in PRECISIONS else "float32"
-        if options.precision not in ("float32", "tf32"):
-            # In half precision the fast ops round differently, so the manifest names them.
-            options.fast &= "fast_ops" in manifest.covers
 
 
 def check_input(options: argparse.Namespace, manifest: Manifest) -> None:
@@ -128,12 +117,26 @@ def _telling(options: argparse.Namespace) -> Iterator[None]:
             note(line)
 
 
-def load_tokenizer(options: argparse.Namespace, device: str | None) -> VFMTok:
+def _compute_as_cached(options: argparse.Namespace, manifest: Manifest) -> None:
+    made = manifest.covers["dtype"]
+    # Another tokenizer's dtype may have no name here; the mismatch is then an error.
+    options.precision = made if made in PRECISIONS else "float32"
+    if options.precision not in ("float32", "tf32"):
+        # In half precision the fast ops round differently, so the manifest names them.
+        options.fast &= "fast_ops" in manifest.covers
+
+
+def load_tokenizer(
+    options: argparse.Namespace, device: str | None, manifest: Manifest | None = None
+) -> VFMTok:
+    """Load what the options name; without --precision, as the cache of ``manifest`` was made."""
     from .. import checkpoint, untrained
     from ..tokenizer import VFMTok
 
     if options.backbone is not None and options.tokenizer is None:
         raise ValueError("--backbone needs --tokenizer")
+    if options.precision is None:
+        _compute_as_cached(options, manifest)
     if options.untrained is not None:
         note(UNTRAINED_NOTE)
         model = untrained.untrained_tokenizer(options.untrained)

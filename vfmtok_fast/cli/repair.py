@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .models import (
-    add_input_option,
-    add_tokenizer_options,
-    check_input,
-    load_tokenizer,
-    policy,
-    take_precision,
-)
+from .models import add_input_option, add_tokenizer_options, check_input, load_tokenizer, policy
 from .output import note, say
 
 SUMMARY = "tokenise again the shards of a cache that verify finds damaged"
@@ -30,8 +23,7 @@ def run(options: argparse.Namespace) -> int:
 
     manifest = cache.read_manifest(options.out)
     check_input(options, manifest)
-    take_precision(options, manifest)
-    tokenizer = load_tokenizer(options, options.device)
+    tokenizer = load_tokenizer(options, options.device, manifest)
     with policy(options):
         made = cache.repair(
             options.images,

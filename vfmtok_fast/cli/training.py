@@ -222,14 +222,14 @@ def _note_average(ema: float, steps: int) -> None:
 
 def _check_out(out: Path) -> None:
     """Refuse a folder that is not a run's. A run without a checkpoint starts from the beginning."""
-    from ..cache.store import atomic
+    from ..temporary import is_temporary
     from ..training import checkpoints
     from ..training.loop import CHECKPOINTS, LOG, PICTURES
 
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; choose a new folder")
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    names = {name for name in names if not atomic.is_temporary(name)}
+    names = {name for name in names if not is_temporary(name)}
     begun = LOG in names and names <= {CHECKPOINTS, LOG, PICTURES, EVENTS}
     if names and not begun and checkpoints.latest(out / CHECKPOINTS) is None:
         raise FileExistsError(f"{out} is neither empty nor a run to resume; choose a new folder")

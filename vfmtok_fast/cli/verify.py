@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .models import (
-    add_input_option,
-    add_tokenizer_options,
-    check_input,
-    load_tokenizer,
-    policy,
-    take_precision,
-)
+from .models import add_input_option, add_tokenizer_options, check_input, load_tokenizer, policy
 from .output import note, say
 
 SUMMARY = "check every byte of a cache; with --images, tokenise a sample of it again"
@@ -45,11 +38,12 @@ def run(options: argparse.Namespace) -> int:
     if options.sample is not None and not options.images:
         raise ValueError("--sample needs --images, the pictures to tokenise again")
     manifest = cache.read_manifest(options.out)
-    take_precision(options, manifest)
     if options.images:
         check_input(options, manifest)
     chosen = options.model or options.tokenizer or options.untrained
-    tokenizer = load_tokenizer(options, options.device) if options.images or chosen else None
+    tokenizer = None
+    if options.images or chosen:
+        tokenizer = load_tokenizer(options, options.device, manifest)
     with policy(options):
         report = cache.verify(
             options.out,

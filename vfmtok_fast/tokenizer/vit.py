@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from torch import Tensor, nn
 
 from .. import ops
+from ..functional import is_unhooked
 from .attention import attend
 
 
@@ -36,7 +37,7 @@ def is_plain(vit: nn.Module) -> bool:
     left = [vit]
     while left:  # Runs at every call; `modules()` would take as long as all the rest.
         part = left.pop()
-        if part._forward_hooks or part._forward_pre_hooks:
+        if not is_unhooked(part):
             return False
         left += (inner for inner in part._modules.values() if inner is not None)
     if type(vit) is not _timm().VisionTransformer or not _is_norm(vit.norm):

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ...temporary import is_temporary
 from ..format import shards
 from ..format.index import INDEX
 from ..format.manifest import NAME, read_manifest
-from ..store import atomic, place
+from ..store import place
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def status(out: str | os.PathLike) -> Status:
     """
     out = place(out)
     writing = sum(
-        atomic.is_temporary(name)
+        is_temporary(name)
         for folder in (out, out / "shards", out / "quarantine")
         for name in folder.names()
     )

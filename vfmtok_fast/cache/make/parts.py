@@ -12,9 +12,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
+from ...temporary import is_temporary
 from ..format import index
 from ..sources import Entry
-from ..store import CacheWriteError, Place, atomic
+from ..store import CacheWriteError, Place
 
 FOLDER = "index.parts"
 # Listing this many takes a second or so on a local disk, and a minute on a slow network; they take
@@ -53,7 +54,7 @@ def remove_parts(out: Place) -> None:
     if not out.remote:
         folder.sweep()
     for name in sorted(folder.names(), reverse=True):
-        if not atomic.is_temporary(name):  # of another process that is still listing
+        if not is_temporary(name):  # of another process that is still listing
             (folder / name).remove()
     if not out.remote:
         folder.remove_folder()

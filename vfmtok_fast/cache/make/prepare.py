@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from ...images import HEIF_SUFFIXES, decode_image, heif_version
+from ...temporary import is_temporary
 from ..format import index, manifest
 from ..format.fingerprint import Tokenizer, check_tokenizer, describe
 from ..format.index import INDEX, Entry
 from ..sources import BadImage, Source
 from ..sources.base import LeftOutWarning
 from ..sources.folder import EXTENSIONS, check_utf8
-from ..store import Place, atomic, place
+from ..store import Place, place
 from . import changes, parts
 from .ahead import hashed_entries
 from .install import install, is_index_of, read_newer
@@ -119,9 +120,9 @@ def _is_ours(path: Place) -> bool:
     if path.name == INDEX:
         return index.is_index(path) or _is_torn(path)
     if path.name not in ("shards", "quarantine", parts.FOLDER):
-        return atomic.is_temporary(path.name)
+        return is_temporary(path.name)
     known = re.compile(r"\d{5}\.parquet" if path.name == parts.FOLDER else "(?!)")
-    ours = all(atomic.is_temporary(one) or known.fullmatch(one) for one in path.names())
+    ours = all(is_temporary(one) or known.fullmatch(one) for one in path.names())
     return ours and (path.remote or not path.is_file())
 
 

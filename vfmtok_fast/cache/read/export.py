@@ -18,11 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ...temporary import temporary_name
 from ..format import index, shards
 from ..format.index import INDEX
 from ..format.manifest import Manifest, read_manifest
 from ..store import CacheWriteError, Place, place
-from ..store.atomic import sync_folder, temporary_name
+from ..store.atomic import sync_folder
 
 # Names that LlamaGen's loader looks for with its defaults (dataset imagenet, image size 256).
 LLAMAGEN_CODES, LLAMAGEN_LABELS = "imagenet256_codes", "imagenet256_labels"

@@ -14,10 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ...temporary import is_temporary, sweep, temporary_name
+from ...temporary import temporary_name
 from .errors import writes
-
-__all__ = ["atomic_file", "is_temporary", "sweep", "sync_folder", "temporary_name"]
 
 
 @contextlib.contextmanager

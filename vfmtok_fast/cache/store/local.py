@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
+from ... import temporary
 from . import atomic
 from .errors import writes
 
@@ -66,7 +67,7 @@ class LocalPlace(type(Path())):
             self.rmdir()
 
     def sweep(self) -> int:
-        return atomic.sweep(self)
+        return temporary.sweep(self)
 
     def spread(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         return map(function, items)
