@@ -126,6 +126,71 @@ def test_the_file_holds_what_the_models_make(tmp_path):
     assert pictures.dtype == np.uint8 and pictures.shape == (150, 2, 2, 3)
 
 
+@pytest.mark.parametrize("there", [1, 100, 128])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_folder_is_extended_to_the_bytes_of_one_made_at_once(tmp_path, there, finished):
+    if finished:
+        run(tmp_path / "a", count=there)
+    else:
+        made = job(tmp_path / "a", count=there)
+        sample_folder.prepare(made)
+        sample_folder.make_shards(made, [made.shards - 1], None, lambda count: None)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("a/shards/*")}
+    assert run(tmp_path / "a") and run(tmp_path / "b")
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    # Whole shards stay; a last one that was not full is made again.
+    stay = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("a/shards/*")}
+    assert {name: stay[name] == time for name, time in before.items()} == {
+        name: name != f"pictures-{there // 64:05d}.npy" for name in before
+    }
+
+
+def test_an_extension_that_dies_leaves_a_folder_that_both_can_finish(tmp_path, monkeypatch):
+    run(tmp_path / "a", count=100)
+    whole = tree(tmp_path / "a")
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_folder.LocalPlace, "put", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "a")
+    assert not (
+        tmp_path / "a/samples.npz"
+    ).exists()  # never one that samples.json does not describe
+    assert run(tmp_path / "a", count=100) and tree(tmp_path / "a") == whole
+    assert run(tmp_path / "a") and run(tmp_path / "b")
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+@pytest.mark.parametrize("moment", ["before", "while"])
+@pytest.mark.parametrize("count", [100, 128])
+def test_a_process_whose_folder_is_extended_meanwhile_says_so(tmp_path, monkeypatch, moment, count):
+    slow = job(tmp_path / "a", count=count)
+    sample_folder.prepare(slow)
+    sample_folder.make_shards(slow, [0, 1], None, lambda count: None)
+    if moment == "before":
+        assert run(tmp_path / "a")
+        before = tree(tmp_path / "a")
+    else:
+        array = sample_folder._array
+
+        def meanwhile(*args):
+            monkeypatch.undo()
+            sample_folder.prepare(job(tmp_path / "a"))
+            return array(*args)
+
+        monkeypatch.setattr(sample_folder, "_array", meanwhile)
+    with pytest.raises(ValueError, match=f"has extended it from {count} to 150 images"):
+        sample_folder.finish(slow)
+    if moment == "while":
+        assert not (tmp_path / "a/samples.npz").exists() and run(tmp_path / "a")
+        run(tmp_path / "b")
+        before = tree(tmp_path / "b")
+    assert tree(tmp_path / "a") == before
+
+
 @pytest.mark.parametrize("batch_size", [None, 1, 16, 64, 150, 1000])
 def test_the_batch_size_changes_no_byte(tmp_path, batch_size):
     run(tmp_path / "a")
@@ -314,6 +379,8 @@ def test_an_interrupt_leaves_nothing_half_written(tmp_path, monkeypatch, moment)
         ({"size": 3}, r"size \(there 2, here 3\)"),
         ({"sampling": {**SAMPLING, "seed": 5}}, r"seed \(there 4, here 5\)"),
         ({"class_ids": torch.zeros(150).long()}, "classes_sha256"),
+        ({"class_ids": torch.arange(200) % 4}, r"classes_sha256 .*num \(there 150, here 200\)"),
+        ({"count": 200, "size": 3}, r"num \(there 150, here 200\), size \(there 2, here 3\)"),
     ],
 )
 def test_other_settings_are_refused(tmp_path, changes, message):

@@ -1,7 +1,8 @@
 """A folder of generated images that any number of processes fill; any of them may stop.
 
     OUT/
-      samples.json                 what the images depend on; a run that differs is refused
+      samples.json                 what the images depend on; a run that differs is refused, unless
+                                   it only asks for more images
       shards/pictures-00000.npy    uint8 [64, size, size, 3], written atomically
       samples.npz                  ADM's format: arr_0 images, arr_1 labels; written last
 
@@ -99,7 +100,8 @@ def describe(job: Job) -> dict[str, Any]:
 def prepare(job: Job) -> None:
     """Make the folder, or check that its content belongs to the same job.
 
-    The ops that `make_shards` will use must be enabled already.
+    A folder with fewer images of the same kind is extended: what is there stays. The ops that
+    `make_shards` will use must be enabled already.
 
     Raises:
         FileExistsError: the folder holds samples made with other weights or settings.
@@ -111,6 +113,10 @@ def prepare(job: Job) -> None:
     # that.
     foreign = job.out.exists() and (not job.out.is_dir() or _holds_something(job.out))
     if path.exists():
+        if _is_beginning(_settings(path), described, job.class_ids):
+            # In this order: a samples.npz that is there always holds what samples.json says.
+            LocalPlace(job.out / RESULT).remove()
+            LocalPlace(path).put(_encoded(described))
         _check_settings(path, described)
     elif foreign:
         raise FileExistsError(f"{job.out} is there and not a folder of samples; choose another")
@@ -118,19 +124,38 @@ def prepare(job: Job) -> None:
         folder.make_folder()
         folder.sweep()
     if not path.exists():
-        LocalPlace(path).put_first((json.dumps(described, indent=1) + "\n").encode())
+        LocalPlace(path).put_first(_encoded(described))
     # Another process may have started meanwhile.
     _check_settings(path, described)
 
 
-def _check_settings(path: Path, described: dict[str, Any]) -> None:
+def _encoded(described: dict[str, Any]) -> bytes:
+    return (json.dumps(described, indent=1) + "\n").encode()
+
+
+def _settings(path: Path) -> dict[str, Any]:
     try:
         there = json.loads(path.read_text())
         if not isinstance(there, dict):
             raise ValueError("it must hold an object")
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); remove it and run again") from error
-    if differing := differences(there, described):
+    return there
+
+
+def _is_beginning(
+    there: dict[str, Any], described: dict[str, Any], class_ids: torch.Tensor
+) -> bool:
+    """Whether a folder's settings ask for the first of the same images, and for no more."""
+    num = there.get("num")
+    if not isinstance(num, int) or not 0 < num < len(class_ids):
+        return False
+    first = {"num": num, "classes_sha256": weights_checksum({"class_ids": class_ids[:num]})}
+    return not differences(there, described | first)
+
+
+def _check_settings(path: Path, described: dict[str, Any]) -> None:
+    if differing := differences(_settings(path), described):
         raise FileExistsError(
             f"{path.parent} holds other samples ({differing}); choose another folder"
         )
@@ -158,12 +183,19 @@ def _is_whole(job: Job, number: int) -> bool:
         pictures = np.lib.format.open_memmap(job.path(number), mode="r")
     except (FileNotFoundError, EOFError, ValueError):
         return False
+    rows, *side = _shape(job, number)
+    if pictures.dtype == np.uint8 and [*pictures.shape[1:]] == side and 0 < len(pictures) < rows:
+        return False  # It was the last shard before the folder was extended.
     _check_shard(job, number, pictures)
     return True
 
 
+def _shape(job: Job, number: int) -> tuple[int, ...]:
+    return len(job.rows(number)), job.size, job.size, 3
+
+
 def _check_shard(job: Job, number: int, pictures: np.ndarray) -> None:
-    wanted = (len(job.rows(number)), job.size, job.size, 3)
+    wanted = _shape(job, number)
     if pictures.shape != wanted or pictures.dtype != np.uint8:
         raise ValueError(
             f"{job.path(number)} is not a shard of this job: it holds {pictures.dtype} "
@@ -254,12 +286,16 @@ def finish(job: Job) -> bool:
 
     Only one shard at a time is in memory. The bytes do not depend on which process writes them or
     when.
+
+    Raises:
+        ValueError: another process has extended the folder since `prepare`.
     """
+    _check_count(job)
     if pending(job):
         return False
-    if zipfile.is_zipfile(job.out / RESULT):  # A zip's list of members is at its end.
-        return True
     count = len(job.class_ids)
+    if _result_count(job.out / RESULT) == count:
+        return True
     with (
         atomic.atomic_file(job.out / RESULT) as file,
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
@@ -269,7 +305,26 @@ def finish(job: Job) -> bool:
                 member.write(pictures.data)
         with _array(archive, "arr_1", (count,), np.int64) as member:
             member.write(job.class_ids.numpy().data)
+        _check_count(job)
     return True
+
+
+def _check_count(job: Job) -> None:
+    there = _settings(job.out / SETTINGS).get("num")
+    if there != len(job.class_ids):
+        raise ValueError(
+            f"{job.out}: another process has extended it from {len(job.class_ids)} to {there} "
+            "images; the ones made here count, and that process makes the rest"
+        )
+
+
+def _result_count(path: Path) -> int | None:
+    """Number of images in a samples.npz; None if it is missing or cut off."""
+    try:
+        with np.load(path) as result:  # A zip's list of members is at its end.
+            return len(result["arr_1"])
+    except (FileNotFoundError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+        return None
 
 
 def shards_of(job: Job) -> Iterator[np.ndarray]:

@@ -19,13 +19,18 @@ if TYPE_CHECKING:
 GPT_HELP = (
     "generator: a folder made by convert, the model folder of a train-gpt run, a hub repo, or emoji"
 )
-SUMMARY = "generate new images: OUT/samples.npz and a grid; resumes in shards of 64"
+SUMMARY = "generate new images: OUT/samples.npz and a grid; resumes, and --num may grow later"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="folder to write to")
     parser.add_argument("--gpt", help=GPT_HELP)
-    parser.add_argument("--num", type=int, default=16, help="number of images (%(default)s)")
+    parser.add_argument(
+        "--num",
+        type=int,
+        default=16,
+        help="number of images; more than OUT has extends it (%(default)s)",
+    )
     parser.add_argument(
         "--classes",
         type=int,
