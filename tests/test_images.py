@@ -430,6 +430,16 @@ def test_truncated_files_are_refused_also_where_pillow_would_fill_them_up(monkey
             decode_image(data)
 
 
+def test_a_file_that_was_opened_elsewhere_is_read_with_the_same_care(monkeypatch):
+    """Pillow reads its pixels late, so a truncated one is noticed by us or by nobody."""
+    with pytest.raises(ValueError, match="^picture 1: image file is truncated"):
+        load_images([Image.open(io.BytesIO(data)) for data in (JPEG, JPEG[: len(JPEG) // 2])], 32)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(RuntimeError, match="LOAD_TRUNCATED_IMAGES must be False, .*got True"):
+        load_images(Image.open(io.BytesIO(JPEG)), 32)
+    assert load_images(Image.new("RGB", (40, 40)), 32).shape == (1, 3, 32, 32)
+
+
 def test_junk_after_the_end_is_ignored():
     result = np.asarray(decode_image(JPEG + b"trailing junk"))
     np.testing.assert_array_equal(result, np.asarray(decode_image(JPEG)))

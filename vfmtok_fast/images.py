@@ -230,22 +230,26 @@ def load_images(
         ValueError: no images, or one that `decode_image` or `center_crop` refuses; the message
             starts with its path.
         OSError: a file cannot be opened.
+        RuntimeError: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set.
     """
     if isinstance(pictures, str | os.PathLike | Image.Image):
         pictures = [pictures]
     crops = []
     for number, picture in enumerate(pictures):
         if isinstance(picture, Image.Image):
-            image, name = picture, f"picture {number}"
+            name = f"picture {number}"
         elif isinstance(picture, str | os.PathLike):
-            image, name = decode_image(picture), os.fspath(picture)
+            picture, name = decode_image(picture), os.fspath(picture)
         else:
             raise TypeError(
                 "load_images: pictures must be paths or Pillow images, "
                 f"got {type(picture).__name__}"
             )
         try:
-            crops.append(center_crop(_to_rgb(image), size))
+            # Pillow reads the pixels of a file that was opened elsewhere only now.
+            is_open = isinstance(picture, ImageFile.ImageFile)
+            image = _decode(picture) if is_open else _to_rgb(picture)
+            crops.append(center_crop(image, size))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     if not crops:
@@ -290,14 +294,16 @@ def _check_uint8(caller: str, images: np.ndarray | torch.Tensor) -> None:
         )
 
 
-def _decode(file: BinaryIO) -> Image.Image:
+def _decode(file: BinaryIO | ImageFile.ImageFile) -> Image.Image:
     # Outside the try block: an error of quiet_pillow is not the fault of the file.
     with quiet_pillow():
         return _decode_quietly(file)
 
 
-def _decode_quietly(file: BinaryIO) -> Image.Image:
+def _decode_quietly(file: BinaryIO | ImageFile.ImageFile) -> Image.Image:
     try:
+        if isinstance(file, Image.Image):
+            return _to_rgb(file)
         with Image.open(file, formats=_available_formats()) as image:
             return _to_rgb(image)
     except PIL.UnidentifiedImageError as error:
