@@ -8,7 +8,7 @@ import torch
 from harness import DEVICE, GPU
 from torch import Tensor
 
-from vfmtok_fast import ops
+from vfmtok_fast import ops, tf32
 from vfmtok_fast.reference.patch_embed import patch_embed as reference
 
 B, SIDE, P, C = 64 if GPU else 4, 336, 14, 1024
@@ -40,16 +40,17 @@ def bench_patch_embed(benchmark, dtype: torch.dtype, provider: str):
         return {"error": error}
 
     patches = B * (SIDE // P) ** 2
-    harness.measure(
-        benchmark,
-        op="patch_embed",
-        shape=f"B={B} {'bf16' if dtype == torch.bfloat16 else 'fp32'}",
-        provider=provider,
-        fn=lambda: function(*tensors),
-        check=check,
-        work=harness.Work(
-            bytes=tensors[0].nbytes + patches * C * tensors[4].element_size(),
-            flops=2 * patches * 3 * P * P * C,
-        ),
-        enabled="patch_embed" if provider == "fast" else None,
-    )
+    with tf32.computing(tensors[0].device, False):  # By default, torch allows it in convolutions.
+        harness.measure(
+            benchmark,
+            op="patch_embed",
+            shape=f"B={B} {'bf16' if dtype == torch.bfloat16 else 'fp32'}",
+            provider=provider,
+            fn=lambda: function(*tensors),
+            check=check,
+            work=harness.Work(
+                bytes=tensors[0].nbytes + patches * C * tensors[4].element_size(),
+                flops=2 * patches * 3 * P * P * C,
+            ),
+            enabled="patch_embed" if provider == "fast" else None,
+        )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from harness import DEVICE, GPU
 from torch import Tensor
 
-from vfmtok_fast import ops
+from vfmtok_fast import ops, tf32
 
 DTYPES = ("bfloat16", "float32")
 B = 16 if GPU else 1
@@ -104,7 +104,6 @@ def work(op: str, level: str, itemsize: int) -> harness.Work:
 def bench_pixel_decoder(benchmark, level: str, dtype: str, op: str, provider: str):
     x, pairs = inputs(level, dtype)
     call = providers(op)[provider]()
-    want = CASES[op](x, pairs).float()
 
     def check(got: Tensor) -> dict[str, object]:
         error = float((got.float() - want).abs().max() / want.abs().max())
@@ -113,7 +112,9 @@ def bench_pixel_decoder(benchmark, level: str, dtype: str, op: str, provider: st
         assert error <= allowed, f"off by {error:.1e} of the largest value"
         return {"batch": B, "dtype": dtype, "error": error}
 
-    with torch.no_grad():
+    # By default, torch allows TF32 in convolutions.
+    with torch.no_grad(), tf32.computing(x.device, False):
+        want = CASES[op](x, pairs).float()
         harness.measure(
             benchmark,
             op=op,

@@ -51,9 +51,10 @@ def test_train_tokenizer(tmp_path, more):
     patch = ("--no-lpips", "--discriminator", "patch", "--discriminator-start", "2")
     line = ("train-tokenizer", PICTURES, tmp_path / "run", "--start-from", "emoji", *patch)
     assert run(*line, *TRAINING, *more) == 0
-    # "triton (compiled)" if layers are compiled.
-    found = took("deformable_sample")
-    assert found and all(name.startswith("triton") for name in found)
+    # "triton (compiled)" if layers are compiled. The images shown at the end take the reference.
+    op = status().ops["deformable_sample"]
+    ways = {name.partition(" ")[0] for name in op.calls}
+    assert "triton" in ways <= {"triton", "reference"} and not op.fallbacks
     first, last = log(tmp_path / "run")
     assert last["rec"] < 0.5 and last["generator"] is not None and first["step"] == 2
     # Resume from a checkpoint in the middle, as after a kill.
@@ -97,5 +98,7 @@ def test_evaluate(tmp_path):
             assert run(*line, "--out", out, device=device) == 0
             found[device] = json.loads(out.read_text())["metrics"]
         for name, value in found["cpu"].items():
-            # One image of sixty may be classified differently.
-            assert found[DEVICE][name] == pytest.approx(value, rel=1e-3, abs=0.1 * number), name
+            # Of the eight held-out images one may be classified differently, and a nearly tied code
+            # may enter or leave those in use.
+            allowed = 0.13 * number or 0.01 * ("usage" in name)
+            assert found[DEVICE][name] == pytest.approx(value, rel=1e-3, abs=allowed), name

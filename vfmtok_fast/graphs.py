@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from . import switch
 
 # torch allows only one capture at a time.
-_capture = threading.Lock()
+_capture = threading.RLock()
+# The stream that captures on each device. torch hands out the same 32 streams in turn: if every
+# capture took a new one, it would soon be one that another thread uses.
+_sides: dict[int, torch.cuda.Stream] = {}
 
 
 def capture(fn: Callable[[], None]) -> torch.cuda.CUDAGraph:
@@ -20,22 +23,26 @@ def capture(fn: Callable[[], None]) -> torch.cuda.CUDAGraph:
     Both use a side stream of the current device. Later work on the current stream waits for the
     warm-up.
     """
-    # torch's default capture stream belongs to the device that captured first.
-    here, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(here)
-    with torch.cuda.stream(side):
-        fn()
-    here.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
+    here, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
     with _capture:
+        if here.device_index not in _sides:
+            _sides[here.device_index] = torch.cuda.Stream()
+        side = _sides[here.device_index]
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            fn()
+        here.wait_stream(side)
         # torch keeps one cuBLAS workspace per stream, and a graph stores its address. The workspace
         # must be in the graph's own memory pool: otherwise the next capture on this stream would
         # find it and free it.
         torch._C._cuda_clearCublasWorkspaces()
-        # Other threads may continue meanwhile.
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            fn()
-        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            # Other threads may continue meanwhile.
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                fn()
+        finally:
+            torch.cuda.set_stream(here)  # torch stays on the side stream if a capture is broken.
+            torch._C._cuda_clearCublasWorkspaces()
     return graph
 
 

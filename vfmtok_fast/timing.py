@@ -124,11 +124,12 @@ def _events(call: Function) -> float:
 def capture(fn: Function, pool: Any = None) -> Function | None:
     """Return the replay of the call's CUDA graph, or None if the call cannot be captured."""
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    here, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, pool=pool):
             fn()
     except RuntimeError:
+        torch.cuda.set_stream(here)  # torch stays on its own stream if a capture is broken.
         torch.cuda.synchronize()
         return None
     return graph.replay

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import threading
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import vfmtok_fast
-from vfmtok_fast import VFMTok
+from vfmtok_fast import VFMTok, graphs, timing
 from vfmtok_fast.graphs import Replayed, state_of
 from vfmtok_fast.untrained import untrained_tokenizer
 
@@ -167,3 +168,69 @@ def test_the_state_tells_every_change():
     assert state_of(model) is None
     del model[0].forward
     assert state_of(model) == states[-1]
+
+
+class NoStream:
+    """A stream that does nothing, for a machine without a GPU."""
+
+    device_index = 0
+
+    def wait_stream(self, other: NoStream) -> None:
+        assert isinstance(other, NoStream)
+
+
+@pytest.fixture
+def current(monkeypatch) -> list[NoStream]:
+    """torch's streams and graphs replaced; one element, the current stream."""
+    streams = [NoStream()]
+
+    @contextlib.contextmanager
+    def on(stream: NoStream):
+        before, streams[0] = streams[0], stream
+        yield
+        streams[0] = before  # Like torch's graph, not after an error.
+
+    def capturing(graph, pool=None, stream=None, **_):
+        return on(stream or NoStream())
+
+    monkeypatch.setattr(graphs, "_sides", {})
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    for name, stand_in in {
+        "current_stream": lambda: streams[0], "Stream": NoStream, "stream": on,
+        "set_stream": lambda stream: streams.__setitem__(0, stream), "CUDAGraph": object,
+        "graph": capturing, "synchronize": lambda: None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return streams
+
+
+def test_all_captures_of_a_device_share_a_stream_of_their_own(current):
+    here, seen = current[0], []
+    for _ in range(2):
+        graphs.capture(lambda: seen.append(current[0]))
+    assert len(seen) == 4 and len(set(seen)) == 1 and here not in seen and current == [here]
+
+
+def test_a_broken_capture_leaves_the_current_stream(current):
+    here, calls = current[0], []
+
+    def second_fails() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        graphs.capture(second_fails)
+    assert current == [here] and len(calls) == 2
+    calls.pop()  # A timed call has been warmed up before.
+    assert timing.capture(second_fails) is None and current == [here]
+
+
+@pytest.mark.gpu
+def test_a_broken_capture_leaves_the_current_stream_of_a_gpu():
+    here = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError):
+        graphs.capture(lambda: torch.ones(1, device="cuda").item())
+    assert torch.cuda.current_stream() == here
+    assert timing.capture(lambda: torch.ones(1, device="cuda").item()) is None
+    assert torch.cuda.current_stream() == here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from vfmtok_fast import VFMTok, VFMTokConfig, cli
+from vfmtok_fast.cli import train_tokenizer
 from vfmtok_fast.training import LPIPS, DinoDiscriminator, TokenizerTraining
 from vfmtok_fast.training.estimate import estimate_tokenizer
 
@@ -61,6 +63,15 @@ def test_a_run_and_going_on_with_it(photos: Path, config: Path, tmp_path: Path, 
     del line[line.index("--config") : line.index("--config") + 2]
     assert cli.main(line) == 0
     assert VFMTok.from_pretrained(tmp_path / "on" / "model").config == model.config
+
+
+def test_deterministic_training_on_a_gpu_needs_the_kernels(config: Path, tmp_path: Path):
+    line = arguments(tmp_path, tmp_path, config, *SMALL, "--deterministic", "--no-fast")
+    options = cli.build_parser().parse_args(line)
+    for device in ("cpu", "cuda"):
+        refused = pytest.raises(ValueError, match="--deterministic needs our kernels on a GPU")
+        with refused if device == "cuda" else contextlib.nullcontext():
+            train_tokenizer._settings(options, 10, torch.device(device))
 
 
 def test_two_runs_do_not_share_a_folder(photos: Path, config: Path, tmp_path: Path, capsys):

@@ -61,6 +61,8 @@ def test_three_steps(golden, start, variant, wide, fast, monkeypatch):
     codes, classes = case["tokens"].long().to(device), case["class"].long().to(device)
     names, limits = f"{variant}/float64/" if wide else f"{variant}/", (1e-7, 7e-7, 6e-4)
     limits = (5e-9, 6e-8, 2e-6) if wide else limits
+    if device == "cuda" and not wide:
+        limits = (1e-6, *limits[1:])  # cuBLAS adds up in another order than the authors' CPU.
     with vfmtok_fast.enable(None if fast else []):
         for number in range(3):
             terms = trainer.step(codes, classes)

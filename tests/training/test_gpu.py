@@ -88,8 +88,9 @@ def test_half_precision_learns_as_with_float32_logits():
             steps = (rows[number % 16 :: 16] for number in range(300))
             return torch.tensor([trainer.step(codes, classes)["loss"] for codes in steps])
 
-    fused, wide = curve(False), curve(True)
+    fused = curve(False)
     assert set(vfmtok_fast.status().ops["linear_cross_entropy"].calls) == {"triton"}
+    wide = curve(True)
     assert wide[-20:].mean() < 0.8 * wide[:20].mean()  # It learns, so the curves could diverge.
     smooth = torch.ones(1, 1, 20) / 20
     one, other = (F.conv1d(curve.view(1, 1, -1), smooth) for curve in (fused, wide))

@@ -197,6 +197,11 @@ def _settings(
 ) -> TokenizerTraining:
     from ..training import TokenizerTraining, rae
 
+    if options.deterministic and not options.fast and device.type == "cuda":
+        raise ValueError(
+            "--deterministic needs our kernels on a GPU, where torch's gradient of grid_sample is "
+            "not deterministic; drop --no-fast"
+        )
     fields = rae(steps_per_epoch) if options.recipe == "rae" else {}
     fields |= training.fields_of(options, steps_per_epoch, device)
     fields |= {

@@ -213,7 +213,8 @@ class Decoder:
             return
         # Drop graphs of other settings, which would pile up. Three stay alive: the first step's,
         # and those of guided and unguided steps.
-        self.graphs = {old: graph for old, graph in self.graphs.items() if old[:2] == key[:2]}
+        if any(old[:2] != key[:2] for old in self.graphs):
+            self.end()
         step = (weights, cache, sampling, embedding, self.at)
         # The warm-up run is this step; the captured run does not execute. The lock keeps out a
         # tokenizer that decodes in another thread: its TF32 setting would stay in the graph.

@@ -213,7 +213,7 @@ class Run:
         if self.flops is not None and self.peak is not None:
             line["mfu"] = rate * self.flops / self.peak
         if trainer.device.type == "cuda":
-            line["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            line["peak_gib"] = torch.cuda.max_memory_allocated(trainer.device) / 2**30
         self._write(line)
         for report in self.reports:
             report(line)

@@ -143,8 +143,6 @@ _idle: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
 def _own_stream(streams: list[torch.cuda.Stream]) -> None:
     """Give this thread its own stream; a new thread starts on GPU 0, whatever its parent uses."""
     _kept.stream = streams.pop() if streams else None
-    if _kept.stream is not None:
-        _kept.stream.wait_stream(torch.cuda.default_stream(_kept.stream.device))
 
 
 class _Device:
@@ -178,9 +176,12 @@ class _Device:
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream:
         try:
-            return self.idle.pop()
+            stream = self.idle.pop()
         except IndexError:
-            return torch.cuda.Stream(device)
+            stream = torch.cuda.Stream(device)
+        # The caller may just have changed the weights.
+        stream.wait_stream(torch.cuda.current_stream(device))
+        return stream
 
     def wait_for_data(self, pictures: Iterator) -> Any:
         start = time.perf_counter()
