@@ -214,6 +214,15 @@ def test_cache_in_parts_from_a_tar_then_export_and_repair(run, photos, tmp_path)
     labels = [json.loads(line)["class_id"] for line in rar.read_text().splitlines()]
     assert labels == [0, 0, 0, 0, 1, 1]
     assert "already" in refusal(run("export", out, rar, "--format", "rar"))
+    for name, views, told in (
+        ("a", "random-0..1", 2),
+        ("flip", "random-0..1", 1),
+        ("b", "random-0", 1),
+    ):
+        line = ("export", out, tmp_path / name, "--format", "llamagen", "--views", views)
+        notes = run(*line)[2]
+        assert len(notes) == told and "change that number to 3 there" in notes[-1]
+        assert ("draws one of the 2 views only if 'flip'" in notes[0]) == (told == 2)
 
     shard = out / "shards" / "tokens-00002.safetensors"
     whole = shard.read_bytes()

@@ -43,8 +43,8 @@ ALLOWED: dict[str, set[str]] = {
         *("checkpoint", "ops"),
     },
     "generator": {
-        *("switch", "tf32", "graphs", "decoding", "functional", "configs", "hub", "checks"),
-        *("checkpoint", "ops"),
+        *("errors", "switch", "tf32", "graphs", "decoding", "functional", "configs", "hub"),
+        *("checks", "checkpoint", "ops"),
     },
 }
 BASE = set(ALLOWED)

@@ -9,7 +9,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .errors import first_line
 from .temporary import sweep, temporary_name
 
+Model = TypeVar("Model", bound=nn.Module)
 # Fields that transformers writes into config.json beside a model's own.
 TRANSFORMERS_FIELDS = frozenset(
     ["architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "model_type"]
@@ -154,12 +155,22 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
             config = _read_config(_find(cls, source, constants.CONFIG_NAME, download), cls)
         path = weights_in(Path(os.path.expanduser(source)))
         path = path or _find(cls, source, constants.SAFETENSORS_SINGLE_FILE, download)
-        model = cls(config)
+        model = in_float32(cls, config)
         tensors = unwrapped(read_safetensors(path, cls.__name__), f"{cls.__name__}: {path}")
         shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         check_tensors(tensors, shapes, f"{cls.__name__}: {path}")
         model.load_state_dict(tensors)
         return model.to(map_location).eval()
+
+
+def in_float32(make: Callable[..., Model], *args: object) -> Model:
+    """Build a model for weights of a file: in float32, whatever torch's default dtype is."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        return make(*args)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def register_constant(module: nn.Module, name: str, value: Tensor) -> None:

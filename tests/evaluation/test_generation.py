@@ -22,6 +22,7 @@ from vfmtok_fast.evaluation import (
 from vfmtok_fast.evaluation.features import Activations
 from vfmtok_fast.evaluation.generation import _is_imagenet_val
 from vfmtok_fast.evaluation.npz import Archive
+from vfmtok_fast.evaluation.probes import Probe
 from vfmtok_fast.evaluation.protocols import Generation, Reconstruction, described_labels
 
 SMALL = PROTOCOLS["generation-float64"].changed(num=12, size=32)
@@ -193,3 +194,5 @@ def test_a_changed_protocol_says_so_in_its_name():
         ValueError, match="must be one of reconstruction-vfmtok, .*'generation-adm'"
     ):
         protocol("generation-adm", Reconstruction)
+    with pytest.raises(ValueError, match="probes are in PROBES"):
+        protocol("probe-sgd", Probe)

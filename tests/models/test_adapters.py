@@ -79,6 +79,22 @@ def test_layers_that_a_step_would_not_call_are_refused(how: str):
     torch.testing.assert_close(model.loss(codes, CLASSES[:2]), want)
 
 
+def test_a_head_that_shows_no_weight_is_called():
+    torch.manual_seed(0)
+    model = GPT(GENERATOR).eval()
+    nn.init.normal_(model.head.weight)
+    codes, want = torch.zeros(2, 4, dtype=torch.int64), 2 * model.head(torch.ones(16))
+    model.head = nn.Sequential(model.head, nn.Identity())
+    model.head.register_forward_hook(lambda module, given, out: 2 * out)
+    torch.testing.assert_close(model.head(torch.ones(16)), want)
+    assert model.device == torch.device("cpu") and model.dtype == torch.float32
+    logits = model(codes, CLASSES)
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten())
+    torch.testing.assert_close(model.loss(codes, CLASSES), loss)
+    with pytest.raises(TypeError, match="needs plain layers .* got Sequential"):
+        model.generate(CLASSES)
+
+
 def test_what_a_subclass_or_a_norm_computes_otherwise_is_refused():
     class Scaled(GPT):
         def predict(self, x: Tensor) -> Tensor:

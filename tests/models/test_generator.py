@@ -156,6 +156,15 @@ def test_class_dropout_puts_no_class_in_its_place():
     assert abs(float(is_none.double().mean()) - 0.3) < 4 * (0.3 * 0.7 / 2000) ** 0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.uint16, torch.uint32])
+def test_class_ids_of_every_dtype_can_be_dropped(dtype):
+    model = make(class_dropout=0.999, num_layers=1, num_classes=200).train()
+    codes = torch.zeros(3, 16, dtype=torch.int64)
+    for classes in (torch.tensor([1, 2, 3]), torch.tensor([1, 2, 3], dtype=dtype)):
+        torch.manual_seed(0)
+        assert torch.isfinite(model.loss(codes, classes))
+
+
 def test_gradients_reach_every_parameter():
     model = make(class_dropout=0.5).train()
     classes = torch.arange(60) % 5

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vfmtok_fast import GPT, BackboneConfig, GPTConfig, VFMTok, VFMTokConfig, temporary
+from vfmtok_fast.checkpoint import official_gpt
 
 GENERATOR = GPTConfig(
     num_layers=1, num_heads=2, dim=32, vocab_size=64, block_size=16, num_classes=4
@@ -142,6 +143,22 @@ def test_half_precision_is_kept_in_the_file(tmp_path: Path, config: VFMTokConfig
     VFMTok(config).bfloat16().save_pretrained(tmp_path)
     assert load_file(tmp_path / "model.safetensors")["quantizer.codebook"].dtype == torch.bfloat16
     assert VFMTok.from_pretrained(tmp_path).quantizer.codebook.dtype == torch.float32
+
+
+def test_torchs_default_dtype_rounds_no_loaded_model(tmp_path: Path, config: VFMTokConfig):
+    tok = VFMTok(config).eval()
+    tok.save_pretrained(tmp_path / "tok"), GPT(GENERATOR).save_pretrained(tmp_path / "gpt")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        same = VFMTok.from_pretrained(tmp_path / "tok")
+        official = GPT.from_official(official_gpt(GPT(GENERATOR).float()), GENERATOR)
+        generator = GPT.from_pretrained(tmp_path / "gpt")
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert generator.dtype == official.dtype == torch.float32 and same.precision == "float32"
+    for name, buffer in tok.named_buffers():
+        assert torch.equal(buffer, same.get_buffer(name)), name
 
 
 def test_a_given_config_takes_the_place_of_the_file(folder: Path, config: VFMTokConfig):

@@ -75,10 +75,20 @@ def test_a_batch_is_no_larger_than_gains_something(model, monkeypatch):
     assert [images for images, _ in model.stream(CLASSES[:7])] == [slice(0, 7)]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nA long text"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"
+        ),
+    ],
+    ids=["gpu", "cpu"],
+)
 @pytest.mark.parametrize("where", ["_run", "cache"])
-def test_out_of_memory_says_what_to_take_instead(where, monkeypatch):
+def test_out_of_memory_says_what_to_take_instead(where, error, monkeypatch):
     def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nA long text")
+        raise error
 
     model = make()
     if where == "_run":

@@ -325,6 +325,31 @@ def test_models_and_pictures_are_checked(make, tiny: VFMTokConfig, images: Tenso
         trainer.step(images[:, :, :60])
 
 
+def test_a_frozen_codebook_is_not_revived(tiny: VFMTokConfig):
+    model = VFMTok(tiny)
+    model.quantizer.codebook.requires_grad_(False)
+    with pytest.raises(ValueError, match="revive_after resets rows of the codebook, which is froz"):
+        TokenizerTrainer(model, TokenizerTraining(perceptual_weight=0, revive_after=4))
+
+
+@pytest.mark.parametrize("frozen_then", [True, False])
+def test_a_state_of_other_learned_weights_is_refused_before_anything_is_loaded(
+    tiny: VFMTokConfig, images: Tensor, frozen_then: bool
+):
+    def begin(frozen: bool) -> TokenizerTrainer:
+        model = VFMTok(tiny)
+        model.region_encoder.requires_grad_(not frozen)
+        return TokenizerTrainer(model, TokenizerTraining(perceptual_weight=0))
+
+    first, second = begin(frozen_then), begin(not frozen_then)
+    first.step(images)
+    before = state(second)
+    with pytest.raises(ValueError, match=r"such as region_encoder\.\S+ \(learned") as error:
+        second.load_state_dict(first.state_dict())
+    words = "learned now, frozen then" if frozen_then else "learned then, frozen now"
+    assert words in str(error.value) and same(before, state(second)) and second.steps == 0
+
+
 def test_deterministic_mode_computes_the_same(make, images: Tensor):
     expected = make(judge=False)
     terms = expected.step(images)

@@ -94,6 +94,11 @@ def protocol(name: str, kind: type[Protocol]) -> Protocol:
         ValueError: there is no such protocol, or it is of another kind.
     """
     known = [name for name, value in PROTOCOLS.items() if isinstance(value, kind)]
+    if not known:
+        raise ValueError(
+            "protocol: kind must be Reconstruction or Generation (probes are in PROBES), got "
+            f"{kind.__name__}"
+        )
     if name not in known:
         raise ValueError(f"protocol must be one of {', '.join(known)}, got {name!r}")
     return PROTOCOLS[name]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..errors import is_out_of_memory
+
 if TYPE_CHECKING:
     from .transformer import GPT
 
@@ -80,7 +82,9 @@ def told_if_out_of_memory(images: int) -> Iterator[None]:
     """Raise MemoryError if the estimate was wrong or another process took the memory meanwhile."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         if images == 1:
             advice = "out of memory with a single image; free some memory"
         else:

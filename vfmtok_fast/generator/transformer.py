@@ -17,7 +17,7 @@ from ..checks import check_class_ids, check_codes, check_device
 from ..configs import config_from_mapping
 from ..decoding import BlockWeights, StepWeights
 from ..functional import is_unhooked, rms_norm, rotate, through
-from ..hub import HubModel, register_constant
+from ..hub import HubModel, in_float32, register_constant
 from ..ops.checks import check_int
 from .config import PRESETS, GPTConfig
 from .decoder import Decoder, Kept, Progress
@@ -193,11 +193,11 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
 
     @property
     def device(self) -> torch.device:
-        return self.head.weight.device
+        return self.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.head.weight.dtype
+        return self.norm.weight.dtype
 
     def forward(self, codes: Tensor, class_ids: Tensor) -> Tensor:
         """Return the logits of every code, given the class and the codes before it.
@@ -247,7 +247,7 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
             )
         if self.training and config.class_dropout > 0:
             dropped = torch.rand(class_ids.shape, device=class_ids.device) < config.class_dropout
-            class_ids = class_ids.masked_fill(dropped, config.num_classes)
+            class_ids = class_ids.long().masked_fill(dropped, config.num_classes)
         return self.embed(class_ids, codes[:, :-1])
 
     def embed(self, class_ids: Tensor, codes: Tensor) -> Tensor:
@@ -420,4 +420,4 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
                 f"{sorted(PRESETS)}"
             )
         check_there(checkpoint, "GPT checkpoint")
-        return load_gpt(cls(config), checkpoint)
+        return load_gpt(in_float32(cls, config), checkpoint)

@@ -126,6 +126,16 @@ class Learner:
         }
         return {"moments": moments, "scaler": self.scaler.state_dict()}
 
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError if a state is of other weights, before anything is loaded."""
+        here, there = self.weights.keys(), state["moments"].keys()
+        for name in sorted(here ^ there):
+            frozen, learned = ("then", "now") if name in here else ("now", "then")
+            raise ValueError(
+                f"resuming: {len(here ^ there)} weights are not learned in both runs, such as "
+                f"{name} (learned {learned}, frozen {frozen}); freeze the same ones"
+            )
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load moments and counts; learning rates and the like stay as the settings have them."""
         for name, weight in self.weights.items():

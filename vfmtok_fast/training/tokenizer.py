@@ -68,6 +68,11 @@ class TokenizerTrainer(Trainer):
                 "TokenizerTrainer: adaptive_weight needs a separate gradient, which sharded "
                 "weights do not provide; choose one of the two"
             )
+        if settings.revive_after is not None and not model.quantizer.codebook.requires_grad:
+            raise ValueError(
+                "TokenizerTrainer: revive_after resets rows of the codebook, which is frozen; "
+                "choose one of the two"
+            )
         for part in (model.region_encoder, model.token_decoder, model.pixel_decoder):
             part.grad_checkpointing = settings.grad_checkpointing
         model.tf32 = precision == "mixed" or settings.precision != "float32"
@@ -312,6 +317,8 @@ class TokenizerTrainer(Trainer):
         if ("discriminator" in state) != (self.judge is not None):
             had = "had a" if "discriminator" in state else "had no"
             raise ValueError(f"resuming: the run {had} discriminator")
+        if self.judge is not None:
+            self.judge.check(state["discriminator_optimizer"])
         super().load_state_dict(state, changed=changed)
         if self.judge is not None:
             found = {**self.discriminator.state_dict(), **state["discriminator"]}

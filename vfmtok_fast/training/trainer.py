@@ -182,6 +182,7 @@ class Trainer:
             raise ValueError(f"resuming: the model differs: {problems}")
         if (problems := differences(there, here)) and not changed:
             raise ValueError(f"resuming: settings have changed: {problems}; {ACCEPT}")
+        self.learner.check(state["optimizer"])
         self._load_learned(self.model, state["model"])
         self._load_learned(self.ema, state["ema"])
         self.learner.load_state_dict(state["optimizer"])
