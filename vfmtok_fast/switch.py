@@ -104,6 +104,17 @@ def _known(who: str, name: str) -> Op:
     return _registry[name]
 
 
+def names_of(who: str, ops: str | Iterable[str] | None) -> frozenset[str]:
+    """Return the names that a user gave, one or several; None means all ops."""
+    if ops is not None and not isinstance(ops, Iterable):
+        raise TypeError(f"{who}: ops must be names of ops, got {ops!r}")
+    known = frozenset(_ops())
+    names = known if ops is None else frozenset([ops] if isinstance(ops, str) else ops)
+    if unknown := names - known:
+        raise ValueError(f"{who}: unknown op {sorted(unknown)}; the ops are {sorted(known)}")
+    return names
+
+
 def enable(ops: str | Iterable[str] | None = None, *, strict: bool = False) -> Handle:
     """Let ops use their fast implementations, immediately and in the whole process.
 
@@ -123,14 +134,10 @@ def enable(ops: str | Iterable[str] | None = None, *, strict: bool = False) -> H
     """
     if not isinstance(strict, bool):
         raise TypeError(f"enable: strict must be True or False, got {strict!r}")
-    if ops is not None and not isinstance(ops, Iterable):
-        raise TypeError(f"enable: ops must be names of ops, got {ops!r}")
-    names = frozenset(_ops()) if ops is None else frozenset([ops] if isinstance(ops, str) else ops)
-    if unknown := names - frozenset(_ops()):
-        raise ValueError(f"enable: unknown op {sorted(unknown)}; the ops are {sorted(_registry)}")
+    names = names_of("enable", ops)
     for name in names:
         _registry[name].load()
-    handle = Handle(Policy(names, bool(strict)))
+    handle = Handle(Policy(names, strict))
     with _lock:
         if not _layers:
             record.begin_anew()

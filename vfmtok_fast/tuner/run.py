@@ -100,7 +100,8 @@ def tune(
     Raises:
         ValueError: no GPU, an unknown model or op, seconds that are not positive.
     """
-    todo = [call for call in calls.model_calls(*_models(models)) if call.op in _names(ops)]
+    every, names = calls.model_calls(*_models(models)), switch.names_of("tune", ops)
+    todo = [call for call in every if call.op in names]
     if not seconds > 0:
         raise ValueError(f"tune: seconds must be positive, got {seconds}")
     if not torch.cuda.is_available():
@@ -117,14 +118,6 @@ def tune(
     with torch.cuda.device(device):
         table = None if path is None else Path(os.path.expanduser(path))
         return Tuner(device, path=table).run(todo, seconds, progress)
-
-
-def _names(ops: str | Iterable[str] | None) -> set[str]:
-    known = set(switch.status().ops)
-    names = known if ops is None else {ops} if isinstance(ops, str) else set(ops)
-    if unknown := names - known:
-        raise ValueError(f"tune: unknown op {sorted(unknown)}; the ops are {sorted(known)}")
-    return names
 
 
 def _models(models: Any) -> tuple[VFMTokConfig | None, list[tuple[str, GPTConfig]]]:
