@@ -29,7 +29,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from types import ModuleType, TracebackType
+from types import ModuleType
 
 import torch
 from torch.autograd import forward_ad
@@ -79,12 +79,7 @@ class Handle:
     def __enter__(self) -> Handle:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -286,14 +281,14 @@ class Op:
             candidate.load()
         # Filled here and not in a call: torch.compile guards it, so filling it in a call would
         # compile twice.
-        self._found = {device: self._meant_for(device) for device in ("cpu", "cuda")}
-
-    def _meant_for(self, device: str) -> tuple[Implementation, ...]:
-        return tuple(c for c in self.candidates if c.serves(device))
+        self._found = {
+            device: tuple(c for c in self.candidates if c.serves(device))
+            for device in ("cpu", "cuda")
+        }
 
     def _serving(self, device: str) -> tuple[Implementation, ...]:
-        found = self._found.get(device)
-        return self._meant_for(device) if found is None else found
+        # For any other device there is only plain torch, the last candidate.
+        return self._found.get(device, self.candidates[-1:])
 
     def forecast(self, device: str) -> str:
         """Describe what an enabled call on ``device`` ("cuda" or "cpu") would use, and why."""
