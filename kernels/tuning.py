@@ -95,7 +95,7 @@ def forget_tables() -> None:
     _faster.cache_clear()
     _has_faster.cache_clear()
     for space in Space.made:
-        space.forget()
+        space._found.clear()
 
 
 def dtype_name(x: Tensor) -> str:
@@ -186,9 +186,6 @@ class Space:
             yield
         finally:
             self._forced = before
-
-    def forget(self) -> None:
-        self._found.clear()
 
     def __repr__(self) -> str:
         return f"Space({self.name!r}, {self.choices})"
