@@ -245,6 +245,7 @@ class Implementation:
         return all(importlib.util.find_spec(path) is not None for path in (package, self.path))
 
 
+@dataclass(eq=False)
 class Op:
     """Chooses among the implementations of a public op; call it with validated arguments.
 
@@ -253,28 +254,22 @@ class Op:
     the reference is no fallback.
     """
 
-    def __init__(
-        self,
-        name: str,
-        reference: Callable,
-        libraries: tuple[str, ...] = (),
-        reference_for: str | None = None,
-    ):
-        self.name = name
-        self.reference = reference
-        self.reference_for = reference_for
+    name: str
+    reference: Callable
+    libraries: tuple[str, ...] = ()
+    reference_for: str | None = None
+
+    def __post_init__(self) -> None:
+        provider = f"vfmtok_fast.providers.{self.name}"
         self.candidates = (
-            Implementation("triton", f"vfmtok_fast.kernels.{name}"),
-            *(
-                Implementation(library, f"vfmtok_fast.providers.{name}_{library}", library)
-                for library in libraries
-            ),
-            Implementation("cpu", f"vfmtok_fast.cpu.{name}"),
+            Implementation("triton", f"vfmtok_fast.kernels.{self.name}"),
+            *(Implementation(name, f"{provider}_{name}", name) for name in self.libraries),
+            Implementation("cpu", f"vfmtok_fast.cpu.{self.name}"),
         )
         # The candidates by device type. On a CPU, reading the environment and asking each
         # candidate at every call would be noticeable.
         self._found: dict[str, tuple[Implementation, ...]] = {}
-        _registry[name] = self
+        _registry[self.name] = self
 
     def load(self) -> None:
         for candidate in self.candidates:
