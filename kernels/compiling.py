@@ -9,6 +9,7 @@ device, and their values are never read.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -60,10 +61,7 @@ def compile_only(chip: int) -> Iterator[list[Launch]]:
 
     def dry_run(self, *args, grid, warmup, **kwargs):
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        programs = 1
-        for size in grid:
-            programs *= size
-        launches.append(Launch(self.__name__, programs, compiled))
+        launches.append(Launch(self.__name__, math.prod(grid), compiled))
         return compiled
 
     before = driver._active

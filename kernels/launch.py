@@ -26,10 +26,9 @@ def on(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def _can_overlap(device: torch.device) -> bool:
-    if tuning.pretending():
-        return tuning.capability(device) >= 90
     # CUDA graphs have supported this since CUDA 12.3; torch also runs with older drivers.
-    return device.type == "cuda" and tuning.capability(device) >= 90 and _driver_version() >= 12030
+    there = device.type == "cuda" and _driver_version() >= 12030
+    return tuning.capability(device) >= 90 and (there or tuning.pretending())
 
 
 @functools.cache

@@ -52,11 +52,7 @@ def differentiable(
         f"leave {without} out of enable(ops=...)"
     )
 
-    def once(ctx, *grads: Any) -> tuple[Any, ...]:
-        with torch.no_grad():
-            made = backward(ctx, *grads)
-        return first_derivatives_only(made if isinstance(made, tuple) else (made,), message)
-
+    once = first_derivatives_only(message)(backward)
     torch.library.register_autograd(
         f"vfmtok_fast::{launcher}", once, setup_context=setup, lib=library
     )

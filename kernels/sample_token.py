@@ -313,9 +313,8 @@ def _best_share(shares, out, rows, SHARES: tl.constexpr, ROWS: tl.constexpr, OVE
 
 
 def unsupported_reason(
-    logits: Tensor, image_ids: Tensor, step: int | Tensor, *, uncond_logits: Tensor | None = None,
-    cfg_scale: float = 1.0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-    greedy: bool = False, seed: int | Tensor = 0,
+    logits: Tensor, *rest: object, top_k: int = 0, top_p: float = 1.0, greedy: bool = False,
+    **settings: object,
 ) -> str | None:  # fmt: skip
     """Why this cannot take the call, or None."""
     if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import math
 import os
 import re
 import sys
@@ -103,7 +102,7 @@ def _load(path: Path, own: bool) -> Table | None:
     if why := _defect(content):
         return Table(path, problem=f"it is damaged ({why}); `vfmtok-fast tune` makes it anew")
     made_with = content["versions"]
-    table = Table(
+    return Table(
         path,
         _by_key(content["settings"], "space"),
         _by_key(content["ops"], "op"),
@@ -111,19 +110,15 @@ def _load(path: Path, own: bool) -> Table | None:
         content["made"],
         _mismatch(made_with) if own else "",
     )
-    return table
 
 
 def _mismatch(made_with: dict[str, str]) -> str:
     """Which recorded version of a user's table differs from the current one; empty if none."""
     now = versions()
-    same = {
-        "triton": lambda version: version.split(".")[:2],
-        "vfmtok_fast": lambda version: version,
-    }
-    for name, part in same.items():
-        if part(made_with.get(name, "")) != part(now[name]):
-            other = made_with.get(name, "unknown")
+    # Of Triton's version only the major and minor number count.
+    for name, parts in (("triton", 2), ("vfmtok_fast", None)):
+        other = made_with.get(name, "unknown")
+        if other.split(".")[:parts] != now[name].split(".")[:parts]:
             return (
                 f"it was measured with {name} {other}, this is {now[name]}; run `vfmtok-fast tune`"
             )
@@ -160,7 +155,7 @@ def _defect(content: Any) -> str:
 
 def _is_time(value: Any) -> bool:
     # An integer may be too large for a float.
-    return type(value) in (int, float) and 0 < value < MOST and math.isfinite(value)
+    return type(value) in (int, float) and 0 < value < MOST
 
 
 def empty(card: str, made: str, source: str) -> dict[str, Any]:

@@ -25,7 +25,8 @@ import itertools
 import math
 from collections import namedtuple
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -95,7 +96,7 @@ def forget_tables() -> None:
     _faster.cache_clear()
     _has_faster.cache_clear()
     for space in Space.made:
-        space.forget()
+        space._found.clear()
 
 
 def dtype_name(x: Tensor) -> str:
@@ -103,6 +104,7 @@ def dtype_name(x: Tensor) -> str:
     return str(x.dtype)[6:]
 
 
+@dataclass(eq=False)
 class Space:
     """The settings that can be chosen for one kernel.
 
@@ -116,24 +118,19 @@ class Space:
             correct results.
     """
 
-    # Used only to clear cached lookups; the spaces of an op are in its module's SPACES.
-    made: list[Space] = []
+    name: str
+    choices: dict[str, tuple]
+    defaults: dict[int, Any]
+    bits: tuple[str, ...] = ()
+    valid: Callable[[Any], bool] = lambda setting: True
 
-    def __init__(
-        self,
-        name: str,
-        choices: dict[str, tuple],
-        defaults: dict[int, dict[str, Any]],
-        bits: tuple[str, ...] = (),
-        valid: Callable[[Any], bool] | None = None,
-    ):
-        self.name = name
-        self.choices = choices
-        self.bits = bits
-        self.valid = valid or (lambda setting: True)
-        self.Setting = namedtuple(name.replace(".", "_"), choices)
-        self.defaults = {chip: self.setting(values) for chip, values in defaults.items()}
-        assert set(bits) <= set(choices) and all(map(self.valid, self.defaults.values()))
+    # Used only to clear cached lookups; the spaces of an op are in its module's SPACES.
+    made: ClassVar[list[Space]] = []
+
+    def __post_init__(self) -> None:
+        self.Setting = namedtuple(self.name.replace(".", "_"), self.choices)
+        self.defaults = {chip: self.setting(values) for chip, values in self.defaults.items()}
+        assert set(self.bits) <= set(self.choices)
         self._found: dict[tuple, Any] = {}
         self._forced: Any = None
         Space.made.append(self)
@@ -186,12 +183,6 @@ class Space:
             yield
         finally:
             self._forced = before
-
-    def forget(self) -> None:
-        self._found.clear()
-
-    def __repr__(self) -> str:
-        return f"Space({self.name!r}, {self.choices})"
 
 
 def _nearest(rows: Any, size: int) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import types
 from pathlib import Path
@@ -234,6 +235,18 @@ def test_wrong_arguments_are_said_in_one_line(arguments, said, monkeypatch):
     with pytest.raises((ValueError, TypeError), match=said) as error:
         vf.tune(**arguments)
     assert "\n" not in str(error.value) and str(error.value).startswith("tune: ")
+
+
+def test_the_names_of_ops_may_come_from_an_iterator(monkeypatch):
+    class Planned(types.SimpleNamespace):
+        def run(self, todo, seconds, progress):
+            return todo
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(run, "Tuner", lambda device, path: Planned())
+    todo = vf.tune("GPT-B", ops=iter(["sample_token", "decode_step"]), device="cuda:0")
+    assert {call.op for call in todo} == {"sample_token", "decode_step"}
 
 
 def test_the_command_says_so_too(capsys, monkeypatch):

@@ -46,6 +46,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return wide.to(x.dtype) * weight
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """LayerNorm over the last dimension in at least float32, rounded once to ``dtype``."""
+    if dtype == weight.dtype == x.dtype:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    normed = F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
+    return normed.to(dtype)
+
+
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Apply rotary position embedding to interleaved pairs of x [..., D].
 
@@ -230,18 +239,26 @@ class _FirstOnly(torch.autograd.Function):
         raise NotImplementedError(ctx.message)
 
 
-def first_derivatives_only(
-    grads: tuple[Tensor | None, ...], message: str
-) -> tuple[Tensor | None, ...]:
-    """Return gradients that raise NotImplementedError if they are differentiated themselves.
+def first_derivatives_only(message: str) -> Callable[[Callable], Callable]:
+    """Decorate a backward pass that has no derivatives itself.
 
-    For the end of a backward pass without a graph of its own. With ``create_graph=True`` its
-    gradients would otherwise look like constants, and a gradient penalty would have no effect.
+    Its gradients raise NotImplementedError if they are differentiated. With ``create_graph=True``
+    they would otherwise look like constants, and a gradient penalty would have no effect.
     """
-    if not torch.is_grad_enabled():  # The usual backward pass, without create_graph.
-        return grads
-    anchor = torch.zeros((), device="cpu", requires_grad=True)
-    return tuple(
-        _FirstOnly.apply(grad, anchor, message) if isinstance(grad, Tensor) else grad
-        for grad in grads
-    )
+
+    def decorate(backward: Callable) -> Callable:
+        def once(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            with torch.no_grad():
+                made = backward(ctx, *grads)
+            made = made if isinstance(made, tuple) else (made,)
+            if not torch.is_grad_enabled():  # The usual backward pass, without create_graph.
+                return made
+            anchor = torch.zeros((), device="cpu", requires_grad=True)
+            return tuple(
+                _FirstOnly.apply(grad, anchor, message) if isinstance(grad, Tensor) else grad
+                for grad in made
+            )
+
+        return once
+
+    return decorate

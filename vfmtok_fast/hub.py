@@ -157,9 +157,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         path = path or _find(cls, source, constants.SAFETENSORS_SINGLE_FILE, download)
         model = in_float32(cls, config)
         tensors = unwrapped(read_safetensors(path, cls.__name__), f"{cls.__name__}: {path}")
-        shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-        check_tensors(tensors, shapes, f"{cls.__name__}: {path}")
-        model.load_state_dict(tensors)
+        load_checked(model, tensors, f"{cls.__name__}: {path}")
         return model.to(map_location).eval()
 
 
@@ -331,6 +329,13 @@ def check_tensors(
         problems.append(f"NaN or infinity in {', '.join(not_finite)}")
     if problems:
         raise ValueError(f"{what} does not fit the model: {'; '.join(problems)}")
+
+
+def load_checked(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Load exactly the entries that a module has; raises ValueError as `check_tensors` does."""
+    shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    check_tensors(tensors, shapes, what)
+    module.load_state_dict(tensors)
 
 
 def _shipped(cls: type[HubModel], source: str) -> str:

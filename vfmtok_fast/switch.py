@@ -29,7 +29,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from types import ModuleType, TracebackType
+from types import ModuleType
 
 import torch
 from torch.autograd import forward_ad
@@ -79,12 +79,7 @@ class Handle:
     def __enter__(self) -> Handle:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -102,6 +97,17 @@ def _known(who: str, name: str) -> Op:
     if name not in _ops():
         raise ValueError(f"{who}: unknown op {name!r}; the ops are {sorted(_registry)}")
     return _registry[name]
+
+
+def names_of(who: str, ops: str | Iterable[str] | None) -> frozenset[str]:
+    """Return the names that a user gave, one or several; None means all ops."""
+    if ops is not None and not isinstance(ops, Iterable):
+        raise TypeError(f"{who}: ops must be names of ops, got {ops!r}")
+    known = frozenset(_ops())
+    names = known if ops is None else frozenset([ops] if isinstance(ops, str) else ops)
+    if unknown := names - known:
+        raise ValueError(f"{who}: unknown op {sorted(unknown)}; the ops are {sorted(known)}")
+    return names
 
 
 def enable(ops: str | Iterable[str] | None = None, *, strict: bool = False) -> Handle:
@@ -123,14 +129,10 @@ def enable(ops: str | Iterable[str] | None = None, *, strict: bool = False) -> H
     """
     if not isinstance(strict, bool):
         raise TypeError(f"enable: strict must be True or False, got {strict!r}")
-    if ops is not None and not isinstance(ops, Iterable):
-        raise TypeError(f"enable: ops must be names of ops, got {ops!r}")
-    names = frozenset(_ops()) if ops is None else frozenset([ops] if isinstance(ops, str) else ops)
-    if unknown := names - frozenset(_ops()):
-        raise ValueError(f"enable: unknown op {sorted(unknown)}; the ops are {sorted(_registry)}")
+    names = names_of("enable", ops)
     for name in names:
         _registry[name].load()
-    handle = Handle(Policy(names, bool(strict)))
+    handle = Handle(Policy(names, strict))
     with _lock:
         if not _layers:
             record.begin_anew()
@@ -243,6 +245,7 @@ class Implementation:
         return all(importlib.util.find_spec(path) is not None for path in (package, self.path))
 
 
+@dataclass(eq=False)
 class Op:
     """Chooses among the implementations of a public op; call it with validated arguments.
 
@@ -251,42 +254,36 @@ class Op:
     the reference is no fallback.
     """
 
-    def __init__(
-        self,
-        name: str,
-        reference: Callable,
-        libraries: tuple[str, ...] = (),
-        reference_for: str | None = None,
-    ):
-        self.name = name
-        self.reference = reference
-        self.reference_for = reference_for
+    name: str
+    reference: Callable
+    libraries: tuple[str, ...] = ()
+    reference_for: str | None = None
+
+    def __post_init__(self) -> None:
+        provider = f"vfmtok_fast.providers.{self.name}"
         self.candidates = (
-            Implementation("triton", f"vfmtok_fast.kernels.{name}"),
-            *(
-                Implementation(library, f"vfmtok_fast.providers.{name}_{library}", library)
-                for library in libraries
-            ),
-            Implementation("cpu", f"vfmtok_fast.cpu.{name}"),
+            Implementation("triton", f"vfmtok_fast.kernels.{self.name}"),
+            *(Implementation(name, f"{provider}_{name}", name) for name in self.libraries),
+            Implementation("cpu", f"vfmtok_fast.cpu.{self.name}"),
         )
         # The candidates by device type. On a CPU, reading the environment and asking each
         # candidate at every call would be noticeable.
         self._found: dict[str, tuple[Implementation, ...]] = {}
-        _registry[name] = self
+        _registry[self.name] = self
 
     def load(self) -> None:
         for candidate in self.candidates:
             candidate.load()
         # Filled here and not in a call: torch.compile guards it, so filling it in a call would
         # compile twice.
-        self._found = {device: self._meant_for(device) for device in ("cpu", "cuda")}
-
-    def _meant_for(self, device: str) -> tuple[Implementation, ...]:
-        return tuple(c for c in self.candidates if c.serves(device))
+        self._found = {
+            device: tuple(c for c in self.candidates if c.serves(device))
+            for device in ("cpu", "cuda")
+        }
 
     def _serving(self, device: str) -> tuple[Implementation, ...]:
-        found = self._found.get(device)
-        return self._meant_for(device) if found is None else found
+        # For any other device there is only plain torch, the last candidate.
+        return self._found.get(device, self.candidates[-1:])
 
     def forecast(self, device: str) -> str:
         """Describe what an enabled call on ``device`` ("cuda" or "cpu") would use, and why."""

@@ -111,13 +111,12 @@ def test_decoding_many_takes_the_memory_of_a_few(enabled, tok: VFMTok, monkeypat
     per_picture = 5 * 4 * tok.pixel_decoder.largest_map
     monkeypatch.setattr("vfmtok_fast.tokenizer.model._PIECE_BYTES", 3 * per_picture)
     codes = torch.randint(0, tok.config.codebook_size, (10, 256))
-    vectors = tok.quantizer.lookup(codes).detach()
     with vfmtok_fast.enable(enabled), torch.no_grad():
         with LiveBytes() as live:
-            pixels = tok._decode_vectors(vectors)
+            pixels = tok._pictures(codes)
         monkeypatch.setattr("vfmtok_fast.tokenizer.model._PIECE_BYTES", 2**40)
         with LiveBytes() as at_once:
-            whole = tok._decode_vectors(vectors)
+            whole = tok._pictures(codes)
     # The pieces, and all of them joined.
     assert live.most - 2 * pixels.nbytes <= 3 * per_picture
     assert at_once.most - pixels.nbytes > 5 * per_picture

@@ -8,8 +8,9 @@ the two are the same.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..functional import layer_norm
 
 
 def add_norm(
@@ -21,8 +22,4 @@ def add_norm(
         total = x + branch
     else:
         total = torch.addcmul(x, branch.to(x.dtype), scale.to(x.dtype))
-    if dtype == weight.dtype == x.dtype:
-        return total, F.layer_norm(total, weight.shape, weight, bias, eps)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    normed = F.layer_norm(total.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
-    return total, normed.to(dtype)
+    return total, layer_norm(total, weight, bias, eps, dtype)

@@ -74,13 +74,8 @@ class _Linear(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        with torch.no_grad():
-            grads = _Linear.gradients(ctx, grad)
-        return first_derivatives_only(grads, ONCE)
-
-    @staticmethod
-    def gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    @first_derivatives_only(ONCE)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, y = ctx.saved_tensors
         if ctx.activation == "gelu":
             grad = torch.ops.aten.gelu_backward(grad, y)

@@ -100,13 +100,8 @@ class _Loss(torch.autograd.Function):
         return reduced(made[0], targets, ignore_index, reduction)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        with torch.no_grad():
-            grads = _Loss.gradients(ctx, grad)
-        return first_derivatives_only(grads, ONCE)
-
-    @staticmethod
-    def gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    @first_derivatives_only(ONCE)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         ignore_index, smoothing, reduction, wanted = ctx.options
         targets, *saved = ctx.saved_tensors
         if reduction == "none":

@@ -252,11 +252,8 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
 
     def embed(self, class_ids: Tensor, codes: Tensor) -> Tensor:
         """Embed [B] classes and [B, T] codes: the transformer's input [B, 1 + T, C]."""
-        x = torch.cat(
-            [self.class_embedding(class_ids.long())[:, None], self.token_embedding(codes.long())],
-            dim=1,
-        )
-        return self.dropout(x)
+        first = self.class_embedding(class_ids.long())[:, None]
+        return self.dropout(torch.cat([first, self.token_embedding(codes.long())], dim=1))
 
     def predict(self, x: Tensor) -> Tensor:
         """From embedded positions [B, T, C] to logits [B, T, K]."""

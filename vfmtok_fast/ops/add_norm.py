@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..reference import add_norm as reference
 from ..switch import Op
-from .checks import FLOATING, check_eps, check_on, check_shape, check_tensor
+from .checks import FLOATING, check_eps, check_on, check_tensor
 
 _op = Op("add_norm", reference.add_norm)
 
@@ -48,12 +48,10 @@ def add_norm(
     """
     name = "add_norm"
     check_tensor(name, "x", x, "[..., C]", getattr(x, "ndim", 1) or 1)
-    check_tensor(name, "branch", branch, "[..., C]", x.ndim)
-    check_shape(name, "branch", branch, tuple(x.shape))
+    check_tensor(name, "branch", branch, "[..., C]", tuple(x.shape))
     vectors = {"weight": weight, "bias": bias} | ({} if scale is None else {"scale": scale})
     for part, value in vectors.items():
-        check_tensor(name, part, value, "[C]", 1)
-        check_shape(name, part, value, (x.shape[-1],))
+        check_tensor(name, part, value, "[C]", (x.shape[-1],))
     for part, value in {"branch": branch, **vectors}.items():
         check_on(name, part, value, "x", x)
     if x.shape[-1] == 0:

@@ -17,14 +17,21 @@ INTEGER = (
 )
 
 
-def check_tensor(op: str, name: str, value: object, shape: str, ndim: int) -> None:
-    """Require a floating tensor of ``ndim`` dimensions; the error quotes ``shape``."""
+def check_tensor(
+    op: str, name: str, value: object, shape: str, size: int | tuple[int, ...]
+) -> None:
+    """Require a floating tensor of ``size``, its number of dimensions or its exact shape.
+
+    The error for another number of dimensions quotes ``shape``.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.ndim != ndim:
+    if value.ndim != (size if isinstance(size, int) else len(size)):
         raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(value.shape)}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{op}: {name} must be floating point, got {value.dtype}")
+    if not isinstance(size, int):
+        check_shape(op, name, value, size)
 
 
 def check_on(op: str, name: str, value: Tensor, like: str, other: Tensor) -> None:
@@ -48,6 +55,19 @@ def check_same(op: str, autocast: bool = False, **tensors: Tensor) -> None:
             raise TypeError(
                 f"{op}: {name} must be {first.dtype}, as {first_name} is, got {other.dtype}"
             )
+
+
+def as_autocast(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast the tensors of a linear layer as autocast does; require one device and dtype."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    check_same(op, x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+    return x, weight, bias
 
 
 def check_shape(op: str, name: str, value: Tensor, shape: tuple[int, ...]) -> None:

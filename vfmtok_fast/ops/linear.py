@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..reference import linear as reference
 from ..switch import Op
-from .checks import check_same, check_shape, check_tensor
+from .checks import as_autocast, check_shape, check_tensor
 
 _op = Op("linear", reference.linear)
 
@@ -42,18 +41,11 @@ def linear(
     check_tensor(name, "x", x, "[..., K]", getattr(x, "ndim", 1) or 1)
     check_shape(name, "x", x, (*x.shape[:-1], weight.shape[1]))
     if bias is not None:
-        check_tensor(name, "bias", bias, "[N]", 1)
-        check_shape(name, "bias", bias, (weight.shape[0],))
+        check_tensor(name, "bias", bias, "[N]", (weight.shape[0],))
     if activation not in (None, "gelu", "relu", "swiglu"):
         raise ValueError(
             f"{name}: activation must be None, 'gelu', 'relu' or 'swiglu', got {activation!r}"
         )
     if activation == "swiglu" and weight.shape[0] % 2:
         raise ValueError(f"{name}: 'swiglu' halves the outputs, got {weight.shape[0]} of them")
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    check_same(name, x=x, weight=weight, **({} if bias is None else {"bias": bias}))
-    return _op(x, weight, bias, activation)
+    return _op(*as_autocast(name, x, weight, bias), activation)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..reference import linear_cross_entropy as reference
 from ..switch import Op
 from .checks import (
+    as_autocast,
+    check_int,
     check_integers,
     check_number,
     check_on,
     check_range,
-    check_same,
     check_shape,
     check_tensor,
 )
@@ -44,7 +44,7 @@ def linear_cross_entropy(
             reference fails with torch's device-side assertion, and the kernel returns NaN for the
             row's loss and gradients.
         bias: [V] or None.
-        ignore_index: any integer.
+        ignore_index: any integer of 64 bits.
         label_smoothing: the share in [0, 1] of each target that is spread evenly over all V codes.
         reduction: "mean" over the rows that count (NaN if none does), "sum", or "none".
         x, weight and bias are floating, with one device and, except under autocast, one dtype.
@@ -67,24 +67,17 @@ def linear_cross_entropy(
     if V == 0:
         raise ValueError(f"{name}: weight must have at least one row, got {tuple(weight.shape)}")
     if bias is not None:
-        check_tensor(name, "bias", bias, "[V]", 1)
-        check_shape(name, "bias", bias, (V,))
+        check_tensor(name, "bias", bias, "[V]", (V,))
     check_integers(name, "targets", targets, (x.shape[0],))
     check_on(name, "targets", targets, "x", x)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"{name}: ignore_index must be an int, got {type(ignore_index).__name__}")
+    check_int(name, "ignore_index", ignore_index, 2**63, -(2**63))
     check_number(name, "label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{name}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     targets = targets.long()
-    device = x.device.type
-    if device == "cpu":
+    if x.device.type == "cpu":
         check_range(name, "targets", targets.masked_fill(targets == ignore_index, 0), 0, V)
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    check_same(name, x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+    x, weight, bias = as_autocast(name, x, weight, bias)
     return _op(x, weight, targets, bias, ignore_index, float(label_smoothing), reduction)

@@ -35,12 +35,10 @@ def patch_embed(images: Tensor, mean: Tensor, std: Tensor, weight: Tensor, bias:
     side = weight.shape[-1]
     check_shape(name, "weight", weight, (weight.shape[0], 3, side, side))
     check_shape(name, "images", images, (images.shape[0], 3, images.shape[2], images.shape[2]))
-    check_tensor(name, "bias", bias, "[C]", 1)
-    check_shape(name, "bias", bias, (weight.shape[0],))
+    check_tensor(name, "bias", bias, "[C]", (weight.shape[0],))
     check_same(name, weight=weight, bias=bias)
     for part, value in {"mean": mean, "std": std}.items():
-        check_tensor(name, part, value, "[3]", 1)
-        check_shape(name, part, value, (3,))
+        check_tensor(name, part, value, "[3]", (3,))
     for part, value in {"mean": mean, "std": std, "weight": weight}.items():
         check_on(name, part, value, "images", images)
     if side == 0 or images.shape[2] % side:

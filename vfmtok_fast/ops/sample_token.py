@@ -16,7 +16,6 @@ from .checks import (
     check_on,
     check_position,
     check_same,
-    check_shape,
     check_tensor,
 )
 
@@ -70,9 +69,8 @@ def sample_token(
     name = "sample_token"
     check_tensor(name, "logits", logits, "[B, V]", 2)
     if uncond_logits is not None:
-        check_tensor(name, "uncond_logits", uncond_logits, "[B, V]", 2)
+        check_tensor(name, "uncond_logits", uncond_logits, "[B, V]", tuple(logits.shape))
         check_same(name, logits=logits, uncond_logits=uncond_logits)
-        check_shape(name, "uncond_logits", uncond_logits, tuple(logits.shape))
     if logits.shape[1] == 0:
         raise ValueError(f"{name}: logits must have at least one code, got {tuple(logits.shape)}")
     check_integers(name, "image_ids", image_ids, (logits.shape[0],))

@@ -33,7 +33,6 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     check_tensor(name, "x", x, "[B, C, H, W]", 4)
     check_tensor(name, "weight", weight, "[O, C, 3, 3]", 4)
     check_shape(name, "weight", weight, (weight.shape[0], x.shape[1], 3, 3))
-    check_tensor(name, "bias", bias, "[O]", 1)
-    check_shape(name, "bias", bias, (weight.shape[0],))
+    check_tensor(name, "bias", bias, "[O]", (weight.shape[0],))
     check_same(name, autocast=True, x=x, weight=weight, bias=bias)
     return _op(x, weight, bias)

@@ -298,10 +298,8 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         return self._graphs[what](fn, self, given)
 
     def _pictures(self, codes: Tensor) -> Tensor:
-        return self._decode_vectors(self.quantizer.lookup(codes.long()))
-
-    def _decode_vectors(self, vectors: Tensor) -> Tensor:
-        maps = self.token_decoder.pixel_map(self.token_decoder.regions(vectors))
+        regions = self.token_decoder.regions(self.quantizer.lookup(codes.long()))
+        maps = self.token_decoder.pixel_map(regions)
         # A few images at a time: their maps are large, and larger batches are no faster.
         pieces = maps.split(self.pixel_decoder.fitting(_PIECE_BYTES, maps.itemsize))
         return torch.cat([self.pixel_decoder(piece) for piece in pieces])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -92,9 +94,7 @@ class PixelDecoder(nn.Module):
         self.levels = nn.Sequential(
             *(
                 Level(before, width, upsample=i < len(widths) - 1)
-                for i, (before, width) in enumerate(
-                    zip([widths[0], *widths[:-1]], widths, strict=True)
-                )
+                for i, (before, width) in enumerate(pairwise([widths[0], *widths]))
             )
         )
         sides = [config.image_size >> i for i in reversed(range(len(widths)))]

@@ -130,15 +130,8 @@ class RegionEncoder(nn.Module):
 
     def prepare(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the first layer's input: regions [B, R, dim], pixels of all levels [B, S, dim]."""
-        memory = torch.cat(
-            [
-                norm(project(level))
-                for level, project, norm in zip(
-                    maps, self.projectors, self.level_norms, strict=True
-                )
-            ],
-            dim=1,
-        )
+        levels = zip(maps, self.projectors, self.level_norms, strict=True)
+        memory = torch.cat([norm(project(level)) for level, project, norm in levels], dim=1)
         return self.input_norm(self.regions).expand(len(memory), -1, -1), memory
 
     def sampling_points(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:

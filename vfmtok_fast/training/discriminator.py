@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
 from ..checkpoint import read_tensors
-from ..hub import check_tensors
+from ..hub import load_checked
 from ..tokenizer.backbone import IMAGENET_MEAN, IMAGENET_STD
 
 # DINO's ViT-S/16.
@@ -119,7 +119,8 @@ class DinoDiscriminator(nn.Module):
 
     def _fitted(self, images: Tensor) -> Tensor:
         side = images.shape[-1]
-        if self._crops(side):
+        may_crop = self.training and side > SIDE and self.crop > 0
+        if may_crop and float(torch.rand((), device="cpu")) < self.crop:
             top, left = torch.randint(side - SIDE + 1, (2,), device="cpu").tolist()
             return images[:, :, top : top + SIDE, left : left + SIDE]
         if side == SIDE:
@@ -130,11 +131,6 @@ class DinoDiscriminator(nn.Module):
             eye = torch.eye(side, dtype=images.dtype, device=images.device)
             means = F.interpolate(eye[None], size=SIDE, mode="area")[0]  # [side, SIDE]
             return means.T @ images @ means
-
-    def _crops(self, side: int) -> bool:
-        if not self.training or side <= SIDE or self.crop == 0:
-            return False
-        return float(torch.rand((), device="cpu")) < self.crop
 
     @classmethod
     def from_files(
@@ -158,20 +154,15 @@ class DinoDiscriminator(nn.Module):
         """
         model = cls(crop)
         found = read_tensors(dino_vits16, ("state_dict", "teacher", "model"), "discriminator: DINO")
-        _load(model.vit, found, "discriminator: DINO ViT-S/16")
+        load_checked(model.vit, found, "discriminator: DINO ViT-S/16")
         # As in the release; a bias that all keys share cancels in the softmax.
         for block in model.vit.blocks:
             block.attn.qkv.bias.data[DIM : 2 * DIM] = 0
         if heads is not None:
             found = read_tensors(heads, ("discriminator", "state_dict"), "discriminator: heads")
             found = {k[6:]: v for k, v in found.items() if k.startswith("heads.")}
-            _load(model.heads, found, "discriminator: heads")
+            load_checked(model.heads, found, "discriminator: heads")
         return model
-
-
-def _load(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
-    check_tensors(tensors, {k: tuple(v.shape) for k, v in module.state_dict().items()}, what)
-    module.load_state_dict(tensors)
 
 
 class PatchDiscriminator(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import read_tensors
 from ..errors import first_line
-from ..hub import check_tensors
+from ..hub import check_tensors, load_checked
 
 PIXEL = {"l2": F.mse_loss, "l1": F.l1_loss}
 
@@ -187,10 +187,8 @@ class LPIPS(nn.Module):
         """
         model = cls(dropout)
         content = _vgg16_of_torchvision() if vgg16 is None else vgg16
-        shapes = {k: tuple(v.shape) for k, v in model.features.state_dict().items()}
         found = _chosen(content, r"(?:features|net\.slice\d)\.(\d+\.(?:weight|bias))", "VGG16")
-        check_tensors(found, shapes, "LPIPS: VGG16")
-        model.features.load_state_dict(found)
+        load_checked(model.features, found, "LPIPS: VGG16")
 
         content = _linear_of_package() if linear is None else linear
         shapes = {str(i): (1, width, 1, 1) for i, (width, _) in enumerate(cls.STAGES)}

@@ -176,8 +176,9 @@ class Trainer:
         configs = dict(state["config"]), dataclasses.asdict(self.model.config)
         for config, settings in zip(configs, (there, here), strict=True):
             # Dropout rates are in the model's config but do not change any of its weights.
-            for name in [name for name in config if _is_rate(name)]:
-                settings[name] = config.pop(name)
+            for name in list(config):
+                if name.endswith("dropout") or name == "drop_path":
+                    settings[name] = config.pop(name)
         if problems := differences(*configs):
             raise ValueError(f"resuming: the model differs: {problems}")
         if (problems := differences(there, here)) and not changed:
@@ -218,11 +219,6 @@ class Trainer:
     def _named(self, model: nn.Module) -> dict[str, Tensor]:
         frozen = () if self._frozen is None else (f"{self._frozen}.",)
         return {k: v for k, v in model.state_dict().items() if not k.startswith(frozen)}
-
-
-def _is_rate(field: str) -> bool:
-    """Whether a field of a model's config is a dropout rate."""
-    return field.endswith("dropout") or field == "drop_path"
 
 
 def add(sums: Sums, terms: Mapping[str, Tensor], share: float) -> None:

@@ -62,12 +62,11 @@ class Call:
 
     def run(self, function: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
         """Call ``function``; return its outputs, then all gradients if ``backward`` is set."""
+        with torch.set_grad_enabled(bool(self.backward)):
+            out = function(*args, **kwargs)
+        outputs = list(out) if isinstance(out, tuple) else [out]
         if not self.backward:
-            with torch.no_grad():
-                out = function(*args, **kwargs)
-            return list(out) if isinstance(out, tuple) else [] if out is None else [out]
-        out = function(*args, **kwargs)
-        outputs = out if isinstance(out, tuple) else (out,)
+            return outputs
         inputs = [args[i] for i in self.backward]
         # Any output gradient that is not constant will do.
         values = [one.detach() for one in outputs]

@@ -12,8 +12,9 @@ import os
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -33,17 +34,13 @@ def spaces(op: str) -> dict[str, Any]:
     return {space.name: space for space in getattr(switch.kernel(op), "SPACES", ())}
 
 
-def compiling(chip: int) -> contextlib.AbstractContextManager:
-    """Return `compile_only`, except under the interpreter, where there is nothing to compile."""
-    from ..kernels.compiling import compile_only
-
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return contextlib.nullcontext([]) if interpreted else compile_only(chip)
-
-
 def launches(call: Call, chip: int) -> list[Any]:
     """Compile what a call launches, for a chip that need not be present; return the launches."""
-    with compiling(chip) as found:
+    from ..kernels.compiling import compile_only
+
+    # Under the interpreter there is nothing to compile.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    with contextlib.nullcontext([]) if interpreted else compile_only(chip) as found:
         args, kwargs = call.arguments(torch.device("cpu"), empty=True)
         call.run(getattr(switch.kernel(call.op), call.op), args, kwargs)
     return found
@@ -74,7 +71,7 @@ def asked_spaces(call: Call, chip: int) -> dict[str, tuple[str, int]]:
 
 def compile_in_processes(
     jobs: Sequence[Job], chip: int, processes: int | None = None
-) -> Iterator[tuple[Job, str]]:
+) -> Generator[tuple[Job, str], None, None]:
     """Fill Triton's cache for ``jobs``; yield each job with its problem, "" if there was none.
 
     The processes use no GPU, so their default number depends on the CPU cores, not on GPU memory.
@@ -85,29 +82,22 @@ def compile_in_processes(
     command = [sys.executable, "-P", "-m", "vfmtok_fast.tuner", str(chip)]
     done: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
 
-    def follow(process: subprocess.Popen, indices: list[int]) -> None:
+    def follow(process: subprocess.Popen, indices: range) -> None:
         for index in indices:
-            line = process.stdout.readline()
-            while line and not line.startswith(ANSWER):
-                line = process.stdout.readline()
+            line = next((line for line in process.stdout if line.startswith(ANSWER)), "")
             answer = line.removeprefix(ANSWER)
             done.put((index, json.loads(answer) if line else "its compiler process ended"))
 
     workers = []
     for first in range(count):
-        indices = list(range(first, len(jobs), count))
-        process = subprocess.Popen(
-            command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        indices = range(first, len(jobs), count)
+        with tempfile.TemporaryFile("w+") as lines:
+            lines.writelines(json.dumps([asdict(jobs[i][0]), *jobs[i][1:]]) + "\n" for i in indices)
+            lines.seek(0)
+            process = subprocess.Popen(
+                command, env=environment, text=True, stdin=lines, stdout=subprocess.PIPE
+            )
         workers.append(process)
-        lines = [json.dumps([asdict(jobs[i][0]), *jobs[i][1:]]) for i in indices]
-
-        def feed(process: subprocess.Popen = process, lines: list[str] = lines) -> None:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write("\n".join(lines) + "\n")
-                process.stdin.close()
-
-        threading.Thread(target=feed, daemon=True).start()
         threading.Thread(target=follow, args=(process, indices), daemon=True).start()
     try:
         for _ in jobs:

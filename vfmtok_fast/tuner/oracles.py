@@ -74,28 +74,27 @@ def _step(reference: Callable, args: Sequence[Any]) -> Check:
         # Scales are float32 whatever the dtype of the computation, because a step writes them as
         # float32.
         layers = KVCache(
-            tuple(
-                LayerCache(
-                    *map(same, layer[:2]), *(s if s is None else s.clone() for s in layer[2:])
-                )
-                for layer in cache
-            )
+            LayerCache(same(keys), same(values), *(s if s is None else s.clone() for s in scales))
+            for keys, values, *scales in cache
         )
         with torch.no_grad():
             given = (code, same(embedding), own, layers, position, length)
             return reference(*given, switch.reference("decode_attention"))
 
     truth, ruler = logits(torch.float64), logits(None)
-    own = float((ruler.double() - truth).abs().max())
-    rounding = torch.finfo(embedding.dtype).eps * float(truth.abs().max())
+    return lambda got: _compared(got[0], truth, ruler, embedding.dtype)
 
-    def check(got: Sequence[Tensor]) -> str:
-        error = float((got[0].double() - truth).abs().max())
-        if error <= 4 * own + 2 * rounding:
-            return ""
-        return f"it is off by {error:.2e}, the reference by {own:.2e}"
 
-    return check
+def _compared(got: Tensor, truth: Tensor, ruler: Tensor, dtype: torch.dtype) -> str:
+    """Compare errors with those of the ruler, the reference in ``dtype``.
+
+    Twice what the tests allow: another order of summation passes, a different sum does not.
+    """
+    error, own = (float((x.double() - truth).abs().max()) for x in (got, ruler))
+    rounding = torch.finfo(dtype).eps * float(truth.abs().max())
+    if error <= 4 * own + 2 * rounding:
+        return ""
+    return f"it is off by {error:.2e}, the reference by {own:.2e}"
 
 
 def _continuous(
@@ -127,13 +126,8 @@ def _continuous(
     def check(got: Sequence[Tensor]) -> str:
         got = [tensor[:rows] for tensor in got]
         truth, ruler = results(torch.float64, got[0]), results(None, got[0])
-        for one, exact, rounded in zip(got, truth, ruler, strict=True):
-            error, own = (float((x.double() - exact).abs().max()) for x in (one, rounded))
-            # Twice what the tests allow: another order of summation passes, a different sum does
-            # not.
-            rounding = torch.finfo(one.dtype).eps * float(exact.abs().max())
-            if not error <= 4 * own + 2 * rounding:
-                return f"it is off by {error:.2e}, the reference by {own:.2e}"
-        return ""
+        parts = zip(got, truth, ruler, strict=True)
+        wrong = (_compared(one, exact, rounded, one.dtype) for one, exact, rounded in parts)
+        return next(filter(None, wrong), "")
 
     return check

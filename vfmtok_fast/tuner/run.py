@@ -10,10 +10,11 @@ reference, so that `enable` can skip kernels that would be slower.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import statistics
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ def tune(
     Raises:
         ValueError: no GPU, an unknown model or op, seconds that are not positive.
     """
-    todo = [call for call in calls.model_calls(*_models(models)) if call.op in _names(ops)]
+    every, names = calls.model_calls(*_models(models)), switch.names_of("tune", ops)
+    todo = [call for call in every if call.op in names]
     if not seconds > 0:
         raise ValueError(f"tune: seconds must be positive, got {seconds}")
     if not torch.cuda.is_available():
@@ -119,25 +121,16 @@ def tune(
         return Tuner(device, path=table).run(todo, seconds, progress)
 
 
-def _names(ops: str | Iterable[str] | None) -> set[str]:
-    known = set(switch.status().ops)
-    names = known if ops is None else {ops} if isinstance(ops, str) else set(ops)
-    if unknown := names - known:
-        raise ValueError(f"tune: unknown op {sorted(unknown)}; the ops are {sorted(known)}")
-    return names
-
-
 def _models(models: Any) -> tuple[VFMTokConfig | None, list[tuple[str, GPTConfig]]]:
     if models is None:
         models = ("VFMTok", "GPT-L")
-    elif isinstance(models, list | tuple) and list(models) == ["all"]:
-        models = "all"
-    if models == "all":
-        models = ("VFMTok", *PRESETS)
     if isinstance(models, str | VFMTok | GPT):
         models = (models,)
     if not isinstance(models, Iterable):
         raise TypeError(f"tune: models must be models or their names, got {models!r}")
+    models = list(models)
+    if models == ["all"]:
+        models = ["VFMTok", *PRESETS]
     tokenizer, generators = None, []
     for model in models:
         if isinstance(model, VFMTok) or model == "VFMTok":
@@ -161,7 +154,8 @@ class Tuner:
         device: the device to measure.
         timer: returns the seconds that each of several functions takes, timed in turns.
         clock: returns seconds since an arbitrary moment.
-        compiler: yields each compiled job with its problem ("" if there was none).
+        compiler: a generator that yields each compiled job with its problem ("" if there was none);
+            it starts when the first job is asked for, and closing it ends its processes.
         path: the table; None means the user's table for this card.
     """
 
@@ -170,7 +164,7 @@ class Tuner:
         device: torch.device,
         timer: Timer | None = None,
         clock: Callable[[], float] = time.monotonic,
-        compiler: Callable[[Sequence[Job]], Iterator[tuple[Job, str]]] | None = None,
+        compiler: Callable[[Sequence[Job]], Generator[tuple[Job, str], None, None]] | None = None,
         path: Path | None = None,
     ):
         from triton.errors import TritonError
@@ -202,30 +196,29 @@ class Tuner:
         ]
         compiled: dict[tuple[Call, str], list[dict[str, Any]]] = {}
         left = {call: sum(1 for job in jobs if job[0] == call) for call in todo}
-        with tqdm(total=len(jobs), unit="setting", disable=not progress, leave=False) as bar:
-            waiting = self.compiler(jobs) if jobs else iter(())
-            with contextlib.ExitStack() as stack:
-                if isinstance(waiting, Generator):  # Closing it ends its processes.
-                    stack.enter_context(contextlib.closing(waiting))
-                for call in todo:
-                    while left[call] and self.clock() < end:
-                        job, problem = next(waiting)
-                        bar.update()
-                        left[job[0]] -= 1
-                        if problem:
-                            outcome.failed.append(f"{job[1]} {job[2]}: {problem}")
-                        else:
-                            compiled.setdefault(job[:2], []).append(job[2])
-                    if self.clock() >= end:
-                        outcome.not_reached.append(str(call))
-                        continue
-                    bar.set_description(str(call))
-                    try:
-                        self._measure(call, asked[call], compiled, outcome)
-                    except torch.OutOfMemoryError as error:  # A smaller call may still fit.
-                        outcome.failed.append(f"{call}: {first_line(error):.200}")
-                        torch.cuda.empty_cache()
-                    self._save(outcome)
+        with (
+            tqdm(total=len(jobs), unit="setting", disable=not progress, leave=False) as bar,
+            contextlib.closing(self.compiler(jobs)) as waiting,
+        ):
+            for call in todo:
+                while left[call] and self.clock() < end:
+                    job, problem = next(waiting)
+                    bar.update()
+                    left[job[0]] -= 1
+                    if problem:
+                        outcome.failed.append(f"{job[1]} {job[2]}: {problem}")
+                    else:
+                        compiled.setdefault(job[:2], []).append(job[2])
+                if self.clock() >= end:
+                    outcome.not_reached.append(str(call))
+                    continue
+                bar.set_description(str(call))
+                try:
+                    self._measure(call, asked[call], compiled, outcome)
+                except torch.OutOfMemoryError as error:  # A smaller call may still fit.
+                    outcome.failed.append(f"{call}: {first_line(error):.200}")
+                    torch.cuda.empty_cache()
+                self._save(outcome)
         return outcome
 
     @staticmethod
@@ -312,18 +305,17 @@ class Tuner:
         if default not in right or len(right) < 2:
             return None
 
-        def with_setting(setting: Any) -> Callable[[], object]:
-            def call() -> None:
-                with space.using(setting):
-                    run()
+        def run_with(setting: Any) -> None:
+            with space.using(setting):
+                run()
 
-            return call
+        def timed(settings: list[Any], turns: int) -> dict[Any, float]:
+            functions = [functools.partial(run_with, setting) for setting in settings]
+            return dict(zip(settings, self.timer(functions, turns), strict=True))
 
-        times = dict(zip(right, self.timer([with_setting(s) for s in right], TURNS), strict=True))
+        times = timed(right, TURNS)
         close = [s for s in right if s == default or times[s] <= CLOSE * min(times.values())]
-        times = dict(
-            zip(close, self.timer([with_setting(s) for s in close], MORE_TURNS), strict=True)
-        )
+        times = timed(close, MORE_TURNS)
         best = min(close, key=times.__getitem__)
         if times[best] > (1 - NOISE) * times[default]:
             best = default
@@ -345,9 +337,9 @@ class Tuner:
         every, _ = timing.time_in_turns(functions, self.device, rounds)
         return [statistics.median(times) for times in every]
 
-    def _compile(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
+    def _compile(self, jobs: Sequence[Job]) -> Generator[tuple[Job, str], None, None]:
         """Compile in order as far as possible, with one process fewer than there are cores."""
-        yield from compile_in_processes(jobs, self.tuning.capability(self.device))
+        return compile_in_processes(jobs, self.tuning.capability(self.device))
 
 
 def _us(seconds: float) -> float:
