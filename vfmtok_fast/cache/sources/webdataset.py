@@ -11,30 +11,25 @@ are several, the first one counts. What is passed over is counted.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
 from .archive import is_hidden, places, read_member
-from .base import BAD_LABEL, NO_CLASS, Entry, Source, behind, check_label, files_from, sizes_of
-from .choice import EVERYTHING, Choice
+from .base import NO_CLASS, Entry, Source, behind, files_from, labelled, sizes_of
 from .folder import EXTENSIONS, UNREADABLE, shown
 
 # A class number takes a few digits; a longer member is something else.
 _MAX_CLS = 64
 
 
-@dataclass(frozen=True)
+@dataclass
 class WebDatasetSource(Source):
     """Samples of the shards `names` in the folder `root`."""
 
-    root: Path
     names: tuple[str, ...]
-    choice: Choice = EVERYTHING
-    left_out: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
     kind = "webdataset"
 
     def files(self) -> dict[str, int]:
@@ -66,17 +61,14 @@ class WebDatasetSource(Source):
             self.left_out["pictures of samples that have another one before"] += len(found) - 1
         extension, size, offset, _ = found[0]
         labels = [part[3] for part in parts if part[0] == ".cls"]
-        label = labels[0] if labels else NO_CLASS
-        if label is None:
-            # Only an image that could be read is rejected for its label.
-            size, label = (BAD_LABEL if size >= 0 else size), NO_CLASS
+        size, label = labelled(size, labels[0] if labels else NO_CLASS)
         return Entry(f"{name}/{key}{extension}", size, label, name, offset)
 
     def find(self, entry: Entry) -> bytes:
         return read_member(self.root, entry)
 
 
-# (extension, size or why there is none, offset, class number or None) of one member
+# (extension, size or why there is none, offset, number in a .cls or None) of one member
 _Part = tuple[str, int, int, int | None]
 
 
@@ -99,6 +91,6 @@ def _label(file: BinaryIO, offset: int, size: int) -> int | None:
     # The archive is being listed, which seeks before each header, so this may move the position.
     file.seek(offset)
     try:
-        return check_label(int(file.read(min(size, _MAX_CLS))))
+        return int(file.read(min(size, _MAX_CLS)))
     except ValueError:
         return None
