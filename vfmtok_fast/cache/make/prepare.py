@@ -148,14 +148,14 @@ def _index(
     source: Source, out: Place, covers: dict[str, Any], spec: CacheSpec, workers: int
 ) -> manifest.Manifest:
     """List the images, and write the manifest, which makes the folder a cache."""
-    origin = index.Origin(source.kind, source.files(), chosen=source.chosen)
+    origin = index.Origin(source.kind, source.files(), chosen=source.chosen, hashed=spec.hashed)
 
     def entries(after: Entry | None) -> Iterable[Entry]:
         found = source.entries(after)
         return hashed_entries(source, found, workers) if spec.hashed else found
 
     count, checksum, highest = parts.write_in_parts(
-        out / INDEX, entries, spec.shard_size, origin, spec.hashed, source.root
+        out / INDEX, entries, spec.shard_size, origin, source.root
     )
     if left_out := _left_out(source):
         warnings.warn(f"{source.root}: {left_out}", LeftOutWarning, stacklevel=4)
@@ -183,7 +183,7 @@ def _resume(
     if not is_index_of(found, out / INDEX):
         now = read_newer(out, found)
         return _resume(source, out, now, covers, spec, workers, rank)
-    if spec.hashed and not index.read_hashed(out / INDEX):
+    if spec.hashed and not index.read_origin(out / INDEX).hashed:
         raise ValueError(
             f"{out}: was indexed without hashes; run without --hash, or cache into a new folder"
         )
@@ -232,7 +232,7 @@ def _extend(
             changes.check_unchanged(source, out / INDEX, found.classes)
             install(out)  # in case the index is the new one already, but not the manifest
             found = manifest.read_manifest(out)
-            if not index.read_hashed(out / INDEX):  # hashes may differ although no size does
+            if not index.read_origin(out / INDEX).hashed:  # may differ although no size does
                 return found
         except changes.ImagesChanged:
             _await(out, lambda: manifest.read_manifest(out) != found)
