@@ -20,7 +20,7 @@ from typing import Any
 from ...images import HEIF_SUFFIXES, decode_image, heif_version
 from ...temporary import is_temporary
 from ..format import index, manifest
-from ..format.fingerprint import Tokenizer, check_tokenizer, describe
+from ..format.fingerprint import Tokenizer, check_tokenizer, describe, first_parameter
 from ..format.index import INDEX, Entry
 from ..sources import BadImage, Source
 from ..sources.base import LeftOutWarning
@@ -68,7 +68,8 @@ def prepare(
     resumed = (out / manifest.NAME).exists() or not _is_free(out)
     if not resumed:
         _check_any_readable(source)
-        batch_size = spec.batch_size or _usual_batch_size(tokenizer, device)
+        kind = device or first_parameter(tokenizer).device.type
+        batch_size = spec.batch_size or BATCH_SIZES.get(kind, CPU_BATCH_SIZE)
         covers = describe(tokenizer, spec.views, batch_size, spec.seed)
         _make_folders(out)
         found = _index(source, out, covers, spec, workers)
@@ -200,12 +201,6 @@ def _make_folders(out: Place) -> None:
             folder.sweep()
 
 
-def _usual_batch_size(tokenizer: Tokenizer, device: str | None) -> int:
-    first = next(iter(tokenizer.parameters()), None)
-    here = "cpu" if first is None else first.device.type
-    return BATCH_SIZES.get(device or here, CPU_BATCH_SIZE)
-
-
 def _cpus() -> int:
     # The affinity is what a container or a scheduler allows; macOS has none.
     if hasattr(os, "sched_getaffinity"):
@@ -267,14 +262,9 @@ def _check_any_readable(source: Source) -> None:
     for entry in source.entries():
         count += 1
         try:
-            data = source.read(entry)
-        except BadImage as error:
-            first = first or f"{entry.path!r}: {error}"
-            continue
-        try:
-            decode_image(data)
+            decode_image(source.read(entry))
             return
-        except ValueError as error:
+        except (BadImage, ValueError) as error:
             first = first or f"{entry.path!r}: {error}"
     if count == 0:
         raise ValueError(
