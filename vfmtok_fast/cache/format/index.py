@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...errors import one_line
-from ..store import Place
+from ..store import Place, StoreError
 
 INDEX = "index.parquet"
 NO_CLASS = -1
@@ -247,6 +247,8 @@ def _opened(path: Place) -> Iterator[pq.ParquetFile]:
             if (file.schema_arrow.metadata or {}).get(b"vfmtok_fast") != _MARK[b"vfmtok_fast"]:
                 raise ValueError(f"{path}: not an index of a token cache")
             yield file
+    except StoreError:
+        raise  # No answer says nothing about the index.
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(
             f"{path}: cannot read the index: {one_line(error)}; restore it, or make a new cache"
