@@ -73,10 +73,9 @@ class Source(ABC):
     @property
     def shown(self) -> Path:
         """The name to show: that of the only archive in a folder, or the root."""
-        files = self.files() or {}
-        return (
-            self.root / next(iter(files)) if len(files) == 1 and self.root.is_dir() else self.root
-        )
+        files = list(self.files() or ())
+        alone = len(files) == 1 and self.root.is_dir()
+        return self.root / files[0] if alone else self.root
 
     def files(self) -> dict[str, int] | None:
         """Return the size in bytes of each file that holds images; None if each image is a file."""
