@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from .archive import clean_name, is_hidden, members, places, read_member
 from .base import UNSAFE, Entry, Source, behind, sizes_of
@@ -21,8 +21,14 @@ from .choice import Choice, check_splits
 from .contents import COMPRESSED
 from .folder import EXTENSIONS, UNREADABLE, label_of, shown
 
-# (class, first byte, end, path) of an inner tar
-_Inner = tuple[str, int, int, str]
+
+class _Inner(NamedTuple):
+    """An inner tar: its class, where it begins and ends, and its path."""
+
+    folder: str
+    start: int
+    end: int
+    path: str
 
 
 class TarSource(Source):
@@ -43,11 +49,10 @@ class TarSource(Source):
         numbers = {name: number for number, name in enumerate(classes)}
         name = self.root.name
         with open(self.root, "rb") as file:
-            at = [after is not None and start <= after.offset < end for _, start, end, _ in inner]
+            at = [after is not None and one.start <= after.offset < one.end for one in inner]
             for one in inner[at.index(True) if True in at else 0 :]:
-                folder = one[0]
                 found = [
-                    Entry(f"{folder}/{path}", size, numbers[folder], name, offset)
+                    Entry(f"{one.folder}/{path}", size, numbers[one.folder], name, offset)
                     for path, size, offset in self._inside(file, one, self.left_out)
                 ]
                 yield from sorted(found)
@@ -62,10 +67,9 @@ class TarSource(Source):
         self, file: BinaryIO, inner: _Inner, left_out: Counter[str]
     ) -> Iterator[tuple[str, int, int]]:
         """Yield the chosen images of an inner tar; patterns name it with or without .tar."""
-        _, start, end, tar = inner
-        names = tar, os.path.splitext(tar)[0]
+        names = inner.path, os.path.splitext(inner.path)[0]
         return pictures(
-            file, self.root, start, end, left_out,
+            file, self.root, inner.start, inner.end, left_out,
             lambda path: self.choice.takes(*(f"{one}/{path}" for one in names)),
         )  # fmt: skip
 
@@ -91,24 +95,24 @@ class TarSource(Source):
                 stem, suffix = os.path.splitext(path)
                 if suffix.lower() == ".tar" and member.isreg():
                     start = member.offset_data
-                    inner.append((os.path.basename(stem), start, start + member.size, path))
+                    inner.append(_Inner(os.path.basename(stem), start, start + member.size, path))
                 elif suffix.lower() in EXTENSIONS and self.choice.takes(path):
                     folders.add(_folder_of(path))
             if self.choice.record():
                 inner = [one for one in inner if any(self._inside(file, one, Counter()))]
-        around_inner = {_folder_of(path) for *_, path in inner}
+        around_inner = {_folder_of(one.path) for one in inner}
         split = _split_in(folders | around_inner, self.choice)
         folders, around_inner = (
             {folder for folder in some if f"{folder}/".startswith(split)}
             for some in (folders, around_inner)
         )
-        inner = [one for one in inner if one[3].startswith(split)]
+        inner = [one for one in inner if one.path.startswith(split)]
         around = "" if inner else _around(folders)
         around = around if around.startswith(split) else split
         classes = _tops(folders, around)
         choice = self.choice.below(around[:-1]) if around else self.choice
         check_splits(self.root, sorted(classes | around_inner), choice, whole=True)
-        classes |= {folder for folder, *_ in inner}
+        classes |= {one.folder for one in inner}
         return sorted(inner), sorted(classes - {""}), around
 
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from .archive import is_hidden, places, read_member
 from .base import NO_CLASS, Entry, Source, behind, files_from, labelled, sizes_of
@@ -43,37 +44,46 @@ class WebDatasetSource(Source):
         for name in names:
             path = self.root / name
             with open(path, "rb") as file:
-                for key, parts in groupby(_parts(file, path), key=lambda part: part[0]):
-                    if entry := self._entry(name, key, [part[1:] for part in parts]):
+                for _, parts in groupby(_parts(file, path), key=attrgetter("key")):
+                    if entry := self._entry(name, list(parts)):
                         yield entry
 
-    def _entry(self, name: str, key: str, parts: list[_Part]) -> Entry | None:
-        plain = [part for part in parts if part[0] in EXTENSIONS]
-        kinds = [f".{part[0].rpartition('.')[2]}" for part in parts]
-        found = plain or [
-            part for part, kind in zip(parts, kinds, strict=True) if kind in EXTENSIONS
-        ]
+    def _entry(self, name: str, parts: list[_Part]) -> Entry | None:
+        found = [part for part in parts if part.extension in EXTENSIONS]
+        found = found or [part for part in parts if part.suffix in EXTENSIONS]
         if not found:
-            unreadable = next((UNREADABLE[kind] for kind in kinds if kind in UNREADABLE), None)
-            self.left_out[unreadable or "samples without a picture"] += 1
+            unreadable = [UNREADABLE[part.suffix] for part in parts if part.suffix in UNREADABLE]
+            self.left_out[unreadable[0] if unreadable else "samples without a picture"] += 1
             return None
         if len(found) > 1:
             self.left_out["pictures of samples that have another one before"] += len(found) - 1
-        extension, size, offset, _ = found[0]
-        labels = [part[3] for part in parts if part[0] == ".cls"]
-        size, label = labelled(size, labels[0] if labels else NO_CLASS)
-        return Entry(f"{name}/{key}{extension}", size, label, name, offset)
+        picture = found[0]
+        labels = [part.number for part in parts if part.extension == ".cls"]
+        size, label = labelled(picture.size, labels[0] if labels else NO_CLASS)
+        path = f"{name}/{picture.key}{picture.extension}"
+        return Entry(path, size, label, name, picture.offset)
 
     def find(self, entry: Entry) -> bytes:
         return read_member(self.root, entry)
 
 
-# (extension, size or why there is none, offset, number in a .cls or None) of one member
-_Part = tuple[str, int, int, int | None]
+class _Part(NamedTuple):
+    """One member: `size` may be why there is none, and `number` is what a .cls holds, if it is."""
+
+    key: str
+    extension: str
+    size: int
+    offset: int
+    number: int | None
+
+    @property
+    def suffix(self) -> str:
+        """The last part of the extension."""
+        return "." + self.extension.rpartition(".")[2]
 
 
-def _parts(file: BinaryIO, path: Path) -> Iterator[tuple[str, str, int, int, int | None]]:
-    """Yield (key, then a _Part) of every member; the key ends at the file name's first dot."""
+def _parts(file: BinaryIO, path: Path) -> Iterator[_Part]:
+    """Yield every member; the key ends at the file name's first dot."""
     for member, size, offset in places(file, path):
         name = shown(member.name)
         if is_hidden(name.removeprefix("./")):
@@ -81,13 +91,11 @@ def _parts(file: BinaryIO, path: Path) -> Iterator[tuple[str, str, int, int, int
         folder, slash, base = name.removeprefix("./").rpartition("/")
         stem, dot, extension = base.partition(".")
         extension = dot + extension.lower()
-        label = None
-        if extension == ".cls":
-            label = _label(file, offset, max(size, 0))
-        yield folder + slash + stem, extension, size, offset, label
+        number = _number(file, offset, max(size, 0)) if extension == ".cls" else None
+        yield _Part(folder + slash + stem, extension, size, offset, number)
 
 
-def _label(file: BinaryIO, offset: int, size: int) -> int | None:
+def _number(file: BinaryIO, offset: int, size: int) -> int | None:
     # The archive is being listed, which seeks before each header, so this may move the position.
     file.seek(offset)
     try:
