@@ -131,6 +131,7 @@ class Space:
         self.Setting = namedtuple(self.name.replace(".", "_"), self.choices)
         self.defaults = {chip: self.setting(values) for chip, values in self.defaults.items()}
         assert set(self.bits) <= set(self.choices)
+        assert all(map(self.valid, self.defaults.values()))
         self._found: dict[tuple, Any] = {}
         self._forced: Any = None
         Space.made.append(self)

@@ -294,13 +294,46 @@ def _check_uint8(caller: str, images: np.ndarray | torch.Tensor) -> None:
         )
 
 
+_quiet_lock = threading.Lock()
+_quiet_depth = 0
+_quiet_stack = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Keep Pillow's warnings (large image, odd EXIF, palette alpha) off the user's terminal.
+
+    `warnings.catch_warnings` belongs to the process, not to a thread. Two decoding threads that
+    leave it in another order than they entered it would restore the wrong filters. So only the
+    first thread in enters it, and only the last one out leaves it.
+
+    Raises:
+        RuntimeError: the process lets Pillow fill truncated images up.
+    """
+    global _quiet_depth
+    # Refused instead of switched off: the flag is global, and other threads may need it.
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise RuntimeError(
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES must be False, or truncated images count as whole "
+            "ones, got True; set it to False where this process sets it"
+        )
+    with _quiet_lock:
+        if _quiet_depth == 0:
+            _quiet_stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+        _quiet_depth += 1
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            _quiet_depth -= 1
+            if _quiet_depth == 0:
+                _quiet_stack.close()
+
+
+# Outside the try block: an error of quiet_pillow is not the fault of the file.
+@quiet_pillow()
 def _decode(file: BinaryIO | ImageFile.ImageFile) -> Image.Image:
-    # Outside the try block: an error of quiet_pillow is not the fault of the file.
-    with quiet_pillow():
-        return _decode_quietly(file)
-
-
-def _decode_quietly(file: BinaryIO | ImageFile.ImageFile) -> Image.Image:
     try:
         if isinstance(file, Image.Image):
             return _to_rgb(file)
@@ -390,40 +423,3 @@ def _available_formats() -> list[str]:
 def _one_line(error: Exception) -> str:
     text = re.sub(r"0x[0-9a-fA-F]+", "0x..", " ".join(str(error).split()))
     return text[:200] or f"damaged picture ({type(error).__name__})"
-
-
-_quiet_lock = threading.Lock()
-_quiet_depth = 0
-_quiet_stack = contextlib.ExitStack()
-
-
-@contextlib.contextmanager
-def quiet_pillow() -> Iterator[None]:
-    """Keep Pillow's warnings (large image, odd EXIF, palette alpha) off the user's terminal.
-
-    `warnings.catch_warnings` belongs to the process, not to a thread. Two decoding threads that
-    leave it in another order than they entered it would restore the wrong filters. So only the
-    first thread in enters it, and only the last one out leaves it.
-
-    Raises:
-        RuntimeError: the process lets Pillow fill truncated images up.
-    """
-    global _quiet_depth
-    # Refused instead of switched off: the flag is global, and other threads may need it.
-    if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise RuntimeError(
-            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES must be False, or truncated images count as whole "
-            "ones, got True; set it to False where this process sets it"
-        )
-    with _quiet_lock:
-        if _quiet_depth == 0:
-            _quiet_stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
-        _quiet_depth += 1
-    try:
-        yield
-    finally:
-        with _quiet_lock:
-            _quiet_depth -= 1
-            if _quiet_depth == 0:
-                _quiet_stack.close()

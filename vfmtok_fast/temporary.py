@@ -63,10 +63,14 @@ def sweep(folder: Path, of: str = "") -> int:
         if not (entry.is_file(follow_symlinks=False) or match["random"] and not entry.is_symlink()):
             continue
         with contextlib.suppress(OSError):  # its writer or another sweep was faster
-            age = time.time() - _touched(Path(entry.path))
+            path = Path(entry.path)
+            age = time.time() - _touched(path)
             here = match["machine"] == _machine()
             if (here and not _alive(int(match["pid"]))) or age > FOREIGN_TMP_SECONDS:
-                _remove(Path(entry.path))
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
                 removed += 1
     return removed
 
@@ -75,13 +79,6 @@ def _touched(path: Path) -> float:
     """The time at which a file, or anything in a folder, was last modified."""
     inside = path.rglob("*") if path.is_dir() else ()
     return max(one.lstat().st_mtime for one in (path, *inside))
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def _machine() -> str:

@@ -301,7 +301,7 @@ def test_parts_of_another_input_are_not_gone_on_with(tmp_path, out, tokenizer, f
 
         out.make_folder()
         with pytest.raises(Stop):
-            parts.write_in_parts(out / "index.parquet", entries, 4, origin, False, source.root)
+            parts.write_in_parts(out / "index.parquet", entries, 4, origin, source.root)
 
     interrupted(open_source(one))
     assert names_of_parts(out) == ["00000.parquet", "00001.parquet"]

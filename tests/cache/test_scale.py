@@ -86,7 +86,7 @@ def entries(after):
         yield Entry(f"n{group:08d}/n{group:08d}_{number:08d}.JPEG", number, group)
 
 def write(path):
-    return parts.write_in_parts(path, entries, 8192, index.Origin(), False, "somewhere")
+    return parts.write_in_parts(path, entries, 8192, index.Origin(), "somewhere")
 
 out.mkdir()
 before = peak()

@@ -209,7 +209,7 @@ def with_sizes_in_pax_headers(path, fake, *members):
 def test_sizes_in_pax_headers(tmp_path, fake):
     members = [(f"a/{number}.png", os.urandom(2000 + number)) for number in range(3)]
     source = open_source(with_sizes_in_pax_headers(tmp_path / "p.tar", fake, *members))
-    with tarfile.open(source.path) as archive:
+    with tarfile.open(source.root) as archive:
         assert [member.size for member in archive] == [2000, 2001, 2002]
     assert found(source) == {name: (0, data) for name, data in members}
     entry = next(source.entries())

@@ -332,6 +332,30 @@ def test_a_store_that_cannot_be_read_ends_in_one_line(tree, url, tokenizer, monk
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("call, name", [("cat_file", "tokens-00001"), ("_open", "index.parquet")])
+def test_a_store_that_fails_for_a_moment_loses_nothing(
+    tree, url, tokenizer, monkeypatch, call, name
+):
+    """An answer that does not come says nothing about the file: it is not damaged."""
+    cache.build(tree, url, tokenizer, **SMALL)
+    before, answer = read_store(url), getattr(Faulty, call)
+
+    def fail(self, path, *arguments, **options):
+        if name in path:
+            raise TimeoutError("no answer")
+        return answer(self, path, *arguments, **options)
+
+    monkeypatch.setattr(Faulty, call, fail)
+    for work in (cache.repair, cache.build):
+        settings = SMALL if work is cache.build else {}
+        with pytest.raises(StoreError, match=f"{name}.*: no answer"):
+            work(tree, url, tokenizer, **settings)
+        assert read_store(url) == before
+    if call == "cat_file":
+        with pytest.raises(StoreError, match=f"{name}.*: no answer"):
+            cache.verify(url)
+
+
 def test_commands(tree, url, capsys, tmp_path):
     small = ["--untrained", "small", "--device", "cpu", "--batch-size", "4"]
     assert cli.main(["cache", str(tree), url, *small]) == 0

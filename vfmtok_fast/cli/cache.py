@@ -8,7 +8,7 @@ import json
 import re
 import time
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .choices import VIEWS
 from .models import add_input_option, add_tokenizer_options, load_tokenizer, policy
@@ -118,14 +118,19 @@ def included(options: argparse.Namespace) -> tuple[str, ...]:
     return split_patterns(options.split)
 
 
+def chosen(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the options of `add_choices` say, as arguments of `open_source`."""
+    return {
+        "include": included(options), "exclude": options.exclude,
+        "image_column": options.image_column, "label_column": options.label_column,
+    }  # fmt: skip
+
+
 def open_input(options: argparse.Namespace, images: str) -> Source:
     """Open the images as the options of `add_input_option` and `add_choices` say."""
     from ..cache.sources import open_source
 
-    return open_source(
-        images, options.input, include=included(options), exclude=options.exclude,
-        image_column=options.image_column, label_column=options.label_column,
-    )  # fmt: skip
+    return open_source(images, options.input, **chosen(options))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -135,9 +140,7 @@ def run(options: argparse.Namespace) -> int:
     spec = CacheSpec(
         input_kind=options.input, views=options.views, seed=options.seed,
         batch_size=options.batch_size, shard_size=options.shard_size, workers=options.workers,
-        extend=options.extend, hashed=options.hash, include=included(options),
-        exclude=options.exclude, image_column=options.image_column,
-        label_column=options.label_column,
+        extend=options.extend, hashed=options.hash, **chosen(options),
     )  # fmt: skip
     spec.open(options.images)
     progress = _json_lines() if options.json else True

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..cache.format.manifest import Manifest
     from ..generator import GPT, GPTConfig
     from ..tokenizer import VFMTok
-    from ..training import Codes, GPTTraining, OnlineCodes, Run
+    from ..training import Codes, OnlineCodes, Run
 
 SUMMARY = "train a generator on a token cache or on pictures, or resume a run"
 # File for the result under the authors' names.
@@ -89,13 +89,13 @@ def _prepare(options: argparse.Namespace, out: Path, rank: int, world_size: int)
 
     from ..cache.format.fingerprint import weights_checksum
     from ..generator import GPT
-    from ..training import GPTTrainer, Run, generated
+    from ..training import GPTTrainer, GPTTraining, Run, generated
     from ..training.estimate import estimate_gpt
 
     device = checked_device(options.device)
     data, manifest, tokenizer = _data(options, device, rank, world_size)
-    config = _config(options, *_sizes(manifest, tokenizer), data.num_classes)
-    settings = _settings(options, data.order.steps_per_epoch, device)
+    config = _config(options, data.num_classes, manifest, tokenizer)
+    settings = GPTTraining(**training.fields_of(options, data.order.steps_per_epoch, device))
     if options.start_from is not None:
         model = GPT.from_pretrained(options.start_from, config=config)
     else:
@@ -191,23 +191,22 @@ def _check_tokenizer(tokenizer: VFMTok, manifest: Manifest, options: argparse.Na
         )
 
 
-def _sizes(manifest: Manifest | None, tokenizer: VFMTok | None) -> tuple[int, int]:
-    """Return the codebook size and the number of codes per image."""
-    if manifest is not None:
-        return manifest.codebook_size, manifest.num_tokens
-    return tokenizer.config.codebook_size, tokenizer.config.num_regions
-
-
 def _config(
-    options: argparse.Namespace, vocab_size: int, block_size: int, num_classes: int
-) -> GPTConfig:
+    options: argparse.Namespace, num_classes: int, manifest: Manifest | None,
+    tokenizer: VFMTok | None,
+) -> GPTConfig:  # fmt: skip
     """Return the model's config; what the data determines is checked if a file states it too."""
     import dataclasses
 
     from ..configs import config_from_mapping
     from ..generator import GPT, GPTConfig
 
-    own = {"vocab_size": vocab_size, "block_size": block_size, "num_classes": num_classes}
+    if manifest is not None:
+        own = {"vocab_size": manifest.codebook_size, "block_size": manifest.num_tokens}
+    else:
+        made = tokenizer.config
+        own = {"vocab_size": made.codebook_size, "block_size": made.num_regions}
+    own["num_classes"] = num_classes
     if options.start_from is not None:
         config = GPT.from_pretrained(options.start_from).config
     elif options.config is not None:
@@ -243,14 +242,6 @@ def _config(
     return dataclasses.replace(config, **changed)
 
 
-def _settings(
-    options: argparse.Namespace, steps_per_epoch: int, device: torch.device
-) -> GPTTraining:
-    from ..training import GPTTraining
-
-    return GPTTraining(**training.fields_of(options, steps_per_epoch, device))
-
-
 def _check_learned(options: argparse.Namespace, work: Run, model: GPT) -> int:
     """Check whether the generator reproduces the codes that it was trained on."""
     import torch
@@ -276,15 +267,15 @@ def _dry_run(options: argparse.Namespace) -> int:
     import dataclasses
 
     from ..generator import GPT
-    from ..training import GPTTrainer
+    from ..training import GPTTrainer, GPTTraining
     from ..training.estimate import estimate_gpt
     from ..untrained import GPTS
 
     device = checked_device(options.device)
     data, manifest, tokenizer = _data(options, device, 0, 1)
-    config = _config(options, *_sizes(manifest, tokenizer), data.num_classes)
+    config = _config(options, data.num_classes, manifest, tokenizer)
     each = data.order.steps_per_epoch
-    settings = _settings(options, each, device)
+    settings = GPTTraining(**training.fields_of(options, each, device))
     say(f"{data.order.count} pictures, {each} steps an epoch, {settings.total_steps} steps in all")
     found = estimate_gpt(config, settings)
     training.tell_estimate(found, each * options.batch_size, settings.precision, device)

@@ -281,9 +281,8 @@ def _kind(options: argparse.Namespace) -> type[DinoDiscriminator | PatchDiscrimi
 def _discriminator(options: argparse.Namespace) -> DinoDiscriminator | PatchDiscriminator | None:
     import torch
 
-    from ..training import DinoDiscriminator, PatchDiscriminator
-
     torch.manual_seed(options.seed)
+    kind = _kind(options)
     if options.discriminator == "dino":
-        return DinoDiscriminator.from_files(options.dino_vits16)
-    return PatchDiscriminator() if options.discriminator == "patch" else None
+        return kind.from_files(options.dino_vits16)
+    return None if kind is None else kind()

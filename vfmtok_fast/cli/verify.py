@@ -58,11 +58,8 @@ def run(options: argparse.Namespace) -> int:
     again = ""
     if report.agreement is not None:
         again = f"; {report.sampled} encoded again, {report.agreement:.4%} of tokens agree"
-    verdict = (
-        "sound"
-        if report.ok
-        else f"{len(report.problems)} problem{'s' * (len(report.problems) > 1)}"
-    )
+    count = len(report.problems)
+    verdict = f"{count} problem{'s' * (count > 1)}" if count else "sound"
     say(
         f"{options.out}: {verdict}; {report.images} pictures in {report.shards} shards, "
         f"{report.bad} could not be read{again}"

@@ -8,7 +8,7 @@ import torch
 from ...images import decode_image, image_grid, to_uint8
 from ..format import index, shards
 from ..format.crops import make_views
-from ..format.fingerprint import Tokenizer
+from ..format.fingerprint import Tokenizer, first_parameter
 from ..format.index import INDEX
 from ..format.manifest import Manifest
 from ..format.views import parse_views
@@ -45,11 +45,11 @@ def contact_sheet(
         codes.append(torch.from_numpy(shard.tokens[row, :1].astype(np.int64)))
     if not crops:
         return None
-    first = next(iter(tokenizer.parameters()), torch.empty(0, device="cpu"))
+    device = first_parameter(tokenizer).device
     cells = []
     with torch.inference_mode():
         for crop, code in zip(crops, codes, strict=True):
-            decoded = tokenizer.decode(code.to(first.device)).float().clamp(-1, 1)
+            decoded = tokenizer.decode(code.to(device)).float().clamp(-1, 1)
             cells += [crop[0], to_uint8(decoded)[0].cpu().numpy()]
     return image_grid(np.stack(cells), 2 * PAIRS)
 

@@ -99,12 +99,16 @@ def check_tokenizer(tokenizer: object) -> None:
         )
 
 
+def first_parameter(model: Any) -> torch.Tensor:
+    """Return a model's first parameter, which says on what device and in what dtype it computes."""
+    return next(iter(model.parameters()), torch.empty(0, device="cpu"))
+
+
 def _precision(model: Any) -> str:
     named = getattr(model, "precision", None)
     if isinstance(named, str):
         return named
-    first = next(iter(model.parameters()), None)
-    return str(torch.float32 if first is None else first.dtype).removeprefix("torch.")
+    return str(first_parameter(model).dtype).removeprefix("torch.")
 
 
 def fast_ops(model: Any, ops: Set[str]) -> list[str]:

@@ -24,23 +24,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...errors import one_line
-from ..store import Place
+from ..store import Place, StoreError
 
 INDEX = "index.parquet"
 NO_CLASS = -1
 _MARK = {b"vfmtok_fast": b"token cache index 1"}
 _ORIGIN = b"vfmtok_fast.origin"
-_FIELDS = [
-    pa.field("index", pa.int64(), nullable=False),
-    pa.field("path", pa.string(), nullable=False),
-    pa.field("size", pa.int64(), nullable=False),
-    pa.field("label", pa.int32(), nullable=False),
+_COLUMNS = [
+    ("index", pa.int64()),
+    ("path", pa.string()),
+    ("size", pa.int64()),
+    ("label", pa.int32()),
 ]
-_PLACE = [
-    pa.field("file", pa.string(), nullable=False),
-    pa.field("offset", pa.int64(), nullable=False),
-]
-_HASH = [pa.field("sha256", pa.binary(), nullable=False)]
+_PLACE = [("file", pa.string()), ("offset", pa.int64())]
+_HASH = [("sha256", pa.binary())]
 
 
 class Entry(NamedTuple):
@@ -98,6 +95,7 @@ class Origin:
         root: the input's path; set only in parts of an index, which another input must not
             continue.
         chosen: what was taken from the input, see `Source.chosen`.
+        hashed: whether the index has a column for the entries' hashes.
     """
 
     kind: str = "folder"
@@ -105,6 +103,7 @@ class Origin:
     runs: tuple[int, ...] = ()
     root: str | None = None
     chosen: dict[str, Any] = field(default_factory=dict)
+    hashed: bool = False
 
     def metadata(self) -> dict[bytes, bytes]:
         """Return the schema metadata of index.parquet; empty for a folder with nothing to add."""
@@ -117,9 +116,8 @@ class Origin:
 
 
 def write_index(
-    path: Place, entries: Iterable[Entry], shard_size: int, origin: Origin | None = None,
-    hashed: bool = False,
-) -> tuple[int, str, int]:  # fmt: skip
+    path: Place, entries: Iterable[Entry], shard_size: int, origin: Origin | None = None
+) -> tuple[int, str, int]:
     """Write index.parquet with one row group per shard, holding only one of them in memory.
 
     Args:
@@ -127,7 +125,6 @@ def write_index(
         entries: the images in index order.
         shard_size: images per shard.
         origin: where the images come from; None: class folders.
-        hashed: whether to write a column for the entries' hashes.
 
     Returns:
         (number of images, checksum of the index's content, highest label).
@@ -136,7 +133,8 @@ def write_index(
         CacheWriteError: the file cannot be written.
     """
     origin = origin or Origin()
-    fields = _FIELDS + _PLACE * (origin.files is not None) + _HASH * hashed
+    columns = _COLUMNS + _PLACE * (origin.files is not None) + _HASH * origin.hashed
+    fields = [pa.field(name, kind, nullable=False) for name, kind in columns]
     schema = pa.schema(fields, metadata={**_MARK, **origin.metadata()})
     entries = iter(entries)
     digest = _new_digest(origin.metadata())
@@ -227,17 +225,10 @@ def index_checksum(path: Place) -> tuple[int, str]:
 def read_origin(path: Place) -> Origin:
     """Return what was indexed; raises like `read_rows`."""
     with _opened(path) as file:
-        data = file.schema_arrow.metadata.get(_ORIGIN)
-    if data is None:
-        return Origin()
-    content = json.loads(data)
-    return Origin(**{**content, "runs": tuple(content.get("runs", ()))})
-
-
-def read_hashed(path: Place) -> bool:
-    """Return whether an index holds hashes; raises like `read_rows`."""
-    with _opened(path) as file:
-        return "sha256" in file.schema_arrow.names
+        schema = file.schema_arrow
+    content = json.loads(schema.metadata.get(_ORIGIN, b"{}"))
+    runs = tuple(content.get("runs", ()))
+    return Origin(**{**content, "runs": runs}, hashed="sha256" in schema.names)
 
 
 def _source(path: Place) -> Any:
@@ -256,6 +247,8 @@ def _opened(path: Place) -> Iterator[pq.ParquetFile]:
             if (file.schema_arrow.metadata or {}).get(b"vfmtok_fast") != _MARK[b"vfmtok_fast"]:
                 raise ValueError(f"{path}: not an index of a token cache")
             yield file
+    except StoreError:
+        raise  # No answer says nothing about the index.
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(
             f"{path}: cannot read the index: {one_line(error)}; restore it, or make a new cache"

@@ -23,7 +23,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from ...errors import one_line
-from ..store import Place, Tensors
+from ..store import Place, StoreError, Tensors
 from .manifest import BAD_TOKEN, FingerprintMismatch, Manifest, canonical
 
 META_KEY = "vfmtok_fast"
@@ -125,7 +125,7 @@ def opened(path: Any, data: bytes | None = None) -> Iterator[tuple[Header, Tenso
     """Open a shard for reading; ``path`` is anything that `Tensors` takes.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_header`.
+        FileNotFoundError, ValueError, StoreError: as `read_header`.
     """
     try:
         file = Tensors(path if data is None else data)
@@ -134,6 +134,8 @@ def opened(path: Any, data: bytes | None = None) -> Iterator[tuple[Header, Tenso
         yield Header(**json.loads(file.meta[META_KEY])), file
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: this shard is missing") from error
+    except StoreError:
+        raise  # No answer says nothing about the shard, which must not be made again for it.
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{path}: damaged or not a shard ({one_line(error)})") from error
 
@@ -144,6 +146,7 @@ def read_header(path: Place) -> Header:
     Raises:
         FileNotFoundError: the shard is missing.
         ValueError: it is damaged or not a shard.
+        StoreError: the store does not answer.
     """
     with opened(path) as (header, _):
         return header
@@ -157,7 +160,7 @@ def read_shard(path: Place, data: bytes | None = None) -> tuple[Header, Shard]:
         data: its bytes, if they have been read already.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_header`.
+        FileNotFoundError, ValueError, StoreError: as `read_header`.
     """
     with opened(path, data) as (header, file):
         return header, Shard(header.number, **{name: file.get(name) for name in _DTYPES})

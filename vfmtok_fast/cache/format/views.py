@@ -37,8 +37,7 @@ RULES = {
     ),
 }
 
-_RANGE = re.compile(r"random-(0|[1-9]\d{0,5})\.\.(0|[1-9]\d{0,5})(-flip)?")
-_RANDOM = re.compile(r"random-(0|[1-9]\d{0,5})(-flip)?")
+_RANDOM = re.compile(r"random-(0|[1-9]\d{0,5})(?:\.\.(0|[1-9]\d{0,5}))?(-flip)?")
 _MAX_VIEWS = 10_000
 
 
@@ -100,8 +99,8 @@ def parse_views(names: Iterable[str]) -> tuple[View, ...]:
 def _parse(name: str) -> list[View]:
     if name == "ten-crop":
         return [View("ten-crop", number, flip) for flip in (False, True) for number in range(5)]
-    if match := _RANGE.fullmatch(name):
-        first, last = int(match[1]), int(match[2])
+    if match := _RANDOM.fullmatch(name):
+        first, last = int(match[1]), int(match[2] or match[1])
         if first > last or last - first >= _MAX_VIEWS:
             raise ValueError(f"views: {name!r} must count up, over at most {_MAX_VIEWS} views")
         return [View("random", number, bool(match[3])) for number in range(first, last + 1)]
@@ -109,8 +108,6 @@ def _parse(name: str) -> list[View]:
         return [View("center", 0, name != "center")]
     if match := re.fullmatch(r"ten-crop-(\d)", name):
         return [View("ten-crop", int(match[1]) % 5, int(match[1]) >= 5)]
-    if match := _RANDOM.fullmatch(name):
-        return [View("random", int(match[1]), bool(match[2]))]
     raise ValueError(f"views: must be among {', '.join(known_views())}, got {name!r}")
 
 

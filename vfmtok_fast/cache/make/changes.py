@@ -196,15 +196,14 @@ def extend(source: Source, out: Place, found: Manifest, workers: int) -> Manifes
 def _extended(source: Source, out: Place, found: Manifest, workers: int) -> Manifest | None:
     """Like `extend`; None if another process changed the cache while this one was reading it."""
     path = out / INDEX
-    origin, hashed = index.read_origin(path), index.read_hashed(path)
-    now = source.files()
+    origin, now = index.read_origin(path), source.files()
     _check_kind(source, origin, (origin.files or {}).items() <= (now or {}).items())
     doubtful: list[tuple[Entry, Entry]] = []
     if origin.files is None:
         new, classes, doubtful = _new_pictures(source, out, found)
     else:
         new, classes = _new_files(source, origin), None
-    if hashed:
+    if origin.hashed:
         new = None if new is None else hashed_entries(source, new, workers)
         read = hashed_entries(source, (entry for _, entry in doubtful), workers)
         doubtful = [(then, entry) for (then, _), entry in zip(doubtful, read, strict=True)]
@@ -216,7 +215,7 @@ def _extended(source: Source, out: Place, found: Manifest, workers: int) -> Mani
     old = chain.from_iterable(rows.entries for rows in index.read_all(path))
     places: list[int] = []
     entries = chain(_replaced(old, mended, places), new or ())
-    written = index.write_index(out / NEXT_INDEX, entries, found.shard_size, later, hashed)
+    written = index.write_index(out / NEXT_INDEX, entries, found.shard_size, later)
     count, checksum, highest = written
     if classes is None:
         classes = source.classes(max(highest, len(found.classes) - 1))

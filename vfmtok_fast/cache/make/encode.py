@@ -27,7 +27,7 @@ import torch
 
 from ...images import decode_image
 from ..format.crops import make_bases
-from ..format.fingerprint import Tokenizer
+from ..format.fingerprint import Tokenizer, first_parameter
 from ..format.index import Rows
 from ..format.manifest import BAD_TOKEN, Manifest
 from ..format.shards import BAD
@@ -103,7 +103,7 @@ def encode_parts(
     device = _Device(tokenizer, manifest, plan, waits or Waits())
     pictures = _decode_ahead(source, parts, manifest, plan, workers)
     views, size = len(plan.cuts), manifest.batch_size
-    with evaluating(tokenizer), device, contextlib.closing(pictures):
+    with evaluating(tokenizer), contextlib.closing(device), contextlib.closing(pictures):
         while (part := device.wait_for_data(pictures)) is not None:
             number, rows = part
             encoded = Encoded(
@@ -150,7 +150,7 @@ class _Device:
 
     def __init__(self, tokenizer: Tokenizer, manifest: Manifest, plan: Plan, waits: Waits) -> None:
         self.tokenizer, self.manifest, self.waits = tokenizer, manifest, waits
-        first = next(iter(tokenizer.parameters()), torch.empty(0, device="cpu"))
+        first = first_parameter(tokenizer)
         self.in_flight = IN_FLIGHT[first.device.type]
         # Pinned, so that the copy to a GPU overlaps with everything else.
         self.batches = deque(
@@ -166,10 +166,7 @@ class _Device:
         self.running: deque[tuple[Future | None, list[int], np.ndarray, Callable]] = deque()
         self.warm = False
 
-    def __enter__(self) -> None:
-        """Do nothing; the work is in `__exit__`."""
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         self.threads.shutdown(wait=True, cancel_futures=True)
         # Reversed, so that the next run's threads get the streams in the same order.
         self.idle += reversed(self.streams)
@@ -216,7 +213,7 @@ class _Device:
 
 def _encode_batch(tokenizer: Tokenizer, batch: Batch, manifest: Manifest) -> np.ndarray:
     """Encode a batch and check the tokens; uint16 [B, T]."""
-    first = next(iter(tokenizer.parameters()), torch.empty(0, device="cpu"))
+    first = first_parameter(tokenizer)
     # On a CPU the stream is None. On a GPU, it also makes its device the current one.
     with torch.cuda.stream(_kept.stream), torch.inference_mode():
         # A tokenizer in mixed precision states its input dtype.

@@ -256,15 +256,14 @@ class _Crew:
         return found
 
     def _check_lost(self, number: int | None, error: Exception) -> None:
-        if number is not None and self.lost[number] >= MOST_LOST_ON_A_SHARD:
+        if number is None:
+            most, what = 2 * self.room.actors + 3, "in a row died while starting"
+        else:
+            most, what = MOST_LOST_ON_A_SHARD, f"died in shard {number}"
+        if self.lost[number] >= most:
             raise ActorsLost(
-                f"{self.out}: {self.lost[number]} Ray actors died in shard {number}; see "
-                f"Ray's logs, then run again (finished shards are kept): {first_line(error)}"
-            ) from error
-        if self.lost[None] > 2 * self.room.actors + 2:
-            raise ActorsLost(
-                f"{self.out}: {self.lost[None]} Ray actors in a row died while starting; "
-                f"see Ray's logs, then run again (finished shards are kept): {first_line(error)}"
+                f"{self.out}: {self.lost[number]} Ray actors {what}; see Ray's logs, then run "
+                f"again (finished shards are kept): {first_line(error)}"
             ) from error
 
     def _check_patience(self, heard: float) -> None:

@@ -28,12 +28,12 @@ RULES = 2
 
 def write_in_parts(
     path: Place, entries: Callable[[Entry | None], Iterable[Entry]], shard_size: int,
-    origin: index.Origin, hashed: bool, root: str | os.PathLike,
+    origin: index.Origin, root: str | os.PathLike,
 ) -> tuple[int, str, int]:  # fmt: skip
     """Write an index like `index.write_index`, and resume where an earlier call was interrupted.
 
     Args:
-        path, shard_size, origin, hashed: as in `index.write_index`.
+        path, shard_size, origin: as in `index.write_index`.
         entries: returns the images in index order that follow a given one; all for None.
         root: the input's path, which tells parts of another input apart.
 
@@ -41,9 +41,8 @@ def write_in_parts(
     """
     folder = path.parent / FOLDER
     mark = replace(origin, root=os.path.abspath(root), chosen={**origin.chosen, "rules": RULES})
-    written = index.write_index(
-        path, _every(folder, entries, shard_size, mark, hashed), shard_size, origin, hashed
-    )
+    every = _every(folder, entries, shard_size, mark)
+    written = index.write_index(path, every, shard_size, origin)
     remove_parts(path.parent)
     return written
 
@@ -62,10 +61,10 @@ def remove_parts(out: Place) -> None:
 
 def _every(
     folder: Place, entries: Callable[[Entry | None], Iterable[Entry]], shard_size: int,
-    mark: index.Origin, hashed: bool,
+    mark: index.Origin,
 ) -> Iterator[Entry]:  # fmt: skip
     number, last = 0, None
-    while _is_part(folder / f"{number:05d}.parquet", mark, hashed):
+    while _is_part(folder / f"{number:05d}.parquet", mark):
         for rows in index.read_all(folder / f"{number:05d}.parquet"):
             for last in rows.entries:
                 yield last
@@ -75,25 +74,22 @@ def _every(
         yield entry
         part.append(entry)
         if len(part) == PART:
-            _keep(folder / f"{number:05d}.parquet", part, shard_size, mark, hashed)
+            _keep(folder / f"{number:05d}.parquet", part, shard_size, mark)
             part, number = [], number + 1
 
 
-def _is_part(path: Place, mark: index.Origin, hashed: bool) -> bool:
+def _is_part(path: Place, mark: index.Origin) -> bool:
     """Return whether a file is a complete part of an index of this input."""
     try:
-        known = index.is_index(path) and index.read_origin(path) == mark
-        return known and index.read_hashed(path) == hashed
-    except ValueError:  # another process has removed it meanwhile
+        return index.read_origin(path) == mark
+    except ValueError:  # missing or incomplete
         return False
 
 
-def _keep(
-    path: Place, part: list[Entry], shard_size: int, mark: index.Origin, hashed: bool
-) -> None:
+def _keep(path: Place, part: list[Entry], shard_size: int, mark: index.Origin) -> None:
     try:
         path.parent.make_folder()
-        index.write_index(path, part, shard_size, mark, hashed)
+        index.write_index(path, part, shard_size, mark)
     except CacheWriteError as error:
         # Another process has listed everything and removed the folder, so no part is needed.
         if error.errno != errno.ENOENT:

@@ -20,7 +20,7 @@ from typing import Any
 from ...images import HEIF_SUFFIXES, decode_image, heif_version
 from ...temporary import is_temporary
 from ..format import index, manifest
-from ..format.fingerprint import Tokenizer, check_tokenizer, describe
+from ..format.fingerprint import Tokenizer, check_tokenizer, describe, first_parameter
 from ..format.index import INDEX, Entry
 from ..sources import BadImage, Source
 from ..sources.base import LeftOutWarning
@@ -68,7 +68,8 @@ def prepare(
     resumed = (out / manifest.NAME).exists() or not _is_free(out)
     if not resumed:
         _check_any_readable(source)
-        batch_size = spec.batch_size or _usual_batch_size(tokenizer, device)
+        kind = device or first_parameter(tokenizer).device.type
+        batch_size = spec.batch_size or BATCH_SIZES.get(kind, CPU_BATCH_SIZE)
         covers = describe(tokenizer, spec.views, batch_size, spec.seed)
         _make_folders(out)
         found = _index(source, out, covers, spec, workers)
@@ -148,14 +149,14 @@ def _index(
     source: Source, out: Place, covers: dict[str, Any], spec: CacheSpec, workers: int
 ) -> manifest.Manifest:
     """List the images, and write the manifest, which makes the folder a cache."""
-    origin = index.Origin(source.kind, source.files(), chosen=source.chosen)
+    origin = index.Origin(source.kind, source.files(), chosen=source.chosen, hashed=spec.hashed)
 
     def entries(after: Entry | None) -> Iterable[Entry]:
         found = source.entries(after)
         return hashed_entries(source, found, workers) if spec.hashed else found
 
     count, checksum, highest = parts.write_in_parts(
-        out / INDEX, entries, spec.shard_size, origin, spec.hashed, source.root
+        out / INDEX, entries, spec.shard_size, origin, source.root
     )
     if left_out := _left_out(source):
         warnings.warn(f"{source.root}: {left_out}", LeftOutWarning, stacklevel=4)
@@ -183,7 +184,7 @@ def _resume(
     if not is_index_of(found, out / INDEX):
         now = read_newer(out, found)
         return _resume(source, out, now, covers, spec, workers, rank)
-    if spec.hashed and not index.read_hashed(out / INDEX):
+    if spec.hashed and not index.read_origin(out / INDEX).hashed:
         raise ValueError(
             f"{out}: was indexed without hashes; run without --hash, or cache into a new folder"
         )
@@ -198,12 +199,6 @@ def _make_folders(out: Place) -> None:
         folder.make_folder()
         if not out.remote:
             folder.sweep()
-
-
-def _usual_batch_size(tokenizer: Tokenizer, device: str | None) -> int:
-    first = next(iter(tokenizer.parameters()), None)
-    here = "cpu" if first is None else first.device.type
-    return BATCH_SIZES.get(device or here, CPU_BATCH_SIZE)
 
 
 def _cpus() -> int:
@@ -232,7 +227,7 @@ def _extend(
             changes.check_unchanged(source, out / INDEX, found.classes)
             install(out)  # in case the index is the new one already, but not the manifest
             found = manifest.read_manifest(out)
-            if not index.read_hashed(out / INDEX):  # hashes may differ although no size does
+            if not index.read_origin(out / INDEX).hashed:  # may differ although no size does
                 return found
         except changes.ImagesChanged:
             _await(out, lambda: manifest.read_manifest(out) != found)
@@ -267,14 +262,9 @@ def _check_any_readable(source: Source) -> None:
     for entry in source.entries():
         count += 1
         try:
-            data = source.read(entry)
-        except BadImage as error:
-            first = first or f"{entry.path!r}: {error}"
-            continue
-        try:
-            decode_image(data)
+            decode_image(source.read(entry))
             return
-        except ValueError as error:
+        except (BadImage, ValueError) as error:
             first = first or f"{entry.path!r}: {error}"
     if count == 0:
         raise ValueError(

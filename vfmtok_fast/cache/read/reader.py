@@ -19,7 +19,7 @@ import torch
 
 from ..format import shards
 from ..format.manifest import Manifest, read_manifest
-from ..store import Place, Tensors, place
+from ..store import Place, place
 
 # Shards held open at a time; systems allow a thousand files or so.
 MOST_OPEN = 256
@@ -116,16 +116,16 @@ class TokenCache:
         """Return the digest of a shard's header, and index and label of its readable images."""
         path = shards.shard_path(self.out, number)
         try:
-            header = shards.read_header(path)
+            with shards.opened(path) as (header, file):
+                index, label, status = map(file.get, ("index", "label", "status"))
         except FileNotFoundError:
             if self._partial:
                 return None
             raise
         if problem := shards.header_problem(header, number, self.manifest):
             raise ValueError(f"{path}: {problem}")
-        file = Tensors(path)
-        good = file.get("status") == shards.OK
-        return header.digest(), file.get("index")[good], file.get("label")[good]
+        good = status == shards.OK
+        return header.digest(), index[good], label[good]
 
     def _copy(self, number: int) -> Place:
         """Return the local copy of a shard; if missing, fetch it and check it to the last byte."""

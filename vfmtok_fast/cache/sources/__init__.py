@@ -86,7 +86,7 @@ def open_source(
     if kind == "tar":
         if root.is_dir():
             raise ValueError(f"{root}: must be one tar file, but is a folder; name the file in it")
-        return TarSource(root, choice)
+        return TarSource(root, choice=choice)
     return _of_archives(root, kind, choice, said, (image_column, label_column))
 
 
@@ -100,10 +100,10 @@ def _of_archives(
         check_shards(root, names)
     check_splits(root, names, choice)
     if kind == "webdataset":
-        return WebDatasetSource(folder, names, choice)
+        return WebDatasetSource(folder, names, choice=choice)
     schemas = parquet.schemas(folder, names)
     found = find_columns(root, schemas, names, *columns)
-    return ParquetSource(folder, names, found, choice)
+    return ParquetSource(folder, names, found, choice=choice)
 
 
 def open_again(images: str | os.PathLike, index: Place, kind: str | None = None) -> Source:
@@ -127,11 +127,11 @@ def _folder(root: Path, choice: Choice) -> FolderSource:
     split = choice.split_among(class_folders(root)) if choice.split else None
     folders = [split] if split else class_folders(root, choice)
     check_splits(root, folders, choice, whole=True)
-    source = FolderSource(root, choice)
+    source = FolderSource(root, choice=choice)
     if len(folders) == 1 and is_split(folders[0]):
         (split,) = folders
         if "include" in choice.record():
-            source = FolderSource(root / split, choice.below(split))
+            source = FolderSource(root / split, choice=choice.below(split))
         elif not choice.include and class_folders(root / split):
             raise ValueError(
                 f"{root}: holds nothing but the folder {split}, which holds class folders; give "

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from ..format.index import NO_CLASS, Entry
 from ..format.shards import BAD, GONE
-from .choice import Choice
+from .choice import EVERYTHING, Choice
 
 # Stored instead of a size. Such an entry keeps its place in the index.
 NO_SIZE = -1  # could not be examined: a dangling link, a link to itself
@@ -44,14 +47,20 @@ class LeftOutWarning(UserWarning):
     """Something that may have been meant as an image was passed over in an input."""
 
 
-class Source(Protocol):
-    """An input: lists its images in an order that never changes, and reads them one by one."""
+@dataclass
+class Source(ABC):
+    """An input: lists its images in an order that never changes, and reads them one by one.
 
-    kind: str
+    Args:
+        root: the folder or archive, which messages name.
+        choice: which of its files are taken.
+        left_out: what the last listing passed over, and how often: "samples without a picture".
+    """
+
+    kind: ClassVar[str]
     root: Path
-    choice: Choice
-    # What the last listing passed over, and how often: "samples without a picture".
-    left_out: Mapping[str, int]
+    choice: Choice = field(default=EVERYTHING, kw_only=True)
+    left_out: Counter[str] = field(default_factory=Counter, kw_only=True, repr=False, compare=False)
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -64,14 +73,15 @@ class Source(Protocol):
     @property
     def shown(self) -> Path:
         """The name to show: that of the only archive in a folder, or the root."""
-        files = self.files() or {}
-        return (
-            self.root / next(iter(files)) if len(files) == 1 and self.root.is_dir() else self.root
-        )
+        files = list(self.files() or ())
+        alone = len(files) == 1 and self.root.is_dir()
+        return self.root / files[0] if alone else self.root
 
     def files(self) -> dict[str, int] | None:
         """Return the size in bytes of each file that holds images; None if each image is a file."""
+        return None
 
+    @abstractmethod
     def entries(self, after: Entry | None = None) -> Iterator[Entry]:
         """Yield the images in index order; with `after`, only those that follow it.
 
@@ -98,6 +108,7 @@ class Source(Protocol):
             raise BadImage(GONE, "changed since it was indexed: as many bytes, but others")
         return data
 
+    @abstractmethod
     def find(self, entry: Entry) -> bytes:
         """Return the bytes that are there now, which `read` compares with what was indexed."""
 
@@ -125,11 +136,14 @@ def files_from(names: Sequence[str], after: Entry | None) -> Sequence[str]:
     return names if after is None else names[names.index(after.file) :]
 
 
-def check_label(label: object) -> int | None:
-    """Return a class number, NO_CLASS for any negative one, and None for anything else."""
+def labelled(size: int, label: object) -> tuple[int, int]:
+    """Return an entry's size and label: NO_CLASS for any negative number, or for no class number.
+
+    In the latter case, BAD_LABEL stands for the size of an image that could be read.
+    """
     if isinstance(label, bool) or not isinstance(label, int) or label > MAX_LABEL:
-        return None
-    return max(label, NO_CLASS)
+        return (size if size in REASONS else BAD_LABEL), NO_CLASS
+    return size, max(label, NO_CLASS)
 
 
 def sizes_of(root: Path, names: list[str]) -> dict[str, int]:
@@ -138,11 +152,7 @@ def sizes_of(root: Path, names: list[str]) -> dict[str, int]:
     Raises:
         FileNotFoundError: one of them cannot be read.
     """
-    sizes = {}
-    for name in names:
-        path = root / name
-        try:
-            sizes[name] = path.stat().st_size
-        except OSError as error:
-            raise FileNotFoundError(f"{path}: cannot be read: {error.strerror}") from error
-    return sizes
+    try:
+        return {name: (root / name).stat().st_size for name in names}
+    except OSError as error:
+        raise FileNotFoundError(f"{error.filename}: cannot be read: {error.strerror}") from error

@@ -60,20 +60,18 @@ class Choice:
 
     def takes(self, *paths: str) -> bool:
         """Return whether a file is taken; several paths are names of the same file."""
-        return not self.leaves_out(*paths) and (
-            not self.include or any(self._fits(path, self.include) for path in paths)
-        )
+        return not self.leaves_out(*paths) and (not self.include or self._fits(paths, self.include))
 
     def leaves_out(self, *paths: str) -> bool:
         """Return whether `exclude` leaves out a file or a whole folder."""
-        return any(self._fits(path, self.exclude) for path in paths)
+        return self._fits(paths, self.exclude)
 
     def below(self, folder: str) -> Choice:
         """Return the same choice for paths that start inside a folder."""
         return replace(self, prefix=f"{self.prefix}{folder}/")
 
-    def _fits(self, path: str, patterns: Iterable[str]) -> bool:
-        return any(_fits(self.prefix + path, one) for one in patterns)
+    def _fits(self, paths: Iterable[str], patterns: Iterable[str]) -> bool:
+        return any(_fits(self.prefix + path, one) for path in paths for one in patterns)
 
     def record(self) -> dict[str, list[str]]:
         """Return what an index must say about the choice; empty if everything is taken."""

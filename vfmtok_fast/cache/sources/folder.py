@@ -17,7 +17,6 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...images import HEIF_SUFFIXES, HOW_TO_READ_HEIF, reads_heif
@@ -50,17 +49,10 @@ _ERRORS_OF_A_FILE = frozenset(
 )
 
 
-@dataclass(frozen=True)
 class FolderSource(Source):
-    """Images as files below `root`."""
+    """Images as files below `root`; changes are found image by image."""
 
-    root: Path
-    choice: Choice = EVERYTHING
-    left_out: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
     kind = "folder"
-
-    def files(self) -> None:
-        """Return None: each image is a file, and changes are found image by image."""
 
     def entries(self, after: Entry | None = None) -> Iterator[Entry]:
         self.left_out.clear()

@@ -14,15 +14,12 @@ import functools
 import pickletools
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from ...errors import one_line
 from ..format.shards import BAD, GONE
-from .base import BAD_LABEL, DAMAGED, NO_CLASS, BadImage, Entry, Source, check_label, sizes_of
-from .choice import EVERYTHING
+from .base import DAMAGED, NO_CLASS, BadImage, Entry, Source, labelled, sizes_of
 
 _VALUES = frozenset(
     "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BININT BININT1"
@@ -38,14 +35,10 @@ class NotPlain(ValueError):
     """A pickle that is damaged, or holds anything but dicts, strings, bytes and integers."""
 
 
-@dataclass(frozen=True)
 class LmdbSource(Source):
     """Records of the LMDB `root`: the folder that holds data.mdb, or the file itself."""
 
-    root: Path
     kind = "lmdb"
-    choice = EVERYTHING
-    left_out = MappingProxyType({})
 
     def files(self) -> dict[str, int]:
         if self.root.is_dir():
@@ -117,14 +110,9 @@ def _look(record: memoryview | None) -> tuple[int, int]:
     """Return (size in bytes or why there is none, label) of a record."""
     try:
         content = plain_pickle(record)
-        image, label = content["image"], content["label"]
-        size = len(image)
+        return labelled(len(memoryview(content["image"])), content["label"])
     except (NotPlain, TypeError, KeyError):
         return DAMAGED, NO_CLASS
-    if isinstance(image, str):
-        return DAMAGED, NO_CLASS
-    known = check_label(label)
-    return (BAD_LABEL, NO_CLASS) if known is None else (size, known)
 
 
 def plain_pickle(data: bytes | memoryview) -> Any:

@@ -14,9 +14,9 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -26,18 +26,16 @@ import pyarrow.parquet as pq
 from ...errors import one_line
 from ..format.shards import BAD, GONE
 from .base import (
-    BAD_LABEL,
     NO_CLASS,
     UNKNOWN,
     BadImage,
     Entry,
     Source,
     behind,
-    check_label,
     files_from,
+    labelled,
     sizes_of,
 )
-from .choice import EVERYTHING, Choice
 from .columns import Columns, leaf_of
 
 # Rows that are read together, and rows that are kept: decoding threads ask for rows in nearly
@@ -55,24 +53,20 @@ _READ = {"memory_map": False, "buffer_size": 1 << 20, "pre_buffer": False}
 class ParquetSource(Source):
     """Rows of the Parquet files `names` in the folder `root`."""
 
-    root: Path
     names: tuple[str, ...]
     columns: Columns
-    choice: Choice = EVERYTHING
     kind = "parquet"
-    left_out = MappingProxyType({})
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    _rows: OrderedDict[tuple[str, int], bytes | None] = field(
-        default_factory=OrderedDict, repr=False
-    )
-    # The position in the file being read: its name, the next row, the remaining batches.
-    _walk: tuple[str, int, Iterator[pa.RecordBatch]] | None = field(default=None, repr=False)
-    _block: int = field(default=1, repr=False)
-    _kept: int = field(default=_KEPT, repr=False)
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rows: OrderedDict[tuple[str, int], bytes | None] = OrderedDict()
+        # The position in the file being read: its name, the next row, the remaining batches.
+        self._walk: tuple[str, int, Iterator[pa.RecordBatch]] | None = None
+        self._block, self._kept = 1, _KEPT
 
     def __reduce__(self) -> tuple:
         # Locks and open files cannot be pickled.
-        return type(self), (self.root, self.names, self.columns, self.choice)
+        return partial(type(self), choice=self.choice), (self.root, self.names, self.columns)
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -93,15 +87,12 @@ class ParquetSource(Source):
                     continue
                 self.columns.check(file.schema_arrow, path)
                 for row, label in enumerate(self._labels(file, name)):
-                    known = NO_CLASS if label is None else check_label(label)
-                    size = UNKNOWN if known is not None else BAD_LABEL
-                    label = NO_CLASS if known is None else known
+                    size, label = labelled(UNKNOWN, NO_CLASS if label is None else label)
                     yield Entry(f"{name}/{row:08d}", size, label, name, row)
 
     def _labels(self, file: pq.ParquetFile, name: str) -> Iterator[int | None]:
         if self.columns.label is None or self.columns.values is not None:
-            label = self.columns.label_of(name) if self.columns.label else None
-            yield from itertools.repeat(label, file.metadata.num_rows)
+            yield from itertools.repeat(self.columns.label_of(name), file.metadata.num_rows)
             return
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, columns=[self.columns.label])

@@ -12,36 +12,32 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from .archive import clean_name, is_hidden, members, places, read_member
 from .base import UNSAFE, Entry, Source, behind, sizes_of
-from .choice import EVERYTHING, Choice, check_splits
+from .choice import Choice, check_splits
 from .contents import COMPRESSED
 from .folder import EXTENSIONS, UNREADABLE, label_of, shown
 
-# (class, first byte, end, path) of an inner tar
-_Inner = tuple[str, int, int, str]
+
+class _Inner(NamedTuple):
+    """An inner tar: its class, where it begins and ends, and its path."""
+
+    folder: str
+    start: int
+    end: int
+    path: str
 
 
-@dataclass(frozen=True)
 class TarSource(Source):
-    """Images inside the tar file `path`."""
+    """Images inside the tar file `root`."""
 
-    path: Path
-    choice: Choice = EVERYTHING
-    left_out: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
     kind = "tar"
 
-    @property
-    def root(self) -> Path:
-        """The tar file, which messages name."""
-        return self.path
-
     def files(self) -> dict[str, int]:
-        return sizes_of(self.path.parent, [self.path.name])
+        return sizes_of(self.root.parent, [self.root.name])
 
     def entries(self, after: Entry | None = None) -> Iterator[Entry]:
         return behind(self._entries(after), after)
@@ -51,18 +47,17 @@ class TarSource(Source):
         self.left_out.clear()
         inner, classes, around = self._contents()
         numbers = {name: number for number, name in enumerate(classes)}
-        name = self.path.name
-        with open(self.path, "rb") as file:
-            at = [after is not None and start <= after.offset < end for _, start, end, _ in inner]
+        name = self.root.name
+        with open(self.root, "rb") as file:
+            at = [after is not None and one.start <= after.offset < one.end for one in inner]
             for one in inner[at.index(True) if True in at else 0 :]:
-                folder = one[0]
                 found = [
-                    Entry(f"{folder}/{path}", size, numbers[folder], name, offset)
+                    Entry(f"{one.folder}/{path}", size, numbers[one.folder], name, offset)
                     for path, size, offset in self._inside(file, one, self.left_out)
                 ]
                 yield from sorted(found)
             takes = self.choice.takes
-            for path, size, offset in pictures(file, self.path, 0, None, self.left_out, takes):
+            for path, size, offset in pictures(file, self.root, 0, None, self.left_out, takes):
                 # A name that leads out of the archive is in none of its folders.
                 if size == UNSAFE or path.startswith(around):
                     path = path.removeprefix(around)
@@ -72,10 +67,9 @@ class TarSource(Source):
         self, file: BinaryIO, inner: _Inner, left_out: Counter[str]
     ) -> Iterator[tuple[str, int, int]]:
         """Yield the chosen images of an inner tar; patterns name it with or without .tar."""
-        _, start, end, tar = inner
-        names = tar, os.path.splitext(tar)[0]
+        names = inner.path, os.path.splitext(inner.path)[0]
         return pictures(
-            file, self.path, start, end, left_out,
+            file, self.root, inner.start, inner.end, left_out,
             lambda path: self.choice.takes(*(f"{one}/{path}" for one in names)),
         )  # fmt: skip
 
@@ -83,7 +77,7 @@ class TarSource(Source):
         return self._contents()[1]
 
     def find(self, entry: Entry) -> bytes:
-        return read_member(self.path.parent, entry)
+        return read_member(self.root.parent, entry)
 
     def _contents(self) -> tuple[list[_Inner], list[str], str]:
         """Return the inner tars, the classes, and the path around the classes.
@@ -93,32 +87,32 @@ class TarSource(Source):
         with a slash, or is empty.
         """
         inner, folders = [], set()
-        with open(self.path, "rb") as file:
-            for member in members(file, self.path):
+        with open(self.root, "rb") as file:
+            for member in members(file, self.root):
                 path = clean_name(member.name)
                 if path is None or is_hidden(path) or member.isdir():
                     continue
                 stem, suffix = os.path.splitext(path)
                 if suffix.lower() == ".tar" and member.isreg():
                     start = member.offset_data
-                    inner.append((os.path.basename(stem), start, start + member.size, path))
+                    inner.append(_Inner(os.path.basename(stem), start, start + member.size, path))
                 elif suffix.lower() in EXTENSIONS and self.choice.takes(path):
                     folders.add(_folder_of(path))
             if self.choice.record():
                 inner = [one for one in inner if any(self._inside(file, one, Counter()))]
-        around_inner = {_folder_of(path) for *_, path in inner}
+        around_inner = {_folder_of(one.path) for one in inner}
         split = _split_in(folders | around_inner, self.choice)
         folders, around_inner = (
             {folder for folder in some if f"{folder}/".startswith(split)}
             for some in (folders, around_inner)
         )
-        inner = [one for one in inner if one[3].startswith(split)]
+        inner = [one for one in inner if one.path.startswith(split)]
         around = "" if inner else _around(folders)
         around = around if around.startswith(split) else split
         classes = _tops(folders, around)
         choice = self.choice.below(around[:-1]) if around else self.choice
-        check_splits(self.path, sorted(classes | around_inner), choice, whole=True)
-        classes |= {folder for folder, *_ in inner}
+        check_splits(self.root, sorted(classes | around_inner), choice, whole=True)
+        classes |= {one.folder for one in inner}
         return sorted(inner), sorted(classes - {""}), around
 
 

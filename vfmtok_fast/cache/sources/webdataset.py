@@ -11,30 +11,26 @@ are several, the first one counts. What is passed over is counted.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from .archive import is_hidden, places, read_member
-from .base import BAD_LABEL, NO_CLASS, Entry, Source, behind, check_label, files_from, sizes_of
-from .choice import EVERYTHING, Choice
+from .base import NO_CLASS, Entry, Source, behind, files_from, labelled, sizes_of
 from .folder import EXTENSIONS, UNREADABLE, shown
 
 # A class number takes a few digits; a longer member is something else.
 _MAX_CLS = 64
 
 
-@dataclass(frozen=True)
+@dataclass
 class WebDatasetSource(Source):
     """Samples of the shards `names` in the folder `root`."""
 
-    root: Path
     names: tuple[str, ...]
-    choice: Choice = EVERYTHING
-    left_out: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
     kind = "webdataset"
 
     def files(self) -> dict[str, int]:
@@ -48,40 +44,46 @@ class WebDatasetSource(Source):
         for name in names:
             path = self.root / name
             with open(path, "rb") as file:
-                for key, parts in groupby(_parts(file, path), key=lambda part: part[0]):
-                    if entry := self._entry(name, key, [part[1:] for part in parts]):
+                for _, parts in groupby(_parts(file, path), key=attrgetter("key")):
+                    if entry := self._entry(name, list(parts)):
                         yield entry
 
-    def _entry(self, name: str, key: str, parts: list[_Part]) -> Entry | None:
-        plain = [part for part in parts if part[0] in EXTENSIONS]
-        kinds = [f".{part[0].rpartition('.')[2]}" for part in parts]
-        found = plain or [
-            part for part, kind in zip(parts, kinds, strict=True) if kind in EXTENSIONS
-        ]
+    def _entry(self, name: str, parts: list[_Part]) -> Entry | None:
+        found = [part for part in parts if part.extension in EXTENSIONS]
+        found = found or [part for part in parts if part.suffix in EXTENSIONS]
         if not found:
-            unreadable = next((UNREADABLE[kind] for kind in kinds if kind in UNREADABLE), None)
-            self.left_out[unreadable or "samples without a picture"] += 1
+            unreadable = [UNREADABLE[part.suffix] for part in parts if part.suffix in UNREADABLE]
+            self.left_out[unreadable[0] if unreadable else "samples without a picture"] += 1
             return None
         if len(found) > 1:
             self.left_out["pictures of samples that have another one before"] += len(found) - 1
-        extension, size, offset, _ = found[0]
-        labels = [part[3] for part in parts if part[0] == ".cls"]
-        label = labels[0] if labels else NO_CLASS
-        if label is None:
-            # Only an image that could be read is rejected for its label.
-            size, label = (BAD_LABEL if size >= 0 else size), NO_CLASS
-        return Entry(f"{name}/{key}{extension}", size, label, name, offset)
+        picture = found[0]
+        labels = [part.number for part in parts if part.extension == ".cls"]
+        size, label = labelled(picture.size, labels[0] if labels else NO_CLASS)
+        path = f"{name}/{picture.key}{picture.extension}"
+        return Entry(path, size, label, name, picture.offset)
 
     def find(self, entry: Entry) -> bytes:
         return read_member(self.root, entry)
 
 
-# (extension, size or why there is none, offset, class number or None) of one member
-_Part = tuple[str, int, int, int | None]
+class _Part(NamedTuple):
+    """One member: `size` may be why there is none, and `number` is what a .cls holds, if it is."""
+
+    key: str
+    extension: str
+    size: int
+    offset: int
+    number: int | None
+
+    @property
+    def suffix(self) -> str:
+        """The last part of the extension."""
+        return "." + self.extension.rpartition(".")[2]
 
 
-def _parts(file: BinaryIO, path: Path) -> Iterator[tuple[str, str, int, int, int | None]]:
-    """Yield (key, then a _Part) of every member; the key ends at the file name's first dot."""
+def _parts(file: BinaryIO, path: Path) -> Iterator[_Part]:
+    """Yield every member; the key ends at the file name's first dot."""
     for member, size, offset in places(file, path):
         name = shown(member.name)
         if is_hidden(name.removeprefix("./")):
@@ -89,16 +91,14 @@ def _parts(file: BinaryIO, path: Path) -> Iterator[tuple[str, str, int, int, int
         folder, slash, base = name.removeprefix("./").rpartition("/")
         stem, dot, extension = base.partition(".")
         extension = dot + extension.lower()
-        label = None
-        if extension == ".cls":
-            label = _label(file, offset, max(size, 0))
-        yield folder + slash + stem, extension, size, offset, label
+        number = _number(file, offset, max(size, 0)) if extension == ".cls" else None
+        yield _Part(folder + slash + stem, extension, size, offset, number)
 
 
-def _label(file: BinaryIO, offset: int, size: int) -> int | None:
+def _number(file: BinaryIO, offset: int, size: int) -> int | None:
     # The archive is being listed, which seeks before each header, so this may move the position.
     file.seek(offset)
     try:
-        return check_label(int(file.read(min(size, _MAX_CLS))))
+        return int(file.read(min(size, _MAX_CLS)))
     except ValueError:
         return None

@@ -40,7 +40,9 @@ class Tensors:
 
     def __init__(self, file: Any) -> None:
         self.file = _Bytes(file) if isinstance(file, bytes) else file
-        size, head = self.file.size(), self.file.read_range(0, HEAD)
+        size = self.file.size()
+        # A store may refuse a range of an empty file.
+        head = self.file.read_range(0, HEAD) if size else b""
         (length,) = struct.unpack("<Q", head[:8]) if len(head) >= 8 else (MAX_HEADER + 1,)
         if length > MAX_HEADER:
             raise ValueError("no safetensors header")

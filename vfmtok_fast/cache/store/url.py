@@ -26,7 +26,7 @@ REQUESTS = 16
 
 @dataclass(frozen=True)
 class UrlPlace:
-    """An object or folder in a store; see `Place`.
+    """An object or folder in a store; its methods are described at `LocalPlace`.
 
     Args:
         url: with its protocol, without a trailing slash. Keys, regions and endpoints come from
