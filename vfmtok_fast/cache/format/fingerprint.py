@@ -101,7 +101,7 @@ def check_tokenizer(tokenizer: object) -> None:
 
 def first_parameter(model: Any) -> torch.Tensor:
     """Return a model's first parameter, which says on what device and in what dtype it computes."""
-    return next(iter(model.parameters()), torch.empty(0, device="cpu"))
+    return next(iter(model.parameters()), torch.empty(0, dtype=torch.float32, device="cpu"))
 
 
 def _precision(model: Any) -> str:
