@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tracemalloc
 
@@ -212,6 +213,16 @@ def test_indexing_needs_little_memory(tmp_path):
 def test_index_that_cannot_be_written(tmp_path):
     with pytest.raises(CacheWriteError, match="cannot write .*: No such file or directory"):
         write_index(tmp_path / "nowhere" / "i.parquet", [Entry("a.png", 1, -1)], 4)
+
+
+def test_an_input_that_cannot_be_read_is_not_taken_for_the_index(tmp_path):
+    def entries():
+        yield Entry("a.png", 3, 0)
+        raise OSError(errno.EIO, "Input/output error", "/data/x.tar")
+
+    with pytest.raises(OSError, match="/data/x.tar") as error:
+        write_index(tmp_path / "index.parquet", entries(), 1)
+    assert type(error.value) is OSError and not list(tmp_path.iterdir())
 
 
 def test_arrow_holds_nothing_of_pythons(tmp_path, monkeypatch):

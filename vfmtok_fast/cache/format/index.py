@@ -131,23 +131,39 @@ def write_index(
 
     Raises:
         CacheWriteError: the file cannot be written.
+        OSError: `entries` raised it.
     """
     origin = origin or Origin()
     columns = _COLUMNS + _PLACE * (origin.files is not None) + _HASH * origin.hashed
     fields = [pa.field(name, kind, nullable=False) for name, kind in columns]
     schema = pa.schema(fields, metadata={**_MARK, **origin.metadata()})
-    entries = iter(entries)
+    entries = _listed(entries)
     digest = _new_digest(origin.metadata())
     count, highest = 0, -1
-    with path.writing() as file, pq.ParquetWriter(file, schema) as writer:
-        while chunk := list(islice(entries, shard_size)):
-            columns = dict(zip(Entry._fields, zip(*chunk, strict=True), strict=True))
-            columns["index"] = range(count, count + len(chunk))
-            writer.write_table(pa.table([list(columns[n]) for n in schema.names], schema=schema))
-            _digest(digest, chunk, schema)
-            count += len(chunk)
-            highest = max(highest, *columns["label"])
+    try:
+        with path.writing() as file, pq.ParquetWriter(file, schema) as writer:
+            while chunk := list(islice(entries, shard_size)):
+                columns = dict(zip(Entry._fields, zip(*chunk, strict=True), strict=True))
+                columns["index"] = range(count, count + len(chunk))
+                rows = [list(columns[name]) for name in schema.names]
+                writer.write_table(pa.table(rows, schema=schema))
+                _digest(digest, chunk, schema)
+                count += len(chunk)
+                highest = max(highest, *columns["label"])
+    except _NotListed as error:
+        raise error.__cause__ from None
     return count, digest.hexdigest(), highest
+
+
+class _NotListed(Exception):
+    """The input, and not the index, could not be read."""
+
+
+def _listed(entries: Iterable[Entry]) -> Iterator[Entry]:
+    try:
+        yield from entries
+    except OSError as error:
+        raise _NotListed from error
 
 
 def is_index(path: Place) -> bool:
