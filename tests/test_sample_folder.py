@@ -97,9 +97,12 @@ def job(out: Path, count: int = 150, **changes) -> sample_folder.Job:
     return sample_folder.Job(gpt=gpt, tokenizer=FakeTokenizer(), out=out, **values)
 
 
-def run(out: Path, batch_size: int | None = 7, rank: int = 0, world: int = 1, **changes) -> bool:
+def run(
+    out: Path, batch_size: int | None = 7, rank: int = 0, world: int = 1, extend: bool = False,
+    **changes,
+) -> bool:  # fmt: skip
     made = job(out, **changes)
-    sample_folder.prepare(made)
+    sample_folder.prepare(made, extend=extend)
     numbers = sample_folder.pending(made)[rank::world]
     sample_folder.make_shards(made, numbers, batch_size, lambda count: None)
     return sample_folder.finish(made)
@@ -136,7 +139,11 @@ def test_a_folder_is_extended_to_the_bytes_of_one_made_at_once(tmp_path, there, 
         sample_folder.prepare(made)
         sample_folder.make_shards(made, [made.shards - 1], None, lambda count: None)
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("a/shards/*")}
-    assert run(tmp_path / "a") and run(tmp_path / "b")
+    whole = tree(tmp_path / "a")
+    with pytest.raises(FileExistsError, match=f"a holds {there} of these 150 images; .* --extend"):
+        run(tmp_path / "a")
+    assert tree(tmp_path / "a") == whole
+    assert run(tmp_path / "a", extend=True) and run(tmp_path / "b")
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
     # Whole shards stay; a last one that was not full is made again.
     stay = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("a/shards/*")}
@@ -155,12 +162,12 @@ def test_an_extension_that_dies_leaves_a_folder_that_both_can_finish(tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(sample_folder.LocalPlace, "put", die)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "a")
+            run(tmp_path / "a", extend=True)
     assert not (
         tmp_path / "a/samples.npz"
     ).exists()  # never one that samples.json does not describe
     assert run(tmp_path / "a", count=100) and tree(tmp_path / "a") == whole
-    assert run(tmp_path / "a") and run(tmp_path / "b")
+    assert run(tmp_path / "a", extend=True) and run(tmp_path / "b")
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
@@ -171,14 +178,17 @@ def test_a_process_whose_folder_is_extended_meanwhile_says_so(tmp_path, monkeypa
     sample_folder.prepare(slow)
     sample_folder.make_shards(slow, [0, 1], None, lambda count: None)
     if moment == "before":
-        assert run(tmp_path / "a")
+        assert run(tmp_path / "a", extend=True)
         before = tree(tmp_path / "a")
+        # It does not write its shorter last shard over the whole one either.
+        with pytest.raises(ValueError, match="has extended it"):
+            sample_folder.make_shards(slow, [1], None, lambda count: None)
     else:
         array = sample_folder._array
 
         def meanwhile(*args):
             monkeypatch.undo()
-            sample_folder.prepare(job(tmp_path / "a"))
+            sample_folder.prepare(job(tmp_path / "a"), extend=True)
             return array(*args)
 
         monkeypatch.setattr(sample_folder, "_array", meanwhile)

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import stat
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Self, TypeVar
@@ -21,6 +22,7 @@ from .errors import first_line
 from .temporary import sweep, temporary_name
 
 Model = TypeVar("Model", bound=nn.Module)
+_building = threading.Lock()
 # Fields that transformers writes into config.json beside a model's own.
 TRANSFORMERS_FIELDS = frozenset(
     ["architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "model_type"]
@@ -163,12 +165,13 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
 
 def in_float32(make: Callable[..., Model], *args: object) -> Model:
     """Build a model for weights of a file: in float32, whatever torch's default dtype is."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        return make(*args)
-    finally:
-        torch.set_default_dtype(before)
+    with _building:  # The default belongs to the process, and not to a thread.
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            return make(*args)
+        finally:
+            torch.set_default_dtype(before)
 
 
 def register_constant(module: nn.Module, name: str, value: Tensor) -> None:

@@ -1,8 +1,7 @@
 """A folder of generated images that any number of processes fill; any of them may stop.
 
     OUT/
-      samples.json                 what the images depend on; a run that differs is refused, unless
-                                   it only asks for more images
+      samples.json                 what the images depend on; a run that differs is refused
       shards/pictures-00000.npy    uint8 [64, size, size, 3], written atomically
       samples.npz                  ADM's format: arr_0 images, arr_1 labels; written last
 
@@ -97,11 +96,14 @@ def describe(job: Job) -> dict[str, Any]:
     return json.loads(json.dumps(described))
 
 
-def prepare(job: Job) -> None:
+def prepare(job: Job, *, extend: bool = False) -> None:
     """Make the folder, or check that its content belongs to the same job.
 
-    A folder with fewer images of the same kind is extended: what is there stays. The ops that
-    `make_shards` will use must be enabled already.
+    The ops that `make_shards` will use must be enabled already.
+
+    Args:
+        job: what the folder is to hold.
+        extend: accept a folder that holds fewer images of the same job; they stay.
 
     Raises:
         FileExistsError: the folder holds samples made with other weights or settings.
@@ -114,7 +116,13 @@ def prepare(job: Job) -> None:
     foreign = job.out.exists() and (not job.out.is_dir() or _holds_something(job.out))
     if path.exists():
         if _is_beginning(_settings(path), described, job.class_ids):
-            # In this order: a samples.npz that is there always holds what samples.json says.
+            if not extend:
+                raise FileExistsError(
+                    f"{job.out} holds {_settings(path)['num']} of these {len(job.class_ids)} "
+                    "images; choose another folder, or let `sample --extend` make the others"
+                )
+            # In this order, so that a run that dies between the two leaves no samples.npz that
+            # samples.json does not describe.
             LocalPlace(job.out / RESULT).remove()
             LocalPlace(path).put(_encoded(described))
         _check_settings(path, described)
@@ -173,7 +181,9 @@ def pending(job: Job) -> list[int]:
 
     Raises:
         ValueError: a complete shard does not belong to this job. This is found now, not at the end.
+            Or another process has extended the folder since `prepare`.
     """
+    _check_count(job)
     return [number for number in range(job.shards) if not _is_whole(job, number)]
 
 
@@ -277,6 +287,7 @@ def _decode_shard(
     for group in codes.split(GROUP):
         pictures.append(job.tokenizer.decode_to_uint8(group, job.size).cpu().numpy())
         advance(len(group))
+    _check_count(job)  # Of the last shard, an extended folder needs more images.
     with atomic.atomic_file(job.path(number)) as file:
         np.save(file, np.concatenate(pictures))
 
@@ -288,9 +299,8 @@ def finish(job: Job) -> bool:
     when.
 
     Raises:
-        ValueError: another process has extended the folder since `prepare`.
+        ValueError: as `pending`.
     """
-    _check_count(job)
     if pending(job):
         return False
     count = len(job.class_ids)
@@ -314,7 +324,7 @@ def _check_count(job: Job) -> None:
     if there != len(job.class_ids):
         raise ValueError(
             f"{job.out}: another process has extended it from {len(job.class_ids)} to {there} "
-            "images; the ones made here count, and that process makes the rest"
+            "images and makes the rest"
         )
 
 

@@ -19,17 +19,15 @@ if TYPE_CHECKING:
 GPT_HELP = (
     "generator: a folder made by convert, the model folder of a train-gpt run, a hub repo, or emoji"
 )
-SUMMARY = "generate new images: OUT/samples.npz and a grid; resumes, and --num may grow later"
+SUMMARY = "generate new images: OUT/samples.npz and a grid; resumes in shards of 64"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="folder to write to")
     parser.add_argument("--gpt", help=GPT_HELP)
+    parser.add_argument("--num", type=int, default=16, help="number of images (%(default)s)")
     parser.add_argument(
-        "--num",
-        type=int,
-        default=16,
-        help="number of images; more than OUT has extends it (%(default)s)",
+        "--extend", action="store_true", help="OUT holds fewer images of this kind: add the others"
     )
     parser.add_argument(
         "--classes",
@@ -94,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
     class_ids = classes[torch.arange(options.num) % len(classes)]
     job = sample_folder.Job(gpt, tokenizer, out, class_ids, options.size, settings, kv_dtype)
     with policy(options):
-        sample_folder.prepare(job)
+        sample_folder.prepare(job, extend=options.extend)
     # By shard number: a process that starts late sees fewer left, and would split them differently.
     mine = [number for number in sample_folder.pending(job) if number % world_size == rank]
     count = fill(options, job, mine, options.batch_size, hidden=rank > 0)

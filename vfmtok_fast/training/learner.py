@@ -128,12 +128,12 @@ class Learner:
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Raise ValueError if a state is of other weights, before anything is loaded."""
-        here, there = self.weights.keys(), state["moments"].keys()
-        for name in sorted(here ^ there):
-            frozen, learned = ("then", "now") if name in here else ("now", "then")
+        here = self.weights.keys()
+        if other := sorted(here ^ state["moments"].keys()):
             raise ValueError(
-                f"resuming: {len(here ^ there)} weights are not learned in both runs, such as "
-                f"{name} (learned {learned}, frozen {frozen}); freeze the same ones"
+                f"resuming: {len(other)} weights are learned in one of the two runs only, such as "
+                f"{other[0]} ({'now' if other[0] in here else 'then'}); take the same models and "
+                "freeze the same parts"
             )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -313,12 +313,15 @@ class TokenizerTrainer(Trainer):
             state["discriminator_optimizer"] = self.judge.state_dict()
         return state
 
+    def _check_learned(self, state: Mapping[str, Any]) -> None:
+        super()._check_learned(state)
+        if self.judge is not None:
+            self.judge.check(state["discriminator_optimizer"])
+
     def load_state_dict(self, state: Mapping[str, Any], *, changed: bool = False) -> None:
         if ("discriminator" in state) != (self.judge is not None):
             had = "had a" if "discriminator" in state else "had no"
             raise ValueError(f"resuming: the run {had} discriminator")
-        if self.judge is not None:
-            self.judge.check(state["discriminator_optimizer"])
         super().load_state_dict(state, changed=changed)
         if self.judge is not None:
             found = {**self.discriminator.state_dict(), **state["discriminator"]}

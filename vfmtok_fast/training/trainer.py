@@ -183,7 +183,8 @@ class Trainer:
             raise ValueError(f"resuming: the model differs: {problems}")
         if (problems := differences(there, here)) and not changed:
             raise ValueError(f"resuming: settings have changed: {problems}; {ACCEPT}")
-        self.learner.check(state["optimizer"])
+        self._check_names(state["model"])
+        self._check_learned(state)
         self._load_learned(self.model, state["model"])
         self._load_learned(self.ema, state["ema"])
         self.learner.load_state_dict(state["optimizer"])
@@ -205,15 +206,20 @@ class Trainer:
     def _learned(self, model: nn.Module) -> dict[str, Tensor]:
         return {key: processes.whole(value) for key, value in self._named(model).items()}
 
-    def _load_learned(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        own = self._named(model)
-        if other := sorted(own.keys() ^ tensors.keys()):
+    def _check_learned(self, state: Mapping[str, Any]) -> None:
+        """Require that a state is of the weights that are learned now."""
+        self.learner.check(state["optimizer"])
+
+    def _check_names(self, tensors: Mapping[str, Tensor]) -> None:
+        if other := sorted(self._named(self.model).keys() ^ tensors.keys()):
             raise ValueError(
                 f"resuming: the run is from another version, whose weights have other names: "
                 f"{', '.join(other[:4])}{' ...' if len(other) > 4 else ''}; start a new run"
             )
+
+    def _load_learned(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
-            for key, value in own.items():
+            for key, value in self._named(model).items():
                 value.copy_(processes.as_part_of(value, tensors[key]))
 
     def _named(self, model: nn.Module) -> dict[str, Tensor]:
