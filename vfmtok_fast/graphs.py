@@ -23,7 +23,7 @@ def capture(fn: Callable[[], None]) -> torch.cuda.CUDAGraph:
     Both use a side stream of the current device. Later work on the current stream waits for the
     warm-up.
     """
-    here, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+    here = torch.cuda.current_stream()
     with _capture:
         if here.device_index not in _sides:
             _sides[here.device_index] = torch.cuda.Stream()
@@ -32,6 +32,7 @@ def capture(fn: Callable[[], None]) -> torch.cuda.CUDAGraph:
         with torch.cuda.stream(side):
             fn()
         here.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
         # torch keeps one cuBLAS workspace per stream, and a graph stores its address. The workspace
         # must be in the graph's own memory pool: otherwise the next capture on this stream would
         # find it and free it.

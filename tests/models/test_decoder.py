@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vfmtok_fast
-from vfmtok_fast import GPT
+from vfmtok_fast import GPT, graphs
 from vfmtok_fast.generator import Decoder, Sampling
 from vfmtok_fast.generator.decoder import STEP_OPS, Kept
 
@@ -413,15 +413,17 @@ def replaying(monkeypatch) -> Callable[[Decoder], Decoder]:
         recording.pop()
 
     def stream(*args) -> SimpleNamespace:
-        return SimpleNamespace(wait_stream=lambda other: None)
+        return SimpleNamespace(device_index=0, wait_stream=lambda other: None)
 
     Graph.made = 0
+    monkeypatch.setattr(graphs, "_sides", {})
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(torch.cuda, "Stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda side: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    for name in ("synchronize", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda which: None)
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
 
     def take(decoder: Decoder) -> Decoder:
