@@ -98,7 +98,7 @@ def test_evaluate(tmp_path):
             assert run(*line, "--out", out, device=device) == 0
             found[device] = json.loads(out.read_text())["metrics"]
         for name, value in found["cpu"].items():
-            # Of the eight held-out images one may be classified differently, and a nearly tied code
-            # may enter or leave those in use.
-            allowed = 0.13 * number or 0.01 * ("usage" in name)
+            # Of the eight held-out images one may be classified differently. Of the 4,096 codes
+            # four may differ, as in `test_cache_and_sample`, and change how many of 1,024 are used.
+            allowed = 0.13 if number else 0.004 * ("usage" in name)
             assert found[DEVICE][name] == pytest.approx(value, rel=1e-3, abs=allowed), name

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import switch
 
-# torch allows only one capture at a time.
+# torch allows only one capture at a time. Reentrant, because what warms up may drop other graphs.
 _capture = threading.RLock()
 # The stream that captures on each device. torch hands out the same 32 streams in turn: if every
 # capture took a new one, it would soon be one that another thread uses.

@@ -331,7 +331,7 @@ def quiet_pillow() -> Iterator[None]:
                 _quiet_stack.close()
 
 
-# Outside the try block: an error of quiet_pillow is not the fault of the file.
+# Around the try block, because an error of quiet_pillow is not the fault of the file.
 @quiet_pillow()
 def _decode(file: BinaryIO | ImageFile.ImageFile) -> Image.Image:
     try:

@@ -115,11 +115,12 @@ def prepare(job: Job, *, extend: bool = False) -> None:
     # that.
     foreign = job.out.exists() and (not job.out.is_dir() or _holds_something(job.out))
     if path.exists():
-        if _is_beginning(_settings(path), described, job.class_ids):
+        there = _settings(path)
+        if _is_beginning(there, described, job.class_ids):
             if not extend:
                 raise FileExistsError(
-                    f"{job.out} holds {_settings(path)['num']} of these {len(job.class_ids)} "
-                    "images; choose another folder, or let `sample --extend` make the others"
+                    f"{job.out} holds {there['num']} of these {len(job.class_ids)} images; choose "
+                    "another folder, or let `sample --extend` make the others"
                 )
             # In this order, so that a run that dies between the two leaves no samples.npz that
             # samples.json does not describe.
