@@ -14,6 +14,14 @@ CONFIG = GPTConfig(
     ffn_multiple_of=32,
 )  # fmt: skip
 CLASSES = torch.arange(64) % 10
+# Ways to draw: filters, guidance in all steps, in some, and in none.
+SETTINGS = (
+    {"seed": 1},
+    {"seed": 2, "cfg_scale": 2.0},
+    {"seed": 3, "cfg_scale": 1.5, "cfg_interval": 4, "top_k": 40},
+    {"seed": 4, "cfg_scale": 0.0, "top_p": 0.9, "temperature": 0.8},
+    {"greedy": True, "cfg_scale": 3.0, "cfg_interval": 0},
+)
 
 
 def make(config: GPTConfig = CONFIG, **changes) -> GPT:
