@@ -16,7 +16,7 @@ from vfmtok_fast.reference import philox
 
 GENERATOR = GPTConfig(num_layers=2, num_heads=2, dim=16, vocab_size=64, block_size=4, num_classes=3)
 TOKENIZER = VFMTokConfig(
-    dim=32, encoder_depth=1, decoder_depth=1, num_heads=2, decoder_mlp_dim=48, codebook_size=64,
+    image_size=64, grid=4, num_regions=16, dim=32, encoder_depth=1, decoder_depth=1, num_heads=2, decoder_mlp_dim=48, codebook_size=64,
     pixel_channels=32, pixel_channel_mult=(1, 1, 1, 1, 2),
     backbone=BackboneConfig(dim=32, depth=2, num_heads=2, levels=(0, 1)),
 )  # fmt: skip
@@ -81,14 +81,14 @@ def tokenizer() -> VFMTok:
 
 def tokenizer_calls(model: VFMTok) -> list[torch.Tensor]:
     draw = torch.Generator("cpu").manual_seed(1)
-    images = torch.rand(1, 3, 336, 336, generator=draw, dtype=torch.float32, device="cpu")
+    images = torch.rand(1, 3, 64, 64, generator=draw, dtype=torch.float32, device="cpu")
     codes = model.encode(images)
     return [codes, model.decode_to_uint8(codes, 32), model.sampling_points(images)[1]]
 
 
 def train_tokenizer(model: VFMTok) -> None:
     model.train()
-    out = model(torch.zeros(1, 3, 336, 336, dtype=torch.float32, device="cpu"))
+    out = model(torch.zeros(1, 3, 64, 64, dtype=torch.float32, device="cpu"))
     (out.reconstruction.sum() + out.semantic.sum() + out.commit_loss).backward()
     model.eval()
 

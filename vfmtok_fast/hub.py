@@ -17,12 +17,18 @@ from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .errors import first_line
 from .temporary import sweep, temporary_name
 
 Model = TypeVar("Model", bound=nn.Module)
 _building = threading.Lock()
+# What draws random values in place, in `Tensor` and `torch.nn.init`. erfinv_ turns uniform values
+# into normal ones, which takes as long.
+DRAWS = frozenset(
+    ["normal_", "uniform_", "erfinv_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_"]
+)
 # Fields that transformers writes into config.json beside a model's own.
 TRANSFORMERS_FIELDS = frozenset(
     ["architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "model_type"]
@@ -157,21 +163,34 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
             config = _read_config(_find(cls, source, constants.CONFIG_NAME, download), cls)
         path = weights_in(Path(os.path.expanduser(source)))
         path = path or _find(cls, source, constants.SAFETENSORS_SINGLE_FILE, download)
-        model = in_float32(cls, config)
+        model = unfilled(cls, config)
         tensors = unwrapped(read_safetensors(path, cls.__name__), f"{cls.__name__}: {path}")
         load_checked(model, tensors, f"{cls.__name__}: {path}")
         return model.to(map_location).eval()
 
 
-def in_float32(make: Callable[..., Model], *args: object) -> Model:
-    """Build a model for weights of a file: in float32, whatever torch's default dtype is."""
+def unfilled(make: Callable[..., Model], *args: object) -> Model:
+    """Build a model whose weights a file will fill: in float32 whatever torch's default dtype is.
+
+    Its weights hold arbitrary values: random ones would take longer to draw than to read the file.
+    """
     with _building:  # The default belongs to the process, and not to a thread.
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
-            return make(*args)
+            with _Undrawn():
+                return make(*args)
         finally:
             torch.set_default_dtype(before)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Skip what draws random values in place, and allocate instead of drawing a new tensor."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", None) in DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
 
 
 def register_constant(module: nn.Module, name: str, value: Tensor) -> None:

@@ -161,6 +161,22 @@ def test_torchs_default_dtype_rounds_no_loaded_model(tmp_path: Path, config: VFM
         assert torch.equal(buffer, same.get_buffer(name)), name
 
 
+def test_loading_draws_no_random_numbers(tmp_path: Path, config: VFMTokConfig):
+    """They would change a seeded program, and take longer than reading a large model's weights."""
+    tok, gpt = VFMTok(config), GPT(GENERATOR)
+    tok.save_pretrained(tmp_path / "tok"), gpt.save_pretrained(tmp_path / "gpt")
+    before = torch.get_rng_state()
+    loaded = [VFMTok.from_pretrained(tmp_path / "tok"), GPT.from_pretrained(tmp_path / "gpt")]
+    loaded.append(GPT.from_official(official_gpt(gpt), GENERATOR))
+    assert torch.equal(torch.get_rng_state(), before)
+    for model, again in zip((tok, gpt, gpt), loaded, strict=True):
+        held = again.state_dict() | dict(again.named_buffers())
+        for name, value in (*model.state_dict().items(), *model.named_buffers()):
+            assert torch.equal(value, held[name]), name
+    # Drawing works as before.
+    assert not torch.equal(torch.randn(2), torch.zeros(2).normal_())
+
+
 def test_a_given_config_takes_the_place_of_the_file(folder: Path, config: VFMTokConfig):
     (folder / "config.json").unlink()
     assert VFMTok.from_pretrained(folder, config=config).config == config

@@ -17,7 +17,7 @@ from ..checks import check_class_ids, check_codes, check_device
 from ..configs import config_from_mapping
 from ..decoding import BlockWeights, StepWeights
 from ..functional import is_unhooked, rms_norm, rotate, through
-from ..hub import HubModel, in_float32, register_constant
+from ..hub import HubModel, register_constant, unfilled
 from ..ops.checks import check_int
 from .config import PRESETS, GPTConfig
 from .decoder import Decoder, Kept, Progress
@@ -417,4 +417,4 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
                 f"{sorted(PRESETS)}"
             )
         check_there(checkpoint, "GPT checkpoint")
-        return load_gpt(in_float32(cls, config), checkpoint)
+        return load_gpt(unfilled(cls, config), checkpoint)

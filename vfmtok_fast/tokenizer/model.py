@@ -16,7 +16,7 @@ from ..checkpoint import check_there, fetch_official, load_tokenizer
 from ..checks import check_codes, check_images, watch_images
 from ..configs import config_from_mapping
 from ..graphs import Replayed
-from ..hub import HubModel, in_float32
+from ..hub import HubModel, unfilled
 from ..tf32 import computing
 from .backbone import Backbone
 from .config import VFMTokConfig
@@ -319,4 +319,4 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
             tokenizer = fetch_official("tokenizer", "tokenizer=")
         check_there(tokenizer, "tokenizer")
         check_there(backbone, "backbone")
-        return load_tokenizer(in_float32(cls, config), tokenizer, backbone)
+        return load_tokenizer(unfilled(cls, config), tokenizer, backbone)
