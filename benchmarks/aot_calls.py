@@ -165,7 +165,9 @@ LOOPS = {
         # The loop over the tiles of a step, two per iteration.
         lambda c: 2 * c["ROWS"] * c["TILE"],
         lambda s: s["N"] * s["K"],
-        lambda c: 2 * c["C"] * (3 if c["AGAIN"] else 1),
+        lambda c: 2 * c["C"],
+        # Only a call's data says how many rows the second screen sees.
+        rolled=lambda c: not c["AGAIN"],
     ),
     "_decode": Loop(
         "key",

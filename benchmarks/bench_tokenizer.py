@@ -243,7 +243,6 @@ def measure(benchmark, B: int, precision: str, **options) -> None:
     record["images_s"] = round(1e6 * B / median, 2)
     record["matmul_tflop_s"] = round(rate, 2)
     record["percent_of_matmul"] = round(100 * options["work"].flops / median / 1e6 / rate, 1)
-    record["bound"] = harness.bound(record["percent_of_copy"], record["percent_of_matmul"])
 
 
 @pytest.mark.parametrize(("what", "B", "precision", "provider"), RUNS)

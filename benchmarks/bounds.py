@@ -8,21 +8,24 @@ from __future__ import annotations
 BUSY = 25.0
 
 
-def bound(percent_of_copy: float, percent_of_matmul: float) -> str:
+def bound(percent_of_copy: float | None, percent_of_matmul: float | None) -> str:
     """Say whether bytes, operations or latency bound a call.
 
     Args:
-        percent_of_copy: share of the time that its bytes take at the rate of copying.
+        percent_of_copy: share of the time that its bytes take at the rate of copying; None if they
+            were not counted.
         percent_of_matmul: share of the time that its operations take at the rate of a matrix
-            product.
+            product; None likewise.
 
     Returns:
         "bytes" or "operations", whichever takes longer; "latency" if both take less than a quarter
         of the time. Such a call waits for launches or for loads that depend on each other, or
-        issues instructions that are not floating-point operations.
+        issues instructions that are not floating-point operations. "" if that cannot be told.
     """
-    if max(percent_of_copy, percent_of_matmul) < BUSY:
-        return "latency"
+    counted = [share for share in (percent_of_copy, percent_of_matmul) if share is not None]
+    if max(counted, default=0) < BUSY:
+        return "latency" if len(counted) == 2 else ""
+    percent_of_copy, percent_of_matmul = percent_of_copy or 0, percent_of_matmul or 0
     return "bytes" if percent_of_copy >= percent_of_matmul else "operations"
 
 

@@ -19,7 +19,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import harness
-from bounds import duration
+from bounds import bound, duration
 
 said: list[str] = []
 table: list[dict] = []
@@ -124,7 +124,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         base = found.get((r["op"], r["shape"], "reference"))
         ratio = f"{base / r['median_us']:.2f}" if base else ""
         name = r["op"], r["shape"], r["provider"]
-        rows.append((*name, *times, str(r["rounds"]), ratio, r["bound"]))
+        bounded = bound(r["percent_of_copy"], r["percent_of_matmul"])
+        rows.append((*name, *times, str(r["rounds"]), ratio, bounded))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows if table else ():
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))

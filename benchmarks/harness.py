@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from bounds import bound
 
 import vfmtok_fast
 from vfmtok_fast import timing
@@ -311,7 +310,6 @@ def measure(
         "peak_mib": None if peak is None else round(peak / 2**20, 1),
         **facts,
     }
-    record["bound"] = bound(record["percent_of_copy"], record["percent_of_matmul"])
     benchmark.extra_info.update(record)
     clock.durations = list(times)
     try:

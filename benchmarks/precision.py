@@ -1,10 +1,11 @@
 """Count the tokens that each precision leaves unchanged: `python benchmarks/precision.py`.
 
 The full-size tokenizer encodes seeded random crops of photographs with the reference in float32 and
-with each precision, and equal tokens are counted. `float32` is the fast path. On a GPU, each other
-precision is the model after `set_precision`. On a CPU, its rounding is emulated in float32
-arithmetic: both factors of a product are rounded, the sum is not, and in half precision the result
-is. ``--parts`` rounds one part of the foundation model at a time, to see which must stay wide.
+with each precision, and equal tokens are counted. `float32` is the fast path, and each other
+precision is the model after `set_precision`. A CPU has no TF32, and `mixed` uses it: there their
+rounding is emulated in float32 arithmetic. Both factors of a product are rounded, and in half
+precision the result is too. ``--parts`` rounds one part of the foundation model at a time, to see
+which must stay wide.
 
 The weights follow the tests' golden recipe: random, but of trained magnitude. Records are written
 to precision/ of the results after every batch; a second run continues where the last one ended:
@@ -22,7 +23,7 @@ import json
 import math
 import random
 import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import bounds
@@ -103,17 +104,13 @@ def read(tok: VFMTok, images: Tensor, kinds: dict[str, str]) -> list[Tensor]:
 
 
 class Rounded(TorchFunctionMode):
-    """Round both factors of every linear layer in the block; with TF32, attend in float16."""
-
-    def __init__(self, kind: str):
-        super().__init__()
-        self.kind = kind
+    """Round as with TF32: both factors of every linear layer; attention is in float16."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.linear:
             x, weight, *bias = args
-            args = (narrow(x, self.kind), narrow(weight, self.kind), *bias)
-        if func is F.scaled_dot_product_attention and self.kind == "tf32":
+            args = (narrow(x, "tf32"), narrow(weight, "tf32"), *bias)
+        if func is F.scaled_dot_product_attention:
             return attended(*args, "float16", causal=kwargs["is_causal"])
         return func(*args, **(kwargs or {}))
 
@@ -122,39 +119,48 @@ def all_products(kind: str) -> dict[str, str]:
     return dict.fromkeys(PRODUCTS, kind)
 
 
-# How each precision is emulated: rounding in the backbone, and in the linear layers after it.
-EMULATED: dict[str, tuple[dict[str, str], str | None]] = {
-    "mixed": (all_products("float16"), "tf32"),
-    "mixed, no tf32": (all_products("float16"), None),
-    "mixed of bfloat16": (all_products("bfloat16"), None),
-    "tf32": (all_products("tf32") | {"attention": "float16"}, "tf32"),
-    "float16": (all_products("float16") | {"stream": "float16"}, "float16"),
-    "bfloat16": (all_products("bfloat16") | {"stream": "bfloat16"}, "bfloat16"),
+# How a precision is emulated: rounding in the backbone, and whether what follows has TF32.
+EMULATED: dict[str, tuple[dict[str, str], bool]] = {
+    "mixed": (all_products("float16"), True),
+    "mixed, no tf32": (all_products("float16"), False),
+    "mixed of bfloat16": (all_products("bfloat16"), False),
+    "tf32": (all_products("tf32") | {"attention": "float16"}, True),
 }
 
 
-def queries_of(tok: VFMTok, maps: list[Tensor], kind: str | None) -> Tensor:
-    with Rounded(kind) if kind else contextlib.nullcontext():
-        return tok.quantizer.queries(tok.region_encoder(maps))
+def emulated(tok: VFMTok, images: Tensor, kinds: dict[str, str], tf32: bool) -> Tensor:
+    with vfmtok_fast.enable("linear"), Rounded() if tf32 else contextlib.nullcontext():
+        queries = tok.quantizer.queries(tok.region_encoder(read(tok, images, kinds)))
+    with vfmtok_fast.enable():
+        return tok.quantizer.nearest(queries)
 
 
 def emulations(parts: bool) -> dict[str, Callable[[VFMTok, Tensor], Tensor]]:
-    """Functions that return the queries of images, by the name of a precision."""
+    """Functions that return the codes of images, by what is rounded."""
     wanted = dict(EMULATED)
     if parts:
-        wanted |= {f"only {part} in float16": ({part: "float16"}, None) for part in PARTS}
-
-    def emulated(how: tuple, tok: VFMTok, images: Tensor) -> Tensor:
-        with vfmtok_fast.enable("linear"):
-            return queries_of(tok, read(tok, images, how[0]), how[1])
-
-    found = {name: functools.partial(emulated, how) for name, how in wanted.items()}
-    return found if parts else {"float32": fast, **found}
+        wanted |= {f"only {part} in float16": ({part: "float16"}, False) for part in PARTS}
+    return {
+        name: functools.partial(emulated, kinds=kinds, tf32=tf32)
+        for name, (kinds, tf32) in wanted.items()
+    }
 
 
 def fast(tok: VFMTok, images: Tensor) -> Tensor:
     with vfmtok_fast.enable():
-        return tok.encode_regions(images)[0]
+        return tok.encode(images.to(tok.dtype))
+
+
+def real(
+    model: Callable[[], VFMTok], device: torch.device, precisions: Iterable[str]
+) -> dict[str, Callable[[VFMTok, Tensor], Tensor]]:
+    """Functions that return the codes of the model in each precision, made when first called."""
+
+    @functools.cache
+    def made(precision: str) -> VFMTok:
+        return model().set_precision(precision).to(device)
+
+    return {name: lambda tok, images, name=name: fast(made(name), images) for name in precisions}
 
 
 def golden_model() -> VFMTok:
@@ -199,9 +205,8 @@ def measure(
     margins = (scores[:, 0] - scores[:, 1]).view(len(images), -1)
     codes = codes[:, 0].view(len(images), -1)
     pixels = tok.decode(codes[:decode]) if decode else None
-    for name, queries in variants.items():
-        with vfmtok_fast.enable():
-            other = tok.quantizer.nearest(queries(tok, images).to(exact.dtype))
+    for name, encode in variants.items():
+        other = encode(tok, images)
         row = found.setdefault(name, {"equal": [], "margins_of_differing": [], "psnr": []})
         row["equal"] += (other == codes).sum(1).tolist()
         row["margins_of_differing"] += [round(m, 8) for m in margins[other != codes].tolist()]
@@ -211,20 +216,6 @@ def measure(
         share = np.array(row["equal"]) / codes.shape[1]
         spread = share.std(ddof=1) / len(share) ** 0.5 if len(share) > 1 else math.nan
         print(f"{name}: {share.mean():.4%} +- {spread:.4%} of {len(share)} crops", flush=True)
-
-
-def real(model: Callable[[], VFMTok], device: torch.device) -> dict[str, Callable]:
-    """On a GPU: functions that return the queries of the model in each precision."""
-
-    @functools.cache
-    def made(precision: str) -> VFMTok:
-        return model().set_precision(precision).to(device)
-
-    def queries(tok: VFMTok, images: Tensor, precision: str) -> Tensor:
-        other = made(precision)
-        return fast(other, images.to(other.dtype))
-
-    return {name: lambda tok, images, name=name: queries(tok, images, name) for name in PRECISIONS}
 
 
 def summary(row: dict, tokens: int) -> tuple[str, str]:
@@ -258,9 +249,7 @@ def table() -> list[str]:
     for path in sorted(paths, key=lambda path: path.stem.endswith("-parts")):
         content = json.loads(path.read_text())
         how = (
-            "emulated on a CPU (float32 was measured there)"
-            if content["emulated"]
-            else f"on {path.stem}"
+            "on a CPU (tf32 and mixed emulated there)" if content["emulated"] else f"on {path.stem}"
         )
         weights = content["weights"].replace("golden recipe", "random weights of the golden recipe")
         said = f"Tokens: {how}, with {weights} and crops of {content['images']}/."
@@ -275,6 +264,7 @@ def table() -> list[str]:
         if record := found.get((f"encode B=64 {short}", "fast")):
             agree = record.get("codes_as_float32")
             share = "" if agree in (None, 1.0) else f", {agree:.2%} of tokens (random weights)"
+            share += f" (at {record['commit']})" if "commit" in record else ""
             rows[name][3] = f"{record['images_s']:,.0f} images/s{share}"
     commit = content["environment"]["commit"]
     head = [
@@ -326,7 +316,12 @@ def main() -> None:
     content = json.loads(path.read_text()) if path.exists() else {}
     if {key: content.get(key) for key in described} != described:
         content = {**described, "tokens_per_crop": tok.config.num_regions, "found": {}}
-    variants = real(model, device) if harness.GPU else emulations(options.parts)
+    if options.parts:
+        variants = emulations(True)
+    elif harness.GPU:
+        variants = real(model, device, PRECISIONS)
+    else:
+        variants = real(model, device, ("float32", "float16", "bfloat16")) | emulations(False)
     if options.only:
         variants = {name: variants[name] for name in options.only}
     batch = 64 if harness.GPU else BATCH

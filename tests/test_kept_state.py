@@ -16,8 +16,8 @@ from vfmtok_fast.reference import philox
 
 GENERATOR = GPTConfig(num_layers=2, num_heads=2, dim=16, vocab_size=64, block_size=4, num_classes=3)
 TOKENIZER = VFMTokConfig(
-    image_size=64, grid=4, num_regions=16, dim=32, encoder_depth=1, decoder_depth=1, num_heads=2, decoder_mlp_dim=48, codebook_size=64,
-    pixel_channels=32, pixel_channel_mult=(1, 1, 1, 1, 2),
+    image_size=64, grid=4, num_regions=16, dim=32, encoder_depth=1, decoder_depth=1, num_heads=2,
+    decoder_mlp_dim=48, codebook_size=64, pixel_channels=32, pixel_channel_mult=(1, 1, 1, 1, 2),
     backbone=BackboneConfig(dim=32, depth=2, num_heads=2, levels=(0, 1)),
 )  # fmt: skip
 
