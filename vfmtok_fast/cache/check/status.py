@@ -10,8 +10,8 @@ from typing import Any
 from ...temporary import is_temporary
 from ..format import shards
 from ..format.index import INDEX
-from ..format.manifest import NAME, read_manifest
-from ..store import place
+from ..format.manifest import NAME, Manifest, read_manifest
+from ..store import Place, place
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,20 @@ def status(out: str | os.PathLike) -> Status:
         bad=sum(header.bad for header in finished),
         shards=found.shards,
         shards_done=len(finished),
-        damaged=tuple(n for n in missing if shards.shard_path(out, n).exists()),
+        damaged=tuple(number for number in missing if _is_damaged(out, number, found)),
         writing=writing,
         views=tuple(found.views),
     )
+
+
+def _is_damaged(out: Place, number: int, found: Manifest) -> bool:
+    try:
+        header = shards.read_header(shards.shard_path(out, number))
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return True
+    return not shards.is_outgrown(header, number, found)
 
 
 def failures(out: str | os.PathLike) -> Iterator[dict[str, Any]]:

@@ -125,7 +125,7 @@ def opened(path: Any, data: bytes | None = None) -> Iterator[tuple[Header, Tenso
     """Open a shard for reading; ``path`` is anything that `Tensors` takes.
 
     Raises:
-        FileNotFoundError, ValueError, StoreError: as `read_header`.
+        FileNotFoundError, ValueError, OSError: as `read_header`.
     """
     try:
         file = Tensors(path if data is None else data)
@@ -134,9 +134,16 @@ def opened(path: Any, data: bytes | None = None) -> Iterator[tuple[Header, Tenso
         yield Header(**json.loads(file.meta[META_KEY])), file
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: this shard is missing") from error
+    # An error of the store or the disk says nothing about the shard, which must not be made again
+    # for it.
     except StoreError:
-        raise  # No answer says nothing about the shard, which must not be made again for it.
-    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise
+    except OSError as error:
+        raise OSError(
+            f"{path}: cannot be read ({error.strerror or one_line(error)}); mend its permissions "
+            "or disk, or remove it if it is lost"
+        ) from error
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: damaged or not a shard ({one_line(error)})") from error
 
 
@@ -146,7 +153,7 @@ def read_header(path: Place) -> Header:
     Raises:
         FileNotFoundError: the shard is missing.
         ValueError: it is damaged or not a shard.
-        StoreError: the store does not answer.
+        OSError: the disk or the store does not give it.
     """
     with opened(path) as (header, _):
         return header
@@ -160,7 +167,7 @@ def read_shard(path: Place, data: bytes | None = None) -> tuple[Header, Shard]:
         data: its bytes, if they have been read already.
 
     Raises:
-        FileNotFoundError, ValueError, StoreError: as `read_header`.
+        FileNotFoundError, ValueError, OSError: as `read_header`.
     """
     with opened(path, data) as (header, file):
         return header, Shard(header.number, **{name: file.get(name) for name in _DTYPES})
@@ -199,6 +206,12 @@ def header_problem(header: Header, number: int, manifest: Manifest) -> str | Non
             f"{header.fingerprint[:12]}... instead of {manifest.fingerprint[:12]}...)"
         )
     return None
+
+
+def is_outgrown(header: Header, number: int, manifest: Manifest) -> bool:
+    """Return whether a shard was whole until the cache was extended; a run makes it again."""
+    same = (header.number, header.fingerprint) == (number, manifest.fingerprint)
+    return same and header.count < len(manifest.rows_of(number))
 
 
 def finished(out: Place, number: int, manifest: Manifest, *, refuse: bool = False) -> Header | None:

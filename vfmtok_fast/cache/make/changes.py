@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import unicodedata
 from collections.abc import Iterator, Set
 from dataclasses import replace
 from itertools import chain, groupby
@@ -62,6 +63,24 @@ def check_unchanged(
         _check_files(source, origin, now)
 
 
+def folder_classes(source: Source) -> list[str]:
+    """Return the classes that the labels of a folder number; an archive's cannot change."""
+    return source.classes(-1) if source.files() is None else []
+
+
+def check_classes(source: Source, begun: list[str]) -> None:
+    """Refuse labels that were made while class folders came or went: they number other classes.
+
+    Raises:
+        ImagesChanged: the class folders are not those from before the listing.
+    """
+    if differing := sorted(set(begun) ^ set(folder_classes(source))):
+        raise ImagesChanged(
+            f"{source.root}: the class folders changed while their pictures were listed (first: "
+            f"{differing[0]!r}); run again when they are all there"
+        )
+
+
 def _check_kind(source: Source, origin: index.Origin, has_files: bool) -> None:
     """Require an input of the same kind, with the same choice of its files and columns.
 
@@ -106,10 +125,16 @@ def _check_pictures(source: Source, path: Place, classes: list[str], quarantined
     root, now = source.root, source.classes(-1)
     if set(now) != set(classes):
         differing = sorted(set(now) ^ set(classes))
+        alike = _normal(now) == _normal(classes)
         raise ImagesChanged(
             f"{root}: the class folders changed since they were indexed "
             f"({len(classes)} then, {len(now)} now; first: {differing[0]!r}); "
-            f"{_advice(set(now) >= set(classes))}"
+            + (
+                "only their Unicode form differs (NFC or NFD), as after a copy to another system; "
+                if alike
+                else ""
+            )
+            + _advice(set(now) >= set(classes))
         )
     added, changed, gone, first, _ = _count(source, path, quarantined)
     if added or changed:
@@ -118,6 +143,10 @@ def _check_pictures(source: Source, path: Place, classes: list[str], quarantined
             f"{f', {gone} gone' if gone else ''}; first: {first!r}); "
             f"{_advice(not changed)}"
         )
+
+
+def _normal(names: list[str]) -> set[str]:
+    return {unicodedata.normalize("NFC", name) for name in names}
 
 
 def _count(
@@ -217,7 +246,9 @@ def _extended(source: Source, out: Place, found: Manifest, workers: int) -> Mani
     entries = chain(_replaced(old, mended, places), new or ())
     written = index.write_index(out / NEXT_INDEX, entries, found.shard_size, later)
     count, checksum, highest = written
-    if classes is None:
+    if classes is not None:
+        check_classes(source, classes)
+    else:
         classes = source.classes(max(highest, len(found.classes) - 1))
         if classes[: len(found.classes)] != found.classes:
             raise ImagesChanged(

@@ -8,12 +8,14 @@ index is complete, they are removed. Inputs of fewer images than that have no pa
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from ...temporary import is_temporary
 from ..format import index
+from ..format.manifest import canonical
 from ..sources import Entry
 from ..store import CacheWriteError, Place
 
@@ -28,7 +30,7 @@ RULES = 2
 
 def write_in_parts(
     path: Place, entries: Callable[[Entry | None], Iterable[Entry]], shard_size: int,
-    origin: index.Origin, root: str | os.PathLike,
+    origin: index.Origin, root: str | os.PathLike, classes: Sequence[str] = (),
 ) -> tuple[int, str, int]:  # fmt: skip
     """Write an index like `index.write_index`, and resume where an earlier call was interrupted.
 
@@ -36,11 +38,13 @@ def write_in_parts(
         path, shard_size, origin: as in `index.write_index`.
         entries: returns the images in index order that follow a given one; all for None.
         root: the input's path, which tells parts of another input apart.
+        classes: those that the labels of `entries` number; with others, parts are not used.
 
     Returns, Raises: as `index.write_index`.
     """
     folder = path.parent / FOLDER
-    mark = replace(origin, root=os.path.abspath(root), chosen={**origin.chosen, "rules": RULES})
+    listed = {"rules": RULES, "classes": hashlib.sha256(canonical(list(classes))).hexdigest()}
+    mark = replace(origin, root=os.path.abspath(root), chosen={**origin.chosen, **listed})
     every = _every(folder, entries, shard_size, mark)
     written = index.write_index(path, every, shard_size, origin)
     remove_parts(path.parent)

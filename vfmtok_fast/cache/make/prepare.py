@@ -60,7 +60,8 @@ def prepare(
     spec, out = CacheSpec.of(spec, settings), place(out)
     source = spec.open(images)
     _check_outside(Path(os.path.expanduser(images)), out)
-    if rank:
+    waited = rank > 0 and not (out / manifest.NAME).exists()
+    if waited:
         _await(out, (out / manifest.NAME).exists)
     install(out)
     _remove_torn_manifest(out)
@@ -81,6 +82,9 @@ def prepare(
             batch_size = spec.batch_size or found.batch_size
             covers = describe(tokenizer, spec.views, batch_size, spec.seed, found.heif)
         found = _resume(source, out, found, covers, spec, workers, rank)
+        if not (spec.extend or waited):  # Rank 0 has just listed the images.
+            quarantined = changes.quarantined_in(out)
+            changes.check_unchanged(source, out / INDEX, found.classes, quarantined)
         _make_folders(out)
     return Job(source, out, tokenizer, found, workers)
 
@@ -155,14 +159,16 @@ def _index(
         found = source.entries(after)
         return hashed_entries(source, found, workers) if spec.hashed else found
 
+    begun = changes.folder_classes(source)
     count, checksum, highest = parts.write_in_parts(
-        out / INDEX, entries, spec.shard_size, origin, source.root
+        out / INDEX, entries, spec.shard_size, origin, source.root, begun
     )
+    changes.check_classes(source, begun)
     if left_out := _left_out(source):
         warnings.warn(f"{source.root}: {left_out}", LeftOutWarning, stacklevel=4)
     if index.holds_suffix(out / INDEX, HEIF_SUFFIXES):
         covers = {**covers, "heif_decoder_version": heif_version()}
-    classes = source.classes(highest)
+    classes = begun or source.classes(highest)
     found = manifest.Manifest(covers, spec.shard_size, count, classes, checksum)
     _publish(found, out)
     return found
@@ -172,7 +178,7 @@ def _resume(
     source: Source, out: Place, found: manifest.Manifest, covers: dict[str, Any], spec: CacheSpec,
     workers: int, rank: int,
 ) -> manifest.Manifest:  # fmt: skip
-    """Check that a cache is still the one asked for; with `extend` set, add what came since."""
+    """Check that a cache is the one asked for; with `extend` set, add images that came since."""
     asked = found
     if covers["batch_size"] != found.batch_size and not (out / "shards").names():
         # No shard depends on it yet, for example because the first run ran out of memory.
@@ -190,7 +196,6 @@ def _resume(
         )
     if spec.extend:
         return _extend(source, out, found, workers, rank)
-    changes.check_unchanged(source, out / INDEX, found.classes, changes.quarantined_in(out))
     return found
 
 

@@ -123,6 +123,8 @@ class TokenCache:
                 return None
             raise
         if problem := shards.header_problem(header, number, self.manifest):
+            if self._partial and shards.is_outgrown(header, number, self.manifest):
+                return None
             raise ValueError(f"{path}: {problem}")
         good = status == shards.OK
         return header.digest(), index[good], label[good]

@@ -72,9 +72,11 @@ class FolderSource(Source):
                 raise BadImage(GONE, "no longer a regular file")
             return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError) as error:
-            if not path.parent.is_dir():
+            # A whole class, or all of them: more likely a disk that is not mounted.
+            top = path.parents[entry.path.count("/") - 1] if "/" in entry.path else self.root
+            if not top.is_dir():
                 raise FileNotFoundError(
-                    f"{path.parent}: this folder has disappeared since it was indexed; "
+                    f"{top}: this folder has disappeared since it was indexed; "
                     "restore it and run again (finished shards are kept)"
                 ) from error
             if entry.size == NO_SIZE:
