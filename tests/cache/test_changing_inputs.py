@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import itertools
+import os
 import shutil
 import unicodedata
 
@@ -116,6 +117,26 @@ def test_a_shard_that_cannot_be_read_for_a_moment_is_kept(
     assert "\n" not in str(e.value) and fake.read_tree(out) == before
     assert cache.build(tree, out, tokenizer, **SMALL).encoded == 0
     assert cache.repair(tree, out, tokenizer) == 0 and fake.read_tree(out) == before
+
+
+@pytest.mark.parametrize("name", ["000.png", "class1"])
+def test_a_name_that_cannot_be_examined_for_a_moment_is_not_left_out(
+    tree, out, tokenizer, monkeypatch, name
+):
+    """Neither is an image quarantined for it, nor a folder passed over."""
+    stat = os.stat
+
+    def stale(path, *args, **kwargs):
+        if os.path.basename(os.fspath(path).rstrip("/")) == name:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", stale)
+    with pytest.raises(ValueError, match=rf"{name}: cannot .*: Stale file handle") as error:
+        cache.build(tree, out, tokenizer, **SMALL)
+    assert "\n" not in str(error.value) and not (out / "manifest.json").exists()
+    monkeypatch.undo()
+    assert cache.build(tree, out, tokenizer, **SMALL).bad == 0
 
 
 def test_a_deleted_folder_inside_a_class_is_like_deleted_images(tmp_path, out, tokenizer, fake):

@@ -47,6 +47,7 @@ _JUNK = frozenset(
 _ERRORS_OF_A_FILE = frozenset(
     {errno.EACCES, errno.EPERM, errno.ELOOP, errno.EIO, errno.EISDIR, errno.ENAMETOOLONG}
 )
+_NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR})
 
 
 class FolderSource(Source):
@@ -149,7 +150,9 @@ def walk(
         if suffix in extensions:
             try:
                 status = os.stat(path)
-            except OSError:
+            except OSError as error:
+                if error.errno not in _ERRORS_OF_A_FILE | _NOT_THERE:
+                    raise ValueError(f"{path}: cannot be examined: {error.strerror}") from error
                 yield shown, NO_SIZE
                 continue
             if stat.S_ISREG(status.st_mode):  # a pipe or a device would block or never end
@@ -200,7 +203,9 @@ def names_in(folder: str) -> tuple[list[str], dict[str, str]]:
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EACCES):  # a link to itself, or out of reach
+            raise
         return False
 
 
@@ -221,9 +226,17 @@ def check_utf8(path: str | os.PathLike) -> None:
 
 
 def identity(folder: str) -> tuple[int, int] | None:
-    """Return what identifies a folder however it is reached; None if it is gone."""
+    """Return what identifies a folder however it is reached; None if it is gone.
+
+    Raises:
+        ValueError: it may be there, but cannot be examined.
+    """
     try:
         status = os.stat(folder)
-    except OSError:
-        return None
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            return None
+        raise ValueError(
+            f"{shown(folder).rstrip('/')}: cannot list this folder: {error.strerror}"
+        ) from error
     return status.st_dev, status.st_ino
