@@ -14,6 +14,7 @@ from typing import Self, TypeVar
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
+from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -396,6 +397,9 @@ def _find(cls: type, source: str, name: str, download: Mapping) -> Path:
         )
     if source.startswith(("/", ".", "~")) or source.endswith("/") or source.count("/") > 1:
         raise FileNotFoundError(f"{cls.__name__}: there is no folder {source} with {name}")
+    # Without a network the hub's client warns at every attempt; the error below says enough.
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
     try:
         return Path(hf_hub_download(source, name, **download))
     # HFValidationError is a ValueError: the source is a path, not the name of a repo.
@@ -404,6 +408,8 @@ def _find(cls: type, source: str, name: str, download: Mapping) -> Path:
             f"{cls.__name__}: there is no folder {source}, and {name} cannot be downloaded from a "
             f"Hugging Face repo of that name ({first_line(error)})"
         ) from error
+    finally:
+        hub_logging.set_verbosity(verbosity)
 
 
 def _read_config(path: Path, cls: type) -> dict:

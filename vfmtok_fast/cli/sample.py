@@ -43,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-int8", action="store_true", help="keep keys and values in 8 bits: half the memory"
     )
     parser.add_argument("--size", type=int, default=256, help="pixels per side (%(default)s)")
-    parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance scale; 1: none")
+    parser.add_argument(
+        "--cfg-scale",
+        type=float,
+        default=1.0,
+        help="guidance scale; 1: none, 0: whatever the class",
+    )
     parser.add_argument("--greedy", action="store_true", help="take the likeliest code each time")
     add_sampling(parser)
     # Mixed precision is for encoding only.

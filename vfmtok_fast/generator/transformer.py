@@ -329,7 +329,7 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         Args:
             class_ids: [B] integers in [0, num_classes), a tensor or a list.
             cfg_scale: classifier-free guidance, ``uncond + cfg_scale * (cond - uncond)``; 1 is
-                none, 0 is unconditional.
+                none, 0 is unconditional. (LlamaGen's own sampler guides above 1 only.)
             cfg_interval: n > -1 guides the first code and decode steps 0..n, that is codes 0..n+1,
                 and draws the others from the conditional logits; -1 guides all.
             temperature: divides the logits; values below 1e-5 count as 1e-5.

@@ -96,8 +96,12 @@ class Training:
             return FIRST_LR + step * (self.lr - FIRST_LR) / self.warmup_steps
         if self.schedule == "constant":
             return self.lr
-        done = min(1.0, (step - self.warmup_steps) / (self.total_steps - self.warmup_steps))
-        return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + math.cos(math.pi * done))
+        return self._cosine(self.lr, step, self.warmup_steps)
+
+    def _cosine(self, lr: float, step: int, start: int) -> float:
+        """Half a cosine from ``lr`` at ``start`` down to ``min_lr`` at ``total_steps``."""
+        done = min(1.0, max(0, step - start) / max(1, self.total_steps - start))
+        return self.min_lr + 0.5 * (lr - self.min_lr) * (1 + math.cos(math.pi * done))
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,8 @@ class TokenizerTraining(Training):
         discriminator_weight: weight of both.
         adaptive_weight: scale the generator's loss to the gradient of the pixel and perceptual
             loss, as VQGAN does.
-        discriminator_lr: constant learning rate, without warm-up; None is ``lr``.
+        discriminator_lr: learning rate, without warm-up; None is ``lr``. With a cosine schedule it
+            follows one of its own, from its first step on.
         discriminator_start: first step in which the generator's loss counts.
         discriminator_update_start: first step in which the discriminator learns, not after
             ``discriminator_start``; None is ``discriminator_start``.
@@ -169,6 +174,11 @@ class TokenizerTraining(Training):
         given = self.discriminator_update_start
         return self.discriminator_start if given is None else given
 
+    def discriminator_rate(self, step: int) -> float:
+        """The discriminator's learning rate at a step."""
+        lr = self.lr if self.discriminator_lr is None else self.discriminator_lr
+        return lr if self.schedule == "constant" else self._cosine(lr, step, self.update_start)
+
 
 @dataclass(frozen=True)
 class GPTTraining(Training):
@@ -186,8 +196,7 @@ def rae(steps_per_epoch: int) -> dict[str, Any]:
     """Fields of `TokenizerTraining` for the discriminator schedule of RAE, arXiv 2510.11690.
 
     The discriminator learns from epoch 6 on, and its loss counts for the tokenizer from epoch 8 on,
-    with an adaptive weight. The tokenizer's learning rate follows a cosine; the discriminator's
-    stays constant.
+    with an adaptive weight. Both learning rates follow a cosine.
     """
     return {
         "discriminator_update_start": 6 * steps_per_epoch + 1,

@@ -154,7 +154,7 @@ class TokenizerTrainer(Trainer):
                 self.learner.step(settings.rate(number))
                 self.average.follow()
                 if judged:
-                    self.judge.step()
+                    self.judge.step(settings.discriminator_rate(number))
             self.steps = number
             return terms | {"lr": settings.rate(number)} | self._use_codes(found, len(images))
 
@@ -211,7 +211,8 @@ class TokenizerTrainer(Trainer):
             return 0.0
         weight: Tensor | float = settings.discriminator_weight
         if settings.adaptive_weight:
-            rest = terms["rec"] + settings.perceptual_weight * terms.get("perceptual", 0.0)
+            rest = terms["rec"] + settings.mse_weight * terms["mse"]
+            rest = rest + settings.perceptual_weight * terms.get("perceptual", 0.0)
             last = self.model.pixel_decoder.conv_out.weight
             scale = self.learner.scaler.get_scale()
             weight = weight * losses.adaptive_weight(rest, loss, last, scale)
