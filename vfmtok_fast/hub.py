@@ -69,6 +69,8 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
                 continue
             if new.is_meta:
                 module._buffers[own] = old
+            elif own in _exact(module):
+                module._buffers[own] = _with_values(self, name, old).to(new.device)
             else:
                 new.copy_(self._in_full(name, _with_values(self, name, old), new))
         return self
@@ -194,17 +196,24 @@ class _Undrawn(TorchFunctionMode):
         return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
 
 
-def register_constant(module: nn.Module, name: str, value: Tensor) -> None:
+def register_constant(module: nn.Module, name: str, value: Tensor, exact: bool = False) -> None:
     """Register a buffer that no state dict holds, on the device where the module is being built.
 
     Args:
         module: a part of a `HubModel`, which keeps the buffer's values.
         name: name of the buffer.
         value: made with ``device="cpu"``, since on the meta device it would have no values.
+        exact: keep its dtype, whatever the weights are cast to.
     """
     device = torch.get_default_device()
     value = value if device.type == "meta" else value.to(device)
     module.register_buffer(name, value, persistent=False)
+    if exact:
+        module._exact_constants = _exact(module) | {name}
+
+
+def _exact(module: nn.Module) -> frozenset[str]:
+    return getattr(module, "_exact_constants", frozenset())
 
 
 def _constants(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -224,14 +233,21 @@ def _with_values(model: nn.Module, name: str, constant: Tensor) -> Tensor:
     return constant
 
 
-def _bring_constants(model: nn.Module, keys: object) -> None:
-    """After a state dict is loaded, move constants to the device of the loaded weights."""
+def _bring_constants(model: HubModel, keys: object) -> None:
+    """After a state dict is loaded, give constants the device and dtype of the loaded weights."""
     if any(weight.is_meta for weight in model.parameters()):
         return  # More weights are still to be loaded.
     first = next(model.parameters())
     for name, module, own in _constants(model):
         constant = _with_values(model, name, module._buffers[own])
-        module._buffers[own] = constant.to(next(module.parameters(), first).device)
+        weight = next(module.parameters(), None)
+        if weight is None or own in _exact(module) or not constant.is_floating_point():
+            # timm's rotary positions, in a module without weights, keep their dtype too.
+            module._buffers[own] = constant.to((first if weight is None else weight).device)
+        else:
+            # With assign=True the weights may have come with another dtype.
+            values = model._in_full(name, constant, weight)
+            module._buffers[own] = values.to(weight.device, weight.dtype)
 
 
 def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:

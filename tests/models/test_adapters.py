@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -11,6 +12,8 @@ from torch.nn.utils import prune
 
 import vfmtok_fast as vf
 from vfmtok_fast import GPT, GPTConfig, VFMTok, VFMTokConfig
+from vfmtok_fast.tokenizer import layers, pixel_decoder, vit
+from vfmtok_fast.tokenizer.layers import Conv
 
 GENERATOR = GPTConfig(num_layers=2, num_heads=2, dim=16, vocab_size=64, block_size=4, num_classes=3)
 CLASSES = torch.arange(2)
@@ -213,6 +216,84 @@ def test_an_adapter_is_what_its_merged_weights_are(tiny: VFMTokConfig):
     merged = tok(images)
     torch.testing.assert_close(adapted.queries, merged.queries)
     torch.testing.assert_close(adapted.reconstruction, merged.reconstruction)
+
+
+def set_everywhere(tok: VFMTok, kind: type, **values) -> None:
+    for module in tok.pixel_decoder.modules():
+        for name, value in values.items() if type(module) is kind else ():
+            setattr(module, name, value)
+
+
+@pytest.mark.parametrize("enabled", [(), None], ids=["reference", "enabled"])
+def test_layers_that_were_set_otherwise_are_called(tiny: VFMTokConfig, monkeypatch, enabled):
+    """As in seamless textures: in place, so that the classes stay what they were."""
+    torch.manual_seed(0)
+    plain = VFMTok(dataclasses.replace(tiny, image_size=64, grid=4)).eval()
+    codes = torch.arange(plain.config.num_regions)[None] % plain.config.codebook_size
+    with vf.enable(enabled):
+        before = plain.decode(codes)
+        circular, uneven = copy.deepcopy(plain), copy.deepcopy(plain)
+        set_everywhere(circular, Conv, padding_mode="circular")
+        for level in uneven.pixel_decoder.levels:
+            level.blocks[0].norm2.eps = 1.0
+        found = circular.decode(codes), uneven.decode(codes)
+        for module in (layers, pixel_decoder):
+            monkeypatch.setattr(module, "are_plain", lambda *parts: False)
+        for tok, after in zip((circular, uneven), found, strict=True):
+            assert not torch.equal(before, after)
+            torch.testing.assert_close(after, tok.decode(codes), rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_without_a_bias_is_called(tiny: VFMTokConfig):
+    tok = VFMTok(dataclasses.replace(tiny, image_size=64, grid=4)).eval()
+    norm = nn.LayerNorm(tok.config.dim, bias=False)
+    replace(tok, "region_encoder.layers.0.cross_norm", lambda layer: norm)
+    assert tok.encode(torch.zeros(1, 3, 64, 64)).shape == (1, tok.config.num_regions)
+
+
+class Tripled(Adapted):
+    """An adapter of any layer."""
+
+    def __init__(self, base: nn.Module):
+        nn.Module.__init__(self)
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * self.base(x)
+
+
+def change_vit(vit: nn.Module, how: str) -> None:
+    if how == "patches":
+        vit.patch_embed.proj = Tripled(vit.patch_embed.proj)
+    elif how == "norm":
+        vit.patch_embed.norm = nn.LayerNorm(vit.embed_dim)
+    elif how == "activation":
+        for block in vit.blocks:
+            block.mlp.act = nn.ReLU()
+    else:
+        vit.blocks[0].register_forward_hook(lambda module, given, out: -out)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("how", ["patches", "norm", "activation", "hook"])
+def test_a_changed_backbone_is_read_as_timm_computes_it(
+    tiny: VFMTokConfig, monkeypatch, how: str, compiled: bool
+):
+    torch.manual_seed(0)
+    # Images that need no resizing, so that an op cuts the patches.
+    backbone = dataclasses.replace(tiny.backbone, patch_size=16)
+    tok = VFMTok(dataclasses.replace(tiny, image_size=64, grid=4, backbone=backbone))
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    before = tok.eval().encode_regions(images)[0]
+    change_vit(tok.backbone.vit, how)
+
+    def encode(x: Tensor) -> Tensor:
+        return tok.encode_regions(x)[0]
+
+    after = torch.compile(encode, backend="eager")(images) if compiled else encode(images)
+    assert not torch.equal(before, after)
+    monkeypatch.setattr(vit, "is_plain", lambda module: False)
+    torch.testing.assert_close(after, encode(images), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", ["adapter", "hook", "quantised"])

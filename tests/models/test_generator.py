@@ -216,6 +216,10 @@ def test_rotary_angles_stay_float32_through_every_move():
         model = move(model)
         assert model.rotary.dtype == torch.float32 and torch.equal(model.rotary, table)
     assert "rotary" not in model.state_dict()
+    # A change that somebody made stays.
+    changed = GPT(SMALL)
+    changed.rotary.mul_(0.5)
+    assert torch.equal(changed.bfloat16().rotary, 0.5 * table)
     with torch.device("meta"):
         empty = GPT(SMALL)
     assert empty.head.weight.is_meta and torch.equal(empty.rotary, table)

@@ -118,6 +118,16 @@ def test_a_part_at_a_time(built: torch.nn.Module):
     answer(built)
 
 
+def test_assigned_half_precision_is_a_cast(built: torch.nn.Module):
+    """Two models whose weights and settings agree must not differ in what no file holds."""
+    cast = copy.deepcopy(built).bfloat16()
+    built.load_state_dict({k: v.bfloat16() for k, v in built.state_dict().items()}, assign=True)
+    for name, value in constants(cast).items():
+        other = built.get_buffer(name)
+        assert other.dtype == value.dtype and torch.equal(other, value), name
+    assert torch.equal(answer(built), answer(cast))
+
+
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_and_back_loses_no_digits(built: torch.nn.Module, half: torch.dtype):
     """What no state dict holds could not be restored, and a float32 model would not be exact."""

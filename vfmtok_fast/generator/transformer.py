@@ -175,7 +175,8 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        register_constant(self, "rotary", rotary_table(config))
+        # .to(bfloat16) must not round the angles: the release keeps them in float32.
+        register_constant(self, "rotary", rotary_table(config), exact=True)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -183,13 +184,6 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         nn.init.zeros_(self.head.weight)
         self.grad_checkpointing = False
         self.kept = Kept()
-
-    def _apply(self, fn, recurse: bool = True) -> GPT:
-        super()._apply(fn, recurse)
-        # .to(bfloat16) must not round the angles: the release keeps them in float32.
-        if self.rotary.dtype != torch.float32:
-            self.rotary = rotary_table(self.config).to(self.rotary.device)
-        return self
 
     @property
     def device(self) -> torch.device:

@@ -57,9 +57,6 @@ class Backbone(nn.Module):
                 f"BackboneConfig: levels must be below {name}'s depth {depth}, got {self.levels}"
             )
         self.dim = self.vit.embed_dim
-        # `is_plain` under torch.compile, which cannot inspect the ViT.
-        self._was_plain = plain.is_plain(self.vit)
-        self.cuts_plainly = plain.cuts_plainly(patch_embed)
         self.image_size = patch_embed.img_size[0]
         register_constant(self, "mean", torch.tensor(mean, device="cpu").view(3, 1, 1))
         register_constant(self, "std", torch.tensor(std, device="cpu").view(3, 1, 1))
@@ -72,7 +69,7 @@ class Backbone(nn.Module):
     @property
     def is_plain(self) -> bool:
         """Whether `vit.read` computes what the ViT does; its layers may have been replaced."""
-        return self._was_plain if torch.compiler.is_compiling() else plain.is_plain(self.vit)
+        return plain.is_plain(self.vit)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -82,7 +79,8 @@ class Backbone(nn.Module):
         earlier blocks do not.
         """
         is_plain = self.is_plain
-        if is_plain and self.cuts_plainly and images.shape[-1] == self.image_size:
+        cuts_plainly = is_plain and plain.cuts_plainly(self.vit.patch_embed)
+        if cuts_plainly and images.shape[-1] == self.image_size:
             projection = self.vit.patch_embed.proj
             patches = ops.patch_embed(
                 images, self.mean.flatten(), self.std.flatten(), projection.weight, projection.bias

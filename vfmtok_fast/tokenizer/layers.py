@@ -36,10 +36,21 @@ def are_plain(*layers: nn.Module) -> bool:
     The check compares exact classes: an adapter, a pruned or hooked layer, or any other in a
     layer's place must be called.
     """
-    plain = (Linear, Conv, GroupNorm, nn.LayerNorm)
-    return all(
-        type(layer) in plain and layer.weight is not None and is_unhooked(layer) for layer in layers
-    )
+    return all(map(_is_plain, layers))
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    if type(layer) not in (Linear, Conv, GroupNorm, nn.LayerNorm) or not is_unhooked(layer):
+        return False
+    if type(layer) is Linear:
+        return layer.weight is not None
+    if layer.weight is None or layer.bias is None:
+        return False
+    if type(layer) is not Conv:
+        return True
+    same = tuple(size // 2 for size in layer.kernel_size)
+    has = layer.padding_mode, layer.padding, layer.stride, layer.dilation
+    return has == ("zeros", same, (1, 1), (1, 1))
 
 
 def weights(layer: nn.Module) -> tuple[Tensor, Tensor]:

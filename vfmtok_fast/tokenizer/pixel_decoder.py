@@ -29,8 +29,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         layers = [self.norm1, self.conv1, self.norm2, self.conv2]
         layers += [] if self.shortcut is None else [self.shortcut]
-        if are_plain(*layers):
-            norm = self.norm1
+        norm, other = self.norm1, self.norm2
+        if are_plain(*layers) and (norm.num_groups, norm.eps) == (other.num_groups, other.eps):
             return ops.residual_block(
                 x, *map(weights, layers), num_groups=norm.num_groups, eps=norm.eps
             )

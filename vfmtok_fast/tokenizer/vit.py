@@ -62,6 +62,11 @@ def cuts_plainly(patches: nn.Module) -> bool:
     )
 
 
+# torch.compile cannot inspect a ViT: it asks once, when it compiles, and keeps the answer. This is
+# what torch.compiler.assume_constant_result does; calling it would import Triton.
+is_plain._dynamo_marked_constant = cuts_plainly._dynamo_marked_constant = True
+
+
 def _is_norm(module: nn.Module) -> bool:
     if type(module) not in (nn.LayerNorm, _timm().LayerNorm):
         return False
