@@ -153,6 +153,8 @@ def test_to_float_keeps_channels_and_accepts_read_only_arrays():
         warnings.simplefilter("error")
         planes = to_float(crop[None])
     assert torch.equal(planes[0, 1], to_float(crop[None, :, :, 1:2].repeat(3, -1))[0, 0])
+    # As OpenCV's users turn BGR into RGB.
+    assert torch.equal(to_float(crop[None].copy()[..., ::-1]), planes.flip(1))
 
 
 @pytest.mark.parametrize(
@@ -188,6 +190,16 @@ def test_load_images(tmp_path):
         load_images(paths)
     with pytest.raises(ValueError, match="at least one"):
         load_images([])
+
+
+def test_load_images_that_were_left_half_open(tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        pass
+    with pytest.raises(ValueError, match=r"^picture 0: its file was closed before .* call load"):
+        load_images(picture, 16)
+    with pytest.raises(ValueError, match=r"^picture 0: picture of 0x5 pixels"):
+        load_images(Image.new("RGB", (0, 5)), 16)
 
 
 def test_image_grid():

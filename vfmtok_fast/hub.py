@@ -166,7 +166,8 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
             config = _read_config(_find(cls, source, constants.CONFIG_NAME, download), cls)
         path = weights_in(Path(os.path.expanduser(source)))
         path = path or _find(cls, source, constants.SAFETENSORS_SINGLE_FILE, download)
-        model = unfilled(cls, config)
+        with torch.device("cpu"):  # whatever torch's default is; `map_location` says where it ends
+            model = unfilled(cls, config)
         tensors = unwrapped(read_safetensors(path, cls.__name__), f"{cls.__name__}: {path}")
         load_checked(model, tensors, f"{cls.__name__}: {path}")
         return model.to(map_location).eval()

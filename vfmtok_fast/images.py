@@ -150,6 +150,8 @@ def resize_short_side(image: Image.Image, size: int) -> Image.Image:
         )
     width, height = image.size
     long, short = max(width, height), min(width, height)
+    if short == 0:
+        raise ValueError(f"picture of {width}x{height} pixels has none to crop")
     if size * round(size * long / short) > max(MAX_RESIZED_PIXELS, size * size):
         raise ValueError(
             f"picture of {width}x{height} pixels is too elongated: its short side scaled to {size} "
@@ -176,8 +178,10 @@ def to_float(images: np.ndarray | torch.Tensor) -> torch.Tensor:
         ValueError: another shape.
     """
     if isinstance(images, np.ndarray):
-        # np.asarray of a Pillow image is read-only, and from_numpy would warn about that.
-        images = torch.from_numpy(images if images.flags.writeable else images.copy())
+        # np.asarray of a Pillow image is read-only, about which from_numpy would warn; and it takes
+        # no array that runs backwards, such as [..., ::-1] from BGR to RGB.
+        images = np.ascontiguousarray(images) if images.flags.writeable else images.copy()
+        images = torch.from_numpy(images)
     _check_uint8("to_float", images)
     # The divisors are tensors on purpose: CUDA turns division by a Python number into
     # multiplication by the rounded reciprocal, whose last bit differs for some of the 256 values.
@@ -336,7 +340,12 @@ def quiet_pillow() -> Iterator[None]:
 def _decode(file: BinaryIO | ImageFile.ImageFile) -> Image.Image:
     try:
         if isinstance(file, Image.Image):
-            return _to_rgb(file)
+            try:
+                return _to_rgb(file)
+            except AssertionError as error:  # What Pillow raises if its file is gone.
+                raise ValueError(
+                    "its file was closed before its pixels were read; call load() before that"
+                ) from error
         with Image.open(file, formats=_available_formats()) as image:
             return _to_rgb(image)
     except PIL.UnidentifiedImageError as error:

@@ -161,6 +161,15 @@ def test_torchs_default_dtype_rounds_no_loaded_model(tmp_path: Path, config: VFM
         assert torch.equal(buffer, same.get_buffer(name)), name
 
 
+def test_torchs_default_device_may_have_no_values(tmp_path: Path):
+    gpt = GPT(GENERATOR)
+    gpt.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        loaded = GPT.from_pretrained(tmp_path)
+    assert all(torch.equal(value, loaded.state_dict()[k]) for k, value in gpt.state_dict().items())
+    assert torch.equal(loaded.rotary, gpt.rotary)
+
+
 def test_loading_draws_no_random_numbers(tmp_path: Path, config: VFMTokConfig):
     """They would change a seeded program, and take longer than reading a large model's weights."""
     tok, gpt = VFMTok(config), GPT(GENERATOR)

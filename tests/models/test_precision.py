@@ -82,6 +82,14 @@ def test_casts_by_hand_are_seen():
     assert make().set_precision("tf32").set_precision("float32").precision == "float32"
 
 
+def test_a_backbone_that_was_cast_by_hand():
+    tok = make()
+    tok.backbone.bfloat16()
+    assert torch.equal(tok.encode(images()), tok(images()).codes)
+    assert tok.probe_features(images(), "regions").dtype == torch.float32
+    assert tok.sampling_points(images())[0].isfinite().all()
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="must be one of float32, tf32, float16, bfloat16, mixed"):
         make().set_precision("fp8")

@@ -482,6 +482,21 @@ def test_bfloat16_and_autocast(codes: torch.Tensor):
 
 
 @pytest.mark.slow
+def test_export_with_any_number_of_images(tok: VFMTok, codes: torch.Tensor):
+    class Decoder(torch.nn.Module):
+        def __init__(self, model: VFMTok):
+            super().__init__()
+            self.model = model
+
+        def forward(self, codes: torch.Tensor) -> torch.Tensor:
+            return self.model.decode(self.model.encode(self.model.decode(codes).clamp(-1, 1)))
+
+    batch = {0: torch.export.Dim("batch", max=8)}
+    exported = torch.export.export(Decoder(tok), (codes,), dynamic_shapes=(batch,)).module()
+    for given in (codes, torch.cat([codes, codes[:1]])):
+        torch.testing.assert_close(exported(given), Decoder(tok)(given), rtol=1e-4, atol=1e-4)
+
+
 def test_under_torch_compile(tok: VFMTok, codes: torch.Tensor):
     """torch.compile makes one graph without a break."""
     torch.compiler.reset()

@@ -142,6 +142,27 @@ def test_transforms_are_the_references(name: str):
     assert any("torch.func" in why for why in vf.status().ops[op].fallbacks)
 
 
+def test_gradients_of_each_image():
+    """Codes and classes are mapped too; they cannot be read to check their range."""
+    config = vf.GPTConfig(
+        num_layers=1, num_heads=2, dim=16, vocab_size=32, block_size=4, num_classes=3
+    )
+    model = vf.GPT(config).eval()
+    torch.nn.init.normal_(model.head.weight)
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    codes, classes = torch.randint(32, (3, 4)), torch.arange(3)
+
+    def loss(weights: dict[str, Tensor], codes: Tensor, class_id: Tensor) -> Tensor:
+        logits = torch.func.functional_call(model, weights, (codes[None], class_id[None]))
+        return ops.linear_cross_entropy(logits[0], torch.eye(32), codes)
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, codes, classes)
+    for image in range(3):
+        one = torch.func.grad(loss)(weights, codes[image], classes[image])
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient[image], one[name], rtol=1e-4, atol=1e-6)
+
+
 def test_transforms_are_refused_where_a_fallback_is():
     call, given = CASES["linear"]
     with vf.enable(strict=True), pytest.raises(vf.switch.FallbackError, match=r"torch\.func"):

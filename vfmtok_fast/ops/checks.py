@@ -141,7 +141,8 @@ def check_position(
 def check_range(op: str, name: str, value: Tensor, low: int, high: int) -> None:
     """Require integers in [low, high); skipped where the values cannot be read.
 
-    That is the case while compiling or capturing a CUDA graph; the caller then checks beforehand.
+    That is the case while compiling, capturing a CUDA graph or under vmap; the caller then checks
+    beforehand.
     """
     if value.dtype not in INTEGER:
         raise TypeError(f"{op}: {name} must hold integers, got {value.dtype}")
@@ -155,7 +156,9 @@ def check_range(op: str, name: str, value: Tensor, low: int, high: int) -> None:
 
 
 def readable(value: Tensor) -> bool:
-    """Whether values can be read now: not while compiling or capturing a CUDA graph."""
+    """Whether values can be read now: not compiling, capturing a CUDA graph, or under vmap."""
     if torch.compiler.is_compiling() or value.numel() == 0 or isinstance(value, FakeTensor):
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
         return False
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())

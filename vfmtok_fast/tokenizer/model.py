@@ -256,7 +256,7 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
             raise ValueError("VFMTok: images must hold at least one picture, got none")
         maps = self.backbone(images)
         with torch.autocast(self.device.type, enabled=False):
-            regions = self.region_encoder([level.to(self.dtype) for level in maps])
+            regions = self.region_encoder(maps)
             queries = self.quantizer.queries(regions)
             quantized = self.quantizer(queries)
         regions = self.token_decoder.regions(quantized.vectors)

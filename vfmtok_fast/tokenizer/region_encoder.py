@@ -130,9 +130,12 @@ class RegionEncoder(nn.Module):
 
     def prepare(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the first layer's input: regions [B, R, dim], pixels of all levels [B, S, dim]."""
+        # A backbone may have another dtype than what follows it.
+        maps = [level.to(self.regions.dtype) for level in maps]
         levels = zip(maps, self.projectors, self.level_norms, strict=True)
         memory = torch.cat([norm(project(level)) for level, project, norm in levels], dim=1)
-        return self.input_norm(self.regions).expand(len(memory), -1, -1), memory
+        # Not len(), which torch.export would take for a constant.
+        return self.input_norm(self.regions).expand(memory.shape[0], -1, -1), memory
 
     def sampling_points(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return where the last layer samples, for display.

@@ -95,5 +95,5 @@ class TokenDecoder(nn.Module):
     def _hidden(self, regions: Tensor, patches: Tensor, norm: nn.LayerNorm) -> Tensor:
         start = self.class_token + self.position[:, :1]
         image = norm(torch.cat([start, patches, self.registers], dim=1))
-        x = torch.cat([regions, image.expand(len(regions), -1, -1)], dim=1)
+        x = torch.cat([regions, image.expand(regions.shape[0], -1, -1)], dim=1)
         return through(self.layers, x, recompute=self.grad_checkpointing)
