@@ -69,7 +69,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
                 continue
             if new.is_meta:
                 module._buffers[own] = old
-            elif own in _exact(module):
+            elif own in _exact(module) and new.dtype != old.dtype:
                 module._buffers[own] = _with_values(self, name, old).to(new.device)
             else:
                 new.copy_(self._in_full(name, _with_values(self, name, old), new))
