@@ -28,6 +28,8 @@ from ..store import Place, StoreError
 from .entries import NO_CLASS, ORIGIN, Entry, Origin, Rows
 
 INDEX = "index.parquet"
+# Entries that an iterator over a part of an index makes at a time.
+_FEW = 256
 _MARK = {b"vfmtok_fast": b"token cache index 1"}
 _COLUMNS = [
     ("index", pa.int64()),
@@ -117,6 +119,28 @@ class OpenIndex:
         """Read some columns of all shards, one shard at a time."""
         return (self.table(shard, columns) for shard in range(self.file.num_row_groups))
 
+    def entries(self, start: int, end: int | None) -> Iterator[Entry]:
+        """Yield the images of rows `start` to `end` - 1; None: to the last one.
+
+        Many such iterators may be open at a time: each holds one shard in Arrow's compact form, and
+        a few entries.
+        """
+        about = self.file.metadata
+        size = about.row_group(0).num_rows if about.num_row_groups else 1  # the last may be smaller
+        end = about.num_rows if end is None else end
+        for shard in range(start // size, -(-end // size)):
+            first = shard * size
+            for few in self.table(shard)[max(start - first, 0) : end - first].to_batches(_FEW):
+                yield from _entries(few)
+
+    @property
+    def origin(self) -> Origin:
+        """What was indexed."""
+        schema = self.file.schema_arrow
+        content = json.loads(schema.metadata.get(ORIGIN, b"{}"))
+        runs = tuple(content.get("runs", ()))
+        return Origin(**{**content, "runs": runs}, hashed="sha256" in schema.names)
+
 
 @contextlib.contextmanager
 def opened(path: Place) -> Iterator[OpenIndex]:
@@ -177,14 +201,6 @@ def _column(path: Place, name: str) -> Iterator[pa.ChunkedArray]:
         yield from (table[0] for table in found.tables([name]))
 
 
-def read_from(path: Place, start: int, end: int | None) -> Iterator[Entry]:
-    """Yield the images of rows `start` to `end` - 1; raises like `read_rows`."""
-    for rows in read_all(path):
-        first = max(start - rows.first, 0)
-        last = len(rows) if end is None else max(end - rows.first, 0)
-        yield from rows.entries[first:last]
-
-
 def index_checksum(path: Place) -> tuple[int, str]:
     """Return (number of images, checksum of the content), as `write_index` did."""
     count = 0
@@ -200,10 +216,7 @@ def index_checksum(path: Place) -> tuple[int, str]:
 def read_origin(path: Place) -> Origin:
     """Return what was indexed; raises like `read_rows`."""
     with opened(path) as found:
-        schema = found.file.schema_arrow
-    content = json.loads(schema.metadata.get(ORIGIN, b"{}"))
-    runs = tuple(content.get("runs", ()))
-    return Origin(**{**content, "runs": runs}, hashed="sha256" in schema.names)
+        return found.origin
 
 
 def _source(path: Place) -> Any:
@@ -229,11 +242,14 @@ def _readable(path: Place) -> Iterator[None]:
 
 
 def _rows(table: pa.Table) -> Rows:
+    return Rows(table["index"][0].as_py(), list(_entries(table)))
+
+
+def _entries(table: pa.Table | pa.RecordBatch) -> Iterator[Entry]:
     columns = table.to_pydict()
     for name, value in Entry._field_defaults.items():
         columns.setdefault(name, [value] * len(table))
-    values = zip(*(columns[name] for name in Entry._fields), strict=True)
-    return Rows(columns["index"][0], list(map(Entry._make, values)))
+    return map(Entry._make, zip(*(columns[name] for name in Entry._fields), strict=True))
 
 
 def _new_digest(metadata: dict[bytes, bytes]) -> Any:
