@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vfmtok_fast import cache
-from vfmtok_fast.cache.format import shards
+from vfmtok_fast.cache.format import index, shards
 
 SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2, "views": ("center", "center-flip")}
 
@@ -182,3 +182,29 @@ def test_repair_refuses_what_it_cannot_mend(built, out, tokenizer, tmp_path):
     (out / "index.parquet").write_bytes(b"no")
     with pytest.raises(ValueError, match="cannot read the index"):
         cache.repair(built, out, tokenizer)
+
+
+def test_the_index_is_opened_as_often_for_many_shards_as_for_one(
+    tmp_path, tokenizer, fake, monkeypatch
+):
+    # Its footer names every shard, so opening it for each of them takes quadratic time.
+    opened, real = [], index._source
+    monkeypatch.setattr(index, "_source", lambda path: opened.append(path) or real(path))
+    tree = fake.make_tree(tmp_path / "p", bad=(1,))
+
+    def counts(size):
+        out = tmp_path / str(size)
+        cache.build(tree, out, tokenizer, **{**SMALL, "shard_size": size})
+        yield "build", len(opened)
+        cache.verify(out, tokenizer, tree)
+        yield "verify", len(opened)
+        cache.repair(tree, out, tokenizer)
+        yield "repair", len(opened)
+        cache.export(out, tmp_path / f"{size}.parquet", "parquet")
+        yield "parquet", len(opened)
+        cache.export(out, tmp_path / f"{size}.jsonl", "rar")  # has no paths
+        yield "rar", len(opened)
+
+    many = dict(counts(1))
+    opened.clear()
+    assert many == dict(counts(100)) and many["rar"] == many["parquet"]

@@ -9,6 +9,7 @@ import tracemalloc
 import pytest
 
 from vfmtok_fast.cache import CacheWriteError, ImagesChanged
+from vfmtok_fast.cache.format import index
 from vfmtok_fast.cache.format.index import (
     count_unlabelled,
     index_checksum,
@@ -194,6 +195,27 @@ def test_changes_are_noticed_and_vanished_files_tolerated(tmp_path):
     (root / "0").mkdir()
     with pytest.raises(ImagesChanged, match="class folders changed .* first: '0'"):
         check_unchanged(FolderSource(root), path, classes)
+
+
+def test_many_additions_cost_no_open_files_and_no_reading_of_the_whole_index(tmp_path, monkeypatch):
+    root, path = tmp_path / "p", tmp_path / "index.parquet"
+    touch(root, *(f"c/{number:03d}.png" for number in range(120)))
+    entries = list(FolderSource(root).entries())
+    added = [entry for day in range(40) for entry in entries[day::40]]  # by day, each in order
+    write_index(path, added, 7, index.Origin(runs=tuple(range(3, 120, 3))))
+    opened, tables = [], []
+    source, table = index._source, index.OpenIndex.table
+    monkeypatch.setattr(index, "_source", lambda path: opened.append(path) or source(path))
+    monkeypatch.setattr(
+        index.OpenIndex, "table", lambda *which: tables.append(which) or table(*which)
+    )
+    check_unchanged(FolderSource(root), path, ["c"])
+    # Each of the 40 additions lies in one or two of the 18 shards.
+    assert len(opened) == 2 and len(tables) <= 40 + 18
+    with index.opened(path) as found:
+        for ends in ((0, 120), (0, 0), (6, 7), (7, 14), (5, 16), (119, 120), (120, 120)):
+            assert list(found.entries(*ends)) == added[slice(*ends)]
+        assert list(found.entries(100, None)) == added[100:]
 
 
 def test_indexing_needs_little_memory(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 import shutil
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from vfmtok_fast import cache
+from vfmtok_fast.cache.format import shards
 
 SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2, "views": ("center", "center-flip")}
 
@@ -133,10 +135,34 @@ def test_more_shards_than_may_be_open(tree, out, tokenizer, monkeypatch):
     cache.build(tree, out, tokenizer, batch_size=3, shard_size=1)
     want = [tokens for tokens, _ in cache.TokenCache(out)]
     monkeypatch.setattr("vfmtok_fast.cache.read.reader.MOST_OPEN", 3)
-    reader = cache.TokenCache(out)
+    reader, parsed, real = cache.TokenCache(out), [], shards.opened
+    monkeypatch.setattr(shards, "opened", lambda path: parsed.append(path) or real(path))
     for _ in range(2):
         assert all(torch.equal(a, b) for (a, _), b in zip(reader, want, strict=True))
         assert len(reader._files) == 3
+    assert len(parsed) == len(want)  # not again, because no file changed
+    shards.shard_path(out, 0).write_bytes(shards.shard_path(out, 1).read_bytes())
+    with pytest.raises(ValueError, match="tokens-00000.*: changed since this cache was opened"):
+        reader[0]
+
+
+def test_few_files_may_be_open(tree, out, tokenizer, monkeypatch):
+    cache.build(tree, out, tokenizer, batch_size=3, shard_size=1)
+    readers = [cache.TokenCache(out) for _ in range(2)]
+    want = [tokens for tokens, _ in cache.TokenCache(out)]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)  # numbers are given out in order
+    os.close(lowest)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 16, limits[1]))
+        for part in (8, 1):  # a small budget; and a large one, which the other reader uses up
+            monkeypatch.setattr("vfmtok_fast.cache.read.reader.PART", part)
+            for position in (*range(len(want)), 0, 5):
+                for reader in readers:
+                    assert torch.equal(reader[position][0], want[position])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert sum(len(reader._files) for reader in readers) <= 16 < 2 * len(want)
 
 
 def test_a_shard_that_another_thread_closes_at_once(built, out):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ...images import quiet_pillow
 from ..format.fingerprint import Tokenizer
-from ..format.index import INDEX, read_rows
+from ..format.index import INDEX, OpenIndex, opened
 from ..format.manifest import read_manifest
 from ..format.shards import COMPLETE, read_quarantine, shard_path, strays
 from ..format.views import parse_views, plan_views
@@ -62,11 +62,11 @@ def repair(
     return len(damaged)
 
 
-def _readable_again(job: Job, number: int) -> int:
+def _readable_again(job: Job, listed: OpenIndex, number: int) -> int:
     """Count a sound shard's quarantined images that can be read now."""
     found = job.manifest
     plan = plan_views(parse_views(found.views), found.image_size)
-    rows = read_rows(job.out / INDEX, number)
+    rows = listed.rows(number)
     places = (bad["index"] - rows.first for bad in read_quarantine(job.out, number)[0])
     again = (decode(job.source, rows.entries[place], plan, found) for place in places)
     return sum(not isinstance(picture, BadImage) for picture in again)
@@ -74,18 +74,19 @@ def _readable_again(job: Job, number: int) -> int:
 
 def _damaged(job: Job, tell: Callable[[str], None]) -> list[int]:
     numbers = []
-    for number in range(job.manifest.shards):
-        path = shard_path(job.out, number)
-        problems, bad = shard_problems(job.out, job.manifest, number)
-        if bad and not problems and (back := _readable_again(job, number)):
-            problems = [f"{back} of its {bad} quarantined pictures can be read now"]
-        for problem in problems:
-            tell(f"{path}: {problem}")
-        if problems:
-            # Remove all of them before encoding: if this run dies, the next one sees what is left.
-            (job.out / COMPLETE).remove()
-            path.remove()
-            numbers.append(number)
+    with opened(job.out / INDEX) as listed:
+        for number in range(job.manifest.shards):
+            path = shard_path(job.out, number)
+            problems, bad = shard_problems(job.out, job.manifest, listed, number)
+            if bad and not problems and (back := _readable_again(job, listed, number)):
+                problems = [f"{back} of its {bad} quarantined pictures can be read now"]
+            for problem in problems:
+                tell(f"{path}: {problem}")
+            if problems:
+                # Remove all before encoding: if this run dies, the next one sees what is left.
+                (job.out / COMPLETE).remove()
+                path.remove()
+                numbers.append(number)
     for stray in strays(job.out, job.manifest):
         tell(f"{stray}: does not belong to this cache, and is left alone")
     return numbers

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from ...images import decode_image, image_grid, to_uint8
-from ..format import index, shards
+from ..format import shards
 from ..format.crops import make_views
 from ..format.fingerprint import Tokenizer, first_parameter
-from ..format.index import INDEX
+from ..format.index import OpenIndex
 from ..format.manifest import Manifest
 from ..format.views import parse_views
 from ..sources import BadImage, Source
@@ -21,8 +21,9 @@ PAIRS = 4
 
 
 def contact_sheet(
-    out: Place, found: Manifest, numbers: list[int], tokenizer: Tokenizer, source: Source
-) -> np.ndarray | None:
+    out: Place, found: Manifest, listed: OpenIndex, numbers: list[int], tokenizer: Tokenizer,
+    source: Source,
+) -> np.ndarray | None:  # fmt: skip
     """Draw pairs of an image's first view and its decoded tokens, evenly from shards `numbers`.
 
     Returns:
@@ -35,7 +36,7 @@ def contact_sheet(
         if not len(good):
             continue
         row = int(good[min(np.searchsorted(good, row), len(good) - 1)])
-        entry = index.read_rows(out / INDEX, number).entries[row]
+        entry = listed.rows(number).entries[row]
         try:
             image = decode_image(source.read(entry))
         except (BadImage, OSError, ValueError):

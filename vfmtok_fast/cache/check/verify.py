@@ -98,10 +98,11 @@ def verify(
     report = Report(images=found.images, shards=found.shards)
     sound = _check_files(out, found, report)
     if source is not None and sound:
-        with quiet_pillow(), evaluating(tokenizer):
-            _check_sample(out, found, report, sound, tokenizer, source, sample, workers)
+        with quiet_pillow(), evaluating(tokenizer), index.opened(out / INDEX) as listed:
+            _check_sample(out, found, listed, report, sound, tokenizer, source, sample, workers)
             if sheet is not None:
-                _write_sheet(place(sheet), contact_sheet(out, found, sound, tokenizer, source))
+                drawn = contact_sheet(out, found, listed, sound, tokenizer, source)
+                _write_sheet(place(sheet), drawn)
         if report.agreement is not None and report.agreement < min_agreement:
             report.problems.append(
                 f"{report.sampled} pictures encoded again: only {report.agreement:.4%} of the "
@@ -120,16 +121,17 @@ def _check_files(out: Place, found: Manifest, report: Report) -> list[int]:
         report.problems.append(str(error))
         return []
     sound, missing = [], []
-    for number in range(found.shards):
-        path = shards.shard_path(out, number)
-        if not path.exists():
-            missing.append(number)
-            continue
-        wrong, bad = shard_problems(out, found, number)
-        report.problems += [f"{path}: {problem}; {MEND}" for problem in wrong]
-        report.bad += bad
-        if not wrong:
-            sound.append(number)
+    with index.opened(out / INDEX) as listed:
+        for number in range(found.shards):
+            path = shards.shard_path(out, number)
+            if not path.exists():
+                missing.append(number)
+                continue
+            wrong, bad = shard_problems(out, found, listed, number)
+            report.problems += [f"{path}: {problem}; {MEND}" for problem in wrong]
+            report.bad += bad
+            if not wrong:
+                sound.append(number)
     if missing:
         report.problems.append(
             f"{out}: {len(missing)} of {found.shards} shards are missing (first: {missing[0]}); "
@@ -142,7 +144,9 @@ def _check_files(out: Place, found: Manifest, report: Report) -> list[int]:
     return sound
 
 
-def shard_problems(out: Place, found: Manifest, number: int) -> tuple[list[str], int]:
+def shard_problems(
+    out: Place, found: Manifest, listed: index.OpenIndex, number: int
+) -> tuple[list[str], int]:
     """Check one shard to the last byte, against itself, the index and its quarantine list.
 
     Returns:
@@ -156,7 +160,7 @@ def shard_problems(out: Place, found: Manifest, number: int) -> tuple[list[str],
         entries, checksum = shards.read_quarantine(out, number)
     except (FileNotFoundError, ValueError) as error:
         return [str(error).removeprefix(f"{path}: ")], 0
-    rows = index.read_rows(out / INDEX, number)
+    rows = listed.rows(number)
     wrong = []
     if rows.labels != shard.label.tolist():
         wrong.append("labels do not agree with the index")
@@ -184,8 +188,8 @@ def _check_completion(out: Place, found: Manifest, report: Report) -> None:
 
 
 def _check_sample(
-    out: Place, found: Manifest, report: Report, sound: list[int], tokenizer: Tokenizer,
-    source: Source, sample: int, workers: int,
+    out: Place, found: Manifest, listed: index.OpenIndex, report: Report, sound: list[int],
+    tokenizer: Tokenizer, source: Source, sample: int, workers: int,
 ) -> None:  # fmt: skip
     # Pieces start and end where batches do, so that the same batches are formed again.
     views = len(found.views)
@@ -198,7 +202,7 @@ def _check_sample(
     equal = total = 0
     for number, start in chosen:
         _, shard = shards.read_shard(shards.shard_path(out, number))
-        rows = index.read_rows(out / INDEX, number)[start : start + piece]
+        rows = listed.rows(number)[start : start + piece]
         try:
             again = encode_rows(source, rows, found, tokenizer, workers)
         except OSError as error:  # no image can be read, for example because a folder is gone

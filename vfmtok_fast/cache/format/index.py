@@ -15,9 +15,9 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,11 +25,12 @@ import pyarrow.parquet as pq
 
 from ...errors import one_line
 from ..store import Place, StoreError
+from .entries import NO_CLASS, ORIGIN, Entry, Origin, Rows
 
 INDEX = "index.parquet"
-NO_CLASS = -1
+# Entries that an iterator over a part of an index makes at a time.
+_FEW = 256
 _MARK = {b"vfmtok_fast": b"token cache index 1"}
-_ORIGIN = b"vfmtok_fast.origin"
 _COLUMNS = [
     ("index", pa.int64()),
     ("path", pa.string()),
@@ -38,81 +39,6 @@ _COLUMNS = [
 ]
 _PLACE = [("file", pa.string()), ("offset", pa.int64())]
 _HASH = [("sha256", pa.binary())]
-
-
-class Entry(NamedTuple):
-    """One image of an input.
-
-    `path` is relative ("n01440764/n01440764_10026.JPEG", "train-0001.tar/000017.jpg") and unique,
-    unless an archive holds a name twice. `size` is in bytes, or one of the negative numbers of
-    `sources.base`. `label` is the class number, or -1. If images are stored inside larger files,
-    `file` is that file's name relative to the input, and `offset` is the position in it: the first
-    byte of the data in a tar, the row in Parquet, the key in LMDB. `sha256` is the hash of the
-    image's bytes, or empty.
-    """
-
-    path: str
-    size: int
-    label: int
-    file: str = ""
-    offset: int = 0
-    sha256: bytes = b""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The images of one shard, and the global index of the first one."""
-
-    first: int
-    entries: list[Entry]
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, part: slice) -> Rows:
-        return Rows(self.first + part.indices(len(self))[0], self.entries[part])
-
-    @property
-    def paths(self) -> list[str]:
-        """Relative path of each image."""
-        return [entry.path for entry in self.entries]
-
-    @property
-    def labels(self) -> list[int]:
-        """Class number of each image, or -1."""
-        return [entry.label for entry in self.entries]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What was indexed.
-
-    Args:
-        kind: kind of the input.
-        files: size of each file that holds images; None for a folder, where each image is a file.
-        runs: first row of each later addition; rows up to the next such row are in the input's
-            order.
-        root: the input's path; set only in parts of an index, which another input must not
-            continue.
-        chosen: what was taken from the input, see `Source.chosen`.
-        hashed: whether the index has a column for the entries' hashes.
-    """
-
-    kind: str = "folder"
-    files: dict[str, int] | None = None
-    runs: tuple[int, ...] = ()
-    root: str | None = None
-    chosen: dict[str, Any] = field(default_factory=dict)
-    hashed: bool = False
-
-    def metadata(self) -> dict[bytes, bytes]:
-        """Return the schema metadata of index.parquet; empty for a folder with nothing to add."""
-        later = {"runs": self.runs, "root": self.root, "chosen": self.chosen}
-        later = {name: value for name, value in later.items() if value}
-        if self.files is None and not later:
-            return {}
-        content = {"kind": self.kind, "files": self.files, **later}
-        return {_ORIGIN: json.dumps(content, sort_keys=True).encode()}
 
 
 def write_index(
@@ -166,32 +92,90 @@ def _listed(entries: Iterable[Entry]) -> Iterator[Entry]:
         raise _NotListed from error
 
 
+@dataclass(frozen=True)
+class OpenIndex:
+    """An index held open, for those who read many shards: its footer, which lists all, takes long.
+
+    Its methods raise ValueError if the file is damaged or has no such shard.
+    """
+
+    path: Place
+    file: pq.ParquetFile
+
+    def table(self, shard: int, columns: list[str] | None = None) -> pa.Table:
+        """Read some columns of one shard; None: all."""
+        if not 0 <= shard < self.file.num_row_groups:
+            raise ValueError(
+                f"{self.path}: has {self.file.num_row_groups} shards, no shard {shard}"
+            )
+        with _readable(self.path):
+            return self.file.read_row_group(shard, columns)
+
+    def rows(self, shard: int) -> Rows:
+        """Read the rows of one shard."""
+        return _rows(self.table(shard))
+
+    def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """Read some columns of all shards, one shard at a time."""
+        return (self.table(shard, columns) for shard in range(self.file.num_row_groups))
+
+    def entries(self, start: int, end: int | None) -> Iterator[Entry]:
+        """Yield the images of rows `start` to `end` - 1; None: to the last one.
+
+        Many such iterators may be open at a time: each holds one shard in Arrow's compact form, and
+        a few entries.
+        """
+        about = self.file.metadata
+        size = about.row_group(0).num_rows if about.num_row_groups else 1  # the last may be smaller
+        end = about.num_rows if end is None else end
+        for shard in range(start // size, -(-end // size)):
+            first = shard * size
+            for few in self.table(shard)[max(start - first, 0) : end - first].to_batches(_FEW):
+                yield from _entries(few)
+
+    @property
+    def origin(self) -> Origin:
+        """What was indexed."""
+        schema = self.file.schema_arrow
+        content = json.loads(schema.metadata.get(ORIGIN, b"{}"))
+        runs = tuple(content.get("runs", ()))
+        return Origin(**{**content, "runs": runs}, hashed="sha256" in schema.names)
+
+
+@contextlib.contextmanager
+def opened(path: Place) -> Iterator[OpenIndex]:
+    """Open an index; ValueError if the file is missing or damaged."""
+    with contextlib.ExitStack() as stack:
+        with _readable(path):
+            file = pq.ParquetFile(stack.enter_context(_source(path)))
+            if (file.schema_arrow.metadata or {}).get(b"vfmtok_fast") != _MARK[b"vfmtok_fast"]:
+                raise ValueError(f"{path}: not an index of a token cache")
+        yield OpenIndex(path, file)
+
+
 def is_index(path: Place) -> bool:
     """Return whether a file is an index that this module wrote."""
     try:
-        with _opened(path):
+        with opened(path):
             return True
     except ValueError:
         return False
 
 
 def read_rows(path: Place, shard: int) -> Rows:
-    """Read the rows of one shard.
+    """Read the rows of one shard; for many shards, `opened` is faster.
 
     Raises:
         ValueError: the file is missing or damaged, or has no such shard.
     """
-    with _opened(path) as file:
-        if not 0 <= shard < file.num_row_groups:
-            raise ValueError(f"{path}: has {file.num_row_groups} shards, no shard {shard}")
-        return _rows(file.read_row_group(shard))
+    with opened(path) as found:
+        return found.rows(shard)
 
 
 def read_all(path: Place) -> Iterator[Rows]:
     """Read the rows of all shards, one shard at a time; raises like `read_rows`."""
-    with _opened(path) as file:
-        for shard in range(file.num_row_groups):
-            yield _rows(file.read_row_group(shard))
+    with opened(path) as found:
+        yield from map(_rows, found.tables())
 
 
 def count_unlabelled(path: Place) -> int:
@@ -213,38 +197,26 @@ def holds_suffix(path: Place, suffixes: Set[str]) -> bool:
 
 def _column(path: Place, name: str) -> Iterator[pa.ChunkedArray]:
     """Yield one column of each shard's rows."""
-    with _opened(path) as file:
-        for shard in range(file.num_row_groups):
-            yield file.read_row_group(shard, [name])[0]
-
-
-def read_from(path: Place, start: int, end: int | None) -> Iterator[Entry]:
-    """Yield the images of rows `start` to `end` - 1; raises like `read_rows`."""
-    for rows in read_all(path):
-        first = max(start - rows.first, 0)
-        last = len(rows) if end is None else max(end - rows.first, 0)
-        yield from rows.entries[first:last]
+    with opened(path) as found:
+        yield from (table[0] for table in found.tables([name]))
 
 
 def index_checksum(path: Place) -> tuple[int, str]:
     """Return (number of images, checksum of the content), as `write_index` did."""
     count = 0
-    with _opened(path) as file:
-        digest = _new_digest(file.schema_arrow.metadata)
-        for shard in range(file.num_row_groups):
-            rows = _rows(file.read_row_group(shard))
-            _digest(digest, rows.entries, file.schema_arrow)
+    with opened(path) as found:
+        schema = found.file.schema_arrow
+        digest = _new_digest(schema.metadata)
+        for rows in map(_rows, found.tables()):
+            _digest(digest, rows.entries, schema)
             count += len(rows)
     return count, digest.hexdigest()
 
 
 def read_origin(path: Place) -> Origin:
     """Return what was indexed; raises like `read_rows`."""
-    with _opened(path) as file:
-        schema = file.schema_arrow
-    content = json.loads(schema.metadata.get(_ORIGIN, b"{}"))
-    runs = tuple(content.get("runs", ()))
-    return Origin(**{**content, "runs": runs}, hashed="sha256" in schema.names)
+    with opened(path) as found:
+        return found.origin
 
 
 def _source(path: Place) -> Any:
@@ -257,12 +229,10 @@ def _source(path: Place) -> Any:
 
 
 @contextlib.contextmanager
-def _opened(path: Place) -> Iterator[pq.ParquetFile]:
+def _readable(path: Place) -> Iterator[None]:
+    """Say that the index cannot be read, if reading fails in the block."""
     try:
-        with _source(path) as data, pq.ParquetFile(data) as file:
-            if (file.schema_arrow.metadata or {}).get(b"vfmtok_fast") != _MARK[b"vfmtok_fast"]:
-                raise ValueError(f"{path}: not an index of a token cache")
-            yield file
+        yield
     except StoreError:
         raise  # No answer says nothing about the index.
     except (OSError, pa.ArrowInvalid) as error:
@@ -272,15 +242,18 @@ def _opened(path: Place) -> Iterator[pq.ParquetFile]:
 
 
 def _rows(table: pa.Table) -> Rows:
+    return Rows(table["index"][0].as_py(), list(_entries(table)))
+
+
+def _entries(table: pa.Table | pa.RecordBatch) -> Iterator[Entry]:
     columns = table.to_pydict()
     for name, value in Entry._field_defaults.items():
         columns.setdefault(name, [value] * len(table))
-    values = zip(*(columns[name] for name in Entry._fields), strict=True)
-    return Rows(columns["index"][0], list(map(Entry._make, values)))
+    return map(Entry._make, zip(*(columns[name] for name in Entry._fields), strict=True))
 
 
 def _new_digest(metadata: dict[bytes, bytes]) -> Any:
-    return hashlib.sha256(metadata.get(_ORIGIN, b""))
+    return hashlib.sha256(metadata.get(ORIGIN, b""))
 
 
 def _digest(digest: Any, entries: list[Entry], schema: pa.Schema) -> None:

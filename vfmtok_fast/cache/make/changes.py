@@ -199,9 +199,10 @@ def _compare(
 
 def _sorted(path: Place) -> Iterator[Entry]:
     """Yield all indexed images by path, merging in the later additions."""
-    starts = (0, *index.read_origin(path).runs)
-    runs = [index.read_from(path, *ends) for ends in zip(starts, (*starts[1:], None), strict=True)]
-    return heapq.merge(*runs, key=lambda entry: entry.path)
+    with index.opened(path) as found:
+        starts = (0, *found.origin.runs)
+        runs = [found.entries(*ends) for ends in zip(starts, (*starts[1:], None), strict=True)]
+        yield from heapq.merge(*runs, key=lambda entry: entry.path)
 
 
 def extend(source: Source, out: Place, found: Manifest, workers: int) -> Manifest:

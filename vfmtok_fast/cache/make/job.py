@@ -99,11 +99,18 @@ def encode_shards(
 
 
 def _parts(job: Job, numbers: Iterable[int]) -> Iterator[tuple[int, index.Rows]]:
-    for number in numbers:
-        rows = index.read_rows(job.out / INDEX, number)
-        # A cache with a shard still to be made is not complete, whatever an earlier run wrote.
-        (job.out / shards.COMPLETE).remove()
-        yield number, rows
+    with contextlib.ExitStack() as stack:
+        found = None
+        for number in numbers:
+            try:
+                found = found or stack.enter_context(index.opened(job.out / INDEX))
+                rows = found.rows(number)
+            except ValueError:
+                _check_current(job)  # On some disks and stores, a replaced index is cut off.
+                raise
+            # A cache with a shard still to be made is not complete, whatever an earlier run wrote.
+            (job.out / shards.COMPLETE).remove()
+            yield number, rows
 
 
 def _commit(job: Job, number: int, rows: index.Rows, encoded: Encoded) -> None:

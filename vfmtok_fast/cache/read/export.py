@@ -28,7 +28,7 @@ from ..store.atomic import sync_folder
 # Names that LlamaGen's loader looks for with its defaults (dataset imagenet, image size 256).
 LLAMAGEN_CODES, LLAMAGEN_LABELS = "imagenet256_codes", "imagenet256_labels"
 
-# One shard's tokens uint16 [n, V, T], labels int32 [n], indices int64 [n], paths [n].
+# One shard's tokens uint16 [n, V, T], labels int32 [n], indices int64 [n], paths [n] if wanted.
 _Part = tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]
 
 
@@ -68,10 +68,15 @@ def export(
         raise FileExistsError(f"{target}: already exists; choose another name")
     target.parent.make_folder()
     names = [found.views[place] for place in places]
-    return FORMATS[format](target, _parts(out, found, places), names)
+    # Only one format has the paths that are in the index.
+    opened = index.opened(out / INDEX) if format == "parquet" else contextlib.nullcontext()
+    with opened as listed:
+        return FORMATS[format](target, _parts(out, found, places, listed), names)
 
 
-def _parts(out: Place, found: Manifest, places: list[int]) -> Iterator[_Part]:
+def _parts(
+    out: Place, found: Manifest, places: list[int], listed: index.OpenIndex | None
+) -> Iterator[_Part]:
     """Yield the readable images of each shard, checked to the last byte."""
     for number in range(found.shards):
         path = shards.shard_path(out, number)
@@ -82,9 +87,9 @@ def _parts(out: Place, found: Manifest, places: list[int]) -> Iterator[_Part]:
         if wrong := shards.problems(header, shard, number, found):
             raise ValueError(f"{path}: {wrong[0]}; run vfmtok-fast repair")
         good = np.flatnonzero(shard.status == shards.OK)
-        paths = index.read_rows(out / INDEX, number).paths
         tokens = shard.tokens[good][:, places]
-        yield tokens, shard.label[good], shard.index[good], [paths[i] for i in good]
+        paths = listed.table(number, ["path"])["path"].take(good).to_pylist() if listed else []
+        yield tokens, shard.label[good], shard.index[good], paths
 
 
 def _llamagen(target: Path, parts: Iterator[_Part], views: list[str]) -> int:

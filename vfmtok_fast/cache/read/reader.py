@@ -7,10 +7,14 @@ needed.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import math
 import operator
 import os
+import resource
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,8 +25,10 @@ from ..format import shards
 from ..format.manifest import Manifest, read_manifest
 from ..store import Place, place
 
-# Shards held open at a time; systems allow a thousand files or so.
-MOST_OPEN = 256
+# Shards that a cache holds open at a time; fewer if that is more than this part of the files that
+# the process may have open, because it may read other caches, too.
+MOST_OPEN = 4096
+PART = 8
 
 
 class TokenCache:
@@ -64,7 +70,8 @@ class TokenCache:
                 "reads the finished shards"
             )
         rows, labels = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
-        self._files: dict[int, _Rows] = {}
+        self._files: OrderedDict[int, _Rows] = OrderedDict()
+        self._known: dict[int, tuple] = {}  # stamp and layout of the shards opened so far
         self._partial, self._digests = partial, {}
         self._mirror = None
         if self.out.remote:
@@ -110,7 +117,7 @@ class TokenCache:
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files cannot be pickled; the other process opens them again on first use.
-        return {**self.__dict__, "_files": {}}
+        return {**self.__dict__, "_files": OrderedDict(), "_known": {}}
 
     def _look(self, number: int) -> tuple[str, np.ndarray, np.ndarray] | None:
         """Return the digest of a shard's header, and index and label of its readable images."""
@@ -146,15 +153,34 @@ class TokenCache:
 
     def _tokens(self, number: int) -> _Rows:
         rows = self._files.get(number)
-        if rows is None:
-            for old in list(self._files)[: 1 - MOST_OPEN]:
-                self._files.pop(old, None)  # other threads do so too
-            remote = self._mirror is not None
-            path = self._copy(number) if remote else shards.shard_path(self.out, number)
-            rows = _Rows(path)
-            self._check_unchanged(path, number, rows.header)
-            self._files[number] = rows
+        while rows is None:
+            self._close_all_but(_most_open() - 1)
+            try:
+                rows = self._open(number)
+            except OSError as error:
+                if error.errno != errno.EMFILE or not self._files:
+                    raise
+                self._close_all_but(len(self._files) // 2)  # the rest of the program has many open
         return rows
+
+    def _open(self, number: int) -> _Rows:
+        remote = self._mirror is not None
+        path = self._copy(number) if remote else shards.shard_path(self.out, number)
+        rows = _Rows(path)
+        # Parsing and hashing the header takes far longer than opening the file.
+        if self._known.get(number, (None, None))[0] == rows.stamp:
+            rows.layout = self._known[number][1]
+        else:
+            self._check_unchanged(path, number, rows.read_header())
+            self._known[number] = rows.stamp, rows.layout
+        self._files[number] = rows
+        return rows
+
+    def _close_all_but(self, kept: int) -> None:
+        """Close the files that were opened first; other threads, which may read them, do so too."""
+        while len(self._files) > kept:
+            with contextlib.suppress(KeyError):
+                self._files.popitem(last=False)
 
     def _check_unchanged(self, path: Place, number: int, header: shards.Header) -> None:
         """Refuse a shard that is not the one that positions and labels were read from."""
@@ -169,12 +195,19 @@ class _Rows:
     """
 
     def __init__(self, path: Place) -> None:
-        self.path, self.file = path, path.open_bytes()
+        self.path, self.file = path, open(path, "rb", buffering=0)
+        about = os.fstat(self.file.fileno())
+        # Another file, or one that was written to, differs in it.
+        self.stamp = about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
+
+    def read_header(self) -> shards.Header:
         # Read from the open file: another file may take its name at any moment.
-        with shards.opened(self) as (self.header, tensors):
+        with shards.opened(self) as (header, tensors):
             tokens = tensors.header["tokens"]
-        self.start, self.shape = tensors.start + tokens["data_offsets"][0], tokens["shape"][1:]
-        self.row_bytes = math.prod(self.shape) * np.dtype(np.uint16).itemsize
+        shape = tokens["shape"][1:]
+        row_bytes = math.prod(shape) * np.dtype(np.uint16).itemsize
+        self.layout = tensors.start + tokens["data_offsets"][0], row_bytes, shape
+        return header
 
     def __str__(self) -> str:
         return str(self.path)
@@ -188,11 +221,17 @@ class _Rows:
 
     def __getitem__(self, row: int) -> np.ndarray:
         """Return uint16 [V, T]."""
-        start = self.start + row * self.row_bytes
-        data = self.read_range(start, start + self.row_bytes)
-        if len(data) < self.row_bytes:
+        start, row_bytes, shape = self.layout
+        start += row * row_bytes
+        data = self.read_range(start, start + row_bytes)
+        if len(data) < row_bytes:
             raise ValueError(f"{self.path}: was cut short; run vfmtok-fast repair")
-        return np.frombuffer(data, np.uint16).reshape(self.shape)
+        return np.frombuffer(data, np.uint16).reshape(shape)
+
+
+def _most_open() -> int:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_OPEN if limit < 0 else max(1, min(MOST_OPEN, limit // PART))
 
 
 def _default_mirror(out: Place) -> str:
