@@ -8,7 +8,7 @@ import pytest
 
 from vfmtok_fast import cache
 from vfmtok_fast.cache.format import index
-from vfmtok_fast.cache.make import changes, parts, prepare
+from vfmtok_fast.cache.make import changes, extension, parts, prepare
 
 SMALL = {"batch_size": 3, "shard_size": 4, "workers": 2}
 
@@ -26,15 +26,15 @@ def test_mended_shards_are_gone_before_the_manifest_says_so(tmp_path, out, fake,
     cache.build(tree, out, fake.FakeTokenizer(), **SMALL)
     for number in (2, 9):
         fake.write_picture(tree / f"class{number % 3}" / f"{number:03d}.png", number)
-    install, others = changes.install, []
+    install, others = extension.install, []
 
     def and_another_looks(place):
-        coming = (place / changes.NEXT_MANIFEST).exists()
+        coming = (place / extension.NEXT_MANIFEST).exists()
         install(place)
         if coming:
             others.append(cache.build(tree, place, fake.FakeTokenizer(), **SMALL))
 
-    monkeypatch.setattr(changes, "install", and_another_looks)
+    monkeypatch.setattr(extension, "install", and_another_looks)
     assert (extended(tree, out, fake).bad, others[0].bad) == (0, 0)
     assert cache.verify(out, fake.FakeTokenizer(), tree).ok
 
@@ -57,15 +57,15 @@ def test_an_index_that_another_extends_is_not_damaged(tree, out, tokenizer, fake
 def test_the_manifest_is_that_of_the_index(tree, out, tokenizer, fake, monkeypatch, rank):
     cache.build(tree, out, tokenizer, **SMALL)
     fake.add(tree, "class0/0.png")
-    name = "check_unchanged" if rank else "extend"
-    original = getattr(changes, name)
+    module, name = (changes, "check_unchanged") if rank else (extension, "extend")
+    original = getattr(module, name)
 
     def meanwhile(*arguments):
         monkeypatch.undo()
         cache.prepare(tree, out, fake.FakeTokenizer(), extend=True, **SMALL)
         return original(*arguments)
 
-    monkeypatch.setattr(changes, name, meanwhile)
+    monkeypatch.setattr(module, name, meanwhile)
     job = cache.prepare(tree, out, tokenizer, extend=True, rank=rank, **SMALL)
     assert job.manifest.images == 12
 
@@ -93,7 +93,7 @@ def test_two_listings_at_once_leave_a_sound_cache(tree, out, tokenizer, fake, mo
 
     def meanwhile(path, *rest):
         found = write(path, *rest)
-        if path.name == changes.NEXT_INDEX:
+        if path.name == extension.NEXT_INDEX:
             calls.append(path)
             if len(calls) == 1:
                 fake.add(tree, "class0/b.png")

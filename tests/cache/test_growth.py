@@ -12,7 +12,7 @@ import pytest
 
 from vfmtok_fast import cache, cli, temporary
 from vfmtok_fast.cache.format import index, shards
-from vfmtok_fast.cache.make import changes, job, parts, prepare, progress
+from vfmtok_fast.cache.make import extension, job, parts, prepare, progress
 from vfmtok_fast.cache.sources import open_source
 from vfmtok_fast.cache.sources.choice import split_patterns
 
@@ -323,16 +323,16 @@ def test_an_extension_that_lost_its_index(tree, out, tokenizer, fake):
     fake.add(tree, "class0/0.png")
     other = out.with_name("other")
     cache.build(tree, other, tokenizer, **SMALL)
-    shutil.copy(other / "manifest.json", out / changes.NEXT_MANIFEST)
+    shutil.copy(other / "manifest.json", out / extension.NEXT_MANIFEST)
     with pytest.raises(cache.ImagesChanged, match="1 added"):
         cache.build(tree, out, tokenizer, **SMALL)
-    assert not (out / changes.NEXT_MANIFEST).exists() and cache.verify(out).ok
+    assert not (out / extension.NEXT_MANIFEST).exists() and cache.verify(out).ok
     assert cache.build(tree, out, tokenizer, extend=True, **SMALL).images == 12
     fake.add(tree, "class0/1.png")
     for folder in (out.with_name("more"), out.with_name("most")):
         cache.build(tree, folder, tokenizer, **SMALL)
         fake.add(tree, "class0/2.png")
-    shutil.copy(out.with_name("more") / "manifest.json", out / changes.NEXT_MANIFEST)
+    shutil.copy(out.with_name("more") / "manifest.json", out / extension.NEXT_MANIFEST)
     shutil.copy(out.with_name("most") / "index.parquet", out / "index.parquet")
     with pytest.raises(ValueError, match="manifest-next.json: does not match the index"):
         cache.build(tree, out, tokenizer, extend=True, **SMALL)

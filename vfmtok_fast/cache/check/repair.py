@@ -12,8 +12,8 @@ from ..format.index import INDEX, OpenIndex, opened
 from ..format.manifest import read_manifest
 from ..format.shards import COMPLETE, read_quarantine, shard_path, strays
 from ..format.views import parse_views, plan_views
-from ..make.changes import extend
 from ..make.encode import decode
+from ..make.extension import extend
 from ..make.job import Job, encode_shards, finish
 from ..make.prepare import prepare
 from ..make.spec import CacheSpec

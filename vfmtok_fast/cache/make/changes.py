@@ -1,10 +1,4 @@
-"""Check that an input is still the one that was indexed, and extend a cache by what was added.
-
-New images go after the existing ones, so no row and no label ever moves. Only the last shard is
-made again, if it was not full. An index and its manifest cannot be renamed in one step, so both are
-first written next to the old ones, the manifest last. From then on, every process that finds them
-puts them in place, and may do so repeatedly.
-"""
+"""Check that an input is still the one that was indexed."""
 
 from __future__ import annotations
 
@@ -12,21 +6,14 @@ import contextlib
 import heapq
 import unicodedata
 from collections.abc import Iterator, Set
-from dataclasses import replace
-from itertools import chain, groupby
+from itertools import groupby
 from operator import itemgetter
 
-from ...images import HEIF_SUFFIXES
 from ..format import index
 from ..format.differences import differences
-from ..format.index import INDEX
-from ..format.manifest import Manifest, read_manifest
-from ..format.shards import COMPLETE, read_quarantine, shard_path
+from ..format.shards import read_quarantine
 from ..sources import Entry, Source
-from ..sources.folder import label_of
 from ..store import Place
-from .ahead import hashed_entries
-from .install import NEXT_INDEX, NEXT_MANIFEST, install, is_index_of, read_newer
 
 # Inputs made of several archive files, each of which is taken or left out as a whole.
 ARCHIVES = ("webdataset", "parquet")
@@ -56,11 +43,11 @@ def check_unchanged(
         ImagesChanged: one line with what changed, how often, and the first case.
     """
     origin, now = index.read_origin(path), source.files()
-    _check_kind(source, origin, now == origin.files)
+    check_kind(source, origin, now == origin.files)
     if origin.files is None:
         _check_pictures(source, path, classes, quarantined)
     else:
-        _check_files(source, origin, now)
+        check_files(source, origin, now)
 
 
 def folder_classes(source: Source) -> list[str]:
@@ -81,7 +68,7 @@ def check_classes(source: Source, begun: list[str]) -> None:
         )
 
 
-def _check_kind(source: Source, origin: index.Origin, has_files: bool) -> None:
+def check_kind(source: Source, origin: index.Origin, has_files: bool) -> None:
     """Require an input of the same kind, with the same choice of its files and columns.
 
     For archives, patterns choose whole files. Other patterns are accepted if the input has the
@@ -104,7 +91,7 @@ def _check_kind(source: Source, origin: index.Origin, has_files: bool) -> None:
         )
 
 
-def _check_files(source: Source, origin: index.Origin, now: dict[str, int]) -> None:
+def check_files(source: Source, origin: index.Origin, now: dict[str, int]) -> None:
     differing = sorted(
         name for name in origin.files.keys() | now.keys() if origin.files.get(name) != now.get(name)
     )
@@ -136,7 +123,7 @@ def _check_pictures(source: Source, path: Place, classes: list[str], quarantined
             )
             + _advice(set(now) >= set(classes))
         )
-    added, changed, gone, first, _ = _count(source, path, quarantined)
+    added, changed, gone, first, _ = count_changes(source, path, quarantined)
     if added or changed:
         raise ImagesChanged(
             f"{root}: changed since it was indexed ({added} added, {changed} with another size"
@@ -149,7 +136,7 @@ def _normal(names: list[str]) -> set[str]:
     return {unicodedata.normalize("NFC", name) for name in names}
 
 
-def _count(
+def count_changes(
     source: Source, path: Place, quarantined: Set[str]
 ) -> tuple[int, int, int, str, list[tuple[Entry, Entry]]]:
     """Count the images added, resized and gone, and name the first that was added or resized.
@@ -159,7 +146,7 @@ def _count(
     """
     added = changed = gone = 0
     first, doubtful = "", []
-    for old, new in _compare(source, path, quarantined):
+    for old, new in compare(source, path, quarantined):
         if new is None:
             gone += 1
         elif old is not None and old.path in quarantined:
@@ -180,7 +167,7 @@ def quarantined_in(out: Place) -> Set[str]:
     return paths
 
 
-def _compare(
+def compare(
     source: Source, path: Place, doubtful: Set[str] = frozenset()
 ) -> Iterator[tuple[Entry | None, Entry | None]]:
     """Yield the images of a folder that differ from the index: as indexed, and as they are now.
@@ -203,121 +190,3 @@ def _sorted(path: Place) -> Iterator[Entry]:
         starts = (0, *found.origin.runs)
         runs = [found.entries(*ends) for ends in zip(starts, (*starts[1:], None), strict=True)]
         yield from heapq.merge(*runs, key=lambda entry: entry.path)
-
-
-def extend(source: Source, out: Place, found: Manifest, workers: int) -> Manifest:
-    """Add the images that came since a cache was indexed; `encode_shards` makes their tokens.
-
-    Quarantined images that now have another size or hash, because somebody repaired them, are
-    indexed again in their place, and their shards are removed. If the index holds hashes,
-    `workers` threads read the images.
-
-    Returns:
-        The manifest that holds from now on; `found` if nothing was added.
-
-    Raises:
-        ImagesChanged: images have changed, classes are gone, or the input cannot extend the cache.
-    """
-    while (extended := _extended(source, out, found, workers)) is None:
-        found = read_newer(out, found)
-    return extended
-
-
-def _extended(source: Source, out: Place, found: Manifest, workers: int) -> Manifest | None:
-    """Like `extend`; None if another process changed the cache while this one was reading it."""
-    path = out / INDEX
-    origin, now = index.read_origin(path), source.files()
-    _check_kind(source, origin, (origin.files or {}).items() <= (now or {}).items())
-    doubtful: list[tuple[Entry, Entry]] = []
-    if origin.files is None:
-        new, classes, doubtful = _new_pictures(source, out, found)
-    else:
-        new, classes = _new_files(source, origin), None
-    if origin.hashed:
-        new = None if new is None else hashed_entries(source, new, workers)
-        read = hashed_entries(source, (entry for _, entry in doubtful), workers)
-        doubtful = [(then, entry) for (then, _), entry in zip(doubtful, read, strict=True)]
-    mended = {entry.path: entry for then, entry in doubtful if _was_mended(then, entry)}
-    if new is None and not mended:
-        return found if _is_current(out, found) else None
-    runs = origin.runs if new is None else (*origin.runs, found.images)
-    later = replace(origin, files=now, runs=runs, chosen=source.chosen)
-    old = chain.from_iterable(rows.entries for rows in index.read_all(path))
-    places: list[int] = []
-    entries = chain(_replaced(old, mended, places), new or ())
-    written = index.write_index(out / NEXT_INDEX, entries, found.shard_size, later)
-    count, checksum, highest = written
-    if classes is not None:
-        check_classes(source, classes)
-    else:
-        classes = source.classes(max(highest, len(found.classes) - 1))
-        if classes[: len(found.classes)] != found.classes:
-            raise ImagesChanged(
-                f"{source.root}: what was added changes the names or numbers of the classes; "
-                "cache into a new folder"
-            )
-    if not found.heif and index.holds_suffix(out / NEXT_INDEX, HEIF_SUFFIXES):
-        raise ImagesChanged(
-            f"{source.root}: .heic and .heif pictures cannot be added to a cache without any, "
-            "because its fingerprint lacks their decoder's version; cache into a new folder"
-        )
-    if not _is_current(out, found):
-        return None
-    (out / COMPLETE).remove()
-    # Before the manifest, because a process that sees the new manifest must not find these shards.
-    # If this is interrupted, `repair` still finds that their images can be read now.
-    for number in {place // found.shard_size for place in places}:
-        shard_path(out, number).remove()
-    Manifest(found.covers, found.shard_size, count, classes, checksum).write(out, NEXT_MANIFEST)
-    install(out)
-    return read_manifest(out)
-
-
-def _is_current(out: Place, found: Manifest) -> bool:
-    """Return whether a cache is still what it was when its manifest was read."""
-    there = is_index_of(found, out / INDEX)
-    return there and read_manifest(out) == found
-
-
-def _was_mended(then: Entry, now: Entry) -> bool:
-    # An image that cannot be read has no hash.
-    return now.size != then.size or now.sha256 not in (b"", then.sha256)
-
-
-def _replaced(old: Iterator[Entry], mended: dict[str, Entry], places: list[int]) -> Iterator[Entry]:
-    """Yield the entries with repaired ones replaced, and append their positions to `places`."""
-    for place, entry in enumerate(old):
-        if entry.path in mended:
-            places.append(place)
-            now = mended[entry.path]
-            entry = entry._replace(size=now.size, sha256=now.sha256)
-        yield entry
-
-
-def _new_pictures(
-    source: Source, out: Place, found: Manifest
-) -> tuple[Iterator[Entry] | None, list[str], list[tuple[Entry, Entry]]]:
-    """Return the new images, all classes, and quarantined images as they were and as they are."""
-    path = out / INDEX
-    added, changed, _, _, doubtful = _count(source, path, quarantined_in(out))
-    classes = source.classes(-1)
-    lost = sorted(set(found.classes) - set(classes))
-    if changed or lost:
-        raise ImagesChanged(
-            f"{source.root}: only new pictures can be added, but {changed} pictures have another "
-            f"size, and {len(lost)} classes are gone; restore them, or cache into a new folder"
-        )
-    classes = [*found.classes, *sorted(set(classes) - set(found.classes))]
-    if not added and classes == found.classes:
-        return None, classes, doubtful
-    numbers = {name: number for number, name in enumerate(classes)}
-    new = (new for old, new in _compare(source, path) if old is None)
-    labelled = (entry._replace(label=label_of(entry.path, numbers)) for entry in new)
-    return labelled, classes, doubtful
-
-
-def _new_files(source: Source, origin: index.Origin) -> Iterator[Entry] | None:
-    now = source.files()
-    _check_files(source, origin, {name: now[name] for name in origin.files if name in now})
-    names = sorted(set(now) - set(origin.files))
-    return replace(source, names=tuple(names)).entries() if names else None

@@ -89,7 +89,7 @@ def encode_shards(
     writing = writer.submit(int)
     writing.result()
     try:
-        with contextlib.closing(encoding), writer:
+        with contextlib.closing(parts), contextlib.closing(encoding), writer:
             for number, rows, encoded in encoding:
                 writing.result()
                 writing = writer.submit(_commit, job, number, rows, encoded)

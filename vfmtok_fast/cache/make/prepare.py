@@ -26,7 +26,7 @@ from ..sources import BadImage, Source
 from ..sources.base import LeftOutWarning
 from ..sources.folder import EXTENSIONS, check_utf8
 from ..store import Place, place
-from . import changes, parts
+from . import changes, extension, parts
 from .ahead import hashed_entries
 from .install import install, is_index_of, read_newer
 from .job import Job
@@ -237,7 +237,7 @@ def _extend(
         except changes.ImagesChanged:
             _await(out, lambda: manifest.read_manifest(out) != found)
             found = manifest.read_manifest(out)
-    return changes.extend(source, out, found, workers)
+    return extension.extend(source, out, found, workers)
 
 
 def _await(out: Place, done: Callable[[], bool]) -> None:
