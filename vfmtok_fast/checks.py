@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .ops.checks import check_range, check_tensor, readable
+from .ops.checks import check_range, check_tensor, readable, unwrapped
 
 # Resampling may overshoot [-1, 1] a little, which is clamped. Larger values mean another scale:
 # ImageNet-normalised pixels reach 2.6, 8-bit values 255.
@@ -39,7 +39,7 @@ def watch_images(op: str, images: object, size: int, device: torch.device) -> Ca
     check_device(op, "images", images, device)
     if not readable(images):
         return lambda: None
-    edges = torch.stack(torch.aminmax(images.detach()))
+    edges = torch.stack(torch.aminmax(unwrapped(images).detach()))
     if not images.is_cuda:
         _check_edges(op, edges)
         return lambda: None

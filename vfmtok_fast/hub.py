@@ -9,6 +9,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -60,8 +61,14 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Every method that moves, converts or empties a module calls this.
+        with self._constants_kept():
+            return super()._apply(fn, recurse)
+
+    @contextmanager
+    def _constants_kept(self) -> Iterator[None]:
+        """Give constants that are moved, converted or emptied inside their values again."""
         before = {name: module._buffers[own] for name, module, own in _constants(self)}
-        super()._apply(fn, recurse)
+        yield
         for name, module, own in _constants(self):
             # A module may replace its own constants and add new ones.
             old, new = before.get(name), module._buffers[own]
@@ -73,7 +80,6 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
                 module._buffers[own] = _with_values(self, name, old).to(new.device)
             else:
                 new.copy_(self._in_full(name, _with_values(self, name, old), new))
-        return self
 
     def _in_full(self, name: str, old: Tensor, new: Tensor) -> Tensor:
         """A constant's values for ``new``: the earlier ones if half precision dropped digits."""
@@ -238,17 +244,25 @@ def _bring_constants(model: HubModel, keys: object) -> None:
     """After a state dict is loaded, give constants the device and dtype of the loaded weights."""
     if any(weight.is_meta for weight in model.parameters()):
         return  # More weights are still to be loaded.
-    first = next(model.parameters())
-    for name, module, own in _constants(model):
-        constant = _with_values(model, name, module._buffers[own])
-        weight = next(module.parameters(), None)
-        if weight is None or own in _exact(module) or not constant.is_floating_point():
-            # timm's rotary positions, in a module without weights, keep their dtype too.
-            module._buffers[own] = constant.to((first if weight is None else weight).device)
-        else:
+    with model._constants_kept():
+        for name, module, own in list(_constants(model)):
+            constant = _with_values(model, name, module._buffers[own])
+            weight = _nearest_weight(model, name)
             # With assign=True the weights may have come with another dtype.
-            values = model._in_full(name, constant, weight)
-            module._buffers[own] = values.to(weight.device, weight.dtype)
+            if next(module.parameters(), None) is None:
+                # timm's rotary positions: their module knows which of them a cast rounds.
+                module.to(weight.device, weight.dtype)
+            else:
+                dtype = weight.dtype if constant.is_floating_point() else constant.dtype
+                module._buffers[own] = constant.to(weight.device, dtype)
+
+
+def _nearest_weight(model: nn.Module, constant: str) -> Tensor:
+    """Return a weight of the smallest part that holds both the constant and a weight."""
+    path = constant.split(".")
+    parts = (model.get_submodule(".".join(path[:end])) for end in reversed(range(len(path))))
+    # Quantised weights have no dtype to cast to.
+    return next(w for part in parts for w in part.parameters() if w.is_floating_point())
 
 
 def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:

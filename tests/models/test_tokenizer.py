@@ -497,6 +497,7 @@ def test_export_with_any_number_of_images(tok: VFMTok, codes: torch.Tensor):
         torch.testing.assert_close(exported(given), Decoder(tok)(given), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_under_torch_compile(tok: VFMTok, codes: torch.Tensor):
     """torch.compile makes one graph without a break."""
     torch.compiler.reset()

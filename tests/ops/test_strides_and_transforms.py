@@ -143,7 +143,7 @@ def test_transforms_are_the_references(name: str):
 
 
 def test_gradients_of_each_image():
-    """Codes and classes are mapped too; they cannot be read to check their range."""
+    """Codes and classes are mapped too; their range is checked all the same."""
     config = vf.GPTConfig(
         num_layers=1, num_heads=2, dim=16, vocab_size=32, block_size=4, num_classes=3
     )
@@ -161,6 +161,12 @@ def test_gradients_of_each_image():
         one = torch.func.grad(loss)(weights, codes[image], classes[image])
         for name, gradient in found.items():
             torch.testing.assert_close(gradient[image], one[name], rtol=1e-4, atol=1e-6)
+    for wrong in (
+        lambda: torch.func.grad(loss)(weights, codes[0], classes[0] + 3),
+        lambda: torch.func.vmap(loss, (None, 0, 0))(weights, codes, classes + 1),
+    ):
+        with pytest.raises(ValueError, match=r"class_ids must be in \[0, 3\), got 3"):
+            wrong()
 
 
 def test_transforms_are_refused_where_a_fallback_is():

@@ -141,24 +141,28 @@ def check_position(
 def check_range(op: str, name: str, value: Tensor, low: int, high: int) -> None:
     """Require integers in [low, high); skipped where the values cannot be read.
 
-    That is the case while compiling, capturing a CUDA graph or under vmap; the caller then checks
-    beforehand.
+    That is the case while compiling or capturing a CUDA graph; the caller then checks beforehand.
     """
     if value.dtype not in INTEGER:
         raise TypeError(f"{op}: {name} must hold integers, got {value.dtype}")
     if not readable(value):
         return
     # torch cannot compare the wider unsigned types, such as the token cache's uint16.
-    smallest, largest = torch.stack(torch.aminmax(value.long())).tolist()
+    smallest, largest = torch.stack(torch.aminmax(unwrapped(value).long())).tolist()
     if smallest < low or largest >= high:
         wrong = smallest if smallest < low else largest
         raise ValueError(f"{op}: {name} must be in [{low}, {high}), got {wrong}")
 
 
 def readable(value: Tensor) -> bool:
-    """Whether values can be read now: not compiling, capturing a CUDA graph, or under vmap."""
+    """Whether values can be read now: not while compiling or capturing a CUDA graph."""
     if torch.compiler.is_compiling() or value.numel() == 0 or isinstance(value, FakeTensor):
         return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(value):
-        return False
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def unwrapped(value: Tensor) -> Tensor:
+    """Return the values beneath torch.func's wrappers, under vmap those of the whole batch."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value
