@@ -15,7 +15,7 @@ from tqdm import tqdm
 import vfmtok_fast
 from vfmtok_fast import cache
 from vfmtok_fast.cache.format import shards
-from vfmtok_fast.cache.make import parts, prepare, progress
+from vfmtok_fast.cache.make import build, parts, prepare, progress
 from vfmtok_fast.cache.make.progress import State, reporting
 from vfmtok_fast.cache.store import LocalPlace
 
@@ -116,7 +116,7 @@ def test_a_rank_waits_for_what_another_is_at_work_on(tree, out, tokenizer, monke
 
     monkeypatch.setattr(state, "wait_for", wait_for)
     summary = cache.build(tree, out, tokenizer, rank=1, world_size=2, **SMALL)
-    assert summary.encoded == 5 and sorted(waited[0]) == [0, 2, 4]
+    assert summary.encoded == 5 and sorted(waited[0]) == [0, 1, 2]
 
 
 def test_a_rank_alone_does_the_shards_of_the_others(tree, tmp_path, out, tokenizer, fake):
@@ -132,8 +132,20 @@ def test_a_rank_alone_does_the_shards_of_the_others(tree, tmp_path, out, tokeniz
         patch.setattr(prepare, "INDEX_PATIENCE", 0.3)
         patch.setattr(progress, "LEAST_PATIENCE", 0.1)
         summary = cache.build(tree, out, tokenizer, rank=1, world_size=3, **SMALL)
-    assert summary.encoded == 11 and written == [1, 4, 3, 2, 0, 5]
+    assert summary.encoded == 11 and written == [2, 3, 4, 1, 0, 5]
     assert cache.verify(out, tokenizer, tree).ok
+
+
+def test_a_rank_takes_neighbours_of_what_is_left(tree, out, tokenizer, monkeypatch):
+    """They lie together in the input: a row group of a Parquet file is not read from its start."""
+    cache.build(tree, out, tokenizer, shard_range=(1, 3), **SMALL)
+    made = []
+    monkeypatch.setattr(build, "encode_shards", lambda job, numbers, *_: made.extend(numbers))
+    monkeypatch.setattr(progress.State, "wait_for", lambda *_: made.append("the others"))
+    for rank in range(2):
+        with pytest.raises(ValueError, match="4 of 6 shards are missing"):
+            cache.build(tree, out, tokenizer, rank=rank, world_size=2, **SMALL)
+    assert made == [0, 3, "the others", 5, 4] + [4, 5, "the others", 0, 3]
 
 
 def test_shard_ranges_together_make_the_cache(tree, tmp_path, out, tokenizer, fake):

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from ...images import quiet_pillow
 from ..format.fingerprint import Tokenizer
 from ..store import Place
-from .job import Job, encode_shards, finish, pending
+from .job import Job, encode_shards, finish, finished, pending
 from .prepare import prepare
 from .progress import Progress, State, reporting
 from .spec import CacheSpec, check_count
@@ -101,8 +101,8 @@ def build(
         raise ValueError(f"cache: rank must be below world_size, got {rank} of {world_size}")
     with quiet_pillow(), exit_on_sigterm():
         job = prepare(images, out, tokenizer, CacheSpec.of(spec, settings), rank=rank)
-        shares = _shares(_numbers(job, shard_range), rank, world_size)
-        state = _encode(job, shares, max_bad, progress)
+        numbers = _numbers(job, shard_range)
+        state = _encode(job, numbers, rank, world_size, max_bad, progress)
         missing = len(pending(job)) if shard_range else 0
         bad = state.progress().bad if missing else finish(job)
     seconds = time.monotonic() - started
@@ -111,12 +111,13 @@ def build(
 
 
 def _encode(
-    job: Job, shares: tuple[Iterable[int], Iterable[int]], max_bad: int | None,
+    job: Job, numbers: range, rank: int, world_size: int, max_bad: int | None,
     progress: bool | Callable[[Progress], None],
 ) -> State:  # fmt: skip
     """Encode the missing shards of this process, then those that no other process has made."""
-    own, others = shares
     state = State(job, max_bad)
+    own = _share(state.unseen(numbers), rank, world_size)
+    others = sorted(set(numbers) - set(own), reverse=True)
     with reporting(progress, job.manifest.images, state.progress().done) as report:
 
         def advance(number: int, new: int, bad: int) -> None:
@@ -124,8 +125,10 @@ def _encode(
             report(state.progress())
 
         encode_shards(job, state.missing(own), advance, state.waits)
-        state.wait_for(others)
-        encode_shards(job, state.missing(others), advance, state.waits)
+        state.wait_for(state.unseen(others))
+        left = [number for number in others if finished(job, number) is None]
+        left = _turned(left, rank, world_size)
+        encode_shards(job, state.missing(left), advance, state.waits)
         state.refresh()
         report(state.progress())
     return state
@@ -144,16 +147,24 @@ def _numbers(job: Job, shard_range: tuple[int, int | None] | None) -> range:
     return every[first:end]
 
 
-def _shares(numbers: range, rank: int, world_size: int) -> tuple[range, list[int]]:
-    """Return a process's own shards, and the other shards in the order in which it would make them.
+def _share(numbers: list[int], rank: int, world_size: int) -> list[int]:
+    """Return the shards that a process makes first: neighbours, which lie together in the input.
 
-    The order starts from the end, because a process that is still running makes its own shards from
-    the start. It is rotated by rank, so that not all processes take the same shard.
+    If a row group of a Parquet file is larger than a shard, whoever makes the next shard reads on,
+    but whoever makes a later one reads the row group from its start.
     """
-    own = numbers[rank::world_size]
-    others = [number for number in reversed(numbers) if number not in own]
-    turn = rank * len(others) // world_size
-    return own, others[turn:] + others[:turn]
+    first, end = (len(numbers) * place // world_size for place in (rank, rank + 1))
+    return numbers[first:end]
+
+
+def _turned(numbers: list[int], rank: int, world_size: int) -> list[int]:
+    """Return what others have left, which is in descending order, as a process makes it.
+
+    From the end, because a process that is still running makes its own shards from the start; and
+    rotated by rank, so that not all processes take the same shard.
+    """
+    turn = rank * len(numbers) // world_size
+    return numbers[turn:] + numbers[:turn]
 
 
 @contextmanager

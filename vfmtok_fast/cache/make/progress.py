@@ -70,6 +70,10 @@ class State:
                 yield number
                 self.refresh()
 
+    def unseen(self, numbers: Iterable[int]) -> list[int]:
+        """Return those of some shards that were missing at the last look."""
+        return [number for number in numbers if number not in self._seen]
+
     def wait_for(self, numbers: Iterable[int]) -> None:
         """Wait for shards that other processes may be making; give up if they are too slow."""
         shards_here = self.encoded / self.job.manifest.shard_size
