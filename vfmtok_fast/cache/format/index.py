@@ -72,7 +72,7 @@ def write_index(
                 columns = dict(zip(Entry._fields, zip(*chunk, strict=True), strict=True))
                 columns["index"] = range(count, count + len(chunk))
                 rows = [list(columns[name]) for name in schema.names]
-                writer.write_table(pa.table(rows, schema=schema))
+                writer.write_table(pa.table(rows, schema=schema), row_group_size=shard_size)
                 _digest(digest, chunk, schema)
                 count += len(chunk)
                 highest = max(highest, *columns["label"])

@@ -134,6 +134,8 @@ def opened(path: Any, data: bytes | None = None) -> Iterator[tuple[Header, Tenso
         yield Header(**json.loads(file.meta[META_KEY])), file
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: this shard is missing") from error
+    except (KeyError, TypeError, ValueError, IsADirectoryError) as error:
+        raise ValueError(f"{path}: damaged or not a shard ({one_line(error)})") from error
     # An error of the store or the disk says nothing about the shard, which must not be made again
     # for it.
     except StoreError:
@@ -143,8 +145,6 @@ def opened(path: Any, data: bytes | None = None) -> Iterator[tuple[Header, Tenso
             f"{path}: cannot be read ({error.strerror or one_line(error)}); mend its permissions "
             "or disk, or remove it if it is lost"
         ) from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: damaged or not a shard ({one_line(error)})") from error
 
 
 def read_header(path: Place) -> Header:
