@@ -300,6 +300,8 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
     def _pictures(self, codes: Tensor) -> Tensor:
         regions = self.token_decoder.regions(self.quantizer.lookup(codes.long()))
         maps = self.token_decoder.pixel_map(regions)
+        if torch.compiler.is_exporting():  # The number of pieces would fix the batch size.
+            return self.pixel_decoder(maps)
         # A few images at a time: their maps are large, and larger batches are no faster.
         pieces = maps.split(self.pixel_decoder.fitting(_PIECE_BYTES, maps.itemsize))
         return torch.cat([self.pixel_decoder(piece) for piece in pieces])
