@@ -118,8 +118,8 @@ def center_crop(image: Image.Image, size: int = 336) -> np.ndarray:
         uint8 array [size, size, 3]: row, column, (red, green, blue).
 
     Raises:
-        ValueError: the mode is not RGB, `size` is below 1, or the image is so elongated that the
-            resize would produce more than MAX_RESIZED_PIXELS pixels.
+        ValueError: the mode is not RGB, `size` is below 1, the image has no pixels, or it is so
+            elongated that the resize would produce more than MAX_RESIZED_PIXELS pixels.
 
     Source: the release's `center_crop_arr`, bit for bit: while the short side is at least twice
     ``size`` it is halved with BOX, then scaled to ``size`` with BICUBIC, and the centre is cropped.
