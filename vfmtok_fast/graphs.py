@@ -54,7 +54,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def state_of(model: nn.Module) -> tuple | None:
-    """Return the addresses and in-place version counters of a model's tensors.
+    """Return the classes of a model's modules, and its tensors' addresses and version counters.
 
     None if a module has a hook or a forward pass of its own, which a replay would not call.
     """
@@ -68,6 +68,7 @@ def state_of(model: nn.Module) -> tuple | None:
         # A forward pass put on the module itself may change without any weight changing.
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             return None
+        state.append(type(module))  # An activation that was replaced has no tensors.
         left += module._modules.values()
         for kind in (module._parameters, module._buffers):
             for tensor in kind.values():
@@ -96,8 +97,9 @@ class Replayed:
 
     The first call with a shape runs normally, the second is captured, and all later ones are
     replayed, on the stream that was current at capture. Every call compares what a capture depends
-    on: shape, dtype, stream, `settings` and all weights. If any of these differs, the call runs
-    normally, once. A replay calls no op; `status` counts replays under ``name``.
+    on: shape, dtype, stream, `settings`, all weights and the layers' classes. If any of these
+    differs, the call runs normally, once. A replay calls no op; `status` counts replays under
+    ``name``.
     """
 
     # The most captured graphs, each with its own buffers, and the most remembered calls, which are

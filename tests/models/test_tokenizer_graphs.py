@@ -147,7 +147,7 @@ def test_a_copy_has_recorded_nothing():
 
 
 def test_the_state_tells_every_change():
-    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.GELU())
     states = [state_of(model)]
     assert state_of(model) == states[0]
     with torch.no_grad():
@@ -158,6 +158,8 @@ def test_the_state_tells_every_change():
     model(torch.zeros(3, 2))  # changes the running statistics
     states.append(state_of(model))
     model.double()
+    states.append(state_of(model))
+    model[2] = nn.ReLU()
     states.append(state_of(model))
     assert len(set(states)) == len(states)
     hook = model[0].register_forward_pre_hook(lambda *_: None)
