@@ -17,6 +17,7 @@ from ..checks import check_codes, check_images, watch_images
 from ..configs import config_from_mapping
 from ..graphs import Replayed
 from ..hub import HubModel, unfilled
+from ..ops.checks import unwrapped
 from ..tf32 import computing
 from .backbone import Backbone
 from .config import VFMTokConfig
@@ -291,6 +292,7 @@ class VFMTok(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
             or self.training
             or torch.is_autocast_enabled("cuda")
             or torch.compiler.is_compiling()
+            or unwrapped(given) is not given  # vmap has no rule for a replay.
             or torch.cuda.is_current_stream_capturing()
             or (what == "encode" and not self.backbone.is_plain)  # Last: the slowest check.
         ):
