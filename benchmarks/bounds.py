@@ -23,8 +23,10 @@ def bound(percent_of_copy: float | None, percent_of_matmul: float | None) -> str
         issues instructions that are not floating-point operations. "" if that cannot be told.
     """
     counted = [share for share in (percent_of_copy, percent_of_matmul) if share is not None]
-    if max(counted, default=0) < BUSY:
-        return "latency" if len(counted) == 2 else ""
+    if len(counted) < 2 and max(counted, default=0) < 50:
+        return ""  # The one that was not counted may take longer.
+    if max(counted) < BUSY:
+        return "latency"
     percent_of_copy, percent_of_matmul = percent_of_copy or 0, percent_of_matmul or 0
     return "bytes" if percent_of_copy >= percent_of_matmul else "operations"
 

@@ -195,7 +195,15 @@ def bounds():
 
 @pytest.mark.parametrize(
     ("copy", "matmul", "bound"),
-    [(58.4, 0.3, "bytes"), (30.0, 80.0, "operations"), (0.5, 8.5, "latency"), (25, 25, "bytes")],
+    [
+        (58.4, 0.3, "bytes"),
+        (30.0, 80.0, "operations"),
+        (0.5, 8.5, "latency"),
+        (25, 25, "bytes"),
+        (57.0, None, "bytes"),
+        (30.0, None, ""),
+        (None, 1.0, ""),
+    ],
 )
 def test_a_record_says_what_bounds_it(copy, matmul, bound):
     assert bounds().bound(copy, matmul) == bound

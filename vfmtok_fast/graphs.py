@@ -54,7 +54,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def state_of(model: nn.Module) -> tuple | None:
-    """Return the classes of a model's modules, and its tensors' addresses and version counters.
+    """Return a model's modules and their classes, and its tensors' addresses and version counters.
+
+    What is set in place and is no tensor, such as a norm's eps, is not among them.
 
     None if a module has a hook or a forward pass of its own, which a replay would not call.
     """
@@ -68,7 +70,7 @@ def state_of(model: nn.Module) -> tuple | None:
         # A forward pass put on the module itself may change without any weight changing.
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             return None
-        state.append(type(module))  # An activation that was replaced has no tensors.
+        state.append((type(module), id(module)))  # A replaced activation has no tensors.
         left += module._modules.values()
         for kind in (module._parameters, module._buffers):
             for tensor in kind.values():

@@ -9,7 +9,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -189,7 +189,9 @@ def unfilled(make: Callable[..., Model], *args: object) -> Model:
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
-            with _Undrawn():
+            # On the meta device there would be nothing to fill.
+            meta = torch.get_default_device().type == "meta"
+            with torch.device("cpu") if meta else nullcontext(), _Undrawn():
                 return make(*args)
         finally:
             torch.set_default_dtype(before)
@@ -201,7 +203,11 @@ class _Undrawn(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__name__", None) in DRAWS:
             return args[0] if args else kwargs["tensor"]
-        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
+        if func is torch.randn:
+            return torch.empty(
+                *args, **{k: v for k, v in (kwargs or {}).items() if k != "generator"}
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def register_constant(module: nn.Module, name: str, value: Tensor, exact: bool = False) -> None:
@@ -249,6 +255,8 @@ def _bring_constants(model: HubModel, keys: object) -> None:
         for name, module, own in list(_constants(model)):
             constant = _with_values(model, name, module._buffers[own])
             weight = _nearest_weight(model, name)
+            if weight is None:  # All weights are quantised, to no dtype that constants could have.
+                continue
             # With assign=True the weights may have come with another dtype.
             if next(module.parameters(), None) is None:
                 # timm's rotary positions: their module knows which of them a cast rounds.
@@ -258,12 +266,12 @@ def _bring_constants(model: HubModel, keys: object) -> None:
                 module._buffers[own] = constant.to(weight.device, dtype)
 
 
-def _nearest_weight(model: nn.Module, constant: str) -> Tensor:
-    """Return a weight of the smallest part that holds both the constant and a weight."""
+def _nearest_weight(model: nn.Module, constant: str) -> Tensor | None:
+    """Return a floating-point weight of the smallest part that holds one and the constant."""
     path = constant.split(".")
     parts = (model.get_submodule(".".join(path[:end])) for end in reversed(range(len(path))))
-    # Quantised weights have no dtype to cast to.
-    return next(w for part in parts for w in part.parameters() if w.is_floating_point())
+    weights = (weight for part in parts for weight in part.parameters())
+    return next((weight for weight in weights if weight.is_floating_point()), None)
 
 
 def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:

@@ -72,6 +72,43 @@ def test_a_class_that_comes_while_images_are_listed(
     assert all(names[entry.label] == entry.path.partition("/")[0] for entry in entries)
 
 
+def test_a_class_that_comes_and_goes_while_images_are_listed(tree, out, tokenizer, monkeypatch):
+    """As an unpacker's scratch folder does: labels are numbered by the classes of the manifest."""
+    listing = FolderSource.entries
+
+    def entries(self, after=None):
+        (tree / "a").mkdir()
+        found = list(listing(self, after))
+        (tree / "a").rmdir()
+        return iter(found)
+
+    monkeypatch.setattr(FolderSource, "entries", entries)
+    cache.build(tree, out, tokenizer, **SMALL)
+    assert cache.read_tokens(out)[1].tolist() == [0] * 4 + [1] * 4 + [2] * 3
+
+
+@pytest.mark.parametrize("target", ["000.png/zzz", "z" * 300])
+def test_a_link_to_nowhere_stops_no_listing(tree, out, tokenizer, target):
+    (tree / "class0" / "notes.txt").symlink_to(target)
+    (tree / "class0" / "link.png").symlink_to(target)
+    assert cache.build(tree, out, tokenizer, **SMALL).bad == 1
+
+
+def test_an_index_that_cannot_be_read_for_a_moment_is_not_called_damaged(
+    tree, out, tokenizer, monkeypatch
+):
+    cache.build(tree, out, tokenizer, **SMALL)
+
+    def stale(path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(index, "_source", stale)
+    with pytest.raises(OSError, match=r"index.parquet: cannot be read \(Stale .*; run again"):
+        cache.build(tree, out, tokenizer, **SMALL)
+    monkeypatch.undo()
+    assert cache.build(tree, out, tokenizer, **SMALL).encoded == 0
+
+
 def test_a_class_that_came_before_interrupted_indexing_goes_on(
     tree, out, tokenizer, fake, monkeypatch, tmp_path
 ):

@@ -166,6 +166,8 @@ def test_torchs_default_device_may_have_no_values(tmp_path: Path):
     gpt.save_pretrained(tmp_path)
     with torch.device("meta"):
         loaded = GPT.from_pretrained(tmp_path)
+        official = GPT.from_official(official_gpt(gpt), GENERATOR)
+    assert not official.head.weight.is_meta
     assert all(torch.equal(value, loaded.state_dict()[k]) for k, value in gpt.state_dict().items())
     assert torch.equal(loaded.rotary, gpt.rotary)
 

@@ -54,6 +54,8 @@ def test_rates_of_the_discriminator(make, images: Tensor):
     half = [1e-5 + 3.9e-4 * (1 + math.cos(math.pi * n / 4)) / 2 for n in range(5)]
     assert rates[2:] == pytest.approx(half)
     assert TokenizerTraining(**cosine).discriminator_rate(3) == 1e-3
+    with pytest.raises(ValueError, match="discriminator_lr must be at least min_lr"):
+        TokenizerTraining(**cosine, discriminator_lr=1e-6)
 
 
 def test_a_step_moves_what_learns_and_nothing_else(make, images: Tensor):

@@ -156,7 +156,9 @@ def check_range(op: str, name: str, value: Tensor, low: int, high: int) -> None:
 
 def readable(value: Tensor) -> bool:
     """Whether values can be read now: not while compiling or capturing a CUDA graph."""
-    if torch.compiler.is_compiling() or value.numel() == 0 or isinstance(value, FakeTensor):
+    if torch.compiler.is_compiling() or value.numel() == 0:
+        return False
+    if isinstance(unwrapped(value), FakeTensor):
         return False
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
 

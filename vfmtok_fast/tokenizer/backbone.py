@@ -68,7 +68,10 @@ class Backbone(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether `vit.read` computes what the ViT does; its layers may have been replaced."""
+        """Whether `vit.read` computes what the ViT does; its layers may have been replaced.
+
+        Under torch.compile the answer is that of the moment of compiling.
+        """
         return plain.is_plain(self.vit)
 
     @torch.no_grad()

@@ -163,6 +163,11 @@ class TokenizerTraining(Training):
         super().__post_init__()
         if self.discriminator_lr is not None:
             check_numbers(self, {"discriminator_lr": (0, math.inf)})
+            if self.schedule == "cosine" and self.discriminator_lr < self.min_lr:
+                raise ValueError(
+                    "TokenizerTraining: discriminator_lr must be at least min_lr, where its cosine "
+                    f"ends too, got {self.discriminator_lr} and {self.min_lr}"
+                )
         if self.update_start > self.discriminator_start:
             raise ValueError(
                 "TokenizerTraining: discriminator_update_start must not be after "

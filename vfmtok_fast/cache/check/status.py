@@ -51,6 +51,7 @@ def status(out: str | os.PathLike) -> Status:
     Raises:
         FileNotFoundError: there is no cache.
         ValueError: the manifest is damaged or not ours.
+        OSError: the disk or the store does not give a shard.
     """
     out = place(out)
     writing = sum(

@@ -12,8 +12,10 @@ memory.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from itertools import islice
@@ -236,6 +238,10 @@ def _readable(path: Place) -> Iterator[None]:
     except StoreError:
         raise  # No answer says nothing about the index.
     except (OSError, pa.ArrowInvalid) as error:
+        # Arrow's own errors have no number. One of the disk says nothing about the index either.
+        number = getattr(error, "errno", None)
+        if number not in (None, errno.ENOENT, errno.EISDIR):
+            raise OSError(f"{path}: cannot be read ({os.strerror(number)}); run again") from error
         raise ValueError(
             f"{path}: cannot read the index: {one_line(error)}; restore it, or make a new cache"
         ) from error

@@ -12,6 +12,7 @@ a single key that holds sorted JSON.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import re
@@ -141,10 +142,13 @@ def opened(path: Any, data: bytes | None = None) -> Iterator[tuple[Header, Tenso
     except StoreError:
         raise
     except OSError as error:
-        raise OSError(
-            f"{path}: cannot be read ({error.strerror or one_line(error)}); mend its permissions "
-            "or disk, or remove it if it is lost"
-        ) from error
+        lasting = error.errno in (errno.EACCES, errno.EPERM, errno.EIO)
+        advice = (
+            "mend its permissions or disk, or remove it if it is lost" if lasting else "run again"
+        )
+        failed = OSError(f"{path}: cannot be read ({error.strerror or one_line(error)}); {advice}")
+        failed.errno = error.errno
+        raise failed from error
 
 
 def read_header(path: Place) -> Header:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import unicodedata
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from itertools import groupby
 from operator import itemgetter
 
@@ -13,6 +13,7 @@ from ..format import index
 from ..format.differences import differences
 from ..format.shards import read_quarantine
 from ..sources import Entry, Source
+from ..sources.folder import label_of
 from ..store import Place
 
 # Inputs made of several archive files, each of which is taken or left out as a whole.
@@ -53,6 +54,12 @@ def check_unchanged(
 def folder_classes(source: Source) -> list[str]:
     """Return the classes that the labels of a folder number; an archive's cannot change."""
     return source.classes(-1) if source.files() is None else []
+
+
+def labelled(entries: Iterable[Entry], classes: list[str]) -> Iterator[Entry]:
+    """Yield a folder's entries with the numbers that these classes have, whatever comes or goes."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    return (entry._replace(label=label_of(entry.path, numbers)) for entry in entries)
 
 
 def check_classes(source: Source, begun: list[str]) -> None:

@@ -18,7 +18,6 @@ from ..format.index import INDEX
 from ..format.manifest import Manifest, read_manifest
 from ..format.shards import COMPLETE, shard_path
 from ..sources import Entry, Source
-from ..sources.folder import label_of
 from ..store import Place
 from . import changes
 from .ahead import hashed_entries
@@ -132,10 +131,8 @@ def _new_pictures(
     classes = [*found.classes, *sorted(set(classes) - set(found.classes))]
     if not added and classes == found.classes:
         return None, classes, doubtful
-    numbers = {name: number for number, name in enumerate(classes)}
     new = (new for old, new in changes.compare(source, path) if old is None)
-    labelled = (entry._replace(label=label_of(entry.path, numbers)) for entry in new)
-    return labelled, classes, doubtful
+    return changes.labelled(new, classes), classes, doubtful
 
 
 def _new_files(source: Source, origin: index.Origin) -> Iterator[Entry] | None:

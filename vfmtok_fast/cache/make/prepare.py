@@ -155,11 +155,14 @@ def _index(
     """List the images, and write the manifest, which makes the folder a cache."""
     origin = index.Origin(source.kind, source.files(), chosen=source.chosen, hashed=spec.hashed)
 
+    begun = changes.folder_classes(source)
+
     def entries(after: Entry | None) -> Iterable[Entry]:
         found = source.entries(after)
+        if source.files() is None:
+            found = changes.labelled(found, begun)
         return hashed_entries(source, found, workers) if spec.hashed else found
 
-    begun = changes.folder_classes(source)
     count, checksum, highest = parts.write_in_parts(
         out / INDEX, entries, spec.shard_size, origin, source.root, begun
     )

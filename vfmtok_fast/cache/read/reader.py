@@ -52,6 +52,7 @@ class TokenCache:
     Raises:
         FileNotFoundError: there is no cache.
         ValueError: the cache is damaged, incomplete (without `partial`), or has no such view.
+        OSError: the disk or the store does not give a shard.
     """
 
     def __init__(

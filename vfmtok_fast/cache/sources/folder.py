@@ -204,7 +204,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
     except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EACCES):  # a link to itself, or out of reach
+        if error.errno not in _ERRORS_OF_A_FILE | _NOT_THERE:  # such as a link to itself
             raise
         return False
 
