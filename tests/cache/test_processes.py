@@ -185,14 +185,19 @@ def test_other_ranks_leave_the_index_to_the_first(tree, out, tokenizer, monkeypa
 
     monkeypatch.setattr("vfmtok_fast.cache.make.parts.write_in_parts", counted)
     # Nor do they list the images to compare them with what rank 0 has just listed.
-    monkeypatch.setattr("vfmtok_fast.cache.make.changes.check_unchanged", None)
+    compared, made = [], []
+    monkeypatch.setattr(
+        "vfmtok_fast.cache.make.changes.check_unchanged", lambda *given: compared.append(given)
+    )
     late = threading.Thread(
-        target=lambda: cache.prepare(tree, out, tokenizer, rank=1, **SMALL), name="late"
+        target=lambda: made.append(cache.prepare(tree, out, tokenizer, rank=1, **SMALL)),
+        name="late",
     )
     late.start()
     cache.prepare(tree, out, fake.FakeTokenizer(), **SMALL)
     late.join()
     assert len(indexed) == 1 and indexed[0] != "late"
+    assert len(made) == 1 and not compared
 
 
 @pytest.mark.parametrize("view", ["center", "center-flip"])
