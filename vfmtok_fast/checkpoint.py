@@ -115,15 +115,35 @@ GPT_NAMES = (
     (r"\.ffn\.down\.", ".feed_forward.w2."),
     (r"^head\.", "output."),
 )
+RAR_NAMES = (
+    (r"^embedding\.", "embeddings."),
+    (r"^start$", "cls_token"),
+    (r"^position$", "pos_embed"),
+    (r"^target_position$", "target_aware_pos_embed"),
+    (r"^time$", "timesteps_embeddings"),
+    (r"^head_condition\.", "adaln_before_head.adaLN_modulation.1."),
+    (r"^head\.", "lm_head."),
+    (r"\.condition\.", ".adaLN_modulation.1."),
+    (r"\.attention_norm\.", ".norm1."),
+    (r"\.qkv\.", ".attn.qkv."),
+    (r"\.query_norm\.", ".attn.q_norm."),
+    (r"\.key_norm\.", ".attn.k_norm."),
+    (r"\.out\.", ".attn.proj."),
+    (r"\.ffn_norm\.", ".norm2."),
+    (r"\.up\.", ".mlp.fc1."),
+    (r"\.down\.", ".mlp.fc2."),
+)
 # Entries of the authors' files that the models do not use.
 TOKENIZER_UNUSED = ("slot_quantize.codebook_used",)
 DINOV2_UNUSED = ("mask_token",)
+# Keys that may hold the weights in a RAR file; the released ones hold them plainly.
+RAR_WRAPPERS = ("ema", "model", "state_dict", "module")
 # How many codes ``codebook_used`` records.
 CODES_RECORDED = 65_536
 
 
 def official_name(ours: str, names: tuple[tuple[str, str], ...]) -> str:
-    """Translate one of our state-dict keys by `TOKENIZER_NAMES` or `GPT_NAMES`."""
+    """Translate one of our state-dict keys by `TOKENIZER_NAMES`, `GPT_NAMES` or `RAR_NAMES`."""
     for pattern, replacement in names:
         ours = re.sub(pattern, replacement, ours)
     return ours
@@ -235,6 +255,39 @@ def official_gpt(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights of a `GPT` under the authors' names; save like `official_tokenizer`'s."""
     weights = _split(model.state_dict())
     return {official_name(key, GPT_NAMES): value for key, value in weights.items()}
+
+
+def rar_fields(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the fields of `RARConfig` that a RAR checkpoint's shapes tell; missing ones are 1."""
+
+    def size(name: str, dim: int) -> int:
+        return tensors[name].shape[dim] if name in tensors and tensors[name].ndim > dim else 1
+
+    layers = {key.split(".")[1] for key in tensors if re.match(r"blocks\.\d+\.", key)}
+    dim, codes = size("embeddings.weight", 1), size("lm_head.weight", 0)
+    return {
+        "num_layers": max(1, len(layers)),
+        "num_heads": max(1, dim // size("blocks.0.attn.q_norm.weight", 0)),
+        "dim": dim,
+        "mlp_dim": size("blocks.0.mlp.fc1.weight", 0),
+        "vocab_size": codes,
+        "block_size": max(1, size("pos_embed", 1) - 1024),
+        "num_classes": max(1, size("embeddings.weight", 0) - codes - 2),
+    }
+
+
+def load_rar(model: Model, checkpoint: str | Path | Mapping) -> Model:
+    """Fill a `RAR` from one of the authors' RAR files. Raises the same errors as `load_tokenizer`.
+
+    Args:
+        model: as built from the config; returned in eval mode.
+        checkpoint: a ``.safetensors`` or ``.pt`` file, or the mapping in it.
+    """
+    tensors = read_tensors(checkpoint, RAR_WRAPPERS, "RAR checkpoint")
+    own = model.state_dict()
+    keys = {official_name(key, RAR_NAMES): key for key in own}
+    model.load_state_dict(_translate(tensors, own, keys, (), "RAR checkpoint"))
+    return model.eval()
 
 
 def read_tensors(

@@ -33,29 +33,69 @@ def row_of(table: Tensor, position: int | Tensor) -> Tensor:
     return table.index_select(0, position.reshape(1).long())
 
 
-class BlockWeights(NamedTuple):
-    """One transformer block: x += attention(norm(x)); x += SwiGLU(norm(x)).
+class Biases(NamedTuple):
+    """Biases of a block's linear layers."""
 
-    ``qkv`` holds the rows of all heads' queries, then keys, then values. ``gate_up`` holds the rows
-    of the gate, which goes through silu, then those of its factor.
+    qkv: Tensor | None = None  # [3 H D]
+    out: Tensor | None = None  # [C]
+    up: Tensor | None = None  # [F]
+    down: Tensor | None = None  # [C]
+
+
+class HeadNorms(NamedTuple):
+    """LayerNorms of each head's query and key, all [D]."""
+
+    query_weight: Tensor
+    query_bias: Tensor
+    key_weight: Tensor
+    key_bias: Tensor
+
+
+class BlockWeights(NamedTuple):
+    """One transformer block: x += attention(norm(x)); x += feed_forward(norm(x)).
+
+    ``qkv`` holds the rows of all heads' queries, then keys, then values. ``up`` with 2 F rows is a
+    SwiGLU's: the rows of the gate, which goes through silu, then those of its factor; with F rows
+    it is followed by an exact GELU.
+
+    The defaults are those of a LlamaGen block. A block with a ``condition`` has no norm weights:
+    its norms are LayerNorms, each with a shift and a gain for every row, and each branch is
+    multiplied by a gate before it is added to x.
     """
 
-    attention_norm: Tensor  # [C], weight of an RMSNorm, like ffn_norm
+    attention_norm: Tensor | None  # [C], weight of an RMSNorm, like ffn_norm
     qkv: Tensor  # [3 H D, C]
     out: Tensor  # [C, H D]
-    ffn_norm: Tensor  # [C]
-    gate_up: Tensor  # [2 F, C]
+    ffn_norm: Tensor | None  # [C]
+    up: Tensor  # [2 F, C] or [F, C]
     down: Tensor  # [C, F]
+    biases: Biases = Biases()  # with a GELU only
+    head_norms: HeadNorms | None = None
+    # [R, 6, C]: shift, gain and gate of attention, then of the feed-forward layer.
+    condition: Tensor | None = None
 
 
 class StepWeights(NamedTuple):
     """All weights that a step reads, except the embedding."""
 
     blocks: tuple[BlockWeights, ...]
-    norm: Tensor  # [C], before the head
+    norm: Tensor | None  # [C], of the RMSNorm before the head
     head: Tensor  # [V, C]
-    rotary: Tensor  # [T, D / 2, 2] float32, cosine and sine of every position
+    rotary: Tensor | None  # [T, D / 2, 2] float32, cosine and sine of every position
     eps: float = 1e-5  # epsilon of all norms
+    head_bias: Tensor | None = None  # [V]
+    # [R, 3, C]: what is added to the embedding; shift and gain of a LayerNorm before the head. All
+    # blocks have a condition, or none has.
+    condition: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All of them in one list."""
+        found = [self.norm, self.head, self.rotary, self.head_bias, self.condition]
+        for block in self.blocks:
+            for part in block:
+                # Not +=, which torch 2.11 cannot compile for a list and a named tuple.
+                found.extend(part if isinstance(part, tuple) else (part,))
+        return [part for part in found if part is not None]
 
 
 class LayerCache(NamedTuple):

@@ -55,6 +55,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
     return normed.to(dtype)
 
 
+def modulated(x: Tensor, shift: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """LayerNorm without weights times ``gain`` plus ``shift``: at least float32, rounded once."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (F.layer_norm(x.to(wide), x.shape[-1:], eps=eps) * gain + shift).to(x.dtype)
+
+
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Apply rotary position embedding to interleaved pairs of x [..., D].
 
@@ -67,7 +73,9 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return rotated.flatten(-2).to(x.dtype)
 
 
-def guided_logits(logits: Tensor, uncond_logits: Tensor | None, cfg_scale: float) -> Tensor:
+def guided_logits(
+    logits: Tensor, uncond_logits: Tensor | None, cfg_scale: float | Tensor
+) -> Tensor:
     """Apply classifier-free guidance in at least float32; none without ``uncond_logits``."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logits = logits.to(dtype)

@@ -15,7 +15,7 @@ the measurements, and what was tried.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,8 @@ from ..linear import linear
 from ..registered import registered
 from ..tuning import Space, dtype_name
 from . import matrix, vector
-from .epilogue import ADDED, GATED, LOGITS, QKV
-from .many import _append, _rms_norm
+from .epilogue import ADDED, GATED, GELU, PLAIN, QKV
+from .many import _append, _modulated, _rms_norm
 from .matrix import _matrix
 from .vector import _vector
 
@@ -84,12 +84,14 @@ def unsupported_reason(
     """Why this cannot take the call, or None."""
     if embedding.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes float32, float16 and bfloat16, not {embedding.dtype}"
-    if weights.rotary.dtype != torch.float32 or not weights.rotary.is_contiguous():
-        return f"it takes a contiguous float32 rotary table, not {weights.rotary.dtype}"
-    parts = [weights.norm, weights.head]
-    for block in weights.blocks:
-        # Not +=, which torch 2.11 cannot compile for a list and a named tuple.
-        parts.extend(block)
+    if weights.rotary is not None and weights.rotary.dtype != torch.float32:
+        return f"it takes a float32 rotary table, not {weights.rotary.dtype}"
+    conditions = [weights.condition, *(block.condition for block in weights.blocks)]
+    conditions = [part for part in conditions if part is not None]
+    # They are slices of one table.
+    if any(part.stride()[1:] != (part.shape[2], 1) for part in conditions):
+        return "it takes conditions whose rows are contiguous"
+    parts = [part for part in weights.tensors() if all(part is not one for one in conditions)]
     for layer in cache:
         parts.extend(layer)
     if not all(part is None or part.is_contiguous() for part in parts):
@@ -114,34 +116,48 @@ def decode_step(
     """See `vfmtok_fast.ops.decode_step`; takes calls that `unsupported_reason` accepts."""
     if not isinstance(position, Tensor):
         position = torch.full((1,), position, dtype=torch.int64, device=code.device)
-    x = embedding.index_select(0, code)
+    x, eps = embedding.index_select(0, code), weights.eps
+    if weights.condition is not None:
+        x += weights.condition[:, 0]
     for block, layer in zip(weights.blocks, cache, strict=True):
-        norm, eps = block.attention_norm, weights.eps
-        q = _queries(x, norm, block.qkv, weights.rotary, *layer, position, eps)
+        biases, condition = block.biases, block.condition
+        before, gate, after, ffn_gate = (None,) * 4
+        if condition is not None:
+            before, gate, after, ffn_gate = (
+                condition[:, 0:2], condition[:, 2], condition[:, 3:5], condition[:, 5]
+            )  # fmt: skip
+        q = _queries(
+            x, block.attention_norm, block.qkv, weights.rotary, *layer, position, eps,
+            biases.qkv, block.head_norms and list(block.head_norms), before,
+        )  # fmt: skip
         mixed = attend(q, layer.keys, layer.values, length, **layer.scales)
-        _add(x, mixed.flatten(1), block.out, True)
-        hidden = _hidden(x, block.ffn_norm, block.gate_up, eps)
-        _add(x, hidden, block.down, False)
-    return _logits(x, weights.norm, weights.head, weights.eps)
+        _add(x, mixed.flatten(1), block.out, True, biases.out, gate)
+        gelu = block.up.shape[0] == block.down.shape[1]
+        hidden = _hidden(x, block.ffn_norm, block.up, eps, gelu, biases.up, after)
+        _add(x, hidden, block.down, False, biases.down, ffn_gate)
+    condition = None if weights.condition is None else weights.condition[:, 1:]
+    return _logits(x, weights.norm, weights.head, eps, weights.head_bias, condition)
 
 
 def _product(
     epilogue: int, space: Space, x: Tensor, norm: Tensor | None, weight: Tensor, out: Tensor,
-    eps: float = 0.0, rotary: Tensor | None = None, position: Tensor | None = None,
-    keys: Tensor | None = None, values: Tensor | None = None,
+    eps: float = 0.0, bias: Tensor | None = None, gate: Tensor | None = None,
+    rotary: Tensor | None = None, position: Tensor | None = None, keys: Tensor | None = None,
+    values: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launch one product for up to 64 rows of x; only q, k and v need the last four arguments."""
     (rows, K), device, pairs = x.shape, x.device, epilogue < ADDED
     N = weight.shape[0] // 2 if pairs else weight.shape[0]
     H, T, D = (1, 2, 2) if keys is None else keys.shape[1:]
     what = {"EPILOGUE": epilogue, "H": H, "T": T, "D": D, **overlap(device)}
+    after = bias, gate, 0 if gate is None else gate.stride(0)
     with on(device):
         if rows <= vector.MAX_ROWS:
             tile, warps, chunk, early = space.at(device, dtype_name(x), K)
             chunk = min(chunk, vector.CHUNK, triton.next_power_of_2(K))
             tile, warps, chunk = _in_registers(tile, warps, chunk, K, pairs, x)
             _vector[(triton.cdiv(N, tile),)](
-                x, norm, weight, out, rotary, position, keys, values, rows, N, eps,
+                x, norm, weight, out, *after, rotary, position, keys, values, rows, N, eps,
                 K=K, P=triton.next_power_of_2(rows), TILE=tile, CHUNK=chunk,
                 EARLY=bool(early), **what, num_warps=warps,
             )  # fmt: skip
@@ -153,7 +169,7 @@ def _product(
         # For the most rows of the class, because the depth decides which columns a slice adds up.
         depth = _depth(*setting, matrix.FEW_ROWS if few else matrix.MAX_ROWS, pairs, x)
         _matrix[(triton.cdiv(N, setting.tile),)](
-            x, weight, out, rotary, position, keys, values, rows, N, K=K, P=padded,
+            x, weight, out, *after, rotary, position, keys, values, rows, N, K=K, P=padded,
             TILE=setting.tile, DEPTH=depth, SLICES=setting.slices, STAGES=setting.stages, **what,
             num_warps=4,
         )  # fmt: skip
@@ -190,93 +206,127 @@ def _depth(
     return depth
 
 
-def _ready(x: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
-    """Up to 4 rows, x and its norm, which the product applies; above, normalised x and None."""
-    if x.shape[0] <= vector.MAX_ROWS:
+def _ready(
+    x: Tensor, norm: Tensor | None, eps: float, condition: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Up to 4 rows, x and its RMSNorm, which the product applies; else normalised x and None."""
+    if condition is None and x.shape[0] <= vector.MAX_ROWS:
         return x, norm
-    out = torch.empty_like(x)
+    out, (rows, K) = torch.empty_like(x), x.shape
+    what = {"K": K, "WIDTH": triton.next_power_of_2(K), **overlap(x.device), "num_warps": 4}
     with on(x.device):
-        _rms_norm[(x.shape[0],)](
-            x, norm, out, eps, K=x.shape[1], WIDTH=triton.next_power_of_2(x.shape[1]),
-            **overlap(x.device), num_warps=4,
-        )  # fmt: skip
+        if condition is None:
+            _rms_norm[(rows,)](x, norm, out, eps, **what)
+        else:
+            _modulated[(rows,)](x, condition, out, eps, condition.stride(0), **what)
     return out, None
 
 
 @registered(
-    "decode_step_queries(Tensor x, Tensor norm, Tensor weight, Tensor rotary, "
+    "decode_step_queries(Tensor x, Tensor? norm, Tensor weight, Tensor? rotary, "
     "Tensor(a!) keys, Tensor(b!) values, Tensor(c!)? key_scale, Tensor(d!)? value_scale, "
-    "Tensor position, float eps) -> Tensor",
+    "Tensor position, float eps, Tensor? bias=None, Tensor[]? head_norms=None, "
+    "Tensor? condition=None) -> Tensor",
     lambda x, norm, weight, rotary, keys, *rest: x.new_empty(
         x.shape[0], keys.shape[1], keys.shape[3]
     ),
 )
 def _queries(
-    x: Tensor, norm: Tensor, weight: Tensor, rotary: Tensor, keys: Tensor, values: Tensor,
-    key_scale: Tensor | None, value_scale: Tensor | None, position: Tensor, eps: float,
+    x: Tensor, norm: Tensor | None, weight: Tensor, rotary: Tensor | None, keys: Tensor,
+    values: Tensor, key_scale: Tensor | None, value_scale: Tensor | None, position: Tensor,
+    eps: float, bias: Tensor | None = None, head_norms: Sequence[Tensor] | None = None,
+    condition: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     (rows, _), (_, H, T, D) = x.shape, keys.shape
     out = torch.empty(rows, H, D, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    x, norm = _ready(x, norm, eps)
-    if rows <= matrix.MAX_ROWS and key_scale is None:
-        _product(QKV, QKV_ROWS, x, norm, weight, out, eps, rotary, position, keys, values)
+    x, norm = _ready(x, norm, eps, condition)
+    plain = bias is None and not head_norms and rotary is not None
+    if rows <= matrix.MAX_ROWS and key_scale is None and plain:
+        turned = rotary, position, keys, values
+        _product(QKV, QKV_ROWS, x, norm, weight, out, eps, None, None, *turned)
         return out
-    # A scale needs a whole head, which no program of the product holds.
+    # A scale or a norm needs a whole head, which no program of the product holds.
     if rows <= matrix.MAX_ROWS:
         qkv = torch.empty(rows, 3 * H * D, dtype=x.dtype, device=x.device)
-        _product(LOGITS, QKV_ROWS, x, norm, weight, qkv, eps)
+        _product(PLAIN, QKV_ROWS, x, norm, weight, qkv, eps, bias)
     else:
-        qkv = F.linear(x, weight)
+        qkv = F.linear(x, weight, bias)
     half = triton.next_power_of_2(D // 2)
     heads = max(1, min(triton.next_power_of_2(H), 256 // half))
     with on(x.device):
         _append[(rows, triton.cdiv(H, heads))](
-            qkv, rotary, position, out, keys, values, key_scale, value_scale, H=H, T=T, D=D,
-            HEADS=heads, HALF=half, **overlap(x.device), num_warps=2,
+            qkv, rotary, position, out, keys, values, key_scale, value_scale,
+            *(head_norms or (None,) * 4), eps, H=H, T=T, D=D, HEADS=heads, HALF=half,
+            **overlap(x.device), num_warps=2,
         )  # fmt: skip
     return out
 
 
-@registered("decode_step_add(Tensor(a!) x, Tensor y, Tensor weight, bool attention) -> ()")
-def _add(x: Tensor, y: Tensor, weight: Tensor, attention: bool) -> None:
-    """x += y @ weight.T, for attention or the feed-forward layer."""
+@registered(
+    "decode_step_add(Tensor(a!) x, Tensor y, Tensor weight, bool attention, Tensor? bias=None, "
+    "Tensor? gate=None) -> ()"
+)
+def _add(
+    x: Tensor, y: Tensor, weight: Tensor, attention: bool, bias: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> None:  # fmt: skip
+    """x += gate * (y @ weight.T + bias), for attention or the feed-forward layer."""
     if x.numel() == 0:
         return
-    if x.shape[0] > matrix.MAX_ROWS:
+    if x.shape[0] <= matrix.MAX_ROWS:
+        space = OUT_ROWS if attention else DOWN_ROWS
+        _product(ADDED, space, y, None, weight, x, bias=bias, gate=gate)
+    elif bias is None and gate is None:
         torch.addmm(x, y, weight.T, out=x)
-        return
-    _product(ADDED, OUT_ROWS if attention else DOWN_ROWS, y, None, weight, x)
+    else:
+        y = F.linear(y, weight, bias)
+        x += y if gate is None else y.mul_(gate)
 
 
 @registered(
-    "decode_step_hidden(Tensor x, Tensor norm, Tensor weight, float eps) -> Tensor",
-    lambda x, norm, weight, *rest: x.new_empty(x.shape[0], weight.shape[0] // 2),
+    "decode_step_hidden(Tensor x, Tensor? norm, Tensor weight, float eps, bool gelu=False, "
+    "Tensor? bias=None, Tensor? condition=None) -> Tensor",
+    lambda x, norm, weight, eps, gelu=False, *rest: x.new_empty(
+        x.shape[0], weight.shape[0] // (1 if gelu else 2)
+    ),
 )
-def _hidden(x: Tensor, norm: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """silu(gate) * up of RMSNorm(x)."""
+def _hidden(
+    x: Tensor, norm: Tensor | None, weight: Tensor, eps: float, gelu: bool = False,
+    bias: Tensor | None = None, condition: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """silu(gate) * up of the norm of x, or GELU."""
     if x.shape[0] > matrix.MAX_ROWS:
-        return linear(_ready(x, norm, eps)[0], weight, None, "swiglu")
-    out = torch.empty(x.shape[0], weight.shape[0] // 2, dtype=x.dtype, device=x.device)
+        x, _ = _ready(x, norm, eps, condition)
+        return linear(x, weight, bias, "gelu" if gelu else "swiglu")
+    width = weight.shape[0] // (1 if gelu else 2)
+    out = torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device)
     if out.numel() > 0:
-        _product(GATED, GATE_ROWS, *_ready(x, norm, eps), weight, out, eps)
+        x, norm = _ready(x, norm, eps, condition)
+        _product(GELU if gelu else GATED, GATE_ROWS, x, norm, weight, out, eps, bias)
     return out
 
 
 @registered(
-    "decode_step_logits(Tensor x, Tensor norm, Tensor weight, float eps) -> Tensor",
+    "decode_step_logits(Tensor x, Tensor? norm, Tensor weight, float eps, Tensor? bias=None, "
+    "Tensor? condition=None) -> Tensor",
     lambda x, norm, weight, *rest: x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32),
 )
-def _logits(x: Tensor, norm: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _logits(
+    x: Tensor, norm: Tensor | None, weight: Tensor, eps: float, bias: Tensor | None = None,
+    condition: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     rows = x.shape[0]
     out = torch.empty(rows, weight.shape[0], dtype=torch.float32, device=x.device)
     if out.numel() == 0:
         return out
-    x, norm = _ready(x, norm, eps)
+    x, norm = _ready(x, norm, eps, condition)
     if rows <= matrix.MAX_ROWS:
-        _product(LOGITS, HEAD_ROWS, x, norm, weight, out, eps)
+        _product(PLAIN, HEAD_ROWS, x, norm, weight, out, eps, bias)
         return out
     if x.is_cuda and x.dtype != torch.float32:
-        return torch.mm(x, weight.T, out_dtype=torch.float32)
-    return torch.mm(x, weight.T).float()
+        out = torch.mm(x, weight.T, out_dtype=torch.float32)
+    else:
+        out = torch.mm(x, weight.T).float()
+    return out if bias is None else out.add_(bias)

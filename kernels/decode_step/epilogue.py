@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# What is done with the sums. Each output of the first two comes from two rows of weights.
-QKV, GATED, ADDED, LOGITS = 0, 1, 2, 3
+# What is done with the sums. Each output of the first two comes from two rows of weights. PLAIN
+# stores them.
+QKV, GATED, ADDED, PLAIN, GELU = 0, 1, 2, 3, 4
 
 
 @triton.jit
@@ -24,13 +25,18 @@ def _rows_of(o_n, N, EPILOGUE: tl.constexpr):
 
 @triton.jit
 def _others(
-    o_n, m_n, o_r, rows, N, out, rotary, position,
+    o_n, m_n, o_r, rows, N, out, bias, gate, gate_stride, rotary, position,
     EPILOGUE: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Load what `_finish` needs besides the sums, before the sums are computed, to hide latency.
 
-    For q, k and v: the position, cosines and sines. For an addition: 0 and the old values, twice.
+    For q, k and v: the position, cosines and sines. For an addition: the biases, the old values and
+    the gates. Else: the biases. Zeros stand for what there is not.
     """
+    plus = 0.0
+    if bias is not None:
+        tl.static_assert(EPILOGUE >= 2, "outputs of two rows have no bias")
+        plus = tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
     if EPILOGUE == 0:
         at = tl.load(position).to(tl.int64)
         half: tl.constexpr = D // 2
@@ -42,20 +48,25 @@ def _others(
     elif EPILOGUE == 2:
         # In place: no other program has these elements.
         p_out = out + o_r.to(tl.int64)[None, :] * N + o_n[:, None]
-        old = tl.load(p_out, mask=m_n[:, None] & (o_r < rows)[None, :], other=0.0).to(tl.float32)
-        return 0, old, old
+        mask = m_n[:, None] & (o_r < rows)[None, :]
+        old = tl.load(p_out, mask=mask, other=0.0).to(tl.float32)
+        if gate is not None:
+            p_gate = gate + o_r.to(tl.int64)[None, :] * gate_stride + o_n[:, None]
+            return plus, old, tl.load(p_gate, mask=mask, other=0.0).to(tl.float32)
+        else:
+            return plus, old, old
     else:
-        return 0, 0.0, 0.0
+        return plus, 0.0, 0.0
 
 
 @triton.jit
 def _finish(
-    a, b, at, one, two, o_n, m_n, o_r, rows, N, out, k_cache, v_cache,
+    a, b, at, one, two, o_n, m_n, o_r, rows, N, out, bias, gate, k_cache, v_cache,
     EPILOGUE: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Apply the epilogue to the sums ``a`` and ``b`` [outputs, rows] of ``o_n`` and ``o_r``; store.
 
-    ``at``, ``one`` and ``two`` are the results of `_others`.
+    ``at``, the position or the biases, ``one`` and ``two`` are the results of `_others`.
     """
     dtype = out.dtype.element_ty
     row = o_r.to(tl.int64)[None, :]
@@ -80,8 +91,14 @@ def _finish(
         tl.store(v_cache + place, a.to(dtype), mask=m_v)
         tl.store(v_cache + place + 1, b.to(dtype), mask=m_v)
     else:
+        if bias is not None:
+            a += at
         if EPILOGUE == 1:
             a = a / (1.0 + tl.exp(-a)) * b
         elif EPILOGUE == 2:
+            if gate is not None:
+                a *= two
             a += one
+        elif EPILOGUE == 4:
+            a = 0.5 * a * (1.0 + tl.erf(a * 0.7071067811865476))
         tl.store(out + row * N + o_n[:, None], a.to(dtype), mask=mask)

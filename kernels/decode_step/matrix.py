@@ -48,7 +48,7 @@ def _fetch_rows(w, row, m_n, K: tl.constexpr, TILE: tl.constexpr, BYTES: tl.cons
 
 @triton.jit(do_not_specialize=["rows"])
 def _matrix(
-    x, w, out, rotary, position, k_cache, v_cache, rows, N,
+    x, w, out, bias, gate, gate_stride, rotary, position, k_cache, v_cache, rows, N,
     EPILOGUE: tl.constexpr, K: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
     DEPTH: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr, H: tl.constexpr,
     T: tl.constexpr, D: tl.constexpr, OVERLAP: tl.constexpr,
@@ -82,7 +82,9 @@ def _matrix(
             _fetch_rows(w, second, m_n, K, TILE, each)
         _wait_for_last()
         _let_next_begin()
-    at, one, two = _others(o_n, m_n, o_r, rows, N, out, rotary, position, EPILOGUE, H, T, D)
+    at, one, two = _others(
+        o_n, m_n, o_r, rows, N, out, bias, gate, gate_stride, rotary, position, EPILOGUE, H, T, D
+    )
     for k in tl.range(0, K, SLICES * DEPTH, num_stages=STAGES):
         m_k = k + o_k < K
         value = tl.load(p_x + k, mask=m_x & m_k, other=0)
@@ -95,4 +97,7 @@ def _matrix(
     if SLICES > 1:
         a = tl.sum(a, axis=0)
         b = tl.sum(b, axis=0)
-    _finish(a, b, at, one, two, o_n, m_n, o_r, rows, N, out, k_cache, v_cache, EPILOGUE, H, T, D)
+    _finish(
+        a, b, at, one, two, o_n, m_n, o_r, rows, N, out, bias, gate, k_cache, v_cache,
+        EPILOGUE, H, T, D,
+    )  # fmt: skip

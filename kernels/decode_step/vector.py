@@ -56,7 +56,7 @@ def _sums(a, b, squares, PAIRS: tl.constexpr, SQUARES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def _vector(
-    x, norm, w, out, rotary, position, k_cache, v_cache, rows, N, eps,
+    x, norm, w, out, bias, gate, gate_stride, rotary, position, k_cache, v_cache, rows, N, eps,
     EPILOGUE: tl.constexpr, K: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
     CHUNK: tl.constexpr, EARLY: tl.constexpr, H: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -87,7 +87,9 @@ def _vector(
         _wait_for_last()
         if not EARLY:
             _let_next_begin()
-    at, one, two = _others(o_n, m_n, o_r, rows, N, out, rotary, position, EPILOGUE, H, T, D)
+    at, one, two = _others(
+        o_n, m_n, o_r, rows, N, out, bias, gate, gate_stride, rotary, position, EPILOGUE, H, T, D
+    )
     # For each row of x in turn: products with a, products with b, and squares.
     totals = ()
     for start in tl.static_range(0, K, CHUNK):
@@ -129,5 +131,6 @@ def _vector(
         sum_a = tl.where((o_r == r)[None, :], of_a[:, None], sum_a)
         sum_b = tl.where((o_r == r)[None, :], of_b[:, None], sum_b)
     _finish(
-        sum_a, sum_b, at, one, two, o_n, m_n, o_r, rows, N, out, k_cache, v_cache, EPILOGUE, H, T, D
-    )
+        sum_a, sum_b, at, one, two, o_n, m_n, o_r, rows, N, out, bias, gate, k_cache, v_cache,
+        EPILOGUE, H, T, D,
+    )  # fmt: skip

@@ -8,15 +8,27 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from vfmtok_fast.decoding import BlockWeights, KVCache, LayerCache, StepWeights, in_8_bits
+from vfmtok_fast.decoding import (
+    Biases,
+    BlockWeights,
+    HeadNorms,
+    KVCache,
+    LayerCache,
+    StepWeights,
+    in_8_bits,
+)
 
 EPS = 1e-5
 
 
 def make(
     rows=2, H=2, D=8, T=6, ffn=20, V=11, layers=2, dtype=torch.float32, int8_cache=False, seed=0,
+    rar=False,
 ) -> list:  # fmt: skip
-    """Return arguments for position 3; the caches hold NaN from there on."""
+    """Return arguments for position 3; the caches hold NaN from there on.
+
+    ``rar``: the weights are those of a RAR, else of a GPT.
+    """
     draw = torch.Generator().manual_seed(seed)
     C = H * D
 
@@ -26,15 +38,24 @@ def make(
     def weight(N: int, K: int) -> Tensor:
         return (normal(N, K) / max(K, 1) ** 0.5).to(dtype)
 
-    def norm() -> Tensor:
-        return (1 + 0.2 * normal(C)).to(dtype)
+    def norm(size: int = C) -> Tensor:
+        return (1 + 0.2 * normal(size)).to(dtype)
 
-    blocks = tuple(
-        BlockWeights(
-            norm(), weight(3 * C, C), weight(C, C), norm(), weight(2 * ffn, C), weight(C, ffn),
-        )
-        for _ in range(layers)
-    )  # fmt: skip
+    def bias(size: int) -> Tensor:
+        return (0.2 * normal(size)).to(dtype)
+
+    def block() -> BlockWeights:
+        if not rar:
+            return BlockWeights(
+                norm(), weight(3 * C, C), weight(C, C), norm(), weight(2 * ffn, C), weight(C, ffn),
+            )  # fmt: skip
+        return BlockWeights(
+            None, weight(3 * C, C), weight(C, C), None, weight(ffn, C), weight(C, ffn),
+            Biases(bias(3 * C), bias(C), bias(ffn), bias(C)),
+            HeadNorms(norm(D), bias(D), norm(D), bias(D)),
+        )  # fmt: skip
+
+    blocks = tuple(block() for _ in range(layers))
     cached = []
     for _ in range(layers):
         parts = [normal(rows, H, T, D) for _ in range(2)]
@@ -49,6 +70,14 @@ def make(
     angle = normal(T, D // 2)
     rotary = torch.stack([angle.cos(), angle.sin()], dim=-1).float()
     weights = StepWeights(blocks, norm(), weight(V, C), rotary, EPS)
+    if rar:
+        # As a decoder keeps them: slices of one table, in which every gain and gate is around 1.
+        table = (0.5 + 0.2 * normal(rows, 3 + 6 * layers, C)).to(dtype)
+        parts = table[:, 3:].split(6, dim=1)
+        blocks = tuple(b._replace(condition=p) for b, p in zip(blocks, parts, strict=True))
+        weights = StepWeights(
+            blocks, None, weight(V, C), None, EPS, head_bias=bias(V), condition=table[:, :3]
+        )
     code = torch.randint(0, 7, (rows,), generator=draw)
     return [code, normal(7, C).to(dtype), weights, KVCache(tuple(cached)), 3]
 

@@ -35,14 +35,14 @@ def guided_logits() -> Callable[..., Tensor]:
 def _uncached(model: GPT, classes: Tensor, image_ids: Tensor | None = None, **settings) -> Tensor:
     sampling, B = Sampling(**settings), len(classes)
     ids = torch.arange(B) if image_ids is None else image_ids
-    codes = torch.empty(B, 0, dtype=torch.int64)
+    codes, scales = torch.empty(B, 0, dtype=torch.int64), sampling.scales(model.config.block_size)
     for step in range(model.config.block_size):
         rows, before = classes, codes
         if sampling.guided(step):
             rows = torch.cat([classes, torch.full_like(classes, model.config.num_classes)])
             before = codes.repeat(2, 1)
         logits = model.predict(model.embed(rows, before))[:, -1]
-        codes = torch.cat([codes, sampling.draw(logits, ids, step)[:, None]], dim=1)
+        codes = torch.cat([codes, sampling.draw(logits, ids, step, scales)[:, None]], dim=1)
     return codes
 
 

@@ -366,13 +366,14 @@ def test_steps_with_positions_on_the_device_make_the_same_codes(model, settings,
     made = model.decoder(2, guided=sampling.guided(0), kv_dtype=kv_dtype)
     weights, advance = model.step_weights(), made._advance
 
-    def on_device(weights, cache, sampling, embedding, at) -> None:
-        assert made.at.tolist() == [at, at + 1]
-        advance(weights, cache, sampling, embedding, made.at)
+    def on_device(*step) -> None:
+        *same, at = step
+        assert made.at.tolist() == [at, at + 1, at]
+        advance(*same, made.at)
 
     made._advance = on_device
     assert torch.equal(made.generate(CLASSES[:2], **settings), want)
-    assert made.at.tolist() == [CONFIG.block_size, CONFIG.block_size + 1]
+    assert made.at.tolist() == [CONFIG.block_size, CONFIG.block_size + 1, CONFIG.block_size]
     assert len(weights.blocks) == CONFIG.num_layers
 
 

@@ -64,14 +64,14 @@ def replaying(monkeypatch) -> Callable[[Decoder], Decoder]:
     def take(decoder: Decoder) -> Decoder:
         advance = decoder._advance
 
-        def advanced(weights, cache, sampling, embedding, at) -> None:
+        def advanced(*step) -> None:
+            *same, at = step
             if recording:
-                step = (weights, cache, sampling, embedding, at)
                 recording[-1].steps.append(lambda: advance(*step))
             elif isinstance(at, int):
-                decoder._replay(weights, cache, sampling, embedding)
+                decoder._replay(*same)
             else:
-                advance(weights, cache, sampling, embedding, at)
+                advance(*step)
 
         decoder._advance = advanced
         return decoder

@@ -95,7 +95,7 @@ def test_out_of_memory_says_what_to_take_instead(where, error, monkeypatch):
         monkeypatch.setattr(Decoder, "_run", full)
     else:
         monkeypatch.setattr(KVCache, "empty", full)
-    for count, advice in ((8, r"GPT.stream\(batch_size=4\)"), (1, "a single image")):
+    for count, advice in ((8, r"stream\(batch_size=4\)"), (1, "a single image")):
         with (
             vfmtok_fast.enable(),
             pytest.raises(MemoryError, match=f"^generate: out of memory with .*{advice}") as caught,

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 import vfmtok_fast
 from vfmtok_fast import ops
-from vfmtok_fast.decoding import KVCache, LayerCache, StepWeights, in_8_bits
+from vfmtok_fast.decoding import Biases, HeadNorms, KVCache, LayerCache, StepWeights, in_8_bits
 from vfmtok_fast.ops import decode_attention
 from vfmtok_fast.reference import decode_step as reference
 
@@ -34,20 +34,37 @@ def chosen(taking, clean_switch):
 def oracle(code, embedding, weights, cache, position) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Return logits in float64, and the keys and values of the new position in each layer."""
 
-    def normalised(x: Tensor, weight: Tensor) -> Tensor:
+    def layer_norm(x: Tensor) -> Tensor:
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + weights.eps).sqrt()
+
+    def normalised(x: Tensor, weight: Tensor | None, of_rows: Tensor | None, at: int) -> Tensor:
+        if weight is None:
+            return layer_norm(x) * of_rows.double()[:, at + 1] + of_rows.double()[:, at]
         return x / (x.square().mean(1, keepdim=True) + weights.eps).sqrt() * weight.double()
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return x @ weight.double().T + (0 if bias is None else bias.double())
 
     rows, H, _, D = cache[0].keys.shape
     x = embedding.double()[code]
-    turn = torch.complex(*weights.rotary[position].double().unbind(-1))
+    if weights.condition is not None:
+        x = x + weights.condition[:, 0].double()
     written = []
     for block, layer in zip(weights.blocks, cache, strict=True):
-        qkv = normalised(x, block.attention_norm) @ block.qkv.double().T
-        q, k, v = qkv.view(rows, 3, H, D).unbind(1)
-        q, k = (
-            torch.view_as_real(torch.complex(a[..., ::2], a[..., 1::2]) * turn).flatten(-2)
-            for a in (q, k)
-        )
+        biases, of_rows = block.biases, block.condition
+        gates = (1, 1) if of_rows is None else (of_rows[:, 2].double(), of_rows[:, 5].double())
+        y = normalised(x, block.attention_norm, of_rows, 0)
+        q, k, v = linear(y, block.qkv, biases.qkv).view(rows, 3, H, D).unbind(1)
+        if block.head_norms is not None:
+            norms = [part.double() for part in block.head_norms]
+            q, k = layer_norm(q) * norms[0] + norms[1], layer_norm(k) * norms[2] + norms[3]
+        if weights.rotary is not None:
+            turn = torch.complex(*weights.rotary[position].double().unbind(-1))
+            q, k = (
+                torch.view_as_real(torch.complex(a[..., ::2], a[..., 1::2]) * turn).flatten(-2)
+                for a in (q, k)
+            )
         written.append((k, v))
         if layer.key_scale is not None:
             k, v = (n.double() * by[..., None] for n, by in map(in_8_bits, (k, v)))
@@ -58,11 +75,17 @@ def oracle(code, embedding, weights, cache, position) -> tuple[Tensor, list[tupl
         keys, values = (torch.cat([o[:, :, :position], n[:, :, None]], 2)
                         for o, n in zip(old, (k, v), strict=True))  # fmt: skip
         share = (torch.einsum("rhd,rhtd->rht", q, keys) / D**0.5).softmax(-1)
-        x = x + torch.einsum("rht,rhtd->rhd", share, values).flatten(1) @ block.out.double().T
-        y = normalised(x, block.ffn_norm)
-        gate, up = (y @ block.gate_up.double().T).chunk(2, dim=-1)
-        x = x + (F.silu(gate) * up) @ block.down.double().T
-    return normalised(x, weights.norm) @ weights.head.double().T, written
+        mixed = torch.einsum("rht,rhtd->rhd", share, values).flatten(1)
+        x = x + gates[0] * linear(mixed, block.out, biases.out)
+        y = linear(normalised(x, block.ffn_norm, of_rows, 3), block.up, biases.up)
+        if len(block.up) == block.down.shape[1]:
+            y = y * (1 + torch.erf(y / 2**0.5)) / 2
+        else:
+            gate, up = y.chunk(2, dim=-1)
+            y = F.silu(gate) * up
+        x = x + gates[1] * linear(y, block.down, biases.down)
+    y = normalised(x, weights.norm, weights.condition, 1)
+    return linear(y, weights.head, weights.head_bias), written
 
 
 def check(arguments: list, slack: float = 1.0) -> Tensor:
@@ -93,22 +116,49 @@ def check(arguments: list, slack: float = 1.0) -> Tensor:
     return got
 
 
+@pytest.mark.parametrize("rar", [False, True], ids=["gpt", "rar"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 40])
-def test_against_plain_mathematics(rows, dtype):
-    check(make(rows, dtype=dtype))
+def test_against_plain_mathematics(rows, dtype, rar):
+    check(make(rows, dtype=dtype, rar=rar))
 
 
+@pytest.mark.parametrize("rar", [False, True], ids=["gpt", "rar"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [WORDS, {"ffn": 2050}, {"ffn": 0}], ids=str)
 @pytest.mark.parametrize("rows", [1, 4, 6])
-def test_sizes_that_take_other_ways(rows, sizes, dtype):
+def test_sizes_that_take_other_ways(rows, sizes, dtype, rar):
     """Products of whole vectors, of long rows, and with no elements."""
-    check(make(rows, dtype=dtype, **sizes))
+    check(make(rows, dtype=dtype, rar=rar, **sizes))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_each_part_of_a_block_is_chosen_by_itself(rows, dtype):
+    """A rotated RAR, one without head norms, one without biases, and a GPT with some of them."""
+    rotary, gpt, rar = (make(rows, dtype=dtype, rar=kind) for kind in (False, False, True))
+    given = [
+        [*rar[:2], rar[2]._replace(rotary=rotary[2].rotary), *rar[3:]],
+        with_blocks(rar, head_norms=None),
+        with_blocks(rar, biases=Biases()),
+        with_blocks(gpt, head_norms=rar[2].blocks[0].head_norms),
+        with_blocks(gpt, biases=rar[2].blocks[0].biases._replace(up=None)),
+        [*gpt[:2], gpt[2]._replace(head_bias=rar[2].head_bias, rotary=None), *gpt[3:]],
+    ]
+    for arguments in given:
+        check(arguments)
+
+
+def with_blocks(arguments: list, **parts) -> list:
+    code, embedding, weights, *rest = arguments
+    blocks = tuple(block._replace(**parts) for block in weights.blocks)
+    return [code, embedding, weights._replace(blocks=blocks), *rest]
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("sizes", [{}, WORDS, {"H": 1, "D": 38, "ffn": 37}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{}, WORDS, {"H": 1, "D": 38, "ffn": 37}, {"rar": True, "D": 38, "ffn": 37}], ids=str
+)
 @pytest.mark.parametrize("rows", [1, 4, 7, 33])
 def test_rounds_no_worse_than_the_reference(rows, sizes, dtype, implementation, check_error):
     arguments = make(rows, dtype=dtype, **sizes)
@@ -119,11 +169,12 @@ def test_rounds_no_worse_than_the_reference(rows, sizes, dtype, implementation, 
     assert implementation == "cpu" or torch.equal(got, ruler)
 
 
+@pytest.mark.parametrize("rar", [False, True], ids=["gpt", "rar"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_cache_of_8_bits(dtype):
+def test_a_cache_of_8_bits(dtype, rar):
     """Scales are float32 in every dtype; half-precision values may round to a neighbour."""
     slack = {torch.float64: 1e9, torch.float16: 4}.get(dtype, 1)
-    check(make(3, dtype=dtype, int8_cache=True), slack)
+    check(make(3, dtype=dtype, int8_cache=True, rar=rar), slack)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -421,12 +472,12 @@ def every_layer(cache: KVCache, change: Callable[[Tensor], Tensor]) -> KVCache:
             "keys of layer 1 must be torch.float32, as embedding is, got",
         ),
         (
-            {"weights": lambda w: with_block(w, gate_up=w.blocks[1].gate_up[:5])},
+            {"weights": lambda w: with_block(w, up=w.blocks[1].up[:5])},
             ValueError,
-            r"gate_up of block 1 must have shape \(4, 16\), got \(5, 16\)",
+            r"up of block 1 must have shape \(4, 16\), got \(5, 16\)",
         ),
         (
-            {"weights": lambda w: with_block(w, gate_up=w.blocks[1].gate_up[:6])},
+            {"weights": lambda w: with_block(w, up=w.blocks[1].up[:6])},
             ValueError,
             r"down of block 1 must have shape \(16, 3\), got \(16, 20\)",
         ),
@@ -446,9 +497,9 @@ def every_layer(cache: KVCache, change: Callable[[Tensor], Tensor]) -> KVCache:
             "down of block 1 must be on cpu, as embedding is, got meta",
         ),
         (
-            {"weights": lambda w: with_block(w, gate_up=w.blocks[1].gate_up[0])},
+            {"weights": lambda w: with_block(w, up=w.blocks[1].up[0])},
             ValueError,
-            r"gate_up of block 1 must have shape \(16, 16\), got \(16,\)",
+            r"up of block 1 must have shape \(16, 16\), got \(16,\)",
         ),
         (
             {"weights": lambda w: with_block(w, qkv=w.blocks[1].qkv[:9])},
@@ -486,9 +537,44 @@ def every_layer(cache: KVCache, change: Callable[[Tensor], Tensor]) -> KVCache:
             r"head must have shape \(11, 16\), got \(11, 7\)",
         ),
         (
-            {"weights": lambda w: w._replace(rotary=None)},
+            {"weights": lambda w: w._replace(rotary=[1.0])},
             TypeError,
-            "rotary must be a torch.Tensor, got NoneType",
+            "rotary must be a torch.Tensor, got list",
+        ),
+        (
+            {"weights": lambda w: w._replace(norm=None)},
+            TypeError,
+            "norm must be a torch.Tensor, got NoneType",
+        ),
+        (
+            {"weights": lambda w: with_block(w, ffn_norm=None)},
+            TypeError,
+            "ffn_norm of block 1 must be a torch.Tensor, got NoneType",
+        ),
+        (
+            {"weights": lambda w: with_block(w, condition=torch.ones(2, 6, 16))},
+            TypeError,
+            "all blocks must have a condition, and the head, or none",
+        ),
+        (
+            {"weights": lambda w: with_block(w, biases=Biases(up=torch.ones(40)))},
+            ValueError,
+            "up of block 1 must have no bias, because it has a gate",
+        ),
+        (
+            {"weights": lambda w: with_block(w, biases=Biases(down=torch.ones(3)))},
+            ValueError,
+            r"bias of down of block 1 must have shape \(16,\), got \(3,\)",
+        ),
+        (
+            {"weights": lambda w: w._replace(head_bias=torch.ones(11).half())},
+            TypeError,
+            "head_bias must be torch.float32, as embedding is, got torch.float16",
+        ),
+        (
+            {"weights": lambda w: with_block(w, head_norms=HeadNorms(*[torch.ones(9)] * 4))},
+            ValueError,
+            r"query_weight of block 1 must have shape \(8,\), got \(9,\)",
         ),
         (
             {"weights": lambda w: w._replace(rotary=w.rotary.int())},
@@ -550,6 +636,38 @@ def test_refuses_in_one_line(changes, error, message):
         assert all(t[:, :, 3].isnan().all() for layer in arguments[3] for t in layer[:2])
     # A valid call, the base of every wrong one above.
     ops.decode_step(*make())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w._replace(norm=w.head[0]), "norm must be None, because there is a condition"),
+        (
+            lambda w: with_block(w, attention_norm=w.head[0]),
+            "attention_norm of block 1 must be None, because there is a condition",
+        ),
+        (
+            lambda w: with_block(w, condition=None),
+            "all blocks must have a condition, and the head, or none",
+        ),
+        (
+            lambda w: with_block(w, condition=w.blocks[1].condition[:1]),
+            r"condition of block 1 must have shape \(2, 6, 16\), got \(1, 6, 16\)",
+        ),
+        (
+            lambda w: w._replace(condition=w.blocks[1].condition),
+            r"condition must have shape \(2, 3, 16\), got \(2, 6, 16\)",
+        ),
+        (
+            lambda w: with_block(w, up=w.blocks[1].up[:10]),
+            "up of block 1 must have no bias, because it has a gate",
+        ),
+    ],
+)
+def test_refuses_a_condition_that_does_not_fit(change, message):
+    code, embedding, weights, *rest = make(rar=True)
+    with pytest.raises((TypeError, ValueError), match=f"^decode_step: {message}"):
+        ops.decode_step(code, embedding, change(weights), *rest)
 
 
 @pytest.mark.parametrize(

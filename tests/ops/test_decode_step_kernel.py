@@ -16,8 +16,8 @@ from where_kernels_run import DEVICE, GPU, HALVES, INTERPRETED, in_the_interpret
 
 import vfmtok_fast
 from vfmtok_fast import ops
-from vfmtok_fast.decoding import KVCache, LayerCache, in_full
-from vfmtok_fast.functional import rms_norm, rotate
+from vfmtok_fast.decoding import Biases, KVCache, LayerCache, in_full
+from vfmtok_fast.functional import modulated, rms_norm, rotate
 from vfmtok_fast.reference.decode_attention import decode_attention as attention
 from vfmtok_fast.reference.decode_step import decode_step as reference
 
@@ -276,12 +276,19 @@ def test_position_of_any_form(position, rows):
 
 
 @runs
-@pytest.mark.parametrize("options", [{}, {"int8_cache": True}], ids=str)
+@pytest.mark.parametrize("rar", [None, 10, 80, 88])
+@pytest.mark.parametrize("int8_cache", [False, True], ids=["", "int8_cache"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("rows", [2, 3, 8, 70])
-def test_a_whole_step(rows, dtype, options, check_error):
-    """Through the op: dispatch uses these kernels for the step and Triton for attention."""
-    given = make(rows, dtype=dtype, **SIZES, **options)
+def test_a_whole_step(rows, dtype, int8_cache, rar, check_error):
+    """Through the op: dispatch uses these kernels for the step and Triton for attention.
+
+    ``rar``: None is a GPT's step, else the size of a RAR's heads.
+    """
+    sizes = SIZES if rar is None else {**SIZES, "D": rar, "H": 3 if rar == 10 else 1, "rar": True}
+    if INTERPRETED and rar in (80, 88) and (rows > 2 or int8_cache):
+        pytest.skip("slow in the interpreter, and covered by the other sizes")
+    given = make(rows, dtype=dtype, int8_cache=int8_cache, **sizes)
     there = changed(given, moved)
     with vfmtok_fast.enable(["decode_step", "decode_attention"], strict=True):
         got = ops.decode_step(*there)
@@ -297,7 +304,7 @@ def test_a_whole_step(rows, dtype, options, check_error):
     wide[3] = KVCache(tuple(layers))
     # An 8-bit value next to a tie may be rounded the other way, which no dtype's rounding bounds.
     # So the oracle attends to the cache that the kernel wrote, and that cache is checked below.
-    attends = (attending_to(written) if options else attention for _ in range(2))
+    attends = (attending_to(written) if int8_cache else attention for _ in range(2))
     truth = reference(*wide, 4, next(attends))
     own = copied(given)
     ruler = reference(*own, 4, next(attends))
@@ -312,9 +319,9 @@ def test_a_whole_step(rows, dtype, options, check_error):
         for ours, want in zip(in_position_3(layer), in_position_3(other), strict=True):
             # Within what the dtype can hold; an 8-bit value may be off by half a step, too.
             most = float(want.abs().max())
-            step = most / 127 if options else 0.0
+            step = most / 127 if int8_cache else 0.0
             assert float((ours - want).abs().max()) <= 8 * torch.finfo(dtype).eps * most + step
-        if options and dtype == torch.float32:
+        if int8_cache and dtype == torch.float32:
             # Few values are next to a tie. Truncation instead of rounding would change every second
             # one.
             pairs = ((layer[i][:, :, 3], other[i][:, :, 3]) for i in (0, 1))
@@ -362,6 +369,62 @@ def test_what_it_cannot_take():
     assert "contiguous" in reason(*given[:2], strided, *given[3:], 4)
     half = given[2]._replace(rotary=given[2].rotary.half())
     assert "float32 rotary" in reason(*given[:2], half, *given[3:], 4)
+    rar = changed(make(2, rar=True, **SIZES), moved)
+    assert reason(*rar, 4) is None
+    turned = rar[2].condition.transpose(1, 2).contiguous().transpose(1, 2)
+    strided = rar[2]._replace(condition=turned)
+    assert "conditions" in reason(*rar[:2], strided, *rar[3:], 4)
+
+
+@runs
+@pytest.mark.parametrize("rows", [2, 6, 66])
+def test_each_part_of_a_block_is_chosen_by_itself(rows):
+    """Biases, head norms and rotation, each without the others."""
+    gpt, rar = make(rows, **SIZES), make(rows, rar=True, **SIZES)
+    changes = [
+        {"biases": rar[2].blocks[0].biases._replace(up=None)},
+        {"head_norms": rar[2].blocks[0].head_norms},
+        {},
+    ]
+    for change in changes:
+        given = copied(gpt)
+        blocks = tuple(block._replace(**change) for block in given[2].blocks)
+        given[2] = given[2]._replace(blocks=blocks)
+        if not change:
+            given[2] = given[2]._replace(rotary=None, head_bias=rar[2].head_bias)
+        want = reference(*copied(given), 4, attention)
+        got = kernel.decode_step(*changed(given, moved), 4, attention).cpu()
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    bare = [*rar[:2], rar[2]._replace(head_bias=None), *rar[3:]]
+    blocks = (b._replace(biases=Biases(), head_norms=None) for b in bare[2].blocks)
+    bare[2] = bare[2]._replace(blocks=tuple(blocks))
+    want = reference(*copied(bare), 4, attention)
+    got = kernel.decode_step(*changed(bare, moved), 4, attention).cpu()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@runs
+@pytest.mark.parametrize("size", [3e4, 1e-3])
+def test_a_condition_leaves_float16_no_overflow(size):
+    x, _, weight, _ = inputs("logits", 3, 64, 16, torch.float16)
+    x, condition = x.clamp(-1, 1) * size, torch.full((3, 2, 64), 0.5, dtype=torch.float16)
+    truth = F.linear(modulated(x.double(), *condition.double().unbind(1), EPS), weight.double())
+    got = kernel._logits(*(t.to(DEVICE) for t in (x, x[0])), weight.to(DEVICE), EPS, None,
+                         condition.to(DEVICE)).cpu()  # fmt: skip
+    assert bool(got.isfinite().all())
+    assert float((got - truth).abs().max()) <= 2e-2 * float(truth.abs().max())
+
+
+@runs
+def test_torch_knows_the_ops_of_a_rar():
+    _, embedding, weights, cache, _ = changed(make(2, rar=True, **SIZES), moved)
+    block, layer, x = weights.blocks[0], cache[0], embedding[:2].clone()
+    at, check, condition = torch.tensor([3], device=DEVICE), torch.library.opcheck, block.condition
+    last = block.biases.qkv, list(block.head_norms), condition[:, :2]
+    check(kernel._queries, (x, None, block.qkv, None, *layer, at, EPS, *last))
+    check(kernel._add, (x, x.clone(), block.out, True, block.biases.out, condition[:, 2]))
+    check(kernel._hidden, (x, None, block.up, EPS, True, block.biases.up, condition[:, 3:5]))
+    check(kernel._logits, (x, None, weights.head, EPS, weights.head_bias, condition[:, :2]))
 
 
 @runs
@@ -372,13 +435,14 @@ def test_torch_knows_the_ops(options):
     at, check = torch.tensor([3], device=DEVICE), torch.library.opcheck
     check(kernel._queries, (x, block.attention_norm, block.qkv, weights.rotary, *layer, at, EPS))
     check(kernel._add, (x, x.clone(), block.out, True))
-    check(kernel._hidden, (x, block.ffn_norm, block.gate_up, EPS))
+    check(kernel._hidden, (x, block.ffn_norm, block.up, EPS))
     check(kernel._logits, (x, weights.norm, weights.head, EPS))
 
 
 @runs
-def test_compiles_without_graph_breaks():
-    given = make(2, **SIZES)
+@pytest.mark.parametrize("rar", [False, True], ids=["gpt", "rar"])
+def test_compiles_without_graph_breaks(rar):
+    given = make(2, rar=rar, **SIZES)
     at = torch.tensor([3], device=DEVICE)
     eager = changed(given, moved)
     with vfmtok_fast.enable(["decode_step", "decode_attention"], strict=True):
@@ -408,14 +472,15 @@ def test_the_bound_tells_float32_from_less(part, check_bound, float32_bounds):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rar", [False, True], ids=["gpt", "rar"])
 @pytest.mark.parametrize("rows", [2, 32, 128])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_graph_replays_the_same_bits(rows, overlap, monkeypatch):
+def test_a_graph_replays_the_same_bits(rows, overlap, rar, monkeypatch):
     """With overlap, kernels form a chain: each reads what the previous one wrote."""
     if overlap and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("programmatic dependent launch needs sm_90")
     monkeypatch.setattr(launch, "OVERLAP", False)
-    given = changed(make(rows, dtype=torch.bfloat16, layers=4, **SIZES), moved)[:4]
+    given = changed(make(rows, dtype=torch.bfloat16, layers=4, rar=rar, **SIZES), moved)[:4]
     at = torch.tensor([3], device=DEVICE)
     with vfmtok_fast.enable(["decode_step", "decode_attention"], strict=True):
         want = ops.decode_step(*given, at).clone()

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..decoding import BlockWeights, KVCache, LayerCache, StepWeights, row_of
+from ..functional import layer_norm, modulated
 
 # What torch.compile makes of a linear layer; there is no public name for it. Checked once, because
 # a trace cannot check.
@@ -38,56 +39,92 @@ def decode_step(
     position: int | Tensor, length: int | Tensor, attend: Callable[..., Tensor],
 ) -> Tensor:  # fmt: skip
     """See `vfmtok_fast.ops.decode_step`; ``attend`` is `ops.decode_attention`."""
-    x = embedding.index_select(0, code)
-    # As complex numbers, q and k rotate together, and pairs are never separated. A copy, because
-    # complex numbers must start at even offsets.
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    table = row_of(weights.rotary, position).to(wide, copy=True)
-    table = torch.view_as_complex(table.contiguous())
+    x, eps = embedding.index_select(0, code), weights.eps
+    if weights.condition is not None:
+        x.add_(weights.condition[:, 0])
+    table = None if weights.rotary is None else turns(weights.rotary, position, x.dtype)
     for block, layer in zip(weights.blocks, cache, strict=True):
-        y = rms_norm(x, block.attention_norm, weights.eps)
-        q = queries(y, block, layer, table, position)
+        condition, biases = block.condition, block.biases
+        y = norm(x, block.attention_norm, condition, 0, eps)
+        q = queries(y, block, layer, table, position, eps)
         mixed = attend(q, layer.keys, layer.values, length, **layer.scales)
-        x.add_(product(mixed.flatten(1), block.out))
-        x.add_(product(hidden(rms_norm(x, block.ffn_norm, weights.eps), block), block.down))
-    logits = product(rms_norm(x, weights.norm, weights.eps), weights.head).contiguous()
+        add(x, product(mixed.flatten(1), block.out, biases.out), condition, 2)
+        y = hidden(norm(x, block.ffn_norm, condition, 3, eps), block)
+        add(x, product(y, block.down, biases.down), condition, 5)
+    y = norm(x, weights.norm, weights.condition, 1, eps)
+    logits = product(y, weights.head, weights.head_bias).contiguous()
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def turns(rotary: Tensor, position: int | Tensor, dtype: torch.dtype) -> Tensor:
+    """The rotations of one position, [1, D / 2] complex."""
+    # As complex numbers, q and k rotate together, and pairs are never separated. A copy, because
+    # complex numbers must start at even offsets.
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    table = row_of(rotary, position).to(wide, copy=True)
+    return torch.view_as_complex(table.contiguous())
+
+
 def queries(
-    x: Tensor, block: BlockWeights, layer: LayerCache, table: Tensor, position: int | Tensor
-) -> Tensor:
-    """Return the rotated queries [R, H, D], and write keys and values to the cache."""
+    x: Tensor, block: BlockWeights, layer: LayerCache, table: Tensor | None,
+    position: int | Tensor, eps: float,
+) -> Tensor:  # fmt: skip
+    """Return the finished queries [R, H, D], and write keys and values to the cache."""
     R, H, _, D = layer.keys.shape
-    qkv = product(x, block.qkv).contiguous()
+    qkv = product(x, block.qkv, block.biases.qkv).contiguous()
     v = qkv[:, 2 * H * D :].view(R, H, D)
-    qk = qkv[:, : 2 * H * D]
-    qk = qk if qk.dtype == torch.float64 else qk.float()
-    # In place: this function owns the product.
-    torch.view_as_complex(qk.view(R, 2 * H, D // 2, 2)).mul_(table)
-    q, k = qk.to(x.dtype).view(R, 2, H, D).unbind(1)
+    qk = qkv[:, : 2 * H * D].view(R, 2, H, D)
+    if block.head_norms is not None:
+        norms, (q, k) = block.head_norms, qk.unbind(1)
+        q = layer_norm(q, norms.query_weight, norms.query_bias, eps, x.dtype)
+        k = layer_norm(k, norms.key_weight, norms.key_bias, eps, x.dtype)
+        qk = torch.stack([q, k], dim=1)
+    if table is not None:
+        qk = qk if qk.dtype == torch.float64 else qk.float()
+        # In place: this function owns the product.
+        torch.view_as_complex(qk.view(R, 2 * H, D // 2, 2)).mul_(table)
+    q, k = qk.to(x.dtype).unbind(1)
     layer.append(position, k, v)
     return q
 
 
 def hidden(x: Tensor, block: BlockWeights) -> Tensor:
-    """Return SwiGLU's gated products, [R, F]."""
-    gate, up = product(x, block.gate_up).chunk(2, dim=-1)
+    """Return the input of the feed-forward layer's second product, [R, F]."""
+    x = product(x, block.up, block.biases.up)
+    if len(block.up) == block.down.shape[1]:
+        return F.gelu(x)
+    gate, up = x.chunk(2, dim=-1)
     # Both may be transposed in memory; the output of their product is not.
     return torch.mul(F.silu(gate, inplace=True), up, out=gate.new_empty(gate.shape))
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T`` for x [B, K] and weight [N, K]: [B, N] of any strides; no gradients."""
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``, x [B, K], weight [N, K]: [B, N] of any strides; no gradients."""
     rows, K = x.shape
     if x.dtype != torch.float32 or x.device.type != "cpu" or rows == 0 or K == 0:
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
     if 2 <= rows <= 5 and K < 2048:
         # Contiguous, because the product otherwise takes a slow path.
-        return torch.mm(weight, x.contiguous().T).T
+        y = torch.mm(weight, x.contiguous().T).T
+        return y if bias is None else y.add_(bias)
     if _ONEDNN:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return F.linear(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def add(x: Tensor, y: Tensor, condition: Tensor | None, at: int) -> None:
+    """Add ``y`` to ``x`` in place, with a condition times its gate ``condition[:, at]``."""
+    if condition is None:
+        x.add_(y)
+    else:
+        x.addcmul_(y, condition[:, at])
+
+
+def norm(x: Tensor, weight: Tensor | None, condition: Tensor | None, at: int, eps: float) -> Tensor:
+    """RMSNorm, or LayerNorm with the shift ``condition[:, at]`` and the gain that follows it."""
+    if condition is None:
+        return rms_norm(x, weight, eps)
+    return modulated(x, condition[:, at], condition[:, at + 1], eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,8 +1,10 @@
-"""The autoregressive generator."""
+"""The autoregressive generators."""
 
 from .config import PRESETS, GPTConfig
 from .decoder import Decoder
+from .model import Generator
+from .rar import RAR, RARConfig
 from .sampling import Sampling
 from .transformer import GPT
 
-__all__ = ["GPT", "PRESETS", "Decoder", "GPTConfig", "Sampling"]
+__all__ = ["GPT", "PRESETS", "RAR", "Decoder", "GPTConfig", "Generator", "RARConfig", "Sampling"]

@@ -1,8 +1,8 @@
 """The generation loop of a model: buffers, KV cache and CUDA graphs for a fixed number of images.
 
-`Decoder` has the only loop over positions. A step is `ops.decode_step`, a draw and two small
-copies. On a GPU with these ops enabled, the step is captured once and replayed. `GPT.generate` and
-`GPT.stream` keep the last decoder of their model, see `Kept`.
+`Decoder` has the only loop over places. A step is `ops.decode_step`, a draw and two small copies.
+On a GPU with these ops enabled, the step is captured once and replayed. `Generator.generate` and
+`Generator.stream` keep the last decoder of their model, see `Kept`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,30 +19,33 @@ from torch import Tensor, nn
 
 from .. import ops, switch, tf32
 from ..checks import check_class_ids
-from ..decoding import KVCache, StepWeights
+from ..decoding import KVCache, StepWeights, row_of
 from ..graphs import capture, settings, synchronize
 from ..ops.checks import check_int, check_integers
 from .memory import told_if_out_of_memory
 from .sampling import Sampling
 
 if TYPE_CHECKING:
-    from .transformer import GPT
+    from .model import Generator
 
 # Called with (codes done, codes in all) after every position of a batch; may raise to stop.
 Progress = Callable[[int, int], None]
 # While all of these are enabled, a step on a GPU is captured and replayed.
 STEP_OPS = frozenset(["decode_step", "decode_attention", "sample_token"])
+# Bytes of conditions, see `Generator.fill_condition`, that a decoder computes at a time: their
+# weights are read once for as many places as this holds, at least one.
+CONDITION_BYTES = 2**28
 
 
 class Decoder:
-    """Generates up to ``batch`` images at a time; make one with `GPT.decoder`.
+    """Generates up to ``batch`` images at a time; make one with `Generator.decoder`.
 
     A decoder owns its buffers, which are freed with it, but no weights: a step reads the model's
     parameters in place, so an in-place change takes effect at once. It runs one call at a time; on
     a GPU, on the stream that was current when it was made.
 
     Args:
-        model: a `GPT`, which must outlive the decoder.
+        model: a generator, which must outlive the decoder.
         batch: images at a time.
         guided: whether classifier-free guidance can be used, which takes twice the memory.
         kv_dtype: dtype of keys and values. None is the model's. ``torch.int8`` takes half the bytes
@@ -55,7 +57,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: GPT,
+        model: Generator,
         batch: int,
         *,
         guided: bool = False,
@@ -72,22 +74,33 @@ class Decoder:
         self._computed: list[Tensor] = []
         self._busy = threading.Lock()
         config, device, rows = model.config, model.device, batch * (2 if guided else 1)
+        # Places before the one that predicts the first code, and places in all.
+        self.before = len(model.embeddings()) - 2
+        self.places = self.before + config.block_size
+        # What one place reads, and the same of as many places as are computed at a time.
+        self.condition = self.conditions = None
+        size, C = model.condition_size, config.dim
 
-        def new(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int64, device=device)
+        def new(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
 
         # Inference tensors cannot be written outside inference mode, where the next call may run.
         with told_if_out_of_memory(batch), torch.inference_mode(False):
             self.cache = KVCache.empty(
-                config.num_layers, rows, config.num_heads, config.block_size, config.head_dim,
+                config.num_layers, rows, config.num_heads, self.places, config.head_dim,
                 dtype=kv_dtype or model.dtype, device=device,
             )  # fmt: skip
             self.image_ids, self.codes = new(batch), new(batch, config.block_size)
             # The last code of each row, initially its class; rows are [conditional; unconditional].
-            self.code = new(rows)
-            # The position of the next code, and the cache length including it.
-            self.at = new(2)
-            self.seed = new(1)
+            self.code, self.classes = new(rows), new(rows)
+            # The next place, the cache length including it, and which code it predicts.
+            self.at = new(3)
+            self.seed, self.scales = new(1), new(config.block_size, dtype=torch.float32)
+            if size:
+                each = rows * size * C * model.dtype.itemsize
+                span = min(self.places, max(1, CONDITION_BYTES // each))
+                self.conditions = new(span, rows, size, C, dtype=model.dtype)
+                self.condition = new(rows, size, C, dtype=model.dtype)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
 
     def generate(
@@ -98,18 +111,18 @@ class Decoder:
         progress: Progress | None = None,
         **sampling,
     ) -> Tensor:
-        """Generate the codes of one image per class id, the same as `GPT.generate` does.
+        """Generate the codes of one image per class id, the same as `Generator.generate` does.
 
         Args:
             class_ids: [B] integers, B at most ``batch``; a smaller B takes as long as ``batch``.
-            image_ids, progress: as in `GPT.generate`.
-            sampling: cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, seed.
+            image_ids, progress: as in `Generator.generate`.
+            sampling: cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, seed, cfg_power.
 
         Returns:
             int64 [B, block_size].
 
         Raises:
-            TypeError, ValueError: as in `GPT.generate`; more images than ``batch``; guidance
+            TypeError, ValueError: as in `Generator.generate`; more images than ``batch``; guidance
                 without ``guided``; another stream, dtype or device than the decoder was made for.
             RuntimeError: another call has not ended, or the model no longer exists.
         """
@@ -146,60 +159,78 @@ class Decoder:
         self, class_ids: Tensor, image_ids: Tensor, sampling: Sampling, progress: Progress | None
     ) -> Tensor:
         model, B = self._model(), len(class_ids)
-        config, weights, embeddings = model.config, model.step_weights(), model.embeddings()
-        read = [weights.norm, weights.head, weights.rotary, *embeddings, *chain(*weights.blocks)]
+        config, embeddings = model.config, model.embeddings()
+        weights = self._weights(model, len(self.code))
+        read = [*weights.tensors(), *embeddings]
         if (addresses := tuple(part.data_ptr() for part in read)) != self._addresses:
             self.end()
             self._addresses = addresses
             self._computed = [part for part in read if not isinstance(part, nn.Parameter)]
         self.image_ids[:B].copy_(image_ids)
-        self.code.fill_(config.num_classes)
+        self.classes.fill_(config.num_classes)
         # Rows beyond the images are computed too, with a class that exists.
-        self.code[: self.batch].zero_()
-        self.code[:B].copy_(class_ids)
-        self.at.fill_(0)
-        self.at[1:].add_(1)
+        self.classes[: self.batch].zero_()
+        self.classes[:B].copy_(class_ids)
+        self.code.copy_(self.classes)
+        for part, value in zip(self.at.split(1), (0, 1, -self.before), strict=True):
+            part.fill_(value)
+        self.scales.copy_(sampling.scales(config.block_size))
         # torch holds no larger integers.
         self.seed.fill_(sampling.seed - 2**64 * (sampling.seed >= 2**63))
         replayed = model.device.type == "cuda" and switch.policy().ops >= STEP_OPS
-        for step in range(config.block_size):
-            guided = sampling.guided(step)
-            cache = self.cache if guided == self.guided else self.cache.first_rows(self.batch)
-            embedding = embeddings[step > 0]
+        cache = self.cache
+        for place in range(self.places):
+            step = max(0, place - self.before)
+            rows = len(self.code) if sampling.guided(step) == self.guided else self.batch
+            if rows != len(cache[0].keys):
+                cache, weights = self.cache.first_rows(rows), self._weights(model, rows)
+            if self.conditions is not None and place % len(self.conditions) == 0:
+                part = self.conditions[: self.places - place]
+                model.fill_condition(part, self.classes, place)
+            embedding = embeddings[min(place, self.before + 1)]
+            arguments = weights, cache, sampling, embedding, place >= self.before
             if replayed:
-                self._replay(weights, cache, sampling, embedding)
+                self._replay(*arguments)
             else:
-                self._advance(weights, cache, sampling, embedding, step)
-            if progress is not None:
+                self._advance(*arguments, place)
+            if progress is not None and place >= self.before:
                 progress(B * (step + 1), B * config.block_size)
         return self.codes[:B].clone()
 
+    def _weights(self, model: Generator, rows: int) -> StepWeights:
+        return model.step_weights(None if self.condition is None else self.condition[:rows])
+
     def _advance(
         self, weights: StepWeights, cache: KVCache, sampling: Sampling, embedding: Tensor,
-        at: int | Tensor,
+        draws: bool, at: int | Tensor,
     ) -> None:  # fmt: skip
-        """Run one step: ``self.code`` gives the code of position ``at``, an int or ``self.at``.
+        """Run one step: ``self.code`` gives the code of place ``at``, an int or ``self.at``.
 
         If ``at`` is a tensor, no value is read on the host, so the step can be captured, for any
-        seed.
+        seed. Without ``draws`` the place predicts no code.
         """
         captured = isinstance(at, Tensor)
-        position, length = at.split(1) if captured else (at, at + 1)
+        place, length, step = at.split(1) if captured else (at, at + 1, at - self.before)
+        if self.condition is not None:
+            self.condition.copy_(row_of(self.conditions, place % len(self.conditions))[0])
         code = self.code[: len(cache[0].keys)]
-        logits = ops.decode_step(code, embedding, weights, cache, position, length)
-        seed = self.seed if captured else None
-        drawn = sampling.draw(logits, self.image_ids, position, seed)
-        self.code.view(-1, self.batch).copy_(drawn)
+        logits = ops.decode_step(code, embedding, weights, cache, place, length)
+        if draws:
+            seed = self.seed if captured else None
+            drawn = sampling.draw(logits, self.image_ids, step, self.scales, seed)
+            self.code.view(-1, self.batch).copy_(drawn)
+            if captured:
+                self.codes.index_copy_(1, step, drawn[:, None])
+            else:
+                # Not codes[:, step]: torch.compile would compile a variant for every position.
+                self.codes.select(1, step).copy_(drawn)
         if captured:
-            self.codes.index_copy_(1, position, drawn[:, None])
             at.add_(1)
-        else:
-            # Not codes[:, at]: torch.compile would compile a variant for every position.
-            self.codes.select(1, at).copy_(drawn)
 
     def _replay(
-        self, weights: StepWeights, cache: KVCache, sampling: Sampling, embedding: Tensor
-    ) -> None:
+        self, weights: StepWeights, cache: KVCache, sampling: Sampling, embedding: Tensor,
+        draws: bool,
+    ) -> None:  # fmt: skip
         """Run one step on a GPU: eagerly the first time to warm up, then captured and replayed.
 
         A graph bakes in the sampling settings, except the seed, and the process's `settings`; a
@@ -211,11 +242,11 @@ class Decoder:
             self.graphs[key].replay()
             switch.record.replay("a decode step")
             return
-        # Drop graphs of other settings, which would pile up. Three stay alive: the first step's,
-        # and those of guided and unguided steps.
+        # Drop graphs of other settings, which would pile up. Three stay alive, or four: one for
+        # each place up to the first code's, and those of guided and unguided steps.
         if any(old[:2] != key[:2] for old in self.graphs):
             self.end()
-        step = (weights, cache, sampling, embedding, self.at)
+        step = (weights, cache, sampling, embedding, draws, self.at)
         # The warm-up run is this step; the captured run does not execute. The lock keeps out a
         # tokenizer that decodes in another thread: its TF32 setting would stay in the graph.
         with tf32.settled():
@@ -234,7 +265,10 @@ class Decoder:
 
 
 def checked_ids(
-    model: GPT, class_ids: Tensor | Sequence[int], image_ids: Tensor | None, sampling: Sampling
+    model: Generator,
+    class_ids: Tensor | Sequence[int],
+    image_ids: Tensor | None,
+    sampling: Sampling,
 ) -> tuple[Tensor, Tensor]:
     """Check ids and settings; return class and image ids, int64 [B] on the model's device."""
     if isinstance(class_ids, list | tuple | range):
@@ -250,14 +284,14 @@ def checked_ids(
     return tuple(ids.to(model.device, torch.int64, copy=True) for ids in (class_ids, image_ids))
 
 
-def check_kv_dtype(who: str, model: GPT, kv_dtype: torch.dtype | None) -> None:
+def check_kv_dtype(who: str, model: Generator, kv_dtype: torch.dtype | None) -> None:
     if kv_dtype not in (None, model.dtype, torch.int8):
         raise ValueError(
             f"{who}: kv_dtype must be None, {model.dtype} or torch.int8, got {kv_dtype}"
         )
 
 
-def _made_for(model: GPT) -> tuple:
+def _made_for(model: Generator) -> tuple:
     """What the buffers depend on: dtype, device, stream."""
     device = model.device
     # Nothing here knows whether a call on another stream has ended.
@@ -274,7 +308,7 @@ class Kept:
 
     @contextlib.contextmanager
     def decoder(
-        self, model: GPT, batch: int, guided: bool, kv_dtype: torch.dtype | None
+        self, model: Generator, batch: int, guided: bool, kv_dtype: torch.dtype | None
     ) -> Iterator[Decoder]:
         """Yield the kept decoder if it fits, else a new one; keep it afterwards, even on error."""
         decoder = self._take()

@@ -1,4 +1,4 @@
-"""Generation of many images in batches, shared by `GPT.generate` and `GPT.stream`."""
+"""Generation of many images in batches, shared by `generate` and `stream`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .memory import fastest_batch
 from .sampling import Sampling
 
 if TYPE_CHECKING:
-    from .transformer import GPT
+    from .model import Generator
 
 
 def batches(
-    model: GPT, class_ids: Tensor | Sequence[int], image_ids: Tensor | None, sampling: Sampling, *,
-    batch_size: int | None = None, memory: int | None = None, progress: Progress | None = None,
-    kv_dtype: torch.dtype | None = None,
+    model: Generator, class_ids: Tensor | Sequence[int], image_ids: Tensor | None,
+    sampling: Sampling, *, batch_size: int | None = None, memory: int | None = None,
+    progress: Progress | None = None, kv_dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
     """Check everything now, and return an iterator of finished batches and their codes."""
     class_ids, image_ids = checked_ids(model, class_ids, image_ids, sampling)

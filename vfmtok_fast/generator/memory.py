@@ -12,7 +12,7 @@ import torch
 from ..errors import is_out_of_memory
 
 if TYPE_CHECKING:
-    from .transformer import GPT
+    from .model import Generator
 
 # The rest is left for other tensors, fragmentation and, on a CPU, other processes.
 SHARE = 0.8
@@ -24,7 +24,7 @@ LOGIT_COPIES = 12
 ENOUGH = {"cpu": 64, "cuda": 512}
 
 
-def bytes_per_image(model: GPT, guided: bool, kv_dtype: torch.dtype | None = None) -> int:
+def bytes_per_image(model: Generator, guided: bool, kv_dtype: torch.dtype | None = None) -> int:
     """Bytes that generating one image takes: its keys, values and rows of logits."""
     config, rows = model.config, 2 if guided else 1
     cache = 2 * config.num_layers * config.block_size
@@ -48,7 +48,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def fastest_batch(
-    model: GPT, count: int, guided: bool, batch_size: int | None, memory: int | None,
+    model: Generator, count: int, guided: bool, batch_size: int | None, memory: int | None,
     kv_dtype: torch.dtype | None = None,
 ) -> int:  # fmt: skip
     """Return the batch size: ``batch_size``, or as many of ``count`` as fit and help throughput.
@@ -90,6 +90,6 @@ def told_if_out_of_memory(images: int) -> Iterator[None]:
         else:
             advice = (
                 f"out of memory with {images} images at a time; "
-                f"GPT.stream(batch_size={images // 2}) takes half as much"
+                f"stream(batch_size={images // 2}) takes half as much"
             )
         raise MemoryError(f"generate: {advice}") from error

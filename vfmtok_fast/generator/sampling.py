@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.checks import check_int
+from ..decoding import row_of
+from ..functional import guided_logits
+from ..ops.checks import check_int, check_number
 from ..ops.sample_token import check_sampling
 
 
@@ -24,6 +28,7 @@ class Sampling:
     top_p: float = 1.0
     greedy: bool = False
     seed: int = 0
+    cfg_power: float | None = None
 
     @classmethod
     def of(cls, who: str, settings: Mapping[str, Any]) -> Sampling:
@@ -45,21 +50,43 @@ class Sampling:
             raise TypeError(f"generate: greedy must be True or False, got {self.greedy!r}")
         check_int("generate", "seed", self.seed, 2**64)
         check_int("generate", "cfg_interval", self.cfg_interval, 2**31, -1)
+        if self.cfg_power is not None:
+            check_number("generate", "cfg_power", self.cfg_power)
+            if not 0 < self.cfg_power < math.inf:
+                raise ValueError(
+                    f"generate: cfg_power must be finite and above 0, got {self.cfg_power}"
+                )
 
     def guided(self, step: int) -> bool:
         """Whether code ``step`` is guided; step s is the release's decode step s - 1."""
         return self.cfg_scale != 1.0 and (self.cfg_interval == -1 or step - 1 <= self.cfg_interval)
 
+    def scales(self, steps: int) -> Tensor:
+        """The guidance scales of all codes, [steps] float32 on the CPU; see `cfg_power`."""
+        if self.cfg_power is None:
+            return torch.full((steps,), self.cfg_scale, dtype=torch.float32, device="cpu")
+        share = torch.arange(steps, dtype=torch.float32, device="cpu") / steps
+        share = share**self.cfg_power
+        return 1 + (self.cfg_scale - 1) * (1 - torch.cos(math.pi * share)) / 2
+
     def draw(
-        self, logits: Tensor, image_ids: Tensor, step: int | Tensor, seed: Tensor | None = None
-    ) -> Tensor:
+        self, logits: Tensor, image_ids: Tensor, step: int | Tensor, scales: Tensor,
+        seed: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Draw one code per image, [B]; logit rows beyond the first B are unconditional.
 
-        ``seed`` overrides ``self.seed``.
+        Args:
+            logits: [B or 2 B, V].
+            image_ids: [B].
+            step: which code this is.
+            scales: `scales` on the device of the logits, which are read if they differ.
+            seed: overrides ``self.seed``.
         """
         B = len(image_ids)
-        settings = {k: v for k, v in vars(self).items() if k != "cfg_interval"}
+        settings = {k: v for k, v in vars(self).items() if k not in ("cfg_interval", "cfg_power")}
         if seed is not None:
             settings["seed"] = seed
-        uncond = logits[B:] if len(logits) > B else None
-        return ops.sample_token(logits[:B], image_ids, step, uncond_logits=uncond, **settings)
+        logits, uncond = logits[:B], logits[B:] if len(logits) > B else None
+        if uncond is not None and self.cfg_power is not None:
+            logits, uncond = guided_logits(logits, uncond, row_of(scales, step)), None
+        return ops.sample_token(logits, image_ids, step, uncond_logits=uncond, **settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,13 +16,11 @@ from ..checkpoint import check_there, fetch_official, load_gpt
 from ..checks import check_class_ids, check_codes, check_device
 from ..configs import config_from_mapping
 from ..decoding import BlockWeights, StepWeights
-from ..functional import is_unhooked, rms_norm, rotate, through
-from ..hub import HubModel, register_constant, unfilled
-from ..ops.checks import check_int
+from ..functional import rms_norm, rotate, through
+from ..hub import register_constant, unfilled
 from .config import PRESETS, GPTConfig
-from .decoder import Decoder, Kept, Progress
-from .generate import batches
-from .sampling import Sampling
+from .decoder import Kept
+from .model import Generator, check_eps, check_plain, is_plain
 
 
 class RMSNorm(nn.Module):
@@ -111,41 +109,24 @@ class Block(nn.Module):
     def step_weights(self) -> BlockWeights:
         """The weights that `ops.decode_step` reads."""
         attention, ffn = self.attention, self.ffn
-        _check_plain(self, Block)
-        _check_plain(attention, Attention)
-        _check_plain(ffn, FeedForward)
+        check_plain(self, Block)
+        check_plain(attention, Attention)
+        check_plain(ffn, FeedForward)
         for dropout in (attention.dropout, ffn.dropout):
-            _check_plain(dropout, nn.Dropout, nn.Identity)
+            check_plain(dropout, nn.Dropout, nn.Identity)
         layers = (
             self.attention_norm, attention.qkv, attention.out, self.ffn_norm, ffn.gate_up, ffn.down
         )  # fmt: skip
         return BlockWeights(*map(_weight, layers))
 
 
-def _is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether calling a module runs the forward pass of one of these classes, and nothing else."""
-    return (
-        type(module).forward in [kind.forward for kind in kinds]
-        and is_unhooked(module)
-        and getattr(module, "bias", None) is None
-    )
-
-
-def _check_plain(module: nn.Module, *kinds: type[nn.Module]) -> None:
-    if not _is_plain(module, *kinds):
-        raise TypeError(
-            "generate: needs plain layers without bias or hooks, because it reads their weights, "
-            f"got {type(module).__name__}; first merge adapters, and remove hooks and pruning"
-        )
-
-
 def _weight(layer: nn.Module) -> Tensor:
     """The weight of a layer that decoding steps compute without calling it."""
-    _check_plain(layer, nn.Linear, nn.Embedding, RMSNorm)
+    check_plain(layer, nn.Linear, nn.Embedding, RMSNorm)
     return layer.weight
 
 
-class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
+class GPT(Generator, library_name="vfmtok_fast", tags=["vfmtok"]):
     """Class-conditional autoregressive model of VFMTok codes.
 
     Args:
@@ -186,12 +167,8 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         self.kept = Kept()
 
     @property
-    def device(self) -> torch.device:
-        return self.norm.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.norm.weight.dtype
+    def anchor(self) -> Tensor:
+        return self.norm.weight
 
     def forward(self, codes: Tensor, class_ids: Tensor) -> Tensor:
         """Return the logits of every code, given the class and the codes before it.
@@ -222,7 +199,7 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
             Scalar, float32 (float64 for a float64 model).
         """
         x, targets = self._teach(codes, class_ids), codes.flatten()
-        if not _is_plain(self.head, nn.Linear) or type(self).predict is not GPT.predict:
+        if not is_plain(self.head, nn.Linear) or type(self).predict is not GPT.predict:
             return F.cross_entropy(self.predict(x).flatten(0, 1), targets.long())
         hidden = self.hidden(x).flatten(0, 1)
         return ops.linear_cross_entropy(hidden, self.head.weight, targets)
@@ -259,135 +236,25 @@ class GPT(HubModel, library_name="vfmtok_fast", tags=["vfmtok"]):
         rotary = self.rotary[: x.shape[1]]
         return self.norm(through(self.blocks, x, rotary, recompute=self.grad_checkpointing))
 
-    def step_weights(self) -> StepWeights:
-        """Return all weights except the embeddings, in the form that `ops.decode_step` reads.
-
-        Raises:
-            TypeError: a layer that was replaced, adapted or hooked, or a subclass that computes
-                something else.
-            ValueError: a norm with another eps than the config's.
-        """
+    def step_weights(self, condition: None = None) -> StepWeights:
+        """See `Generator.step_weights`."""
         own = (type(self).embed, type(self).hidden, type(self).predict)
         if own != (GPT.embed, GPT.hidden, GPT.predict):
             raise TypeError(
                 f"generate: computes what GPT does, and {type(self).__name__} overrides embed, "
                 "hidden or predict"
             )
-        _check_plain(self, type(self))
-        _check_plain(self.dropout, nn.Dropout, nn.Identity)
+        check_plain(self, type(self))
+        check_plain(self.dropout, nn.Dropout, nn.Identity)
         blocks = tuple(block.step_weights() for block in self.blocks)
         norms = (self.norm, *(n for b in self.blocks for n in (b.attention_norm, b.ffn_norm)))
-        if other := [norm.eps for norm in norms if norm.eps != self.config.norm_eps]:
-            raise ValueError(
-                f"generate: every norm must have the config's norm_eps {self.config.norm_eps}, "
-                f"got {other[0]}"
-            )
+        check_eps(norms, self.config.norm_eps)
         return StepWeights(
             blocks, _weight(self.norm), _weight(self.head), self.rotary, self.config.norm_eps
         )
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
-        """Return the tables that decoding steps look up: classes, for the first code, and codes."""
         return _weight(self.class_embedding), _weight(self.token_embedding)
-
-    def decoder(
-        self, batch: int, *, guided: bool = False, kv_dtype: torch.dtype | None = None
-    ) -> Decoder:
-        """Return a `Decoder` of ``batch`` images, to control its memory and lifetime yourself."""
-        return Decoder(self, batch, guided=guided, kv_dtype=kv_dtype)
-
-    def generate(
-        self,
-        class_ids: Tensor | Sequence[int],
-        cfg_scale: float = 1.0,
-        cfg_interval: int = -1,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        greedy: bool = False,
-        seed: int = 0,
-        image_ids: Tensor | None = None,
-        *,
-        kv_dtype: torch.dtype | None = None,
-        progress: Progress | None = None,
-    ) -> Tensor:
-        """Generate the codes of one image per class id.
-
-        The codes of an image are a function of (weights, class id, image id, seed, sampling
-        settings). They do not depend on the batch, the order or the number of processes, except
-        where logits are tied within rounding. Dropout is off, whatever mode the model is in.
-
-        The images are split into batches if they do not fit at once or larger batches gain nothing.
-        The model keeps the `Decoder` of its last call, with its buffers and CUDA graphs.
-
-        Args:
-            class_ids: [B] integers in [0, num_classes), a tensor or a list.
-            cfg_scale: classifier-free guidance, ``uncond + cfg_scale * (cond - uncond)``; 1 is
-                none, 0 is unconditional. (LlamaGen's own sampler guides above 1 only.)
-            cfg_interval: n > -1 guides the first code and decode steps 0..n, that is codes 0..n+1,
-                and draws the others from the conditional logits; -1 guides all.
-            temperature: divides the logits; values below 1e-5 count as 1e-5.
-            top_k: keep the k largest logits, and ties; 0 keeps all.
-            top_p: then keep the nucleus of this probability; 1 keeps all.
-            greedy: take the arg-max instead of sampling.
-            seed: in [0, 2^64).
-            image_ids: [B] integers that select each image's noise; None is 0..B-1.
-            kv_dtype: dtype of keys and values, see `Decoder`.
-            progress: called with (codes done, codes in all) after every position; may raise to
-                stop.
-
-        Returns:
-            int64 [B, block_size], on the model's device.
-
-        Raises:
-            TypeError, ValueError: wrong shape, dtype, device or range; a layer with an adapter or
-                a hook, because steps read weights and call no layer.
-            MemoryError: not even one image fits into memory.
-
-        Source: LlamaGen (arXiv 2406.06525), autoregressive/models/generate.py.
-        """
-        sampling = Sampling(cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, seed)
-        made = batches(self, class_ids, image_ids, sampling, progress=progress, kv_dtype=kv_dtype)
-        parts = [codes for _, codes in made]
-        empty = torch.empty(0, self.config.block_size, dtype=torch.int64, device=self.device)
-        return torch.cat(parts or [empty])
-
-    def stream(
-        self,
-        class_ids: Tensor | Sequence[int],
-        *,
-        batch_size: int | None = None,
-        image_ids: Tensor | None = None,
-        memory: int | None = None,
-        kv_dtype: torch.dtype | None = None,
-        progress: Progress | None = None,
-        **sampling,
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """Run `generate` in batches, and yield each batch as soon as it is finished.
-
-        On a GPU, the codes may still be computing when they are yielded, like any result of torch.
-
-        Args:
-            class_ids, image_ids, kv_dtype, progress: as in `generate`.
-            batch_size: images at a time; None is as many as fit and improve throughput.
-            memory: bytes that keys, values and logits may take; None is most of what is free now.
-            sampling: cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, seed.
-
-        Returns:
-            An iterator of (which images, their codes int64 [n, block_size]), in order.
-
-        Raises:
-            TypeError, ValueError: as in `generate`, raised by the call itself.
-            MemoryError: ``batch_size`` images do not fit; the message says how many would.
-        """
-        if batch_size is not None:
-            check_int("stream", "batch_size", batch_size, 2**31, 1)
-        if memory is not None:
-            check_int("stream", "memory", memory, 2**63)
-        return batches(
-            self, class_ids, image_ids, Sampling.of("stream", sampling), batch_size=batch_size,
-            memory=memory, progress=progress, kv_dtype=kv_dtype,
-        )  # fmt: skip
 
     @classmethod
     def from_official(

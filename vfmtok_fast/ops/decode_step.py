@@ -33,8 +33,10 @@ def decode_step(
 ) -> Tensor:
     """Compute the logits of the code after ``code``, and write its keys and values to the cache.
 
-    RMSNorm and rotation run in float32. Attention is `ops.decode_attention`, whose implementation
-    is chosen separately. For inference only: there is no backward pass.
+    What ``weights`` hold decides what a block computes, that of a LlamaGen GPT or of RAR; see
+    `vfmtok_fast.decoding.BlockWeights`. Norms and rotation run in float32. Attention is
+    `ops.decode_attention`, whose implementation is chosen separately. For inference only: there is
+    no backward pass.
 
     Args:
         code: [R] int64, one row of ``embedding`` for each row of the cache.
@@ -56,7 +58,7 @@ def decode_step(
         ValueError: shapes that do not fit together, two devices, or a position or code out of
             range.
 
-    Source: LlamaGen (arXiv 2406.06525), autoregressive/models/gpt.py.
+    Source: LlamaGen (arXiv 2406.06525), autoregressive/models/gpt.py; RAR (arXiv 2411.00776).
     """
     if length is None:
         length = position + 1
@@ -97,23 +99,54 @@ def _check(
             raise TypeError(f"{name}: keys and values of layer {i} must both have scales, or none")
         _check_part(f"keys of layer {i}", layer.keys, cached, embedding, layer.key_scale)
         _check_part(f"values of layer {i}", layer.values, cached, embedding, layer.value_scale)
-        F = block.gate_up.shape[0] // 2
+        if (block.condition is None) != (weights.condition is None):
+            raise TypeError(f"{name}: all blocks must have a condition, and the head, or none")
+        _check_norms(
+            f" of block {i}", block.condition, (R, 6, C), embedding,
+            attention_norm=block.attention_norm, ffn_norm=block.ffn_norm,
+        )  # fmt: skip
+        gelu = block.up.shape[0] == block.down.shape[-1]
+        if block.biases.up is not None and not gelu:
+            raise ValueError(f"{name}: up of block {i} must have no bias, because it has a gate")
+        F = block.up.shape[0] // (1 if gelu else 2)
         shapes = {
-            "attention_norm": (C,), "qkv": (3 * H * D, C), "out": (C, H * D),
-            "ffn_norm": (C,), "gate_up": (2 * F, C), "down": (C, F),
+            "qkv": (3 * H * D, C), "out": (C, H * D), "up": (F if gelu else 2 * F, C),
+            "down": (C, F),
         }  # fmt: skip
         for part, shape in shapes.items():
             _check_part(f"{part} of block {i}", getattr(block, part), shape, embedding)
-    _check_part("norm", weights.norm, (C,), embedding)
+            if (bias := getattr(block.biases, part)) is not None:
+                _check_part(f"bias of {part} of block {i}", bias, shape[:1], embedding)
+        if block.head_norms is not None:
+            for part, norm in zip(block.head_norms._fields, block.head_norms, strict=True):
+                _check_part(f"{part} of block {i}", norm, (D,), embedding)
+    _check_norms("", weights.condition, (R, 3, C), embedding, norm=weights.norm)
     _check_part("head", weights.head, (weights.head.shape[0], C), embedding)
-    rotary = weights.rotary
-    check_tensor(name, "rotary", rotary, "[T, D / 2, 2]", 3)
-    check_shape(name, "rotary", rotary, (rotary.shape[0], D // 2, 2))
-    check_on(name, "rotary", rotary, "embedding", embedding)
-    last = min(T, rotary.shape[0])
+    if weights.head_bias is not None:
+        _check_part("head_bias", weights.head_bias, (weights.head.shape[0],), embedding)
+    rotary, last = weights.rotary, T
+    if rotary is not None:
+        check_tensor(name, "rotary", rotary, "[T, D / 2, 2]", 3)
+        check_shape(name, "rotary", rotary, (rotary.shape[0], D // 2, 2))
+        check_on(name, "rotary", rotary, "embedding", embedding)
+        last = min(T, rotary.shape[0])
     check_position(name, "position", position, 0, last, (1,), embedding=embedding)
     check_position(name, "length", length, 1, last + 1, (1,), embedding=embedding)
     check_eps(name, weights.eps)
+
+
+def _check_norms(
+    of: str, condition: Tensor | None, shape: tuple[int, ...], like: Tensor, **norms: Tensor | None
+) -> None:
+    """Require either norms [C] or a condition."""
+    if condition is not None:
+        _check_part(f"condition{of}", condition, shape, like)
+    for part, norm in norms.items():
+        if condition is None:
+            check_tensor("decode_step", f"{part}{of}", norm, "[C]", 1)
+            _check_part(f"{part}{of}", norm, shape[2:], like)
+        elif norm is not None:
+            raise TypeError(f"decode_step: {part}{of} must be None, because there is a condition")
 
 
 def _check_part(
