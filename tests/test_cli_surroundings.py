@@ -57,6 +57,7 @@ def test_the_old_name_of_precision_is_told(capsys):
 
 def test_choices_are_those_of_the_package():
     assert set(choices.OFFICIAL_FILES) == set(OFFICIAL_FILES)
+    assert set(choices.CONVERTED) == {*OFFICIAL_FILES, "RAR"}
     assert choices.OFFICIAL_REPO == OFFICIAL_REPO
     assert set(choices.PRESETS) == set(PRESETS)
     assert set(choices.UNTRAINED) == set(untrained.TOKENIZERS) == set(untrained.GPTS)

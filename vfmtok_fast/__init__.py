@@ -16,7 +16,7 @@ from .lazy import attach
 
 if TYPE_CHECKING:
     from . import cache, evaluation, images, ops, switch, training
-    from .generator import GPT, GPTConfig
+    from .generator import GPT, RAR, GPTConfig, RARConfig
     from .switch import disable, enable, status
     from .tokenizer import BackboneConfig, VFMTok, VFMTokConfig
     from .tuner import tune
@@ -25,8 +25,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GPT",
+    "RAR",
     "BackboneConfig",
     "GPTConfig",
+    "RARConfig",
     "VFMTok",
     "VFMTokConfig",
     "cache",
@@ -44,7 +46,7 @@ __all__ = [
 __getattr__, __dir__ = attach(
     __name__,
     {
-        "generator": {"GPT", "GPTConfig"},
+        "generator": {"GPT", "GPTConfig", "RAR", "RARConfig"},
         "switch": {"disable", "enable", "status"},
         "tokenizer": {"BackboneConfig", "VFMTok", "VFMTokConfig"},
         "tuner": {"tune"},

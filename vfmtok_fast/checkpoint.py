@@ -258,21 +258,31 @@ def official_gpt(model: nn.Module) -> dict[str, Tensor]:
 
 
 def rar_fields(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return the fields of `RARConfig` that a RAR checkpoint's shapes tell; missing ones are 1."""
+    """Return the fields of `RARConfig` that the shapes of a RAR's weights tell.
 
-    def size(name: str, dim: int) -> int:
-        return tensors[name].shape[dim] if name in tensors and tensors[name].ndim > dim else 1
-
-    layers = {key.split(".")[1] for key in tensors if re.match(r"blocks\.\d+\.", key)}
-    dim, codes = size("embeddings.weight", 1), size("lm_head.weight", 0)
+    Raises:
+        ValueError: one of the entries that tell them is missing.
+    """
+    dimensions = {
+        "embeddings.weight": 2,
+        "lm_head.weight": 2,
+        "pos_embed": 3,
+        "blocks.0.attn.q_norm.weight": 1,
+        "blocks.0.mlp.fc1.weight": 2,
+    }
+    for name, count in dimensions.items():
+        if name not in tensors or tensors[name].ndim != count:
+            raise ValueError(f"RAR checkpoint: it holds no RAR: no {name} of {count} dimensions")
+    (rows, dim), codes = tensors["embeddings.weight"].shape, len(tensors["lm_head.weight"])
     return {
-        "num_layers": max(1, len(layers)),
-        "num_heads": max(1, dim // size("blocks.0.attn.q_norm.weight", 0)),
+        "num_layers": len({key.split(".")[1] for key in tensors if key.startswith("blocks.")}),
+        "num_heads": dim // max(1, len(tensors["blocks.0.attn.q_norm.weight"])),
         "dim": dim,
-        "mlp_dim": size("blocks.0.mlp.fc1.weight", 0),
+        "mlp_dim": len(tensors["blocks.0.mlp.fc1.weight"]),
         "vocab_size": codes,
-        "block_size": max(1, size("pos_embed", 1) - 1024),
-        "num_classes": max(1, size("embeddings.weight", 0) - codes - 2),
+        "block_size": tensors["pos_embed"].shape[1] - 1024,
+        # Beside codes and classes there are a mask and "no class".
+        "num_classes": rows - codes - 2,
     }
 
 

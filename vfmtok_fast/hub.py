@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
@@ -170,7 +170,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
             "local_files_only": local_files_only,
         }
         if config is None:
-            config = _read_config(_find(cls, source, constants.CONFIG_NAME, download), cls)
+            config = cls.read_config(source, **download)
         path = weights_in(Path(os.path.expanduser(source)))
         path = path or _find(cls, source, constants.SAFETENSORS_SINGLE_FILE, download)
         with torch.device("cpu"):  # whatever torch's default is; `map_location` says where it ends
@@ -178,6 +178,12 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         tensors = unwrapped(read_safetensors(path, cls.__name__), f"{cls.__name__}: {path}")
         load_checked(model, tensors, f"{cls.__name__}: {path}")
         return model.to(map_location).eval()
+
+    @classmethod
+    def read_config(cls, source: str | Path, **download: Any) -> dict:
+        """Return the fields in a model's config.json; arguments and errors as `from_pretrained`."""
+        path = _find(cls, _shipped(cls, str(source)), constants.CONFIG_NAME, download)
+        return _read_config(path, cls)
 
 
 def unfilled(make: Callable[..., Model], *args: object) -> Model:
@@ -201,6 +207,10 @@ class _Undrawn(TorchFunctionMode):
     """Skip what draws random values in place, and allocate instead of drawing a new tensor."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.normal_:
+            # torch's truncated normal calls it again until all values are within its limits.
+            mean = args[1] if len(args) > 1 else (kwargs or {}).get("mean", 0.0)
+            return args[0].fill_(mean)
         if getattr(func, "__name__", None) in DRAWS:
             return args[0] if args else kwargs["tensor"]
         if func is torch.randn:

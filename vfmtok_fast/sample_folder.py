@@ -27,7 +27,7 @@ import torch
 from .cache.format.differences import differences
 from .cache.format.fingerprint import fast_ops, weights_checksum
 from .cache.store import LocalPlace, atomic
-from .generator import GPT, Sampling
+from .generator import Generator, Sampling
 from .generator.decoder import STEP_OPS, Progress
 from .generator.memory import fastest_batch
 from .temporary import is_temporary
@@ -48,11 +48,11 @@ class Job:
     Attributes:
         class_ids: int64 [N].
         size: side of an image, in pixels.
-        sampling: settings of `GPT.generate`.
-        kv_dtype: dtype of keys and values, see `GPT.generate`.
+        sampling: settings of `Generator.generate`.
+        kv_dtype: dtype of keys and values, see `Generator.generate`.
     """
 
-    gpt: GPT
+    gpt: Generator
     tokenizer: VFMTok
     out: Path
     class_ids: torch.Tensor

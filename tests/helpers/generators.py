@@ -1,4 +1,4 @@
-"""A small generator with random weights, so that its codes differ."""
+"""Small generators with random weights, so that their codes differ."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import nn
 
-from vfmtok_fast import GPT, GPTConfig
+from vfmtok_fast import GPT, RAR, GPTConfig, RARConfig
 
 CONFIG = GPTConfig(
     num_layers=2, num_heads=4, dim=64, vocab_size=512, block_size=16, num_classes=10,
@@ -30,4 +30,16 @@ def make(config: GPTConfig = CONFIG, **changes) -> GPT:
     for name, parameter in model.named_parameters():
         if "norm" not in name:
             nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def make_rar(**changes) -> RAR:
+    config = {
+        "num_layers": 2, "num_heads": 2, "dim": 20, "mlp_dim": 48, "vocab_size": 37,
+        "block_size": 16, "num_classes": 5,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = RAR(RARConfig(**config | changes)).eval()
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, mean=float(name.endswith("norm.weight")), std=0.4)
     return model

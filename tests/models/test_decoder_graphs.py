@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from generators import CLASSES, CONFIG, SETTINGS, make
+from generators import CLASSES, CONFIG, SETTINGS, make, make_rar
 from torch import nn
 
 import vfmtok_fast
 from vfmtok_fast import GPT, graphs
 from vfmtok_fast.generator import Decoder, Sampling
+from vfmtok_fast.generator import decoder as decoding_loop
 from vfmtok_fast.generator.decoder import STEP_OPS
 
 
@@ -77,6 +78,21 @@ def replaying(monkeypatch) -> Callable[[Decoder], Decoder]:
         return decoder
 
     return take
+
+
+@pytest.mark.parametrize("span", [1, 5, 99], ids="{} places at a time".format)
+def test_a_rar_captures_its_start_too(span, replaying, monkeypatch):
+    """Beside a GPT's graphs there is one of the place that predicts no code."""
+    model = make_rar()
+    settings = {"seed": 2, "cfg_scale": 2.0, "cfg_power": 1.5, "cfg_interval": 4}
+    want = model.generate(CLASSES[:3] % 5, **settings)
+    each = model.condition_size * 6 * model.config.dim * 4
+    monkeypatch.setattr(decoding_loop, "CONDITION_BYTES", span * each)
+    decoder = replaying(model.decoder(3, guided=True))
+    assert len(decoder.conditions) == min(span, 17)
+    for _ in range(2):
+        assert torch.equal(decoder.generate(CLASSES[:3] % 5, **settings), want)
+        assert Graph.made == len(decoder.graphs) == 4
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

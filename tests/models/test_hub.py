@@ -14,9 +14,11 @@ import torch
 from huggingface_hub import constants, save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from vfmtok_fast import GPT, BackboneConfig, GPTConfig, VFMTok, VFMTokConfig, temporary
 from vfmtok_fast.checkpoint import official_gpt
+from vfmtok_fast.hub import unfilled
 
 GENERATOR = GPTConfig(
     num_layers=1, num_heads=2, dim=32, vocab_size=64, block_size=16, num_classes=4
@@ -170,6 +172,16 @@ def test_torchs_default_device_may_have_no_values(tmp_path: Path):
     assert not official.head.weight.is_meta
     assert all(torch.equal(value, loaded.state_dict()[k]) for k, value in gpt.state_dict().items())
     assert torch.equal(loaded.rotary, gpt.rotary)
+
+
+@pytest.mark.parametrize("std", [0.02, 1.0])
+def test_a_truncated_normal_ends(std: float):
+    """torch redraws it until all values are within its limits, which skipped draws never are."""
+    state = torch.get_rng_state()
+    start = torch.full((4,), 9.0)
+    made = unfilled(lambda: nn.init.trunc_normal_(start, std=std))
+    assert made is start and torch.all(made.abs() <= 2)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_loading_draws_no_random_numbers(tmp_path: Path, config: VFMTokConfig):

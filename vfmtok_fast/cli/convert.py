@@ -7,19 +7,18 @@ import json
 import os
 from pathlib import Path
 
-from .choices import OFFICIAL_FILES, OFFICIAL_REPO
+from .choices import CONVERTED, OFFICIAL_REPO
 from .output import local_path, say
 
 SUMMARY = "convert one of the authors' files into a folder that all commands read"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "what", choices=OFFICIAL_FILES, metavar="WHAT", help=", ".join(OFFICIAL_FILES)
-    )
+    parser.add_argument("what", choices=CONVERTED, metavar="WHAT", help=", ".join(CONVERTED))
     parser.add_argument("out", metavar="OUT", help="a new or empty folder")
     parser.add_argument(
-        "--file", help=f"the authors' file; by default it is downloaded from {OFFICIAL_REPO}"
+        "--file",
+        help=f"the authors' file; by default, but for RAR, it is downloaded from {OFFICIAL_REPO}",
     )
     parser.add_argument(
         "--backbone",
@@ -33,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from .. import checkpoint
-    from ..generator import GPT
+    from ..generator import GPT, RAR
     from ..temporary import is_temporary
     from ..tokenizer import VFMTok
 
@@ -49,9 +48,13 @@ def run(options: argparse.Namespace) -> int:
     config = None
     if options.config is not None:
         config = read_config(local_path(options.config))
+    if options.what == "RAR" and options.file is None:
+        raise ValueError("--file must name the .safetensors file of the authors' RAR")
     file = options.file or checkpoint.fetch_official(options.what, "--file")
     if options.what == "tokenizer":
         model = VFMTok.from_official(file, options.backbone, config)
+    elif options.what == "RAR":
+        model = RAR.from_official(file, config)
     else:
         model = GPT.from_official(file, config or options.what)
     model.save_pretrained(out)

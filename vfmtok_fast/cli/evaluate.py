@@ -13,7 +13,7 @@ from .cache import open_input
 from .evaluate_options import add_generation, add_probe, add_reconstruction, add_sweep
 from .models import check_seed, checked_device, load_gpt, load_tokenizer, policy
 from .output import check_writable, local_path, note, say
-from .sample import check_together, fill
+from .sample import check_together, fill, growing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -95,6 +95,7 @@ def _sweep(options: argparse.Namespace, out: Path) -> int:
     inception = _inception(options, tokenizer.device)
     names = ("cfg_interval", "temperature", "top_k", "top_p", "seed")
     same = {name: getattr(options, name) for name in names} | {"greedy": False}
+    same |= growing(options)
     # Everything is checked before hours of sampling.
     real = evaluation.open_reference(options.reference, protocol, inception)
     for scale in options.cfg_scale:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..cache.format.manifest import Manifest
-    from ..generator import GPT
+    from ..generator import Generator
     from ..tokenizer import VFMTok
 
 UNTRAINED_NOTE = "note: untrained weights; the tokens mean nothing and pictures are noise"
@@ -151,11 +151,11 @@ def load_tokenizer(
     return model
 
 
-def load_gpt(options: argparse.Namespace, device: str | None) -> GPT:
+def load_gpt(options: argparse.Namespace, device: str | None) -> Generator:
     import torch
 
     from .. import untrained
-    from ..generator import GPT
+    from ..generator import load_generator
 
     if options.untrained is not None:
         if options.gpt is not None:
@@ -167,7 +167,7 @@ def load_gpt(options: argparse.Namespace, device: str | None) -> GPT:
             "the model folder of a train-gpt run, or emoji, which comes with the package"
         )
     else:
-        gpt = GPT.from_pretrained(options.gpt)
+        gpt = load_generator(options.gpt)
     # The generator has no TF32 mode of its own.
     dtype = "float32" if options.precision == "tf32" else options.precision
     return _moved(gpt.to(getattr(torch, dtype)), device)

@@ -12,7 +12,7 @@ from .output import local_path, say, write_png
 from .processes import among_processes
 
 if TYPE_CHECKING:
-    from ..generator import GPT
+    from ..generator import Generator
     from ..sample_folder import Job
     from ..tokenizer import VFMTok
 
@@ -61,6 +61,11 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "--cfg-interval", type=int, default=-1, help="guide decode steps 0..N only; -1: all"
     )
     parser.add_argument(
+        "--cfg-power",
+        type=float,
+        help="let the scale grow from 1 along a cosine of this power, for RAR (constant)",
+    )
+    parser.add_argument(
         "--temperature", type=float, default=1.0, help="divides the logits (%(default)s)"
     )
     parser.add_argument("--top-k", type=int, default=0, help="0: all codes")
@@ -90,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--classes must be in [0, {count}), got {wrong[0]}")
     classes = torch.tensor(options.classes or range(count))
     names = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "greedy", "seed")
-    settings = {name: getattr(options, name) for name in names}
+    settings = {name: getattr(options, name) for name in names} | growing(options)
     # Everything is checked before the long work, and before anything is written.
     Sampling(**settings).check()
     kv_dtype = torch.int8 if options.kv_int8 else None
@@ -112,7 +117,12 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def check_together(gpt: GPT, tokenizer: VFMTok) -> None:
+def growing(options: argparse.Namespace) -> dict[str, float]:
+    """The setting of a growing scale; none without one, as in folders made before there was one."""
+    return {} if options.cfg_power is None else {"cfg_power": options.cfg_power}
+
+
+def check_together(gpt: Generator, tokenizer: VFMTok) -> None:
     """Require that the tokenizer can decode what the generator makes."""
     if gpt.config.block_size != tokenizer.config.num_regions or (
         gpt.config.vocab_size > tokenizer.config.codebook_size

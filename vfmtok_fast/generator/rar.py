@@ -230,12 +230,12 @@ class RAR(Generator, library_name="vfmtok_fast", tags=["vfmtok"]):
         check_plain(self, type(self))
         for layer in (self.head, self.head_condition):
             check_plain(layer, nn.Linear, bias=True)
+        pairs = zip(self.blocks, condition[:, 3:].split(6, dim=1), strict=True)
+        blocks = tuple(block.step_weights(part) for block, part in pairs)
         check_eps([norm for block in self.blocks for norm in block.norms()], self.config.norm_eps)
-        parts = condition[:, 3:].split(6, dim=1)
-        blocks = zip(self.blocks, parts, strict=True)
         return StepWeights(
-            tuple(block.step_weights(part) for block, part in blocks), None, self.head.weight,
-            None, self.config.norm_eps, self.head.bias, condition[:, :3],
+            blocks, None, self.head.weight, None, self.config.norm_eps, self.head.bias,
+            condition[:, :3],
         )  # fmt: skip
 
     def embeddings(self) -> tuple[Tensor, ...]:
