@@ -183,7 +183,7 @@ def test_every_kernel_of_a_step_is_looked_at_for_that(compiled):
     kernels = json.loads((out / "h200.json").read_text())["kernels"]
     seen = {name.split()[0] for name, row in kernels.items() if "early_accesses" in row}
     step = {f"decode_step.{kernel}" for kernel in ("_vector", "_matrix", "_append")}
-    step |= {"decode_step._rms_norm", "decode_attention._decode"}
+    step |= {"decode_step._rms_norm", "decode_step._modulated", "decode_attention._decode"}
     step |= {"sample_token._sample_token", "sample_token._best_share"}
     assert seen == step
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..decoding import BlockWeights, KVCache, StepWeights
+from ..decoding import Biases, BlockWeights, HeadNorms, KVCache, StepWeights
 from ..generator import GPTConfig
 from ..ops import decode_attention
 from ..tokenizer import VFMTokConfig
@@ -135,16 +135,28 @@ def _sample_token(new: New, device, *, B: int, V: int, guided: bool = True, **se
 
 def _decode_step(
     new: New, device, *, rows: int, layers: int, C: int, H: int, F: int, V: int, T: int,
-    position: int, int8_cache: bool = False,
+    position: int, int8_cache: bool = False, rar: bool = False,
 ):  # fmt: skip
     D = C // H
 
-    blocks = tuple(
-        BlockWeights(new(C), new(3 * C, C), new(C, C), new(C), new(2 * F, C), new(C, F))
-        for _ in range(layers)
-    )
-    rotary = new(T, D // 2, 2, dtype=torch.float32)
-    dtype = torch.int8 if int8_cache else blocks[0].attention_norm.dtype
+    def block() -> BlockWeights:
+        if not rar:
+            return BlockWeights(new(C), new(3 * C, C), new(C, C), new(C), new(2 * F, C), new(C, F))
+        return BlockWeights(
+            None, new(3 * C, C), new(C, C), None, new(F, C), new(C, F),
+            Biases(new(3 * C), new(C), new(F), new(C)), HeadNorms(new(D), new(D), new(D), new(D)),
+            new(rows, 6, C),
+        )  # fmt: skip
+
+    blocks = tuple(block() for _ in range(layers))
+    if rar:
+        weights = StepWeights(
+            blocks, None, new(V, C), None, head_bias=new(V), condition=new(rows, 3, C)
+        )
+    else:
+        rotary = new(T, D // 2, 2, dtype=torch.float32)
+        weights = StepWeights(blocks, new(C), new(V, C), rotary)
+    dtype = torch.int8 if int8_cache else weights.head.dtype
     cache = KVCache.empty(layers, rows, H, T, D, dtype=dtype, device=device)
     for layer in cache:
         for part in layer:
@@ -153,7 +165,6 @@ def _decode_step(
     at = torch.full((2,), position, device=device, dtype=torch.int64)
     at[1:] += 1
     code = torch.zeros(rows, device=device, dtype=torch.int64)
-    weights = StepWeights(blocks, new(C), new(V, C), rotary)
     return (code, new(1, C), weights, cache, at[:1], at[1:]), {"attend": decode_attention}
 
 
