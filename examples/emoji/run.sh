@@ -3,9 +3,10 @@
 # images. Run it as examples/emoji/run.sh OUT, with vfmtok-fast, python and torchrun on PATH. If it
 # is stopped anywhere, the same command resumes.
 #
-# STEPS (12000) and GPT_STEPS (3000) set how long the tokenizer and the generator train. PROCESSES
-# (2) sets the number of training processes, each with one thread: on a shared machine, threads that
-# wait for each other lose most of their time, while processes synchronise only once per step.
+# STEPS (12000), SHARP_STEPS (4000) and GPT_STEPS (3000) set how long the tokenizer trains, without
+# and with a discriminator, and the generator. PROCESSES (2) sets the number of training processes,
+# each with one thread: on a shared machine, threads that wait for each other lose most of their
+# time, while processes synchronise only once per step.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -21,11 +22,19 @@ if [ ! -f "$out/foundation.pth" ]; then
 fi
 [ -d "$out/start" ] || python "$here/start.py" "$out/foundation.pth" "$pictures" "$out/start"
 
-# No LPIPS and no discriminator: there is no source for their weights here.
-"${together[@]}" train-tokenizer "$pictures" "$out/tokenizer" --start-from "$out/start" \
+# No LPIPS: there is no source for its weights here.
+"${together[@]}" train-tokenizer "$pictures" "$out/soft" --start-from "$out/start" \
     --steps "${STEPS:-12000}" --batch-size 8 --lr 1e-3 --warmup-steps 100 \
     --schedule cosine --min-lr 1e-5 --ema 0.995 --pixel-loss l1 --no-lpips \
     --discriminator none --revive-after 500 --workers 1 \
+    --save-every 250 --log-every 25 --show-every 250
+
+# A PatchGAN, which needs no weights, sharpens the edges. Its batch norms need all eight images of a
+# step, so this is one process.
+vfmtok-fast train-tokenizer "$pictures" "$out/tokenizer" --start-from "$out/soft/model" \
+    --recipe rae --discriminator patch --discriminator-start 300 --discriminator-weight 0.3 \
+    --steps "${SHARP_STEPS:-4000}" --batch-size 8 --lr 2e-4 --warmup-steps 100 \
+    --min-lr 1e-5 --ema 0.995 --pixel-loss l1 --no-lpips --revive-after 500 --workers 1 \
     --save-every 250 --log-every 25 --show-every 250
 
 tokenizer=$out/tokenizer/model

@@ -100,6 +100,8 @@ def test_conditions_computed_a_few_places_at_a_time(model, places, monkeypatch):
     monkeypatch.setattr(decoding_loop, "CONDITION_BYTES", places * each)
     decoder = model.decoder(len(CLASSES), guided=True)
     assert len(decoder.conditions) == places
+    keys = 2 * 2 * 2 * len(CLASSES) * 17 * model.config.dim * 4
+    assert decoder.nbytes == keys + (places + 1) * each
     assert torch.equal(decoder.generate(CLASSES, **settings), want)
     # Other classes replace the conditions of these.
     other = (CLASSES + 1) % 5

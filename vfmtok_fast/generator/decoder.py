@@ -260,8 +260,9 @@ class Decoder:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, which are nearly all the memory that the decoder owns."""
-        return sum(part.nbytes for layer in self.cache for part in layer if part is not None)
+        """Bytes of keys, values and conditions, nearly all the memory that the decoder owns."""
+        parts = [self.condition, self.conditions, *(part for layer in self.cache for part in layer)]
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 def checked_ids(
