@@ -57,7 +57,7 @@ def step_calls() -> list[Call]:
         ("L", 1024, 4096, "bfloat16", 16),
         ("XXL", 1408, 6144, "bfloat16", 64),
     ):
-        sizes = {"C": C, "H": 16, "F": F, "V": 16384, "rows": 2 * B, "layers": 1, "T": 257}
+        sizes = {"C": C, "H": 16, "F": F, "V": 16384, "rows": 2 * B, "layers": 1, "T": 264}
         sizes |= {"position": 128, "rar": True}
         calls.append(Call("decode_step", f"RAR-{size} rows={2 * B}", dtype, sizes))
     return calls
@@ -72,7 +72,7 @@ def decode_attention_calls() -> list[Call]:
             ("GPT-L", "bfloat16", 128, 16, 16, 256, 64, 128),
             ("GPT-3B", "bfloat16", 128, 32, 32, 256, 100, 128),
             ("GPT-L", "float32", 128, 16, 16, 256, 64, 128),
-            ("RAR-XXL", "bfloat16", 128, 16, 16, 257, 88, 128),
+            ("RAR-XXL", "bfloat16", 128, 16, 16, 264, 88, 128),
             ("grouped", "bfloat16", 2, 32, 8, 256, 128, 256),
         )
     ]

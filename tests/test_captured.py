@@ -25,8 +25,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import vfmtok_fast as vf
-from vfmtok_fast import GPT, BackboneConfig, GPTConfig, VFMTok, VFMTokConfig, ops, switch
-from vfmtok_fast.decoding import BlockWeights, KVCache, LayerCache, StepWeights
+from vfmtok_fast import GPT, RAR, BackboneConfig, GPTConfig, VFMTok, VFMTokConfig, ops, switch
+from vfmtok_fast.decoding import (
+    Biases,
+    BlockWeights,
+    HeadNorms,
+    KVCache,
+    LayerCache,
+    StepWeights,
+)
 from vfmtok_fast.generator import Decoder, Sampling
 from vfmtok_fast.kernels import tuning
 
@@ -312,8 +319,18 @@ def step(dtype: torch.dtype) -> None:
     shapes = ((96, 32), (32, 32), (80, 32), (32, 40), (50, 32))
     qkv, out, gate_up, down, head = (floats(*shape, dtype=dtype) for shape in shapes)
     block = BlockWeights(norm, qkv, out, norm, gate_up, down)
-    weights = StepWeights((block,), norm, head, floats(6, 8, 2))
-    for rows in (2, 8, 80):
+    gpt = StepWeights((block,), norm, head, floats(6, 8, 2))
+    biases = Biases(*(floats(size, dtype=dtype) for size in (96, 32, 40, 32)))
+    norms = HeadNorms(*(floats(16, dtype=dtype) for _ in range(4)))
+    for rows, rar in ((2, False), (8, False), (80, False), (2, True), (8, True), (80, True)):
+        weights = gpt
+        if rar:
+            condition = floats(rows, 6, 32, dtype=dtype)
+            block = BlockWeights(None, qkv, out, None, down.T.contiguous(), down, biases, norms)
+            weights = StepWeights(
+                (block._replace(condition=condition),), None, head, None,
+                head_bias=floats(50, dtype=dtype), condition=condition[:, :3],
+            )  # fmt: skip
         shape = (rows, 2, 6, 16)
         full = LayerCache(floats(*shape, dtype=dtype), floats(*shape, dtype=dtype))
         small = (integers(*shape, dtype=torch.int8) for _ in range(2))
@@ -510,13 +527,39 @@ def test_a_decoding_step(enabled, dtype, guided):
     settings = Sampling(cfg_scale=1.5 if guided else 1.0, top_k=7, top_p=0.9)
     with vf.enable(enabled, strict=True), capturing():
         decoder, weights = Decoder(model, 3, guided=guided), model.step_weights()
-        classes = model.class_embedding.weight
-        decoder._advance(weights, decoder.cache, settings, classes, 0)
-        decoder._advance(weights, decoder.cache, settings, classes, decoder.at)
-        rest = (settings, model.token_embedding.weight, decoder.at)
+        classes, table = model.embeddings()
+        decoder._advance(weights, decoder.cache, settings, classes, True, 0)
+        decoder._advance(weights, decoder.cache, settings, classes, True, decoder.at)
+        rest = (settings, table, True, decoder.at)
         decoder._advance(weights, decoder.cache, *rest)
         decoder._advance(weights, decoder.cache.first_rows(3), *rest)
     assert decoder.codes.is_cuda
+
+
+@policies
+@types
+@pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
+@torch.no_grad()
+def test_a_decoding_step_of_a_rar(enabled, dtype, guided):
+    """Its start, a code's place, and what is computed ahead."""
+    model = RAR(
+        {
+            "num_layers": 2, "num_heads": 2, "dim": 32, "mlp_dim": 48, "vocab_size": 50,
+            "block_size": 16, "num_classes": 10,
+        }
+    )  # fmt: skip
+    model = moved(model.to(dtype).eval())
+    settings = Sampling(cfg_scale=1.5 if guided else 1.0, cfg_power=2.0, temperature=1.02)
+    with vf.enable(enabled, strict=True), capturing():
+        decoder = Decoder(model, 3, guided=guided)
+        weights, tables = model.step_weights(decoder.condition), model.embeddings()
+        model.fill_condition(decoder.conditions, decoder.classes, 0)
+        decoder._advance(weights, decoder.cache, settings, tables[0], False, 0)
+        for table, draws in zip(tables, (False, True, True), strict=True):
+            arguments = settings, table, draws, decoder.at
+            decoder._advance(weights, decoder.cache, *arguments)
+        decoder._advance(weights.first_rows(3), decoder.cache.first_rows(3), *arguments)
+    assert decoder.codes.is_cuda and len(decoder.conditions) == 17
 
 
 @torch.no_grad()

@@ -88,6 +88,13 @@ class StepWeights(NamedTuple):
     # blocks have a condition, or none has.
     condition: Tensor | None = None
 
+    def first_rows(self, rows: int) -> StepWeights:
+        """Return the same weights for the first ``rows`` sequences: a view of the conditions."""
+        if self.condition is None:
+            return self
+        blocks = (b._replace(condition=b.condition[:rows]) for b in self.blocks)
+        return self._replace(blocks=tuple(blocks), condition=self.condition[:rows])
+
     def tensors(self) -> list[Tensor]:
         """All of them in one list."""
         found = [self.norm, self.head, self.rotary, self.head_bias, self.condition]

@@ -87,11 +87,11 @@ def unsupported_reason(
     if weights.rotary is not None and weights.rotary.dtype != torch.float32:
         return f"it takes a float32 rotary table, not {weights.rotary.dtype}"
     conditions = [weights.condition, *(block.condition for block in weights.blocks)]
-    conditions = [part for part in conditions if part is not None]
+    conditions = {id(part): part for part in conditions if part is not None}
     # They are slices of one table.
-    if any(part.stride()[1:] != (part.shape[2], 1) for part in conditions):
+    if any(part.stride()[1:] != (part.shape[2], 1) for part in conditions.values()):
         return "it takes conditions whose rows are contiguous"
-    parts = [part for part in weights.tensors() if all(part is not one for one in conditions)]
+    parts = [part for part in weights.tensors() if id(part) not in conditions]
     for layer in cache:
         parts.extend(layer)
     if not all(part is None or part.is_contiguous() for part in parts):

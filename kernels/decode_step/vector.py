@@ -48,8 +48,10 @@ def _sums(a, b, squares, PAIRS: tl.constexpr, SQUARES: tl.constexpr):
         else:
             a, squares = tl.reduce((a, squares), 1, _add_two)
             return a, a, squares
+    elif PAIRS:
+        a, b = tl.reduce((a, b), 1, _add_two)
+        return a, b, a
     else:
-        tl.static_assert(not PAIRS, "what has pairs has a norm")
         a = tl.sum(a, axis=1)
         return a, a, a
 

@@ -35,7 +35,8 @@ def guided_logits() -> Callable[..., Tensor]:
 def _uncached(model: GPT, classes: Tensor, image_ids: Tensor | None = None, **settings) -> Tensor:
     sampling, B = Sampling(**settings), len(classes)
     ids = torch.arange(B) if image_ids is None else image_ids
-    codes, scales = torch.empty(B, 0, dtype=torch.int64), sampling.scales(model.config.block_size)
+    codes = torch.empty(B, 0, dtype=torch.int64)
+    scales = sampling.scales(model.config.block_size, model.device)
     for step in range(model.config.block_size):
         rows, before = classes, codes
         if sampling.guided(step):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ from generators import make, make_rar
 from torch import Tensor, nn
 
 import vfmtok_fast
-from vfmtok_fast import GPT, RAR, RARConfig
+from vfmtok_fast import GPT, RAR, RARConfig, training
 from vfmtok_fast.generator import Sampling, load_generator
 from vfmtok_fast.generator import decoder as decoding_loop
+from vfmtok_fast.generator.memory import LOGIT_COPIES, bytes_per_image, fastest_batch
+from vfmtok_fast.tuner.run import _models
 
 CLASSES = torch.tensor([4, 0, 2, 2, 1, 3, 0])
 SETTINGS = (
@@ -35,7 +39,7 @@ def uncached(model: RAR, classes: Tensor, **settings) -> Tensor:
     """Generation that runs all places anew for every code; an oracle for the loop and the cache."""
     sampling, n = Sampling(**settings), model.config.block_size
     codes = torch.zeros(len(classes), n, dtype=torch.int64)
-    ids, scales = torch.arange(len(classes)), sampling.scales(n)
+    ids, scales = torch.arange(len(classes)), sampling.scales(n, model.device)
     none = torch.full_like(classes, model.config.num_classes)
     for step in range(n):
         logits = model(codes, classes)[:, step]
@@ -66,12 +70,12 @@ def test_any_size(heads, dim):
 
 
 def test_a_growing_scale_begins_with_none_and_nearly_reaches_it():
-    scales = Sampling(cfg_scale=5.0, cfg_power=2.0).scales(256)
+    scales = Sampling(cfg_scale=5.0, cfg_power=2.0).scales(256, torch.device("cpu"))
     assert scales.dtype == torch.float32 and float(scales[0]) == 1.0
     assert torch.all(scales.diff() >= 0) and 4.99 < float(scales[-1]) < 5.0
     middle = 1 + 4 * (1 - torch.cos(torch.tensor(torch.pi / 4, dtype=torch.float64))) / 2
     assert abs(float(scales[128]) - float(middle)) < 1e-6
-    assert torch.equal(Sampling(cfg_scale=5.0).scales(3), torch.full((3,), 5.0))
+    assert Sampling(cfg_scale=5.0).scales(3, torch.device("cpu")) is None
 
 
 def test_a_gpt_takes_a_growing_scale_too(uncached):
@@ -85,7 +89,8 @@ def test_a_gpt_takes_a_growing_scale_too(uncached):
 
 @pytest.mark.parametrize(
     ("power", "error"), [(0, ValueError), (-1.0, ValueError), (float("nan"), ValueError),
-                         (float("inf"), ValueError), ("1", TypeError), (True, TypeError)],
+                         (float("inf"), ValueError), (10**400, ValueError), ("1", TypeError),
+                         (True, TypeError)],
 )  # fmt: skip
 def test_refuses_a_wrong_power(model, power, error):
     with pytest.raises(error, match="^generate: cfg_power must be"):
@@ -100,7 +105,8 @@ def test_conditions_computed_a_few_places_at_a_time(model, places, monkeypatch):
     monkeypatch.setattr(decoding_loop, "CONDITION_BYTES", places * each)
     decoder = model.decoder(len(CLASSES), guided=True)
     assert len(decoder.conditions) == places
-    keys = 2 * 2 * 2 * len(CLASSES) * 17 * model.config.dim * 4
+    # 17 places, and 7 that keep the heads aligned.
+    keys = 2 * 2 * 2 * len(CLASSES) * 24 * model.config.dim * 4
     assert decoder.nbytes == keys + (places + 1) * each
     assert torch.equal(decoder.generate(CLASSES, **settings), want)
     # Other classes replace the conditions of these.
@@ -178,9 +184,45 @@ def test_checkpointing_changes_no_gradient():
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
+def test_the_estimate_of_memory_holds_what_a_decoder_owns(model, guided, kv_dtype):
+    each = bytes_per_image(model, guided, kv_dtype)
+    logits = (2 if guided else 1) * 4 * LOGIT_COPIES * model.config.vocab_size
+    ahead = (2 if guided else 1) * model.places * model.condition_size * model.config.dim * 4
+    for batch in (1, 5):
+        owned = model.decoder(batch, guided=guided, kv_dtype=kv_dtype).nbytes
+        assert batch * (each - logits) <= owned + ahead * batch / model.places
+        assert owned <= batch * (each - logits + ahead)
+        # What this many bytes hold is generated at a time, and no image more.
+        needed = batch * (each + ahead)
+        assert fastest_batch(model, 9, guided, None, needed, kv_dtype) in (batch, -(-9 // 2))
+        with pytest.raises(MemoryError, match=f"at most {batch} fit"):
+            fastest_batch(model, 9, guided, batch + 1, needed, kv_dtype)
+
+
+def test_a_decoder_keeps_no_weight_alive():
+    model = make_rar()
+    decoder = model.decoder(2)
+    decoder.generate([1, 2])
+    assert not decoder._computed
+    embedding = weakref.ref(model.embedding.weight)
+    del model
+    gc.collect()
+    assert embedding() is None
+
+
+def test_where_only_a_gpt_works(model):
+    with pytest.raises(TypeError, match="^GPTTrainer: model must be a GPT, got RAR"):
+        training.GPTTrainer(model)
+    with pytest.raises(ValueError, match="^tune: unknown model RAR; give"):
+        _models(model)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
+        ({"codes": None}, TypeError, "^RAR: codes must be a torch.Tensor"),
         ({"codes": torch.zeros(2, 15, dtype=torch.int64)}, ValueError, "codes must have shape"),
         ({"codes": torch.full((2, 16), 37)}, ValueError, r"codes must be in \[0, 37\)"),
         ({"class_ids": torch.tensor([6, 0])}, ValueError, r"class_ids must be in \[0, 6\)"),
@@ -265,7 +307,7 @@ def test_saved_and_loaded(model, tmp_path):
     model.save_pretrained(tmp_path / "rar")
     want = model.generate(CLASSES, seed=1)
     for load in (RAR.from_pretrained, load_generator):
-        again = load(tmp_path / "rar")
+        again = load(tmp_path / "rar", map_location="cpu")
         assert type(again) is RAR and again.config == model.config
         assert torch.equal(again.generate(CLASSES, seed=1), want)
     with pytest.raises(ValueError, match="^GPTConfig: unknown field mlp_dim"):
@@ -293,9 +335,13 @@ def test_the_authors_file(official_weights, tmp_path):
         RAR.from_official({k: v for k, v in weights.items() if k != "blocks.1.attn.proj.bias"})
     with pytest.raises(ValueError, match="surplus"):
         RAR.from_official(weights | {"surplus": torch.ones(1)})
-    other = json.loads(json.dumps(vars(models[0].config))) | {"mlp_dim": 256}
     with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.fc1\.weight"):
-        RAR.from_official(weights, other)
+        RAR.from_official(weights, {"mlp_dim": 256})
+    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.fc1\.weight"):
+        RAR.from_official(weights, RARConfig())
+    other = RAR.from_official(weights, {"norm_eps": 1e-3})
+    assert other.config == dataclasses.replace(models[0].config, norm_eps=1e-3)
+    assert other.blocks[0].key_norm.eps == 1e-3
     with pytest.raises(ValueError, match="RAR checkpoint"):
         RAR.from_official(official_weights("gpt_small"))
     with pytest.raises(FileNotFoundError, match="nothing.safetensors does not exist"):

@@ -395,6 +395,16 @@ def test_each_part_of_a_block_is_chosen_by_itself(rows):
         want = reference(*copied(given), 4, attention)
         got = kernel.decode_step(*changed(given, moved), 4, attention).cpu()
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    # A condition with rotation, and with SwiGLU.
+    turned = copied(rar)
+    blocks = (
+        g._replace(attention_norm=None, ffn_norm=None, condition=r.condition)
+        for g, r in zip(gpt[2].blocks, rar[2].blocks, strict=True)
+    )
+    turned[2] = rar[2]._replace(blocks=tuple(blocks), rotary=gpt[2].rotary)
+    want = reference(*copied(turned), 4, attention)
+    got = kernel.decode_step(*changed(turned, moved), 4, attention).cpu()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     bare = [*rar[:2], rar[2]._replace(head_bias=None), *rar[3:]]
     blocks = (b._replace(biases=Biases(), head_norms=None) for b in bare[2].blocks)
     bare[2] = bare[2]._replace(blocks=tuple(blocks))

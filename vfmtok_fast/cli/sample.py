@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cfg-scale",
         type=float,
         default=1.0,
-        help="guidance scale; 1: none, 0: whatever the class",
+        help="guidance scale; 1: none, 0: whatever the class (RAR's authors take 0 for none)",
     )
     parser.add_argument("--greedy", action="store_true", help="take the likeliest code each time")
     add_sampling(parser)

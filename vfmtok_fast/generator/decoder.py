@@ -15,14 +15,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops, switch, tf32
 from ..checks import check_class_ids
-from ..decoding import KVCache, StepWeights, row_of
+from ..decoding import KVCache, StepWeights
 from ..graphs import capture, settings, synchronize
 from ..ops.checks import check_int, check_integers
-from .memory import told_if_out_of_memory
+from .memory import CONDITION_BYTES, capacity, told_if_out_of_memory
 from .sampling import Sampling
 
 if TYPE_CHECKING:
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 # While all of these are enabled, a step on a GPU is captured and replayed.
 STEP_OPS = frozenset(["decode_step", "decode_attention", "sample_token"])
-# Bytes of conditions, see `Generator.fill_condition`, that a decoder computes at a time: their
-# weights are read once for as many places as this holds, at least one.
-CONDITION_BYTES = 2**28
 
 
 class Decoder:
@@ -76,7 +73,7 @@ class Decoder:
         config, device, rows = model.config, model.device, batch * (2 if guided else 1)
         # Places before the one that predicts the first code, and places in all.
         self.before = len(model.embeddings()) - 2
-        self.places = self.before + config.block_size
+        self.places = model.places
         # What one place reads, and the same of as many places as are computed at a time.
         self.condition = self.conditions = None
         size, C = model.condition_size, config.dim
@@ -87,7 +84,7 @@ class Decoder:
         # Inference tensors cannot be written outside inference mode, where the next call may run.
         with told_if_out_of_memory(batch), torch.inference_mode(False):
             self.cache = KVCache.empty(
-                config.num_layers, rows, config.num_heads, self.places, config.head_dim,
+                config.num_layers, rows, config.num_heads, capacity(model), config.head_dim,
                 dtype=kv_dtype or model.dtype, device=device,
             )  # fmt: skip
             self.image_ids, self.codes = new(batch), new(batch, config.block_size)
@@ -160,12 +157,15 @@ class Decoder:
     ) -> Tensor:
         model, B = self._model(), len(class_ids)
         config, embeddings = model.config, model.embeddings()
-        weights = self._weights(model, len(self.code))
+        weights = whole = model.step_weights(self.condition)
         read = [*weights.tensors(), *embeddings]
         if (addresses := tuple(part.data_ptr() for part in read)) != self._addresses:
             self.end()
             self._addresses = addresses
-            self._computed = [part for part in read if not isinstance(part, nn.Parameter)]
+            # Parameters and the decoder's own buffer are not held by it, and neither are views.
+            lasting = [*model.parameters(), *(() if self.condition is None else (self.condition,))]
+            known = {part.untyped_storage()._cdata for part in lasting}
+            self._computed = [p for p in read if p.untyped_storage()._cdata not in known]
         self.image_ids[:B].copy_(image_ids)
         self.classes.fill_(config.num_classes)
         # Rows beyond the images are computed too, with a class that exists.
@@ -174,7 +174,8 @@ class Decoder:
         self.code.copy_(self.classes)
         for part, value in zip(self.at.split(1), (0, 1, -self.before), strict=True):
             part.fill_(value)
-        self.scales.copy_(sampling.scales(config.block_size))
+        if (scales := sampling.scales(config.block_size, model.device)) is not None:
+            self.scales.copy_(scales)
         # torch holds no larger integers.
         self.seed.fill_(sampling.seed - 2**64 * (sampling.seed >= 2**63))
         replayed = model.device.type == "cuda" and switch.policy().ops >= STEP_OPS
@@ -183,10 +184,11 @@ class Decoder:
             step = max(0, place - self.before)
             rows = len(self.code) if sampling.guided(step) == self.guided else self.batch
             if rows != len(cache[0].keys):
-                cache, weights = self.cache.first_rows(rows), self._weights(model, rows)
+                cache, weights = self.cache.first_rows(rows), whole.first_rows(rows)
             if self.conditions is not None and place % len(self.conditions) == 0:
                 part = self.conditions[: self.places - place]
-                model.fill_condition(part, self.classes, place)
+                with tf32.settled():  # as for a capture, see `_replay`
+                    model.fill_condition(part, self.classes, place)
             embedding = embeddings[min(place, self.before + 1)]
             arguments = weights, cache, sampling, embedding, place >= self.before
             if replayed:
@@ -196,9 +198,6 @@ class Decoder:
             if progress is not None and place >= self.before:
                 progress(B * (step + 1), B * config.block_size)
         return self.codes[:B].clone()
-
-    def _weights(self, model: Generator, rows: int) -> StepWeights:
-        return model.step_weights(None if self.condition is None else self.condition[:rows])
 
     def _advance(
         self, weights: StepWeights, cache: KVCache, sampling: Sampling, embedding: Tensor,
@@ -212,12 +211,17 @@ class Decoder:
         captured = isinstance(at, Tensor)
         place, length, step = at.split(1) if captured else (at, at + 1, at - self.before)
         if self.condition is not None:
-            self.condition.copy_(row_of(self.conditions, place % len(self.conditions))[0])
+            at_hand = place % len(self.conditions)
+            if captured:
+                torch.index_select(self.conditions, 0, at_hand, out=self.condition[None])
+            else:
+                self.condition.copy_(self.conditions[at_hand])
         code = self.code[: len(cache[0].keys)]
         logits = ops.decode_step(code, embedding, weights, cache, place, length)
         if draws:
             seed = self.seed if captured else None
-            drawn = sampling.draw(logits, self.image_ids, step, self.scales, seed)
+            scales = None if sampling.cfg_power is None else self.scales
+            drawn = sampling.draw(logits, self.image_ids, step, scales, seed)
             self.code.view(-1, self.batch).copy_(drawn)
             if captured:
                 self.codes.index_copy_(1, step, drawn[:, None])

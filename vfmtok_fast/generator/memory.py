@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 # The rest is left for other tensors, fragmentation and, on a CPU, other processes.
 SHARE = 0.8
+# Bytes of conditions, see `Generator.fill_condition`, that a decoder computes at a time: their
+# weights are read once for as many places as this holds, at least one.
+CONDITION_BYTES = 2**28
 # Float32 logits and what sampling makes of them: noise, sorted values and their order.
 LOGIT_COPIES = 12
 # Batch sizes above which larger ones gain nothing and only delay results. Measured on two cores,
@@ -24,14 +27,24 @@ LOGIT_COPIES = 12
 ENOUGH = {"cpu": 64, "cuda": 512}
 
 
+def capacity(model: Generator) -> int:
+    """Places of a KV cache: a multiple of 8, so that kernels know that every head is aligned."""
+    return -(-model.places // 8) * 8
+
+
 def bytes_per_image(model: Generator, guided: bool, kv_dtype: torch.dtype | None = None) -> int:
-    """Bytes that generating one image takes: its keys, values and rows of logits."""
+    """Bytes that generating one image takes: its keys, values, conditions and rows of logits.
+
+    Of the conditions, those of one place in both buffers; the others are at most CONDITION_BYTES
+    for all images together.
+    """
     config, rows = model.config, 2 if guided else 1
-    cache = 2 * config.num_layers * config.block_size
+    cache = 2 * config.num_layers * capacity(model)
     each = config.dim * (kv_dtype or model.dtype).itemsize
     if kv_dtype == torch.int8:
         each += 4 * config.num_heads  # A scale for each head and position.
-    return rows * (cache * each + 4 * LOGIT_COPIES * config.vocab_size)
+    conditions = 2 * model.condition_size * config.dim * model.dtype.itemsize
+    return rows * (cache * each + conditions + 4 * LOGIT_COPIES * config.vocab_size)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -63,7 +76,11 @@ def fastest_batch(
         # The kept decoder is used again, or is freed first.
         memory = int(SHARE * (free_bytes(model.device) + model.kept.nbytes))
     each = bytes_per_image(model, guided, kv_dtype)
-    most = memory // each
+    ahead = (2 if guided else 1) * model.condition_size * model.config.dim * model.dtype.itemsize
+    # Conditions of all places, or CONDITION_BYTES where that is less.
+    most = max(memory // (each + model.places * ahead), (memory - CONDITION_BYTES) // each)
+    if not ahead:
+        most = memory // each
     wanted = min(batch_size or 1, max(count, 1))
     if most < wanted:
         advice = f"at most {most} fit" if most else "free some memory or use a smaller model"

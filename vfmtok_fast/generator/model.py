@@ -68,6 +68,11 @@ class Generator(HubModel):
         """
         raise NotImplementedError
 
+    @property
+    def places(self) -> int:
+        """Places of a sequence that predict something or come before one that does."""
+        return len(self.embeddings()) - 2 + self.config.block_size
+
     def decoder(
         self, batch: int, *, guided: bool = False, kv_dtype: torch.dtype | None = None
     ) -> Decoder:
@@ -102,7 +107,8 @@ class Generator(HubModel):
         Args:
             class_ids: [B] integers in [0, num_classes), a tensor or a list.
             cfg_scale: classifier-free guidance, ``uncond + cfg_scale * (cond - uncond)``; 1 is
-                none, 0 is unconditional. (LlamaGen's own sampler guides above 1 only.)
+                none, 0 is unconditional. (LlamaGen's own sampler guides above 1 only; RAR's takes 0
+                for none.)
             cfg_interval: n > -1 guides the first code and decode steps 0..n, that is codes 0..n+1,
                 and draws the others from the conditional logits; -1 guides all.
             temperature: divides the logits; values below 1e-5 count as 1e-5.
@@ -113,7 +119,8 @@ class Generator(HubModel):
             image_ids: [B] integers that select each image's noise; None is 0..B-1.
             kv_dtype: dtype of keys and values, see `Decoder`.
             cfg_power: guide code s of n with ``1 + (cfg_scale - 1) * (1 - cos(pi * (s / n) **
-                cfg_power)) / 2``, which grows from 1 to nearly ``cfg_scale``; RAR is sampled so.
+                cfg_power)) / 2``, which goes from 1 to nearly ``cfg_scale``, as RAR's sampler does;
+                None guides all codes alike.
             progress: called with (codes done, codes in all) after every position; may raise to
                 stop.
 
@@ -154,7 +161,8 @@ class Generator(HubModel):
         Args:
             class_ids, image_ids, kv_dtype, progress: as in `generate`.
             batch_size: images at a time; None is as many as fit and improve throughput.
-            memory: bytes that keys, values and logits may take; None is most of what is free now.
+            memory: bytes that keys, values, conditions and logits may take; None is most of what is
+                free now.
             sampling: cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, seed, cfg_power.
 
         Returns:

@@ -183,8 +183,9 @@ class RAR(Generator, library_name="vfmtok_fast", tags=["vfmtok"]):
         Raises:
             TypeError, ValueError: wrong shape, dtype or range.
         """
-        config, B = self.config, len(codes)
+        config = self.config
         check_codes("RAR", codes, config.block_size, config.vocab_size, self.device)
+        B = len(codes)
         check_class_ids("RAR", class_ids, config.num_classes + 1)
         check_device("RAR", "class_ids", class_ids, self.device)
         if B != len(class_ids):
@@ -265,7 +266,10 @@ class RAR(Generator, library_name="vfmtok_fast", tags=["vfmtok"]):
 
         Args:
             checkpoint: the authors' ``.safetensors`` file, or the mapping in it.
-            config: None reads it from the shapes of the weights.
+            config: a `RARConfig`, or those of its fields that the shapes of the weights do not
+                tell; None for none.
         """
         tensors = read_tensors(checkpoint, RAR_WRAPPERS, "RAR checkpoint")
-        return load_rar(unfilled(cls, config or rar_fields(tensors)), tensors)
+        if not isinstance(config, RARConfig):
+            config = rar_fields(tensors) | dict(config or {})
+        return load_rar(unfilled(cls, config), tensors)

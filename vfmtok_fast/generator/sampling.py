@@ -19,7 +19,7 @@ from ..ops.sample_token import check_sampling
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings; `GPT.generate` documents them."""
+    """Sampling settings; `Generator.generate` documents them."""
 
     cfg_scale: float = 1.0
     cfg_interval: int = -1
@@ -52,26 +52,24 @@ class Sampling:
         check_int("generate", "cfg_interval", self.cfg_interval, 2**31, -1)
         if self.cfg_power is not None:
             check_number("generate", "cfg_power", self.cfg_power)
-            if not 0 < self.cfg_power < math.inf:
-                raise ValueError(
-                    f"generate: cfg_power must be finite and above 0, got {self.cfg_power}"
-                )
+            if not 0 < self.cfg_power < 1e9:
+                raise ValueError(f"generate: cfg_power must be in (0, 1e9), got {self.cfg_power}")
 
     def guided(self, step: int) -> bool:
         """Whether code ``step`` is guided; step s is the release's decode step s - 1."""
         return self.cfg_scale != 1.0 and (self.cfg_interval == -1 or step - 1 <= self.cfg_interval)
 
-    def scales(self, steps: int) -> Tensor:
-        """The guidance scales of all codes, [steps] float32 on the CPU; see `cfg_power`."""
+    def scales(self, steps: int, device: torch.device) -> Tensor | None:
+        """The guidance scales of all codes, [steps] float32; None if they are equal."""
         if self.cfg_power is None:
-            return torch.full((steps,), self.cfg_scale, dtype=torch.float32, device="cpu")
-        share = torch.arange(steps, dtype=torch.float32, device="cpu") / steps
+            return None
+        share = torch.arange(steps, dtype=torch.float32, device=device) / steps
         share = share**self.cfg_power
         return 1 + (self.cfg_scale - 1) * (1 - torch.cos(math.pi * share)) / 2
 
     def draw(
-        self, logits: Tensor, image_ids: Tensor, step: int | Tensor, scales: Tensor,
-        seed: Tensor | None = None,
+        self, logits: Tensor, image_ids: Tensor, step: int | Tensor,
+        scales: Tensor | None = None, seed: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Draw one code per image, [B]; logit rows beyond the first B are unconditional.
 
@@ -79,7 +77,7 @@ class Sampling:
             logits: [B or 2 B, V].
             image_ids: [B].
             step: which code this is.
-            scales: `scales` on the device of the logits, which are read if they differ.
+            scales: the result of `scales`.
             seed: overrides ``self.seed``.
         """
         B = len(image_ids)
@@ -87,6 +85,6 @@ class Sampling:
         if seed is not None:
             settings["seed"] = seed
         logits, uncond = logits[:B], logits[B:] if len(logits) > B else None
-        if uncond is not None and self.cfg_power is not None:
+        if uncond is not None and scales is not None:
             logits, uncond = guided_logits(logits, uncond, row_of(scales, step)), None
         return ops.sample_token(logits, image_ids, step, uncond_logits=uncond, **settings)

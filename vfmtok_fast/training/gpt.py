@@ -23,7 +23,7 @@ class GPTTrainer(Trainer):
         sharded: see `Trainer`.
 
     Raises:
-        TypeError: the weights were rounded to half precision.
+        TypeError: another model, or its weights were rounded to half precision.
     """
 
     settings: GPTTraining
@@ -31,6 +31,8 @@ class GPTTrainer(Trainer):
     def __init__(
         self, model: GPT, settings: GPTTraining | None = None, *, sharded: bool = False
     ) -> None:
+        if not isinstance(model, GPT):
+            raise TypeError(f"GPTTrainer: model must be a GPT, got {type(model).__name__}")
         if model.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"GPTTrainer: weights must be float32 to learn, got {model.dtype}; load the model "

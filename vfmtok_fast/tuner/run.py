@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import switch, timing
@@ -124,7 +124,7 @@ def tune(
 def _models(models: Any) -> tuple[VFMTokConfig | None, list[tuple[str, GPTConfig]]]:
     if models is None:
         models = ("VFMTok", "GPT-L")
-    if isinstance(models, str | VFMTok | GPT):
+    if isinstance(models, str | nn.Module):
         models = (models,)
     if not isinstance(models, Iterable):
         raise TypeError(f"tune: models must be models or their names, got {models!r}")
@@ -140,8 +140,9 @@ def _models(models: Any) -> tuple[VFMTokConfig | None, list[tuple[str, GPTConfig
         elif model in PRESETS:
             generators.append((model, GPTConfig.preset(model)))
         else:
+            name = type(model).__name__ if isinstance(model, nn.Module) else repr(model)
             raise ValueError(
-                f"tune: unknown model {model!r}; give a model of your own, or a name of "
+                f"tune: unknown model {name}; give a model of your own, or a name of "
                 f"{['VFMTok', *sorted(PRESETS)]}"
             )
     return tokenizer, generators
