@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -112,6 +114,23 @@ def test_conditions_computed_a_few_places_at_a_time(model, places, monkeypatch):
     # Other classes replace the conditions of these.
     other = (CLASSES + 1) % 5
     assert torch.equal(decoder.generate(other, **settings), model.generate(other, **settings))
+
+
+def test_conditions_are_computed_while_the_tf32_switches_are_settled(monkeypatch):
+    """A tokenizer that decodes in another thread with TF32 must not change the codes."""
+    model, held, seen = make_rar(), [], []
+
+    @contextlib.contextmanager
+    def settled() -> Iterator[None]:
+        held.append(True)
+        yield
+        held.pop()
+
+    fill = model.fill_condition
+    monkeypatch.setattr(decoding_loop.tf32, "settled", settled)
+    model.fill_condition = lambda *arguments: (seen.append(bool(held)), fill(*arguments))
+    model.generate(CLASSES)
+    assert seen == [True] and not held
 
 
 def test_an_image_does_not_depend_on_its_batch(model):
@@ -316,6 +335,8 @@ def test_saved_and_loaded(model, tmp_path):
     assert type(load_generator(tmp_path / "gpt")) is type(load_generator("emoji")) is GPT
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         load_generator(str(tmp_path / "nothing"))
+    with pytest.raises(FileNotFoundError, match="cannot be downloaded"):
+        load_generator("nobody/nothing", map_location="cpu", local_files_only=True)
 
 
 def test_the_authors_file(official_weights, tmp_path):
