@@ -38,5 +38,5 @@ Done. Look at:
   $out/cache/               the token cache: manifest.json, index.parquet, shards/
   $out/reconstruction.png   picture | reconstruction | where the regions look
   $out/samples/, $out/guided/   samples as a PNG grid and as an .npz
-The model is a small one, trained in an hour and a half on two processor cores: examples/emoji/README.md.
+The model is a small one, trained in under four hours on two processor cores: examples/emoji/README.md.
 TEXT

@@ -90,7 +90,7 @@ def test_the_page_says_what_was_measured():
 
 
 def test_pictures_that_it_was_not_trained_on_come_back(tokenizer, evaluate):
-    """Measured on all 150: a PSNR of 22.7 dB; a white square has 9.2."""
+    """Measured on all 150: a PSNR of 22.2 dB; a white square has 9.2."""
     images = vf.images.load_images(some_held_out(), tokenizer.config.image_size)
     real, (made, codes) = vf.images.to_uint8(images), evaluate.reconstruct(tokenizer, images)
     assert psnr(real, made).mean() > 20
