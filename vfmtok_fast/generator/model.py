@@ -70,7 +70,7 @@ class Generator(HubModel):
 
     @property
     def places(self) -> int:
-        """Places of a sequence that predict something or come before one that does."""
+        """How many places of a sequence are computed: all but the last code's."""
         return len(self.embeddings()) - 2 + self.config.block_size
 
     def decoder(
