@@ -138,6 +138,8 @@ TOKENIZER_UNUSED = ("slot_quantize.codebook_used",)
 DINOV2_UNUSED = ("mask_token",)
 # Keys that may hold the weights in a RAR file; the released ones hold them plainly.
 RAR_WRAPPERS = ("ema", "model", "state_dict", "module")
+# Rows of RAR's tables of positions beyond one per code; only two are read.
+RAR_MORE_POSITIONS = 1024
 # How many codes ``codebook_used`` records.
 CODES_RECORDED = 65_536
 
@@ -280,7 +282,7 @@ def rar_fields(tensors: Mapping[str, Tensor]) -> dict[str, int]:
         "dim": dim,
         "mlp_dim": len(tensors["blocks.0.mlp.fc1.weight"]),
         "vocab_size": codes,
-        "block_size": tensors["pos_embed"].shape[1] - 1024,
+        "block_size": tensors["pos_embed"].shape[1] - RAR_MORE_POSITIONS,
         # Beside codes and classes there are a mask and "no class".
         "num_classes": rows - codes - 2,
     }

@@ -29,8 +29,8 @@ _building = threading.Lock()
 # What draws random values in place, in `Tensor` and `torch.nn.init`. erfinv_ turns uniform values
 # into normal ones, which takes as long.
 DRAWS = frozenset(
-    ["normal_", "uniform_", "erfinv_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_"]
-    + ["xavier_uniform_", "xavier_normal_"]
+    ["normal_", "uniform_", "erfinv_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_"]
+    + ["xavier_normal_"]
 )
 # Fields that transformers writes into config.json beside a model's own.
 TRANSFORMERS_FIELDS = frozenset(

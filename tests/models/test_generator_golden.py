@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ways import STEP, WAYS, enabled, on
 
 import vfmtok_fast
 from vfmtok_fast import GPT, GPTConfig, ops
-
-# All ops that a decoding step calls.
-STEP = ("decode_step", "decode_attention")
-
-
-WAYS = ["reference", "cpu", pytest.param("triton", marks=pytest.mark.gpu)]
-
-
-def enabled(way: str) -> contextlib.AbstractContextManager:
-    """Enable the implementations of ``way`` only: cpu on a CPU, Triton on a GPU."""
-    if way == "reference":
-        return contextlib.nullcontext()
-    return vfmtok_fast.enable((*STEP, "sample_token"), strict=True)
 
 
 class Golden:
@@ -56,21 +43,11 @@ class Golden:
             loss = F.cross_entropy(logits.flatten(0, 1), want["tokens"].flatten().long())
             assert abs(float(loss - want["loss"])) <= 2 * bound + rounding
 
-    @contextlib.contextmanager
-    def on(self, way: str) -> Iterator[torch.device]:
-        """Keep the model on the device of ``way`` inside the context."""
-        device = torch.device("cuda" if way == "triton" else "cpu")
-        self.model.to(device)
-        try:
-            yield device
-        finally:
-            self.model.cpu()
-
     def check_steps(self, way: str) -> None:
         """Check logits of each decoding step, given the codes so far, by the rule of all ops."""
         config, model = self.model.config, self.model
         vfmtok_fast.switch.record.clear()
-        with self.on(way) as device, torch.no_grad(), enabled(way):
+        with on(self.model, way) as device, torch.no_grad(), enabled(way):
             codes = self.want["tokens"].to(device).long()
             cache, weights = model.decoder(len(codes)).cache, model.step_weights()
             classes, table = self.classes.to(device), model.token_embedding.weight
@@ -92,7 +69,7 @@ class Golden:
             float(part) for part in name.removeprefix("greedy_cfg").split("_interval")
         )
         want = self.want[name].long()
-        with self.on(way) as device, enabled(way):
+        with on(self.model, way) as device, enabled(way):
             got = self.model.generate(
                 self.classes.to(device), cfg_scale=scale, cfg_interval=int(interval), greedy=True
             ).cpu()
@@ -148,7 +125,7 @@ def test_the_same_seeds_give_the_same_codes(gpt_small, settings, way):
     """This holds for every implementation; a tie within rounding would need a closer look."""
     model, classes = gpt_small.model, gpt_small.classes
     want = model.generate(classes, **settings)
-    with gpt_small.on(way) as device, enabled(way):
+    with on(model, way) as device, enabled(way):
         assert torch.equal(model.generate(classes.to(device), **settings).cpu(), want)
 
 

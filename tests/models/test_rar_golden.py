@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from ways import STEP, WAYS, enabled, on
 
 import vfmtok_fast
 from vfmtok_fast import RAR, RARConfig
 from vfmtok_fast.checkpoint import RAR_NAMES, official_name
 
-STEP = ("decode_step", "decode_attention", "sample_token")
-WAYS = ["reference", "cpu", pytest.param("triton", marks=pytest.mark.gpu)]
 EPS = torch.finfo(torch.float32).eps
 
 
 class Golden:
-    """A golden case: the authors' weights in our model, and the errors of its float32 logits."""
+    """A golden case: the authors' weights in our model, and their outputs."""
 
-    def __init__(self, case: str, golden, official_weights, orders: bool = True):
+    def __init__(self, case: str, golden, official_weights):
         self.want = golden(case)
         self.codes, self.classes = self.want["tokens"].long(), self.want["class"].long()
         self.model = RAR.from_official(official_weights(case))
         # By prefix of the golden names: the orders of the codes.
-        self.orders = {"": None, **({"perm_": self.want["orders"].long()} if orders else {})}
+        self.orders = {"": None, "perm_": self.want["orders"].long()}
 
     def check_teacher_forcing(self, prefix: str) -> None:
         want, orders = self.want, self.orders[prefix]
@@ -41,31 +37,16 @@ class Golden:
         loss = F.cross_entropy(logits.flatten(0, 1), ordered.flatten())
         assert abs(float(loss - want[f"{prefix}loss"])) <= bound
 
-    @contextlib.contextmanager
-    def on(self, way: str) -> Iterator[torch.device]:
-        """Keep the model on the device of ``way``, with that implementation, in the context."""
-        device = torch.device("cuda" if way == "triton" else "cpu")
-        self.model.to(device)
-        try:
-            with (
-                contextlib.nullcontext()
-                if way == "reference"
-                else vfmtok_fast.enable(STEP, strict=True)
-            ):
-                yield device
-        finally:
-            self.model.cpu()
-
     def check_greedy(self, name: str, way: str) -> None:
         """The top two logits are never closer than 1e-3, so all codes must be equal."""
         scale, power = (float(part) for part in name.removeprefix("greedy_scale").split("_pow"))
         # The authors' 0 means none, which is our 1.
         settings = {"cfg_scale": scale, "cfg_power": power} if scale else {"cfg_power": power}
         vfmtok_fast.switch.record.clear()
-        with self.on(way) as device:
+        with on(self.model, way) as device, enabled(way):
             got = self.model.generate(self.classes.to(device), greedy=True, **settings)
         assert torch.equal(got.cpu(), self.want[name].long())
-        assert all(set(vfmtok_fast.status().ops[op].calls) == {way} for op in STEP[:2])
+        assert all(set(vfmtok_fast.status().ops[op].calls) == {way} for op in STEP)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +116,7 @@ def test_golden_small_gradients(rar_small):
 
 @pytest.fixture(scope="module")
 def rar_l(golden, official_weights) -> Golden:
-    case = Golden("rar_l", golden, official_weights, orders=False)
+    case = Golden("rar_l", golden, official_weights)
     assert case.model.config == RARConfig()
     return case
 
@@ -159,7 +140,7 @@ def test_golden_l_steps(rar_l, way):
         if codes >= steps * len(rar_l.classes):
             raise done
 
-    with rar_l.on(way), pytest.raises(RuntimeError, match="enough"):
+    with on(rar_l.model, way), enabled(way), pytest.raises(RuntimeError, match="enough"):
         decoder = rar_l.model.decoder(len(rar_l.classes), guided=True)
         decoder.generate(rar_l.classes, cfg_scale=16.0, cfg_power=2.75, greedy=True, progress=stop)
     want = rar_l.want["greedy_scale16.0_pow2.75"].long()

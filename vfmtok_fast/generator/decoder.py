@@ -71,9 +71,9 @@ class Decoder:
         self._computed: list[Tensor] = []
         self._busy = threading.Lock()
         config, device, rows = model.config, model.device, batch * (2 if guided else 1)
-        # Places before the one that predicts the first code, and places in all.
-        self.before = len(model.embeddings()) - 2
+        # Places in all, and those before the one that predicts the first code.
         self.places = model.places
+        self.before = self.places - config.block_size
         # What one place reads, and the same of as many places as are computed at a time.
         self.condition = self.conditions = None
         size, C = model.condition_size, config.dim

@@ -79,8 +79,6 @@ def fastest_batch(
     ahead = (2 if guided else 1) * model.condition_size * model.config.dim * model.dtype.itemsize
     # Conditions of all places, or CONDITION_BYTES where that is less.
     most = max(memory // (each + model.places * ahead), (memory - CONDITION_BYTES) // each)
-    if not ahead:
-        most = memory // each
     wanted = min(batch_size or 1, max(count, 1))
     if most < wanted:
         advice = f"at most {most} fit" if most else "free some memory or use a smaller model"

@@ -16,7 +16,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..checkpoint import RAR_WRAPPERS, load_rar, rar_fields, read_tensors
+from ..checkpoint import (
+    RAR_MORE_POSITIONS,
+    RAR_WRAPPERS,
+    load_rar,
+    rar_fields,
+    read_tensors,
+)
 from ..checks import check_class_ids, check_codes, check_device
 from ..configs import check_numbers, check_positive, config_from_mapping
 from ..decoding import Biases, BlockWeights, HeadNorms, StepWeights
@@ -26,8 +32,8 @@ from ..ops.checks import check_integers
 from .decoder import Kept
 from .model import Generator, check_eps, check_plain
 
-# Rows of the tables of positions and of times beyond one per code; most are never read.
-MORE_POSITIONS, MORE_TIMES = 1024, 100
+# Rows of the table of times beyond one per code; only one is read.
+MORE_TIMES = 100
 
 
 @dataclass(frozen=True)
@@ -144,8 +150,8 @@ class RAR(Generator, library_name="vfmtok_fast", tags=["vfmtok"]):
         # Codes, a mask that is never used, classes, "no class".
         self.embedding = nn.Embedding(config.vocab_size + 1 + config.num_classes + 1, dim)
         self.start = nn.Parameter(torch.zeros(1, 1, dim))
-        self.position = nn.Parameter(torch.empty(1, places + MORE_POSITIONS, dim))
-        self.target_position = nn.Parameter(torch.empty(1, places + MORE_POSITIONS, dim))
+        self.position = nn.Parameter(torch.empty(1, places + RAR_MORE_POSITIONS, dim))
+        self.target_position = nn.Parameter(torch.empty(1, places + RAR_MORE_POSITIONS, dim))
         self.time = nn.Parameter(torch.empty(1, places + MORE_TIMES, dim))
         self.blocks = nn.ModuleList(RARBlock(config) for _ in range(config.num_layers))
         self.head_condition = nn.Linear(dim, 2 * dim)
